@@ -1,0 +1,62 @@
+# Each target works alone on a fresh clone: it needs a python3 (3.11 or newer) and makes .venv when it is not there.
+# PYTHON=... picks another interpreter.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.PHONY: demo test lint format bench clean
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# Always with the constraints: a bare `torch` would pull in the newest build, gigabytes of GPU libraries included.
+INSTALL := -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# Another project's source roots or virtual environment must not leak in; the installed package is what is tested.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/quickstart.py
+
+# One thread a process: the tests start many. A test marked `alone` measures time and so has the machine to itself.
+test: export OMP_NUM_THREADS = 1
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# lightning 2.6.2 and 2.6.3 on the package index were malicious uploads: name the version, never a range.
+bench: .venv-bench/.done
+	.venv-bench/bin/python benchmarks/bench.py
+
+clean:
+	rm -rf .venv .venv-bench build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt $(VENV)/.made
+	$(BIN)/python $(INSTALL) -e '.[demo]'
+	touch $@
+
+# dev contains demo
+$(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
+	$(BIN)/python $(INSTALL) -e '.[dev]'
+	touch $(VENV)/.demo $@
+
+.venv-bench/.done: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python $(INSTALL) -e '.[demo]' lightning==2.6.6 accelerate==1.15.0
+	touch $@

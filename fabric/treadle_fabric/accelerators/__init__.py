@@ -1,0 +1,20 @@
+"""Accelerators: the hardware behind one small interface."""
+
+from __future__ import annotations
+
+from treadle_fabric.accelerators.accelerator import Accelerator, Devices
+from treadle_fabric.accelerators.cpu import CPUAccelerator
+from treadle_fabric.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
+from treadle_fabric.accelerators.mps import MPSAccelerator
+from treadle_fabric.accelerators.registry import ACCELERATOR_REGISTRY, AcceleratorRegistry
+
+__all__ = [
+    "ACCELERATOR_REGISTRY",
+    "Accelerator",
+    "AcceleratorRegistry",
+    "CPUAccelerator",
+    "CUDAAccelerator",
+    "Devices",
+    "MPSAccelerator",
+    "find_usable_cuda_devices",
+]

@@ -1,0 +1,69 @@
+"""The processor."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from treadle_fabric.accelerators.accelerator import Accelerator, parse_count
+from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException
+
+__all__ = ["CPUAccelerator"]
+
+
+class CPUAccelerator(Accelerator):
+    """The processor. ``devices`` is a number of processes, and ``"auto"`` is one, which uses all cores."""
+
+    @staticmethod
+    def name() -> str:
+        return "cpu"
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 1
+
+    @staticmethod
+    def parse_devices(devices: int | str) -> int:
+        if devices in ("auto", -1, "-1"):
+            return 1
+        if isinstance(devices, (list, tuple)) or (isinstance(devices, str) and "," in devices):
+            count = len(devices) if not isinstance(devices, str) else devices.count(",") + 1
+            raise DeviceUnavailableError(
+                f"devices={devices!r} lists indices, but there is one CPU and accelerator='cpu' takes a number of "
+                f"processes. Use devices={count}."
+            )
+        return parse_count(devices, "cpu")
+
+    @staticmethod
+    def get_parallel_devices(devices: int | str) -> list[torch.device]:
+        return [torch.device("cpu")] * CPUAccelerator.parse_devices(devices)
+
+    def setup_device(self, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise DeviceUnavailableError(f"{device} is no CPU device. Use torch.device('cpu').")
+
+    def teardown(self) -> None:
+        pass
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
+        """Load and memory in per cent.
+
+        Raises:
+            MisconfigurationException: without psutil.
+        """
+        if find_spec("psutil") is None:
+            raise MisconfigurationException(
+                "Reading the load of the CPU needs psutil, which is not installed: pip install psutil."
+            )
+        import psutil
+
+        return {
+            "cpu_vm_percent": psutil.virtual_memory().percent,
+            "cpu_percent": psutil.cpu_percent(),
+            "cpu_swap_percent": psutil.swap_memory().percent,
+        }

@@ -1,0 +1,169 @@
+"""What a file is, found out without running anything that it holds."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import IO, Any
+
+import torch
+
+from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
+
+__all__ = ["check_archive", "forbidden_globals", "state_path_of", "weights_only_reason"]
+
+_ZIP = b"PK\x03\x04"
+_LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how torch.save began before 1.6
+_FOREIGN = {
+    b"version https://git-lfs": "a Git LFS pointer: the file itself was never fetched (`git lfs pull`)",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array file",
+    b"\x1f\x8b": "gzip-compressed",
+    b"\x28\xb5\x2f\xfd": "zstandard-compressed",
+    b"BZh": "bzip2-compressed",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"<!DOCTYPE": "a web page, perhaps an error page that was saved as a download",
+    b"<html": "a web page, perhaps an error page that was saved as a download",
+}
+_CHUNK = 4 * 1024 * 1024
+
+
+def check_archive(file: IO[bytes], path: str) -> bool:
+    """Make sure that ``file`` is a whole checkpoint; True for a zip archive, False for torch's older format.
+
+    Raises:
+        CheckpointCorruptError: It is not.
+        CheckpointUnsafeError: It is a bare pickle that would run code.
+    """
+    head = file.read(64)
+    if head.startswith(_ZIP):
+        _check_zip(file, path)
+        return True
+    if head.startswith(_LEGACY):
+        return False
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if not size:
+        raise CheckpointCorruptError(f"{path!r} is empty: the program that wrote it was stopped, or the disk was full.")
+    for magic, kind in _FOREIGN.items():
+        if head.startswith(magic):
+            raise CheckpointCorruptError(f"{path!r} is no checkpoint but {kind}.")
+    if not head.strip(b"\0"):
+        raise CheckpointCorruptError(
+            f"{path!r} begins with zeros only: it was not written to the end. Use another one."
+        )
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        raise CheckpointCorruptError(f"{path!r} is a safetensors file. Load it with `safetensors.torch.load_file`.")
+    names = _globals_of_pickle(file)
+    if names is None:
+        raise CheckpointCorruptError(
+            f"{path!r} is no checkpoint, or its beginning is damaged: its {size} bytes start with {head[:8]!r}, and a "
+            f"checkpoint starts with {_ZIP!r}. Use another one."
+        )
+    if names:
+        raise CheckpointUnsafeError(
+            f"{path!r} was not loaded: it is a bare pickle, no checkpoint, and unpickling it would call "
+            f"{', '.join(names)}. If you trust whoever wrote it, open it yourself and `torch.save` the tensors."
+        )
+    raise CheckpointCorruptError(f"{path!r} is a bare pickle, no checkpoint. Write its contents with `torch.save`.")
+
+
+def _check_zip(file: IO[bytes], path: str) -> None:
+    size = file.seek(0, os.SEEK_END)
+    try:
+        archive = zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+        raise CheckpointCorruptError(
+            f"{path!r} is truncated: the table of contents at its end is missing ({size} bytes are there). The copy or "
+            "the save was cut off. Use another checkpoint."
+        ) from e
+    with archive:
+        names = {name.partition("/")[2] for name in archive.namelist()}
+        if "data.pkl" not in names:
+            some = ", ".join(archive.namelist()[:3])
+            raise CheckpointCorruptError(f"{path!r} is a zip archive, no checkpoint (it holds {some or 'nothing'}).")
+        if "constants.pkl" in names:
+            raise CheckpointCorruptError(f"{path!r} is a TorchScript archive. Load it with `torch.jit.load`.")
+        for record in archive.infolist():
+            _check_record(archive, record, path)
+
+
+def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: str) -> None:
+    """Torch does not look at the checksums that it writes, so a flipped bit would go straight into the weights."""
+    if not record.CRC:  # written with torch.serialization.set_crc32_options(False)
+        return
+    try:
+        with archive.open(record) as stream:
+            while stream.read(_CHUNK):
+                pass
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as e:
+        raise CheckpointCorruptError(
+            f"{path!r} is damaged: the checksum of its record {record.filename!r} is wrong. The disk or a copy changed "
+            "it. Use another checkpoint."
+        ) from e
+
+
+def _globals_of_pickle(file: IO[bytes]) -> list[str] | None:
+    """The names that a pickle would import, read from its opcodes; None if it is no pickle."""
+    strings: list[str] = []
+    memo: dict[int, str] = {}
+    found: dict[str, None] = {}
+    try:
+        for op, arg, _ in pickletools.genops(file):
+            if op.name in ("GLOBAL", "INST"):
+                found[str(arg).replace(" ", ".")] = None
+            elif op.name == "STACK_GLOBAL":
+                found[".".join(strings[-2:])] = None
+            elif op.name == "MEMOIZE":
+                memo[len(memo)] = strings[-1] if strings else ""
+            elif op.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+                memo[int(str(arg))] = strings[-1] if strings else ""
+            elif op.name in ("GET", "BINGET", "LONG_BINGET"):
+                strings.append(memo.get(int(str(arg)), ""))
+            elif isinstance(arg, str):
+                strings.append(arg)
+    except Exception:
+        return list(found) or None  # damaged further on, or no pickle at all
+    return list(found)
+
+
+def forbidden_globals(file: IO[bytes], is_zip: bool, error: Exception) -> list[str]:
+    """The names in a checkpoint that ``weights_only=True`` refuses; ``error`` is what it said."""
+    file.seek(0)
+    try:
+        if is_zip:
+            return list(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        for _ in range(5):  # the older format is five pickles, and the bytes of the tensors
+            list(pickletools.genops(file))
+    except Exception:  # cut off, so that a name in what torch says could be half of one
+        return []
+    return re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+
+
+def weights_only_reason(error: Exception) -> str:
+    """The line in which torch's restricted unpickler says what it met, without the advice around it."""
+    text = str(error)
+    reason = text.partition("WeightsUnpickler error:")[2] or text.partition("\n")[0]
+    return reason.strip().partition("\n")[0].rstrip(". ")
+
+
+def state_path_of(state: Any, path: str = "state") -> str:
+    """Which entry of a nested state it is that cannot be pickled."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(state, Mapping):
+        items = list(state.items())
+    elif isinstance(state, list | tuple):
+        items = list(enumerate(state))
+    for key, value in items:
+        if isinstance(value, torch.Tensor):
+            continue
+        try:
+            pickle.dumps(value)
+        except Exception:
+            return state_path_of(value, f"{path}[{key!r}]")
+    return f"{path} (a {type(state).__qualname__})"

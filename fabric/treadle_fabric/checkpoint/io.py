@@ -1,0 +1,39 @@
+"""What every way of storing a checkpoint offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from treadle_fabric.types import PathLike
+
+__all__ = ["CheckpointIO"]
+
+
+class CheckpointIO(ABC):
+    """Stores a checkpoint under a path, and gets it back."""
+
+    @abstractmethod
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``, whole or not at all.
+
+        Raises:
+            CheckpointError: Nothing was written; what lay at ``path`` before is still there.
+        """
+
+    @abstractmethod
+    def load_checkpoint(
+        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the checkpoint at ``path``.
+
+        Raises:
+            CheckpointError: See its subclasses for what can be wrong.
+        """
+
+    @abstractmethod
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Delete the checkpoint at ``path``; nothing happens if there is none."""
+
+    def teardown(self) -> None:
+        """The run is over. A store that works in the background finishes here."""

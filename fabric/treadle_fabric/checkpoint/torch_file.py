@@ -1,0 +1,326 @@
+"""One checkpoint, one file: a ``torch.save`` archive that appears under its name whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import pickle
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from treadle_fabric.checkpoint.archive import check_archive, forbidden_globals, state_path_of, weights_only_reason
+from treadle_fabric.checkpoint.io import CheckpointIO
+from treadle_fabric.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointUnsafeError,
+    MisconfigurationException,
+)
+from treadle_fabric.types import PathLike
+
+__all__ = ["TorchCheckpointIO"]
+
+# An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
+_STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
+
+_REMEDIES = {
+    errno.ENOSPC: "Free some space, or save elsewhere.",
+    errno.EDQUOT: "Raise the disk quota, or save elsewhere.",
+    errno.EFBIG: "Raise the file size limit (`ulimit -f`), or save elsewhere.",
+    errno.EROFS: "Save to a file system that is writable.",
+    errno.EACCES: "Change the permissions, or save elsewhere.",
+    errno.EPERM: "Change the permissions, or save elsewhere.",
+    errno.ENOENT: "Keep the folder in place while the run saves to it.",
+    errno.EEXIST: "A part of the path is a file: choose a path whose parents are folders.",
+    errno.ENOTDIR: "A part of the path is a file: choose a path whose parents are folders.",
+    errno.EISDIR: "A folder of that name is in the way: remove it, or choose another name.",
+}
+
+
+class TorchCheckpointIO(CheckpointIO):
+    """Checkpoints as single ``torch.save`` files, on a local disk or on anything that fsspec reaches.
+
+    A save goes to a temporary file in the same folder, is flushed to the disk, and is then renamed. Whatever ends it
+    early (a full disk, a signal, a lost machine) leaves an earlier checkpoint of that name as it was.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``; missing parent folders are made.
+
+        Args:
+            checkpoint: Best made of tensors and plain containers only, so that it loads with ``weights_only=True``.
+            path: A local path or an fsspec URL.
+            storage_options: Arguments for the file system of a URL.
+
+        Raises:
+            CheckpointError: It could not be written. The temporary file is gone, an earlier checkpoint stands.
+            MisconfigurationException: ``storage_options`` for a local path.
+        """
+        fs, where = _file_system(path, storage_options)
+        try:
+            if fs is None:
+                _save_local(checkpoint, where)
+            else:
+                _save_remote(checkpoint, fs, where)
+        except Exception as e:
+            raise _save_error(e, checkpoint, path) from e
+
+    def load_checkpoint(
+        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read the checkpoint at ``path``, after making sure that it is whole.
+
+        Args:
+            path: A local path or an fsspec URL.
+            map_location: As in :func:`torch.load`; by default everything comes to the CPU.
+            weights_only: Only an explicit False lets the file run code of its own; None means True.
+
+        Raises:
+            CheckpointNotFoundError: Nothing lies at ``path``.
+            CheckpointCorruptError: It is truncated, damaged, or no checkpoint.
+            CheckpointUnsafeError: It holds other objects than tensors and plain containers.
+            CheckpointError: It cannot be read or restored for another reason.
+        """
+        fs, where = _file_system(path, None)
+        target: Any = "cpu" if map_location is None else map_location
+        safe = weights_only is None or bool(weights_only)
+        with _opened(fs, where, path) as file:
+            is_zip = check_archive(file, str(path))
+            mapped = is_zip and fs is None and _leaves_the_host(target)
+            try:
+                return _load(where if mapped else file, target, safe, mapped)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as e:
+                raise _load_error(e, file, path, is_zip, safe) from e
+
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Delete the file, or the folder of a sharded checkpoint, at ``path``; nothing happens if there is none.
+
+        Raises:
+            CheckpointError: It is there and cannot be deleted.
+        """
+        fs, where = _file_system(path, None)
+        try:
+            if fs is not None:
+                if fs.exists(where):
+                    fs.rm(where, recursive=True)
+            elif os.path.isdir(where) and not os.path.islink(where):
+                shutil.rmtree(where)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(where)
+        except OSError as e:
+            raise CheckpointError(f"The checkpoint {str(path)!r} could not be removed: {_reason(e)}.") from e
+
+
+def _file_system(path: PathLike, storage_options: Any | None) -> tuple[Any | None, str]:
+    """The fsspec file system (None: the local disk) and the path in it."""
+    text = os.fspath(path)
+    if "://" in text:
+        fs, where = fsspec.url_to_fs(text, **(storage_options or {}))
+        if not isinstance(fs, LocalFileSystem):
+            return fs, where
+        text = where
+    if storage_options:
+        raise MisconfigurationException(
+            f"storage_options={storage_options!r} are for remote paths (protocol://...), and {text!r} is local. "
+            "Leave them out."
+        )
+    return None, text
+
+
+# --- saving ---
+
+
+def _save_local(checkpoint: dict[str, Any], path: str) -> None:
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    path = os.path.abspath(path)
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    try:
+        _write(checkpoint, folder, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
+    """Write a file that bears its name, if the system can do that, only once it is complete and on the disk.
+
+    A process that is killed in the middle then leaves nothing behind.
+    """
+    nameless = None
+    with contextlib.suppress(OSError, AttributeError):  # another system, or a file system without the feature
+        nameless = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    if nameless is not None:
+        with open(nameless, "wb") as file:
+            _dump(checkpoint, file)
+            with contextlib.suppress(OSError):  # no /proc, say: the named way below works there
+                # src_dir_fd is only there to make Python follow the link
+                os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
+                return
+    with open(name, "xb") as file:
+        _dump(checkpoint, file)
+
+
+def _dump(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    torch.save(checkpoint, file)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: str) -> None:
+    """Make the rename itself survive a power cut, where the system lets us."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
+    # Serialized before the upload begins: closing a remote file after an error would publish the half of it
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+    if protocols & _STORES_WITH_ATOMIC_PUT:
+        fs.pipe_file(path, buffer.getvalue())
+        return
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        fs.pipe_file(temporary, buffer.getvalue())
+        fs.mv(temporary, path)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            fs.rm(temporary)
+        raise
+
+
+def _save_error(error: Exception, checkpoint: Mapping[str, Any], path: PathLike) -> CheckpointError:
+    head = f"The checkpoint {str(path)!r} was not written"
+    cause = _first_os_error(error)
+    if cause is not None:
+        remedy = _REMEDIES.get(cause.errno or 0, "Save elsewhere.")
+        return CheckpointError(f"{head}: {_reason(cause)}. An earlier file of that name is untouched. {remedy}")
+    if isinstance(error, pickle.PicklingError | AttributeError | TypeError):
+        where = state_path_of(checkpoint)
+        return CheckpointError(
+            f"{head}: {where} cannot be pickled ({error}). Save its state_dict() or plain values, or leave it out."
+        )
+    return CheckpointError(f"{head}: {_reason(error)}. An earlier file of that name is untouched.")
+
+
+def _first_os_error(error: BaseException) -> OSError | None:
+    """Torch reports a failed write as an internal check that did not hold; the reason is what it was handling."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} [{errno.errorcode.get(error.errno or 0, error.errno)}]"
+    return f"{type(error).__name__}: {error}".strip().rstrip(":. ")
+
+
+# --- loading ---
+
+
+@contextlib.contextmanager
+def _opened(fs: Any | None, where: str, path: PathLike) -> Iterator[IO[bytes]]:
+    """The file, open and seekable."""
+    try:
+        if fs is None and os.path.isdir(where):
+            raise CheckpointError(
+                f"{str(path)!r} is a folder, and a checkpoint of this kind is one file. "
+                "Give a file in it; a sharded checkpoint needs the strategy that wrote it, or `consolidate`."
+            )
+        file = open(where, "rb") if fs is None else io.BytesIO(fs.cat_file(where))  # noqa: SIM115 closed below
+    except FileNotFoundError as e:
+        raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {_neighbours(fs, where)}") from e
+    except OSError as e:
+        raise CheckpointError(f"The checkpoint {str(path)!r} cannot be opened: {_reason(e)}.") from e
+    with file:
+        try:
+            yield file
+        except OSError as e:
+            raise CheckpointError(f"The checkpoint {str(path)!r} could not be read: {_reason(e)}.") from e
+
+
+def _leaves_the_host(target: Any) -> bool:
+    """Whether every tensor is copied away from the file, so that mapping it into memory is safe.
+
+    On the CPU a tensor would stay the file itself, and break as soon as somebody rewrites that in place.
+    """
+    return isinstance(target, str | torch.device) and not str(target).startswith("cpu")
+
+
+def _neighbours(fs: Any | None, where: str) -> str:
+    """What lies where the missing file was looked for."""
+    if fs is not None:
+        return "Check the path."
+    folder = os.path.dirname(where) or os.curdir
+    try:
+        names = sorted(n for n in os.listdir(folder) if not n.startswith("."))
+    except OSError:
+        return f"The folder {folder!r} is not there either: check the path."
+    if not names:
+        return f"The folder {folder!r} is empty: check the path."
+    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return f"In its folder there is: {shown}."
+
+
+def _load(source: str | IO[bytes], target: Any, safe: bool, mapped: bool) -> dict[str, Any]:
+    if not mapped and not isinstance(source, str):
+        source.seek(0)
+    state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=mapped or None)
+    return state
+
+
+def _load_error(error: Exception, file: IO[bytes], path: PathLike, is_zip: bool, safe: bool) -> CheckpointError:
+    if safe and isinstance(error, pickle.UnpicklingError):
+        names = forbidden_globals(file, is_zip, error)
+        if names:
+            listed, last = ", ".join(names), names[-1].rpartition(".")[2]
+            return CheckpointUnsafeError(
+                f"{str(path)!r} was not loaded: it holds {listed}, and only tensors and plain containers are loaded "
+                "without being asked, because anything else can run code. If you trust whoever wrote it, either allow "
+                f"those by name with `torch.serialization.add_safe_globals([{last}])`, or pass `weights_only=False`."
+            )
+        if is_zip:
+            return CheckpointUnsafeError(
+                f"{str(path)!r} was not loaded: it builds its objects in a way that can run code "
+                f"({weights_only_reason(error)}). If you trust whoever wrote it, pass `weights_only=False`."
+            )
+    if isinstance(error, ImportError | AttributeError):
+        return CheckpointError(
+            f"{str(path)!r} holds an object whose class is not there any more ({error}). Make the class importable "
+            "under its old name, or load the file where it is and save its state_dict() only."
+        )
+    if not is_zip and not isinstance(error, OSError):
+        return CheckpointCorruptError(
+            f"{str(path)!r} begins like a checkpoint of PyTorch before 1.6, but is truncated or damaged "
+            f"({type(error).__name__}). Use another checkpoint."
+        )
+    reason = _reason(error)
+    return CheckpointError(f"The checkpoint {str(path)!r} is whole, but could not be restored. {reason}.")

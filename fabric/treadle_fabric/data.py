@@ -1,0 +1,345 @@
+"""Batches and loaders: what gets which samples, and on which device."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
+
+from treadle_fabric.seed import worker_init_function
+
+__all__ = [
+    "ShardedSampler",
+    "has_len",
+    "map_tensors",
+    "move_data_to_device",
+    "sampler_epoch",
+    "seed_workers",
+    "set_epoch",
+    "shard_dataloader",
+    "sized_len",
+]
+
+
+def move_data_to_device(batch: Any, device: torch.device | str | int) -> Any:
+    """Move a batch to a device.
+
+    Args:
+        batch: A tensor, an object with ``.to(device)``, or lists, tuples, mappings and dataclasses that hold some;
+            everything else is left as it is.
+        device: Where to.
+
+    Returns:
+        The moved batch; the same object when everything is there already.
+    """
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
+    kind = type(batch)
+    if kind is Tensor:
+        return batch if batch.device == device else _move(batch, device)
+    # Batches that are already there cost no more than this look
+    if kind is list or kind is tuple:
+        for item in batch:
+            if type(item) is not Tensor or item.device != device:
+                break
+        else:
+            return batch
+    elif kind is dict:
+        for item in batch.values():
+            if type(item) is not Tensor or item.device != device:
+                break
+        else:
+            return batch
+    return map_tensors(batch, partial(_move, device=device), movable=True)
+
+
+def _move(data: Any, device: torch.device) -> Any:
+    if isinstance(data, Tensor):
+        if data.device == device:
+            return data
+        # From pinned memory the copy runs beside the computation; out of CUDA the host would read too early
+        return data.to(device, non_blocking=device.type == "cuda")
+    moved = data.to(device)
+    return data if moved is None else moved
+
+
+def map_tensors(
+    data: Any,
+    function: Callable[[Any], Any],
+    *,
+    leaf: type | tuple[type, ...] = Tensor,
+    movable: bool = False,
+) -> Any:
+    """Apply a function to every tensor in nested containers.
+
+    Args:
+        data: A tensor, or lists, tuples, mappings and dataclasses that hold some.
+        function: Gets a tensor, gives what takes its place.
+        leaf: The types it applies to.
+        movable: Also apply it to other objects that have a ``to`` method.
+
+    Returns:
+        The same structure; a container in which nothing changed is the same object.
+    """
+    if isinstance(data, leaf) or (movable and callable(getattr(data, "to", None))):
+        return function(data)
+    if isinstance(data, (list, tuple)):
+        items = [map_tensors(x, function, leaf=leaf, movable=movable) for x in data]
+        if all(new is old for new, old in zip(items, data, strict=True)):
+            return data
+        return _rebuild_sequence(data, items)
+    if isinstance(data, Mapping):
+        changed = {}
+        for key, value in data.items():
+            new = map_tensors(value, function, leaf=leaf, movable=movable)
+            if new is not value:
+                changed[key] = new
+        return _rebuild_mapping(data, changed) if changed else data
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        changed = {}
+        for field in dataclasses.fields(data):
+            value = getattr(data, field.name, None)
+            new = map_tensors(value, function, leaf=leaf, movable=movable)
+            if new is not value:
+                changed[field.name] = new
+        if not changed:
+            return data
+        result = copy.copy(data)
+        for name, value in changed.items():
+            object.__setattr__(result, name, value)  # frozen ones too
+        return result
+    return data
+
+
+def _rebuild_sequence(data: Any, items: list[Any]) -> Any:
+    kind = type(data)
+    if kind is list:
+        return items
+    if isinstance(data, list):
+        result = copy.copy(data)
+        result[:] = items
+        return result
+    return kind(*items) if hasattr(data, "_fields") else kind(items)
+
+
+def _rebuild_mapping(data: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
+    if type(data) is dict:
+        return {**data, **changed}
+    if isinstance(data, MutableMapping):
+        result = copy.copy(data)
+        for key, value in changed.items():
+            result[key] = value
+        return result
+    return type(data)({**data, **changed})  # type: ignore[call-arg]
+
+
+class _PrivateRandomness:
+    """Random state of its own: what is drawn inside does not depend on the world outside, nor change it."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed % 2**32  # numpy takes no more
+        self._inside: tuple[Any, ...] | None = None
+
+    def take(self, items: Iterator[Any] | Callable[[], Iterator[Any]], n: int) -> tuple[Iterator[Any], list[Any]]:
+        """The next ``n`` items; a function is called for the iterator, which may draw already."""
+        numpy = sys.modules.get("numpy")
+        outside = self._collect(numpy)
+        if self._inside is None:
+            torch.default_generator.manual_seed(self._seed)
+            random.seed(self._seed)
+            if numpy is not None:
+                numpy.random.seed(self._seed)
+        else:
+            self._restore(numpy, self._inside)
+        try:
+            iterator = items() if callable(items) else items
+            return iterator, list(islice(iterator, n))
+        finally:
+            self._inside = self._collect(numpy)
+            self._restore(numpy, outside)
+
+    @staticmethod
+    def _collect(numpy: Any) -> tuple[Any, ...]:
+        state = torch.default_generator.get_state(), random.getstate()
+        return state if numpy is None else (*state, numpy.random.get_state())
+
+    @staticmethod
+    def _restore(numpy: Any, state: tuple[Any, ...]) -> None:
+        torch.default_generator.set_state(state[0])
+        random.setstate(state[1])
+        if numpy is not None and len(state) > 2:
+            numpy.random.set_state(state[2])
+
+
+class ShardedSampler(Sampler[Any]):
+    """One rank's share of what another sampler yields, indices or whole batches.
+
+    Every rank draws the whole order and takes each ``num_replicas``-th item, so that one step of all ranks sees the
+    samples of one step of a single process with that many times the batch. What the sampler draws from the global
+    random state it draws from a private one, seeded by ``seed + epoch``, which is alike on all ranks.
+
+    Args:
+        sampler: The user's sampler.
+        num_replicas: Number of ranks that share the samples.
+        rank: Which of them this is.
+        seed: The same on every rank.
+        pad: ``True``: every rank gets equally many, samples from the beginning being repeated at the end.
+            ``False``: every sample goes to exactly one rank.
+        drop_last: With ``pad``, leave out the samples at the end instead of repeating some.
+    """
+
+    _CHUNK = 1024  # swapping the random state takes as long as drawing a few dozen indices
+
+    def __init__(
+        self,
+        sampler: Iterable[Any],
+        *,
+        num_replicas: int,
+        rank: int,
+        seed: int = 0,
+        pad: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.seed = seed
+        self.pad = pad
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the next order."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        head: list[Any] = []
+        row: list[Any] = []  # what the ranks get at one position
+        for item in self._order():
+            if len(head) < self.num_replicas:
+                head.append(item)
+            row.append(item)
+            if len(row) == self.num_replicas:
+                yield row[self.rank]
+                row.clear()
+        if row and self.pad and not self.drop_last:
+            row += islice(cycle(head), self.num_replicas - len(row))
+            yield row[self.rank]
+        elif row and not self.pad and self.rank < len(row):
+            yield row[self.rank]
+
+    def _order(self) -> Iterator[Any]:
+        randomness = _PrivateRandomness(self.seed + self.epoch)
+        iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
+        while chunk:
+            yield from chunk
+            iterator, chunk = randomness.take(iterator, self._CHUNK)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.num_replicas)  # type: ignore[arg-type]
+        if self.pad:
+            return whole + (rest > 0 and not self.drop_last)
+        return whole + (self.rank < rest)
+
+
+def shard_dataloader(loader: Any, *, num_replicas: int, rank: int, seed: int = 0, pad: bool = True) -> Any:
+    """Share a loader's samples out among the ranks, in the order of the user's own sampler.
+
+    Args:
+        loader: Left alone if it is no ``DataLoader``, reads an ``IterableDataset`` (which shards itself), or has a
+            ``DistributedSampler`` already.
+        num_replicas: Number of ranks. With one, the loader is returned as it is.
+        rank: This one.
+        seed: Seeds samplers that draw from the global random state; the same on every rank.
+        pad: ``True`` for training: all ranks get equally many batches. ``False`` for evaluation: every sample counts
+            once, and ranks may differ by a batch.
+
+    Returns:
+        A shallow copy of the loader with other samplers; any subclass keeps its class and attributes.
+    """
+    if num_replicas == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    if any(isinstance(s, (DistributedSampler, ShardedSampler)) for s in _samplers(loader)):
+        return loader
+    share = partial(ShardedSampler, num_replicas=num_replicas, rank=rank, seed=seed, pad=pad)
+    result = copy.copy(loader)
+    fields = result.__dict__  # DataLoader's __setattr__ refuses these names
+    fields["_iterator"] = None  # persistent workers of the user's loader stay with it
+    batch_sampler = loader.batch_sampler
+    if batch_sampler is None:  # the samples are whole batches, or the user collates them
+        fields["sampler"] = share(loader.sampler)
+    elif type(batch_sampler) is BatchSampler:
+        fields["sampler"] = share(batch_sampler.sampler, drop_last=batch_sampler.drop_last and pad)
+        fields["batch_sampler"] = BatchSampler(fields["sampler"], batch_sampler.batch_size, batch_sampler.drop_last)
+    else:
+        fields["batch_sampler"] = share(batch_sampler)
+    return result
+
+
+def _samplers(loader: Any) -> Iterator[Any]:
+    """A loader's samplers, and the samplers that those draw from."""
+    for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+        while sampler is not None:
+            yield sampler
+            sampler = getattr(sampler, "sampler", None)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell every sampler of a loader that has a ``set_epoch`` which epoch comes."""
+    seen: set[int] = set()
+    for sampler in _samplers(loader):
+        setter = getattr(sampler, "set_epoch", None)
+        if callable(setter) and id(sampler) not in seen:
+            seen.add(id(sampler))
+            setter(epoch)
+
+
+def sampler_epoch(loader: Any) -> int | None:
+    """The epoch that a loader's samplers stand at; ``None`` if none keeps count."""
+    for sampler in _samplers(loader):
+        epoch = getattr(sampler, "epoch", None)
+        if callable(getattr(sampler, "set_epoch", None)) and isinstance(epoch, int):
+            return epoch
+    return None
+
+
+def seed_workers(loader: Any, rank: int) -> Any:
+    """Give a loader's workers their seeds, if ``seed_everything(workers=True)`` was called and the user has not.
+
+    Args:
+        loader: Any loader.
+        rank: This process among all; workers of different ranks get different seeds.
+
+    Returns:
+        The loader, or a shallow copy with a ``worker_init_fn``.
+    """
+    wanted = os.environ.get("PL_SEED_WORKERS", "0") == "1"
+    if not wanted or not isinstance(loader, DataLoader) or loader.worker_init_fn is not None or not loader.num_workers:
+        return loader
+    result = copy.copy(loader)
+    result.__dict__["_iterator"] = None
+    result.worker_init_fn = partial(worker_init_function, rank=rank)
+    return result
+
+
+def sized_len(loader: Any) -> int | None:
+    """The number of batches; ``None`` if the loader cannot tell."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def has_len(loader: Any) -> bool:
+    """Whether the loader can tell its number of batches."""
+    return sized_len(loader) is not None

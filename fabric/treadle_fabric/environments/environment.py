@@ -1,0 +1,97 @@
+"""What an environment is."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from treadle_fabric.errors import MisconfigurationException
+
+__all__ = ["ClusterEnvironment", "require_variable"]
+
+
+class ClusterEnvironment(ABC):
+    """Where a process learns its rank, and where the ranks meet.
+
+    One subclass for each way to start processes. To write one, implement everything that is abstract here.
+    """
+
+    @property
+    @abstractmethod
+    def creates_processes_externally(self) -> bool:
+        """Whether the processes are there already, so that nothing has to be launched."""
+
+    @property
+    @abstractmethod
+    def main_address(self) -> str:
+        """Host name or address of rank 0."""
+
+    @property
+    @abstractmethod
+    def main_port(self) -> int:
+        """A port on that host that all ranks know and nobody uses."""
+
+    @staticmethod
+    @abstractmethod
+    def detect() -> bool:
+        """Whether the current process runs in this environment."""
+
+    @abstractmethod
+    def world_size(self) -> int:
+        """Number of processes on all machines."""
+
+    @abstractmethod
+    def set_world_size(self, size: int) -> None:
+        """Told by the strategy; ignored where the environment knows it."""
+
+    @abstractmethod
+    def global_rank(self) -> int:
+        """This process among all, from 0."""
+
+    @abstractmethod
+    def set_global_rank(self, rank: int) -> None:
+        """Told by the strategy; ignored where the environment knows it."""
+
+    @abstractmethod
+    def local_rank(self) -> int:
+        """This process among those on its machine, from 0."""
+
+    @abstractmethod
+    def node_rank(self) -> int:
+        """This machine among all, from 0."""
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Compare what the user asked for with what was started.
+
+        Nothing, unless a subclass knows better.
+
+        Args:
+            num_devices: Processes on each machine.
+            num_nodes: Machines.
+
+        Raises:
+            MisconfigurationException: if they differ.
+        """
+
+    def processes_per_node(self) -> int | None:
+        """Processes on this machine, where the environment says; None, unless a subclass knows."""
+        return None
+
+    def teardown(self) -> None:
+        """Undo what the environment changed. Nothing, unless a subclass changes something."""
+
+
+def require_variable(name: str, environ: Mapping[str, str] | None = None) -> str:
+    """The value of an environment variable that the environment must have set.
+
+    Raises:
+        MisconfigurationException: if it is not set.
+    """
+    value = (os.environ if environ is None else environ).get(name)
+    if value is None:
+        raise MisconfigurationException(
+            f"The environment variable {name} is not set, which whoever starts the processes has to do. Set it, or "
+            "choose another environment: Fabric(plugins=LightningEnvironment())."
+        )
+    return value

@@ -1,0 +1,60 @@
+"""Processes started by Kubeflow's training operator."""
+
+from __future__ import annotations
+
+from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_only
+
+__all__ = ["KubeflowEnvironment"]
+
+
+class KubeflowEnvironment(ClusterEnvironment):
+    """Pods of a Kubeflow PyTorchJob, one process in each: ``Fabric(plugins=KubeflowEnvironment())``.
+
+    Never detected, because its variables are also those of other set-ups.
+    """
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return require_variable("MASTER_ADDR")
+
+    @property
+    def main_port(self) -> int:
+        return int(require_variable("MASTER_PORT"))
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return int(require_variable("WORLD_SIZE"))
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return int(require_variable("RANK"))
+
+    def set_global_rank(self, rank: int) -> None:
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return self.global_rank()
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if num_devices != 1 or num_nodes != self.world_size():
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes}, but Kubeflow started {self.world_size()} pods with "
+                "one process each. Use devices=1 and num_nodes equal to the number of pods."
+            )
+
+    def processes_per_node(self) -> int | None:
+        return 1

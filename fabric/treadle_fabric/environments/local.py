@@ -1,0 +1,98 @@
+"""One or several machines without a cluster manager."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+
+from treadle_fabric.environments.environment import ClusterEnvironment
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_only
+
+__all__ = ["LightningEnvironment", "find_free_port"]
+
+
+class LightningEnvironment(ClusterEnvironment):
+    """Processes that Treadle starts itself, or that the user starts with LOCAL_RANK set for each.
+
+    On one machine nothing needs to be set. On several, the user starts the script once on each, with MASTER_ADDR and
+    MASTER_PORT naming the first and NODE_RANK counting them from 0.
+    """
+
+    def __init__(self) -> None:
+        self._port: int | None = None
+        self._world_size: int | None = None
+        self._global_rank: int | None = None
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return "LOCAL_RANK" in os.environ
+
+    @property
+    def main_address(self) -> str:
+        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    def main_port(self) -> int:
+        if "MASTER_PORT" in os.environ:
+            return int(os.environ["MASTER_PORT"])
+        if self._port is None:
+            self._port = find_free_port()
+        return self._port
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] | None = None) -> bool:
+        return True
+
+    def world_size(self) -> int:
+        if self._world_size is not None:
+            return self._world_size
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    def set_world_size(self, size: int) -> None:
+        self._world_size = size
+
+    def global_rank(self) -> int:
+        # What a launched process finds in its environment is right; what was set may come from another process.
+        if "LOCAL_WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
+            return self.node_rank() * int(os.environ["LOCAL_WORLD_SIZE"]) + self.local_rank()
+        if self._global_rank is not None:
+            return self._global_rank
+        return self.local_rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        self._global_rank = rank
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    def node_rank(self) -> int:
+        return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        started = self.processes_per_node()
+        if started is not None and num_devices not in (1, started):
+            raise MisconfigurationException(
+                f"devices={num_devices}, but this script runs in {started} processes on this machine. Use the same "
+                "number of devices throughout a script."
+            )
+        if num_nodes > 1 and not self.creates_processes_externally:
+            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+            if missing:
+                raise MisconfigurationException(
+                    f"num_nodes={num_nodes}, but {', '.join(missing)} not set. Start the script on each machine with "
+                    "MASTER_ADDR and MASTER_PORT naming the first one and NODE_RANK=0, 1, ..., or use torchrun."
+                )
+
+    def processes_per_node(self) -> int | None:
+        value = os.environ.get("LOCAL_WORLD_SIZE") if "LOCAL_RANK" in os.environ else None
+        return None if value is None else int(value)
+
+
+def find_free_port() -> int:
+    """A TCP port that nobody listens on at the moment."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])

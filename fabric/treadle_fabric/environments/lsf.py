@@ -1,0 +1,100 @@
+"""Processes started by jsrun in an LSF job."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_only
+
+__all__ = ["LSFEnvironment"]
+
+_REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
+
+
+class LSFEnvironment(ClusterEnvironment):
+    """Processes started by ``jsrun``, one for each device.
+
+    The rank file that LSF names in LSB_DJOB_RANKFILE lists the hosts: the launch node first, then one line a slot.
+
+    Raises:
+        MisconfigurationException: where the rank file is empty or cannot be read.
+    """
+
+    def __init__(self) -> None:
+        self._hosts = _compute_hosts(require_variable("LSB_DJOB_RANKFILE"))
+        # Libraries that make their own process groups look for these.
+        os.environ["MASTER_ADDR"] = self.main_address
+        os.environ["MASTER_PORT"] = str(self.main_port)
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._hosts[0]
+
+    @property
+    def main_port(self) -> int:
+        if "MASTER_PORT" in os.environ:
+            return int(os.environ["MASTER_PORT"])
+        # All ranks know the job's number, and two jobs on one machine differ in it.
+        return 10000 + int(require_variable("LSB_JOBID")) % 1000
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] | None = None) -> bool:
+        return all(name in (os.environ if environ is None else environ) for name in _REQUIRED)
+
+    def world_size(self) -> int:
+        return int(require_variable("JSM_NAMESPACE_SIZE"))
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return int(require_variable("JSM_NAMESPACE_RANK"))
+
+    def set_global_rank(self, rank: int) -> None:
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+    def local_rank(self) -> int:
+        return int(require_variable("JSM_NAMESPACE_LOCAL_RANK"))
+
+    def node_rank(self) -> int:
+        host = socket.gethostname()
+        for rank, name in enumerate(self._hosts):
+            if name == host or name.split(".")[0] == host.split(".")[0]:
+                return rank
+        raise MisconfigurationException(
+            f"This host, {host!r}, is not among those of LSB_DJOB_RANKFILE: {', '.join(self._hosts)}. Start the "
+            "script with jsrun, or pass plugins=LightningEnvironment()."
+        )
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if num_devices * num_nodes != self.world_size():
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
+                f"jsrun started {self.world_size()}. Make them equal."
+            )
+
+
+def _compute_hosts(rank_file: str) -> list[str]:
+    """The hosts that compute, each once, in the order of the file."""
+    try:
+        hosts = Path(rank_file).read_text().split()
+    except OSError as exc:
+        raise MisconfigurationException(
+            f"LSB_DJOB_RANKFILE={rank_file!r} cannot be read ({exc.strerror}), and LSF lists the hosts there."
+        ) from exc
+    distinct = list(dict.fromkeys(hosts))
+    if not distinct:
+        raise MisconfigurationException(f"LSB_DJOB_RANKFILE={rank_file!r} is empty, and LSF lists the hosts there.")
+    # The first line is the launch node. It computes only if it has another line.
+    if len(distinct) > 1 and hosts.count(distinct[0]) == 1:
+        distinct = distinct[1:]
+    return distinct

@@ -1,0 +1,122 @@
+"""Processes started by mpirun."""
+
+from __future__ import annotations
+
+import os
+import socket
+import zlib
+from collections.abc import Mapping
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any, cast
+
+from treadle_fabric.environments.environment import ClusterEnvironment
+from treadle_fabric.environments.local import find_free_port
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_only
+
+__all__ = ["MPIEnvironment"]
+
+# Open MPI, then MPICH, Intel MPI and MVAPICH. What MPI implementations say without being asked.
+_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
+_LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
+_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVSNAME", "HYDI_CONTROL_FD")
+
+
+class MPIEnvironment(ClusterEnvironment):
+    """Processes started by ``mpirun`` or ``mpiexec``.
+
+    Ranks come from the variables that the MPI launcher sets. On several machines, mpi4py is asked for what they leave
+    open.
+    """
+
+    def __init__(self) -> None:
+        self._port: int | None = None
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        if "MASTER_ADDR" in os.environ:
+            return os.environ["MASTER_ADDR"]
+        if self._is_on_one_node():
+            return "127.0.0.1"
+        return cast(str, self._world.bcast(socket.gethostname(), root=0))
+
+    @property
+    def main_port(self) -> int:
+        if "MASTER_PORT" in os.environ:
+            return int(os.environ["MASTER_PORT"])
+        job = _variable(_JOB)
+        if self._is_on_one_node() and job is not None:
+            return 12000 + zlib.crc32(job.encode()) % 16000  # all ranks know the job's name
+        if self._port is None:
+            self._port = cast(int, self._world.bcast(find_free_port(), root=0))
+        return self._port
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] | None = None) -> bool:
+        size = _variable(_SIZE, environ)
+        return size is not None and int(size) > 1
+
+    def world_size(self) -> int:
+        size = _variable(_SIZE)
+        return int(size) if size is not None else cast(int, self._world.Get_size())
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        rank = _variable(_RANK)
+        return int(rank) if rank is not None else cast(int, self._world.Get_rank())
+
+    def set_global_rank(self, rank: int) -> None:
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+    def local_rank(self) -> int:
+        rank = _variable(_LOCAL_RANK)
+        return int(rank) if rank is not None else self._places[self.global_rank()][1]
+
+    def node_rank(self) -> int:
+        return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if num_devices * num_nodes != self.world_size():
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
+                f"MPI started {self.world_size()}. Make them equal; devices='auto' takes what runs on a machine."
+            )
+
+    def processes_per_node(self) -> int | None:
+        size = _variable(_LOCAL_SIZE)
+        return None if size is None else int(size)
+
+    def _is_on_one_node(self) -> bool:
+        return self.processes_per_node() == self.world_size()
+
+    @cached_property
+    def _world(self) -> Any:
+        if find_spec("mpi4py") is None:
+            raise MisconfigurationException(
+                "The variables of this MPI launcher do not say enough, and mpi4py, which knows, is not installed. "
+                "Install mpi4py, or set MASTER_ADDR and MASTER_PORT for all processes (mpirun -x MASTER_ADDR ...)."
+            )
+        from mpi4py import MPI
+
+        return MPI.COMM_WORLD
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """For each global rank its node rank and local rank."""
+        hosts = self._world.allgather(socket.gethostname())
+        nodes = list(dict.fromkeys(hosts))
+        return [(nodes.index(host), hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
+
+
+def _variable(names: tuple[str, ...], environ: Mapping[str, str] | None = None) -> str | None:
+    environ = os.environ if environ is None else environ
+    return next((environ[name] for name in names if name in environ), None)

@@ -1,0 +1,120 @@
+"""Processes started by srun in a SLURM job."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Mapping
+
+from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_only
+
+__all__ = ["SLURMEnvironment"]
+
+_INTERACTIVE_JOB_NAMES = ("bash", "interactive")
+
+
+class SLURMEnvironment(ClusterEnvironment):
+    """Processes started by ``srun``, one for each device.
+
+    Args:
+        auto_requeue: Save a checkpoint and put the job back into the queue when its time is nearly up. (Needs a
+            signal before the end: ``#SBATCH --signal=SIGUSR1@90``.)
+        requeue_signal: The signal that announces the end; SIGUSR1 by default.
+    """
+
+    def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
+        self.auto_requeue = auto_requeue
+        if requeue_signal is None and hasattr(signal, "SIGUSR1"):
+            requeue_signal = signal.SIGUSR1
+        self.requeue_signal = requeue_signal
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        address = os.environ.get("MASTER_ADDR")
+        if address is None:
+            nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
+            nodes = nodes or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+            address = self.resolve_root_node_address(nodes)
+        return address
+
+    @property
+    def main_port(self) -> int:
+        if "MASTER_PORT" in os.environ:
+            return int(os.environ["MASTER_PORT"])
+        # All ranks know the job's number, and two jobs on one machine differ in it.
+        job = self.job_id()
+        return 29500 if job is None else 15000 + job % 10000
+
+    @staticmethod
+    def detect(environ: Mapping[str, str] | None = None) -> bool:
+        environ = os.environ if environ is None else environ
+        return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOB_NAMES
+
+    @staticmethod
+    def job_name() -> str | None:
+        return os.environ.get("SLURM_JOB_NAME")
+
+    @staticmethod
+    def job_id() -> int | None:
+        """The job's number; None in an interactive job."""
+        if SLURMEnvironment.job_name() in _INTERACTIVE_JOB_NAMES:
+            return None
+        try:
+            return int(os.environ["SLURM_JOB_ID"])
+        except (KeyError, ValueError):
+            return None
+
+    def world_size(self) -> int:
+        return int(require_variable("SLURM_NTASKS"))
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return int(require_variable("SLURM_PROCID"))
+
+    def set_global_rank(self, rank: int) -> None:
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+
+    def local_rank(self) -> int:
+        return int(require_variable("SLURM_LOCALID"))
+
+    def node_rank(self) -> int:
+        return int(require_variable("SLURM_NODEID"))
+
+    @staticmethod
+    def resolve_root_node_address(nodes: str) -> str:
+        """The first host of a list as SLURM writes it: ``alpha[02-04,7],beta`` gives ``alpha02``."""
+        nodes = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes)
+        return re.split(r"[\s,]", nodes.strip(), maxsplit=1)[0]
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        per_node, nodes = self.processes_per_node(), os.environ.get("SLURM_NNODES")
+        remedy = (
+            "Give `#SBATCH --ntasks-per-node` the number of devices and `--nodes` the number of nodes, and start the "
+            "script with srun; or, to let Treadle start the processes, pass plugins=LightningEnvironment()."
+        )
+        if per_node is None and self.world_size() != num_devices * num_nodes:
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
+                f"SLURM started {self.world_size()} tasks. {remedy}"
+            )
+        if per_node is not None and per_node != num_devices:
+            raise MisconfigurationException(
+                f"devices={num_devices}, but SLURM started {per_node} tasks on each node. {remedy}"
+            )
+        if nodes is not None and int(nodes) != num_nodes:
+            raise MisconfigurationException(f"num_nodes={num_nodes}, but the SLURM job has {nodes} nodes. {remedy}")
+
+    def processes_per_node(self) -> int | None:
+        if os.environ.get("SLURM_NNODES") == "1":
+            return self.world_size()
+        value = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+        return int(value) if value.isdecimal() else None

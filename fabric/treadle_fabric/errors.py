@@ -1,0 +1,86 @@
+"""What can go wrong, as a tree.
+
+    TreadleError
+    +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
+    |   +-- DeviceUnavailableError       a device was asked for that is not there
+    +-- CheckpointError                  reading or writing a checkpoint failed
+    |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
+    |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
+    |   +-- CheckpointUnsafeError        would have to unpickle arbitrary objects
+    |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError)
+    +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
+    +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
+
+Every message says the value, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "CheckpointUnsafeError",
+    "DeviceUnavailableError",
+    "MisconfigurationException",
+    "ProcessFailedError",
+    "TreadleError",
+    "UnusedParametersError",
+    "near_names",
+]
+
+
+class TreadleError(Exception):
+    """Base of everything Treadle raises on purpose."""
+
+
+class MisconfigurationException(TreadleError, ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class DeviceUnavailableError(MisconfigurationException):
+    """A device was asked for that this machine does not have."""
+
+
+class CheckpointError(TreadleError):
+    """Reading or writing a checkpoint failed."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """Nothing lies at the path."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """The file is truncated, damaged, or was not written as a checkpoint."""
+
+
+class CheckpointUnsafeError(CheckpointError):
+    """The file can only be read by running code that it brings along."""
+
+
+class CheckpointMismatchError(CheckpointError, KeyError):
+    """The checkpoint is whole, but its keys are not those of the state it is loaded into."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would print the repr
+
+
+class ProcessFailedError(TreadleError, RuntimeError):
+    """Another process of the run ended with an error."""
+
+
+class UnusedParametersError(TreadleError, RuntimeError):
+    """Parameters that require a gradient got none, and the strategy waits for it."""
+
+
+def near_names(name: str, known: Iterable[str], n: int = 3) -> str:
+    """A hint such as ``Did you mean 'val_loss'?`` for a misspelled name, or the list of what there is."""
+    known = sorted({str(k) for k in known})
+    close = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
+    if close:
+        return "Did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "There is: " + ", ".join(known) + "." if known else "There is none."

@@ -1,0 +1,603 @@
+"""Fabric: what a hand-written loop needs to run anywhere."""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Number
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from treadle_fabric.data import map_tensors, seed_workers, shard_dataloader
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric.resolve import build, resolve
+from treadle_fabric.seed import seed_everything as _seed_everything
+from treadle_fabric.strategies import Strategy
+from treadle_fabric.types import PathLike
+from treadle_fabric.wrappers import (
+    FabricDataLoader,
+    FabricModule,
+    FabricOptimizer,
+    check_loader,
+    check_module,
+    check_optimizer,
+    check_ownership,
+    engine_of,
+    put_back,
+    unwrap,
+)
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.loggers import Logger
+
+__all__ = ["Fabric"]
+
+T = TypeVar("T")
+
+
+def _nothing(fabric: Fabric) -> None:
+    """What :meth:`Fabric.launch` runs by default."""
+
+
+class Fabric:
+    """Runs a hand-written training loop on any device, in any precision, in any number of processes.
+
+    Args:
+        accelerator: ``"cpu"``, ``"cuda"``, ``"mps"``, ``"gpu"`` or ``"auto"``.
+        strategy: A name such as ``"ddp"``, or a strategy. ``"auto"``: one process, or DDP for several devices.
+        devices: How many, or which (a list of indices); -1 or ``"auto"`` for all.
+        num_nodes: Machines.
+        precision: A name such as ``"bf16-mixed"``. Default: ``"32-true"``.
+        plugins: Precision, cluster environment and checkpoint IO, if not the usual ones.
+        callbacks: Objects whose methods :meth:`call` runs.
+        loggers: What :meth:`log` writes to.
+
+    Raises:
+        MisconfigurationException: Arguments that cannot work, alone or together.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: str | int | None = None,
+        plugins: Any | None = None,
+        callbacks: Any | None = None,
+        loggers: Logger | Iterable[Logger] | None = None,
+    ) -> None:
+        plan = resolve(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            plugins=plugins,
+        )
+        self._strategy: Strategy = build(plan)
+        self._callbacks: list[Any] = _as_list(callbacks)
+        self._loggers: list[Any] = _as_list(loggers)
+        self._launched = False
+        self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # those set up
+        self._backward = self._strategy.backward
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "run" in cls.__dict__:
+            cls.run = _launching(cls.__dict__["run"])  # type: ignore[method-assign]
+
+    # Who and where
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The hardware."""
+        accelerator = self._strategy.accelerator
+        assert accelerator is not None  # the plan names one
+        return accelerator
+
+    @property
+    def strategy(self) -> Strategy:
+        """How devices and processes work together."""
+        return self._strategy
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        return self._strategy.root_device
+
+    @property
+    def global_rank(self) -> int:
+        """This process among all."""
+        return self._strategy.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its machine."""
+        return self._strategy.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """This machine among all."""
+        return self._strategy.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self._strategy.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the first process."""
+        return self._strategy.is_global_zero
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The objects whose methods :meth:`call` runs."""
+        return self._callbacks
+
+    @property
+    def loggers(self) -> list[Any]:
+        """All loggers."""
+        return self._loggers
+
+    @property
+    def logger(self) -> Any:
+        """The first logger.
+
+        Raises:
+            MisconfigurationException: There is none.
+        """
+        if not self._loggers:
+            raise MisconfigurationException("There is no logger. Pass one: Fabric(loggers=CSVLogger('logs')).")
+        return self._loggers[0]
+
+    # Start-up
+
+    def launch(self, function: Callable[..., Any] = _nothing, *args: Any, **kwargs: Any) -> Any:
+        """Start the processes.
+
+        Args:
+            function: Gets this object, then the arguments. Without one, the code after this call runs in every
+                process; strategies that spawn or fork need one.
+            *args: For the function.
+            **kwargs: For the function.
+
+        Returns:
+            What the function returns, in rank 0's case if it ran in other processes.
+
+        Raises:
+            MisconfigurationException: The function is missing where one is needed, or is none.
+        """
+        if not callable(function):
+            raise MisconfigurationException(
+                f"launch({function!r}): the argument must be a function that takes the Fabric object first, as in "
+                "fabric.launch(train); to run the code that follows, call fabric.launch()."
+            )
+        if not self._launched and function is _nothing and self._strategy.launches_function:
+            raise MisconfigurationException(
+                "This strategy runs a function in new processes, so launch() needs one: fabric.launch(train), where "
+                "train(fabric) contains the loop. Or use strategy='ddp', which runs the script again."
+            )
+        return self._launch(function, self, *args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Override this with the loop; calling it launches first."""
+
+    def _launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        if self._launched:
+            return function(*args, **kwargs)
+        launcher = self._strategy.launcher
+        if launcher is None:
+            return self._enter(False, function, *args, **kwargs)
+        result: T = launcher.launch(self._enter, self._strategy.launches_function, function, *args, **kwargs)
+        return result
+
+    def _enter(self, new_process: bool, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """The first thing that every process does."""
+        self._strategy.setup_environment()
+        self._launched = True
+        result = function(*args, **kwargs)
+        if new_process:
+            self._strategy.leave_environment()
+        return result
+
+    def _require_launch(self, what: str) -> None:
+        if self._launched:
+            return
+        if self._strategy.launcher is not None:
+            raise MisconfigurationException(
+                f"{what} was called before launch(), and there are {self._strategy.world_size} processes to start. "
+                "Call fabric.launch() once, before anything that they do together."
+            )
+        self._strategy.setup_environment()  # one process needs no launch
+        self._launched = True
+
+    @staticmethod
+    def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
+        """Seed everything as :func:`treadle_fabric.seed_everything` does; loaders' workers too by default."""
+        return _seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
+
+    def sharded_model(self) -> AbstractContextManager[Any]:
+        """Surrounds the construction of a model that a strategy shards. No strategy here needs it."""
+        return nullcontext()
+
+    def init_tensor(self) -> AbstractContextManager[Any]:
+        """Tensors created inside are on the device, with the precision's dtype."""
+        return self._strategy.tensor_init_context()
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Modules created inside are on the device, with the precision's dtype.
+
+        Args:
+            empty_init: Leave the weights uninitialized, because a checkpoint fills them anyway.
+        """
+        self._require_launch("init_module")
+        return self._strategy.module_init_context(empty_init=empty_init)
+
+    # Set-up
+
+    def setup(
+        self, module: Module, *optimizers: Optimizer, scheduler: Any | None = None, move_to_device: bool = True
+    ) -> Any:
+        """Prepare a model and its optimizers.
+
+        Args:
+            module: The model.
+            *optimizers: Optimizers of its parameters.
+            scheduler: A learning-rate scheduler, for strategies that step it themselves.
+            move_to_device: Move the model to :attr:`device`.
+
+        Returns:
+            The wrapped model; with optimizers a tuple of it, the wrapped optimizers, and the scheduler if there is one.
+
+        Raises:
+            MisconfigurationException: Something is set up already, or an optimizer holds other parameters.
+        """
+        self._require_launch("setup")
+        check_module(module)
+        for optimizer in optimizers:
+            check_optimizer(optimizer)
+            check_ownership(module, optimizer, self._modules)
+        module = self._prepare(module, move_to_device)
+        engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, optimizers, scheduler)
+        wrapped = self._wrap_module(engine, module)
+        if not optimizers:
+            return wrapped if scheduler is None else (wrapped, scheduler)
+        result = (wrapped, *(self._wrap_optimizer(optimizer) for optimizer in stepped))
+        return result if scheduler is None else (*result, scheduler)
+
+    def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:
+        """Prepare a model alone, as :meth:`setup` does; :meth:`setup_optimizers` takes its optimizers."""
+        self._require_launch("setup_module")
+        check_module(module)
+        module = self._prepare(module, move_to_device)
+        return self._wrap_module(self._strategy.setup_module(module), module)
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Prepare optimizers alone, of one or several models.
+
+        Returns:
+            The wrapped optimizer, or a tuple of several.
+        """
+        self._require_launch("setup_optimizers")
+        if not optimizers:
+            raise MisconfigurationException("setup_optimizers() got no optimizer.")
+        for optimizer in optimizers:
+            check_optimizer(optimizer)
+        if self._strategy.joint_setup:
+            raise MisconfigurationException(
+                f"{type(self._strategy).__name__} sets up a model together with its optimizers. "
+                "Use fabric.setup(model, optimizer)."
+            )
+        wrapped = tuple(self._wrap_optimizer(self._strategy.setup_optimizer(optimizer)) for optimizer in optimizers)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def setup_dataloaders(
+        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+    ) -> Any:
+        """Prepare loaders: each rank gets its share of the samples, on its device.
+
+        Args:
+            *dataloaders: ``DataLoader`` objects, or any iterables of batches (which must share out samples themselves).
+            use_distributed_sampler: Share out a ``DataLoader``'s samples. Their order is the loader's own sampler's.
+            move_to_device: Move batches to :attr:`device`.
+
+        Returns:
+            The wrapped loader, or a list of several.
+        """
+        self._require_launch("setup_dataloaders")
+        if not dataloaders:
+            raise MisconfigurationException("setup_dataloaders() got no loader.")
+        for loader in dataloaders:
+            check_loader(loader)
+        wrapped = [self._wrap_loader(loader, use_distributed_sampler, move_to_device) for loader in dataloaders]
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    def _prepare(self, module: Module, move_to_device: bool) -> Module:
+        module = self._strategy.precision.convert_module(module)
+        if move_to_device:
+            self._strategy.module_to_device(module)
+        return module
+
+    def _wrap_module(self, engine: Module, module: Module) -> FabricModule:
+        self._strategy.precision.guard_module(module)
+        wrapped = FabricModule(engine, self._strategy, module)
+        user_module = wrapped.module
+        if hasattr(type(user_module), "fabric"):  # it logs, and has hooks of its own
+            user_module.fabric = self  # type: ignore[assignment]
+            if not any(callback is user_module for callback in self._callbacks):
+                self._callbacks.append(user_module)
+        self._modules.add(user_module)
+        self.call("on_after_setup", fabric=self, module=wrapped)
+        return wrapped
+
+    def _wrap_optimizer(self, optimizer: Optimizer) -> FabricOptimizer:
+        return FabricOptimizer(optimizer, self._strategy, after_step=self._after_step)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self._callbacks:
+            self.call("on_after_optimizer_step", strategy=self._strategy, optimizer=optimizer)
+
+    def _wrap_loader(self, loader: Any, share: bool, move: bool) -> FabricDataLoader:
+        kwargs = self._strategy.distributed_sampler_kwargs
+        if share and kwargs is not None:
+            loader = shard_dataloader(loader, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), **kwargs)
+        loader = seed_workers(self._strategy.process_dataloader(loader), self.global_rank)
+        return FabricDataLoader(loader, device=self.device if move else None)
+
+    # The step
+
+    def backward(self, tensor: Tensor, *args: Any, model: FabricModule | None = None, **kwargs: Any) -> None:
+        """Differentiate a loss: ``loss.backward()``, scaled where the precision needs it.
+
+        Args:
+            tensor: The loss.
+            *args: For ``Tensor.backward``.
+            model: The model it belongs to; engines that run the backward pass themselves need it if there are several.
+            **kwargs: For ``Tensor.backward``.
+
+        Raises:
+            MisconfigurationException: ``tensor`` is no tensor, or the model is not set up.
+        """
+        if not isinstance(tensor, Tensor):
+            raise MisconfigurationException(
+                f"backward got a {type(tensor).__name__}, and needs the loss as a tensor. A float, as of .item(), has "
+                "no gradient; of a dict or tuple, pass the loss in it."
+            )
+        self._backward(tensor, None if model is None else engine_of(model, "backward"), *args, **kwargs)
+
+    def clip_gradients(
+        self,
+        module: Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float | int = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip gradients, after unscaling them where the precision scales.
+
+        Args:
+            module: The model.
+            optimizer: Whose parameters' gradients to clip.
+            clip_val: Clamp each entry to ``[-clip_val, clip_val]``.
+            max_norm: Or scale all so that their joint norm is at most this.
+            norm_type: The p of the p-norm.
+            error_if_nonfinite: Raise if the norm is NaN or infinite.
+
+        Returns:
+            With ``max_norm`` the norm before clipping, a scalar.
+
+        Raises:
+            MisconfigurationException: Not exactly one of ``clip_val`` and ``max_norm``, or a negative one.
+        """
+        if (clip_val is None) == (max_norm is None):
+            raise MisconfigurationException(
+                f"clip_gradients(clip_val={clip_val!r}, max_norm={max_norm!r}): give exactly one of the two."
+            )
+        limit = clip_val if max_norm is None else max_norm
+        if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit >= 0:
+            name = "clip_val" if max_norm is None else "max_norm"
+            raise MisconfigurationException(f"clip_gradients({name}={limit!r}): must be a number of at least 0.")
+        engine = engine_of(module, "clip_gradients")
+        inner = optimizer.optimizer if isinstance(optimizer, FabricOptimizer) else optimizer
+        if max_norm is not None:
+            return self._strategy.clip_gradients_norm(engine, inner, max_norm, norm_type, error_if_nonfinite)
+        self._strategy.clip_gradients_value(engine, inner, limit)
+        return None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """What surrounds the forward pass, for computations outside it."""
+        return self._strategy.precision.forward_context()
+
+    def to_device(self, obj: Any) -> Any:
+        """Move a module in place, or a tensor or batch, to :attr:`device`."""
+        self._require_launch("to_device")
+        if isinstance(obj, Module):
+            self._strategy.module_to_device(obj)
+            return obj
+        return self._strategy.batch_to_device(obj)
+
+    def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Accumulate gradients without reducing them, for all but the last micro-batch; surrounds forward and backward.
+
+        Args:
+            module: The model, set up.
+            enabled: ``False``: do nothing, so that the loop needs no second branch.
+        """
+        return self._strategy.no_backward_sync(engine_of(module, "no_backward_sync"), enabled)
+
+    # Communication
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on the first process of each machine."""
+        if self.local_rank == 0:
+            print(*args, **kwargs)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every process is here."""
+        self._require_launch("barrier")
+        self._strategy.barrier(name)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """The object that process ``src`` has, on every process."""
+        self._require_launch("broadcast")
+        received: T = self._strategy.broadcast(obj, src)
+        return received
+
+    def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
+        """Every process's tensors, stacked along a new first dimension.
+
+        Args:
+            data: A tensor or number, or containers of some; of the same shapes on every process.
+            group: A process group. Default: all.
+            sync_grads: Let gradients flow back.
+
+        Returns:
+            The same structure, of shapes ``(world_size, *shape)``; with one process, of unchanged shapes.
+        """
+        self._require_launch("all_gather")
+        return self._map(data, lambda t: self._strategy.all_gather(t, group, sync_grads))
+
+    def all_reduce(self, data: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Tensors reduced over all processes.
+
+        Args:
+            data: A tensor or number, or containers of some; of the same shapes on every process. Left as it is.
+            group: A process group. Default: all.
+            reduce_op: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a ``torch.distributed.ReduceOp``.
+        """
+        self._require_launch("all_reduce")
+        return self._map(data, lambda t: self._strategy.all_reduce(t, group, reduce_op))
+
+    def _map(self, data: Any, function: Callable[[Tensor], Tensor]) -> Any:
+        def apply(value: Any) -> Any:
+            return function(value if isinstance(value, Tensor) else torch.tensor(value, device=self.device))
+
+        return map_tensors(data, apply, leaf=(Tensor, Number))
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Generator[None]:
+        """Rank 0 runs the block first, then the others; for downloads and caches.
+
+        Args:
+            local: The first process of each machine, for disks that machines do not share.
+        """
+        self._require_launch("rank_zero_first")
+        rank = self.local_rank if local else self.global_rank
+        if rank > 0:
+            self._strategy.barrier()
+        yield
+        if rank == 0:
+            self._strategy.barrier()
+        self._strategy.barrier()
+
+    # Files
+
+    def save(
+        self, path: PathLike, state: Mapping[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None
+    ) -> None:
+        """Write a checkpoint, whole or not at all; every process must call this.
+
+        Args:
+            path: Where to.
+            state: Names to models, optimizers, whatever has a ``state_dict``, and plain values, nested as you like.
+            filter: For a name in ``state``, a function of an entry's name and value that says which to keep.
+
+        Raises:
+            CheckpointError: The file cannot be written; what was there stands.
+            MisconfigurationException: ``state`` or ``filter`` are not as described.
+        """
+        self._require_launch("save")
+        self._strategy.save_checkpoint(path, unwrap(state), filter=filter)
+        self._strategy.barrier()
+
+    def load(
+        self,
+        path: PathLike,
+        state: Any | None = None,
+        strict: bool = True,
+        *,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint, and restore a state in place; every process must call this.
+
+        Args:
+            path: What to read.
+            state: As in :meth:`save`; plain values in it are replaced. ``None``: restore nothing.
+            strict: Refuse a file that lacks something in ``state``.
+            weights_only: Only an explicit ``False`` lets the file run code of its own.
+
+        Returns:
+            What of the file ``state`` does not name; all of it if ``state`` is ``None``.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, unsafe, or does not fit.
+        """
+        self._require_launch("load")
+        unwrapped = unwrap(state)
+        remainder = self._strategy.load_checkpoint(path, unwrapped, strict=strict, weights_only=weights_only)
+        self._strategy.barrier()
+        if isinstance(state, dict) and unwrapped is not state:
+            put_back(state, unwrapped)
+        return remainder
+
+    def load_raw(
+        self, path: PathLike, obj: Module | Optimizer, strict: bool = True, *, weights_only: bool | None = None
+    ) -> None:
+        """Load a file that holds nothing but a module's or an optimizer's state dict; arguments as in :meth:`load`."""
+        self._require_launch("load_raw")
+        if not isinstance(obj, (Module, Optimizer)):
+            raise MisconfigurationException(
+                f"load_raw(obj={type(obj).__name__}): must be a module or an optimizer. For a dict, use load."
+            )
+        self._strategy.load_checkpoint(path, unwrap(obj), strict=strict, weights_only=weights_only)
+
+    # Callbacks and loggers
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method, with these arguments, on every callback that has it, in their order."""
+        for callback in tuple(self._callbacks):
+            method = getattr(callback, hook_name, None)
+            if callable(method):
+                method(*args, **kwargs)
+            elif method is not None:
+                rank_zero_warn(f"{type(callback).__name__}.{hook_name} is not callable, and was skipped.")
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Write a number, or a tensor with one element, to all loggers."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Write several values, by name, to all loggers."""
+        for logger in self._loggers:
+            logger.log_metrics(metrics=metrics, step=step)
+
+
+def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The user's ``run``, in all processes."""
+
+    @functools.wraps(run)
+    def launched(self: Fabric, *args: Any, **kwargs: Any) -> Any:
+        if self._launched:
+            return run(self, *args, **kwargs)
+        return self._launch(getattr(self, run.__name__), *args, **kwargs)
+
+    return launched
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]

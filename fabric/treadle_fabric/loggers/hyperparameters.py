@@ -1,0 +1,101 @@
+"""Hyper-parameters in the forms that loggers write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from treadle_fabric.errors import MisconfigurationException
+
+__all__ = ["flatten", "to_dict", "to_yaml"]
+
+_BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
+_YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+_UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+
+
+def to_dict(params: Any) -> dict[str, Any]:
+    """The entries of a mapping, a ``Namespace`` or a dataclass, with string keys and nested ones turned likewise.
+
+    Raises:
+        MisconfigurationException: It is something else.
+    """
+    if params is None:
+        return {}
+    entries = _entries(params)
+    if entries is None:
+        raise MisconfigurationException(
+            f"Hyper-parameters are a mapping, a Namespace or a dataclass, and this is a {type(params).__qualname__}. "
+            "Give a dictionary with their names, such as {'params': ...}."
+        )
+    return {str(key): value if _entries(value) is None else to_dict(value) for key, value in entries.items()}
+
+
+def _entries(value: Any) -> Mapping[Any, Any] | None:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, Namespace):
+        return vars(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def flatten(params: Mapping[str, Any], separator: str = "/") -> dict[str, bool | int | float | str]:
+    """Nested entries under joined names, every value a number or a string."""
+    flat: dict[str, bool | int | float | str] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat.update({f"{key}{separator}{k}": v for k, v in flatten(value, separator).items()})
+        else:
+            plain = _number(value)
+            flat[key] = plain if isinstance(plain, bool | int | float | str) else str(plain)
+    return flat
+
+
+def _number(value: Any) -> Any:
+    """Tensors and NumPy scalars of one element as Python numbers; anything else as it is."""
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        return value.item()
+    return value
+
+
+def to_yaml(params: Mapping[str, Any]) -> str:
+    """YAML with one ``key: value`` a line, the values in its JSON-like form; what has no such form becomes a string."""
+    lines = (f"{_key(key)}: {_value(value)}\n" for key, value in params.items())
+    return "".join(lines) or "{}\n"
+
+
+def _key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) and key.lower() not in _YAML_WORDS else _string(key)
+
+
+def _value(value: Any) -> str:
+    value = _number(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int) and type(value).__str__ is int.__str__:
+        return str(int(value))
+    if isinstance(value, float):
+        return _float(float(value))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_string(str(k))}: {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return _string(str(value))
+
+
+def _float(value: float) -> str:
+    if not math.isfinite(value):
+        return {"nan": ".nan", "inf": ".inf", "-inf": "-.inf"}[repr(value)]
+    text = repr(value)  # 1e-05 is a string to YAML 1.1 readers, which want 1.0e-05
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+def _string(text: str) -> str:
+    return _UNPRINTABLE.sub(lambda m: f"\\u{ord(m[0]):04x}", json.dumps(text, ensure_ascii=False))

@@ -1,0 +1,46 @@
+"""Metrics as a logger gets them, turned into Python numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treadle_fabric.errors import MisconfigurationException
+
+__all__ = ["add_prefix", "to_numbers"]
+
+
+def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mapping[str, Any]:
+    """The metrics under ``prefix + separator + name``."""
+    return {f"{prefix}{separator}{name}": value for name, value in metrics.items()} if prefix else metrics
+
+
+def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Every tensor as a Python number, in one transfer for each device; other values, and the order, as they are.
+
+    Raises:
+        MisconfigurationException: A tensor has more or less than one element.
+    """
+    numbers = dict(metrics)
+    remote: dict[torch.device, list[str]] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise MisconfigurationException(
+                    f"The metric {name!r} has shape {tuple(value.shape)}, and a metric is one number. "
+                    f"Log a reduction of it, such as its mean()."
+                )
+            if value.device.type == "cpu":
+                numbers[name] = value.item()
+            else:
+                remote.setdefault(value.device, []).append(name)
+        elif isinstance(value, Mapping):
+            numbers[name] = to_numbers(value)
+    for device, names in remote.items():
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no doubles
+        stacked = torch.stack([metrics[name].detach().reshape(()).to(wide) for name in names])
+        numbers.update(zip(names, stacked.tolist()))
+    return numbers

@@ -1,0 +1,63 @@
+"""Mixed precision: weights stay in single precision, and each operation picks its dtype."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.precision.precision import Precision, _Scaling, cast_floating
+
+__all__ = ["MixedPrecision"]
+
+_DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
+
+
+class MixedPrecision(Precision):
+    """``torch.autocast`` around the forward pass.
+
+    Args:
+        precision: ``"16-mixed"`` or ``"bf16-mixed"``.
+        device: The device type, such as ``"cuda"``.
+        scaler: Keeps small float16 gradients from vanishing. Default: a new ``GradScaler`` for ``"16-mixed"``.
+    """
+
+    converts = True
+    autocasts = True
+
+    def __init__(
+        self,
+        precision: Literal["16-mixed", "bf16-mixed"],
+        device: str = "cpu",
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        super().__init__()
+        if precision not in _DTYPES:
+            raise MisconfigurationException(
+                f"MixedPrecision(precision={precision!r}): must be one of {', '.join(map(repr, _DTYPES))}."
+            )
+        self.device = torch.device(device).type
+        if scaler is not None and precision == "bf16-mixed":
+            raise MisconfigurationException(
+                "precision='bf16-mixed' with a scaler: bfloat16 has the range of float32 and needs no scaling. "
+                "Leave the scaler out, or use '16-mixed'."
+            )
+        if scaler is None and precision == "16-mixed":
+            scaler = torch.amp.GradScaler(self.device)
+        self.precision = precision
+        self._dtype = _DTYPES[precision]
+        self._scaling = _Scaling(scaler)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Autocast."""
+        return torch.autocast(self.device, dtype=self._dtype)
+
+    def convert_input(self, data: Any) -> Any:
+        """Floating-point tensors in the lower precision."""
+        return cast_floating(data, self._dtype)
+
+    def convert_output(self, data: Any) -> Any:
+        """Floating-point tensors in torch's default dtype."""
+        return cast_floating(data, torch.get_default_dtype())

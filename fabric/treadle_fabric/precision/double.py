@@ -1,0 +1,44 @@
+"""Double precision."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from treadle_fabric.precision.precision import Precision, cast_floating, default_dtype
+
+__all__ = ["DoublePrecision"]
+
+
+class DoublePrecision(Precision):
+    """Everything in float64."""
+
+    precision = "64-true"
+    converts = True
+
+    def convert_module(self, module: Module) -> Module:
+        """Cast the weights."""
+        return module.double()
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """float64 as torch's default dtype."""
+        return default_dtype(torch.float64)
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """float64 as torch's default dtype."""
+        return default_dtype(torch.float64)
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """float64 as torch's default dtype, for tensors that the forward pass creates."""
+        return default_dtype(torch.float64)
+
+    def convert_input(self, data: Any) -> Any:
+        """Floating-point tensors in float64."""
+        return cast_floating(data, torch.float64)
+
+    def convert_output(self, data: Any) -> Any:
+        """Floating-point tensors in torch's default dtype."""
+        return cast_floating(data, torch.get_default_dtype())

@@ -1,0 +1,231 @@
+"""What a precision decides: the dtypes of weights, inputs and outputs, and whether losses are scaled."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import LBFGS, Optimizer
+
+from treadle_fabric.data import map_tensors
+from treadle_fabric.errors import MisconfigurationException
+
+__all__ = ["Precision", "cast_floating", "default_dtype"]
+
+
+class Precision:
+    """Single precision, and the hooks that other precisions implement.
+
+    A leaf declares its contexts and conversions. How a loss is scaled and a scaled gradient applied is written once,
+    here, and switched on by giving a ``scaler``.
+    """
+
+    precision: str = "32-true"
+    """The canonical name, such as ``"bf16-mixed"``."""
+    converts: bool = False
+    """``False``: :meth:`forward_context`, :meth:`convert_input` and :meth:`convert_output` do nothing, and wrappers
+    leave them out."""
+    autocasts: bool = False
+    """Each operation picks its own dtype, so a whole step is given its batch unrounded: there are targets in it."""
+
+    def __init__(self) -> None:
+        self._scaling = _Scaling(None)
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The gradient scaler, with every finished step taken into account; ``None`` without scaling."""
+        self._scaling.settle()
+        return self._scaling.scaler
+
+    @property
+    def requires_fabric_backward(self) -> bool:
+        """Whether ``loss.backward()`` would be wrong, because the loss has to be scaled first."""
+        return self._scaling.scaler is not None
+
+    def convert_module(self, module: Module) -> Module:
+        """Give the module's weights their dtype."""
+        return module
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        """Tensors created inside get this precision's dtype."""
+        return contextlib.nullcontext()
+
+    def module_init_context(self) -> AbstractContextManager[Any]:
+        """Modules created inside get this precision's weights."""
+        return contextlib.nullcontext()
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Surrounds the forward pass."""
+        return contextlib.nullcontext()
+
+    def convert_input(self, data: Any) -> Any:
+        """Cast the floating-point tensors that go into a forward pass."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """Cast the floating-point tensors that come out of it."""
+        return data
+
+    def pre_backward(self, tensor: Tensor, module: Module | None) -> Any:
+        """Runs before :meth:`backward`."""
+
+    def backward(self, tensor: Tensor, model: Module | None, *args: Any, **kwargs: Any) -> None:
+        """Differentiate ``tensor``, scaled if there is a scaler; the arguments are those of ``Tensor.backward``."""
+        scaling = self._scaling
+        if scaling.scaler is None:
+            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            with scaling.activated():
+                scaling.scale(tensor).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def post_backward(self, tensor: Tensor, module: Module | None) -> Any:
+        """Runs after :meth:`backward`."""
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Step, or under a scaler: unscale, and step where all gradients are finite.
+
+        Args:
+            optimizer: The optimizer, unwrapped.
+            **kwargs: Arguments of its ``step``, ``closure`` among them.
+
+        Returns:
+            What the optimizer's ``step`` returned, or the closure's result under a scaler.
+        """
+        if self._scaling.scaler is None:
+            return optimizer.step(**kwargs)
+        return self._scaling.step(optimizer, **kwargs)
+
+    def unscale_gradients(self, optimizer: Optimizer) -> None:
+        """Make gradients true to the loss, for reading or clipping. Twice within a step does no harm."""
+        if self._scaling.scaler is not None:
+            self._scaling.unscale(optimizer)
+
+    def validate_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse an optimizer that cannot work in this precision.
+
+        Raises:
+            MisconfigurationException: It evaluates its closure by itself, and gradients are scaled.
+        """
+        if self._scaling.scaler is not None:
+            _refuse_closure_optimizer(optimizer, self.precision)
+
+    def guard_module(self, module: Module) -> None:
+        """Under a scaler, make an unscaled backward pass into the module's parameters an error.
+
+        Gradients that do not end there, such as those of ``torch.autograd.grad``, stay free.
+        """
+        scaling = self._scaling
+        if scaling.scaler is None:
+            return
+
+        def refuse(parameter: Tensor) -> None:
+            if not scaling.active:
+                raise MisconfigurationException(
+                    f"loss.backward() with precision={self.precision!r} accumulates gradients of a loss that was not "
+                    "scaled, and the step would divide them by the scale. Call fabric.backward(loss) instead."
+                )
+
+        for parameter in module.parameters():
+            if parameter.requires_grad and not hasattr(parameter, "_treadle_guarded"):
+                parameter._treadle_guarded = True  # type: ignore[attr-defined]
+                parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+
+    def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state; empty without one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        if self._scaling.scaler is not None and state_dict:
+            self._scaling.scaler.load_state_dict(dict(state_dict))
+
+    def teardown(self) -> None:
+        """Undo what the precision set up."""
+
+
+class _Scaling:
+    """A gradient scaler, told when an iteration is over.
+
+    The scale may only change once all optimizers of an iteration have stepped, or gradients of the later ones are
+    divided by another scale than they were multiplied with. That is known for sure when the next loss is scaled.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self.scaler: Final = scaler
+        self.active = False  # a scaled loss is being differentiated, perhaps by another thread
+        self._unscaled: set[int] = set()
+        self._stepped = False
+
+    @contextlib.contextmanager
+    def activated(self) -> Generator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def settle(self) -> None:
+        if self._stepped and not self._unscaled and self.scaler is not None:
+            self.scaler.update()
+            self._stepped = False
+
+    def scale(self, loss: Tensor) -> Tensor:
+        assert self.scaler is not None
+        self.settle()
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        assert self.scaler is not None
+        if id(optimizer) not in self._unscaled:
+            self.settle()
+            self.scaler.unscale_(optimizer)
+            self._unscaled.add(id(optimizer))
+
+    def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        assert self.scaler is not None
+        closure = kwargs.pop("closure", None)
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        done = self.scaler.step(optimizer, **kwargs)
+        self._unscaled.discard(id(optimizer))
+        self._stepped = True
+        return done if closure is None else result
+
+
+def _refuse_closure_optimizer(optimizer: Optimizer, precision: str) -> None:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if isinstance(optimizer, LBFGS) or needs_closure:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} evaluates its closure several times in one step, and precision={precision!r} "
+            "scales gradients once per step. Use precision='bf16-mixed' or '32-true', or another optimizer."
+        )
+
+
+def cast_floating(data: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor of a collection as ``dtype``; the same object where nothing changes."""
+    return map_tensors(data, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Generator[None]:
+    """Floating-point tensors created inside are ``dtype``."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

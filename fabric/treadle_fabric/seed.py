@@ -1,0 +1,152 @@
+"""Random seeds and random state: Python's, NumPy's and PyTorch's together."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+
+__all__ = [
+    "collect_rng_states",
+    "isolate_rng",
+    "reset_seed",
+    "seed_everything",
+    "set_rng_states",
+    "worker_init_function",
+]
+
+_MAX_SEED = 2**32 - 1  # NumPy takes no larger one
+
+
+def _numpy() -> ModuleType | None:
+    """NumPy, unless it is not installed."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
+
+
+def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
+    """Seed Python's, NumPy's and PyTorch's (every device's) global random generators.
+
+    Launched processes get the seed through the environment variables ``PL_GLOBAL_SEED`` and ``PL_SEED_WORKERS``.
+
+    Args:
+        seed: From 0 to 4294967295. By default ``PL_GLOBAL_SEED``, or 0 with a warning where that is not set.
+        workers: Also seed the worker processes of data loaders, each rank and worker differently.
+        verbose: Tell about it.
+
+    Returns:
+        The seed that was set.
+
+    Raises:
+        MisconfigurationException: The seed is no integer, or out of range.
+    """
+    value: Any = seed
+    source = "seed"
+    if value is None:
+        value, source = os.environ.get("PL_GLOBAL_SEED"), "PL_GLOBAL_SEED"
+    if value is None:
+        value = 0
+        if verbose:
+            rank_zero_warn("No seed was given and PL_GLOBAL_SEED is not set: the seed is 0.")
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        raise MisconfigurationException(f"{source}={value!r} is no integer. Give one from 0 to {_MAX_SEED}.") from None
+    if not 0 <= number <= _MAX_SEED:
+        raise MisconfigurationException(f"{source}={number} is out of range. Give one from 0 to {_MAX_SEED}.")
+    if verbose:
+        rank_zero_info(f"Seed set to {number}")
+    os.environ["PL_GLOBAL_SEED"] = str(number)
+    os.environ["PL_SEED_WORKERS"] = str(int(workers))
+    random.seed(number)
+    torch.manual_seed(number)
+    if (numpy := _numpy()) is not None:
+        numpy.random.seed(number)
+    return number
+
+
+def reset_seed() -> None:
+    """Set the seed of the last :func:`seed_everything` again; nothing happens if there was none."""
+    if "PL_GLOBAL_SEED" in os.environ:
+        seed_everything(workers=os.environ.get("PL_SEED_WORKERS", "0") not in ("", "0"), verbose=False)
+
+
+def worker_init_function(worker_id: int, rank: int | None = None) -> None:
+    """A data loader's ``worker_init_fn`` that gives each worker of each rank random numbers of its own.
+
+    Ranks that start from one seed would otherwise draw the same augmentations. The streams still depend on the
+    loader's base seed, and so change from epoch to epoch.
+
+    Args:
+        worker_id: The index of the worker.
+        rank: The global rank; by default the one of ``rank_zero_only``.
+    """
+    rank = getattr(rank_zero_only, "rank", 0) if rank is None else rank
+    base = torch.initial_seed() - worker_id
+    digest = hashlib.blake2b(f"{base}/{rank}/{worker_id}".encode(), digest_size=32).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little"))
+    random.seed(digest[8:16])
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed([int.from_bytes(digest[i : i + 4], "little") for i in range(16, 32, 4)])
+
+
+def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
+    """The state of every global random generator, as tensors and plain containers.
+
+    Args:
+        include_cuda: Also those of the devices that are in use, CUDA's or MPS's.
+
+    Returns:
+        Keys "torch", "python", "numpy" (where installed), "cuda" (a list, one a device) and "mps".
+    """
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if (numpy := _numpy()) is not None:
+        name, keys, *rest = numpy.random.get_state()
+        # weights_only refuses NumPy arrays, so the 624 words travel as a tensor
+        states["numpy"] = (name, torch.from_numpy(keys.astype("int64")), *rest)
+    if include_cuda:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            states["cuda"] = torch.cuda.get_rng_state_all()
+        if torch.backends.mps.is_available():
+            states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
+    """Put back what :func:`collect_rng_states` returned; generators it does not hold stay as they are."""
+    if "torch" in rng_state_dict:
+        torch.set_rng_state(rng_state_dict["torch"])
+    if "python" in rng_state_dict:
+        version, words, gauss = rng_state_dict["python"]
+        random.setstate((version, tuple(words), gauss))
+    if "numpy" in rng_state_dict and (numpy := _numpy()) is not None:
+        name, keys, *rest = rng_state_dict["numpy"]
+        numpy.random.set_state((name, numpy.asarray(keys).astype("uint32"), *rest))
+    if "cuda" in rng_state_dict and torch.cuda.is_available():
+        for device, state in zip(range(torch.cuda.device_count()), rng_state_dict["cuda"]):
+            torch.cuda.set_rng_state(state, device)
+    if "mps" in rng_state_dict and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(rng_state_dict["mps"])
+
+
+@contextmanager
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
+    """Random numbers drawn inside leave no trace: on exit every global generator is as it was on entry."""
+    states = collect_rng_states(include_cuda)
+    try:
+        yield
+    finally:
+        set_rng_states(states)

@@ -1,0 +1,20 @@
+"""Strategies, and the names they go by."""
+
+from treadle_fabric.strategies.ddp import DDPStrategy
+from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
+from treadle_fabric.strategies.single_device import SingleDeviceStrategy
+from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Strategy
+
+__all__ = [
+    "METHOD_KEYWORD",
+    "STRATEGY_REGISTRY",
+    "DDPStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+    "StrategyRegistry",
+]
+
+for _strategy in (SingleDeviceStrategy, DDPStrategy):
+    _strategy.register_strategies(STRATEGY_REGISTRY)

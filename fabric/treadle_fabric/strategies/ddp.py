@@ -1,0 +1,196 @@
+"""Data parallelism: every process has the whole model and a share of the batch."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.distributed.constants import default_pg_timeout
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.errors import UnusedParametersError
+from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.strategy import METHOD_KEYWORD
+from treadle_fabric.strategies.whole_file import load_whole_file, save_whole_file
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.environments import ClusterEnvironment
+
+__all__ = ["DDPStrategy"]
+
+_MAX_NAMED = 10
+
+
+class DDPStrategy(ParallelStrategy):
+    """Gradients are averaged over the processes during the backward pass.
+
+    Args:
+        accelerator: The hardware.
+        parallel_devices: The devices of this machine, one a process.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: Writes and reads files.
+        precision: Default: ``32-true``.
+        process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
+        timeout: How long a collective waits for the slowest process.
+        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        **kwargs: For ``torch.nn.parallel.DistributedDataParallel``, such as ``find_unused_parameters``.
+    """
+
+    requires_forward_redirect = True
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision,
+            process_group_backend,
+            timeout,
+            start_method,
+        )
+        self._ddp_kwargs = kwargs
+        self._unchecked: list[weakref.ref[DistributedDataParallel]] = []
+
+    def setup_module(self, module: Module) -> Module:
+        target = _MethodForward(module)
+        if not any(p.requires_grad for p in module.parameters()):
+            return target  # nothing to average, and DDP refuses it
+        device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
+        engine = DistributedDataParallel(target, device_ids=device_ids, **self._ddp_kwargs)
+        if not engine.find_unused_parameters and not engine.static_graph:
+            self._unchecked.append(weakref.ref(engine))
+        return engine
+
+    def module_to_device(self, module: Module) -> None:
+        module.to(self.root_device)
+
+    def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        if enabled and isinstance(module, DistributedDataParallel):
+            return module.no_sync()
+        return nullcontext()
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """On the first step: a parameter without gradient would leave others unreduced, without a word."""
+        if not self._unchecked:
+            return
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for reference in tuple(self._unchecked):
+            engine = reference()
+            named = (
+                [] if engine is None else [(n, p) for n, p in _original(engine).named_parameters() if p.requires_grad]
+            )
+            if engine is not None and not any(id(p) in stepped and p.grad is not None for _, p in named):
+                continue
+            self._unchecked.remove(reference)
+            without = [name for name, p in named if p.grad is None]
+            if without:
+                raise self._unused(without)
+
+    def explain_error(self, engine: Module, error: RuntimeError) -> Exception | None:
+        """Torch gives the indices of parameters that got no gradient; users know them by name."""
+        text = str(error)
+        if "finished reduction in the prior iteration" not in text:
+            return None
+        found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", text)
+        names = [name for name, p in _original(engine).named_parameters() if p.requires_grad]
+        indices = [int(i) for i in re.findall(r"\d+", found.group(1))] if found else []
+        return self._unused([names[i] if i < len(names) else f"number {i}" for i in indices])
+
+    def _unused(self, names: list[str]) -> UnusedParametersError:
+        listed = ", ".join(names[:_MAX_NAMED]) + (
+            f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+        )
+        return UnusedParametersError(
+            f"Parameters that got no gradient on rank {self.global_rank}: {listed}. DDP waits for every gradient "
+            "before it averages them. Make the loss depend on these parameters, freeze them with requires_grad_(False) "
+            "before setup, or use strategy='ddp_find_unused_parameters_true'."
+        )
+
+    def save_checkpoint(
+        self,
+        path: PathLike,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        save_whole_file(self, path, state, storage_options, filter)
+
+    def load_checkpoint(
+        self,
+        path: PathLike,
+        state: Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return load_whole_file(self, path, state, strict, weights_only)
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        return _original(module).state_dict()
+
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        _original(module).load_state_dict(state_dict, strict=strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        for name, start_method in (
+            ("ddp", "popen"),
+            ("ddp_spawn", "spawn"),
+            ("ddp_fork", "fork"),
+            ("ddp_notebook", "fork"),
+        ):
+            strategy_registry.register(
+                name, cls, description=f"DDP, started by {start_method}", start_method=start_method
+            )
+            for answer in (True, False):
+                strategy_registry.register(
+                    f"{name}_find_unused_parameters_{str(answer).lower()}",
+                    cls,
+                    description=f"DDP, started by {start_method}, find_unused_parameters={answer}",
+                    start_method=start_method,
+                    find_unused_parameters=answer,
+                )
+
+
+class _MethodForward(Module):
+    """Runs any method of a module as its forward, so that the engine around it sees every step."""
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        method = kwargs.pop(METHOD_KEYWORD, "forward")
+        return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+
+
+def _original(module: Module) -> Module:
+    """The user's module in an engine."""
+    if isinstance(module, DistributedDataParallel):
+        module = module.module
+    return module.module if isinstance(module, _MethodForward) else module

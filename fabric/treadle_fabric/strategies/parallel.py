@@ -1,0 +1,248 @@
+"""Strategies with a process group: ranks, collectives, launching."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.launchers import make_launcher
+from treadle_fabric.precision import Precision
+from treadle_fabric.rank_zero import rank_zero_only
+from treadle_fabric.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.environments import ClusterEnvironment
+    from treadle_fabric.launchers.launcher import Launcher
+
+__all__ = ["ParallelStrategy"]
+
+_START_METHODS = ("popen", "spawn", "fork", "forkserver")
+_REDUCE_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "product": dist.ReduceOp.PRODUCT,
+}
+
+
+class ParallelStrategy(Strategy):
+    """Several processes, one a device, that talk through a ``torch.distributed`` process group.
+
+    Args:
+        accelerator: The hardware.
+        parallel_devices: The devices of this machine, one a process.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: Writes and reads files.
+        precision: Default: ``32-true``.
+        process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
+        timeout: How long a collective waits for the slowest process.
+        start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
+            ``"forkserver"`` run a function.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision)
+        if start_method not in _START_METHODS:
+            raise MisconfigurationException(
+                f"start_method={start_method!r} is unknown. {near_names(str(start_method), _START_METHODS)}"
+            )
+        self._parallel_devices = parallel_devices
+        self._environment = cluster_environment
+        self._backend = process_group_backend
+        self._timeout = timeout
+        self._start_method = start_method
+        self._num_nodes = 1
+        self._launcher: Launcher | None = None
+        self._owns_group = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what travels to a launched process has yet to join the group
+        return {**self.__dict__, "_launcher": None, "_owns_group": False}
+
+    def assign_devices(
+        self, devices: list[torch.device], environment: ClusterEnvironment | None, num_nodes: int
+    ) -> None:
+        self._parallel_devices = self._parallel_devices or devices
+        self._environment = self._environment or environment
+        self._num_nodes = num_nodes
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """The devices of this machine, one a process."""
+        if not self._parallel_devices:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no devices yet. Pass it to Fabric or the Trainer, or give parallel_devices."
+            )
+        return self._parallel_devices
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment:
+        """Where ranks and addresses come from."""
+        if self._environment is None:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has no cluster environment yet. Pass it to Fabric or the Trainer, or give "
+                "cluster_environment."
+            )
+        return self._environment
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self._num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this machine."""
+        return len(self.parallel_devices)
+
+    @property
+    def start_method(self) -> str:
+        """How processes are started."""
+        return self._start_method
+
+    @property
+    def process_group_backend(self) -> str:
+        """``"nccl"``, ``"gloo"``, or what the user asked for."""
+        return self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def world_size(self) -> int:
+        if dist.is_initialized():
+            return dist.get_world_size()
+        return self._num_nodes * self.num_processes
+
+    @property
+    def global_rank(self) -> int:
+        if dist.is_initialized():
+            return dist.get_rank()
+        if self.cluster_environment.creates_processes_externally:
+            return self.cluster_environment.global_rank()
+        return self.node_rank * self.num_processes + self.local_rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.cluster_environment.local_rank()
+
+    @property
+    def node_rank(self) -> int:
+        return self.cluster_environment.node_rank()
+
+    @property
+    def launches_function(self) -> bool:  # type: ignore[override]
+        return self._start_method != "popen" and not self.cluster_environment.creates_processes_externally
+
+    @property
+    def launcher(self) -> Launcher | None:
+        if self._launcher is None:
+            self._launcher = make_launcher(
+                self.cluster_environment, self.num_processes, self._num_nodes, self._start_method
+            )
+        return self._launcher
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    def setup_environment(self) -> None:
+        environment = self.cluster_environment
+        rank, world_size = self.global_rank, self.world_size
+        environment.set_global_rank(rank)
+        environment.set_world_size(world_size)
+        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        if self._accelerator is not None:
+            self._accelerator.setup_device(self.root_device)
+        if dist.is_initialized():
+            return
+        os.environ["MASTER_ADDR"] = environment.main_address
+        os.environ["MASTER_PORT"] = str(environment.main_port)
+        dist.init_process_group(
+            self.process_group_backend,
+            rank=rank,
+            world_size=world_size,
+            timeout=self._timeout,
+            device_id=self.root_device if self.root_device.type == "cuda" else None,
+        )
+        self._owns_group = True
+        atexit.register(_destroy_group, os.getpid())
+
+    def leave_environment(self) -> None:
+        if self._owns_group:
+            self._owns_group = False
+            _destroy_group(os.getpid())
+        if self._environment is not None:
+            self._environment.teardown()
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """NCCL reaches only what is on a device, gloo everything."""
+        return tensor.to(self.root_device) if dist.get_backend() == "nccl" else tensor
+
+    def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        mean = reduce_op in ("mean", "avg", dist.ReduceOp.AVG)
+        if not mean and isinstance(reduce_op, str) and reduce_op.lower() not in _REDUCE_OPS:
+            raise MisconfigurationException(
+                f"reduce_op={reduce_op!r} is unknown. {near_names(reduce_op, ('mean', 'avg', *_REDUCE_OPS))}"
+            )
+        op = dist.ReduceOp.SUM if mean else _REDUCE_OPS[reduce_op.lower()] if isinstance(reduce_op, str) else reduce_op
+        result = self._on_device(tensor.detach()).clone(memory_format=torch.contiguous_format)
+        if mean and not result.is_floating_point() and not result.is_complex():
+            result = result.to(torch.get_default_dtype())
+        dist.all_reduce(result, op=op, group=group)
+        if mean:
+            result /= dist.get_world_size(group)
+        return result.to(tensor.device)
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        source = self._on_device(tensor).contiguous()
+        if sync_grads:
+            from torch.distributed.nn.functional import all_gather
+
+            parts = all_gather(source, **({} if group is None else {"group": group}))  # type: ignore[no-untyped-call]
+        else:
+            source = source.detach()
+            parts = [torch.empty_like(source) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, source, group=group)
+        return torch.stack(tuple(parts)).to(tensor.device)
+
+    def barrier(self, name: str | None = None) -> None:
+        if not dist.is_initialized():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index or 0])
+        else:
+            dist.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=src, device=self.root_device if dist.get_backend() == "nccl" else None)
+        return box[0]
+
+
+def _destroy_group(pid: int) -> None:
+    if os.getpid() == pid and dist.is_initialized():  # a forked child inherits the exit handler, not the group
+        dist.destroy_process_group()

@@ -1,0 +1,139 @@
+"""One process, one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.strategy import Strategy
+from treadle_fabric.strategies.whole_file import load_whole_file, save_whole_file
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.environments import ClusterEnvironment
+    from treadle_fabric.launchers.launcher import Launcher
+
+__all__ = ["SingleDeviceStrategy"]
+
+
+class SingleDeviceStrategy(Strategy):
+    """Runs everything on one device.
+
+    Args:
+        device: Which. ``"cpu"`` leaves the choice to Fabric or the Trainer.
+        accelerator: The hardware.
+        checkpoint_io: Writes and reads files.
+        precision: Default: ``32-true``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int = "cpu",
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision)
+        self._device = torch.device(device)
+
+    def assign_devices(
+        self, devices: list[torch.device], environment: ClusterEnvironment | None, num_nodes: int
+    ) -> None:
+        if self._device.type == "cpu" and devices:
+            self._device = devices[0]
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._device
+
+    @property
+    def world_size(self) -> int:
+        return 1
+
+    @property
+    def global_rank(self) -> int:
+        return 0
+
+    @property
+    def local_rank(self) -> int:
+        return 0
+
+    @property
+    def node_rank(self) -> int:
+        return 0
+
+    @property
+    def launcher(self) -> Launcher | None:
+        return None
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        return None
+
+    def setup_environment(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.setup_device(self._device)
+
+    def leave_environment(self) -> None:
+        pass
+
+    def setup_module(self, module: Module) -> Module:
+        return module
+
+    def module_to_device(self, module: Module) -> None:
+        module.to(self._device)
+
+    def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        return tensor
+
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+    def barrier(self, name: str | None = None) -> None:
+        pass
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def save_checkpoint(
+        self,
+        path: PathLike,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        save_whole_file(self, path, state, storage_options, filter)
+
+    def load_checkpoint(
+        self,
+        path: PathLike,
+        state: Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        return load_whole_file(self, path, state, strict, weights_only)
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        return module.state_dict()
+
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        module.load_state_dict(state_dict, strict=strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register("single_device", cls, description="One process, one device")

@@ -1,0 +1,393 @@
+"""What a strategy is: where the model lives, how processes talk, how its state is saved."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
+from treadle_fabric.data import move_data_to_device
+from treadle_fabric.precision import Precision
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.environments import ClusterEnvironment
+    from treadle_fabric.launchers.launcher import Launcher
+
+__all__ = ["METHOD_KEYWORD", "Strategy"]
+
+METHOD_KEYWORD = "treadle_method"
+"""Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: which method of the
+user's module to run."""
+
+
+class Strategy(ABC):
+    """Sets up module and optimizers for training on one or more devices.
+
+    The class attributes are capabilities: callers ask for them, never for a strategy's class.
+
+    Args:
+        accelerator: The hardware. Default: as Fabric or the Trainer finds it.
+        checkpoint_io: Writes and reads files. Default: whole ``torch.save`` files.
+        precision: Default: ``32-true``.
+    """
+
+    handles_gradient_accumulation: ClassVar[bool] = False
+    """The engine counts micro-batches itself."""
+    restores_after_setup: ClassVar[bool] = False
+    """Weights are loaded into the engine, not into the module before it is set up."""
+    saves_sharded: ClassVar[bool] = False
+    """Checkpoints are folders that all ranks write to."""
+    joint_setup: ClassVar[bool] = False
+    """Module and optimizers must be set up in one call."""
+    requires_forward_redirect: ClassVar[bool] = False
+    """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
+    launches_function: bool = False
+    """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        self._accelerator = accelerator
+        self._checkpoint_io = checkpoint_io
+        self._precision = precision
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Strategy:
+        return self  # there is one process group and one device, however many copies of a model
+
+    def bind(
+        self,
+        *,
+        accelerator: Accelerator | None,
+        devices: list[torch.device],
+        environment: ClusterEnvironment | None,
+        precision: Precision | None,
+        checkpoint_io: CheckpointIO | None = None,
+        num_nodes: int = 1,
+    ) -> None:
+        """Fill in what the user did not give.
+
+        Args:
+            accelerator: The hardware.
+            devices: One for each process on this machine.
+            environment: Where ranks and addresses come from.
+            precision: The precision.
+            checkpoint_io: Writes and reads files.
+            num_nodes: Machines.
+        """
+        self._accelerator = self._accelerator or accelerator
+        self._precision = self._precision or precision
+        self._checkpoint_io = self._checkpoint_io or checkpoint_io
+        self.assign_devices(devices, environment, num_nodes)
+
+    @abstractmethod
+    def assign_devices(
+        self, devices: list[torch.device], environment: ClusterEnvironment | None, num_nodes: int
+    ) -> None:
+        """Take the devices and the environment of :meth:`bind`, where the user gave none."""
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The hardware; ``None`` until bound."""
+        return self._accelerator
+
+    @property
+    def precision(self) -> Precision:
+        """The precision."""
+        if self._precision is None:
+            self._precision = Precision()
+        return self._precision
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """Writes and reads checkpoint files."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @property
+    @abstractmethod
+    def root_device(self) -> torch.device:
+        """This process's device."""
+
+    @property
+    @abstractmethod
+    def world_size(self) -> int:
+        """Number of processes."""
+
+    @property
+    @abstractmethod
+    def global_rank(self) -> int:
+        """This process among all."""
+
+    @property
+    @abstractmethod
+    def local_rank(self) -> int:
+        """This process among those of its machine."""
+
+    @property
+    @abstractmethod
+    def node_rank(self) -> int:
+        """This machine among all."""
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the first process, which writes files and speaks."""
+        return self.global_rank == 0
+
+    @property
+    @abstractmethod
+    def launcher(self) -> Launcher | None:
+        """Starts the processes; ``None`` where there is only this one."""
+
+    @property
+    @abstractmethod
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """``num_replicas`` and ``rank`` for sharing out samples; ``None`` where there is nothing to share."""
+
+    @abstractmethod
+    def setup_environment(self) -> None:
+        """Make device and process group ready, in the process where they are used."""
+
+    @abstractmethod
+    def leave_environment(self) -> None:
+        """Undo :meth:`setup_environment`."""
+
+    def teardown(self) -> None:
+        """Free what the strategy and its parts hold."""
+        self.leave_environment()
+        self.precision.teardown()
+        self.checkpoint_io.teardown()
+        if self._accelerator is not None:
+            self._accelerator.teardown()
+
+    # Set-up
+
+    @abstractmethod
+    def setup_module(self, module: Module) -> Module:
+        """Wrap a module, already on its device, into the engine that runs it."""
+
+    @abstractmethod
+    def module_to_device(self, module: Module) -> None:
+        """Move a module's parameters and buffers to :attr:`root_device`."""
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Check an optimizer, and move the state it has already to its parameters' devices."""
+        self.precision.validate_optimizer(optimizer)
+        for parameter, state in optimizer.state.items():
+            if isinstance(parameter, Tensor):
+                for name, value in state.items():
+                    # a step counter may stay on the host while everything else moves
+                    if not (name == "step" and isinstance(value, Tensor) and value.device.type == "cpu"):
+                        state[name] = move_data_to_device(value, parameter.device)
+        return optimizer
+
+    def setup_module_and_optimizers(
+        self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None
+    ) -> tuple[Module, list[Optimizer], Any | None]:
+        """Set up a module and its optimizers together."""
+        engine = self.setup_module(module)
+        return engine, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    @contextlib.contextmanager
+    def tensor_init_context(self) -> Generator[None]:
+        """Tensors created inside are on the device, with the precision's dtype."""
+        with self.root_device, self.precision.tensor_init_context():
+            yield
+
+    @contextlib.contextmanager
+    def module_init_context(self, empty_init: bool | None = None) -> Generator[None]:
+        """Modules created inside are on the device, with the precision's dtype.
+
+        Args:
+            empty_init: Leave the weights uninitialized, because a checkpoint fills them anyway.
+        """
+        with ExitStack() as stack:
+            if empty_init:
+                stack.enter_context(_NoInit())
+            stack.enter_context(self.root_device)
+            stack.enter_context(self.precision.module_init_context())
+            yield
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """What the strategy has to add to a loader. Default: nothing."""
+        return dataloader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None) -> Any:
+        """Move a batch, by default to :attr:`root_device`."""
+        return move_data_to_device(batch, device or self.root_device)
+
+    # The step
+
+    def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
+        """Differentiate a loss; the arguments are those of ``Tensor.backward``."""
+        precision = self.precision
+        precision.pre_backward(tensor, module)
+        precision.backward(tensor, module, *args, **kwargs)
+        precision.post_backward(tensor, module)
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""
+        self.before_optimizer_step(optimizer)
+        return self.precision.optimizer_step(optimizer, **kwargs)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """A chance to refuse gradients that are not what the other ranks have."""
+
+    def clip_gradients_norm(
+        self,
+        module: Module | None,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        """Scale the optimizer's gradients so that their joint norm is at most ``max_norm``.
+
+        Args:
+            module: The engine whose gradients they are.
+            optimizer: Whose parameters' gradients to clip.
+            max_norm: The largest norm.
+            norm_type: The p of the p-norm.
+            error_if_nonfinite: Raise if the norm is NaN or infinite, which waits for the device. Under a gradient
+                scaler such steps are normal, and are skipped instead.
+
+        Returns:
+            The norm before clipping, a scalar.
+        """
+        precision = self.precision
+        precision.unscale_gradients(optimizer)
+        return torch.nn.utils.clip_grad_norm_(
+            precision.main_params(optimizer),
+            max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite and not precision.requires_fabric_backward,
+        )
+
+    def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
+        """Clamp every gradient entry to ``[-clip_val, clip_val]``."""
+        self.precision.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
+
+    @abstractmethod
+    def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Backward passes inside leave gradients unreduced, for all but the last micro-batch of an accumulation."""
+
+    def explain_error(self, engine: Module, error: RuntimeError) -> Exception | None:
+        """A clearer exception for what the engine's forward raised. Default: none."""
+        return None
+
+    # Communication
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        """Reduce a tensor over all processes. The argument is left as it is.
+
+        Args:
+            tensor: Of the same shape everywhere.
+            group: A process group. Default: all.
+            reduce_op: ``"mean"``, ``"sum"``, or a ``torch.distributed.ReduceOp``.
+        """
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Stack every process's tensor: shape ``(world_size, *shape)``, or ``shape`` where there is only one process.
+
+        Args:
+            tensor: Of the same shape everywhere.
+            group: A process group. Default: all.
+            sync_grads: Let gradients flow back.
+        """
+
+    @abstractmethod
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until every process is here."""
+
+    @abstractmethod
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The object that process ``src`` has."""
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes decided for it, or with ``all=False`` any."""
+        if self.world_size == 1:
+            return bool(decision)
+        votes = self.all_reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
+        return int(votes) == self.world_size if all else int(votes) > 0
+
+    # State
+
+    @abstractmethod
+    def save_checkpoint(
+        self,
+        path: PathLike,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Write a state; every process must call this.
+
+        Args:
+            path: Where to. Rank 0's counts.
+            state: Modules, optimizers, whatever has a ``state_dict``, and plain values, nested as you like.
+            storage_options: For the checkpoint IO.
+            filter: For a key of ``state``, which of its entries to keep, by name and value.
+        """
+
+    @abstractmethod
+    def load_checkpoint(
+        self,
+        path: PathLike,
+        state: Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a state and restore it in place.
+
+        Args:
+            path: What to read.
+            state: What to restore; plain values in it are replaced. ``None``: restore nothing.
+            strict: Refuse a file that lacks something in ``state``.
+            weights_only: Only an explicit ``False`` lets the file run code of its own.
+
+        Returns:
+            What of the file was not asked for; all of it if ``state`` is ``None``.
+        """
+
+    @abstractmethod
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        """The whole state of a module, or of the engine around it."""
+
+    @abstractmethod
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Restore what :meth:`get_module_state_dict` gave."""
+
+    @abstractmethod
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state of an optimizer."""
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Enter the names that this strategy goes by. Default: none."""
+
+
+class _NoInit(TorchFunctionMode):
+    """Turns the functions of ``torch.nn.init`` into no-ops."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

@@ -1,0 +1,83 @@
+"""What `import treadle` costs over `import torch`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SECONDS = 0.25
+MEGABYTES = 25.0
+PACKAGES = ["treadle_fabric", "treadle"]
+
+# Each belongs to the one module, or the one function, that uses it.
+HEAVY = [
+    "IPython",
+    "comet_ml",
+    "deepspeed",
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "mlflow",
+    "multiprocessing.managers",
+    "pandas",
+    "pytorch_lightning",
+    "rich",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.onnx",
+    "torch.utils.tensorboard",
+    "torch_xla",
+    "torchmetrics",
+    "tqdm",
+    "wandb",
+]
+
+
+def run(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_time(package: str) -> None:
+    """The least of several fresh processes, because other work on the machine only ever adds."""
+    code = f"import torch, time; t = time.perf_counter(); import {package}; print(time.perf_counter() - t)"
+    seconds = []
+    for _ in range(8):
+        seconds.append(float(run(code)))
+        if seconds[-1] <= SECONDS:
+            return
+    pytest.fail(f"import {package} takes {min(seconds):.3f} s more than import torch; the budget is {SECONDS} s")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.parametrize("package", PACKAGES)
+def test_import_memory(package: str) -> None:
+    code = (
+        "import os, torch\n"
+        "def rss(): return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20\n"
+        f"before = rss()\nimport {package}\nprint(rss() - before)"
+    )
+    megabytes = float(run(code))
+    assert megabytes <= MEGABYTES, f"import {package} takes {megabytes:.1f} MB more than import torch"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_light_imports(package: str) -> None:
+    code = f"import torch, sys; before = set(sys.modules); import {package}; print(*sorted(set(sys.modules) - before))"
+    loaded = set(run(code).split())
+    assert package in loaded
+    heavy = [name for name in HEAVY if name in loaded]
+    assert not heavy, f"import {package} loads {heavy}: import them in the function that needs them"
+    assert package == "treadle" or "treadle" not in loaded

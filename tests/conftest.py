@@ -1,0 +1,85 @@
+"""What every test gets: a folder of its own, an untouched environment, and a check that it left no process behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+# Also for the processes that tests start: several with many threads each fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+# Helpers that multiprocessing keeps for the life of the process.
+KEPT = ("resource_tracker", "forkserver")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs hardware that is not there."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs in a fresh folder; environment, random state and torch's global switches come back as they were."""
+    monkeypatch.chdir(tmp_path)
+    environ = dict(os.environ)
+    python_rng, torch_rng = random.getstate(), torch.get_rng_state()
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    yield
+    os.environ.clear()
+    os.environ.update(environ)
+    random.setstate(python_rng)
+    torch.set_rng_state(torch_rng)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = benchmark
+    torch.set_grad_enabled(True)
+    torch.autograd.set_detect_anomaly(False)
+
+
+@pytest.fixture(autouse=True)
+def no_process_left(isolated: None) -> Iterator[None]:
+    """Fails a test that leaves a process group or a child process behind."""
+    yield
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if grouped:
+        torch.distributed.destroy_process_group()
+    gc.collect(0)
+    left = _children()
+    if left:
+        gc.collect()  # workers of a loader that is only garbage end here
+    until = time.monotonic() + 10
+    while left and time.monotonic() < until:
+        time.sleep(0.05)
+        left = _children()
+    for process, _ in left:
+        process.kill()
+    assert not left, f"the test left processes behind: {[name for _, name in left]}"
+    assert not grouped, "the test left a process group behind; end it with the strategy's teardown or fabric's"
+
+
+def _children() -> list[tuple[psutil.Process, str]]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            name = " ".join(child.cmdline())
+            if child.status() != psutil.STATUS_ZOMBIE and not any(kept in name for kept in KEPT):
+                found.append((child, name))
+        except psutil.NoSuchProcess:
+            continue
+    return found

@@ -1,0 +1,19 @@
+"""Callbacks: code that runs at the hooks of a run."""
+
+from treadle.callbacks.callback import Callback as Callback
+from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
+from treadle.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from treadle.callbacks.gradient_accumulation_scheduler import (
+    GradientAccumulationScheduler as GradientAccumulationScheduler,
+)
+from treadle.callbacks.lambda_function import LambdaCallback as LambdaCallback
+from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
+from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from treadle.callbacks.model_summary import ModelSummary as ModelSummary
+from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
+from treadle.callbacks.progress import ProgressBar as ProgressBar
+from treadle.callbacks.progress import RichProgressBar as RichProgressBar
+from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
+from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+from treadle.callbacks.timer import Timer as Timer

@@ -1,0 +1,122 @@
+"""File names of checkpoints: templates such as ``{epoch:02d}-{val_loss:.2f}``, and what lies at a path."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.rank_zero import rank_zero_warn
+
+__all__ = ["check_template", "fill_template", "is_local", "link_checkpoint", "path_exists", "yaml_number"]
+
+_FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # names may hold anything else: "val/loss", "acc@1", "top 5"
+
+
+def check_template(template: str) -> None:
+    """Refuse a file name template that could only fail when the first checkpoint is written.
+
+    Raises:
+        MisconfigurationException: for an empty or unbalanced field, or a format that no number has.
+    """
+    if "{" in (rest := _FIELD.sub("", template)) or "}" in rest:
+        raise MisconfigurationException(
+            f"The checkpoint file name {template!r} has an empty field or an unbalanced brace: write the name of a "
+            "metric between braces, as in '{epoch:02d}-{val_loss:.2f}'."
+        )
+    for name, spec in _FIELD.findall(template):
+        if not any(_formats(number, spec) for number in (1, 1.0)):
+            raise MisconfigurationException(
+                f"The checkpoint file name {template!r} asks for {name!r} in the format {spec!r}, which no number has."
+            )
+
+
+def _formats(number: float, spec: str) -> bool:
+    try:
+        format(number, spec)
+    except ValueError:
+        return False
+    return True
+
+
+def fill_template(template: str, metrics: Mapping[str, Any], insert_names: bool, equals: str = "=") -> str:
+    """Put the values of ``metrics`` into a template.
+
+    Args:
+        template: the file name with its fields.
+        metrics: numbers and scalar tensors. A name that is not there counts as 0, with a warning.
+        insert_names: write ``name=value`` rather than ``value``.
+        equals: what stands between the name and the value.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        name, spec = match[1], match[2] or ""
+        if name not in metrics:
+            rank_zero_warn(
+                f"The checkpoint file name {template!r} asks for {name!r}, which was not logged: it says 0. "
+                f"{near_names(name, metrics)}"
+            )
+        value = metrics.get(name, 0)
+        text = _format(value.item() if isinstance(value, Tensor) else value, spec)
+        return f"{name}{equals}{text}" if insert_names else text
+
+    return _FIELD.sub(fill, template)
+
+
+def _format(value: Any, spec: str) -> str:
+    try:
+        return format(value, spec)
+    except ValueError:  # "d" asked of a float: no reason to lose a checkpoint
+        return format(round(value), spec) if math.isfinite(value) else str(value)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is one of this machine's file systems, not an fsspec URL."""
+    return "://" not in path
+
+
+def path_exists(path: str) -> bool:
+    """Whether anything lies at a local or remote path; a dangling link counts."""
+    if is_local(path):
+        return os.path.lexists(path)
+    from fsspec.core import url_to_fs
+
+    fs, inner = url_to_fs(path)
+    return bool(fs.exists(inner))
+
+
+def link_checkpoint(target: str, link: str) -> bool:
+    """Make ``link`` a relative symbolic link to ``target``, replacing what is there; False where links cannot be."""
+    if not (is_local(target) and is_local(link)):
+        return False
+    at = Path(link)
+    fresh = at.with_name(f".{at.name}.{os.getpid()}.link")
+    try:
+        at.parent.mkdir(parents=True, exist_ok=True)
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(os.path.relpath(target, at.parent))
+        if at.is_dir() and not at.is_symlink():  # a sharded checkpoint of an earlier save; rename cannot replace it
+            import shutil
+
+            shutil.rmtree(at)
+        fresh.replace(at)
+    except OSError:  # a file system without links
+        fresh.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def yaml_number(value: float) -> str:
+    """A float as every YAML reader takes it for one."""
+    if math.isnan(value):
+        return ".nan"
+    if math.isinf(value):
+        return ".inf" if value > 0 else "-.inf"
+    text = repr(value)
+    return text if "." in text else text.replace("e", ".0e")

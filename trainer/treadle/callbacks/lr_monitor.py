@@ -1,0 +1,145 @@
+"""LearningRateMonitor: logs the learning rates of the optimizers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch.optim import Optimizer
+
+from treadle.callbacks.callback import Callback
+from treadle_fabric.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from treadle.module import LightningModule
+    from treadle.trainer import Trainer
+
+__all__ = ["LearningRateMonitor"]
+
+
+class LearningRateMonitor(Callback):
+    """Log the learning rate of every parameter group to all loggers.
+
+    The name is the scheduler's ``name``, or ``lr-`` and the class of the optimizer, ``-1``, ``-2``, ... for further
+    ones of that class. Where an optimizer has several parameter groups, ``/`` and the group's ``name``, or ``pg1``,
+    ``pg2``, ..., follow; then ``-momentum`` and ``-weight_decay`` for these.
+
+    Args:
+        logging_interval: "step", "epoch", or None, which follows each scheduler's interval.
+        log_momentum: log momentum too (the first beta of Adam and its like).
+        log_weight_decay: log weight decay too.
+
+    Raises:
+        MisconfigurationException: for another interval, for a trainer without loggers, and for two schedulers or two
+            parameter groups of one name.
+    """
+
+    def __init__(
+        self,
+        logging_interval: Literal["step", "epoch"] | None = None,
+        log_momentum: bool = False,
+        log_weight_decay: bool = False,
+    ) -> None:
+        super().__init__()
+        if logging_interval not in (None, "step", "epoch"):
+            raise MisconfigurationException(
+                f"LearningRateMonitor(logging_interval={logging_interval!r}): it is 'step', 'epoch' or None."
+            )
+        self.logging_interval = logging_interval
+        self.log_momentum = log_momentum
+        self.log_weight_decay = log_weight_decay
+        self.lrs: dict[str, list[float]] = {}
+        self.last_momentum_values: dict[str, float | None] = {}
+        self.last_weight_decay_values: dict[str, float | None] = {}
+        self.lr_sch_names: list[str] = []
+        self._every = 0  # log at each n-th step; 0: not at steps
+        self._last_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a trainer without loggers."""
+        if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
+            raise MisconfigurationException(
+                "LearningRateMonitor writes to loggers, and the trainer has none: pass `Trainer(logger=True)`, or "
+                "leave the callback out."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Settle the names."""
+        sources = self._sources(trainer)
+        self.lr_sch_names = [name for name, _, _ in sources]
+        names = [key for name, optimizer, _ in sources for key in _group_names(name, optimizer)]
+        self.lrs = {name: [] for name in names}
+        self.last_momentum_values = {f"{name}-momentum": None for name in names}
+        self.last_weight_decay_values = {f"{name}-weight_decay": None for name in names}
+        at_steps = self.logging_interval == "step" or (
+            self.logging_interval is None and any(interval != "epoch" for _, _, interval in sources)
+        )
+        self._every = trainer.log_every_n_steps if at_steps else 0
+        self._last_step = -1
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log before the steps at which the loggers write."""
+        if not self._every:
+            return
+        step = trainer.global_step
+        # while gradients accumulate, several batches have the same step
+        if (step + 1) % self._every == 0 and step != self._last_step:
+            self._last_step = step
+            self._log(trainer, "step")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log at the start of an epoch."""
+        if self.logging_interval != "step":
+            self._log(trainer, "epoch")
+
+    def _log(self, trainer: Trainer, interval: str) -> None:
+        found: dict[str, float] = {}
+        for name, optimizer, own in self._sources(trainer):
+            if self.logging_interval is None and own not in (interval, "any"):
+                continue
+            for key, group in zip(_group_names(name, optimizer), optimizer.param_groups, strict=True):
+                found[key] = float(group["lr"])
+                self.lrs.setdefault(key, []).append(found[key])
+                if self.log_momentum:
+                    momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
+                    found[f"{key}-momentum"] = self.last_momentum_values[f"{key}-momentum"] = float(momentum)
+                if self.log_weight_decay:
+                    decay = float(group.get("weight_decay", 0))
+                    found[f"{key}-weight_decay"] = self.last_weight_decay_values[f"{key}-weight_decay"] = decay
+        if found:
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=trainer.global_step)
+
+    def _sources(self, trainer: Trainer) -> list[tuple[str, Optimizer, str]]:
+        """A name, an optimizer and its interval, for every scheduler and for every optimizer that has none."""
+        sources: list[tuple[str, Optimizer, str]] = []
+        count: Counter[str] = Counter()
+
+        def numbered(optimizer: Optimizer) -> str:
+            base = f"lr-{type(optimizer).__name__}"
+            count[base] += 1
+            return base if count[base] == 1 else f"{base}-{count[base] - 1}"
+
+        for config in trainer.lr_scheduler_configs:
+            optimizer = config.scheduler.optimizer
+            sources.append((config.name or numbered(optimizer), optimizer, config.interval))
+        scheduled = {id(optimizer) for _, optimizer, _ in sources}
+        sources += [(numbered(o), o, "any") for o in trainer.optimizers if id(o) not in scheduled]
+        names = Counter(name for name, _, _ in sources)
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise MisconfigurationException(
+                f"LearningRateMonitor: two schedulers are called {twice[0]!r}; give each a `name` of its own."
+            )
+        return sources
+
+
+def _group_names(name: str, optimizer: Optimizer) -> list[str]:
+    groups = optimizer.param_groups
+    if len(groups) == 1:
+        return [name]
+    names = [f"{name}/{group.get('name', f'pg{i}')}" for i, group in enumerate(groups, start=1)]
+    if twice := [key for key, times in Counter(names).items() if times > 1]:
+        raise MisconfigurationException(
+            f"LearningRateMonitor: two parameter groups are called {twice[0]!r}; give each a 'name' of its own."
+        )
+    return names

@@ -1,0 +1,66 @@
+"""OnExceptionCheckpoint: saves when an exception ends training."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from treadle.callbacks.checkpoint import Checkpoint
+from treadle.callbacks.checkpoint_name import path_exists
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle.module import LightningModule
+    from treadle.trainer import Trainer
+
+__all__ = ["OnExceptionCheckpoint"]
+
+
+class OnExceptionCheckpoint(Checkpoint):
+    """Save one checkpoint when an exception, Ctrl+C included, ends training; a later run that ends well removes it.
+
+    Args:
+        dirpath: the folder.
+        filename: without extension.
+
+    Raises:
+        MisconfigurationException: for an empty name.
+    """
+
+    FILE_EXTENSION = ".ckpt"
+
+    def __init__(self, dirpath: PathLike, filename: str = "on_exception") -> None:
+        super().__init__()
+        if not filename:
+            raise MisconfigurationException("OnExceptionCheckpoint(filename=''): the file needs a name.")
+        self.dirpath = os.fspath(dirpath)
+        self.filename = filename
+        self._saved = False
+
+    @property
+    def ckpt_path(self) -> str:
+        """Where the checkpoint goes."""
+        return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A run begins, and nothing was saved in it."""
+        self._saved = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, over an earlier one."""
+        if trainer.state.fn != "fit" or trainer.fast_dev_run:
+            return
+        try:
+            trainer.save_checkpoint(self.ckpt_path)
+        except Exception as error:  # the exception that ends the run is the one to report
+            rank_zero_warn(f"OnExceptionCheckpoint could not save on {type(exception).__name__}: {error}")
+            return
+        self._saved = True
+        rank_zero_info(f"{type(exception).__name__}: the state was saved as {self.ckpt_path!r}.")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Training ended well: what an earlier one left is of no use any more."""
+        if stage == "fit" and not self._saved and trainer.is_global_zero and path_exists(self.ckpt_path):
+            trainer.strategy.checkpoint_io.remove_checkpoint(self.ckpt_path)

@@ -1,0 +1,56 @@
+"""RichModelSummary: the table of layers, drawn by rich."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from treadle.callbacks.model_summary import ModelSummary
+from treadle.callbacks.progress.progress_bar import require_package
+from treadle.model_summary import totals
+
+__all__ = ["RichModelSummary"]
+
+
+class RichModelSummary(ModelSummary):
+    """The table of :class:`ModelSummary`, drawn by rich.
+
+    Args:
+        max_depth: layers of layers to show: 1 for the top level, -1 for all; 0 turns it off.
+        **summarize_kwargs: ``header_style`` (default "bold magenta"), and what :class:`rich.table.Table` takes.
+
+    Raises:
+        MisconfigurationException: rich is not installed.
+    """
+
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
+        require_package("rich", "RichModelSummary")
+        super().__init__(max_depth, **summarize_kwargs)
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Print the table; override it to print another."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        table = Table(**{"header_style": "bold magenta", **summarize_kwargs})
+        for heading, _ in summary_data:
+            numeric = heading in ("Params", "FLOPs", "In sizes", "Out sizes")
+            table.add_column(heading, justify="right" if numeric else "left", style="dim" if heading == " " else None)
+        for row in zip(*(cells for _, cells in summary_data), strict=True):
+            table.add_row(*(cell.strip() for cell in row))
+        console.print(table, markup=False)
+        below = Table.grid(padding=(0, 1))
+        for label, value in totals(
+            total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
+        ):
+            below.add_row(f"[bold]{label}[/]:", value)
+        console.print(below)

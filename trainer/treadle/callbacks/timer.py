@@ -1,0 +1,178 @@
+"""Timer: measures the time spent in each stage, and ends training when it is up."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+from treadle.callbacks.callback import Callback
+from treadle.callbacks.monitored_metric import StepClock, from_rank_zero
+from treadle.schedule import parse_duration
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from treadle.module import LightningModule
+    from treadle.trainer import Trainer
+
+__all__ = ["Interval", "Timer"]
+
+_STAGES: Final = ("train", "sanity_check", "validate", "test", "predict")
+
+
+class Interval(StrEnum):
+    """When the time is checked."""
+
+    step = "step"
+    epoch = "epoch"
+
+
+class Timer(Callback):
+    """Measure the time spent in each stage, and end training when its time is up. Checkpoints keep the time spent.
+
+    With several processes rank 0's clock counts, so that they stop at the same step.
+
+    Args:
+        duration: for training, validation within it included: "DD:HH:MM:SS", a timedelta, or a dictionary of
+            timedelta's arguments. None only measures.
+        interval: check after each "step" or "epoch".
+        verbose: say when time is up.
+
+    Raises:
+        MisconfigurationException: for a duration or an interval that is none.
+    """
+
+    def __init__(
+        self,
+        duration: str | timedelta | dict[str, int] | None = None,
+        interval: str = Interval.step,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if interval not in tuple(Interval):
+            raise MisconfigurationException(f"Timer(interval={interval!r}): it is 'step' or 'epoch'.")
+        parsed = parse_duration(duration, "Timer(duration)")
+        self._duration = None if parsed is None else parsed.total_seconds()
+        self._interval = Interval(interval)
+        self._verbose = verbose
+        self._checks_steps = self._duration is not None and self._interval is Interval.step
+        self._start_time: dict[str, float] = {}
+        self._end_time: dict[str, float] = {}
+        self._spent = dict.fromkeys(_STAGES, 0.0)  # by runs of a stage that are over, earlier processes included
+        self._clock: StepClock | None = None
+
+    def start_time(self, stage: str = "train") -> float | None:
+        """When a stage last began, on the clock of :func:`time.monotonic`; None: not yet."""
+        return self._start_time.get(_stage(stage))
+
+    def end_time(self, stage: str = "train") -> float | None:
+        """When a stage last ended, on the clock of :func:`time.monotonic`; None: it has not ended."""
+        return self._end_time.get(_stage(stage))
+
+    def time_elapsed(self, stage: str = "train") -> float:
+        """Seconds spent in a stage so far, before a resume included."""
+        stage = _stage(stage)
+        start = self._start_time.get(stage)
+        running = start is not None and stage not in self._end_time
+        return self._spent[stage] + (time.monotonic() - start if running and start is not None else 0.0)
+
+    def time_remaining(self, stage: str = "train") -> float | None:
+        """Seconds until the duration is spent in a stage; None without a duration."""
+        return None if self._duration is None else self._duration - self.time_elapsed(stage)
+
+    def _begin(self, stage: str) -> None:
+        self._start_time[stage] = time.monotonic()
+        self._end_time.pop(stage, None)
+
+    def _end(self, stage: str) -> None:
+        if stage in self._start_time and stage not in self._end_time:
+            now = self._end_time[stage] = time.monotonic()
+            self._spent[stage] += now - self._start_time[stage]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time may be up before training begins, after a resume."""
+        self._clock = StepClock(trainer)
+        self._check(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training time begins."""
+        self._begin("train")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training time ends."""
+        self._end("train")
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Its time begins."""
+        self._begin("sanity_check")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Its time ends."""
+        self._end("sanity_check")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation time begins."""
+        if not trainer.sanity_checking:
+            self._begin("validate")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation time ends."""
+        self._end("validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test time begins."""
+        self._begin("test")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Test time ends."""
+        self._end("test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prediction time begins."""
+        self._begin("predict")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prediction time ends."""
+        self._end("predict")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the time, with interval "step"."""
+        if self._checks_steps and self._clock is not None and not trainer.should_stop:
+            remaining = self.time_remaining()
+            if remaining is not None and self._clock.over(remaining):
+                self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the time, with interval "epoch"."""
+        if self._interval is Interval.epoch and not trainer.should_stop:
+            self._check(trainer)
+
+    def _check(self, trainer: Trainer) -> None:
+        remaining = self.time_remaining()
+        if remaining is not None and from_rank_zero(trainer, lambda: remaining <= 0):
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        trainer.should_stop = True
+        if self._verbose:
+            spent = timedelta(seconds=int(self.time_elapsed()))
+            rank_zero_info(f"Time limit reached. Elapsed time is {spent}. Signaling Trainer to stop.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds spent in each stage."""
+        return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from the seconds spent before."""
+        self._spent.update(state_dict.get("time_elapsed", {}))
+
+
+def _stage(stage: str) -> str:
+    name = str(getattr(stage, "value", stage))
+    if name not in _STAGES:
+        raise MisconfigurationException(f"Timer knows no stage {name!r}; it is one of {', '.join(_STAGES)}.")
+    return name

@@ -1,0 +1,301 @@
+"""Where the batches of a run come from, how many there are, and how they reach the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric.data import move_data_to_device, set_epoch, shard_dataloader, sized_len
+
+from treadle.combined_loader import CombinedLoader
+from treadle.dispatch import check_signature, overrides
+from treadle.hooks import DataHooks
+from treadle.schedule import limit_batches
+
+if TYPE_CHECKING:
+    import torch
+    from treadle_fabric import Fabric
+
+    from treadle.datamodule import LightningDataModule
+    from treadle.module import LightningModule
+
+__all__ = ["BatchIterator", "EvaluationData", "Lookahead", "TrainingData", "find_loaders", "make_transfer"]
+
+Transfer = Callable[[Any, int], Any]
+
+
+def find_loaders(given: Any, name: str, module: LightningModule, datamodule: LightningDataModule | None) -> Any:
+    """The loaders of a stage: what the user passed, else the data module's, else the module's; None where nobody has any."""
+    if given is not None:
+        return given
+    for owner in (datamodule, module):
+        if owner is not None and defines_loader(owner, name):
+            found = getattr(owner, name)()
+            if found is None and name == "train_dataloader":
+                raise MisconfigurationException(
+                    f"`{type(owner).__qualname__}.{name}` returned None: return an iterable of batches."
+                )
+            return found
+    return None
+
+
+def defines_loader(owner: Any, name: str) -> bool:
+    """Whether a module or data module has its own dataloader method."""
+    from treadle.datamodule import LightningDataModule
+    from treadle.module import LightningModule
+
+    return overrides(owner, name, LightningModule if isinstance(owner, LightningModule) else LightningDataModule)
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Refuse what cannot be iterated, and a dataset that was given without a loader."""
+    from torch.utils.data import Dataset
+
+    if isinstance(loader, Dataset) and not isinstance(loader, (Iterator, IterableDataset)):
+        raise MisconfigurationException(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
+    if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise MisconfigurationException(
+            f"{name} got {type(loader).__name__}, which cannot be iterated: pass a DataLoader or any iterable of batches."
+        )
+
+
+def make_transfer(
+    module: LightningModule, datamodule: LightningDataModule | None, device: torch.device, run: Callable[..., Any]
+) -> Transfer:
+    """How a batch reaches the device: directly, or through the transfer hooks that somebody overrode.
+
+    Args:
+        module: may override the hooks.
+        datamodule: may override them too, and comes first.
+        device: where to.
+        run: calls a function under the name of its hook.
+    """
+    chosen: dict[str, Callable[..., Any]] = {}
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for owner in (datamodule, module):
+            if owner is not None and overrides(owner, name, DataHooks):
+                from treadle.datamodule import LightningDataModule
+
+                if isinstance(owner, LightningDataModule) and not overrides(owner, name, LightningDataModule):
+                    continue
+                chosen[name] = getattr(owner, name)
+                arguments = ("batch", "device", "dataloader_idx") if name.startswith("transfer") else ("batch", "dataloader_idx")
+                check_signature(chosen[name], arguments, type(owner).__qualname__)
+                break
+    if not chosen:
+        return lambda batch, dataloader_idx: move_data_to_device(batch, device)
+    before, move, after = (
+        chosen.get(n) for n in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    )
+
+    def transfer(batch: Any, dataloader_idx: int) -> Any:
+        if before is not None:
+            batch = run("on_before_batch_transfer", before, batch, dataloader_idx)
+        if move is not None:
+            batch = run("transfer_batch_to_device", move, batch, device, dataloader_idx)
+        else:
+            batch = move_data_to_device(batch, device)
+        if after is not None:
+            batch = run("on_after_batch_transfer", after, batch, dataloader_idx)
+        return batch
+
+    return transfer
+
+
+def _shard(loader: Any, fabric: Fabric, *, inject: bool, training: bool) -> Any:
+    """This rank's share of a loader."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    sampling = fabric.strategy.distributed_sampler_kwargs if inject else None
+    if sampling is None:
+        return shard_dataloader(loader, num_replicas=1, rank=0, seed=0, pad=training)
+    return shard_dataloader(
+        loader, num_replicas=sampling["num_replicas"], rank=sampling["rank"], seed=sampling.get("seed", 0), pad=training
+    )
+
+
+def _sequential(loader: Any, name: str) -> Any:
+    """A loader whose shuffling is off, for overfitting on the same batches."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
+        return loader
+    rank_zero_warn(f"`overfit_batches` turns off the shuffling of {name}, so that every epoch has the same batches.")
+    return DataLoader(
+        loader.dataset,
+        batch_size=loader.batch_size,
+        sampler=SequentialSampler(loader.dataset),  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+    )
+
+
+class TrainingData:
+    """The training batches: a loader, or several combined."""
+
+    def __init__(self, loader: Any, fabric: Fabric, *, limit: float, overfit: bool, inject: bool) -> None:
+        several = isinstance(loader, (list, tuple, Mapping)) and not _is_batch_list(loader)
+        combined = loader if isinstance(loader, CombinedLoader) else None
+        combined = CombinedLoader(loader, "max_size_cycle") if several else combined
+        parts = list(combined.flattened) if combined is not None else [loader]
+        for part in parts:
+            check_loader(part, "train_dataloaders")
+        parts = [
+            _shard(_sequential(p, "the training loader") if overfit else p, fabric, inject=inject, training=True)
+            for p in parts
+        ]
+        if combined is not None:
+            combined.flattened = parts
+        self.combined = combined
+        self.loader = combined if combined is not None else parts[0]
+        self.parts = parts
+        length = sized_len(self.loader)
+        if length == 0:
+            raise MisconfigurationException(
+                f"train_dataloaders is empty: {_describe(parts[0])} gives no batch on rank {fabric.global_rank}. Give it more "
+                "samples, a smaller batch_size, or drop_last=False."
+            )
+        name = "overfit_batches" if overfit else "limit_train_batches"
+        self.num_batches = limit_batches(length, limit, name)
+        self.exact = length is not None and not any(_is_stream(p) for p in parts)
+        """Whether the length can be relied on; a stream's is only a promise."""
+
+    def iterate(self, epoch: int) -> Iterator[Any]:
+        """The batches of an epoch, shuffled for it."""
+        for part in self.parts:
+            set_epoch(part, epoch)
+        return _first(iter(self.loader)) if self.combined is not None else iter(self.loader)
+
+
+def _first(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
+    for batch, _, _ in triples:
+        yield batch
+
+
+def _is_batch_list(loader: Any) -> bool:
+    """A plain list of batches (tensors, or tuples of them) is one loader, not several."""
+    import torch
+
+    items = loader.values() if isinstance(loader, Mapping) else loader
+    first = next(iter(items), None)
+    if isinstance(loader, Mapping):
+        return False
+    if isinstance(first, torch.Tensor) or first is None:
+        return True
+    return isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], torch.Tensor)
+
+
+def _is_stream(loader: Any) -> bool:
+    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
+def _describe(loader: Any) -> str:
+    if isinstance(loader, DataLoader):
+        try:
+            size = str(len(loader.dataset))  # type: ignore[arg-type]
+        except TypeError:
+            size = "?"
+        return f"a DataLoader of {size} samples, batch_size={loader.batch_size}, drop_last={loader.drop_last}"
+    return f"a {type(loader).__name__}"
+
+
+class EvaluationData:
+    """The loaders of a validation, a test or a prediction, one after the other."""
+
+    def __init__(
+        self, loaders: Any, fabric: Fabric, *, limit: float, name: str, inject: bool, overfit: bool = False
+    ) -> None:
+        self.combined: CombinedLoader | None = None
+        if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+            self.combined = loaders
+            self.loaders = [loaders]
+            for part in loaders.flattened:
+                check_loader(part, name)
+            loaders.flattened = [_shard(p, fabric, inject=inject, training=False) for p in loaders.flattened]
+        else:
+            if isinstance(loaders, CombinedLoader):
+                found = list(loaders.flattened)
+            elif isinstance(loaders, Mapping):
+                found = list(loaders.values())
+            elif isinstance(loaders, (list, tuple)) and not _is_batch_list(loaders):
+                found = list(loaders)
+            else:
+                found = [loaders]
+            for loader in found:
+                check_loader(loader, name)
+            if overfit:
+                found = [_sequential(loader, "the validation loader") for loader in found]
+            self.loaders = [_shard(loader, fabric, inject=inject, training=False) for loader in found]
+        self.num_batches: list[float] = []
+        for i, loader in enumerate(self.loaders):
+            length = sized_len(loader)
+            if length == 0 and fabric.world_size == 1:
+                rank_zero_warn(f"{name}: loader {i} is empty ({_describe(loader)}); nothing is evaluated on it.")
+            self.num_batches.append(limit_batches(length, limit, f"limit_{name.split('_')[0]}_batches"))
+
+    def iterate(self, loader_idx: int) -> Iterator[Any]:
+        """The batches of one loader, never more than its limit."""
+        loader = self.loaders[loader_idx]
+        return _first(iter(loader)) if self.combined is not None else iter(loader)
+
+
+class Lookahead:
+    """Batches together with whether each is the last one.
+
+    Where the length is known that costs a comparison; where it is not, one batch is fetched ahead.
+    """
+
+    def __init__(self, batches: Iterator[Any], start: int, stop: float, *, exact: bool) -> None:
+        self._batches, self._next, self._stop, self._exact = batches, start, stop, exact
+
+    def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
+        index, stop, batches = self._next, self._stop, self._batches
+        if self._exact:
+            last = stop - 1
+            while index < stop:
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    return
+                yield index, batch, index == last
+                index += 1
+            return
+        nothing = object()
+        batch = next(batches, nothing) if index < stop else nothing
+        while batch is not nothing:
+            following = next(batches, nothing) if index + 1 < stop else nothing
+            yield index, batch, following is nothing
+            batch, index = following, index + 1
+
+
+class BatchIterator:
+    """What a step gets that asks for ``dataloader_iter``: it yields (batch, batch_idx, dataloader_idx), on the device."""
+
+    def __init__(self, batches: Iterable[tuple[int, Any, bool]], transfer: Transfer, dataloader_idx: int = 0) -> None:
+        self._batches = iter(batches)
+        self._transfer = transfer
+        self._dataloader_idx = dataloader_idx
+        self.batch: Any = None
+        self._ahead: tuple[int, Any, bool] | None = next(self._batches, None)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left."""
+        return self._ahead is None
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> tuple[Any, int, int]:
+        if self._ahead is None:
+            raise StopIteration
+        index, batch, _ = self._ahead
+        self._ahead = next(self._batches, None)
+        self.batch = self._transfer(batch, self._dataloader_idx)
+        return self.batch, index, self._dataloader_idx
+
+

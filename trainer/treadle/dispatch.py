@@ -1,0 +1,127 @@
+"""Who is called at each hook, decided once per run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from treadle_fabric import MisconfigurationException
+
+from treadle.callbacks.callback import Callback
+from treadle.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
+
+if TYPE_CHECKING:
+    from treadle.module import LightningModule
+    from treadle.results import Results
+    from treadle.trainer import Trainer
+
+__all__ = ["Dispatch", "check_signature", "overrides"]
+
+Listeners = tuple[Callable[..., Any], ...]
+MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
+"""They come after the module, so that they see what it logs."""
+
+
+def overrides(obj: object, name: str, base: type) -> bool:
+    """Whether ``obj`` has its own ``name``, in its class or on the instance, rather than the one of ``base``."""
+    method = getattr(obj, name, None)
+    return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
+
+
+def check_signature(method: Callable[..., Any], arguments: Sequence[str], owner: str) -> None:
+    """Refuse a hook that cannot take what it will be called with.
+
+    Raises:
+        MisconfigurationException: names the hook, its signature and the right one.
+    """
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # builtins and mocks
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        name = getattr(method, "__name__", str(method))
+        raise MisconfigurationException(
+            f"`{owner}.{name}{signature}` cannot be called as the trainer calls it ({error}): "
+            f"define `{name}({', '.join(('self', *arguments))})`."
+        ) from None
+
+
+class Dispatch:
+    """The hooks of a run as tuples of bound methods: callbacks first, then the module."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback]) -> None:
+        self.results: Results | None = None
+        """Where ``self.log`` goes now; it is told which hook runs."""
+        self._table: dict[str, Listeners] = {}
+        for name in dict.fromkeys([*MODULE_HOOKS, *CALLBACK_HOOKS]):
+            first: list[Callable[..., Any]] = []
+            last: list[Callable[..., Any]] = []
+            for callback in callbacks if name in CALLBACK_HOOKS else ():
+                if overrides(callback, name, Callback):
+                    method = getattr(callback, name)
+                    check_signature(method, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__)
+                    late = callback.monitors and name == "on_train_epoch_end"
+                    (last if late else first).append(partial(method, trainer, module))
+            if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
+                method = getattr(module, name)
+                check_signature(method, MODULE_HOOKS[name], type(module).__qualname__)
+                first.append(method)
+            if first:
+                self._table[name] = tuple(first)
+            if last:
+                self._table[MONITORS] = tuple(last)
+
+    def listeners(self, name: str) -> Listeners:
+        """Who listens to a hook; empty where nobody does."""
+        return self._table.get(name, ())
+
+    def call(self, name: str, *args: Any, hook: str = "") -> None:
+        """Call a hook that is not on the hot path; ``hook`` is its name where ``name`` is only a part of it."""
+        listeners = self._table.get(name)
+        if listeners:
+            results = self.results
+            if results is not None:
+                results.hook = hook or name
+            for listener in listeners:
+                listener(*args)
+            if results is not None:
+                results.hook = ""
+
+    def run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call one function (``configure_optimizers``, a dataloader method, ...) under the name of its hook."""
+        results = self.results
+        if results is None:
+            return function(*args, **kwargs)
+        before, results.hook = results.hook, name
+        try:
+            return function(*args, **kwargs)
+        finally:
+            results.hook = before
+
+
+def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Tuner callbacks first, checkpoint callbacks last, the others as the user gave them."""
+    return sorted(callbacks, key=lambda c: c.call_order)
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuse objects that are no callbacks, and two with the same state key."""
+    seen: Mapping[str, Callback] = {}
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise MisconfigurationException(
+                f"callbacks has {callback!r} of type {type(callback).__name__}; a callback derives from `treadle.Callback`"
+                + (": pass an instance, not the class." if isinstance(callback, type) else ".")
+            )
+        if overrides(callback, "state_dict", Callback):
+            key = callback.state_key
+            if key in seen:
+                raise MisconfigurationException(
+                    f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint could keep "
+                    "only one: give them different arguments, or override `state_key`."
+                )
+            seen = {**seen, key: callback}

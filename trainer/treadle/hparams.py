@@ -1,0 +1,152 @@
+"""Hyperparameters: the arguments of ``__init__``, collected, logged and kept in checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from treadle_fabric.attribute_dict import AttributeDict
+from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.rank_zero import rank_zero_warn
+
+__all__ = ["HyperparametersMixin"]
+
+
+class HyperparametersMixin:
+    """Gives :meth:`save_hyperparameters` and :attr:`hparams` to modules and datamodules."""
+
+    # Class attributes, so that neither the order of super().__init__() nor a dataclass matters.
+    _hparams: AttributeDict | None = None
+    _hparams_initial: AttributeDict | None = None
+    _hparams_name: str | None = None
+    _log_hyperparams: bool = False
+
+    def save_hyperparameters(
+        self,
+        *args: Any,
+        ignore: str | Iterable[str] | None = None,
+        frame: FrameType | None = None,
+        logger: bool = True,
+    ) -> None:
+        """Keep arguments of ``__init__`` in :attr:`hparams`, in checkpoints and with the loggers.
+
+        Without ``args``, all of them: those of every ``__init__`` of the class hierarchy that is running, the most
+        derived winning, ``**kwargs`` among them. Called again, it adds.
+
+        Args:
+            *args: Names of arguments; or one object (mapping, namespace or dataclass) that holds them all.
+            ignore: Names to leave out.
+            frame: The frame of the ``__init__`` to read. Default: the caller's.
+            logger: Whether the loggers get them too.
+
+        Raises:
+            MisconfigurationException: If a name is not an argument, or the object holds no named values.
+        """
+        if frame is None:
+            current = inspect.currentframe()
+            frame = current.f_back if current is not None else None
+        given = _init_arguments(self, frame)
+        ignored = _names(ignore)
+        objects = [arg for arg in args if not isinstance(arg, str)]
+        if len(objects) > 1:
+            raise MisconfigurationException(
+                f"save_hyperparameters got {len(objects)} objects. Give names of arguments, or one mapping, namespace "
+                "or dataclass."
+            )
+        if objects:
+            found = _as_mapping(objects[0])
+            self._hparams_name = next((name for name, value in given.items() if value is objects[0]), None)
+        else:
+            for name in args:
+                if name not in given:
+                    raise MisconfigurationException(
+                        f"save_hyperparameters({name!r}): {type(self).__name__}.__init__ has no argument of that name. "
+                        + near_names(name, given)
+                    )
+            found = {name: given[name] for name in args} if args else given
+            self._hparams_name = "kwargs" if found else None
+        found = {name: value for name, value in found.items() if name not in ignored}
+        for name, value in found.items():
+            if isinstance(value, nn.Module):
+                rank_zero_warn(
+                    f"The hyperparameter {name!r} is an nn.Module: its weights are in the checkpoint's state_dict "
+                    f"already. Leave it out with self.save_hyperparameters(ignore=[{name!r}])."
+                )
+        self.hparams.update(found)
+        self._hparams_initial = _copied(self.hparams)
+        self._log_hyperparams = logger
+
+    @property
+    def hparams(self) -> AttributeDict:
+        """The hyperparameters, as a dictionary whose keys are attributes too. Changes reach the next checkpoint."""
+        if self._hparams is None:
+            self._hparams = AttributeDict()
+        return self._hparams
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """A copy of the hyperparameters as they were when last saved."""
+        return AttributeDict() if self._hparams_initial is None else _copied(self._hparams_initial)
+
+    def remove_ignored_hparams(self, ignore_list: Iterable[str]) -> None:
+        """Drop the named hyperparameters."""
+        for name in ignore_list:
+            for hparams in (self._hparams, self._hparams_initial):
+                if hparams is not None:
+                    hparams.pop(name, None)
+
+
+def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
+    """The arguments of every running ``__init__`` of ``obj``, from ``frame`` outwards; the outermost class wins."""
+    if dataclasses.is_dataclass(obj):
+        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
+    found: dict[str, Any] = {}
+    for running in _frames(frame):
+        code = running.f_code
+        if code.co_name == "__init__" and code.co_varnames and running.f_locals.get(code.co_varnames[0]) is obj:
+            arguments = inspect.getargvalues(running)
+            values = arguments.locals
+            found.update({name: values[name] for name in arguments.args[1:] if name in values})
+            if arguments.keywords is not None:
+                found.update(values.get(arguments.keywords, {}))
+    return found
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _as_mapping(obj: Any) -> dict[str, Any]:
+    if isinstance(obj, Mapping):
+        return dict(obj)
+    if isinstance(obj, Namespace):
+        return vars(obj).copy()
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
+    raise MisconfigurationException(
+        f"save_hyperparameters got a {type(obj).__name__}, which holds no named values. Give a mapping, a namespace, a "
+        "dataclass, or names of arguments as strings."
+    )
+
+
+def _names(ignore: str | Iterable[str] | None) -> set[str]:
+    return set() if ignore is None else {ignore} if isinstance(ignore, str) else set(ignore)
+
+
+def _copied(hparams: AttributeDict) -> AttributeDict:
+    copied = AttributeDict()
+    for name, value in hparams.items():
+        try:
+            copied[name] = value if isinstance(value, nn.Module) else copy.deepcopy(value)
+        except Exception:  # open files, locks and the like cannot be copied
+            copied[name] = value
+    return copied

@@ -1,0 +1,1 @@
+"""The loops: fit, its epochs and steps, evaluation and prediction."""

@@ -1,0 +1,186 @@
+"""One training epoch: batches, schedulers, logging, validation where due."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from treadle.data import BatchIterator, Lookahead, TrainingData
+from treadle.dispatch import overrides
+from treadle.loops.step import AutomaticStep, ManualStep
+from treadle.optimizers import step_schedulers
+from treadle.schedule import ValidationSchedule, window_size
+from treadle.signals import Signals
+
+if TYPE_CHECKING:
+    from treadle.run import Run
+
+__all__ = ["Controls", "TrainingEpoch"]
+
+
+class Controls(Protocol):
+    """What the user and callbacks may change while training."""
+
+    should_stop: bool
+    accumulate_grad_batches: int
+
+
+class TrainingEpoch:
+    """Runs epochs; everything that does not change between batches is decided here, once."""
+
+    def __init__(
+        self,
+        run: Run,
+        data: TrainingData,
+        step: AutomaticStep | ManualStep,
+        controls: Controls,
+        *,
+        schedule: ValidationSchedule | None,
+        validate: Callable[[], None],
+        may_stop: Callable[[], bool],
+        max_steps: int,
+        log_every_n_steps: int,
+        signals: Signals,
+    ) -> None:
+        from treadle.module import LightningModule
+
+        self._run, self._data, self._step, self._controls = run, data, step, controls
+        self._schedule, self._validate, self._may_stop = schedule, validate, may_stop
+        self._max_steps, self._log_every = max_steps, log_every_n_steps
+        self._signals = signals
+        self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
+        self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
+        self._automatic = run.module.automatic_optimization
+        self._schedulers = run.schedulers if self._automatic else []
+        own = overrides(run.module, "lr_scheduler_step", LightningModule)
+        self._step_scheduler = self._scheduler_hook if own else run.module.lr_scheduler_step
+        self._last_validation = time.monotonic()
+        self.validation_due = False
+        """Whether validation follows the current batch; on_train_batch_end may ask."""
+
+    @property
+    def val_check_batch(self) -> float:
+        """The batches between two validations; infinity where it goes by epochs or time, or never runs."""
+        return self._schedule.every_n_batches if self._schedule is not None else math.inf
+
+    def run(self) -> None:
+        """Train for one epoch, from where the progress stands."""
+        run, progress, results = self._run, self._run.progress, self._run.results
+        step, transfer, begin_batch = self._step, run.transfer, results.begin_batch
+        accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
+        step.accumulate(accumulate)
+        total = self._data.num_batches
+        batches: Any = self._data.iterate(progress.epoch)
+        for _ in range(progress.batch):  # resumed within the epoch
+            next(batches, None)
+        batches = Lookahead(batches, progress.batch, total, exact=self._data.exact)
+        if step.wants_iterator:
+            batches = _from_iterator(BatchIterator(batches, transfer))
+            transfer = _as_is
+        on_batch_start, on_batch_end, schedulers = self._on_batch_start, self._on_batch_end, self._schedulers
+        schedule, signals = self._schedule, self._signals
+        for batch_idx, batch, is_last in batches:
+            progress.is_last_batch = is_last
+            batch = transfer(batch, 0)
+            begin_batch(batch)
+            if on_batch_start:
+                results.hook = "on_train_batch_start"
+                if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
+                    break
+            stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
+            window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)
+            before = progress.optimizer_steps
+            outputs = step(batch, batch_idx, window, stepping)
+            progress.batch = batch_idx + 1
+            progress.batches += 1
+            if progress.optimizer_steps != before:
+                progress.step += 1
+                progress.step_in_epoch += 1
+            if schedulers and stepping:
+                self._step_schedulers("step", progress.step, plateau=False)
+                if is_last:
+                    self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
+            if schedule is not None:
+                self.validation_due = self._is_due(schedule, is_last)
+            if on_batch_end:
+                results.hook = "on_train_batch_end"
+                for listener in on_batch_end:
+                    listener(outputs, batch, batch_idx)
+            results.hook = ""
+            if stepping:
+                if (progress.logging_step + 1) % self._log_every == 0:
+                    run.write(results.take_step_metrics(), progress.logging_step)
+                progress.logging_step += 1
+            stop = self._controls.should_stop and self._may_stop()
+            if schedule is not None and (self.validation_due or (stop and self._epoch_validates(schedule))):
+                self._run_validation()
+                stop = self._controls.should_stop and self._may_stop()
+            if schedulers and stepping:
+                self._step_schedulers("step", progress.step, plateau=True)
+            if signals.received:
+                signals.raise_received()
+            if stop or progress.step == self._max_steps:
+                break
+        begin_batch(None)
+
+    def end(self) -> None:
+        """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""
+        if self._schedulers:
+            self._step_schedulers("epoch", self._run.progress.epoch + 1, plateau=True)
+
+    def _is_due(self, schedule: ValidationSchedule, is_last: bool) -> bool:
+        progress = self._run.progress
+        if schedule.every is not None:
+            return (
+                schedule.every_n_epochs is None or (progress.epoch + 1) % schedule.every_n_epochs == 0
+            ) and self._elapsed(schedule)
+        return schedule.due(progress.epoch, progress.batch, progress.batches, is_last=is_last)
+
+    def _elapsed(self, schedule: ValidationSchedule) -> bool:
+        assert schedule.every is not None
+        due = time.monotonic() - self._last_validation >= schedule.every.total_seconds()
+        fabric = self._run.fabric
+        return fabric.strategy.reduce_boolean_decision(due, all=False) if fabric.world_size > 1 else due
+
+    def _epoch_validates(self, schedule: ValidationSchedule) -> bool:
+        return schedule.every_n_epochs is None or (self._run.progress.epoch + 1) % schedule.every_n_epochs == 0
+
+    def _run_validation(self) -> None:
+        progress = self._run.progress
+        accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
+        if progress.is_last_batch or progress.batch % accumulate == 0:
+            self._run.dispatch.call("on_validation_model_zero_grad")
+        self._validate()
+        self.validation_due = False
+        self._last_validation = time.monotonic()
+
+    def _step_schedulers(self, interval: str, count: int, *, plateau: bool) -> None:
+        progress = self._run.progress
+        metrics = self._run.metrics
+        stepped = step_schedulers(
+            self._schedulers,
+            interval=interval,
+            count=count,
+            plateau=plateau,
+            step=self._step_scheduler,
+            metrics=lambda: metrics.callback,
+        )
+        progress.scheduler_steps += stepped
+        progress.scheduler_steps_in_epoch += stepped
+
+    def _scheduler_hook(self, scheduler: Any, metric: Any) -> None:
+        self._run.dispatch.run("lr_scheduler_step", self._run.module.lr_scheduler_step, scheduler, metric)
+
+
+def _as_is(batch: Any, dataloader_idx: int) -> Any:
+    return batch
+
+
+def _from_iterator(iterator: BatchIterator) -> Any:
+    """One item a step; the step itself draws the batches."""
+    index = 0
+    while not iterator.done:
+        yield index, iterator, False
+        index += 1

@@ -1,0 +1,153 @@
+"""Validation and test: one evaluation over all loaders."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.data import BatchIterator, EvaluationData, Lookahead
+from treadle.dispatch import overrides
+from treadle.hooks import ModuleHooks
+from treadle.loops.step import step_arguments
+from treadle.results import Results
+from treadle.state import TrainerFn
+
+if TYPE_CHECKING:
+    from treadle.run import Run
+
+__all__ = ["Evaluation", "module_modes"]
+
+
+class Evaluation:
+    """Runs ``validation_step`` or ``test_step`` over the loaders; what it calls is decided once.
+
+    Args:
+        run: the run it belongs to.
+        data: the loaders and how many batches of each.
+        name: "validation" or "test".
+        inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
+    """
+
+    def __init__(self, run: Run, data: EvaluationData, name: str, *, inference_mode: bool) -> None:
+        assert run.wrapped is not None
+        self._run, self.data, self._name = run, data, name
+        self._results = Results(training=False, fabric=run.fabric)
+        step_name = f"{name}_step"
+        self._step_name = step_name
+        self._step = run.wrapped.method(step_name)
+        several = len(data.loaders) > 1
+        given = ("batch", "batch_idx", "dataloader_idx")
+        self._takes, self._wants_iterator = step_arguments(getattr(run.module, step_name), given)
+        if several and self._takes < 3 and not self._wants_iterator:
+            self._takes = min(self._takes, 2)
+        elif not several:
+            self._takes = min(self._takes, 2)
+        self._several = several
+        self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
+        self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
+        self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
+        self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
+        self._batches_seen: dict[int, int] = {}
+        """Batches of each loader in all evaluations: the x axis of values logged on steps."""
+
+    def __call__(self, num_batches: list[float] | None = None, *, silent: bool = False) -> list[dict[str, Any]]:
+        """Evaluate.
+
+        Args:
+            num_batches: of each loader; default: the limits of the data.
+            silent: write nothing to the loggers, as in the sanity check.
+
+        Returns:
+            For every loader the logged names and values.
+        """
+        run, name, dispatch, results = self._run, self._name, self._run.dispatch, self._results
+        limits = self.data.num_batches if num_batches is None else num_batches
+        hook = f"on_{name}"
+        before = run.log_to(results)
+        modes = module_modes(run.module) if self._restores_modes else None
+        try:
+            with self._no_grad():
+                dispatch.call(f"{hook}_model_eval")
+                if not overrides(run.module, f"{hook}_model_eval", ModuleHooks):
+                    run.module.eval()
+                dispatch.call(f"{hook}_start")
+                dispatch.call(f"{hook}_epoch_start")
+                for loader_idx, limit in enumerate(limits):
+                    if limit:
+                        self._loader(loader_idx, limit, silent)
+                dispatch.call(f"{hook}_epoch_end")
+                logged, per_loader = run.metrics.close_epoch(results)
+                if not silent:
+                    step = run.progress.logging_step
+                    run.write(logged, max(step - 1, 0) if run.state.fn is TrainerFn.FITTING else step)
+                results.reset()
+                dispatch.call(f"{hook}_end")
+        finally:
+            results.reset()
+            run.log_to(before)
+            if modes is not None:
+                for module, mode in modes:
+                    module.training = mode
+        if modes is None:
+            dispatch.call(f"{hook}_model_train")
+        return per_loader + [{} for _ in range(len(limits) - len(per_loader))]
+
+    def _loader(self, loader_idx: int, limit: float, silent: bool) -> None:
+        run, results, step, takes = self._run, self._results, self._step, self._takes
+        transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
+        on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
+        step_name, start_name, end_name = (
+            self._step_name,
+            f"on_{self._name}_batch_start",
+            f"on_{self._name}_batch_end",
+        )
+        results.dataloader_idx = loader_idx if self._several else None
+        iterator = self.data.iterate(loader_idx)
+        batches: Any = Lookahead(iterator, 0, limit, exact=True)
+        if self._wants_iterator:
+            drawing = BatchIterator(batches, transfer, loader_idx)
+            batches, transfer = _each_step(drawing), _as_is
+        for batch_idx, batch, _ in batches:
+            batch = transfer(batch, loader_idx)
+            begin_batch(batch)
+            if on_batch_start:
+                results.hook = start_name
+                for listener in on_batch_start:
+                    listener(batch, batch_idx, loader_idx)
+            results.hook = step_name
+            if takes == 2:
+                output = step(batch, batch_idx)
+            elif takes == 3:
+                output = step(batch, batch_idx, loader_idx)
+            else:
+                output = step(batch)
+            if on_batch_end:
+                results.hook = end_name
+                for listener in on_batch_end:
+                    listener(output, batch, batch_idx, loader_idx)
+            if loggers:
+                metrics = results.take_step_metrics()
+                if metrics:
+                    run.write(metrics, self._batches_seen.get(loader_idx, 0) + batch_idx, with_epoch=False)
+        if not silent:
+            self._batches_seen[loader_idx] = self._batches_seen.get(loader_idx, 0) + int(min(limit, 1 << 62))
+        results.dataloader_idx = None
+        results.hook = ""
+        begin_batch(None)
+
+
+def module_modes(module: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:
+    """Every submodule with its training flag."""
+    return [(m, m.training) for m in module.modules()]
+
+
+def _as_is(batch: Any, dataloader_idx: int) -> Any:
+    return batch
+
+
+def _each_step(iterator: BatchIterator) -> Any:
+    index = 0
+    while not iterator.done:
+        yield index, iterator, False
+        index += 1

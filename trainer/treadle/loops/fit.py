@@ -1,0 +1,131 @@
+"""Fit: sanity check, then epochs until something says stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from treadle_fabric import rank_zero_info
+
+from treadle.dispatch import MONITORS
+from treadle.loops.epoch import Controls, TrainingEpoch
+from treadle.loops.evaluate import Evaluation
+from treadle.schedule import Durations
+from treadle.state import RunningStage
+
+if TYPE_CHECKING:
+    from treadle.run import Run
+
+__all__ = ["FitLoop"]
+
+
+class FitLoop:
+    """Runs training epochs; see :mod:`treadle.hooks` for the order of everything.
+
+    Args:
+        run: the run.
+        durations: when to stop.
+        controls: holds ``should_stop``.
+        sanity: batches of each validation loader to try first; empty to skip.
+        validation: the evaluation to run in between, or None.
+        make_epoch: makes the epoch loop once the training loader is there; None where it has no batches.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        durations: Durations,
+        controls: Controls,
+        *,
+        sanity: list[float],
+        validation: Evaluation | None,
+        make_epoch: Callable[[FitLoop], TrainingEpoch | None],
+        reload_every: int,
+    ) -> None:
+        self._run, self._durations, self._controls = run, durations, controls
+        self._sanity, self.validation = sanity, validation
+        self._make_epoch, self._reload_every = make_epoch, reload_every
+        self._started = time.monotonic()
+        self._told_min = False
+        self.epoch: TrainingEpoch | None = None
+
+    def run(self) -> None:
+        """Train."""
+        run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
+        self._sanity_check()
+        run.state.stage = RunningStage.TRAINING
+        self.epoch = epoch = self._make_epoch(self)
+        if epoch is None or self._done():
+            return
+        run.module.train()
+        self._started = time.monotonic()
+        with torch.enable_grad():
+            dispatch.call("on_train_start")
+            first = True
+            while not self._done():
+                if not first and self._reload_every and progress.epoch % self._reload_every == 0:
+                    self.epoch = epoch = self._make_epoch(self)
+                    assert epoch is not None
+                first = False
+                dispatch.call("on_train_epoch_start")
+                epoch.run()
+                progress.epoch_ended = True
+                self._end_epoch(epoch)
+                progress.begin_epoch()
+            dispatch.call("on_train_end")
+
+    def _end_epoch(self, epoch: TrainingEpoch) -> None:
+        run = self._run
+        logged, _ = run.metrics.close_epoch(run.results)
+        run.dispatch.call("on_train_epoch_end")
+        logged |= run.metrics.close_epoch(run.results)[0]  # what the hooks logged: monitoring callbacks see it
+        epoch.end()  # before them too, so that a checkpoint has the schedulers' step
+        run.dispatch.call(MONITORS, hook="on_train_epoch_end")
+        logged |= run.metrics.close_epoch(run.results, local=True)[0]
+        run.write(logged, max(run.progress.logging_step - 1, 0))
+        run.results.reset()
+        run.progress.epoch += 1
+
+    def _sanity_check(self) -> None:
+        run = self._run
+        if self.validation is None or not any(self._sanity):
+            return
+        run.state.stage = RunningStage.SANITY_CHECKING
+        run.dispatch.call("on_sanity_check_start")
+        self.validation(self._sanity, silent=True)
+        run.dispatch.call("on_sanity_check_end")
+        run.metrics.clear()
+
+    def validate(self) -> None:
+        """A validation in the middle of training."""
+        assert self.validation is not None
+        state = self._run.state
+        state.stage = RunningStage.VALIDATING
+        self.validation()
+        state.stage = RunningStage.TRAINING
+
+    def may_stop(self) -> bool:
+        """Whether ``should_stop`` is heeded: not before ``min_epochs`` and ``min_steps``."""
+        d, progress = self._durations, self._run.progress
+        epochs = progress.epoch + (1 if progress.is_last_batch else 0)
+        enough = (not d.min_epochs or epochs >= d.min_epochs) and (not d.min_steps or progress.step >= d.min_steps)
+        if not enough and not self._told_min:
+            self._told_min = True
+            rank_zero_info(
+                f"A stop was asked for, but min_epochs={d.min_epochs} or min_steps={d.min_steps} is not reached: going on."
+            )
+        return enough
+
+    def _done(self) -> bool:
+        d, progress = self._durations, self._run.progress
+        if d.max_steps != -1 and progress.step >= d.max_steps:
+            rank_zero_info(f"`Trainer.fit` stopped: `max_steps={d.max_steps}` reached.")
+            return True
+        if d.max_epochs != -1 and progress.epoch >= d.max_epochs:
+            rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={d.max_epochs}` reached.")
+            return True
+        return self._controls.should_stop and self.may_stop()
+
+

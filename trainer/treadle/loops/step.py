@@ -1,0 +1,295 @@
+"""One training batch: zero, forward, backward, clip, step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from treadle_fabric import MisconfigurationException
+
+from treadle.dispatch import overrides
+from treadle.optimizers import needs_closure
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from treadle.run import Run
+
+__all__ = ["AutomaticStep", "Clipping", "ManualStep", "TrainingStep", "step_arguments"]
+
+
+class TrainingStep(Protocol):
+    """Trains on one batch."""
+
+    def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
+        """Returns what ``on_train_batch_end`` gets.
+
+        Args:
+            batch: on the device.
+            batch_idx: within the epoch.
+            window: the batches of this accumulation, which the loss is divided by.
+            stepping: whether the optimizer steps at this batch.
+        """
+
+
+def step_arguments(step: Callable[..., Any], given: tuple[str, ...]) -> tuple[int, bool]:
+    """How many of ``given`` a step takes by position, and whether it wants the iterator (``dataloader_iter``)."""
+    try:
+        parameters = list(inspect.signature(step).parameters.values())
+    except (TypeError, ValueError):
+        return len(given), False
+    if any(p.name == "dataloader_iter" for p in parameters):
+        return 1, True
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return len(given), False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    known = [p for p in positional if p.name in given or p.default is p.empty]
+    if len(required) > len(given) or any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        name = getattr(step, "__name__", "step")
+        raise MisconfigurationException(
+            f"`{name}{inspect.signature(step)}` asks for more than the trainer gives, which is ({', '.join(given)}): "
+            f"define `{name}(self, {', '.join(given[:2])})`."
+        )
+    if not positional:
+        name = getattr(step, "__name__", "step")
+        raise MisconfigurationException(f"`{name}` takes no batch: define `{name}(self, {', '.join(given[:2])})`.")
+    return min(len(known), len(given)), False
+
+
+class Clipping:
+    """Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
+
+    def __init__(self, run: Run, value: float | None, algorithm: str | None) -> None:
+        from treadle.module import LightningModule
+
+        module = run.module
+        self._strategy, self._wrapped = run.fabric.strategy, run.wrapped
+        self._value, self._algorithm = value, algorithm
+        self._dispatch = run.dispatch
+        self._hook = (
+            module.configure_gradient_clipping if overrides(module, "configure_gradient_clipping", LightningModule) else None
+        )
+        self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else self.clip
+        self.active = bool(value) or self._hook is not None or self._clip != self.clip
+
+    def __call__(self, optimizer: Optimizer) -> None:
+        if self._hook is not None:
+            self._dispatch.run("configure_gradient_clipping", self._hook, optimizer, self._value, self._algorithm)
+        else:
+            self._dispatch.run("clip_gradients", self._clip, optimizer, self._value, self._algorithm)
+
+    def clip(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
+        """Clip the gradients of ``optimizer``; with the Trainer's own value or algorithm they must agree."""
+        if value is None:
+            value = self._value
+        elif self._value is not None and self._value != value:
+            raise MisconfigurationException(
+                f"clip_gradients got gradient_clip_val={value}, the Trainer has {self._value}: give it in one place."
+            )
+        algorithm = algorithm or self._algorithm or "norm"
+        if algorithm not in ("norm", "value"):
+            raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'.")
+        if not value:
+            return
+        raw = getattr(optimizer, "optimizer", optimizer)
+        assert self._wrapped is not None
+        self._strategy.precision.unscale_gradients(raw)
+        if algorithm == "value":
+            self._strategy.clip_gradients_value(self._wrapped, raw, value)
+        else:
+            self._strategy.clip_gradients_norm(self._wrapped, raw, value, error_if_nonfinite=False)
+
+
+class AutomaticStep:
+    """Automatic optimization with one optimizer, or none."""
+
+    def __init__(self, run: Run, clipping: Clipping) -> None:
+        from treadle.module import LightningModule
+
+        module, wrapped, listeners = run.module, run.wrapped, run.dispatch.listeners
+        assert wrapped is not None
+        self._run, self._module, self._results, self._progress = run, module, run.results, run.progress
+        self._dispatch = run.dispatch
+        self._training_step = wrapped.method("training_step")
+        self._takes, self.wants_iterator = step_arguments(module.training_step, ("batch", "batch_idx"))
+        self._strategy, self._wrapped = run.fabric.strategy, wrapped
+        self._precision = run.fabric.strategy.precision
+        self._wrapped_optimizer = run.optimizers[0] if run.optimizers else None
+        raw = self._wrapped_optimizer.optimizer if self._wrapped_optimizer is not None else None
+        self._optimizer = raw
+        self._zero_grad = raw.zero_grad if raw is not None else None
+        if overrides(module, "optimizer_zero_grad", LightningModule):
+            self._zero_grad = self._zero_grad_hook
+        self._backward_hook = module.backward if overrides(module, "backward", LightningModule) else None
+        self._clipping = clipping if clipping.active and raw is not None else None
+        self._before_zero_grad = listeners("on_before_zero_grad")
+        self._before_backward = listeners("on_before_backward")
+        self._after_backward = listeners("on_after_backward")
+        self._before_step = listeners("on_before_optimizer_step")
+        self._gives_outputs = bool(listeners("on_train_batch_end"))
+        own_step = overrides(module, "optimizer_step", LightningModule)
+        if raw is not None and needs_closure(raw) and not own_step and run.fabric.strategy.precision.requires_fabric_backward:
+            raise MisconfigurationException(
+                f"{type(raw).__name__} evaluates the loss several times a step, which a gradient scaler cannot follow: use "
+                "precision 'bf16-mixed' or '32-true'."
+            )
+        self._closure_step = module.optimizer_step if raw is not None and (own_step or needs_closure(raw)) else None
+        self._outputs: Any = None
+        self._last_loss: Tensor | None = None
+        self._accumulate = 1
+
+    def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
+        if not stepping:
+            with self._no_sync():
+                return self._gradients(batch, batch_idx, window, False)
+        if self._closure_step is not None:
+            return self._step_with_closure(batch, batch_idx, window)
+        outputs = self._gradients(batch, batch_idx, window, True)
+        if self._optimizer is not None:
+            self._strategy.optimizer_step(self._optimizer)
+            self._progress.optimizer_steps += 1
+        return outputs
+
+    def _gradients(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
+        """Forward, zero, backward, and at a stepping batch the way to the step: unscale, clip."""
+        results = self._results
+        results.hook = "training_step"
+        output = self._training_step(batch, batch_idx) if self._takes == 2 else self._training_step(batch)
+        loss = output if isinstance(output, Tensor) else self._loss_of(output)
+        optimizer = self._optimizer
+        if optimizer is not None and batch_idx % self._accumulate == 0:
+            if self._before_zero_grad:
+                results.hook = "on_before_zero_grad"
+                for listener in self._before_zero_grad:
+                    listener(optimizer)
+            self._zero_grad()  # type: ignore[misc]
+        if loss is not None:
+            if window > 1:
+                loss = loss / window
+            if self._before_backward:
+                results.hook = "on_before_backward"
+                for listener in self._before_backward:
+                    listener(loss)
+            self._backward(loss)
+            if self._after_backward:
+                results.hook = "on_after_backward"
+                for listener in self._after_backward:
+                    listener()
+        if stepping and optimizer is not None:
+            if window > 1:
+                self._rescale(window, batch_idx % self._accumulate + 1)
+            if self._before_step or self._clipping is not None:
+                self._precision.unscale_gradients(optimizer)
+                results.hook = "on_before_optimizer_step"
+                for listener in self._before_step:
+                    listener(optimizer)
+                if self._clipping is not None:
+                    self._clipping(optimizer)
+        if self._closure_step is not None:
+            self._last_loss = loss
+        if not self._gives_outputs:
+            return None
+        outputs = {} if output is loss or output is None or isinstance(output, Tensor) else dict(output)
+        if loss is not None:
+            outputs["loss"] = loss.detach()
+        return outputs
+
+    def accumulate(self, batches: int) -> None:
+        """Set the accumulation of the epoch that begins."""
+        self._accumulate = batches
+
+    def _no_sync(self) -> AbstractContextManager[Any]:
+        if self._run.fabric.world_size == 1:
+            return nullcontext()
+        assert self._run.wrapped is not None
+        return self._run.fabric.no_backward_sync(self._run.wrapped)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._backward_hook is None:
+            self._strategy.backward(loss, self._wrapped)
+        else:
+            loss = self._precision.pre_backward(loss, self._wrapped)
+            self._dispatch.run("backward", self._backward_hook, loss)
+            self._precision.post_backward(loss, self._wrapped)
+
+    def _rescale(self, window: int, done: int) -> None:
+        """At the end of an epoch of unknown length the window was shorter than what the losses were divided by."""
+        if done == window:
+            return
+        assert self._optimizer is not None
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(window / done)
+
+    def _zero_grad_hook(self) -> None:
+        self._dispatch.run(
+            "optimizer_zero_grad",
+            self._module.optimizer_zero_grad,
+            self._progress.epoch,
+            self._progress.batch,
+            self._optimizer,
+        )
+
+    def _step_with_closure(self, batch: Any, batch_idx: int, window: int) -> Any:
+        """The optimizer runs the forward and backward itself, perhaps several times."""
+
+        def closure() -> Any:
+            with torch.enable_grad():
+                self._outputs = self._gradients(batch, batch_idx, window, True)
+            return self._last_loss
+
+        self._dispatch.run(
+            "optimizer_step", self._closure_step, self._progress.epoch, batch_idx, self._wrapped_optimizer, closure  # type: ignore[arg-type]
+        )
+        self._progress.optimizer_steps += 1
+        outputs, self._outputs = self._outputs, None
+        return outputs
+
+    def _loss_of(self, output: Any) -> Tensor | None:
+        if output is None:
+            return None
+        if isinstance(output, Mapping):
+            loss = output.get("loss")
+            if isinstance(loss, Tensor):
+                return loss
+            raise MisconfigurationException(
+                f"`training_step` returned a dict with the keys {sorted(map(str, output))}; in automatic optimization it needs "
+                "the key 'loss' with a tensor."
+            )
+        raise MisconfigurationException(
+            f"`training_step` returned {type(output).__name__}; in automatic optimization it returns a scalar tensor, a dict "
+            "with 'loss', or None to skip the batch."
+        )
+
+
+class ManualStep:
+    """Manual optimization: the module steps its optimizers itself."""
+
+    def __init__(self, run: Run) -> None:
+        assert run.wrapped is not None
+        self._results = run.results
+        self._training_step = run.wrapped.method("training_step")
+        self._takes, self.wants_iterator = step_arguments(run.module.training_step, ("batch", "batch_idx"))
+        self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
+
+    def accumulate(self, batches: int) -> None:
+        """Nothing to do: the module accumulates by itself."""
+
+    def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
+        self._results.hook = "training_step"
+        output = self._training_step(batch, batch_idx) if self._takes == 2 else self._training_step(batch)
+        if not self._gives_outputs or output is None:
+            return {} if self._gives_outputs else None
+        if isinstance(output, Tensor):
+            return {"loss": output.detach()}
+        if isinstance(output, Mapping):
+            return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in output.items()}
+        raise MisconfigurationException(
+            f"`training_step` returned {type(output).__name__}; in manual optimization it returns a tensor, a dict or None."
+        )

@@ -1,0 +1,548 @@
+"""The metric bus behind ``self.log``: values go into slots, and leave them together.
+
+Logging a value stores it on its device and returns. Values come to the host in one transfer when a logger writes, the
+bar redraws or a callback asks. At the end of an epoch one packed collective reduces the scalars of all slots over the
+ranks, weighted by the number of samples.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from treadle_fabric import MisconfigurationException, rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle_fabric import Fabric
+
+    from treadle.module import LightningModule
+
+__all__ = ["NOT_LOGGING", "MetricSink", "Metrics", "Results", "flatten_metrics", "to_floats"]
+
+# prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only
+LogOptions: TypeAlias = tuple[
+    bool, bool | None, bool | None, bool | None, str | Callable[[Any], Any], bool, bool, bool, bool
+]
+Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
+
+_STEP_HOOKS: Final = frozenset(
+    """training_step on_train_batch_start on_train_batch_end on_before_zero_grad optimizer_zero_grad on_before_backward
+    backward on_after_backward on_before_optimizer_step optimizer_step configure_gradient_clipping clip_gradients
+    lr_scheduler_step""".split()
+)
+_EVAL_STEP_HOOKS: Final = frozenset(
+    "validation_step on_validation_batch_start on_validation_batch_end test_step on_test_batch_start on_test_batch_end".split()
+)
+_EPOCH_HOOKS: Final = frozenset(
+    """on_train_start on_train_epoch_start on_train_epoch_end on_validation_start on_validation_epoch_start
+    on_validation_epoch_end on_test_start on_test_epoch_start on_test_epoch_end""".split()
+)
+_REDUCTIONS: Final[dict[Any, Reduction]] = {
+    "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
+    "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
+}  # fmt: skip
+_FOLD_EVERY: Final = 256  # pending values are summed in one operation, this many at a time
+_PACKET: Final = 130  # doubles in the packed collective: a checksum, a count and 64 pairs; more slots need a second one
+
+
+class MetricSink(Protocol):
+    """What ``self.log`` writes to."""
+
+    def log(
+        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
+    ) -> None: ...
+
+
+class _NotLogging:
+    """Where values go without a trainer: to the Fabric that set the module up, if any."""
+
+    def log(
+        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
+    ) -> None:
+        if module.fabric is None:
+            rank_zero_warn(
+                f"`self.log({name!r}, ...)` was called without a Trainer or a Fabric; the value is dropped.", stacklevel=4
+            )
+        elif options[1] is not False:
+            for key, scalar in flatten_metrics({name: value}):
+                module.fabric.log(key, _step_value(scalar) if _is_metric(scalar) else scalar)
+
+
+NOT_LOGGING: Final = _NotLogging()
+
+
+def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of a dictionary, of nested ones joined by ``/``, or of a torchmetrics collection."""
+    if hasattr(dictionary, "compute_groups"):
+        items: Iterable[tuple[Any, Any]] = dictionary.items(keep_base=False, copy_state=False)
+    elif isinstance(dictionary, Mapping):
+        items = dictionary.items()
+    else:
+        raise MisconfigurationException(
+            f"log_dict got {type(dictionary).__name__}; it takes a dictionary of names and values: use `self.log` for one value."
+        )
+    for name, value in items:
+        if isinstance(value, Mapping) or hasattr(value, "compute_groups"):
+            yield from flatten_metrics(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Bring scalars to the host: one transfer for every device and dtype among them.
+
+    Args:
+        metrics: names and numbers or tensors of one element.
+
+    Returns:
+        The same names in the same order, and Python numbers.
+    """
+    out: dict[str, float] = {}
+    remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor):
+            out[name] = value
+        elif value.device.type == "cpu":
+            out[name] = value.item()
+        else:
+            out[name] = 0.0  # keeps the order
+            remote.setdefault((value.device, value.dtype), []).append(name)
+    for names in remote.values():
+        out.update(zip(names, torch.stack([metrics[n].reshape(()) for n in names]).tolist(), strict=True))
+    return out
+
+
+def _is_metric(value: Any) -> bool:
+    return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
+
+
+def _step_value(metric: Any) -> Any:
+    """What a torchmetrics object computed of the last batch; of all so far where it was only updated."""
+    cached = getattr(metric, "_forward_cache", None)
+    return metric.compute() if cached is None else cached
+
+
+class Slot:
+    """One logged name in one hook (and loader): its latest value, and what its epoch value is made of."""
+
+    __slots__ = (
+        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
+        "rank_zero_only", "reduce", "sync_dist", "total", "value", "values", "weight", "weights",
+    )  # fmt: skip
+
+    def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
+        self.name = name
+        self.options = options
+        self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
+        self.prog_bar, self.logger = options[0], options[1] is not False
+        self.reduce: Reduction | Callable[[Tensor], Any] = _REDUCTIONS.get(options[4], options[4])  # type: ignore[assignment,arg-type]
+        self.sync_dist, self.rank_zero_only = options[6], options[8]
+        self.metric: Any = None
+        self.loader: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the epoch."""
+        self.value: Any = None
+        self.has_value = self.fresh = self.closed = False
+        self.pending: list[Any] = []
+        self.weights: list[float] = []
+        self.values: list[Any] = []  # all of them, for a callable reduction
+        self.total: Any = None
+        self.weight = 0.0
+
+    def accumulate(self, value: Any, weight: float) -> None:
+        """Take a value into the epoch's reduction."""
+        self.pending.append(value)
+        self.weights.append(weight)
+        if len(self.pending) >= _FOLD_EVERY:
+            self.fold()
+
+    def fold(self) -> None:
+        """Reduce what is pending in one operation, without waiting for the device."""
+        if not self.pending:
+            return
+        values, weights = self.pending, self.weights
+        self.pending, self.weights = [], []
+        if callable(self.reduce):
+            self.values += values
+            return
+        if any(isinstance(v, Tensor) for v in values):
+            stacked = _stack(values)
+            if self.reduce == "mean":
+                part: Any = stacked @ torch.tensor(weights, dtype=stacked.dtype, device=stacked.device)
+            else:
+                part = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}[self.reduce](stacked)
+        elif self.reduce == "mean":
+            part = sum(v * w for v, w in zip(values, weights, strict=True))
+        else:
+            part = {"sum": sum, "min": min, "max": max}[self.reduce](values)
+        if self.total is None:
+            self.total = part
+        elif self.reduce in ("min", "max"):
+            pair = _stack([self.total, part])
+            self.total = torch.amin(pair) if self.reduce == "min" else torch.amax(pair)
+        else:
+            self.total = self.total + part
+        self.weight += sum(weights)
+
+    def compute(self) -> Any:
+        """The epoch's value on this rank."""
+        if self.metric is not None:
+            return self.metric.compute()
+        self.fold()
+        if callable(self.reduce):
+            return self.reduce(_stack(self.values))
+        return self.total / self.weight if self.reduce == "mean" else self.total
+
+
+def _stack(values: list[Any]) -> Tensor:
+    """Scalars of any kind as one vector, in double precision where the device has it."""
+    device = next((v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if all(isinstance(v, Tensor) and v.device == device and v.dtype == values[0].dtype for v in values):
+        return torch.stack([v.reshape(()) for v in values]).to(dtype)
+    return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
+
+
+class Results:
+    """The slots of one stage (training, or one evaluation), filled by :meth:`log`."""
+
+    def __init__(self, *, training: bool, fabric: Fabric) -> None:
+        self.training = training
+        self.hook = ""
+        """The hook that is running, set by whoever calls it: it decides the defaults of ``log``, or that it is refused."""
+        self.batch: Any = None
+        self.batch_size: int | None = None
+        self.dataloader_idx: int | None = None
+        self.slots: dict[tuple[str, str, int | None], Slot] = {}
+        self._names: dict[str, str] = {}  # a final name -> the hook that logs it
+        self._fabric = fabric
+
+    def log(
+        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
+    ) -> None:
+        """Store a value; see :meth:`treadle.LightningModule.log`."""
+        slot = self.slots.get((self.hook, name, self.dataloader_idx))
+        if slot is None or slot.options != options:
+            if isinstance(value, Mapping) or hasattr(value, "compute_groups"):
+                for key, item in flatten_metrics(value, f"{name}/"):
+                    self.log(module, key, item, options, batch_size, group)
+                return
+            slot = self._new_slot(name, options)
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise MisconfigurationException(
+                    f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}; one number is logged under a "
+                    "name: reduce it first, with `.mean()` say."
+                )
+            if not options[5]:
+                value = value.detach().clone()  # the caller may go on to change it in place
+        elif not isinstance(value, (int, float)):
+            if _is_metric(value):
+                slot.metric = value
+                slot.value = _step_value(value) if slot.on_step else None
+                slot.has_value = slot.fresh = True
+                return
+            value = _number(name, value)
+        slot.value = value
+        slot.has_value = slot.fresh = True
+        if slot.on_epoch:
+            if batch_size is None:
+                batch_size = self.batch_size
+                if batch_size is None:
+                    batch_size = self.batch_size = 1 if self.batch is None else infer_batch_size(self.batch)
+            slot.accumulate(value, batch_size)
+
+    def begin_batch(self, batch: Any) -> None:
+        """The batch that values logged from now on belong to; None outside batches."""
+        self.batch = batch
+        self.batch_size = None
+
+    def reset(self) -> None:
+        """Forget values and metric objects' states; the epoch is over."""
+        for slot in self.slots.values():
+            if slot.metric is not None and slot.on_epoch:
+                slot.metric.reset()
+        self.slots.clear()
+        self._names.clear()
+        self.begin_batch(None)
+
+    def _new_slot(self, name: str, options: LogOptions) -> Slot:
+        hook = self.hook
+        _, _, on_step, on_epoch, reduce_fx, _, _, add_idx, _ = options
+        if not isinstance(name, str):
+            raise MisconfigurationException(f"`self.log` got the name {name!r}; a name is a string.")
+        if hook not in _STEP_HOOKS and hook not in _EVAL_STEP_HOOKS and hook not in _EPOCH_HOOKS:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, ...)` was called in `{hook or 'code outside the hooks of a run'}`, where nothing can be "
+                "logged: log in a step or an epoch hook, or use `self.logger` directly."
+            )
+        in_batch = hook not in _EPOCH_HOOKS
+        if on_step and not in_batch:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, on_step=True)` was called in `{hook}`, which has no steps: use on_epoch=True."
+            )
+        on_step = (self.training and in_batch) if on_step is None else on_step
+        on_epoch = (not (self.training and in_batch)) if on_epoch is None else on_epoch
+        if not on_step and not on_epoch:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing: set one of them."
+            )
+        if reduce_fx not in _REDUCTIONS and not callable(reduce_fx):
+            raise MisconfigurationException(
+                f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a callable."
+            )
+        key = (hook, name, self.dataloader_idx)
+        if key in self.slots:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, ...)` was called twice in `{hook}` with different options "
+                f"({self.slots[key].options} and {options}): use the same options, or another name."
+            )
+        several = self.dataloader_idx is not None and in_batch
+        final = f"{name}/dataloader_idx_{self.dataloader_idx}" if several and add_idx else name
+        if several and not add_idx and final in self._names:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own name."
+            )
+        self._names.setdefault(final, hook)
+        slot = self.slots[key] = Slot(name, options, on_step, on_epoch)
+        slot.name = final
+        slot.loader = self.dataloader_idx
+        return slot
+
+    # ------------------------------------------------------------------------------------------------ what leaves
+
+    def latest(self, view: Literal["callback", "logged", "bar"]) -> dict[str, Any]:
+        """The last value of every step-logged name, as one of the three sees it in the middle of an epoch."""
+        out: dict[str, Any] = {}
+        for slot in self.slots.values():
+            if not (slot.on_step and slot.has_value):
+                continue
+            if view == "callback":
+                if not self.training:
+                    continue
+                if slot.forked:
+                    out[slot.name] = slot.value
+            elif not (slot.logger if view == "logged" else slot.prog_bar):
+                continue
+            out[f"{slot.name}_step" if slot.forked else slot.name] = slot.value
+        return out
+
+    def take_step_metrics(self) -> dict[str, Any]:
+        """For the loggers: what was logged on steps since the last call, ``sync_dist`` ones reduced over the ranks."""
+        out: dict[str, Any] = {}
+        shared: list[tuple[str, Slot]] = []
+        for slot in self.slots.values():
+            if slot.on_step and slot.fresh and slot.logger:
+                slot.fresh = False
+                name = f"{slot.name}_step" if slot.forked else slot.name
+                out[name] = slot.value
+                if slot.sync_dist and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
+                    shared.append((name, slot))
+        if shared and self.training and self._fabric.world_size > 1:  # evaluation may be uneven over ranks
+            rows = [(name, slot.reduce, float(slot.value), 1.0) for name, slot in shared]
+            out.update(reduce_over_ranks(self._fabric, rows))  # type: ignore[arg-type]
+        return out
+
+    def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:
+        """The value of every epoch-logged slot that was not asked for yet: scalar tensors on the device, or numbers.
+
+        They are reduced over the ranks unless ``local``; every rank has to ask then, with or without values.
+        """
+        found: list[tuple[Slot, Any]] = []
+        rows: list[tuple[str, Reduction, Any, float]] = []
+        distributed = self._fabric.world_size > 1 and not local
+        slots = [s for s in self.slots.values() if s.on_epoch and s.has_value and not s.closed]
+        for slot in slots:
+            if distributed and slot.metric is None and not slot.rank_zero_only:
+                slot.fold()
+                if callable(slot.reduce):
+                    slot.values = _gather_values(self._fabric, slot.values)
+                else:
+                    rows.append((slot.name, slot.reduce, slot.total, slot.weight))
+        reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
+        for slot in slots:
+            slot.closed = True
+            value = reduced[slot.name] if slot.name in reduced else slot.compute()
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.reshape(())
+                if value.dtype == torch.float64 and slot.metric is None:
+                    value = value.to(torch.get_default_dtype())
+            found.append((slot, value))
+        return found
+
+
+def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
+    mine = [float(v) for v in values]
+    return [v for rank in range(fabric.world_size) for v in fabric.broadcast(mine, src=rank)]
+
+
+def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]]) -> dict[str, Tensor]:
+    """Reduce scalars over all ranks in one collective (two above 64 of them).
+
+    Args:
+        fabric: whose ranks.
+        rows: name, reduction, this rank's total (for a mean: the weighted sum), weight.
+
+    Returns:
+        The reduced value of every name that any rank logged, in float64 (float32 on MPS).
+    """
+    rows = sorted(rows, key=lambda r: r[0])
+    names = [f"{name}:{how}" for name, how, *_ in rows]
+    gathered = _exchange(fabric, rows, names)
+    if gathered is None:  # the ranks logged different names
+        union = sorted({n for rank in range(fabric.world_size) for n in fabric.broadcast(names, src=rank)})
+        mine = dict(zip(names, rows, strict=True))
+        for extra in sorted(set(union) - set(names)):
+            name, _, how = extra.rpartition(":")
+            print(
+                f"rank {fabric.global_rank}: {name!r} was logged by other ranks and not by this one; it is reduced over those "
+                "that did.",
+                flush=True,
+            ) if fabric.global_rank else None
+            neutral = {"min": float("inf"), "max": float("-inf")}.get(how, 0.0)
+            mine[extra] = (name, how, neutral, 0.0)  # type: ignore[assignment]
+        rows, names = [mine[n] for n in union], union
+        gathered = _exchange(fabric, rows, names)
+        assert gathered is not None
+    out: dict[str, Tensor] = {}
+    for i, (name, how, *_) in enumerate(rows):
+        totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
+        match how:
+            case "mean":
+                out[name] = totals.sum() / weights.sum()
+            case "sum":
+                out[name] = totals.sum()
+            case "min":
+                out[name] = totals.amin()
+            case _:
+                out[name] = totals.amax()
+    return out
+
+
+def _exchange(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]], names: list[str]) -> Tensor | None:
+    """Every rank's (total, weight) pairs, ``(world_size, 2 * len(rows))``; None where the names differ."""
+    checksum = float(zlib.crc32("\n".join(names).encode()))
+    dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
+    head = [checksum, float(len(rows))]
+    totals = [torch.as_tensor(total, dtype=dtype, device=fabric.device).reshape(()) for _, _, total, _ in rows]
+    weights = torch.tensor([weight for *_, weight in rows], dtype=dtype, device=fabric.device)
+    pairs = torch.stack([torch.stack(totals), weights], dim=1).flatten() if rows else weights
+    packet = torch.zeros(_PACKET, dtype=dtype, device=fabric.device)
+    packet[:2] = torch.tensor(head, dtype=dtype)
+    first = pairs[: _PACKET - 2]
+    packet[2 : 2 + len(first)] = first
+    gathered: Tensor = fabric.all_gather(packet).reshape(fabric.world_size, -1)
+    if not bool((gathered[:, :2] == gathered[0, :2]).all()):
+        return None
+    body = gathered[:, 2 : 2 + len(first)]
+    if len(pairs) > len(first):
+        rest = fabric.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
+        body = torch.cat([body, rest], dim=1)
+    return body
+
+
+def infer_batch_size(batch: Any) -> int:
+    """The first dimension of the first tensor found in a batch; 1 where there is none."""
+    stack = [batch]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor):
+            return item.shape[0] if item.ndim else 1
+        if isinstance(item, str):
+            continue
+        if isinstance(item, Mapping):
+            stack += reversed(list(item.values()))
+        elif isinstance(item, (list, tuple)):
+            stack += reversed(item)
+        elif hasattr(item, "__dict__"):
+            stack += reversed([v for k, v in vars(item).items() if not k.startswith("_")])
+    return 1
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # numpy scalars among others
+    except (TypeError, ValueError):
+        raise MisconfigurationException(
+            f"`self.log({name!r}, ...)` got {type(value).__name__}; a number, a tensor of one element, a torchmetrics object "
+            "or a dictionary of these can be logged."
+        ) from None
+
+
+class Metrics:
+    """What was logged in a run, as callbacks, loggers and the progress bar see it."""
+
+    def __init__(self) -> None:
+        self._callback: dict[str, Any] = {}
+        self._logged: dict[str, Any] = {}
+        self._bar: dict[str, Any] = {}
+        self.active: Results | None = None
+        """The stage that is running; its step values are looked up when somebody asks, not before."""
+
+    @property
+    def callback(self) -> dict[str, Tensor]:
+        """Name -> scalar tensor, the newest value of everything logged."""
+        return _tensors({**self._callback, **self.active.latest("callback")} if self.active else self._callback)
+
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """Name -> scalar tensor, the newest value of what goes to the loggers."""
+        return _tensors({**self._logged, **self.active.latest("logged")} if self.active else self._logged)
+
+    @property
+    def bar(self) -> dict[str, float]:
+        """Name -> number, what the progress bar shows; reading it brings the values to the host."""
+        return to_floats({**self._bar, **self.active.latest("bar")} if self.active else self._bar)
+
+    def detached(self) -> Metrics:
+        """A copy on the CPU, which other processes can read."""
+        copy = Metrics()
+        for name in ("_callback", "_logged", "_bar"):
+            values = getattr(self, name)
+            getattr(copy, name).update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()})
+        return copy
+
+    def clear(self) -> None:
+        """Forget everything, as after a sanity check."""
+        self._callback.clear()
+        self._logged.clear()
+        self._bar.clear()
+
+    def keep(self, results: Results) -> None:
+        """Keep the last step values of a stage that is left."""
+        self._callback.update(results.latest("callback"))
+        self._logged.update(results.latest("logged"))
+        self._bar.update(results.latest("bar"))
+
+    def close_epoch(self, results: Results, *, local: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Take the epoch values of a stage that are not taken yet; ``local``: of this rank alone.
+
+        Returns:
+            What goes to the loggers, and for every dataloader its names and values.
+        """
+        self.keep(results)
+        logged: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        per_loader: dict[int, dict[str, Any]] = {}
+        for slot, value in results.epoch_metrics(local=local):
+            entries = flatten_metrics(value, f"{slot.name}/") if isinstance(value, Mapping) else [(slot.name, value)]
+            for name, scalar in entries:
+                forked = f"{name}_epoch" if slot.forked else name
+                if slot.logger:
+                    logged[forked] = scalar
+                if slot.prog_bar:
+                    self._bar[forked] = scalar
+                self._callback[name] = self._callback[forked] = scalar
+                (shared if slot.loader is None else per_loader.setdefault(slot.loader, {}))[forked] = scalar
+        self._logged.update(logged)
+        loaders = [per_loader.get(i, {}) for i in range(max(per_loader, default=0) + 1)]
+        return logged, [{**mine, **shared} for mine in loaders]
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in values.items()}

@@ -1,0 +1,67 @@
+"""What a run is made of, decided once before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from treadle_fabric import Fabric
+from treadle_fabric.loggers import Logger
+
+from treadle.dispatch import Dispatch
+from treadle.results import Metrics, Results, to_floats
+from treadle.state import FitProgress, LRSchedulerConfig, TrainerState
+
+if TYPE_CHECKING:
+    from treadle_fabric import FabricModule, FabricOptimizer
+
+    from treadle.datamodule import LightningDataModule
+    from treadle.module import LightningModule
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """The parts of one fit, validate, test or predict. The loops read it; the trainer shows it to the user."""
+
+    fabric: Fabric
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    dispatch: Dispatch
+    state: TrainerState
+    metrics: Metrics
+    results: Results
+    loggers: list[Logger]
+    progress: FitProgress
+    modules: list[LightningModule] = field(default_factory=list)
+    """The module and its children that are LightningModules: all of them may log."""
+    wrapped: FabricModule | None = None
+    optimizers: list[FabricOptimizer] = field(default_factory=list)
+    """Wrapped: their ``step`` goes through precision and strategy."""
+    schedulers: list[LRSchedulerConfig] = field(default_factory=list)
+    transfer: Callable[[Any, int], Any] = lambda batch, dataloader_idx: batch
+    weights_loaded_from: str | None = None
+
+    def log_to(self, results: Results) -> Results:
+        """Send ``self.log`` to the slots of another stage; returns those it went to before."""
+        before = self.dispatch.results
+        assert before is not None
+        self.dispatch.results = results
+        self.metrics.active = results
+        for module in self.modules:
+            module.attach_metrics(results)
+        return before
+
+    def write(self, metrics: Mapping[str, Any], step: int, *, with_epoch: bool = True) -> None:
+        """Send metrics to the loggers, in one transfer from the device. A metric called ``step`` replaces the step."""
+        if not metrics or not self.loggers:
+            return
+        scalars: dict[str, Any] = to_floats(metrics)
+        if "step" in scalars:
+            step = int(scalars.pop("step"))
+        elif with_epoch:
+            scalars.setdefault("epoch", self.progress.epoch)
+        for logger in self.loggers:
+            logger.log_metrics(scalars, step)

@@ -1,0 +1,201 @@
+"""When things fall in a run, computed from the arguments by pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from treadle_fabric import MisconfigurationException, rank_zero_warn
+
+__all__ = ["Durations", "ValidationSchedule", "limit_batches", "parse_duration", "resolve_durations", "window_size"]
+
+_UNITS = {"weeks", "days", "hours", "minutes", "seconds"}
+
+
+def parse_duration(value: Any, name: str) -> timedelta | None:
+    """A duration given as "DD:HH:MM:SS", a timedelta, or a dict of timedelta arguments.
+
+    Raises:
+        MisconfigurationException: it is none of these, or not positive.
+    """
+    if value is None:
+        return None
+    duration = None
+    if isinstance(value, timedelta):
+        duration = value
+    elif isinstance(value, str):
+        parts = value.strip().split(":")
+        if len(parts) == 4 and all(p.isdigit() for p in parts):
+            days, hours, minutes, seconds = map(int, parts)
+            duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    elif isinstance(value, dict) and value and set(value) <= _UNITS:
+        duration = timedelta(**value)
+    if duration is None:
+        raise MisconfigurationException(
+            f"{name}={value!r} is not a duration: give 'DD:HH:MM:SS', a timedelta, or a dict with keys of {sorted(_UNITS)}."
+        )
+    if duration.total_seconds() <= 0:
+        raise MisconfigurationException(f"{name}={value!r} must be longer than nothing.")
+    return duration
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long to train. ``max_epochs`` and ``max_steps`` are -1 where there is no bound."""
+
+    max_epochs: int
+    max_steps: int
+    min_epochs: int | None
+    min_steps: int | None
+    max_time: timedelta | None
+
+
+def _count(value: Any, name: str, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        extra = ", or -1 for no bound" if lowest == -1 else ""
+        raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {max(lowest, 0)}{extra}.")
+
+
+def resolve_durations(
+    max_epochs: int | None, min_epochs: int | None, max_steps: int, min_steps: int | None, max_time: Any
+) -> Durations:
+    """Check the duration arguments and fill in the defaults: 1000 epochs where nothing bounds the run."""
+    time = parse_duration(max_time, "max_time")
+    if max_epochs is not None:
+        _count(max_epochs, "max_epochs", -1)
+    _count(max_steps, "max_steps", -1)
+    for value, name in ((min_epochs, "min_epochs"), (min_steps, "min_steps")):
+        if value is not None:
+            _count(value, name, 0)
+    if max_epochs is None:
+        unbounded = max_steps == -1 and time is None
+        if unbounded:
+            rank_zero_warn("`max_epochs` was not set: training for 1000 epochs. Set `max_epochs=-1` to train without end.")
+        max_epochs = 1000 if unbounded else -1
+    if min_epochs is not None and max_epochs != -1 and min_epochs > max_epochs:
+        raise MisconfigurationException(f"min_epochs={min_epochs} is more than max_epochs={max_epochs}: lower it.")
+    if min_steps is not None and max_steps != -1 and min_steps > max_steps:
+        raise MisconfigurationException(f"min_steps={min_steps} is more than max_steps={max_steps}: lower it.")
+    return Durations(max_epochs, max_steps, min_epochs, min_steps, time)
+
+
+def check_limit(value: Any, name: str) -> None:
+    """Refuse a ``limit_*_batches`` that is neither a count nor a fraction."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value < 0
+        or (isinstance(value, float) and value > 1)
+    ):
+        raise MisconfigurationException(
+            f"{name}={value!r} must be a number of batches (an int of at least 0) or a fraction (a float from 0.0 to 1.0)."
+        )
+
+
+def limit_batches(length: int | None, limit: float, name: str) -> float:
+    """How many batches of a loader to use.
+
+    Args:
+        length: the loader's length; None where it is unknown.
+        limit: an int (batches) or a float (fraction).
+        name: the argument's name, for errors.
+
+    Returns:
+        The number of batches; infinity where it is unknown and not limited.
+    """
+    if limit == 0:
+        return 0
+    if length is None:
+        if isinstance(limit, float) and limit != 1.0:
+            raise MisconfigurationException(
+                f"{name}={limit} is a fraction of a loader whose length is unknown: give a number of batches (an int)."
+            )
+        return math.inf if isinstance(limit, float) else limit
+    if isinstance(limit, int):
+        return min(length, limit)
+    batches = int(length * limit)
+    if batches == 0 and length:
+        raise MisconfigurationException(
+            f"{name}={limit} of {length} batches is less than one batch: use at least {math.ceil(100 / length) / 100}."
+        )
+    return batches
+
+
+def window_size(batch_idx: int, total: float, accumulate: int) -> int:
+    """How many batches the accumulation window of ``batch_idx`` has: fewer at the end of an epoch of known length."""
+    start = batch_idx - batch_idx % accumulate
+    return int(min(accumulate, total - start))
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationSchedule:
+    """When validation runs in fit."""
+
+    every_n_batches: float
+    """Infinity: only at the end of an epoch of unknown length, or by time."""
+    every_n_epochs: int | None
+    """None: batches are counted across epochs."""
+    every: timedelta | None = None
+
+    @classmethod
+    def resolve(cls, interval: Any, every_n_epochs: int | None, num_batches: float) -> ValidationSchedule:
+        """Compute it from ``val_check_interval``, ``check_val_every_n_epoch`` and the number of training batches."""
+        if isinstance(interval, (str, dict, timedelta)):
+            return cls(math.inf, every_n_epochs, parse_duration(interval, "val_check_interval"))
+        if isinstance(interval, int):
+            if every_n_epochs is not None and interval > num_batches:
+                raise MisconfigurationException(
+                    f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so validation "
+                    "would never run: lower it, or set check_val_every_n_epoch=None to count batches across epochs."
+                )
+            return cls(interval, every_n_epochs)
+        if num_batches == math.inf:
+            if interval != 1.0:
+                raise MisconfigurationException(
+                    f"val_check_interval={interval} is a fraction of a training loader whose length is unknown: give a number "
+                    "of batches (an int)."
+                )
+            return cls(math.inf, every_n_epochs)
+        return cls(max(1, int(num_batches * interval)), every_n_epochs)
+
+    def due(self, epoch: int, batch: int, batches: int, *, is_last: bool) -> bool:
+        """Whether validation follows the batch that has just been trained on (time is not looked at here).
+
+        Args:
+            epoch: completed epochs.
+            batch: batches of this epoch so far, this one included.
+            batches: batches of all epochs so far, this one included.
+            is_last: whether it is the epoch's last.
+        """
+        if self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs:
+            return False
+        if self.every_n_batches == math.inf:
+            return is_last and self.every is None
+        count = batches if self.every_n_epochs is None else batch
+        return count % self.every_n_batches == 0
+
+
+def check_validation_arguments(interval: Any, every_n_epochs: Any) -> None:
+    """Refuse impossible ``val_check_interval`` and ``check_val_every_n_epoch`` before anything starts."""
+    if isinstance(interval, (str, dict, timedelta)):
+        parse_duration(interval, "val_check_interval")
+    elif isinstance(interval, bool) or not isinstance(interval, (int, float)):
+        raise MisconfigurationException(
+            f"val_check_interval={interval!r} must be an int (batches), a float (fraction of an epoch) or a duration."
+        )
+    elif (isinstance(interval, int) and interval < 1) or (isinstance(interval, float) and not 0.0 < interval <= 1.0):
+        raise MisconfigurationException(
+            f"val_check_interval={interval!r} must be at least 1 batch, or a fraction above 0.0 and up to 1.0."
+        )
+    if every_n_epochs is None:
+        if isinstance(interval, float):
+            raise MisconfigurationException(
+                f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={interval!r} must be an int "
+                "or a duration."
+            )
+    elif isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+        raise MisconfigurationException(
+            f"check_val_every_n_epoch={every_n_epochs!r} must be an integer of at least 1, or None."
+        )

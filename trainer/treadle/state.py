@@ -1,0 +1,94 @@
+"""Typed state of a run: what is going on, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from treadle_fabric.types import LRScheduler
+
+__all__ = ["FitProgress", "LRSchedulerConfig", "RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"]
+
+
+class TrainerFn(StrEnum):
+    """What the user asked for."""
+
+    FITTING = "fit"
+    VALIDATING = "validate"
+    TESTING = "test"
+    PREDICTING = "predict"
+
+
+class RunningStage(StrEnum):
+    """What is running now; validation inside fit is ``VALIDATING``."""
+
+    TRAINING = "train"
+    SANITY_CHECKING = "sanity_check"
+    VALIDATING = "validate"
+    TESTING = "test"
+    PREDICTING = "predict"
+
+
+class TrainerStatus(StrEnum):
+    """How the last run stands."""
+
+    INITIALIZING = "initializing"
+    RUNNING = "running"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+
+
+@dataclass(slots=True)
+class TrainerState:
+    """What the trainer is doing."""
+
+    fn: TrainerFn | None = None
+    stage: RunningStage | None = None
+    status: TrainerStatus = TrainerStatus.INITIALIZING
+
+
+@dataclass(slots=True)
+class FitProgress:
+    """How far a fit has come. A checkpoint keeps all of it; ``epoch`` and ``step`` are what users see as
+    ``current_epoch`` and ``global_step``."""
+
+    epoch: int = 0
+    """Completed epochs."""
+    batch: int = 0
+    """Batches trained on in this epoch."""
+    batches: int = 0
+    """Batches trained on in all epochs."""
+    step: int = 0
+    """Batches at which an optimizer stepped, in all epochs."""
+    step_in_epoch: int = 0
+    logging_step: int = 0
+    """The x axis of the loggers: batches that ended an accumulation."""
+    optimizer_steps: int = 0
+    """Steps of every single optimizer; differs from ``step`` with several of them."""
+    scheduler_steps: int = 0
+    scheduler_steps_in_epoch: int = 0
+    is_last_batch: bool = False
+    """Whether the current batch is the epoch's last."""
+    epoch_ended: bool = False
+    """Whether the epoch is in its end hooks: a checkpoint saved there resumes at the next one."""
+
+    def begin_epoch(self) -> None:
+        """Start counting an epoch."""
+        self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
+        self.is_last_batch = self.epoch_ended = False
+
+
+@dataclass(slots=True)
+class LRSchedulerConfig:
+    """A learning-rate scheduler and when it steps."""
+
+    scheduler: LRScheduler | Any
+    name: str | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: str | None = None
+    strict: bool = True
+
+

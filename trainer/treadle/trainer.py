@@ -1,0 +1,655 @@
+"""The Trainer: everything around ``training_step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from treadle_fabric import Fabric, FabricOptimizer, MisconfigurationException, claim_failure, rank_zero_info
+from treadle_fabric.types import PathLike
+
+from treadle import preflight
+from treadle.arguments import choose_callbacks, choose_loggers, resolve_settings
+from treadle.callbacks import Callback
+from treadle.checkpoint import dump_checkpoint, find_checkpoint, restore_training, restore_weights
+from treadle.data import EvaluationData, TrainingData, find_loaders, make_transfer
+from treadle.dispatch import Dispatch, overrides, reorder_callbacks
+from treadle.loops.epoch import TrainingEpoch
+from treadle.loops.evaluate import Evaluation
+from treadle.loops.fit import FitLoop
+from treadle.loops.predict import Prediction
+from treadle.loops.step import AutomaticStep, Clipping, ManualStep
+from treadle.optimizers import parse_optimizers
+from treadle.outcome import Outcome, adopt, capture
+from treadle.results import Metrics, Results, to_floats
+from treadle.run import Run
+from treadle.schedule import ValidationSchedule
+from treadle.signals import Signals
+from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
+from treadle.tables import print_results
+from treadle.view import TrainerView
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.loggers import Logger
+    from treadle_fabric.strategies import Strategy
+
+    from treadle.datamodule import LightningDataModule
+    from treadle.module import LightningModule
+
+__all__ = ["Trainer"]
+
+
+class Trainer(TrainerView):
+    """Trains, validates, tests and predicts with a :class:`treadle.LightningModule`.
+
+    Args:
+        accelerator: "cpu", "cuda", "mps", "gpu" or "auto" (the best there is).
+        strategy: "auto", "ddp", "ddp_spawn", ... or a strategy object.
+        devices: a number, a list of indices, "0,1", -1 or "auto" (all).
+        num_nodes: nodes.
+        precision: "32-true" (default), "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", and short names.
+        logger: True (default: TensorBoard, or CSV where that is not installed), False, a logger or a list.
+        callbacks: a callback or a list.
+        fast_dev_run: run n (True: 1) batches of everything, without loggers and checkpoints.
+        max_epochs: default: 1000 where nothing else bounds the run; -1 for no bound.
+        min_epochs: do not stop before.
+        max_steps: optimizer steps; -1 for no bound.
+        min_steps: do not stop before.
+        max_time: "DD:HH:MM:SS", a timedelta or a dict of its arguments.
+        limit_train_batches: a number of batches (int) or a fraction (float). Default: 1.0.
+        limit_val_batches: the same for validation.
+        limit_test_batches: the same for testing.
+        limit_predict_batches: the same for prediction.
+        overfit_batches: train and validate on this many batches (or this fraction), without shuffling.
+        val_check_interval: batches (int), a fraction of an epoch (float) or a duration between validations. Default: 1.0.
+        check_val_every_n_epoch: epochs between validations; None counts batches across epochs.
+        num_sanity_val_steps: validation batches to try before training. Default: 2; -1 for all.
+        log_every_n_steps: how often step values go to the loggers. Default: 50.
+        enable_checkpointing: whether there is a ModelCheckpoint by default. Default: True.
+        enable_progress_bar: default: True.
+        enable_model_summary: default: True.
+        accumulate_grad_batches: batches of one optimizer step.
+        gradient_clip_val: the largest gradient norm or value; None clips nothing.
+        gradient_clip_algorithm: "norm" (default) or "value".
+        deterministic: True refuses non-deterministic operations, "warn" warns of them.
+        benchmark: ``torch.backends.cudnn.benchmark`` during the run.
+        inference_mode: evaluate under ``torch.inference_mode`` rather than ``torch.no_grad``.
+        use_distributed_sampler: share the samples of loaders out over the ranks.
+        profiler: None; profilers are not there yet.
+        detect_anomaly: find the operation that made a NaN gradient.
+        barebones: turn off everything that costs time: bar, loggers, checkpoints, summary, sanity check, callbacks.
+        plugins: precision, cluster environment and checkpoint IO objects.
+        sync_batchnorm: share batch-norm statistics over the ranks.
+        reload_dataloaders_every_n_epochs: ask for the training loader anew every n epochs; 0 never.
+        default_root_dir: where logs and checkpoints go. Default: the working directory.
+        enable_autolog_hparams: log hyper-parameters when fit starts.
+        model_registry: not used; there for scripts that pass it.
+
+    Raises:
+        MisconfigurationException: an argument is wrong; nothing has been started then.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: str | Accelerator = "auto",
+        strategy: str | Strategy = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
+        precision: str | int | None = None,
+        logger: Logger | Iterable[Logger] | bool | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        fast_dev_run: int | bool = False,
+        max_epochs: int | None = None,
+        min_epochs: int | None = None,
+        max_steps: int = -1,
+        min_steps: int | None = None,
+        max_time: str | timedelta | dict[str, int] | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
+        val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
+        check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None,
+        log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None,
+        enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+        deterministic: bool | str | None = None,
+        benchmark: bool | None = None,
+        inference_mode: bool = True,
+        use_distributed_sampler: bool = True,
+        profiler: Any | None = None,
+        detect_anomaly: bool = False,
+        barebones: bool = False,
+        plugins: Any | None = None,
+        sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0,
+        default_root_dir: PathLike | None = None,
+        enable_autolog_hparams: bool = True,
+        model_registry: str | None = None,
+    ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self._settings = settings = resolve_settings(given)
+        self.callbacks = choose_callbacks(callbacks, settings)
+        self.loggers = choose_loggers(given["logger"], settings)
+        self.fabric = Fabric(
+            accelerator=accelerator,
+            strategy=strategy,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision="32-true" if precision is None and plugins is None else precision,
+            plugins=plugins,
+            loggers=self.loggers,
+        )
+        self.state = TrainerState()
+        self.should_stop = False
+        self.fit_progress = FitProgress()
+        self._metrics = Metrics()
+        self._signals = Signals()
+        self._run: Run | None = None
+        self._module: LightningModule | None = None
+        self._datamodule: LightningDataModule | None = None
+        self._fit_loop: FitLoop | None = None
+        self._train_data: TrainingData | None = None
+        self._eval_data: dict[str, EvaluationData] = {}
+        self._ckpt_path: str | None = None
+        self._log_dir: str | None = None
+        self._predictions: list[Any] | None = None
+        self._sigterm = False
+
+    # ------------------------------------------------------------------------------------------------ entry points
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: PathLike | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Train.
+
+        Args:
+            model: the module.
+            train_dataloaders: an iterable of batches, several of them, or a data module.
+            val_dataloaders: an iterable of batches, or a list of them.
+            datamodule: gives the loaders instead.
+            ckpt_path: resume from this checkpoint: a path, "last", "best" or "hpc".
+            weights_only: False unpickles arbitrary objects from it; only for files you trust. Default: True.
+
+        Raises:
+            MisconfigurationException: module, loaders and settings do not fit together; nothing has been started then.
+            CheckpointError: the checkpoint is missing, damaged or does not fit.
+        """
+        train_dataloaders, datamodule = preflight.split_datamodule(train_dataloaders, datamodule)
+        preflight.check_model(model, "fit")
+        preflight.check_loaders(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
+        preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
+        self.should_stop = False
+        self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, ckpt_path, weights_only)
+
+    def validate(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: PathLike | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Evaluate on the validation set.
+
+        Args:
+            model: the module; default: the one of the last run, with the weights it has now.
+            dataloaders: an iterable of batches, a list of them, or a data module.
+            ckpt_path: load these weights first: a path, "best" or "last".
+            verbose: print the results.
+            datamodule: gives the loaders instead.
+            weights_only: False unpickles arbitrary objects from the checkpoint. Default: True.
+
+        Returns:
+            For every loader the logged names and values.
+        """
+        return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: PathLike | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Evaluate on the test set; arguments and result as for :meth:`validate`."""
+        return self._evaluate(TrainerFn.TESTING, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        return_predictions: bool | None = None,
+        ckpt_path: PathLike | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Run ``predict_step`` over the loaders.
+
+        Args:
+            model: the module; default: the one of the last run.
+            dataloaders: an iterable of batches, a list of them, or a data module.
+            datamodule: gives the loaders instead.
+            return_predictions: keep what the steps return. Default: True.
+            ckpt_path: load these weights first: a path, "best" or "last".
+            weights_only: False unpickles arbitrary objects from the checkpoint. Default: True.
+
+        Returns:
+            What ``predict_step`` returned for each batch of this rank, on the CPU; a list of such lists with several
+            loaders; None where predictions are not kept.
+        """
+        dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
+        module = preflight.model_or_last(model, self._module, "predict")
+        preflight.check_loaders(datamodule, dataloaders=dataloaders)
+        preflight.check_predict(module, dataloaders, datamodule)
+        keep = return_predictions is not False
+        result: list[Any] | None = self._launch(
+            self._predict, module, datamodule, dataloaders, ckpt_path, weights_only, keep
+        )
+        return result
+
+    def save_checkpoint(
+        self, filepath: PathLike, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Write a checkpoint; every rank calls it.
+
+        Args:
+            filepath: where to; a local path or an fsspec URL.
+            weights_only: leave out optimizers, schedulers and callbacks. Default: False.
+            storage_options: for the checkpoint IO.
+        """
+        if self._run is None or self._run.wrapped is None:
+            raise MisconfigurationException(
+                "save_checkpoint needs a module that was set up: call it in or after fit, validate or test."
+            )
+        checkpoint = dump_checkpoint(self._run, self.callbacks, weights_only=bool(weights_only))
+        self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Make a module on the device and in the precision of this trainer, in a with block."""
+        return self.fabric.init_module(empty_init=empty_init)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only, above the progress bar."""
+        if not self.is_global_zero:
+            return
+        bar = self.progress_bar_callback
+        if bar is not None:
+            bar.print(*args, **kwargs)
+        else:
+            print(*args, **kwargs)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
+        run = self._run
+        assert run is not None
+        from treadle.module import LightningModule
+
+        run.dispatch.call("on_before_backward", loss)
+        if overrides(run.module, "backward", LightningModule):
+            precision = self.strategy.precision
+            loss = precision.pre_backward(loss, run.wrapped)
+            run.dispatch.run("backward", run.module.backward, loss, *args, **kwargs)
+            precision.post_backward(loss, run.wrapped)
+        else:
+            self.strategy.backward(loss, run.wrapped, *args, **kwargs)
+        run.dispatch.call("on_after_backward")
+        run.results.hook = "training_step"
+
+    def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
+        """Clip gradients; modules call it as ``self.clip_gradients``."""
+        run, settings = self._run, self._settings
+        assert run is not None
+        Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm).clip(optimizer, value, algorithm)
+
+    # ------------------------------------------------------------------------------------------------ a run
+
+    def _launch(self, stage: Callable[..., Any], *args: Any) -> Any:
+        """Run a stage in every process; this one is rank 0, or waits for it."""
+        if not self.strategy.launches_function:
+            self.fabric.launch()
+            return stage(*args)
+        outcome: Outcome = self.fabric.launch(partial(_in_new_process, self, stage), *args)
+        adopt(self, args[0], outcome)
+        return outcome.result
+
+    @contextmanager
+    def _running(
+        self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None
+    ) -> Generator[Run]:
+        """Everything around a stage: who is attached, what is seeded, and what happens when it fails."""
+        from treadle.module import LightningModule
+
+        self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
+        self._module, self._datamodule, self._metrics = module, datamodule, Metrics()
+        self._eval_data, self._sigterm = {}, False
+        if fn is TrainerFn.FITTING:
+            self.fit_progress, self._fit_loop, self._train_data = FitProgress(), None, None
+        results = Results(training=fn is TrainerFn.FITTING, fabric=self.fabric)
+        if datamodule is not None:
+            datamodule.trainer = self
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(preflight.backend_flags(self._settings))
+                stack.enter_context(self._signals)
+                if self._settings.detect_anomaly:
+                    stack.enter_context(torch.autograd.set_detect_anomaly(True))
+                module.attach(self, results)
+                self._add_model_callbacks(module)
+                dispatch = Dispatch(self, module, self.callbacks)
+                dispatch.results = self._metrics.active = results
+                self._run = run = Run(
+                    self.fabric, module, datamodule, dispatch, self.state, self._metrics, results, self.loggers,
+                    self.fit_progress, [m for m in module.modules() if isinstance(m, LightningModule)],
+                )  # fmt: skip
+                self._log_dir = self.fabric.broadcast(self._find_log_dir())
+                self._setup_hooks(run)
+                yield run
+                self._finish(run)
+        except KeyboardInterrupt as interrupt:
+            self.state.status = TrainerStatus.INTERRUPTED
+            self._failed(interrupt)
+            rank_zero_info("Interrupted: the run has ended, its state is intact.")
+        except BaseException as error:
+            claim_failure(error)
+            self._sigterm = bool(self._signals.received)
+            self.state.status = TrainerStatus.INTERRUPTED
+            self._failed(error)
+            raise
+        finally:
+            self.state.stage = None
+            self._metrics.keep(results)
+            self._metrics.active = None
+            for child in module.modules():
+                if isinstance(child, LightningModule):
+                    child.detach_metrics()
+
+    def _setup_hooks(self, run: Run) -> None:
+        """prepare_data, setup, configure_model."""
+        fn, module, datamodule, dispatch = self.state.fn, run.module, run.datamodule, run.dispatch
+        assert fn is not None
+        owners = [o for o in (datamodule, module) if o is not None]
+        for owner in owners:
+            if self.fabric.local_rank == 0:
+                dispatch.run("prepare_data", owner.prepare_data)
+        self.fabric.barrier("prepare_data")
+        if datamodule is not None:
+            dispatch.run("setup", datamodule.setup, fn.value)
+        dispatch.call("setup", fn.value)
+        with self.fabric.init_module():
+            dispatch.run("configure_model", module.configure_model)
+        if self._settings.sync_batchnorm and self.world_size > 1:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+
+    def _finish(self, run: Run) -> None:
+        fn = self.state.fn
+        assert fn is not None
+        if fn is TrainerFn.FITTING:
+            run.dispatch.call("on_fit_end")
+        if run.datamodule is not None:
+            run.dispatch.run("teardown", run.datamodule.teardown, fn.value)
+        run.dispatch.call("teardown", fn.value)
+        for logger in self.loggers:
+            logger.finalize("success")
+        self.state.status = TrainerStatus.FINISHED
+
+    def _failed(self, error: BaseException) -> None:
+        """on_exception for everybody, then the loggers are closed; a second error must not hide the first."""
+        run = self._run
+        if run is not None and run.module is self._module:
+            run.dispatch.call("on_exception", error)
+            if run.datamodule is not None:
+                run.datamodule.on_exception(error)
+        for logger in self.loggers:
+            logger.finalize("failed")
+
+    def _add_model_callbacks(self, module: LightningModule) -> None:
+        found = module.configure_callbacks()
+        extra = list(found) if isinstance(found, (list, tuple)) else [found]
+        if not extra:
+            return
+        kinds = {type(c) for c in extra}
+        replaced = [c for c in self.callbacks if type(c) in kinds]
+        if replaced:
+            names = sorted({type(c).__name__ for c in replaced})
+            rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")
+        self.callbacks = reorder_callbacks([c for c in self.callbacks if c not in replaced] + extra)
+
+    def _find_log_dir(self) -> str | None:
+        return (self.loggers[0].log_dir or self.default_root_dir) if self.loggers else self.default_root_dir
+
+    # ------------------------------------------------------------------------------------------------ the stages
+
+    def _prepare(self, run: Run, ckpt_path: PathLike | None, weights_only: bool | None) -> dict[str, Any] | None:
+        """Weights from a checkpoint, then the module to its device and into its engine."""
+        fitting = self.state.fn is TrainerFn.FITTING
+        path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
+        path = self._ckpt_path = self.fabric.broadcast(path)
+        checkpoint: dict[str, Any] | None = None
+        if path is not None:
+            rank_zero_info(f"Restoring from {path}.")
+            checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
+            restore_weights(run, checkpoint, self.callbacks, training=fitting)
+        run.wrapped = self.fabric.setup_module(run.module)
+        run.transfer = make_transfer(run.module, run.datamodule, self.fabric.device, run.dispatch.run)
+        return checkpoint
+
+    def _fit(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        train: Any,
+        val: Any,
+        ckpt_path: PathLike | None,
+        weights_only: bool | None,
+    ) -> None:
+        with self._running(TrainerFn.FITTING, module, datamodule) as run:
+            checkpoint = self._prepare(run, ckpt_path, weights_only)
+            self._setup_optimizers(run)
+            run.dispatch.call("on_fit_start")
+            self._log_hyperparameters(run)
+            if checkpoint is not None:
+                restore_training(run, checkpoint)
+                del checkpoint
+            validation = self._validation_in_fit(run, val)
+            self._fit_loop = loop = FitLoop(
+                run,
+                self._settings.durations,
+                self,
+                sanity=self.num_sanity_val_batches,
+                validation=validation,
+                make_epoch=partial(self._make_epoch, run, train),
+                reload_every=self._settings.reload_dataloaders_every_n_epochs,
+            )
+            loop.run()
+
+    def _setup_optimizers(self, run: Run) -> None:
+        returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
+        optimizers, run.schedulers = parse_optimizers(returned, run.module)
+        listeners, progress, results = run.dispatch.listeners("on_before_optimizer_step"), run.progress, run.results
+        manual = not run.module.automatic_optimization
+
+        def before_step(optimizer: Optimizer) -> None:
+            if listeners:
+                self.strategy.precision.unscale_gradients(optimizer)
+                results.hook = "on_before_optimizer_step"
+                for listener in listeners:
+                    listener(optimizer)
+                results.hook = "training_step"
+
+        def after_step(optimizer: Optimizer) -> None:
+            progress.optimizer_steps += 1
+
+        run.optimizers = [
+            FabricOptimizer(
+                self.strategy.setup_optimizer(o),
+                self.strategy,
+                before_step if manual else None,
+                after_step if manual else None,
+            )
+            for o in optimizers
+        ]
+
+    def _validation_in_fit(self, run: Run, val: Any) -> Evaluation | None:
+        from treadle.module import LightningModule
+
+        limit = self._settings.limits["val"]
+        if limit == 0 or not overrides(run.module, "validation_step", LightningModule):
+            return None
+        loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
+        if loaders is None or loaders == []:
+            return None
+        return self._evaluation(run, loaders, "val", "validation")
+
+    def _evaluation(self, run: Run, loaders: Any, stage: str, name: str) -> Evaluation:
+        settings = self._settings
+        inject = settings.use_distributed_sampler
+        data = EvaluationData(
+            loaders, self.fabric, limit=settings.limits[stage], name=f"{stage}_dataloaders", inject=inject,
+            overfit=bool(settings.overfit_batches) and stage == "val",
+        )  # fmt: skip
+        self._eval_data[stage] = data
+        return Evaluation(run, data, name, inference_mode=settings.inference_mode)
+
+    def _make_epoch(self, run: Run, train: Any, loop: FitLoop) -> TrainingEpoch | None:
+        """The epoch loop, once the training loader is there; None where no batch is to be trained on."""
+        settings = self._settings
+        loader = run.dispatch.run(
+            "train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule
+        )
+        if settings.limits["train"] == 0:
+            return None
+        self._train_data = data = TrainingData(
+            loader,
+            self.fabric,
+            limit=settings.limits["train"],
+            overfit=bool(settings.overfit_batches),
+            inject=settings.use_distributed_sampler,
+        )
+        schedule = ValidationSchedule.resolve(
+            settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
+        ) if loop.validation is not None else None  # fmt: skip
+        step: AutomaticStep | ManualStep
+        if run.module.automatic_optimization:
+            step = AutomaticStep(run, Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm))
+        else:
+            step = ManualStep(run)
+        return TrainingEpoch(
+            run,
+            data,
+            step,
+            self,
+            schedule=schedule,
+            validate=loop.validate,
+            may_stop=loop.may_stop,
+            max_steps=settings.durations.max_steps,
+            log_every_n_steps=settings.log_every_n_steps,
+            signals=self._signals,
+        )
+
+    def _log_hyperparameters(self, run: Run) -> None:
+        if not self.loggers or not self._settings.enable_autolog_hparams:
+            return
+        hparams = preflight.merged_hyperparameters(run.module, run.datamodule)
+        for logger in self.loggers:
+            if hparams:
+                logger.log_hyperparams(hparams)
+            logger.log_graph(run.module)
+            logger.save()
+
+    def _evaluate(
+        self,
+        fn: TrainerFn,
+        model: LightningModule | None,
+        dataloaders: Any,
+        ckpt_path: PathLike | None,
+        verbose: bool,
+        datamodule: LightningDataModule | None,
+        weights_only: bool | None,
+    ) -> list[dict[str, float]]:
+        dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
+        module = preflight.model_or_last(model, self._module, fn.value)
+        preflight.check_loaders(datamodule, dataloaders=dataloaders)
+        preflight.check_evaluation(module, fn, dataloaders, datamodule)
+        result: list[dict[str, float]] = self._launch(
+            self._evaluate_stage, module, datamodule, fn, dataloaders, ckpt_path, weights_only, verbose
+        )
+        return result or []
+
+    def _evaluate_stage(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        fn: TrainerFn,
+        dataloaders: Any,
+        ckpt_path: PathLike | None,
+        weights_only: bool | None,
+        verbose: bool,
+    ) -> list[dict[str, float]]:
+        validating = fn is TrainerFn.VALIDATING
+        stage, name = ("val", "validation") if validating else ("test", "test")
+        found: list[dict[str, float]] = []
+        with self._running(fn, module, datamodule) as run:
+            self._prepare(run, ckpt_path, weights_only)
+            loaders = run.dispatch.run(
+                f"{stage}_dataloader", find_loaders, dataloaders, f"{stage}_dataloader", module, datamodule
+            )
+            evaluation = self._evaluation(run, loaders, stage, name)
+            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
+            found = [to_floats(metrics) for metrics in evaluation()]
+        if verbose and self.is_global_zero:
+            print_results(found, fn.value)
+        return found
+
+    def _predict(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        dataloaders: Any,
+        ckpt_path: PathLike | None,
+        weights_only: bool | None,
+        keep: bool,
+    ) -> list[Any] | None:
+        predictions: list[Any] | None = None
+        with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
+            self._prepare(run, ckpt_path, weights_only)
+            loaders = run.dispatch.run(
+                "predict_dataloader", find_loaders, dataloaders, "predict_dataloader", module, datamodule
+            )
+            settings = self._settings
+            inject = settings.use_distributed_sampler
+            data = EvaluationData(
+                loaders, self.fabric, limit=settings.limits["predict"], name="predict_dataloaders", inject=inject
+            )
+            self._eval_data["predict"] = data
+            self.state.stage = RunningStage.PREDICTING
+            predictions = Prediction(run, data, inference_mode=settings.inference_mode, keep=keep)()
+        return predictions
+
+
+def _in_new_process(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
+    """A stage in a process of its own; what came of it is sent back."""
+    return capture(trainer, stage(*args))
