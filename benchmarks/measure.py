@@ -144,11 +144,14 @@ class Worker:
         os.close(self._master)
 
 
-def measure(item: Item, rounds: int) -> Result:
-    """Measures one item; the contestants take turns, and who begins changes from round to round."""
+def measure(item: Item, rounds: int, clock: str = "wall") -> Result:
+    """Measures one item; the contestants take turns, and who begins changes from round to round.
+
+    ``clock`` is "wall", or "cpu" for the processor time of the worker (slopes only).
+    """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if item.kind == "slope":
-            return _slopes(item, rounds, folder)
+            return _slopes(item, rounds, clock, folder)
         if item.kind == "ddp":
             return _ddp(item, rounds, folder)
         if item.kind == "import":
@@ -156,7 +159,7 @@ def measure(item: Item, rounds: int) -> Result:
         return _frames(item, folder)
 
 
-def _slopes(item: Item, rounds: int, folder: str) -> Result:
+def _slopes(item: Item, rounds: int, clock: str, folder: str) -> Result:
     result = Result(item)
     workers: dict[str, Worker] = {}
     times: dict[str, list[list[float]]] = {}
@@ -166,7 +169,7 @@ def _slopes(item: Item, rounds: int, folder: str) -> Result:
             home.mkdir()
             worker = Worker(str(home))
             workers[name] = worker
-            worker.send(do="prepare", contestant=name, item=item.key)
+            worker.send(do="prepare", contestant=name, item=item.key, clock=clock)
         for name in list(workers):
             problem = workers[name].receive()
             if problem is None:

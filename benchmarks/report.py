@@ -264,6 +264,7 @@ def _cost_bars(axes: Any, results: list[Result]) -> None:
             )
         labels.append(f"{result.item.title}\n(raw {result.cost.get('raw', 0):,.0f} us)")
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_xlim(_FLOOR, highest * 3)
     axes.set_yticks(range(len(labels)), labels)
     axes.set_xlabel("microseconds over the raw loop (logarithmic)")
@@ -287,7 +288,7 @@ def _small_bars(axes: Any, result: Result) -> None:
     axes.barh(
         [_NAMES[name] for name in present],
         [max(value, 0.0) for value in values],
-        0.7,
+        0.6,
         color=[_COLOURS[name] for name in present],
     )
     for place, value in enumerate(values):
@@ -295,5 +296,6 @@ def _small_bars(axes: Any, result: Result) -> None:
     axes.set_title(result.item.title, fontsize=9, loc="left")
     axes.set_xlim(0, max(*values, 0.0, 1e-9) * 1.35 if len(values) > 1 else max(values[0], 1e-9) * 1.35)
     axes.set_xticks([])
+    axes.set_ylim(-0.6, max(len(present), 2) - 0.4)
     axes.spines["bottom"].set_visible(False)
     axes.tick_params(axis="y", length=0)

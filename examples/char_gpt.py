@@ -55,16 +55,18 @@ class CharGPT(L.LightningModule):
     def __init__(
         self,
         characters: int,
-        length: int = 64,
+        length: int = 32,
         width: int = 64,
         heads: int = 4,
         layers: int = 2,
-        learning_rate: float = 3e-3,
-        warmup_steps: int = 20,
+        learning_rate: float = 6e-3,
+        warmup_steps: int = 30,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.token, self.position = nn.Embedding(characters, width), nn.Embedding(length, width)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.02)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
@@ -148,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
     main(parser.parse_args())

@@ -92,6 +92,13 @@ class Fabric:
         self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # those set up
         self._backward = self._strategy.backward
 
+    def __getstate__(self) -> dict[str, Any]:
+        # nothing is set up yet in the process that gets this pickled
+        return {**self.__dict__, "_modules": None, "_launched": False}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _modules=weakref.WeakSet())
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "run" in cls.__dict__:
@@ -343,11 +350,11 @@ class Fabric:
         return wrapped
 
     def _wrap_optimizer(self, optimizer: Optimizer) -> FabricOptimizer:
-        return FabricOptimizer(optimizer, self._strategy, after_step=self._after_step)
+        listened = any(hasattr(callback, "on_after_optimizer_step") for callback in self._callbacks)
+        return FabricOptimizer(optimizer, self._strategy, after_step=self._after_step if listened else None)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        if self._callbacks:
-            self.call("on_after_optimizer_step", strategy=self._strategy, optimizer=optimizer)
+        self.call("on_after_optimizer_step", strategy=self._strategy, optimizer=optimizer)
 
     def _wrap_loader(self, loader: Any, share: bool, move: bool) -> FabricDataLoader:
         kwargs = self._strategy.distributed_sampler_kwargs

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +30,9 @@ __all__ = [
 ]
 
 
+_HOOK_METHODS = [name for name in dir(Module) if name.startswith("register_") and name.endswith("_hook")]
+
+
 class FabricModule(Module):
     """A module that runs on its device, in its precision, through its strategy's engine.
 
@@ -47,6 +49,7 @@ class FabricModule(Module):
     _called_module: Module
     _strategy: Strategy
     _forward_methods: set[str]
+    _run: Callable[..., Any]
 
     def __init__(self, forward_module: Module, strategy: Strategy, original_module: Module | None = None) -> None:
         original = forward_module if original_module is None else original_module
@@ -54,10 +57,12 @@ class FabricModule(Module):
         fields["_called_module"] = original
         fields["_original_module"] = getattr(original, "_orig_mod", original)  # torch.compile wraps too
         super().__init__()
+        for name in _HOOK_METHODS:
+            fields[name] = getattr(self._original_module, name)
         fields["_forward_module"] = forward_module
         fields["_strategy"] = strategy
         fields["_forward_methods"] = set()
-        fields["forward"] = self._bind("forward", cast_output=True)
+        fields["_run"] = self._bind("forward", cast_output=True)
         for name in getattr(original, "forward_methods", ()):
             self.mark_forward_method(name)
 
@@ -73,10 +78,17 @@ class FabricModule(Module):
         engine: Module = self.__dict__["_forward_module"]
         return engine
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward`` through the engine."""
-        # an attribute of the same name, made for the strategy and the precision, is what runs
-        return self.__dict__["forward"](*args, **kwargs)
+        return self._run(*args, **kwargs)  # hooks are the user's module's, so there are none to look for here
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The same as calling."""
+        return self._run(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the user's module in place."""
+        self._original_module.compile(*args, **kwargs)
 
     def mark_forward_method(self, method: str | Callable[..., Any]) -> None:
         """Let a method run through the engine and in the precision, as ``forward`` does.
@@ -411,12 +423,19 @@ class FabricDataLoader:
         self._epoch += 1
         if self._device is None:
             return iter(self._dataloader)
-        return map(partial(move_data_to_device, device=self._device), self._dataloader)
+        return map(_mover(self._device), self._dataloader)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataloader":  # not there yet: being copied or unpickled
             raise AttributeError(name)
         return getattr(self._dataloader, name)
+
+
+def _mover(device: torch.device) -> Callable[[Any], Any]:
+    def move(batch: Any) -> Any:
+        return move_data_to_device(batch, device)
+
+    return move
 
 
 def is_wrapped(obj: object) -> bool:

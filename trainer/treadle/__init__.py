@@ -1,12 +1,11 @@
 """Treadle: the trainer for PyTorch, on its runtime :mod:`treadle_fabric`."""
 
-from treadle_fabric import Fabric, MisconfigurationException, is_wrapped, seed_everything
-
 from treadle.callbacks import Callback
 from treadle.combined_loader import CombinedLoader
 from treadle.datamodule import LightningDataModule
 from treadle.module import LightningModule
 from treadle.trainer import Trainer
+from treadle_fabric import Fabric, MisconfigurationException, is_wrapped, seed_everything
 
 __all__ = [
     "Callback",

@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
-from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
-
 from treadle.callbacks import (
     Callback,
     Checkpoint,
@@ -24,6 +21,8 @@ from treadle.callbacks import (
 )
 from treadle.dispatch import check_callbacks, reorder_callbacks
 from treadle.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
+from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 
 __all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
 
@@ -86,9 +85,15 @@ def _barebones(given: dict[str, Any]) -> None:
     }
     for name, allowed in expected.items():
         if given[name] not in allowed:
-            raise MisconfigurationException(f"barebones=True turns {name} off, but {name}={given[name]!r}: leave one out.")
+            raise MisconfigurationException(
+                f"barebones=True turns {name} off, but {name}={given[name]!r}: leave one out."
+            )
     given.update(
-        enable_checkpointing=False, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
     )
 
 
@@ -107,7 +112,13 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         raise MisconfigurationException(
             f"profiler={given['profiler']!r}: profilers are not there yet; use torch.profiler around `fit`."
         )
-    for name in ("inference_mode", "use_distributed_sampler", "detect_anomaly", "sync_batchnorm", "enable_autolog_hparams"):
+    for name in (
+        "inference_mode",
+        "use_distributed_sampler",
+        "detect_anomaly",
+        "sync_batchnorm",
+        "enable_autolog_hparams",
+    ):
         _boolean(given[name], name)
     for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark"):
         if given[name] is not None:
@@ -119,7 +130,8 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         raise MisconfigurationException(f"gradient_clip_val={clip!r} must be a number of at least 0.")
     if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
         raise MisconfigurationException(
-            f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'. {near_names(str(algorithm), ['norm', 'value'])}"
+            f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'."
+            f" {near_names(str(algorithm), ['norm', 'value'])}"
         )
     fast = given["fast_dev_run"]
     fast = int(fast) if isinstance(fast, bool) else _integer(fast, "fast_dev_run", 0)
@@ -135,13 +147,21 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         limits["train"] = limits["val"] = overfit
     interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
     check_validation_arguments(interval, given["check_val_every_n_epoch"])
-    sanity = 2 if given["num_sanity_val_steps"] is None else _integer(given["num_sanity_val_steps"], "num_sanity_val_steps", -1)
-    log_every = 50 if given["log_every_n_steps"] is None else _integer(given["log_every_n_steps"], "log_every_n_steps", 0)
+    sanity = (
+        2
+        if given["num_sanity_val_steps"] is None
+        else _integer(given["num_sanity_val_steps"], "num_sanity_val_steps", -1)
+    )
+    log_every = (
+        50 if given["log_every_n_steps"] is None else _integer(given["log_every_n_steps"], "log_every_n_steps", 0)
+    )
     max_epochs, max_steps = given["max_epochs"], given["max_steps"]
     if fast:
         max_epochs, max_steps, sanity, interval, log_every = 1, fast, 0, 1.0, 1
         limits = dict.fromkeys(limits, fast)
-        rank_zero_info(f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; no logger, no checkpoints.")
+        rank_zero_info(
+            f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; no logger, no checkpoints."
+        )
     return Settings(
         durations=resolve_durations(max_epochs, given["min_epochs"], max_steps, given["min_steps"], given["max_time"]),
         limits=limits,
@@ -206,14 +226,21 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     if settings.barebones and found:
         names = ", ".join(type(c).__name__ for c in found)
         raise MisconfigurationException(f"barebones=True runs no callbacks, but got {names}: leave one out.")
-    for kind, flag in ((Checkpoint, "enable_checkpointing"), (ProgressBar, "enable_progress_bar"), (ModelSummary, "enable_model_summary")):  # fmt: skip
+    flags = {
+        Checkpoint: "enable_checkpointing",
+        ProgressBar: "enable_progress_bar",
+        ModelSummary: "enable_model_summary",
+    }
+    for kind, flag in flags.items():
         mine = [c for c in found if isinstance(c, kind)]
         if mine and not getattr(settings, flag) and not (settings.fast_dev_run and kind is Checkpoint):
             raise MisconfigurationException(
                 f"{flag}=False, but callbacks has {type(mine[0]).__name__}: leave it out, or set {flag}=True."
             )
     if sum(isinstance(c, ProgressBar) for c in found) > 1:
-        raise MisconfigurationException("callbacks has several progress bars; the terminal has room for one: leave one.")
+        raise MisconfigurationException(
+            "callbacks has several progress bars; the terminal has room for one: leave one."
+        )
     if settings.fast_dev_run:
         found = [c for c in found if not isinstance(c, (Checkpoint, EarlyStopping))]
     if settings.enable_checkpointing and not any(isinstance(c, Checkpoint) for c in found):

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
-from treadle_fabric import CheckpointMismatchError, MisconfigurationException, rank_zero_warn
 
 from treadle.callbacks.callback import Callback
 from treadle.dispatch import overrides
 from treadle.state import FitProgress
+from treadle_fabric import CheckpointMismatchError, MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -91,7 +91,9 @@ def plain(value: Any, where: str) -> Any:
         return {k: v for k, v in found.items() if v is not _LEFT_OUT}
     if isinstance(value, (list, tuple, set, frozenset)):
         items = [v for v in (plain(v, f"{where}[{i}]") for i, v in enumerate(value)) if v is not _LEFT_OUT]
-        return tuple(items) if isinstance(value, tuple) else set(items) if isinstance(value, (set, frozenset)) else items
+        return (
+            tuple(items) if isinstance(value, tuple) else set(items) if isinstance(value, (set, frozenset)) else items
+        )
     for kind in (bool, int, float, str):  # subclasses and numpy scalars
         if isinstance(value, kind):
             return kind(value)
@@ -196,15 +198,15 @@ def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Ca
     run.dispatch.run("on_load_checkpoint", module.on_load_checkpoint, checkpoint)
     if "state_dict" not in checkpoint:
         raise CheckpointMismatchError(
-            f"The checkpoint has no 'state_dict' but {sorted(checkpoint)[:8]}: it was not written by a Trainer. Load it "
-            "yourself with torch.load and `load_state_dict`."
+            f"The checkpoint has no 'state_dict' but {sorted(checkpoint)[:8]}: it was not written by a Trainer. Load it"
+            " yourself with torch.load and `load_state_dict`."
         )
     try:
         run.fabric.strategy.load_module_state_dict(module, checkpoint["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
         raise CheckpointMismatchError(
-            f"The checkpoint's weights do not fit {type(module).__qualname__}: {error}\nUse the model that was saved, or set "
-            "`self.strict_loading = False` to load what fits."
+            f"The checkpoint's weights do not fit {type(module).__qualname__}: {error}\nUse the model that was saved,"
+            " or set `self.strict_loading = False` to load what fits."
         ) from None
     if not training:
         for callback in callbacks:
@@ -219,8 +221,8 @@ def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Ca
     known = {callback.state_key for callback in callbacks}
     if missing := set(states) - known:
         rank_zero_warn(
-            f"The checkpoint has the states of callbacks that this Trainer does not have: {sorted(missing)}. Add them to go on "
-            "as before."
+            f"The checkpoint has the states of callbacks that this Trainer does not have: {sorted(missing)}. Add them"
+            " to go on as before."
         )
     for callback in callbacks:
         if callback.state_key in states:
@@ -240,16 +242,16 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
     ):
         if len(have) != len(saved):
             raise CheckpointMismatchError(
-                f"The checkpoint has {len(saved)} {kind} states, `configure_optimizers` made {len(have)} {kind}s: make the "
-                "same ones to resume."
+                f"The checkpoint has {len(saved)} {kind} states, `configure_optimizers` made {len(have)} {kind}s: make"
+                " the same ones to resume."
             )
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
         try:
             optimizer.optimizer.load_state_dict(state)
         except ValueError as error:
             raise CheckpointMismatchError(
-                f"The checkpoint's state of {type(optimizer.optimizer).__name__} does not fit: {error}. Make the optimizer "
-                "with the same parameter groups to resume."
+                f"The checkpoint's state of {type(optimizer.optimizer).__name__} does not fit: {error}. Make the"
+                " optimizer with the same parameter groups to resume."
             ) from None
     for config, state in zip(run.schedulers, checkpoint.get("lr_schedulers", []), strict=True):
         config.scheduler.load_state_dict(state)
@@ -282,11 +284,13 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
         found = [c.best_model_path for c in savers if c.best_model_path]
         if not found:
             raise MisconfigurationException(
-                "ckpt_path='best' needs a ModelCheckpoint that saved: give the Trainer one with a `monitor` and fit first, or "
-                "pass a path."
+                "ckpt_path='best' needs a ModelCheckpoint that saved: give the Trainer one with a `monitor` and fit"
+                " first, or pass a path."
             )
         if len(found) > 1:
-            rank_zero_warn(f"Several ModelCheckpoints have a best checkpoint; ckpt_path='best' means the first: {found[0]}.")
+            rank_zero_warn(
+                f"Several ModelCheckpoints have a best checkpoint; ckpt_path='best' means the first: {found[0]}."
+            )
         return str(found[0])
     if ckpt_path == "last":
         paths = [Path(c.last_model_path) for c in savers if getattr(c, "last_model_path", "")]
@@ -303,7 +307,9 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
         raise MisconfigurationException("ckpt_path='last' found no checkpoint: pass a path.")
     if ckpt_path == "hpc":
         numbered = {
-            int(m.group(1)): p for p in Path(root).glob("hpc_ckpt_*.ckpt") if (m := re.search(r"hpc_ckpt_(\d+)", p.name))
+            int(m.group(1)): p
+            for p in Path(root).glob("hpc_ckpt_*.ckpt")
+            if (m := re.search(r"hpc_ckpt_(\d+)", p.name))
         }
         if not numbered:
             raise MisconfigurationException(f"ckpt_path='hpc' found no hpc_ckpt_N.ckpt in {root}: pass a path.")
@@ -312,5 +318,3 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
     if not path:
         raise MisconfigurationException("ckpt_path is empty: pass a path, 'best' or 'last', or leave it out.")
     return path
-
-

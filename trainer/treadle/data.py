@@ -6,20 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
-from treadle_fabric import MisconfigurationException, rank_zero_warn
-from treadle_fabric.data import move_data_to_device, set_epoch, shard_dataloader, sized_len
 
 from treadle.combined_loader import CombinedLoader
 from treadle.dispatch import check_signature, overrides
 from treadle.hooks import DataHooks
 from treadle.schedule import limit_batches
+from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric.data import move_data_to_device, set_epoch, shard_dataloader, sized_len
 
 if TYPE_CHECKING:
     import torch
-    from treadle_fabric import Fabric
 
     from treadle.datamodule import LightningDataModule
     from treadle.module import LightningModule
+    from treadle_fabric import Fabric
 
 __all__ = ["BatchIterator", "EvaluationData", "Lookahead", "TrainingData", "find_loaders", "make_transfer"]
 
@@ -27,7 +27,7 @@ Transfer = Callable[[Any, int], Any]
 
 
 def find_loaders(given: Any, name: str, module: LightningModule, datamodule: LightningDataModule | None) -> Any:
-    """The loaders of a stage: what the user passed, else the data module's, else the module's; None where nobody has any."""
+    """The loaders of a stage: what the user passed, else the data module's, else the module's; None without any."""
     if given is not None:
         return given
     for owner in (datamodule, module):
@@ -57,7 +57,8 @@ def check_loader(loader: Any, name: str) -> None:
         raise MisconfigurationException(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
     if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise MisconfigurationException(
-            f"{name} got {type(loader).__name__}, which cannot be iterated: pass a DataLoader or any iterable of batches."
+            f"{name} got {type(loader).__name__}, which cannot be iterated: pass a DataLoader or any iterable of"
+            " batches."
         )
 
 
@@ -81,7 +82,11 @@ def make_transfer(
                 if isinstance(owner, LightningDataModule) and not overrides(owner, name, LightningDataModule):
                     continue
                 chosen[name] = getattr(owner, name)
-                arguments = ("batch", "device", "dataloader_idx") if name.startswith("transfer") else ("batch", "dataloader_idx")
+                arguments = (
+                    ("batch", "device", "dataloader_idx")
+                    if name.startswith("transfer")
+                    else ("batch", "dataloader_idx")
+                )
                 check_signature(chosen[name], arguments, type(owner).__qualname__)
                 break
     if not chosen:
@@ -156,8 +161,8 @@ class TrainingData:
         length = sized_len(self.loader)
         if length == 0:
             raise MisconfigurationException(
-                f"train_dataloaders is empty: {_describe(parts[0])} gives no batch on rank {fabric.global_rank}. Give it more "
-                "samples, a smaller batch_size, or drop_last=False."
+                f"train_dataloaders is empty: {_describe(parts[0])} gives no batch on rank {fabric.global_rank}. Give"
+                " it more samples, a smaller batch_size, or drop_last=False."
             )
         name = "overfit_batches" if overfit else "limit_train_batches"
         self.num_batches = limit_batches(length, limit, name)
@@ -273,7 +278,7 @@ class Lookahead:
 
 
 class BatchIterator:
-    """What a step gets that asks for ``dataloader_iter``: it yields (batch, batch_idx, dataloader_idx), on the device."""
+    """What a step that asks for ``dataloader_iter`` gets: (batch, batch_idx, dataloader_idx), batches on the device."""
 
     def __init__(self, batches: Iterable[tuple[int, Any, bool]], transfer: Transfer, dataloader_idx: int = 0) -> None:
         self._batches = iter(batches)
@@ -297,5 +302,3 @@ class BatchIterator:
         self._ahead = next(self._batches, None)
         self.batch = self._transfer(batch, self._dataloader_idx)
         return self.batch, index, self._dataloader_idx
-
-

@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from treadle_fabric import MisconfigurationException
-
 from treadle.callbacks.callback import Callback
 from treadle.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
+from treadle_fabric import MisconfigurationException
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -63,7 +62,9 @@ class Dispatch:
             for callback in callbacks if name in CALLBACK_HOOKS else ():
                 if overrides(callback, name, Callback):
                     method = getattr(callback, name)
-                    check_signature(method, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__)
+                    check_signature(
+                        method, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
+                    )
                     late = callback.monitors and name == "on_train_epoch_end"
                     (last if late else first).append(partial(method, trainer, module))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
@@ -114,14 +115,14 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
-                f"callbacks has {callback!r} of type {type(callback).__name__}; a callback derives from `treadle.Callback`"
-                + (": pass an instance, not the class." if isinstance(callback, type) else ".")
+                f"callbacks has {callback!r} of type {type(callback).__name__}; a callback derives from"
+                " `treadle.Callback`" + (": pass an instance, not the class." if isinstance(callback, type) else ".")
             )
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:
                 raise MisconfigurationException(
-                    f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint could keep "
-                    "only one: give them different arguments, or override `state_key`."
+                    f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
+                    " could keep only one: give them different arguments, or override `state_key`."
                 )
             seen = {**seen, key: callback}

@@ -13,14 +13,14 @@ Fit::
         callback.on_load_checkpoint(); callback.load_state_dict()
     module.configure_optimizers()
     on_fit_start(); hyper-parameters are logged; the rest of the state is restored
-    on_sanity_check_start(); validate(); on_sanity_check_end()           # num_sanity_val_steps batches, nothing logged
+    on_sanity_check_start(); validate(); on_sanity_check_end()           # num_sanity_val_steps batches, not logged
     train_dataloader()
     on_train_start()
     while not done:
         on_train_epoch_start()
         for batch_idx, batch in enumerate(train_dataloader):
             on_before_batch_transfer(); transfer_batch_to_device(); on_after_batch_transfer()
-            on_train_batch_start()                                       # -1 from the module skips the rest of the epoch
+            on_train_batch_start()                                       # -1 skips the rest of the epoch
             optimizer_step:                                              # only its inside while accumulating
                 loss = training_step(batch, batch_idx)
                 on_before_zero_grad(); optimizer_zero_grad()             # at the first batch of an accumulation
@@ -33,7 +33,7 @@ Fit::
             loggers                                                      # every log_every_n_steps
             if due: validate()
             lr_scheduler_step()                                          # plateau, interval "step"
-        on_train_epoch_end()                                             # ordinary callbacks, module, monitoring callbacks
+        on_train_epoch_end()                                             # callbacks, module, monitoring callbacks
         lr_scheduler_step()                                              # plateau, interval "epoch"
         loggers
     on_train_end()
@@ -66,6 +66,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
+
 from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:

@@ -10,26 +10,27 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from treadle_fabric import MisconfigurationException
-from treadle_fabric.types import PathLike
 
 from treadle.hooks import ModuleHooks
 from treadle.hparams import HyperparametersMixin
 from treadle.loading import load_module_from_checkpoint
 from treadle.results import NOT_LOGGING, MetricSink, flatten_metrics
+from treadle_fabric import MisconfigurationException
+from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
+    from treadle.callbacks import Callback
+    from treadle.trainer import Trainer
     from treadle_fabric import Fabric
     from treadle_fabric.loggers import Logger
     from treadle_fabric.types import LRScheduler
 
-    from treadle.callbacks import Callback
-    from treadle.trainer import Trainer
-
 __all__ = ["STEP_OUTPUT", "LightningModule", "OptimizerLRScheduler"]
 
 STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
-OptimizerLRScheduler: TypeAlias = Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
+OptimizerLRScheduler: TypeAlias = (
+    Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
+)
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -133,7 +134,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @property
     def device(self) -> torch.device:
         """The device of the first parameter or buffer; CPU where there is none."""
-        tensor = next(self.parameters(), None)
+        tensor: Tensor | None = next(self.parameters(), None)
         tensor = tensor if tensor is not None else next(self.buffers(), None)
         return tensor.device if tensor is not None else torch.device("cpu")
 
@@ -246,7 +247,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run backward on ``loss``. Override to do it your way."""
-        loss.backward(*args, **kwargs)
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def optimizer_step(
         self,
@@ -367,7 +368,17 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             self,
             name,
             value,
-            (prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only),
+            (
+                prog_bar,
+                logger,
+                on_step,
+                on_epoch,
+                reduce_fx,
+                enable_graph,
+                sync_dist,
+                add_dataloader_idx,
+                rank_zero_only,
+            ),
             batch_size,
             sync_dist_group,
         )
@@ -476,5 +487,3 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
 def _identity(optimizer: Optimizer) -> int:
     return id(getattr(optimizer, "optimizer", optimizer))
-
-

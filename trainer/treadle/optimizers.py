@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
-from treadle_fabric.types import LRScheduler
 
 from treadle.state import LRSchedulerConfig
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
+from treadle_fabric.types import LRScheduler
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -56,8 +56,8 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
         owner = getattr(config.scheduler, "optimizer", None)
         if owner is not None and id(owner) not in held:
             raise MisconfigurationException(
-                f"The scheduler {type(config.scheduler).__name__} belongs to an optimizer that configure_optimizers did not "
-                "return: return that optimizer too, or make the scheduler with one that is returned."
+                f"The scheduler {type(config.scheduler).__name__} belongs to an optimizer that configure_optimizers did"
+                " not return: return that optimizer too, or make the scheduler with one that is returned."
             )
     return optimizers, configs
 
@@ -82,7 +82,7 @@ def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
 def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     unknown = set(entry) - {"optimizer", "lr_scheduler", "monitor"}
     if unknown:
-        name = sorted(unknown)[0]
+        name = min(unknown)
         hint = near_names(name, ["optimizer", "lr_scheduler", "monitor"])
         raise MisconfigurationException(f"configure_optimizers returned a dict with the unknown key {name!r}. {hint}")
     if "optimizer" not in entry:
@@ -93,7 +93,11 @@ def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     schedulers = list(found) if isinstance(found, (list, tuple)) else [found]
     if "monitor" in entry:
         schedulers = [
-            {"monitor": entry["monitor"], **s} if isinstance(s, Mapping) else {"scheduler": s, "monitor": entry["monitor"]}
+            (
+                {"monitor": entry["monitor"], **s}
+                if isinstance(s, Mapping)
+                else {"scheduler": s, "monitor": entry["monitor"]}
+            )
             for s in schedulers
         ]
     return [entry["optimizer"]], schedulers
@@ -103,7 +107,7 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
     given = dict(entry) if isinstance(entry, Mapping) else {"scheduler": entry}
     unknown = set(given) - _KEYS
     if unknown:
-        name = sorted(unknown)[0]
+        name = min(unknown)
         raise MisconfigurationException(
             f"A scheduler configuration has the unknown key {name!r}. {near_names(name, _KEYS)}"
         )
@@ -117,15 +121,18 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
 
         if type(module).lr_scheduler_step is Base.lr_scheduler_step:
             raise MisconfigurationException(
-                f"{type(scheduler).__name__} is no learning-rate scheduler as torch knows it (step, state_dict, optimizer): "
-                "override `lr_scheduler_step` to step it yourself."
+                f"{type(scheduler).__name__} is no learning-rate scheduler as torch knows it (step, state_dict,"
+                " optimizer): override `lr_scheduler_step` to step it yourself."
             )
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(
-            f"A scheduler has interval={config.interval!r}: it is 'step' or 'epoch'. {near_names(str(config.interval), ['step', 'epoch'])}"
+            f"A scheduler has interval={config.interval!r}: it is 'step' or 'epoch'."
+            f" {near_names(str(config.interval), ['step', 'epoch'])}"
         )
     if isinstance(config.frequency, bool) or not isinstance(config.frequency, int) or config.frequency < 1:
-        raise MisconfigurationException(f"A scheduler has frequency={config.frequency!r}: it is an integer of at least 1.")
+        raise MisconfigurationException(
+            f"A scheduler has frequency={config.frequency!r}: it is an integer of at least 1."
+        )
     if config.reduce_on_plateau and config.monitor is None and module.automatic_optimization:
         raise MisconfigurationException(
             "ReduceLROnPlateau needs the name of a metric: return "
@@ -141,8 +148,8 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
     if foreign:
         shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3])
         raise MisconfigurationException(
-            f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (shapes {shapes}) that are not this "
-            f"{type(module).__qualname__}'s: make it with `self.parameters()`."
+            f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (shapes {shapes}) that are not"
+            f" this {type(module).__qualname__}'s: make it with `self.parameters()`."
         )
 
 
@@ -150,7 +157,7 @@ def needs_closure(optimizer: Optimizer) -> bool:
     """Whether ``step`` of the optimizer evaluates the loss again, as LBFGS does."""
     import inspect
 
-    step = type(getattr(optimizer, "optimizer", optimizer)).step
+    step: Any = type(getattr(optimizer, "optimizer", optimizer)).step
     parameter = inspect.signature(inspect.unwrap(step)).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
@@ -190,8 +197,8 @@ def step_schedulers(
             value = found.get(config.monitor)
             if value is None:
                 message = (
-                    f"The scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody logged. "
-                    f"{near_names(config.monitor, found)}"
+                    f"The scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody logged."
+                    f" {near_names(config.monitor, found)}"
                 )
                 if config.strict:
                     raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from treadle_fabric import move_data_to_device
 
 from treadle.state import FitProgress, TrainerState
+from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -42,7 +42,9 @@ def capture(trainer: Trainer, result: Any) -> Outcome:
         state=trainer.state,
         progress=trainer.fit_progress,
         metrics=trainer.metrics_on_cpu(),
-        callbacks=[{k: getattr(c, k) for k in _COPIED if hasattr(c, k)} | {"state": c.state_dict()} for c in trainer.callbacks],
+        callbacks=[
+            {k: getattr(c, k) for k in _COPIED if hasattr(c, k)} | {"state": c.state_dict()} for c in trainer.callbacks
+        ],
         should_stop=trainer.should_stop,
     )
 

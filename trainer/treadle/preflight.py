@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from treadle_fabric import MisconfigurationException, is_wrapped, near_names, rank_zero_warn
 
 from treadle.arguments import Settings
 from treadle.data import check_loader, defines_loader
 from treadle.dispatch import overrides
 from treadle.state import TrainerFn
+from treadle_fabric import MisconfigurationException, is_wrapped, near_names, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 __all__: list[str] = []
 
-_MODULE_METHODS = (
-    "training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "train_dataloader", "val_dataloader",
-)  # fmt: skip
+_MODULE_METHODS = frozenset(
+    """training_step validation_step test_step predict_step configure_optimizers train_dataloader
+    val_dataloader""".split()
+)
 
 
 def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
@@ -60,7 +61,10 @@ def check_model(model: Any, what: str) -> None:
     elif hasattr(model, "_orig_mod"):
         hint = "it is compiled: compile inside the module (its layers, say), or pass the module itself."
     elif isinstance(model, torch.nn.Module):
-        hint = "a plain nn.Module has no `training_step`: derive from `treadle.LightningModule`, or use `treadle_fabric.Fabric`."
+        hint = (
+            "a plain nn.Module has no `training_step`: derive from `treadle.LightningModule`, or use"
+            " `treadle_fabric.Fabric`."
+        )
     else:
         hint = "derive from `treadle.LightningModule`."
     raise MisconfigurationException(f"Trainer.{what} got a model of type {type(model).__name__}; {hint}")
@@ -135,24 +139,27 @@ def check_fit(
     if not module.automatic_optimization:
         if settings.gradient_clip_val:
             raise MisconfigurationException(
-                f"gradient_clip_val={settings.gradient_clip_val} is for automatic optimization: call `self.clip_gradients` in "
-                "`training_step` instead."
+                f"gradient_clip_val={settings.gradient_clip_val} is for automatic optimization: call"
+                " `self.clip_gradients` in `training_step` instead."
             )
         if settings.accumulate_grad_batches != 1:
             raise MisconfigurationException(
-                f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate in "
-                "`training_step` instead."
+                f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
+                " in `training_step` instead."
             )
 
 
-def check_evaluation(module: LightningModule, fn: TrainerFn, given: Any, datamodule: LightningDataModule | None) -> None:
+def check_evaluation(
+    module: LightningModule, fn: TrainerFn, given: Any, datamodule: LightningDataModule | None
+) -> None:
     """Refuse a validation or test without its step or its batches."""
     step, loader = (
         ("validation_step", "val_dataloader") if fn is TrainerFn.VALIDATING else ("test_step", "test_dataloader")
     )
     if not _has(module, step):
         raise MisconfigurationException(
-            f"{type(module).__qualname__} has no `{step}`, which {fn.value} needs: define it.{_near_method(module, step)}"
+            f"{type(module).__qualname__} has no `{step}`, which {fn.value} needs: define"
+            f" it.{_near_method(module, step)}"
         )
     if not _has_loader(loader, given, module, datamodule):
         raise MisconfigurationException(
@@ -183,8 +190,8 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
     for key in mine.keys() & other.keys():
         if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
             raise MisconfigurationException(
-                f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r} and "
-                f"{other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
+                f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r}"
+                f" and {other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
             )
     return {**mine, **other}
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle_fabric import Fabric
-
     from treadle.module import LightningModule
+    from treadle_fabric import Fabric
 
 __all__ = ["NOT_LOGGING", "MetricSink", "Metrics", "Results", "flatten_metrics", "to_floats"]
 
@@ -34,7 +34,8 @@ _STEP_HOOKS: Final = frozenset(
     lr_scheduler_step""".split()
 )
 _EVAL_STEP_HOOKS: Final = frozenset(
-    "validation_step on_validation_batch_start on_validation_batch_end test_step on_test_batch_start on_test_batch_end".split()
+    """validation_step on_validation_batch_start on_validation_batch_end
+    test_step on_test_batch_start on_test_batch_end""".split()
 )
 _EPOCH_HOOKS: Final = frozenset(
     """on_train_start on_train_epoch_start on_train_epoch_end on_validation_start on_validation_epoch_start
@@ -64,7 +65,8 @@ class _NotLogging:
     ) -> None:
         if module.fabric is None:
             rank_zero_warn(
-                f"`self.log({name!r}, ...)` was called without a Trainer or a Fabric; the value is dropped.", stacklevel=4
+                f"`self.log({name!r}, ...)` was called without a Trainer or a Fabric; the value is dropped.",
+                stacklevel=4,
             )
         elif options[1] is not False:
             for key, scalar in flatten_metrics({name: value}):
@@ -82,7 +84,8 @@ def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, An
         items = dictionary.items()
     else:
         raise MisconfigurationException(
-            f"log_dict got {type(dictionary).__name__}; it takes a dictionary of names and values: use `self.log` for one value."
+            f"log_dict got {type(dictionary).__name__}; it takes a dictionary of names and values: use `self.log` for"
+            " one value."
         )
     for name, value in items:
         if isinstance(value, Mapping) or hasattr(value, "compute_groups"):
@@ -129,8 +132,8 @@ class Slot:
     """One logged name in one hook (and loader): its latest value, and what its epoch value is made of."""
 
     __slots__ = (
-        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step", "options", "pending", "prog_bar",
-        "rank_zero_only", "reduce", "sync_dist", "total", "value", "values", "weight", "weights",
+        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step", "options",
+        "pending", "prog_bar", "rank_zero_only", "reduce", "sync_dist", "total", "value", "values", "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
@@ -214,7 +217,7 @@ class Results:
     def __init__(self, *, training: bool, fabric: Fabric) -> None:
         self.training = training
         self.hook = ""
-        """The hook that is running, set by whoever calls it: it decides the defaults of ``log``, or that it is refused."""
+        """The hook that is running, set by whoever calls it: the defaults of ``log`` depend on it."""
         self.batch: Any = None
         self.batch_size: int | None = None
         self.dataloader_idx: int | None = None
@@ -236,8 +239,8 @@ class Results:
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise MisconfigurationException(
-                    f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}; one number is logged under a "
-                    "name: reduce it first, with `.mean()` say."
+                    f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}; one number is logged under"
+                    " a name: reduce it first, with `.mean()` say."
                 )
             if not options[5]:
                 value = value.detach().clone()  # the caller may go on to change it in place
@@ -278,8 +281,8 @@ class Results:
             raise MisconfigurationException(f"`self.log` got the name {name!r}; a name is a string.")
         if hook not in _STEP_HOOKS and hook not in _EVAL_STEP_HOOKS and hook not in _EPOCH_HOOKS:
             raise MisconfigurationException(
-                f"`self.log({name!r}, ...)` was called in `{hook or 'code outside the hooks of a run'}`, where nothing can be "
-                "logged: log in a step or an epoch hook, or use `self.logger` directly."
+                f"`self.log({name!r}, ...)` was called in `{hook or 'code outside the hooks of a run'}`, where nothing"
+                " can be logged: log in a step or an epoch hook, or use `self.logger` directly."
             )
         in_batch = hook not in _EPOCH_HOOKS
         if on_step and not in_batch:
@@ -294,7 +297,8 @@ class Results:
             )
         if reduce_fx not in _REDUCTIONS and not callable(reduce_fx):
             raise MisconfigurationException(
-                f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a callable."
+                f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a"
+                " callable."
             )
         key = (hook, name, self.dataloader_idx)
         if key in self.slots:
@@ -306,7 +310,8 @@ class Results:
         final = f"{name}/dataloader_idx_{self.dataloader_idx}" if several and add_idx else name
         if several and not add_idx and final in self._names:
             raise MisconfigurationException(
-                f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own name."
+                f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own"
+                " name."
             )
         self._names.setdefault(final, hook)
         slot = self.slots[key] = Slot(name, options, on_step, on_epoch)
@@ -399,11 +404,15 @@ def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, floa
         mine = dict(zip(names, rows, strict=True))
         for extra in sorted(set(union) - set(names)):
             name, _, how = extra.rpartition(":")
-            print(
-                f"rank {fabric.global_rank}: {name!r} was logged by other ranks and not by this one; it is reduced over those "
-                "that did.",
-                flush=True,
-            ) if fabric.global_rank else None
+            (
+                print(
+                    f"rank {fabric.global_rank}: {name!r} was logged by other ranks and not by this one; it is reduced"
+                    " over those that did.",
+                    flush=True,
+                )
+                if fabric.global_rank
+                else None
+            )
             neutral = {"min": float("inf"), "max": float("-inf")}.get(how, 0.0)
             mine[extra] = (name, how, neutral, 0.0)  # type: ignore[assignment]
         rows, names = [mine[n] for n in union], union
@@ -469,8 +478,8 @@ def _number(name: str, value: Any) -> float:
         return float(value)  # numpy scalars among others
     except (TypeError, ValueError):
         raise MisconfigurationException(
-            f"`self.log({name!r}, ...)` got {type(value).__name__}; a number, a tensor of one element, a torchmetrics object "
-            "or a dictionary of these can be logged."
+            f"`self.log({name!r}, ...)` got {type(value).__name__}; a number, a tensor of one element, a torchmetrics"
+            " object or a dictionary of these can be logged."
         ) from None
 
 

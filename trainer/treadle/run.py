@@ -6,18 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from treadle_fabric import Fabric
-from treadle_fabric.loggers import Logger
-
 from treadle.dispatch import Dispatch
 from treadle.results import Metrics, Results, to_floats
 from treadle.state import FitProgress, LRSchedulerConfig, TrainerState
+from treadle_fabric import Fabric
+from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
-    from treadle_fabric import FabricModule, FabricOptimizer
-
     from treadle.datamodule import LightningDataModule
     from treadle.module import LightningModule
+    from treadle_fabric import FabricModule, FabricOptimizer
 
 __all__ = ["Run"]
 

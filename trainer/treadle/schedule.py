@@ -34,7 +34,8 @@ def parse_duration(value: Any, name: str) -> timedelta | None:
         duration = timedelta(**value)
     if duration is None:
         raise MisconfigurationException(
-            f"{name}={value!r} is not a duration: give 'DD:HH:MM:SS', a timedelta, or a dict with keys of {sorted(_UNITS)}."
+            f"{name}={value!r} is not a duration: give 'DD:HH:MM:SS', a timedelta, or a dict with keys of"
+            f" {sorted(_UNITS)}."
         )
     if duration.total_seconds() <= 0:
         raise MisconfigurationException(f"{name}={value!r} must be longer than nothing.")
@@ -72,7 +73,9 @@ def resolve_durations(
     if max_epochs is None:
         unbounded = max_steps == -1 and time is None
         if unbounded:
-            rank_zero_warn("`max_epochs` was not set: training for 1000 epochs. Set `max_epochs=-1` to train without end.")
+            rank_zero_warn(
+                "`max_epochs` was not set: training for 1000 epochs. Set `max_epochs=-1` to train without end."
+            )
         max_epochs = 1000 if unbounded else -1
     if min_epochs is not None and max_epochs != -1 and min_epochs > max_epochs:
         raise MisconfigurationException(f"min_epochs={min_epochs} is more than max_epochs={max_epochs}: lower it.")
@@ -90,7 +93,8 @@ def check_limit(value: Any, name: str) -> None:
         or (isinstance(value, float) and value > 1)
     ):
         raise MisconfigurationException(
-            f"{name}={value!r} must be a number of batches (an int of at least 0) or a fraction (a float from 0.0 to 1.0)."
+            f"{name}={value!r} must be a number of batches (an int of at least 0) or a fraction (a float from 0.0 to"
+            " 1.0)."
         )
 
 
@@ -147,15 +151,16 @@ class ValidationSchedule:
         if isinstance(interval, int):
             if every_n_epochs is not None and interval > num_batches:
                 raise MisconfigurationException(
-                    f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so validation "
-                    "would never run: lower it, or set check_val_every_n_epoch=None to count batches across epochs."
+                    f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so"
+                    " validation would never run: lower it, or set check_val_every_n_epoch=None to count batches"
+                    " across epochs."
                 )
             return cls(interval, every_n_epochs)
         if num_batches == math.inf:
             if interval != 1.0:
                 raise MisconfigurationException(
-                    f"val_check_interval={interval} is a fraction of a training loader whose length is unknown: give a number "
-                    "of batches (an int)."
+                    f"val_check_interval={interval} is a fraction of a training loader whose length is unknown: give a"
+                    " number of batches (an int)."
                 )
             return cls(math.inf, every_n_epochs)
         return cls(max(1, int(num_batches * interval)), every_n_epochs)
@@ -192,8 +197,8 @@ def check_validation_arguments(interval: Any, every_n_epochs: Any) -> None:
     if every_n_epochs is None:
         if isinstance(interval, float):
             raise MisconfigurationException(
-                f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={interval!r} must be an int "
-                "or a duration."
+                f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={interval!r} must be"
+                " an int or a duration."
             )
     elif isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
         raise MisconfigurationException(

@@ -51,7 +51,8 @@ class TrainerState:
 @dataclass(slots=True)
 class FitProgress:
     """How far a fit has come. A checkpoint keeps all of it; ``epoch`` and ``step`` are what users see as
-    ``current_epoch`` and ``global_step``."""
+    ``current_epoch`` and ``global_step``.
+    """
 
     epoch: int = 0
     """Completed epochs."""
@@ -90,5 +91,3 @@ class LRSchedulerConfig:
     reduce_on_plateau: bool = False
     monitor: str | None = None
     strict: bool = True
-
-

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from treadle_fabric import Fabric, FabricOptimizer, MisconfigurationException, claim_failure, rank_zero_info
-from treadle_fabric.types import PathLike
 
-from treadle import preflight
+from treadle import assembly, preflight
 from treadle.arguments import choose_callbacks, choose_loggers, resolve_settings
 from treadle.callbacks import Callback
 from treadle.checkpoint import dump_checkpoint, find_checkpoint, restore_training, restore_weights
@@ -24,24 +22,23 @@ from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
 from treadle.loops.predict import Prediction
-from treadle.loops.step import AutomaticStep, Clipping, ManualStep
-from treadle.optimizers import parse_optimizers
+from treadle.loops.step import Clipping
 from treadle.outcome import Outcome, adopt, capture
 from treadle.results import Metrics, Results, to_floats
 from treadle.run import Run
-from treadle.schedule import ValidationSchedule
 from treadle.signals import Signals
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
 from treadle.view import TrainerView
+from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info
+from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
+    from treadle.datamodule import LightningDataModule
+    from treadle.module import LightningModule
     from treadle_fabric.accelerators import Accelerator
     from treadle_fabric.loggers import Logger
     from treadle_fabric.strategies import Strategy
-
-    from treadle.datamodule import LightningDataModule
-    from treadle.module import LightningModule
 
 __all__ = ["Trainer"]
 
@@ -68,7 +65,7 @@ class Trainer(TrainerView):
         limit_test_batches: the same for testing.
         limit_predict_batches: the same for prediction.
         overfit_batches: train and validate on this many batches (or this fraction), without shuffling.
-        val_check_interval: batches (int), a fraction of an epoch (float) or a duration between validations. Default: 1.0.
+        val_check_interval: batches (int), a fraction of an epoch (float) or a duration. Default: 1.0.
         check_val_every_n_epoch: epochs between validations; None counts batches across epochs.
         num_sanity_val_steps: validation batches to try before training. Default: 2; -1 for all.
         log_every_n_steps: how often step values go to the loggers. Default: 50.
@@ -468,13 +465,14 @@ class Trainer(TrainerView):
     ) -> None:
         with self._running(TrainerFn.FITTING, module, datamodule) as run:
             checkpoint = self._prepare(run, ckpt_path, weights_only)
-            self._setup_optimizers(run)
+            assembly.set_up_optimizers(run)
             run.dispatch.call("on_fit_start")
-            self._log_hyperparameters(run)
+            assembly.log_hyperparameters(run, self._settings)
             if checkpoint is not None:
                 restore_training(run, checkpoint)
                 del checkpoint
-            validation = self._validation_in_fit(run, val)
+            val = assembly.validation_loaders(run, self._settings, val)
+            validation = None if val is None else self._make_evaluation(run, val, "val", "validation")
             self._fit_loop = loop = FitLoop(
                 run,
                 self._settings.durations,
@@ -486,99 +484,13 @@ class Trainer(TrainerView):
             )
             loop.run()
 
-    def _setup_optimizers(self, run: Run) -> None:
-        returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
-        optimizers, run.schedulers = parse_optimizers(returned, run.module)
-        listeners, progress, results = run.dispatch.listeners("on_before_optimizer_step"), run.progress, run.results
-        manual = not run.module.automatic_optimization
-
-        def before_step(optimizer: Optimizer) -> None:
-            if listeners:
-                self.strategy.precision.unscale_gradients(optimizer)
-                results.hook = "on_before_optimizer_step"
-                for listener in listeners:
-                    listener(optimizer)
-                results.hook = "training_step"
-
-        def after_step(optimizer: Optimizer) -> None:
-            progress.optimizer_steps += 1
-
-        run.optimizers = [
-            FabricOptimizer(
-                self.strategy.setup_optimizer(o),
-                self.strategy,
-                before_step if manual else None,
-                after_step if manual else None,
-            )
-            for o in optimizers
-        ]
-
-    def _validation_in_fit(self, run: Run, val: Any) -> Evaluation | None:
-        from treadle.module import LightningModule
-
-        limit = self._settings.limits["val"]
-        if limit == 0 or not overrides(run.module, "validation_step", LightningModule):
-            return None
-        loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
-        if loaders is None or loaders == []:
-            return None
-        return self._evaluation(run, loaders, "val", "validation")
-
-    def _evaluation(self, run: Run, loaders: Any, stage: str, name: str) -> Evaluation:
-        settings = self._settings
-        inject = settings.use_distributed_sampler
-        data = EvaluationData(
-            loaders, self.fabric, limit=settings.limits[stage], name=f"{stage}_dataloaders", inject=inject,
-            overfit=bool(settings.overfit_batches) and stage == "val",
-        )  # fmt: skip
-        self._eval_data[stage] = data
-        return Evaluation(run, data, name, inference_mode=settings.inference_mode)
-
     def _make_epoch(self, run: Run, train: Any, loop: FitLoop) -> TrainingEpoch | None:
-        """The epoch loop, once the training loader is there; None where no batch is to be trained on."""
-        settings = self._settings
-        loader = run.dispatch.run(
-            "train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule
-        )
-        if settings.limits["train"] == 0:
-            return None
-        self._train_data = data = TrainingData(
-            loader,
-            self.fabric,
-            limit=settings.limits["train"],
-            overfit=bool(settings.overfit_batches),
-            inject=settings.use_distributed_sampler,
-        )
-        schedule = ValidationSchedule.resolve(
-            settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
-        ) if loop.validation is not None else None  # fmt: skip
-        step: AutomaticStep | ManualStep
-        if run.module.automatic_optimization:
-            step = AutomaticStep(run, Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm))
-        else:
-            step = ManualStep(run)
-        return TrainingEpoch(
-            run,
-            data,
-            step,
-            self,
-            schedule=schedule,
-            validate=loop.validate,
-            may_stop=loop.may_stop,
-            max_steps=settings.durations.max_steps,
-            log_every_n_steps=settings.log_every_n_steps,
-            signals=self._signals,
-        )
+        self._train_data = data = assembly.training_data(run, self._settings, train)
+        return None if data is None else assembly.make_epoch(run, self._settings, data, loop, self, self._signals)
 
-    def _log_hyperparameters(self, run: Run) -> None:
-        if not self.loggers or not self._settings.enable_autolog_hparams:
-            return
-        hparams = preflight.merged_hyperparameters(run.module, run.datamodule)
-        for logger in self.loggers:
-            if hparams:
-                logger.log_hyperparams(hparams)
-            logger.log_graph(run.module)
-            logger.save()
+    def _make_evaluation(self, run: Run, loaders: Any, stage: str, name: str) -> Evaluation:
+        self._eval_data[stage] = data = assembly.evaluation_data(run, self._settings, loaders, stage)
+        return assembly.make_evaluation(run, self._settings, data, name)
 
     def _evaluate(
         self,
@@ -617,7 +529,7 @@ class Trainer(TrainerView):
             loaders = run.dispatch.run(
                 f"{stage}_dataloader", find_loaders, dataloaders, f"{stage}_dataloader", module, datamodule
             )
-            evaluation = self._evaluation(run, loaders, stage, name)
+            evaluation = self._make_evaluation(run, loaders, stage, name)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation()]
         if verbose and self.is_global_zero:
@@ -639,14 +551,9 @@ class Trainer(TrainerView):
             loaders = run.dispatch.run(
                 "predict_dataloader", find_loaders, dataloaders, "predict_dataloader", module, datamodule
             )
-            settings = self._settings
-            inject = settings.use_distributed_sampler
-            data = EvaluationData(
-                loaders, self.fabric, limit=settings.limits["predict"], name="predict_dataloaders", inject=inject
-            )
-            self._eval_data["predict"] = data
+            self._eval_data["predict"] = data = assembly.evaluation_data(run, self._settings, loaders, "predict")
             self.state.stage = RunningStage.PREDICTING
-            predictions = Prediction(run, data, inference_mode=settings.inference_mode, keep=keep)()
+            predictions = Prediction(run, data, inference_mode=self._settings.inference_mode, keep=keep)()
         return predictions
 
 

@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from treadle_fabric import Fabric, MisconfigurationException
-from treadle_fabric.loggers import Logger
 
 from treadle.arguments import Settings
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.data import EvaluationData, TrainingData
 from treadle.results import Metrics
 from treadle.state import FitProgress, LRSchedulerConfig, RunningStage, TrainerState, TrainerStatus
+from treadle_fabric import Fabric, MisconfigurationException
+from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
-    from treadle_fabric import FabricOptimizer
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.strategies import Strategy
-
     from treadle.datamodule import LightningDataModule
     from treadle.loops.fit import FitLoop
     from treadle.module import LightningModule
     from treadle.run import Run
+    from treadle_fabric import FabricOptimizer
+    from treadle_fabric.accelerators import Accelerator
+    from treadle_fabric.strategies import Strategy
 
 __all__ = ["TrainerView"]
 
@@ -61,7 +60,9 @@ class TrainerView:
     def lightning_module(self) -> LightningModule:
         """The module of the current or last run."""
         if self._module is None:
-            raise MisconfigurationException("The trainer has no module yet: it gets one with fit, validate, test or predict.")
+            raise MisconfigurationException(
+                "The trainer has no module yet: it gets one with fit, validate, test or predict."
+            )
         return self._module
 
     @property
@@ -362,7 +363,7 @@ class TrainerView:
 
     @property
     def gradient_clip_algorithm(self) -> str | None:
-        """ "norm" or "value"."""
+        """What is limited: "norm" or "value"."""
         return self._settings.gradient_clip_algorithm
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from treadle_fabric.environments.environment import ClusterEnvironment
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers.failures import (
     LAUNCH_DIR_VARIABLE,
     FailureBoard,
@@ -51,6 +53,15 @@ def join_launch_of_parent(environment: ClusterEnvironment) -> None:
     if directory is None or current_member() is not None:
         return
     board = FailureBoard(directory)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # A new process imports the script, to find the function in it, and reached the launch on the way.
+        rank = environment.global_rank()
+        unguarded = MisconfigurationException(
+            "Each new process imports the script again, and the script launches while it is imported. Put the launch "
+            "under `if __name__ == '__main__':`."
+        )
+        Member(board, rank, [rank], None).finish(unguarded)
+        end_process(1)
     try:
         launcher, ranks = board.launch_info()
     except FileNotFoundError:

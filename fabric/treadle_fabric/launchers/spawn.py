@@ -113,26 +113,12 @@ class SpawnLauncher(Launcher):
                 os.kill(process.pid, signum)
 
     def _check_start(self) -> None:
-        if self._start_method == "fork":
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                raise MisconfigurationException(
-                    "CUDA was used in this process already, and a forked process cannot use it again. Move the CUDA "
-                    "calls before the launch into the launched function, restart the notebook if it is one, or use "
-                    "strategy='ddp' or 'ddp_spawn'."
-                )
-            return
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # This is a new process importing the script, which reached the launch on the way.
-            exc = MisconfigurationException(
-                f"start_method={self._start_method!r} imports the script again in each new process, and the script "
-                "launches while it is imported. Put the launch under `if __name__ == '__main__':`."
+        if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            raise MisconfigurationException(
+                "CUDA was used in this process already, and a forked process cannot use it again. Move the CUDA calls "
+                "before the launch into the launched function, restart the notebook if it is one, or use "
+                "strategy='ddp' or 'ddp_spawn'."
             )
-            directory = os.environ.get(LAUNCH_DIR_VARIABLE)
-            if directory is not None:
-                rank = int(os.environ.get("LOCAL_RANK", "0"))
-                Member(FailureBoard(directory), rank, [rank], None).finish(exc)
-                os._exit(1)
-            raise exc
 
     def _wait(self, board: FailureBoard, ranks: list[int]) -> Failure | None:
         """Until all have ended; the first failure if there was one."""

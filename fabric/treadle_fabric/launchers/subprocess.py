@@ -103,6 +103,7 @@ class _Children:
         self._environ_before = environ_before
         self._main_is_done = threading.Event()
         self._over = threading.Event()
+        self._signals = _SignalListener()
         self._test = _test_runner_name()
         self._explained: set[int] = set()
         self.owner = os.getpid()
@@ -180,9 +181,13 @@ class _Children:
         final_since: float | None = None
         while True:
             running = self._running()
-            if self._member.interrupted.is_set() or any(
-                process.poll() in _SIGINT_STATUS and rank not in self._explained
-                for rank, process in self._processes.items()
+            if (
+                self._member.interrupted.is_set()
+                or self._signals.saw_interrupt()
+                or any(
+                    process.poll() in _SIGINT_STATUS and rank not in self._explained
+                    for rank, process in self._processes.items()
+                )
             ):
                 self._interrupt()
                 continue
@@ -269,7 +274,7 @@ class _Children:
                 for rank, process in running.items():
                     if not self._board.has(f"interrupted_{rank}"):
                         process.send_signal(signal.SIGINT)
-                if not self._member.interrupted.is_set() and not self._main_is_done.is_set():
+                if not (self._member.interrupted.is_set() or self._signals.heard or self._main_is_done.is_set()):
                     _thread.interrupt_main()
             if told and not self._board.has("final_interrupt") and not self._main_is_done.is_set():
                 if self._member.interrupted.is_set():
@@ -285,6 +290,7 @@ class _Children:
             time.sleep(POLL_INTERVAL)
         self._explained |= {rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS}
         self._member.interrupted.clear()
+        self._signals.heard = False
 
     def _finish(self) -> None:
         for name, value in self._environ_before.items():
@@ -295,6 +301,42 @@ class _Children:
         leave_launch()
         self._board.remove()
         self._over.set()
+
+
+class _SignalListener:
+    """Hears of an interrupt while the main thread, whose business it is, waits in a collective."""
+
+    _pipe: tuple[int, int] | None = None  # one for all launches: only the main thread could take it back
+
+    def __init__(self) -> None:
+        self.heard = False
+        self._since: float | None = None
+        if _SignalListener._pipe is None and threading.current_thread() is threading.main_thread():
+            reading, writing = os.pipe()
+            os.set_blocking(reading, False)
+            os.set_blocking(writing, False)
+            before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+            if before == -1:
+                _SignalListener._pipe = (reading, writing)
+            else:  # an event loop listens
+                signal.set_wakeup_fd(before)
+                os.close(reading)
+                os.close(writing)
+
+    def saw_interrupt(self) -> bool:
+        """Whether SIGINT came a while ago and nothing has come of it. A handler of the user's is left alone."""
+        if self._pipe is not None:
+            try:
+                came = signal.SIGINT in os.read(self._pipe[0], 64)
+            except OSError:
+                came = False
+            if came and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                self._since = time.monotonic()
+        if self._since is None or time.monotonic() - self._since < 1:
+            return False
+        self._since = None
+        self.heard = True
+        return True
 
 
 _children: _Children | None = None

@@ -36,6 +36,9 @@ class Precision:
 
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
+        self.watches_backward = any(
+            getattr(type(self), name) is not getattr(Precision, name) for name in ("pre_backward", "post_backward")
+        )
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -121,8 +124,6 @@ class Precision:
         Gradients that do not end there, such as those of ``torch.autograd.grad``, stay free.
         """
         scaling = self._scaling
-        if scaling.scaler is None:
-            return
 
         def refuse(parameter: Tensor) -> None:
             if not scaling.active:
@@ -132,9 +133,12 @@ class Precision:
                 )
 
         for parameter in module.parameters():
-            if parameter.requires_grad and not hasattr(parameter, "_treadle_guarded"):
-                parameter._treadle_guarded = True  # type: ignore[attr-defined]
-                parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+            guard = parameter.__dict__.pop("_treadle_guard", None)
+            if guard is not None:
+                guard.remove()  # of a run before this one
+            if scaling.scaler is not None and parameter.requires_grad:
+                guard = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+                parameter.__dict__["_treadle_guard"] = guard
 
     def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
@@ -164,7 +168,7 @@ class _Scaling:
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
         self.scaler: Final = scaler
         self.active = False  # a scaled loss is being differentiated, perhaps by another thread
-        self._unscaled: set[int] = set()
+        self._unscaled: dict[int, Optimizer] = {}  # those whose step is still to come
         self._stepped = False
 
     @contextlib.contextmanager
@@ -176,21 +180,25 @@ class _Scaling:
             self.active = False
 
     def settle(self) -> None:
+        """Adapt the scale, unless an optimizer is between unscaling and stepping."""
         if self._stepped and not self._unscaled and self.scaler is not None:
             self.scaler.update()
             self._stepped = False
 
     def scale(self, loss: Tensor) -> Tensor:
         assert self.scaler is not None
+        for key, optimizer in tuple(self._unscaled.items()):
+            if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+                del self._unscaled[key]  # its step was left out, and its gradients thrown away
+                self._stepped = True
         self.settle()
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: Optimizer) -> None:
         assert self.scaler is not None
         if id(optimizer) not in self._unscaled:
-            self.settle()
             self.scaler.unscale_(optimizer)
-            self._unscaled.add(id(optimizer))
+            self._unscaled[id(optimizer)] = optimizer
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         assert self.scaler is not None
@@ -200,7 +208,7 @@ class _Scaling:
             with torch.enable_grad():
                 result = closure()
         done = self.scaler.step(optimizer, **kwargs)
-        self._unscaled.discard(id(optimizer))
+        self._unscaled.pop(id(optimizer), None)
         self._stepped = True
         return done if closure is None else result
 

@@ -234,7 +234,10 @@ class Strategy(ABC):
 
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss; the arguments are those of ``Tensor.backward``."""
-        precision = self.precision
+        precision = self._precision or self.precision
+        if not precision.watches_backward:
+            precision.backward(tensor, module, *args, **kwargs)
+            return
         precision.pre_backward(tensor, module)
         precision.backward(tensor, module, *args, **kwargs)
         precision.post_backward(tensor, module)
@@ -242,7 +245,7 @@ class Strategy(ABC):
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""
         self.before_optimizer_step(optimizer)
-        return self.precision.optimizer_step(optimizer, **kwargs)
+        return (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """A chance to refuse gradients that are not what the other ranks have."""

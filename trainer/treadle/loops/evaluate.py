@@ -39,9 +39,7 @@ class Evaluation:
         several = len(data.loaders) > 1
         given = ("batch", "batch_idx", "dataloader_idx")
         self._takes, self._wants_iterator = step_arguments(getattr(run.module, step_name), given)
-        if several and self._takes < 3 and not self._wants_iterator:
-            self._takes = min(self._takes, 2)
-        elif not several:
+        if (several and self._takes < 3 and not self._wants_iterator) or not several:
             self._takes = min(self._takes, 2)
         self._several = several
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad

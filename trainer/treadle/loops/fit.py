@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from treadle_fabric import rank_zero_info
 
 from treadle.dispatch import MONITORS
 from treadle.loops.epoch import Controls, TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.schedule import Durations
 from treadle.state import RunningStage
+from treadle_fabric import rank_zero_info
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -59,12 +59,13 @@ class FitLoop:
         self.epoch = epoch = self._make_epoch(self)
         if epoch is None or self._done():
             return
+        reason = ""
         run.module.train()
         self._started = time.monotonic()
         with torch.enable_grad():
             dispatch.call("on_train_start")
             first = True
-            while not self._done():
+            while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
                     self.epoch = epoch = self._make_epoch(self)
                     assert epoch is not None
@@ -75,6 +76,7 @@ class FitLoop:
                 self._end_epoch(epoch)
                 progress.begin_epoch()
             dispatch.call("on_train_end")
+        rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:
         run = self._run
@@ -114,18 +116,16 @@ class FitLoop:
         if not enough and not self._told_min:
             self._told_min = True
             rank_zero_info(
-                f"A stop was asked for, but min_epochs={d.min_epochs} or min_steps={d.min_steps} is not reached: going on."
+                f"A stop was asked for, but min_epochs={d.min_epochs} or min_steps={d.min_steps} is not reached:"
+                " going on."
             )
         return enough
 
-    def _done(self) -> bool:
+    def _done(self) -> str:
+        """Why training is over; empty while it is not."""
         d, progress = self._durations, self._run.progress
         if d.max_steps != -1 and progress.step >= d.max_steps:
-            rank_zero_info(f"`Trainer.fit` stopped: `max_steps={d.max_steps}` reached.")
-            return True
+            return f"max_steps={d.max_steps} reached"
         if d.max_epochs != -1 and progress.epoch >= d.max_epochs:
-            rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={d.max_epochs}` reached.")
-            return True
-        return self._controls.should_stop and self.may_stop()
-
-
+            return f"max_epochs={d.max_epochs} reached"
+        return "a stop was asked for" if self._controls.should_stop and self.may_stop() else ""

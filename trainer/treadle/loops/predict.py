@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from treadle_fabric import move_data_to_device
 
 from treadle.data import BatchIterator, EvaluationData, Lookahead
 from treadle.loops.evaluate import module_modes
 from treadle.loops.step import step_arguments
+from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:
     from treadle.run import Run

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from treadle_fabric import MisconfigurationException
 
 from treadle.dispatch import overrides
 from treadle.optimizers import needs_closure
+from treadle_fabric import MisconfigurationException
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -72,7 +72,9 @@ class Clipping:
         self._value, self._algorithm = value, algorithm
         self._dispatch = run.dispatch
         self._hook = (
-            module.configure_gradient_clipping if overrides(module, "configure_gradient_clipping", LightningModule) else None
+            module.configure_gradient_clipping
+            if overrides(module, "configure_gradient_clipping", LightningModule)
+            else None
         )
         self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else self.clip
         self.active = bool(value) or self._hook is not None or self._clip != self.clip
@@ -133,10 +135,15 @@ class AutomaticStep:
         self._before_step = listeners("on_before_optimizer_step")
         self._gives_outputs = bool(listeners("on_train_batch_end"))
         own_step = overrides(module, "optimizer_step", LightningModule)
-        if raw is not None and needs_closure(raw) and not own_step and run.fabric.strategy.precision.requires_fabric_backward:
+        if (
+            raw is not None
+            and needs_closure(raw)
+            and not own_step
+            and run.fabric.strategy.precision.requires_fabric_backward
+        ):
             raise MisconfigurationException(
-                f"{type(raw).__name__} evaluates the loss several times a step, which a gradient scaler cannot follow: use "
-                "precision 'bf16-mixed' or '32-true'."
+                f"{type(raw).__name__} evaluates the loss several times a step, which a gradient scaler cannot follow:"
+                " use precision 'bf16-mixed' or '32-true'."
             )
         self._closure_step = module.optimizer_step if raw is not None and (own_step or needs_closure(raw)) else None
         self._outputs: Any = None
@@ -245,7 +252,12 @@ class AutomaticStep:
             return self._last_loss
 
         self._dispatch.run(
-            "optimizer_step", self._closure_step, self._progress.epoch, batch_idx, self._wrapped_optimizer, closure  # type: ignore[arg-type]
+            "optimizer_step",
+            self._closure_step,
+            self._progress.epoch,
+            batch_idx,
+            self._wrapped_optimizer,
+            closure,  # type: ignore[arg-type]
         )
         self._progress.optimizer_steps += 1
         outputs, self._outputs = self._outputs, None
@@ -259,12 +271,12 @@ class AutomaticStep:
             if isinstance(loss, Tensor):
                 return loss
             raise MisconfigurationException(
-                f"`training_step` returned a dict with the keys {sorted(map(str, output))}; in automatic optimization it needs "
-                "the key 'loss' with a tensor."
+                f"`training_step` returned a dict with the keys {sorted(map(str, output))}; in automatic optimization"
+                " it needs the key 'loss' with a tensor."
             )
         raise MisconfigurationException(
-            f"`training_step` returned {type(output).__name__}; in automatic optimization it returns a scalar tensor, a dict "
-            "with 'loss', or None to skip the batch."
+            f"`training_step` returned {type(output).__name__}; in automatic optimization it returns a scalar tensor, a"
+            " dict with 'loss', or None to skip the batch."
         )
 
 
@@ -291,5 +303,6 @@ class ManualStep:
         if isinstance(output, Mapping):
             return {k: v.detach() if k == "loss" and isinstance(v, Tensor) else v for k, v in output.items()}
         raise MisconfigurationException(
-            f"`training_step` returned {type(output).__name__}; in manual optimization it returns a tensor, a dict or None."
+            f"`training_step` returned {type(output).__name__}; in manual optimization it returns a tensor, a dict or"
+            " None."
         )

@@ -1,0 +1,285 @@
+"""The table of layers."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import treadle as tr
+from treadle.callbacks import ModelSummary as SummaryCallback
+from treadle.callbacks import RichModelSummary
+from treadle.model_summary import (
+    LayerSummary,
+    ModelSummary,
+    get_formatted_model_size,
+    get_human_readable_count,
+    parse_batch_shape,
+    summarize,
+)
+
+
+class Model(tr.LightningModule):
+    def __init__(self, example: Any = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 2))
+        self.head = nn.Linear(2, 3)
+        self.head.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.example_input_array = example
+
+    def forward(self, x: Any, factor: Any = 1.0) -> Any:
+        return self.head(self.net(x)) * factor
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self(batch).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+NET, HEAD = 8 * 16 + 16 + 32 + 16 * 2 + 2, 9
+
+
+def test_parameters_and_modes() -> None:
+    model = Model()
+    model.net[1].eval()
+    summary = summarize(model)
+    assert summary.layer_names == ["net", "head"]
+    assert summary.layer_types == ["Sequential", "Linear"]
+    assert summary.param_nums == [NET, HEAD]
+    assert summary.training_modes == [True, True]
+    assert summary.total_training_modes == {"train": 5, "eval": 1}
+    assert summary.total_parameters == NET + HEAD + 5
+    assert summary.total_layer_params == NET + HEAD
+    assert summary.trainable_parameters == NET + 5
+    assert summary.model_size == pytest.approx((NET + HEAD + 5) * 4 / 1e6)
+    assert summary.in_sizes == summary.out_sizes == ["?", "?"]
+    assert summary.total_flops == 0 and summary.flop_counts == {"net": {}, "head": {}}
+
+
+def test_the_table() -> None:
+    assert str(summarize(Model())).splitlines() == [
+        "  | Name         | Type       | Params | Mode",
+        "----------------------------------------------",
+        "0 | net          | Sequential | 210    | train",
+        "1 | head         | Linear     | 9      | train",
+        "  | other params | n/a        | 5      | n/a",
+        "----------------------------------------------",
+        "215       Trainable params",
+        "9         Non-trainable params",
+        "224       Total params",
+        "0.001     Total estimated model params size (MB)",
+        "6         Modules in train mode",
+        "0         Modules in eval mode",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("example", "shape"),
+    [
+        (torch.ones(4, 8), [4, 8]),
+        ((torch.ones(4, 8), torch.ones(3)), [4, 8]),
+        ({"x": torch.ones(4, 8), "factor": 2.0}, [4, 8]),
+    ],
+)
+def test_an_example_gives_sizes_and_flops(example: Any, shape: list[int]) -> None:
+    summary = summarize(Model(example), max_depth=-1)
+    assert summary.in_sizes == [shape, shape, [4, 16], [4, 16], [4, 16], [4, 2]]
+    assert summary.out_sizes == [[4, 2], [4, 16], [4, 16], [4, 16], [4, 2], [4, 3]]
+    flops = {name: sum(ops.values()) for name, ops in summary.flop_counts.items()}
+    assert flops["net.0"] == 2 * 4 * 8 * 16  # a multiplication and an addition each
+    assert flops["net"] == 2 * 4 * (8 * 16 + 16 * 2)
+    assert summary.total_flops == flops["net"] + flops["head"] == 2 * 4 * (8 * 16 + 16 * 2 + 2 * 3)
+    assert "FLOPs | In sizes | Out sizes" in str(summary) and "Total FLOPs" in str(summary)
+
+
+def test_the_example_leaves_no_trace() -> None:
+    model = Model(torch.randn(4, 8))
+    model.net[2].eval()
+    modes = [m.training for m in model.modules()]
+    state, random_state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    summarize(model)
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(not m._forward_hooks for m in model.modules())
+
+
+def test_an_example_that_fails_leaves_no_hook() -> None:
+    model = Model(torch.randn(4, 9))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        summarize(model)
+    assert model.training and all(not m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_compiled_layer_is_not_compiled_for_the_table() -> None:
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("compiled")
+
+    model = Model(torch.randn(4, 8))
+    model.head = torch.compile(model.head, backend=refuse)  # type: ignore[assignment]
+    assert summarize(model).layer_types == ["Sequential", "OptimizedModule"]
+
+
+@pytest.mark.parametrize(
+    ("depth", "names"),
+    [
+        (0, []),
+        (1, ["a", "tail"]),
+        (2, ["a", "a.b", "tail"]),
+        (-1, ["a", "a.b", "a.b.0", "tail"]),
+    ],
+)
+def test_max_depth(depth: int, names: list[str]) -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Sequential(nn.Linear(1, 1))}), "tail": nn.Linear(1, 1)})
+    summary = ModelSummary(model, max_depth=depth)
+    assert summary.layer_names == names
+    assert [name for name, _ in summary.named_modules] == names
+    assert summary.total_parameters == 4
+    assert "Total params" in str(summary)
+
+
+@pytest.mark.parametrize("depth", [-2, 1.5])
+def test_a_wrong_depth_is_refused(depth: Any) -> None:
+    with pytest.raises(tr.MisconfigurationException, match=f"max_depth={depth}"):
+        ModelSummary(nn.Linear(1, 1), max_depth=depth)
+
+
+def test_shared_parameters_count_once_in_the_total() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    model["b"].weight = model["a"].weight
+    summary = ModelSummary(model)
+    assert summary.param_nums == [16, 16]
+    assert summary.total_parameters == summary.total_layer_params == summary.trainable_parameters == 16
+
+
+def test_lazy_parameters_are_not_counted_and_said_so() -> None:
+    summary = ModelSummary(nn.ModuleDict({"known": nn.Linear(2, 2), "lazy": nn.LazyLinear(3)}))
+    assert summary.param_nums == [6, 0] and summary.total_parameters == 6
+    text = str(summary)
+    assert re.search(r"lazy +\| LazyLinear \| \? ", text)
+    assert text.endswith("2         Uninitialized parameters, not counted: their shape comes from the first batch")
+
+
+def test_size_follows_the_dtype() -> None:
+    model = nn.ModuleDict({"half": nn.Linear(100, 10, bias=False).half(), "full": nn.Linear(100, 10, bias=False)})
+    assert ModelSummary(model).model_size == pytest.approx(1000 * (2 + 4) / 1e6)
+
+
+def test_layer_summary() -> None:
+    layer = nn.Linear(3, 2)
+    summary = LayerSummary(layer)
+    assert (summary.layer_type, summary.num_parameters, summary.training) == ("Linear", 8, True)
+    assert summary.in_size == summary.out_size == "?"
+    layer(torch.ones(5, 3))
+    assert (summary.in_size, summary.out_size) == ([5, 3], [5, 2])
+    waiting = LayerSummary(layer)
+    waiting.detach_hook()
+    layer(torch.ones(5, 3))
+    assert waiting.in_size == "?"
+
+
+def test_scripted_modules() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.jit.script(nn.Linear(2, 2))
+            self.example_input_array = torch.ones(1, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.inner(x)
+
+    with pytest.warns(DeprecationWarning):
+        model = Outer()
+    summary = ModelSummary(model)
+    assert summary.layer_types == ["Linear"] and summary.in_sizes == ["?"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0  "), (123, "123  "), (999, "999  "), (1000, "1.0 K"), (1234, "1.2 K"), (123456, "123 K"),
+        (2 * 10**6, "2.0 M"), (3 * 10**9, "3.0 B"), (4 * 10**14, "400 T"), (5 * 10**15, "5,000 T"),
+    ],
+)  # fmt: skip
+def test_readable_counts(number: int, text: str) -> None:
+    assert get_human_readable_count(number) == text
+
+
+def test_a_negative_count_is_refused() -> None:
+    with pytest.raises(tr.MisconfigurationException, match="-1"):
+        get_human_readable_count(-1)
+
+
+def test_formatting() -> None:
+    assert get_formatted_model_size(1234.5678) == "1,234.568"
+    assert parse_batch_shape(torch.ones(2, 3)) == [2, 3]
+    assert parse_batch_shape((torch.ones(1), [torch.ones(2)])) == [[1], [[2]]]
+    assert parse_batch_shape({"a": 1}) == parse_batch_shape(3) == "?"
+
+
+# ---------------------------------------------------------------------------------------------------- the callbacks
+
+
+def fit(model: Model, *callbacks: tr.Callback, **arguments: Any) -> tr.Trainer:
+    trainer = tr.Trainer(
+        accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        callbacks=list(callbacks), **arguments,
+    )  # fmt: skip
+    trainer.fit(model, DataLoader(torch.randn(8, 8), batch_size=4))  # type: ignore[arg-type]
+    return trainer
+
+
+def test_fit_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = fit(Model())
+    assert [type(c) for c in trainer.callbacks if isinstance(c, SummaryCallback)] == [SummaryCallback]
+    err = capsys.readouterr().err
+    assert str(summarize(Model())) in err
+
+
+@pytest.mark.parametrize("arguments", [{"callbacks": [SummaryCallback(max_depth=0)]}, {"enable_model_summary": False}])
+def test_the_table_can_be_turned_off(arguments: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Model(), *arguments.pop("callbacks", []), **arguments)
+    assert "params" not in "".join(capsys.readouterr())
+
+
+def test_depth_precision_and_lazy_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    class Lazy(Model):
+        def __init__(self) -> None:
+            super().__init__(torch.randn(4, 8))
+            self.unused = nn.LazyLinear(2)
+
+    fit(Lazy(), SummaryCallback(max_depth=2), precision="bf16-true")
+    err = capsys.readouterr().err
+    assert re.search(r"net\.3 .*Linear .*\[4, 16\] +\| \[4, 2\]", err)
+    assert "Uninitialized parameters, not counted" in err
+    assert re.search(r"0\.000 +Total estimated", err)  # 224 parameters of two bytes
+
+
+def test_summarize_can_be_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    class Short(SummaryCallback):
+        @staticmethod
+        def summarize(summary_data: Any, total_parameters: int, *args: Any, **kwargs: Any) -> None:
+            print(dict(summary_data)["Name"], total_parameters, kwargs)
+
+    fit(Model(), Short(unit="parameters"))
+    assert capsys.readouterr().out.splitlines() == ["['net', 'head', 'other params'] 224 {'unit': 'parameters'}"]
+
+
+def test_the_rich_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    trainer = fit(Model(torch.randn(4, 8)), RichModelSummary(max_depth=2, header_style="bold"))
+    assert [type(c) for c in trainer.callbacks if isinstance(c, SummaryCallback)] == [RichModelSummary]
+    out = capsys.readouterr().out
+    assert re.search(r"│ net\.0 +│ Linear +│ +144 │ train │ +1\.0 K │ +\[4, 8\] │ +\[4, 16\] │", out)
+    assert re.search(r"Non-trainable params: +9", out) and re.search(r"Total FLOPs: +1\.3 K", out)
+    assert max(map(len, out.splitlines())) <= 100
