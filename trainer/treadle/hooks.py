@@ -28,7 +28,7 @@ Fit::
                 on_before_optimizer_step(optimizer)                      # gradients are unscaled here
                 configure_gradient_clipping(); clip_gradients()
                 optimizer.step()
-            lr_scheduler_step()                                          # not plateau; interval "epoch" at the last batch
+            lr_scheduler_step()                                          # not plateau; "epoch" at the last batch
             on_train_batch_end()
             loggers                                                      # every log_every_n_steps
             if due: validate()

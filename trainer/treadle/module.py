@@ -37,7 +37,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     """A model, its steps, its optimizers and what happens at the hooks of a run.
 
     Define ``training_step`` and ``configure_optimizers``, and ``validation_step``, ``test_step``, ``predict_step`` as
-    needed. The same module runs under :class:`treadle.Trainer` and in a hand-written loop after ``fabric.setup(module)``.
+    needed. The same module runs under :class:`treadle.Trainer`, and in a hand-written loop after
+    ``fabric.setup(module)``.
     """
 
     forward_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
@@ -70,7 +71,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self._trainer = trainer
         for child in self.children():
             if isinstance(child, LightningModule):
-                child.trainer = trainer  # type: ignore[assignment]
+                child.trainer = trainer
 
     @property
     def fabric(self) -> Fabric | None:
@@ -86,7 +87,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def attach(self, trainer: Trainer | None, metrics: MetricSink = NOT_LOGGING) -> None:
         """Called by the trainer when a run begins and, with None, when it ends."""
-        self.trainer = trainer  # type: ignore[assignment]
+        self.trainer = trainer
         for module in self.modules():
             if isinstance(module, LightningModule):
                 module.attach_metrics(metrics)

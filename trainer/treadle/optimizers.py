@@ -30,8 +30,8 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
     """The optimizers and schedulers in whatever shape ``configure_optimizers`` returned them.
 
     Raises:
-        MisconfigurationException: the shape is none that is known, a key is misspelled, an optimizer holds parameters of
-            another model, several optimizers without manual optimization, a plateau scheduler without a monitor, ...
+        MisconfigurationException: the shape is none that is known, a key is misspelled, an optimizer holds parameters
+            of another model, several optimizers without manual optimization, a plateau scheduler without a monitor, ...
     """
     if returned is None:
         rank_zero_warn(
@@ -157,7 +157,8 @@ def needs_closure(optimizer: Optimizer) -> bool:
     """Whether ``step`` of the optimizer evaluates the loss again, as LBFGS does."""
     import inspect
 
-    step: Any = type(getattr(optimizer, "optimizer", optimizer)).step
+    kind: Any = type(getattr(optimizer, "optimizer", optimizer))
+    step = kind.step
     parameter = inspect.signature(inspect.unwrap(step)).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty
 

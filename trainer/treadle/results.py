@@ -45,6 +45,8 @@ _REDUCTIONS: Final[dict[Any, Reduction]] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
     "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
 }  # fmt: skip
+_ON_TENSORS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
+_ON_NUMBERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"sum": sum, "min": min, "max": max}
 _FOLD_EVERY: Final = 256  # pending values are summed in one operation, this many at a time
 _PACKET: Final = 130  # doubles in the packed collective: a checksum, a count and 64 pairs; more slots need a second one
 
@@ -132,8 +134,9 @@ class Slot:
     """One logged name in one hook (and loader): its latest value, and what its epoch value is made of."""
 
     __slots__ = (
-        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step", "options",
-        "pending", "prog_bar", "rank_zero_only", "reduce", "sync_dist", "total", "value", "values", "weight", "weights",
+        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step",
+        "options", "pending", "prog_bar", "rank_zero_only", "reduce", "sync_dist", "total", "value", "values",
+        "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
@@ -141,7 +144,7 @@ class Slot:
         self.options = options
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
         self.prog_bar, self.logger = options[0], options[1] is not False
-        self.reduce: Reduction | Callable[[Tensor], Any] = _REDUCTIONS.get(options[4], options[4])  # type: ignore[assignment,arg-type]
+        self.reduce: Reduction | Callable[[Tensor], Any] = _REDUCTIONS.get(options[4], options[4])  # type: ignore[arg-type]
         self.sync_dist, self.rank_zero_only = options[6], options[8]
         self.metric: Any = None
         self.loader: int | None = None
@@ -178,16 +181,16 @@ class Slot:
             if self.reduce == "mean":
                 part: Any = stacked @ torch.tensor(weights, dtype=stacked.dtype, device=stacked.device)
             else:
-                part = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}[self.reduce](stacked)
+                part = _ON_TENSORS[self.reduce](stacked)
         elif self.reduce == "mean":
             part = sum(v * w for v, w in zip(values, weights, strict=True))
         else:
-            part = {"sum": sum, "min": min, "max": max}[self.reduce](values)
+            part = _ON_NUMBERS[self.reduce](values)
         if self.total is None:
             self.total = part
         elif self.reduce in ("min", "max"):
             pair = _stack([self.total, part])
-            self.total = torch.amin(pair) if self.reduce == "min" else torch.amax(pair)
+            self.total = _ON_TENSORS[self.reduce](pair)
         else:
             self.total = self.total + part
         self.weight += sum(weights)

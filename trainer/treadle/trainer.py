@@ -399,7 +399,7 @@ class Trainer(TrainerView):
         with self.fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
         if self._settings.sync_batchnorm and self.world_size > 1:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
 
     def _finish(self, run: Run) -> None:
         fn = self.state.fn

@@ -34,5 +34,9 @@ def detect_environment(environ: Mapping[str, str] | None = None) -> ClusterEnvir
     # torchrun comes first because it also runs inside SLURM and LSF jobs.
     for kind in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment):
         if kind.detect(environ):
-            return kind()
-    return LightningEnvironment()
+            environment: ClusterEnvironment = kind()
+            break
+    else:
+        environment = LightningEnvironment()
+    environment.environ = environ
+    return environment

@@ -17,6 +17,14 @@ class ClusterEnvironment(ABC):
     One subclass for each way to start processes. To write one, implement everything that is abstract here.
     """
 
+    environ: Mapping[str, str] | None = None
+    """The environment variables to go by; this process's own by default."""
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The environment variables to go by."""
+        return os.environ if self.environ is None else self.environ
+
     @property
     @abstractmethod
     def creates_processes_externally(self) -> bool:
@@ -82,13 +90,13 @@ class ClusterEnvironment(ABC):
         """Undo what the environment changed. Nothing, unless a subclass changes something."""
 
 
-def require_variable(name: str, environ: Mapping[str, str] | None = None) -> str:
+def require_variable(name: str, environ: Mapping[str, str]) -> str:
     """The value of an environment variable that the environment must have set.
 
     Raises:
         MisconfigurationException: if it is not set.
     """
-    value = (os.environ if environ is None else environ).get(name)
+    value = environ.get(name)
     if value is None:
         raise MisconfigurationException(
             f"The environment variable {name} is not set, which whoever starts the processes has to do. Set it, or "

@@ -21,24 +21,24 @@ class KubeflowEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return require_variable("MASTER_ADDR")
+        return require_variable("MASTER_ADDR", self.variables)
 
     @property
     def main_port(self) -> int:
-        return int(require_variable("MASTER_PORT"))
+        return int(require_variable("MASTER_PORT", self.variables))
 
     @staticmethod
     def detect() -> bool:
         return False
 
     def world_size(self) -> int:
-        return int(require_variable("WORLD_SIZE"))
+        return int(require_variable("WORLD_SIZE", self.variables))
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        return int(require_variable("RANK"))
+        return int(require_variable("RANK", self.variables))
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]

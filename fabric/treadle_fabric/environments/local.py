@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping
 
@@ -27,16 +26,16 @@ class LightningEnvironment(ClusterEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        return "LOCAL_RANK" in os.environ
+        return "LOCAL_RANK" in self.variables
 
     @property
     def main_address(self) -> str:
-        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+        return self.variables.get("MASTER_ADDR", "127.0.0.1")
 
     @property
     def main_port(self) -> int:
-        if "MASTER_PORT" in os.environ:
-            return int(os.environ["MASTER_PORT"])
+        if "MASTER_PORT" in self.variables:
+            return int(self.variables["MASTER_PORT"])
         if self._port is None:
             self._port = find_free_port()
         return self._port
@@ -48,15 +47,15 @@ class LightningEnvironment(ClusterEnvironment):
     def world_size(self) -> int:
         if self._world_size is not None:
             return self._world_size
-        return int(os.environ.get("WORLD_SIZE", "1"))
+        return int(self.variables.get("WORLD_SIZE", "1"))
 
     def set_world_size(self, size: int) -> None:
         self._world_size = size
 
     def global_rank(self) -> int:
         # What a launched process finds in its environment is right; what was set may come from another process.
-        if "LOCAL_WORLD_SIZE" in os.environ and "LOCAL_RANK" in os.environ:
-            return self.node_rank() * int(os.environ["LOCAL_WORLD_SIZE"]) + self.local_rank()
+        if "LOCAL_WORLD_SIZE" in self.variables and "LOCAL_RANK" in self.variables:
+            return self.node_rank() * int(self.variables["LOCAL_WORLD_SIZE"]) + self.local_rank()
         if self._global_rank is not None:
             return self._global_rank
         return self.local_rank()
@@ -66,29 +65,25 @@ class LightningEnvironment(ClusterEnvironment):
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(os.environ.get("LOCAL_RANK", "0"))
+        return int(self.variables.get("LOCAL_RANK", "0"))
 
     def node_rank(self) -> int:
-        return int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+        return int(self.variables.get("NODE_RANK", self.variables.get("GROUP_RANK", "0")))
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        started = self.processes_per_node()
-        if started is not None and num_devices not in (1, started):
+        started = int(self.variables.get("LOCAL_WORLD_SIZE", num_devices)) if self.creates_processes_externally else 1
+        if self.creates_processes_externally and num_devices not in (1, started):
             raise MisconfigurationException(
                 f"devices={num_devices}, but this script runs in {started} processes on this machine. Use the same "
                 "number of devices throughout a script."
             )
         if num_nodes > 1 and not self.creates_processes_externally:
-            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+            missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in self.variables]
             if missing:
                 raise MisconfigurationException(
                     f"num_nodes={num_nodes}, but {', '.join(missing)} not set. Start the script on each machine with "
                     "MASTER_ADDR and MASTER_PORT naming the first one and NODE_RANK=0, 1, ..., or use torchrun."
                 )
-
-    def processes_per_node(self) -> int | None:
-        value = os.environ.get("LOCAL_WORLD_SIZE") if "LOCAL_RANK" in os.environ else None
-        return None if value is None else int(value)
 
 
 def find_free_port() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
@@ -22,14 +23,12 @@ class LSFEnvironment(ClusterEnvironment):
     The rank file that LSF names in LSB_DJOB_RANKFILE lists the hosts: the launch node first, then one line a slot.
 
     Raises:
-        MisconfigurationException: where the rank file is empty or cannot be read.
+        MisconfigurationException: on use, where the rank file is empty or cannot be read.
     """
 
-    def __init__(self) -> None:
-        self._hosts = _compute_hosts(require_variable("LSB_DJOB_RANKFILE"))
-        # Libraries that make their own process groups look for these.
-        os.environ["MASTER_ADDR"] = self.main_address
-        os.environ["MASTER_PORT"] = str(self.main_port)
+    @cached_property
+    def _hosts(self) -> list[str]:
+        return _compute_hosts(require_variable("LSB_DJOB_RANKFILE", self.variables))
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -41,29 +40,29 @@ class LSFEnvironment(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        if "MASTER_PORT" in os.environ:
-            return int(os.environ["MASTER_PORT"])
+        if "MASTER_PORT" in self.variables:
+            return int(self.variables["MASTER_PORT"])
         # All ranks know the job's number, and two jobs on one machine differ in it.
-        return 10000 + int(require_variable("LSB_JOBID")) % 1000
+        return 10000 + int(require_variable("LSB_JOBID", self.variables)) % 1000
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return all(name in (os.environ if environ is None else environ) for name in _REQUIRED)
 
     def world_size(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_SIZE"))
+        return int(require_variable("JSM_NAMESPACE_SIZE", self.variables))
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_RANK"))
+        return int(require_variable("JSM_NAMESPACE_RANK", self.variables))
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_LOCAL_RANK"))
+        return int(require_variable("JSM_NAMESPACE_LOCAL_RANK", self.variables))
 
     def node_rank(self) -> int:
         host = socket.gethostname()

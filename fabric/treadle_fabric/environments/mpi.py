@@ -41,17 +41,17 @@ class MPIEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        if "MASTER_ADDR" in os.environ:
-            return os.environ["MASTER_ADDR"]
+        if "MASTER_ADDR" in self.variables:
+            return self.variables["MASTER_ADDR"]
         if self._is_on_one_node():
             return "127.0.0.1"
         return cast(str, self._world.bcast(socket.gethostname(), root=0))
 
     @property
     def main_port(self) -> int:
-        if "MASTER_PORT" in os.environ:
-            return int(os.environ["MASTER_PORT"])
-        job = _variable(_JOB)
+        if "MASTER_PORT" in self.variables:
+            return int(self.variables["MASTER_PORT"])
+        job = _variable(_JOB, self.variables)
         if self._is_on_one_node() and job is not None:
             return 12000 + zlib.crc32(job.encode()) % 16000  # all ranks know the job's name
         if self._port is None:
@@ -60,25 +60,25 @@ class MPIEnvironment(ClusterEnvironment):
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
-        size = _variable(_SIZE, environ)
+        size = _variable(_SIZE, os.environ if environ is None else environ)
         return size is not None and int(size) > 1
 
     def world_size(self) -> int:
-        size = _variable(_SIZE)
+        size = _variable(_SIZE, self.variables)
         return int(size) if size is not None else cast(int, self._world.Get_size())
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        rank = _variable(_RANK)
+        rank = _variable(_RANK, self.variables)
         return int(rank) if rank is not None else cast(int, self._world.Get_rank())
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        rank = _variable(_LOCAL_RANK)
+        rank = _variable(_LOCAL_RANK, self.variables)
         return int(rank) if rank is not None else self._places[self.global_rank()][1]
 
     def node_rank(self) -> int:
@@ -92,7 +92,7 @@ class MPIEnvironment(ClusterEnvironment):
             )
 
     def processes_per_node(self) -> int | None:
-        size = _variable(_LOCAL_SIZE)
+        size = _variable(_LOCAL_SIZE, self.variables)
         return None if size is None else int(size)
 
     def _is_on_one_node(self) -> bool:
@@ -117,6 +117,5 @@ class MPIEnvironment(ClusterEnvironment):
         return [(nodes.index(host), hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
 
 
-def _variable(names: tuple[str, ...], environ: Mapping[str, str] | None = None) -> str | None:
-    environ = os.environ if environ is None else environ
+def _variable(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
     return next((environ[name] for name in names if name in environ), None)

@@ -37,20 +37,20 @@ class SLURMEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        address = os.environ.get("MASTER_ADDR")
+        address = self.variables.get("MASTER_ADDR")
         if address is None:
-            nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST")
-            nodes = nodes or os.environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+            nodes = self.variables.get("SLURM_STEP_NODELIST") or self.variables.get("SLURM_NODELIST")
+            nodes = nodes or self.variables.get("SLURM_JOB_NODELIST") or "127.0.0.1"
             address = self.resolve_root_node_address(nodes)
         return address
 
     @property
     def main_port(self) -> int:
-        if "MASTER_PORT" in os.environ:
-            return int(os.environ["MASTER_PORT"])
+        if "MASTER_PORT" in self.variables:
+            return int(self.variables["MASTER_PORT"])
         # All ranks know the job's number, and two jobs on one machine differ in it.
-        job = self.job_id()
-        return 29500 if job is None else 15000 + job % 10000
+        job = self.variables.get("SLURM_JOB_ID", "")
+        return 15000 + int(job) % 10000 if job.isdecimal() else 29500
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
@@ -72,22 +72,22 @@ class SLURMEnvironment(ClusterEnvironment):
             return None
 
     def world_size(self) -> int:
-        return int(require_variable("SLURM_NTASKS"))
+        return int(require_variable("SLURM_NTASKS", self.variables))
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        return int(require_variable("SLURM_PROCID"))
+        return int(require_variable("SLURM_PROCID", self.variables))
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(require_variable("SLURM_LOCALID"))
+        return int(require_variable("SLURM_LOCALID", self.variables))
 
     def node_rank(self) -> int:
-        return int(require_variable("SLURM_NODEID"))
+        return int(require_variable("SLURM_NODEID", self.variables))
 
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
@@ -96,7 +96,7 @@ class SLURMEnvironment(ClusterEnvironment):
         return re.split(r"[\s,]", nodes.strip(), maxsplit=1)[0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        per_node, nodes = self.processes_per_node(), os.environ.get("SLURM_NNODES")
+        per_node, nodes = self.processes_per_node(), self.variables.get("SLURM_NNODES")
         remedy = (
             "Give `#SBATCH --ntasks-per-node` the number of devices and `--nodes` the number of nodes, and start the "
             "script with srun; or, to let Treadle start the processes, pass plugins=LightningEnvironment()."
@@ -114,7 +114,7 @@ class SLURMEnvironment(ClusterEnvironment):
             raise MisconfigurationException(f"num_nodes={num_nodes}, but the SLURM job has {nodes} nodes. {remedy}")
 
     def processes_per_node(self) -> int | None:
-        if os.environ.get("SLURM_NNODES") == "1":
+        if self.variables.get("SLURM_NNODES") == "1":
             return self.world_size()
-        value = os.environ.get("SLURM_NTASKS_PER_NODE", "")
+        value = self.variables.get("SLURM_NTASKS_PER_NODE", "")
         return int(value) if value.isdecimal() else None

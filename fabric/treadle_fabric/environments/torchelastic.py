@@ -21,33 +21,33 @@ class TorchElasticEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return require_variable("MASTER_ADDR")
+        return require_variable("MASTER_ADDR", self.variables)
 
     @property
     def main_port(self) -> int:
-        return int(require_variable("MASTER_PORT"))
+        return int(require_variable("MASTER_PORT", self.variables))
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return "TORCHELASTIC_RUN_ID" in (os.environ if environ is None else environ)
 
     def world_size(self) -> int:
-        return int(require_variable("WORLD_SIZE"))
+        return int(require_variable("WORLD_SIZE", self.variables))
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        return int(require_variable("RANK"))
+        return int(require_variable("RANK", self.variables))
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(require_variable("LOCAL_RANK"))
+        return int(require_variable("LOCAL_RANK", self.variables))
 
     def node_rank(self) -> int:
-        return int(os.environ.get("GROUP_RANK", "0"))
+        return int(self.variables.get("GROUP_RANK", "0"))
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         if num_devices * num_nodes != self.world_size():
@@ -58,5 +58,5 @@ class TorchElasticEnvironment(ClusterEnvironment):
             )
 
     def processes_per_node(self) -> int | None:
-        value = os.environ.get("LOCAL_WORLD_SIZE")
+        value = self.variables.get("LOCAL_WORLD_SIZE")
         return None if value is None else int(value)

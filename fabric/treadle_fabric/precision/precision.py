@@ -126,19 +126,17 @@ class Precision:
         scaling = self._scaling
 
         def refuse(parameter: Tensor) -> None:
-            if not scaling.active:
+            if not scaling.active and parameter.__dict__.get("_treadle_guard") == id(scaling):
                 raise MisconfigurationException(
                     f"loss.backward() with precision={self.precision!r} accumulates gradients of a loss that was not "
                     "scaled, and the step would divide them by the scale. Call fabric.backward(loss) instead."
                 )
 
         for parameter in module.parameters():
-            guard = parameter.__dict__.pop("_treadle_guard", None)
-            if guard is not None:
-                guard.remove()  # of a run before this one
+            parameter.__dict__.pop("_treadle_guard", None)  # of a run before this one
             if scaling.scaler is not None and parameter.requires_grad:
-                guard = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
-                parameter.__dict__["_treadle_guard"] = guard
+                parameter.__dict__["_treadle_guard"] = id(scaling)
+                parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
 
     def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""

@@ -12,6 +12,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,8 @@ def loader(batches: int = 10) -> DataLoader[Any]:
 
 def trainer(bar: ProgressBar | None = None, **arguments: Any) -> tr.Trainer:
     arguments = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **arguments}
-    return tr.Trainer(
-        accelerator="cpu", devices=1, callbacks=[bar] if bar else None, enable_model_summary=False, **arguments
-    )
+    callbacks = [bar] if bar else None
+    return tr.Trainer(accelerator="cpu", devices=1, callbacks=callbacks, enable_model_summary=False, **arguments)
 
 
 BARS = [TQDMProgressBar, RichProgressBar]
@@ -297,7 +297,7 @@ def test_numbers_are_whole_where_room_is_scarce(terminal: Terminal) -> None:
 
     trainer(Many(), max_epochs=1).fit(Model(0.01), loader())
     (line,) = matching(terminal.lines(), "Epoch")
-    assert line.endswith("first=0.250, …]") or line.endswith("first=0.250, second_metric=1.50, …]")
+    assert line.endswith(("first=0.250, …]", "first=0.250, second_metric=1.50, …]"))
 
 
 def test_tqdm_bars_can_be_replaced(terminal: Terminal) -> None:
@@ -417,7 +417,7 @@ def test_metrics_are_fetched_only_for_a_redraw(make: Any, terminal: Terminal) ->
     trainer(Counting(refresh_rate=1), max_epochs=1).fit(Model(0.002), loader(300))
     seconds = fetched[-1] - fetched[0]
     assert 4 <= len(fetched) <= seconds / 0.1 + 4
-    assert min(b - a for a, b in zip(fetched, fetched[1:-2])) > 0.09
+    assert min(b - a for a, b in pairwise(fetched[:-2])) > 0.09
 
 
 def test_refresh_rate_spaces_redraws(terminal: Terminal) -> None:
@@ -430,7 +430,7 @@ def test_refresh_rate_spaces_redraws(terminal: Terminal) -> None:
 
     trainer(Counting(refresh_rate=25), max_epochs=1).fit(Model(0.006), loader(100))
     # noted before each redraw: the count that was on display until then
-    assert [b - a >= 25 for a, b in zip(drawn[2:], drawn[3:-1])] == [True] * len(drawn[3:-1])
+    assert all(b - a >= 25 for a, b in pairwise(drawn[2:-1]))
     assert len(drawn) <= 7
 
 
@@ -509,7 +509,8 @@ def test_a_bar_of_the_users_own_class(capsys: pytest.CaptureFixture[str]) -> Non
     arguments = {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 1}
     trainer(bar, **arguments).fit(Model(), loader(2), [loader(3), loader(4)])
     assert capsys.readouterr().out.splitlines() == [
-        "loader 0 of 1", "loader 1 of 1", "1/2 of 0", "2/2 of 0", "1/2 of 7", "2/2 of 7", "loader 0 of 3", "loader 1 of 4",
+        "loader 0 of 1", "loader 1 of 1", "1/2 of 0", "2/2 of 0", "1/2 of 7", "2/2 of 7",
+        "loader 0 of 3", "loader 1 of 4",
     ]  # fmt: skip
 
 

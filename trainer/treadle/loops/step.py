@@ -124,7 +124,7 @@ class AutomaticStep:
         self._wrapped_optimizer = run.optimizers[0] if run.optimizers else None
         raw = self._wrapped_optimizer.optimizer if self._wrapped_optimizer is not None else None
         self._optimizer = raw
-        self._zero_grad = raw.zero_grad if raw is not None else None
+        self._zero_grad: Callable[[], None] | None = raw.zero_grad if raw is not None else None
         if overrides(module, "optimizer_zero_grad", LightningModule):
             self._zero_grad = self._zero_grad_hook
         self._backward_hook = module.backward if overrides(module, "backward", LightningModule) else None
@@ -145,7 +145,9 @@ class AutomaticStep:
                 f"{type(raw).__name__} evaluates the loss several times a step, which a gradient scaler cannot follow:"
                 " use precision 'bf16-mixed' or '32-true'."
             )
-        self._closure_step = module.optimizer_step if raw is not None and (own_step or needs_closure(raw)) else None
+        self._closure_step: Any = (
+            module.optimizer_step if raw is not None and (own_step or needs_closure(raw)) else None
+        )
         self._outputs: Any = None
         self._last_loss: Tensor | None = None
         self._accumulate = 1
@@ -257,7 +259,7 @@ class AutomaticStep:
             self._progress.epoch,
             batch_idx,
             self._wrapped_optimizer,
-            closure,  # type: ignore[arg-type]
+            closure,
         )
         self._progress.optimizer_steps += 1
         outputs, self._outputs = self._outputs, None

@@ -206,8 +206,8 @@ def is_notebook() -> bool:
 
 def is_terminal(stream: Any) -> bool:
     """Whether a line written to ``stream`` can be written over."""
-    if "PYCHARM_HOSTED" in os.environ:  # its console is no tty, and does understand a carriage return
-        return True
+    if "PYCHARM_HOSTED" in os.environ and stream in (sys.__stdout__, sys.__stderr__):
+        return True  # its console is no tty, and does understand a carriage return
     return bool(getattr(stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
 
 

@@ -1,0 +1,347 @@
+"""From what the user asked for to what will run: a pure function, then the assembly.
+
+:func:`resolve` only looks at its arguments, so each combination can be a row in a test. :func:`build` makes the objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+
+from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
+from treadle_fabric.accelerators.accelerator import parse_indices
+from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.environments import ClusterEnvironment, LightningEnvironment, detect_environment
+from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
+from treadle_fabric.launchers import in_notebook, settle
+from treadle_fabric.precision import Precision, canonical_precision, make_precision
+from treadle_fabric.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    from treadle_fabric.strategies import Strategy
+
+__all__ = ["LauncherKind", "Plan", "available_devices", "build", "resolve"]
+
+T = TypeVar("T")
+LauncherKind = Literal["none", "external", "subprocess", "spawn", "fork", "forkserver"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before work starts."""
+
+    accelerator: Accelerator
+    devices: tuple[torch.device, ...]
+    """One for each process on this machine."""
+    num_nodes: int
+    strategy: str | Strategy
+    """A registered name, or the user's object."""
+    start_method: str | None
+    """How the strategy starts processes; None where there is one process."""
+    environment: ClusterEnvironment
+    launcher: LauncherKind
+    precision: str | Precision
+    """A full name, or the user's object."""
+    checkpoint_io: CheckpointIO | None
+    notes: tuple[str, ...] = ()
+    """What the user should be told, because it may surprise."""
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this machine."""
+        return len(self.devices)
+
+    @property
+    def world_size(self) -> int:
+        """Processes on all machines."""
+        return self.num_processes * self.num_nodes
+
+
+def resolve(
+    *,
+    accelerator: str | Accelerator = "auto",
+    strategy: str | Strategy = "auto",
+    devices: Sequence[int] | str | int = "auto",
+    num_nodes: int = 1,
+    precision: str | int | Precision | None = None,
+    plugins: Any = None,
+    environ: Mapping[str, str] | None = None,
+    available: Mapping[str, int] | None = None,
+    interactive: bool | None = None,
+) -> Plan:
+    """Decide what will run.
+
+    Args:
+        accelerator: A registered name, ``"gpu"`` for any GPU, ``"auto"`` for the best there is, or an object.
+        strategy: A registered name, ``"auto"``, or an object.
+        devices: A count, indices, ``"auto"``, or -1 for all.
+        num_nodes: Machines.
+        precision: Any name that :func:`canonical_precision` knows.
+        plugins: One or a list: at most one precision, one checkpoint IO and one cluster environment.
+        environ: Environment variables; this process's own by default.
+        available: Devices on this machine by accelerator name; found out by default.
+        interactive: Whether this is a notebook; found out by default.
+
+    Raises:
+        MisconfigurationException: for a value or a combination that cannot work.
+        DeviceUnavailableError: for devices that are not there.
+    """
+    if environ is None:
+        settle()
+    interactive = in_notebook() if interactive is None else interactive
+    available = available_devices() if available is None else available
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
+        raise MisconfigurationException(f"num_nodes={num_nodes!r}: give the number of machines, from 1.")
+    sample = _sample(strategy)
+    own = _Parts.of(strategy if isinstance(strategy, _strategy_class()) else None)
+    given = _Parts.sort(plugins)
+    environment = _one("cluster environment", own.environment, given.environment) or detect_environment(environ)
+    checkpoint_io = _one("checkpoint IO", own.checkpoint_io, given.checkpoint_io)
+    hardware = _choose_accelerator(accelerator, own, available)
+    notes: list[str] = []
+    chosen = _choose_devices(devices, hardware, own, environment, available)
+    if sample is None:
+        if interactive and devices == "auto" and len(chosen) > 1 and not environment.creates_processes_externally:
+            notes.append(
+                f"In a notebook one of {len(chosen)} devices is used, because several need processes of their own. "
+                f"For all of them: devices={len(chosen)}, strategy='ddp_notebook'."
+            )
+            chosen = chosen[:1]
+        several = len(chosen) * num_nodes > 1 or _started(environment) > 1
+        strategy = ("ddp_fork" if interactive else "ddp") if several else "single_device"
+        sample = _sample(strategy)
+    elif not _is_parallel(sample):
+        chosen = _single(chosen, devices, num_nodes, strategy)
+    parallel = _is_parallel(sample)
+    start_method = str(getattr(sample, "start_method", "popen")) if parallel else None
+    launcher = _choose_launcher(start_method, environment)
+    _check_processes(len(chosen), num_nodes, strategy, hardware, launcher, interactive)
+    if parallel:
+        environment.validate_settings(len(chosen), num_nodes)
+    return Plan(
+        accelerator=hardware,
+        devices=tuple(chosen),
+        num_nodes=num_nodes,
+        strategy=strategy,
+        start_method=start_method,
+        environment=environment,
+        launcher=launcher,
+        precision=_choose_precision(precision, own, given, hardware),
+        checkpoint_io=checkpoint_io,
+        notes=tuple(notes),
+    )
+
+
+def build(plan: Plan) -> Strategy:
+    """The strategy of a plan, with all its parts, ready to launch."""
+    from treadle_fabric.strategies import STRATEGY_REGISTRY
+
+    for note in plan.notes:
+        rank_zero_info(note)
+    strategy = STRATEGY_REGISTRY.get(plan.strategy) if isinstance(plan.strategy, str) else plan.strategy
+    precision = plan.precision
+    if isinstance(precision, str):
+        precision = make_precision(precision, plan.devices[0].type)
+    strategy.bind(
+        accelerator=plan.accelerator,
+        devices=list(plan.devices),
+        environment=plan.environment,
+        precision=precision,
+        checkpoint_io=plan.checkpoint_io,
+        num_nodes=plan.num_nodes,
+    )
+    return strategy
+
+
+def available_devices() -> dict[str, int]:
+    """How many devices of each registered accelerator this machine has, the preferred ones first."""
+    return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in ACCELERATOR_REGISTRY.items()}
+
+
+@dataclass
+class _Parts:
+    """What may come with a strategy object, or as plugins."""
+
+    accelerator: Accelerator | None = None
+    devices: tuple[torch.device, ...] = ()
+    precision: Precision | None = None
+    checkpoint_io: CheckpointIO | None = None
+    environment: ClusterEnvironment | None = None
+
+    @classmethod
+    def of(cls, strategy: Strategy | None) -> _Parts:
+        if strategy is None:
+            return cls()
+        state = vars(strategy)
+        device = state.get("_device")
+        devices = state.get("_parallel_devices") or ([device] if device is not None and device.type != "cpu" else [])
+        return cls(
+            accelerator=state.get("_accelerator"),
+            devices=tuple(devices),
+            precision=state.get("_precision"),
+            checkpoint_io=state.get("_checkpoint_io"),
+            environment=state.get("_environment"),
+        )
+
+    @classmethod
+    def sort(cls, plugins: Any) -> _Parts:
+        parts = cls()
+        for plugin in [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]:
+            if isinstance(plugin, Precision):
+                parts.precision = _one("precision", parts.precision, plugin)
+            elif isinstance(plugin, CheckpointIO):
+                parts.checkpoint_io = _one("checkpoint IO", parts.checkpoint_io, plugin)
+            elif isinstance(plugin, ClusterEnvironment):
+                parts.environment = _one("cluster environment", parts.environment, plugin)
+            else:
+                raise MisconfigurationException(
+                    f"plugins has {plugin!r}, and takes a Precision, a CheckpointIO and a ClusterEnvironment, one "
+                    "object of each. Names of precisions go into precision=."
+                )
+        return parts
+
+
+def _one(what: str, first: T | None, second: T | None) -> T | None:
+    """The one that was given. The same object twice is no conflict: a strategy may be used again."""
+    if first is not None and second is not None and first is not second:
+        raise MisconfigurationException(
+            f"Two objects for the {what} were given: {type(first).__name__} and {type(second).__name__}. Give one, "
+            "either in plugins or to the strategy."
+        )
+    return second if first is None else first
+
+
+def _strategy_class() -> type[Strategy]:
+    from treadle_fabric.strategies import Strategy
+
+    return Strategy
+
+
+def _sample(strategy: Any) -> Strategy | None:
+    """An object to ask for its capabilities; None for ``"auto"``."""
+    from treadle_fabric.strategies import STRATEGY_REGISTRY, Strategy
+
+    if strategy == "auto" or isinstance(strategy, Strategy):
+        return None if strategy == "auto" else strategy
+    if isinstance(strategy, str):
+        if strategy in STRATEGY_REGISTRY.available_strategies():
+            return STRATEGY_REGISTRY.get(strategy)
+        names = ["auto", *STRATEGY_REGISTRY.available_strategies()]
+        raise MisconfigurationException(f"strategy={strategy!r} is unknown. {near_names(strategy, names)}")
+    raise MisconfigurationException(f"strategy={strategy!r} is neither a name nor a Strategy object.")
+
+
+def _is_parallel(strategy: Strategy | None) -> bool:
+    return hasattr(type(strategy), "parallel_devices")
+
+
+def _choose_accelerator(accelerator: Any, own: _Parts, available: Mapping[str, int]) -> Accelerator:
+    if own.accelerator is not None and accelerator not in ("auto", own.accelerator, own.accelerator.name()):
+        raise MisconfigurationException(
+            f"accelerator={accelerator!r}, but the strategy object has {type(own.accelerator).__name__}. Give one."
+        )
+    if own.accelerator is not None:
+        return own.accelerator
+    if isinstance(accelerator, Accelerator):
+        return accelerator
+    if not isinstance(accelerator, str):
+        raise MisconfigurationException(f"accelerator={accelerator!r} is neither a name nor an Accelerator object.")
+    there = [name for name, count in available.items() if count > 0]
+    if accelerator == "auto":
+        name = own.devices[0].type if own.devices else there[0]
+    elif accelerator == "gpu":
+        gpus = [name for name in ("cuda", "mps") if name in there]
+        if not gpus:
+            raise DeviceUnavailableError(f"accelerator='gpu', but this machine has none. There is: {', '.join(there)}.")
+        name = gpus[0]
+    else:
+        name = accelerator
+    if name not in ACCELERATOR_REGISTRY:
+        names = ["auto", "gpu", *ACCELERATOR_REGISTRY]
+        raise MisconfigurationException(f"accelerator={accelerator!r} is unknown. {near_names(accelerator, names)}")
+    if available.get(name, 1) == 0:
+        raise DeviceUnavailableError(
+            f"accelerator={accelerator!r}, but this machine has no {name} device. There is: {', '.join(there)}."
+        )
+    return ACCELERATOR_REGISTRY[name]()
+
+
+def _choose_devices(
+    devices: Any, hardware: Accelerator, own: _Parts, environment: ClusterEnvironment, available: Mapping[str, int]
+) -> list[torch.device]:
+    if own.devices and devices in ("auto", len(own.devices)):
+        return list(own.devices)
+    if devices == "auto":
+        devices = environment.processes_per_node() or available.get(hardware.name(), hardware.auto_device_count())
+    if hardware.name() in ("cuda", "mps"):
+        indices = parse_indices(devices, hardware.name(), available.get(hardware.name(), 0))
+        return [torch.device(hardware.name(), index) for index in indices]
+    return hardware.get_parallel_devices(hardware.parse_devices(devices))
+
+
+def _started(environment: ClusterEnvironment) -> int:
+    """The processes that a cluster manager started. Those of an earlier launch do not bind a later object."""
+    if isinstance(environment, LightningEnvironment) or not environment.creates_processes_externally:
+        return 1
+    return environment.world_size()
+
+
+def _single(chosen: list[torch.device], devices: Any, num_nodes: int, strategy: Any) -> list[torch.device]:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if num_nodes > 1 or (devices not in ("auto", -1, "-1") and len(chosen) > 1):
+        raise MisconfigurationException(
+            f"strategy={name!r} uses one device, and devices={devices!r} with num_nodes={num_nodes} asks for more. "
+            "Use strategy='auto', or devices=1 and num_nodes=1."
+        )
+    return chosen[:1]
+
+
+def _choose_launcher(start_method: str | None, environment: ClusterEnvironment) -> LauncherKind:
+    if start_method is None:
+        return "none"
+    if environment.creates_processes_externally:
+        return "external"
+    return "subprocess" if start_method == "popen" else start_method  # type: ignore[return-value]
+
+
+def _check_processes(
+    num_processes: int, num_nodes: int, strategy: Any, hardware: Accelerator, launcher: LauncherKind, interactive: bool
+) -> None:
+    name = strategy if isinstance(strategy, str) else type(strategy).__name__
+    if launcher != "none" and hardware.name() == "mps":
+        raise MisconfigurationException(
+            f"strategy={name!r} needs a process group, and torch has none for accelerator='mps'. Use "
+            "strategy='auto' and devices=1, or accelerator='cpu'."
+        )
+    if launcher in ("spawn", "fork", "forkserver") and num_nodes > 1:
+        raise MisconfigurationException(
+            f"strategy={name!r} starts processes on one machine only, and num_nodes={num_nodes}. Use strategy='ddp'."
+        )
+    if interactive and num_processes > 1 and launcher in ("subprocess", "spawn", "forkserver"):
+        raise MisconfigurationException(
+            f"strategy={name!r} cannot start its {num_processes} processes from a notebook, which is no script. Use "
+            "strategy='ddp_notebook'."
+        )
+
+
+def _choose_precision(precision: Any, own: _Parts, given: _Parts, hardware: Accelerator) -> str | Precision:
+    chosen = _one("precision", own.precision, given.precision)
+    if isinstance(precision, Precision):
+        chosen = _one("precision", chosen, precision)
+        precision = None
+    if chosen is not None:
+        if precision is not None and canonical_precision(precision) != chosen.precision:
+            raise MisconfigurationException(
+                f"precision={precision!r}, and a {type(chosen).__name__} object was given as well. Give one."
+            )
+        return chosen
+    name = canonical_precision(precision)
+    if name == "64-true" and hardware.name() == "mps":
+        raise MisconfigurationException(
+            f"precision={precision!r}, but accelerator='mps' has no 64-bit floating point. Use '32-true' or "
+            "accelerator='cpu'."
+        )
+    return name
