@@ -45,6 +45,7 @@ from treadle_fabric.errors import (
     UnusedParametersError,
     near_names,
 )
+from treadle_fabric.fabric import Fabric
 from treadle_fabric.launchers import (
     ExternalLauncher,
     Launcher,
@@ -69,6 +70,7 @@ from treadle_fabric.rank_zero import (
     rank_zero_only,
     rank_zero_warn,
 )
+from treadle_fabric.resolve import Plan, resolve
 from treadle_fabric.seed import (
     collect_rng_states,
     isolate_rng,
@@ -107,6 +109,7 @@ __all__ = [
     "DoublePrecision",
     "DummyLogger",
     "ExternalLauncher",
+    "Fabric",
     "FabricDataLoader",
     "FabricModule",
     "FabricOptimizer",
@@ -123,6 +126,7 @@ __all__ = [
     "MixedPrecision",
     "ParallelStrategy",
     "PathLike",
+    "Plan",
     "Precision",
     "ProcessFailedError",
     "SLURMEnvironment",
@@ -158,6 +162,7 @@ __all__ = [
     "rank_zero_only",
     "rank_zero_warn",
     "reset_seed",
+    "resolve",
     "sampler_epoch",
     "seed_everything",
     "seed_workers",

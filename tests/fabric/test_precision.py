@@ -33,7 +33,7 @@ class Probe(nn.Module):
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         y = self.layer(x)
-        self.seen = {"x": x.dtype, "y": y.dtype, "made": torch.zeros(1).dtype, "index": getattr(index, "dtype", None)}
+        self.seen.update({"x": x.dtype, "y": y.dtype, "made": torch.zeros(1).dtype, "index": getattr(index, "dtype", None)})
         return y
 
     def step(self, batch: dict[str, Tensor]) -> dict[str, Any]:

@@ -173,13 +173,15 @@ def _lightning_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
     optimizer_steps = optimizer["total"]["completed"]
     ended = epochs["processed"] > epochs["completed"]
     finished = epochs["processed"] == epochs["completed"] == epochs["ready"]  # saved after an epoch, not in one
+    manual = not optimizer_steps and fit["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
+    within = batches["current"]["processed"] > batches["current"]["completed"]  # saved in on_train_batch_end
     progress = FitProgress(
         epoch=epochs["completed"],
         batch=0 if finished else batches["current"]["processed"],
         batches=batches["total"]["processed"],
-        step=step,
+        step=batches["total"]["processed"] if manual else step,
         step_in_epoch=optimizer["current"]["completed"],
-        logging_step=fit["epoch_loop.state_dict"].get("_batches_that_stepped", step),
+        logging_step=fit["epoch_loop.state_dict"].get("_batches_that_stepped", step) + within,
         optimizer_steps=optimizer_steps or step,
         scheduler_steps=schedulers["total"]["completed"],
         scheduler_steps_in_epoch=schedulers["current"]["completed"],

@@ -403,21 +403,20 @@ def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, floa
     names = [f"{name}:{how}" for name, how, *_ in rows]
     gathered = _exchange(fabric, rows, names)
     if gathered is None:  # the ranks logged different names
-        union = sorted({n for rank in range(fabric.world_size) for n in fabric.broadcast(names, src=rank)})
-        mine = dict(zip(names, rows, strict=True))
-        for extra in sorted(set(union) - set(names)):
-            name, _, how = extra.rpartition(":")
-            (
-                print(
-                    f"rank {fabric.global_rank}: {name!r} was logged by other ranks and not by this one; it is reduced"
-                    " over those that did.",
-                    flush=True,
+        everywhere = [fabric.broadcast(names, src=rank) for rank in range(fabric.world_size)]
+        union = sorted({name for theirs in everywhere for name in theirs})
+        for name in union:
+            if without := [rank for rank, theirs in enumerate(everywhere) if name not in theirs]:
+                rank_zero_warn(
+                    f"{name.rpartition(':')[0]!r} was not logged on rank {', '.join(map(str, without))}: it is reduced"
+                    " over the other ranks."
                 )
-                if fabric.global_rank
-                else None
-            )
-            neutral = {"min": float("inf"), "max": float("-inf")}.get(how, 0.0)
-            mine[extra] = (name, how, neutral, 0.0)  # type: ignore[assignment]
+        mine = dict(zip(names, rows, strict=True))
+        for extra in union:
+            if extra not in mine:
+                name, _, how = extra.rpartition(":")
+                neutral = {"min": float("inf"), "max": float("-inf")}.get(how, 0.0)
+                mine[extra] = (name, _REDUCTIONS[how], neutral, 0.0)
         rows, names = [mine[n] for n in union], union
         gathered = _exchange(fabric, rows, names)
         assert gathered is not None

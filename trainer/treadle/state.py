@@ -64,7 +64,7 @@ class FitProgress:
     """Batches at which an optimizer stepped, in all epochs."""
     step_in_epoch: int = 0
     logging_step: int = 0
-    """The x axis of the loggers: batches that ended an accumulation."""
+    """Batches that ended an accumulation; one less is the x axis of the loggers."""
     optimizer_steps: int = 0
     """Steps of every single optimizer; differs from ``step`` with several of them."""
     scheduler_steps: int = 0

@@ -15,20 +15,30 @@ from torch.utils.data import DataLoader, TensorDataset
 from treadle import Callback, LightningModule, Trainer
 
 
-class Scripted(LightningModule):
-    """Four training batches an epoch; the n-th validation (sanity check apart) logs the n-th value of the script."""
+class TrainOnly(LightningModule):
+    """Four training batches an epoch, and no validation."""
 
-    def __init__(self, script: Sequence[float] = (), name: str = "val_loss") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(2, 1)
-        self.script = list(script)
-        self.name = name
-        self.validations = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = self.layer(batch[0]).pow(2).mean()
         self.log("train_loss", loss, on_step=True, on_epoch=True)
         return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Scripted(TrainOnly):
+    """The n-th validation (the sanity check apart) logs the n-th value of the script."""
+
+    def __init__(self, script: Sequence[float] = (), name: str = "val_loss") -> None:
+        super().__init__()
+        self.script = list(script)
+        self.name = name
+        self.validations = 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         if self.script:
@@ -36,9 +46,6 @@ class Scripted(LightningModule):
 
     def on_validation_end(self) -> None:
         self.validations += not self.trainer.sanity_checking
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.01)
 
 
 class Raises(Callback):
@@ -85,7 +92,8 @@ def fit(
     **arguments: Any,
 ) -> Trainer:
     trainer = trainer_with(*callbacks, **arguments)
-    trainer.fit(model or Scripted(script, name), loader(), loader(1) if validate else None, ckpt_path=ckpt_path)
+    model = model or (Scripted(script, name) if validate else TrainOnly())
+    trainer.fit(model, loader(), loader(1) if validate else None, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.trainer.callbacks.scripted import Scripted, fit, loader, trainer_with
+from tests.trainer.callbacks.scripted import TrainOnly, fit, loader, trainer_with
 
 from treadle import Callback
 from treadle.callbacks import GradientAccumulationScheduler
@@ -19,9 +19,9 @@ def test_the_number_of_batches_follows_the_epoch() -> None:
 
     scheduler = GradientAccumulationScheduler({1: 2, 2: 4})
     trainer = trainer_with(scheduler, Looks(), max_epochs=4)
-    trainer.fit(Scripted(), loader())
+    trainer.fit(TrainOnly(), loader())
     assert seen == [(1, 4), (2, 6), (4, 7), (4, 8)]
-    trainer.fit(Scripted(), loader())  # not refused: the trainer is as it was
+    trainer.fit(TrainOnly(), loader())  # not refused: the trainer is as it was
 
 
 def test_questions() -> None:
@@ -41,7 +41,7 @@ def test_what_is_no_schedule_is_refused(scheduling: Any) -> None:
 def test_it_does_not_go_with_the_argument_or_with_manual_optimization() -> None:
     with pytest.raises(MisconfigurationException, match="accumulate_grad_batches=2"):
         fit(GradientAccumulationScheduler({0: 2}), accumulate_grad_batches=2)
-    model = Scripted()
+    model = TrainOnly()
     model.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match="automatic optimization"):
-        fit(GradientAccumulationScheduler({0: 2}), model=model)
+        fit(GradientAccumulationScheduler({0: 2}), model=model, validate=False)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.trainer.callbacks.scripted import Scripted, loader, trainer_with
+from tests.trainer.callbacks.scripted import TrainOnly, loader, trainer_with
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
@@ -32,7 +32,7 @@ class Records(Logger):
     def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
 
 
-class Automatic(Scripted):
+class Automatic(TrainOnly):
     def __init__(self, configure: Configure) -> None:
         super().__init__()
         self.configure = configure
@@ -159,7 +159,7 @@ def test_two_schedulers_of_one_name_are_refused() -> None:
 def test_it_needs_a_logger() -> None:
     trainer = trainer_with(LearningRateMonitor())
     with pytest.raises(MisconfigurationException, match="has none"):
-        trainer.fit(Scripted(), loader())
+        trainer.fit(TrainOnly(), loader())
     assert trainer.global_step == 0
 
 

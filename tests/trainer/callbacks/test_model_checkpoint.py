@@ -339,7 +339,8 @@ def test_a_metric_that_nobody_logs_stops_the_run_with_the_state_saved() -> None:
     assert trainer.global_step == 4
     assert files("c") == ["epoch=0-step=4.ckpt"]
     again = trainer_with(max_epochs=2)
-    again.fit(Scripted([1]), loader(), loader(1), ckpt_path="c/epoch=0-step=4.ckpt")
+    with pytest.warns(UserWarning, match="callbacks that this Trainer does not have"):
+        again.fit(Scripted([1]), loader(), loader(1), ckpt_path="c/epoch=0-step=4.ckpt")
     assert again.global_step == 8
 
 
@@ -357,9 +358,9 @@ def test_a_name_that_looks_misspelled_is_reported_before_training() -> None:
 
 def test_a_metric_that_would_have_come_later_costs_nothing() -> None:
     checkpoint = ModelCheckpoint("c", monitor="val_loss", every_n_train_steps=2)
-    with pytest.warns(UserWarning, match=r"nothing has logged 'val_loss'.*epoch=0-step=4\.ckpt"):
+    with pytest.warns(UserWarning, match=r"nothing has logged 'val_loss'.*epoch=1-step=4\.ckpt"):
         fit(checkpoint, script=[1], max_epochs=1, check_val_every_n_epoch=2, num_sanity_val_steps=0)
-    assert files("c") == ["epoch=0-step=4.ckpt"]
+    assert files("c") == ["epoch=1-step=4.ckpt"]
 
 
 # ------------------------------------------------------------------------------------------------ failures

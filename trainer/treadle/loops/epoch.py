@@ -104,15 +104,15 @@ class TrainingEpoch:
                     self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
             if schedule is not None:
                 self.validation_due = self._is_due(schedule, is_last)
+            if stepping:
+                progress.logging_step += 1
             if on_batch_end:
                 results.hook = "on_train_batch_end"
                 for listener in on_batch_end:
                     listener(outputs, batch, batch_idx)
             results.hook = ""
-            if stepping:
-                if (progress.logging_step + 1) % self._log_every == 0:
-                    run.write(results.take_step_metrics(), progress.logging_step)
-                progress.logging_step += 1
+            if stepping and progress.logging_step % self._log_every == 0:
+                run.write(results.take_step_metrics(), progress.logging_step - 1)
             stop = self._controls.should_stop and self._may_stop()
             if schedule is not None and (self.validation_due or (stop and self._epoch_validates(schedule))):
                 self._run_validation()

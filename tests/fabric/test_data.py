@@ -1,0 +1,398 @@
+"""Moving batches, and sharing out samples."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from treadle_fabric import (
+    has_len,
+    move_data_to_device,
+    sampler_epoch,
+    seed_everything,
+    seed_workers,
+    set_epoch,
+    shard_dataloader,
+    sized_len,
+)
+
+Point = namedtuple("Point", "x y")
+META = torch.device("meta")  # a second device that every machine has
+
+
+@dataclass
+class Batch:
+    x: Tensor
+    name: str = "b"
+
+
+@dataclass(frozen=True)
+class FrozenBatch:
+    x: Tensor
+
+
+class Sequence2(list[Any]):
+    pass
+
+
+class Movable:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
+    def to(self, device: torch.device) -> Movable:
+        return Movable(str(device))
+
+
+class MovesInPlace(Movable):
+    def to(self, device: torch.device) -> None:  # type: ignore[override]
+        self.device = str(device)
+
+
+def t() -> Tensor:
+    return torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        t(),
+        [t(), t()],
+        (t(), 3, "s", None),
+        {"x": t(), "y": [t()]},
+        OrderedDict(x=t()),
+        UserDict(x=t()),
+        Point(t(), t()),
+        Batch(t()),
+        FrozenBatch(t()),
+        Sequence2([t()]),
+        [{"a": (t(), Batch(t()))}],
+        "text",
+        7,
+        None,
+        [],
+    ],
+    ids=str,
+)
+def test_batch_that_is_there_is_the_same_object(batch: Any) -> None:
+    assert move_data_to_device(batch, torch.device("cpu")) is batch
+    assert move_data_to_device(batch, "cpu") is batch
+
+
+def test_moves_every_kind_of_container() -> None:
+    def meta(batch: Any) -> Any:
+        return move_data_to_device(batch, META)
+
+    assert meta(t()).device == META
+    moved = meta([t(), (t(), 3), "s"])
+    assert type(moved) is list
+    assert moved[0].device == META
+    assert type(moved[1]) is tuple
+    assert moved[1][0].device == META
+    assert moved[1][1:] == (3,)
+    point = meta(Point(t(), 1))
+    assert type(point) is Point
+    assert point.x.device == META
+    assert point.y == 1
+    ordered = OrderedDict(x=t(), k=1)
+    new = meta(ordered)
+    assert type(new) is OrderedDict
+    assert new["x"].device == META
+    assert new["k"] == 1
+    assert ordered["x"].device.type == "cpu", "the batch itself must stay as it was"
+    user = meta(UserDict(x=t()))
+    assert type(user) is UserDict
+    assert user["x"].device == META
+    batch = Batch(t())
+    assert meta(batch).x.device == META
+    assert batch.x.device.type == "cpu"
+    assert meta(FrozenBatch(t())).x.device == META
+    sequence = meta(Sequence2([t()]))
+    assert type(sequence) is Sequence2
+    assert sequence[0].device == META
+    assert meta(Movable()).device == "meta"
+    assert meta([MovesInPlace()])[0].device == "meta"
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2, 3)])
+    assert meta(packed).data.device == META
+
+
+def test_parts_that_are_there_are_the_same_objects() -> None:
+    there = torch.zeros(2, device=META)
+    inner = {"y": there}
+    moved = move_data_to_device([t(), inner], META)
+    assert moved[1] is inner
+
+
+# Sharing out
+
+
+class Numbers(Dataset[int]):
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+
+def drawn(loader: Any) -> list[list[int]]:
+    return [batch.tolist() if isinstance(batch, Tensor) else batch for batch in loader]
+
+
+def shares(loader: Any, ranks: int, pad: bool = True, seed: int = 0, epoch: int = 0) -> list[list[list[int]]]:
+    result = []
+    for rank in range(ranks):
+        torch.manual_seed(100 + rank)  # ranks differ in what they have drawn before
+        random.seed(100 + rank)
+        numpy.random.seed(100 + rank)
+        shard = shard_dataloader(loader, num_replicas=ranks, rank=rank, seed=seed, pad=pad)
+        set_epoch(shard, epoch)
+        batches = drawn(shard)
+        assert len(shard) == len(batches)
+        result.append(batches)
+    return result
+
+
+def global_batches(parts: list[list[list[int]]]) -> list[list[int]]:
+    """What all ranks see at a step, interleaved as they were dealt out."""
+    joined = []
+    for step in zip(*parts):
+        rows = zip(*step) if len({len(s) for s in step}) == 1 else [sum(step, [])]
+        joined.append([i for row in rows for i in row])
+    return joined
+
+
+def test_one_process_keeps_its_loader() -> None:
+    loader = DataLoader(Numbers(10), 3, shuffle=True)
+    assert shard_dataloader(loader, num_replicas=1, rank=0) is loader
+
+
+@pytest.mark.parametrize("n", [12, 24])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_see_the_global_batches_of_one_process(n: int, ranks: int) -> None:
+    parts = shares(DataLoader(Numbers(n), 2), ranks)
+    assert global_batches(parts) == drawn(DataLoader(Numbers(n), 2 * ranks))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 7, 8, 2050])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_training_pads_to_equal_length(n: int, ranks: int) -> None:
+    loader = DataLoader(Numbers(n), 2)
+    parts = shares(loader, ranks)
+    flat = [sum(part, []) for part in parts]
+    assert len({len(f) for f in flat}) == 1
+    assert {i for f in flat for i in f} == set(range(n))
+    assert sum(map(len, flat)) - n < ranks or n < ranks
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 8])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_drop_last_drops_the_same_as_one_process(n: int, ranks: int) -> None:
+    parts = shares(DataLoader(Numbers(n), 2, drop_last=True), ranks)
+    assert global_batches(parts) == drawn(DataLoader(Numbers(n), 2 * ranks, drop_last=True))
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, 8, 1025])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_evaluation_counts_every_sample_once(n: int, ranks: int) -> None:
+    parts = shares(DataLoader(Numbers(n), 2), ranks, pad=False)
+    assert sorted(i for part in parts for batch in part for i in batch) == list(range(n))
+
+
+def test_shuffling_is_kept_alike_on_all_ranks_and_new_each_epoch() -> None:
+    loader = DataLoader(Numbers(40), 4, shuffle=True)
+    first, again, second = (shares(loader, 2, epoch=e) for e in (0, 0, 1))
+    other_seed = shares(loader, 2, seed=7)
+    order = sum(global_batches(first), [])
+    assert sorted(order) == list(range(40))
+    assert order != list(range(40))
+    assert first == again
+    assert first != second
+    assert first != other_seed
+
+
+def test_drawing_leaves_the_global_random_state_alone() -> None:
+    loader = shard_dataloader(DataLoader(Numbers(40), 4, shuffle=True), num_replicas=2, rank=0)
+    sampler = loader.batch_sampler
+    torch.manual_seed(3)
+    random.seed(3)
+    numpy.random.seed(3)
+    list(sampler)
+    got = torch.rand(1).item(), random.random(), numpy.random.rand()
+    torch.manual_seed(3)
+    random.seed(3)
+    numpy.random.seed(3)
+    assert got == (torch.rand(1).item(), random.random(), numpy.random.rand())
+
+
+class Custom(Sampler[int]):
+    """Draws from all global generators, lazily."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.epochs: list[int] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self.n):
+            yield random.randrange(10**6) + int(numpy.random.randint(10**6)) + int(torch.randint(10**6, ()))
+
+    def __len__(self) -> int:
+        return self.n
+
+
+class Identity(Dataset[int]):
+    def __getitem__(self, i: int) -> int:
+        return i
+
+
+def test_order_of_a_custom_sampler_survives() -> None:
+    sampler = Custom(3000)
+    parts = shares(DataLoader(Identity(), 5, sampler=sampler), 2, epoch=4)
+    flat = [sum(part, []) for part in parts]
+    torch.default_generator.manual_seed(4)
+    random.seed(4)
+    numpy.random.seed(4)
+    order = list(sampler)
+    assert flat == [order[0::2], order[1::2]]
+    assert sampler.epochs == [4, 4]
+
+
+def test_samplers_own_generator_is_kept() -> None:
+    def loader() -> Any:
+        return DataLoader(Numbers(20), 2, shuffle=True, generator=torch.Generator().manual_seed(5))
+
+    parts = [drawn(shard_dataloader(loader(), num_replicas=2, rank=r, seed=r)) for r in range(2)]
+    whole = DataLoader(Numbers(20), 4, shuffle=True, generator=torch.Generator().manual_seed(5))
+    assert [sorted(b) for b in global_batches(parts)] == [sorted(b) for b in drawn(whole)]
+
+
+class Endless(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        i = 0
+        while True:
+            yield i
+            i += 1
+
+
+def test_endless_sampler() -> None:
+    shard = shard_dataloader(DataLoader(Identity(), 2, sampler=Endless()), num_replicas=2, rank=1)
+    it = iter(shard)
+    assert [next(it).tolist() for _ in range(2)] == [[1, 3], [5, 7]]
+    assert sized_len(shard) is None
+
+
+class ByLength(BatchSampler):
+    """Whole batches of the user's making."""
+
+    def __init__(self) -> None:
+        self.batches = [[0], [1, 2], [3, 4, 5], [6], [7, 8]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def test_custom_batch_sampler_deals_out_whole_batches() -> None:
+    loader = DataLoader(Numbers(9), batch_sampler=ByLength())
+    assert shares(loader, 2) == [[[0], [3, 4, 5], [7, 8]], [[1, 2], [6], [0]]]
+    assert shares(loader, 2, pad=False) == [[[0], [3, 4, 5], [7, 8]], [[1, 2], [6]]]
+
+
+def test_loader_without_batching() -> None:
+    loader = DataLoader(Numbers(5), batch_size=None)
+    parts = [[int(i) for i in shard_dataloader(loader, num_replicas=2, rank=r)] for r in range(2)]
+    assert parts == [[0, 2, 4], [1, 3, 0]]
+
+
+class MyLoader(DataLoader[int]):
+    def __init__(self, extra: str) -> None:
+        super().__init__(Numbers(8), batch_size=2)
+        self.extra = extra
+
+
+def test_a_subclass_keeps_class_and_attributes() -> None:
+    loader = MyLoader("kept")
+    shard = shard_dataloader(loader, num_replicas=2, rank=0)
+    assert type(shard) is MyLoader
+    assert shard.extra == "kept"
+    assert shard is not loader
+    assert len(loader) == 4, "the user's loader is as it was"
+    assert len(shard) == 2
+    assert drawn(loader)[0] == [0, 1]
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(4))
+
+
+def test_left_alone() -> None:
+    stream = DataLoader(Stream(), 2)
+    own = DataLoader(Numbers(8), 2, sampler=DistributedSampler(Numbers(8), num_replicas=2, rank=0))
+    for loader in (stream, own, [1, 2, 3]):
+        assert shard_dataloader(loader, num_replicas=2, rank=1) is loader
+    shard = shard_dataloader(DataLoader(Numbers(8), 2), num_replicas=2, rank=1)
+    assert shard_dataloader(shard, num_replicas=2, rank=1) is shard
+
+
+def test_set_epoch_reaches_samplers_below() -> None:
+    own = DistributedSampler(Numbers(8), num_replicas=2, rank=0)
+    loader = DataLoader(Numbers(8), batch_sampler=BatchSampler(own, 2, False))
+    set_epoch(loader, 6)
+    assert own.epoch == 6
+    assert sampler_epoch(loader) == 6
+    assert sampler_epoch(DataLoader(Numbers(8), 2)) is None
+    set_epoch([1, 2], 3)  # nothing there to tell
+
+
+def test_workers_share_out_too() -> None:
+    loader = DataLoader(Numbers(8), 2, num_workers=1)
+    assert shares(loader, 2) == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
+class Draws(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.rand(())
+
+
+def test_seed_workers() -> None:
+    loader = DataLoader(Draws(), 1, num_workers=1)
+    assert seed_workers(loader, 0) is loader, "nobody asked"
+    seed_everything(1, workers=True, verbose=False)
+    assert seed_workers(DataLoader(Draws(), 1), 0).worker_init_fn is None, "no workers"
+
+    def mine(_: int) -> None: ...
+
+    assert seed_workers(DataLoader(Draws(), 1, num_workers=1, worker_init_fn=mine), 0).worker_init_fn is mine
+    values = []
+    for rank in (0, 0, 1):
+        seed_everything(1, workers=True, verbose=False)
+        seeded = seed_workers(loader, rank)
+        assert loader.worker_init_fn is None
+        values.append(torch.cat(list(seeded)).tolist())
+    assert values[0] == values[1] != values[2]
+
+
+def test_lengths() -> None:
+    assert sized_len(DataLoader(Numbers(5), 2)) == 3
+    assert sized_len(DataLoader(Stream(), 2)) is None
+    assert sized_len(iter([])) is None
+    assert has_len([1])
+    assert not has_len(DataLoader(Stream()))
