@@ -1,6 +1,7 @@
 """From what the user asked for to what will run: a pure function, then the assembly.
 
-:func:`resolve` only looks at its arguments, so each combination can be a row in a test. :func:`build` makes the objects.
+:func:`resolve` looks at its arguments and nothing else, so each combination can be a row in a test; :func:`build` makes
+the objects.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs
     else:
         parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
     any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if name in parameters and name not in kwargs and hparams:  # one object was saved: kwargs go into it
+    if name != "kwargs" and name in parameters and name not in kwargs and hparams:  # one object: kwargs go into it
         into = {key: value for key, value in kwargs.items() if key not in parameters}
         arguments = {name: _as_declared(cls, name, hparams | into)}
         arguments |= {key: value for key, value in kwargs.items() if key in parameters}

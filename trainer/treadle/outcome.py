@@ -55,7 +55,7 @@ def adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
     trainer.take_outcome(module, outcome.state, outcome.progress, outcome.metrics, outcome.should_stop)
     for callback, copied in zip(trainer.callbacks, outcome.callbacks, strict=False):
         state = copied.pop("state")
-        if state:
-            callback.load_state_dict(state)
         for key, value in copied.items():
             setattr(callback, key, value)
+        if state:
+            callback.load_state_dict(state)

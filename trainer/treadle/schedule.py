@@ -9,7 +9,15 @@ from typing import Any
 
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 
-__all__ = ["Durations", "ValidationSchedule", "limit_batches", "parse_duration", "resolve_durations", "window_size"]
+__all__ = [
+    "Durations",
+    "ValidationSchedule",
+    "limit_batches",
+    "parse_duration",
+    "resolve_durations",
+    "total_steps",
+    "window_size",
+]
 
 _UNITS = {"weeks", "days", "hours", "minutes", "seconds"}
 
@@ -131,6 +139,16 @@ def window_size(batch_idx: int, total: float, accumulate: int) -> int:
     """How many batches the accumulation window of ``batch_idx`` has: fewer at the end of an epoch of known length."""
     start = batch_idx - batch_idx % accumulate
     return int(min(accumulate, total - start))
+
+
+def total_steps(durations: Durations, batches: float, accumulate: int) -> float:
+    """The optimizer steps of a fit with this many batches an epoch; infinity where nothing bounds them."""
+    bound = math.inf if durations.max_steps == -1 else durations.max_steps
+    if durations.max_epochs == -1:
+        return bound
+    if batches == math.inf and durations.max_epochs:
+        return bound
+    return min(math.ceil(batches / accumulate) * durations.max_epochs, bound)
 
 
 @dataclass(frozen=True, slots=True)

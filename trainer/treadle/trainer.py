@@ -26,6 +26,7 @@ from treadle.loops.step import Clipping
 from treadle.outcome import Outcome, adopt, capture
 from treadle.results import Metrics, Results, to_floats
 from treadle.run import Run
+from treadle.schedule import total_steps
 from treadle.signals import Signals
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
@@ -164,7 +165,7 @@ class Trainer(TrainerView):
         self._eval_data: dict[str, EvaluationData] = {}
         self._ckpt_path: str | None = None
         self._log_dir: str | None = None
-        self._predictions: list[Any] | None = None
+        self._make_training_data: Callable[[], TrainingData | None] | None = None
         self._sigterm = False
 
     # ------------------------------------------------------------------------------------------------ entry points
@@ -285,6 +286,19 @@ class Trainer(TrainerView):
         checkpoint = dump_checkpoint(self._run, self.callbacks, weights_only=bool(weights_only))
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
 
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """The optimizer steps of the whole fit, for schedulers made in ``configure_optimizers``; infinity if unbounded.
+
+        Asks for the training loader if that was not done yet.
+        """
+        if self._make_training_data is None:
+            raise MisconfigurationException("estimated_stepping_batches is known in fit only.")
+        if self._train_data is None:
+            self._train_data = self._make_training_data()
+        batches = self._train_data.num_batches if self._train_data is not None else 0
+        return total_steps(self._settings.durations, batches, self.accumulate_grad_batches)
+
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Make a module on the device and in the precision of this trainer, in a with block."""
         return self.fabric.init_module(empty_init=empty_init)
@@ -308,7 +322,7 @@ class Trainer(TrainerView):
         run.dispatch.call("on_before_backward", loss)
         if overrides(run.module, "backward", LightningModule):
             precision = self.strategy.precision
-            loss = precision.pre_backward(loss, run.wrapped)
+            precision.pre_backward(loss, run.wrapped)
             run.dispatch.run("backward", run.module.backward, loss, *args, **kwargs)
             precision.post_backward(loss, run.wrapped)
         else:
@@ -465,6 +479,7 @@ class Trainer(TrainerView):
     ) -> None:
         with self._running(TrainerFn.FITTING, module, datamodule) as run:
             checkpoint = self._prepare(run, ckpt_path, weights_only)
+            self._make_training_data = partial(assembly.training_data, run, self._settings, train)
             assembly.set_up_optimizers(run)
             run.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(run, self._settings)
@@ -479,13 +494,16 @@ class Trainer(TrainerView):
                 self,
                 sanity=self.num_sanity_val_batches,
                 validation=validation,
-                make_epoch=partial(self._make_epoch, run, train),
+                make_epoch=partial(self._make_epoch, run),
                 reload_every=self._settings.reload_dataloaders_every_n_epochs,
             )
             loop.run()
 
-    def _make_epoch(self, run: Run, train: Any, loop: FitLoop) -> TrainingEpoch | None:
-        self._train_data = data = assembly.training_data(run, self._settings, train)
+    def _make_epoch(self, run: Run, loop: FitLoop) -> TrainingEpoch | None:
+        if loop.epoch is not None or self._train_data is None:  # the first may have been asked for already
+            assert self._make_training_data is not None
+            self._train_data = self._make_training_data()
+        data = self._train_data
         return None if data is None else assembly.make_epoch(run, self._settings, data, loop, self, self._signals)
 
     def _make_evaluation(self, run: Run, loaders: Any, stage: str, name: str) -> Evaluation:

@@ -170,7 +170,7 @@ def test_lazy_parameters_are_not_counted_and_said_so() -> None:
 
 
 def test_size_follows_the_dtype() -> None:
-    model = nn.ModuleDict({"half": nn.Linear(100, 10, bias=False).half(), "full": nn.Linear(100, 10, bias=False)})
+    model = nn.ModuleDict({"two": nn.Linear(100, 10, bias=False).half(), "four": nn.Linear(100, 10, bias=False)})
     assert ModelSummary(model).model_size == pytest.approx(1000 * (2 + 4) / 1e6)
 
 

@@ -126,9 +126,6 @@ class Model(tr.LightningModule):
         self.log("idx", float(batch_idx), prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.log("val", self.step("validation", batch, batch_idx), prog_bar=True, add_dataloader_idx=True)
-
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.step("test", batch, batch_idx)
 
@@ -137,6 +134,11 @@ class Model(tr.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Validating(Model):
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("val", self.step("validation", batch, batch_idx), prog_bar=True, add_dataloader_idx=True)
 
 
 class Endless(IterableDataset[torch.Tensor]):
@@ -167,7 +169,7 @@ def matching(lines: list[str], pattern: str) -> list[str]:
 
 @both
 def test_a_fit_leaves_one_bar(make: Any, terminal: Terminal) -> None:
-    trainer(make()).fit(Model(0.01), loader(), loader())
+    trainer(make()).fit(Validating(0.01), loader(), loader())
     bars = matching(terminal.lines(), "Epoch|Valid|Sanity")
     assert len(bars) == 1
     assert re.search(r"Epoch 1/1.*10/10.*it/s.*loss_step=", bars[0])
@@ -185,7 +187,7 @@ def test_validation_is_below_the_epoch_while_it_runs(make: Any, terminal: Termin
             seen.append(terminal.lines())
 
     fitting = trainer(make(refresh_rate=1), max_epochs=1, val_check_interval=5)
-    fitting.fit(Model(0.02, look), loader(), [loader(20), loader(20)])
+    fitting.fit(Validating(0.02, look), loader(), [loader(20), loader(20)])
     assert len(seen) == 4
     for lines, done, title in zip(seen, (5, 5, 10, 10), (0, 1, 0, 1)):
         shown = matching(lines, "Epoch|Validation")
@@ -201,7 +203,7 @@ def test_the_speed_is_that_of_training(make: Any, terminal: Terminal) -> None:
         time.sleep(0.2 if stage == "validation" else 0.0)
 
     trainer(make(refresh_rate=1), max_epochs=1, val_check_interval=5, num_sanity_val_steps=0).fit(
-        Model(0.02, slow), loader(20), loader(2)
+        Validating(0.02, slow), loader(20), loader(2)
     )
     (line,) = matching(terminal.lines(), "Epoch")
     speed = re.search(r"([\d.]+)it/s", line)
@@ -210,7 +212,7 @@ def test_the_speed_is_that_of_training(make: Any, terminal: Terminal) -> None:
 
 @both
 def test_leave_keeps_every_epoch(make: Any, terminal: Terminal) -> None:
-    trainer(make(leave=True), max_epochs=3).fit(Model(0.001), loader(), loader())
+    trainer(make(leave=True), max_epochs=3).fit(Validating(0.001), loader(), loader())
     shown = matching(terminal.lines(), "Epoch")
     assert [line[: len("Epoch 0/2")] for line in shown] == ["Epoch 0/2", "Epoch 1/2", "Epoch 2/2"]
     assert all("10/10" in line for line in shown)
@@ -218,14 +220,14 @@ def test_leave_keeps_every_epoch(make: Any, terminal: Terminal) -> None:
 
 @both
 def test_unknown_length(make: Any, terminal: Terminal) -> None:
-    trainer(make(), max_epochs=1).fit(Model(0.01), DataLoader(Endless()), DataLoader(Endless()))
+    trainer(make(), max_epochs=1).fit(Validating(0.01), DataLoader(Endless()), DataLoader(Endless()))
     (line,) = matching(terminal.lines(), "Epoch")
     assert re.search(r"Epoch 0/0:? .*\b9(it|/--) ", line)
 
 
 @both
 def test_evaluation_and_prediction_leave_a_full_bar(make: Any, terminal: Terminal) -> None:
-    model, testing = Model(), trainer(make())
+    model, testing = Validating(), trainer(make())
     testing.validate(model, loader(7), verbose=False)
     testing.test(model, loader(8), verbose=False)
     testing.predict(model, loader(9))
@@ -245,7 +247,7 @@ def test_an_error_gives_the_terminal_back(make: Any, error: BaseException, termi
             raise error
 
     with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
-        trainer(make(refresh_rate=1)).fit(Model(0.02, fail), loader(), loader())
+        trainer(make(refresh_rate=1)).fit(Validating(0.02, fail), loader(), loader())
         raise SystemExit  # where an interrupt only ends the fit
     print("after")
     lines = terminal.lines()
@@ -349,7 +351,7 @@ def test_rich_theme_and_columns(terminal: Terminal) -> None:
 
 @pytest.mark.parametrize("make", [*BARS, PlainProgressBar])
 def test_a_log_file_gets_one_plain_line_an_epoch(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    model, fitting = Model(), trainer(make(), max_epochs=3, logger=True)
+    model, fitting = Validating(), trainer(make(), max_epochs=3, logger=True)
     fitting.fit(model, loader(), loader())
     fitting.test(model, [loader(), loader(5)], verbose=False)
     out = capsys.readouterr().out
@@ -470,16 +472,16 @@ def test_a_batch_costs_a_microsecond(make: Any, terminal: Terminal) -> None:
 
 
 def test_the_default_bar() -> None:
-    assert isinstance(tr.Trainer(logger=False, enable_checkpointing=False).progress_bar_callback, TQDMProgressBar)
+    assert isinstance(trainer().progress_bar_callback, TQDMProgressBar)
     assert isinstance(default_progress_bar(), TQDMProgressBar)
-    assert tr.Trainer(logger=False, enable_progress_bar=False).progress_bar_callback is None
+    assert trainer(enable_progress_bar=False).progress_bar_callback is None
 
 
 @both
 def test_a_bar_that_is_off(make: Any, terminal: Terminal) -> None:
     bar = make(refresh_rate=0)
     assert bar.is_disabled and not bar.is_enabled and bar.refresh_rate == 0
-    trainer(bar, max_epochs=1).fit(Model(), loader(), loader())
+    trainer(bar, max_epochs=1).fit(Validating(), loader(), loader())
     assert not matching(terminal.lines(), "Epoch|Sanity|Validation")
 
 
@@ -507,7 +509,7 @@ def test_a_bar_of_the_users_own_class(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(tr.MisconfigurationException, match="only there during a run"):
         bar.total_train_batches
     arguments = {"check_val_every_n_epoch": 2, "num_sanity_val_steps": 1}
-    trainer(bar, **arguments).fit(Model(), loader(2), [loader(3), loader(4)])
+    trainer(bar, **arguments).fit(Validating(), loader(2), [loader(3), loader(4)])
     assert capsys.readouterr().out.splitlines() == [
         "loader 0 of 1", "loader 1 of 1", "1/2 of 0", "2/2 of 0", "1/2 of 7", "2/2 of 7",
         "loader 0 of 3", "loader 1 of 4",

@@ -81,18 +81,18 @@ class LearningRateMonitor(Callback):
         """Log before the steps at which the loggers write."""
         if not self._every:
             return
-        step = trainer.global_step
+        step = trainer.fit_progress.logging_step
         # while gradients accumulate, several batches have the same step
         if (step + 1) % self._every == 0 and step != self._last_step:
             self._last_step = step
-            self._log(trainer, "step")
+            self._log(trainer, pl_module, "step")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log at the start of an epoch."""
         if self.logging_interval != "step":
-            self._log(trainer, "epoch")
+            self._log(trainer, pl_module, "epoch")
 
-    def _log(self, trainer: Trainer, interval: str) -> None:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, interval: str) -> None:
         found: dict[str, float] = {}
         for name, optimizer, own in self._sources(trainer):
             if self.logging_interval is None and own not in (interval, "any"):
@@ -106,9 +106,13 @@ class LearningRateMonitor(Callback):
                 if self.log_weight_decay:
                     decay = float(group.get("weight_decay", 0))
                     found[f"{key}-weight_decay"] = self.last_weight_decay_values[f"{key}-weight_decay"] = decay
-        if found:
-            for logger in trainer.loggers:
-                logger.log_metrics(found, step=trainer.global_step)
+        if not found:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.fit_progress.logging_step)
+        at_step = interval == "step"
+        for key, value in found.items():  # for callbacks that monitor a rate
+            pl_module.log(key, value, logger=False, on_step=at_step, on_epoch=not at_step, batch_size=1)
 
     def _sources(self, trainer: Trainer) -> list[tuple[str, Optimizer, str]]:
         """A name, an optimizer and its interval, for every scheduler and for every optimizer that has none."""

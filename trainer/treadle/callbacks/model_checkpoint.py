@@ -545,7 +545,7 @@ class ModelCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back paths and scores; of another folder only ``best_model_path``."""
         folder = state_dict.get("dirpath", self.dirpath)
-        if folder == self.dirpath:
+        if self.dirpath in (None, folder):  # None: not settled yet
             self.best_model_score = state_dict.get("best_model_score")
             self.kth_best_model_path = state_dict.get("kth_best_model_path", self.kth_best_model_path)
             self.kth_value = state_dict.get("kth_value", self.kth_value)

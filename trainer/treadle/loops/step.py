@@ -222,7 +222,7 @@ class AutomaticStep:
         if self._backward_hook is None:
             self._strategy.backward(loss, self._wrapped)
         else:
-            loss = self._precision.pre_backward(loss, self._wrapped)
+            self._precision.pre_backward(loss, self._wrapped)
             self._dispatch.run("backward", self._backward_hook, loss)
             self._precision.post_backward(loss, self._wrapped)
 
