@@ -80,8 +80,8 @@ ITEMS: tuple[Item, ...] = (
         ratio=0.1,
         explain=(
             "a Trainer with nothing switched off: progress bar on a pseudo-terminal, TensorBoard, checkpointing, "
-            "self.log(prog_bar=True); the raw loop has its own tqdm (postfix each step, redrawn at tqdm's pace) "
-            "and a SummaryWriter that gets a scalar every 50 steps"
+            "self.log(prog_bar=True); the raw loop has its own tqdm (updated each step, redrawn with the loss at "
+            "tqdm's pace) and a SummaryWriter that gets a scalar every 50 steps"
         ),
     ),
     Item(

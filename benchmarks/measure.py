@@ -147,7 +147,7 @@ class Worker:
 def measure(item: Item, rounds: int, clock: str = "wall") -> Result:
     """Measures one item; the contestants take turns, and who begins changes from round to round.
 
-    ``clock`` is "wall", or "cpu" for the processor time of the worker (slopes only).
+    ``clock`` is "wall", or "cpu" for the processor time (not for DDP).
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if item.kind == "slope":
@@ -155,7 +155,7 @@ def measure(item: Item, rounds: int, clock: str = "wall") -> Result:
         if item.kind == "ddp":
             return _ddp(item, rounds, folder)
         if item.kind == "import":
-            return _imports(item, rounds, folder)
+            return _imports(item, rounds, clock, folder)
         return _frames(item, folder)
 
 
@@ -279,13 +279,14 @@ def _ddp(item: Item, rounds: int, folder: str) -> Result:
 
 _IMPORT = """
 import json, resource, time
+clock = time.{clock}
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-start = time.perf_counter()
+start = clock()
 import torch
-begin, memory = time.perf_counter(), peak()
+begin, memory = clock(), peak()
 {statement}
-print(json.dumps([(begin - start) * 1e3, (time.perf_counter() - begin) * 1e3, memory, peak() - memory]))
+print(json.dumps([(begin - start) * 1e3, (clock() - begin) * 1e3, memory, peak() - memory]))
 """
 _STATEMENTS = {
     "import": {
@@ -303,8 +304,8 @@ _STATEMENTS = {
 _import_cache: dict[tuple[str, int], dict[str, list[list[float]] | str]] = {}
 
 
-def _import_once(statement: str, folder: str) -> list[float] | str:
-    script = _IMPORT.format(statement=statement)
+def _import_once(statement: str, clock: str, folder: str) -> list[float] | str:
+    script = _IMPORT.format(statement=statement, clock="process_time" if clock == "cpu" else "perf_counter")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
         cwd=folder,
@@ -318,28 +319,28 @@ def _import_once(statement: str, folder: str) -> list[float] | str:
     return list(map(float, json.loads(done.stdout.splitlines()[-1])))
 
 
-def _import_samples(key: str, rounds: int, folder: str) -> dict[str, list[list[float]] | str]:
+def _import_samples(key: str, rounds: int, clock: str, folder: str) -> dict[str, list[list[float]] | str]:
     if (key, rounds) not in _import_cache:
         statements = _STATEMENTS[key]
         # The first import compiles bytecode and fills the page cache; it says nothing about the next hundred.
-        first = {name: _import_once(statement, folder) for name, statement in statements.items()}
+        first = {name: _import_once(statement, clock, folder) for name, statement in statements.items()}
         samples: dict[str, list[list[float]] | str] = {
             name: value if isinstance(value, str) else [] for name, value in first.items()
         }
         for _ in range(rounds):
             for name, statement in statements.items():
                 kept = samples[name]
-                sample = _import_once(statement, folder) if isinstance(kept, list) else None
+                sample = _import_once(statement, clock, folder) if isinstance(kept, list) else None
                 if isinstance(kept, list) and isinstance(sample, list):
                     kept.append(sample)
         _import_cache[key, rounds] = samples
     return _import_cache[key, rounds]
 
 
-def _imports(item: Item, rounds: int, folder: str) -> Result:
+def _imports(item: Item, rounds: int, clock: str, folder: str) -> Result:
     result = Result(item)
     key = "import" if item.key == "rss" else item.key
-    for name, samples in _import_samples(key, rounds, folder).items():
+    for name, samples in _import_samples(key, rounds, clock, folder).items():
         if isinstance(samples, str):
             result.notes[name] = samples
             continue

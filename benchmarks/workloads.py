@@ -164,15 +164,17 @@ def _raw_defaults(units: int) -> float:
         net, loader = _net(), _loader(units)
         optimizer = _sgd(net)
         writer = SummaryWriter("raw_logs")
-        bar = tqdm(loader, file=sys.stdout)
-        for step, (inputs, targets) in enumerate(bar):
+        bar = tqdm(total=len(loader), file=sys.stdout)
+        for step, (inputs, targets) in enumerate(loader):
             optimizer.zero_grad()
             loss = nn.functional.mse_loss(net(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            bar.set_postfix(train_loss=loss.item(), refresh=False)
+            if bar.update():  # it has just been redrawn: bring the loss along the next time
+                bar.set_postfix(train_loss=loss.item(), refresh=False)
             if (step + 1) % _SCALAR_EVERY == 0:
                 writer.add_scalar("train_loss", loss.item(), step)
+        bar.close()
         writer.close()
         torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, "raw.ckpt")
     return seconds[0]

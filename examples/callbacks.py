@@ -1,6 +1,6 @@
 """Callbacks: early stopping, the best three checkpoints, the learning rate in the log, and one of your own.
 
-    python examples/callbacks.py
+python examples/callbacks.py
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, random_split
+
+import treadle as L
 from treadle.callbacks import Callback, EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
-from treadle.loggers import CSVLogger
+from treadle_fabric.loggers import CSVLogger
 
 
 class EpochTimes(Callback):
@@ -65,22 +66,33 @@ def main(args: argparse.Namespace) -> None:
     pixels, labels = load_digits(return_X_y=True)
     digits = TensorDataset(torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(labels))
     train, val = random_split(digits, [1437, 360])
+    loaders = DataLoader(train, 64, shuffle=True), DataLoader(val, 360)
 
-    stopping = EarlyStopping("val_loss", patience=3, min_delta=1e-3)
-    checkpoint = ModelCheckpoint(args.out, "{epoch}-{val_loss:.4f}", monitor="val_loss", save_top_k=3, save_last=True)
-    times = EpochTimes()
-    announce = LambdaCallback(on_fit_start=lambda trainer, module: print("training begins"))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=100,
-        callbacks=[stopping, checkpoint, times, announce, LearningRateMonitor("epoch")],
-        logger=CSVLogger(args.out, name="log"),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Classifier(), DataLoader(train, 64, shuffle=True), DataLoader(val, 360))
+    def make_trainer() -> tuple[L.Trainer, EpochTimes, ModelCheckpoint]:
+        times = EpochTimes()
+        checkpoint = ModelCheckpoint(
+            args.out / "checkpoints", "{epoch}-{val_loss:.4f}", monitor="val_loss", save_top_k=3, save_last=True
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=100,
+            callbacks=[
+                EarlyStopping("val_loss", patience=3, min_delta=1e-3),
+                LambdaCallback(on_fit_start=lambda trainer, module: print("training begins")),
+                LearningRateMonitor("epoch"),
+                times,
+                checkpoint,
+            ],
+            logger=CSVLogger(args.out, name="log"),
+            log_every_n_steps=10,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        return trainer, times, checkpoint
 
+    trainer, times, checkpoint = make_trainer()
+    trainer.fit(Classifier(), *loaders)
     print(f"stopped after {trainer.current_epoch} epochs; best val_loss {checkpoint.best_model_score:.4f}")
     for path, score in sorted(checkpoint.best_k_models.items(), key=lambda item: item[1].item()):
         print(f"  kept {Path(path).name} ({score:.4f})")
@@ -88,22 +100,11 @@ def main(args: argparse.Namespace) -> None:
     print(f"an epoch took {1000 * sum(times.seconds) / len(times.seconds):.0f} ms")
     print(f"the learning rate is a column of {Path(trainer.log_dir or '.') / 'metrics.csv'}")
 
-    # Resumed: the weights, the optimizer and the callbacks go on where the last checkpoint left them.
-    resumed_times = EpochTimes()
-    longer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=trainer.current_epoch + 2,
-        callbacks=[resumed_times],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    longer.fit(
-        Classifier(), DataLoader(train, 64, shuffle=True), DataLoader(val, 360), ckpt_path=checkpoint.last_model_path
-    )
-    print(f"resumed: {len(resumed_times.seconds)} epochs measured in all")
+    # Weights, optimizer and callbacks go on where the checkpoint left them: early stopping has no patience left.
+    last = checkpoint.last_model_path
+    trainer, times, checkpoint = make_trainer()
+    trainer.fit(Classifier(), *loaders, ckpt_path=last)
+    print(f"resumed, and stopped after {trainer.current_epoch} epochs; {len(times.seconds)} measured in all")
 
 
 if __name__ == "__main__":

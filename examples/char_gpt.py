@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-import treadle as L
-from pydoc_data.topics import topics
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+import treadle as L
 
 
 class Characters(Dataset[tuple[Tensor, Tensor]]):
@@ -71,7 +72,7 @@ class CharGPT(L.LightningModule):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes of shape (batch, length) to scores of shape (batch, length, characters) for the character after each."""
+        """Codes of shape (batch, length) to scores for what follows each, (batch, length, characters)."""
         positions = torch.arange(codes.shape[1], device=codes.device)
         return self.head(self.norm(self.blocks(self.token(codes) + self.position(positions))))
 

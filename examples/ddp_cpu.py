@@ -1,7 +1,7 @@
 """Distributed data parallel on two CPU processes; on GPUs only `accelerator` changes.
 
-    python examples/ddp_cpu.py
-    torchrun --nproc-per-node 2 examples/ddp_cpu.py      # the same run, started by torchrun
+python examples/ddp_cpu.py
+torchrun --nproc-per-node 2 examples/ddp_cpu.py      # the same run, started by torchrun
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 from typing import Any
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, random_split
+
+import treadle as L
 
 
 class Classifier(L.LightningModule):
@@ -33,7 +34,7 @@ class Classifier(L.LightningModule):
         weights = torch.cat([parameter.detach().flatten() for parameter in self.parameters()])
         everywhere = self.all_gather(weights)
         same = bool((everywhere == everywhere[0]).all())
-        print(f"rank {self.global_rank} (process {os.getpid()}) trained on {self.seen} images", flush=True)
+        print(f"rank {self.global_rank} (process {os.getpid()}) trained on {self.seen} images\n", end="", flush=True)
         self.print(f"weights equal on all {len(everywhere)} ranks: {same}")
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:

@@ -1,7 +1,7 @@
 """Learning-rate schedules: one that steps with every batch, one with every epoch, one that waits for a metric.
 
-    python examples/lr_schedule.py            # all three
-    python examples/lr_schedule.py plateau
+python examples/lr_schedule.py            # all three
+python examples/lr_schedule.py plateau
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import argparse
 from typing import Any
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset, random_split
+
+import treadle as L
 from treadle.callbacks import Callback
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, random_split
-from treadle.loggers import CSVLogger
+
+import treadle as L
 from treadle_fabric import Fabric
+from treadle_fabric.loggers import CSVLogger
 
 
 class Classifier(L.LightningModule):
@@ -96,7 +97,7 @@ def with_trainer(args: argparse.Namespace) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Classifier(), loaders()[0])
+    trainer.fit(Classifier(), *loaders())
     print(f"train_loss {trainer.callback_metrics['train_loss']:.4f}")
 
 

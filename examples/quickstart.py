@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+
+import treadle as L
 from treadle.callbacks import ModelCheckpoint
-from treadle.loggers import CSVLogger, TensorBoardLogger
+from treadle_fabric.loggers import CSVLogger, TensorBoardLogger
 
 
 class DigitNet(L.LightningModule):

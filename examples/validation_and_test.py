@@ -1,6 +1,6 @@
 """Validation on two sets, a test on unseen data, and predictions, from one datamodule.
 
-    python examples/validation_and_test.py
+python examples/validation_and_test.py
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ import argparse
 from typing import Any
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import treadle as L
 
 
 class DigitsData(L.LightningDataModule):

@@ -1,7 +1,7 @@
 """Rung 3 of 3: the same training without the loop; validation, logs, checkpoints and callbacks are now arguments.
 
-    python examples/ladder/3_trainer.py --losses trainer.txt
-    python examples/ladder/3_trainer.py --devices 2 --batch-size 32    # two processes, the same 64 images a step
+python examples/ladder/3_trainer.py --losses trainer.txt
+python examples/ladder/3_trainer.py --devices 2 --batch-size 32    # two processes, the same 64 images a step
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 import torch
-import treadle as L
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset, random_split
+
+import treadle as L
 
 
 class Digits(L.LightningModule):

@@ -160,11 +160,7 @@ class Fabric:
 
     @property
     def logger(self) -> Any:
-        """The first logger.
-
-        Raises:
-            MisconfigurationException: There is none.
-        """
+        """The first logger; without any, an error."""
         if not self._loggers:
             raise MisconfigurationException("There is no logger. Pass one: Fabric(loggers=CSVLogger('logs')).")
         return self._loggers[0]
@@ -181,7 +177,7 @@ class Fabric:
             **kwargs: For the function.
 
         Returns:
-            What the function returns, in rank 0's case if it ran in other processes.
+            What the function returns; if it ran in other processes, rank 0's result.
 
         Raises:
             MisconfigurationException: The function is missing where one is needed, or is none.
@@ -244,11 +240,7 @@ class Fabric:
         return self._strategy.tensor_init_context()
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """Modules created inside are on the device, with the precision's dtype.
-
-        Args:
-            empty_init: Leave the weights uninitialized, because a checkpoint fills them anyway.
-        """
+        """Modules created inside are on the device, with the precision's dtype; not initialized if ``empty_init``."""
         self._require_launch("init_module")
         return self._strategy.module_init_context(empty_init=empty_init)
 
@@ -437,11 +429,9 @@ class Fabric:
         return self._strategy.batch_to_device(obj)
 
     def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Accumulate gradients without reducing them, for all but the last micro-batch; surrounds forward and backward.
+        """Accumulate gradients without reducing them, where ``enabled``: for all micro-batches but the last.
 
-        Args:
-            module: The model, set up.
-            enabled: ``False``: do nothing, so that the loop needs no second branch.
+        Surrounds forward and backward.
         """
         return self._strategy.no_backward_sync(engine_of(module, "no_backward_sync"), enabled)
 
@@ -496,11 +486,7 @@ class Fabric:
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None]:
-        """Rank 0 runs the block first, then the others; for downloads and caches.
-
-        Args:
-            local: The first process of each machine, for disks that machines do not share.
-        """
+        """Rank 0 runs the block first, then the others; with ``local``, the first of each machine (own disks)."""
         self._require_launch("rank_zero_first")
         rank = self.local_rank if local else self.global_rank
         if rank > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+
 from treadle_fabric import (
     has_len,
     move_data_to_device,
@@ -162,11 +163,15 @@ def shares(loader: Any, ranks: int, pad: bool = True, seed: int = 0, epoch: int 
     return result
 
 
+def flattened(parts: Iterable[list[int]]) -> list[int]:
+    return [i for part in parts for i in part]
+
+
 def global_batches(parts: list[list[list[int]]]) -> list[list[int]]:
     """What all ranks see at a step, interleaved as they were dealt out."""
     joined = []
     for step in zip(*parts):
-        rows = zip(*step) if len({len(s) for s in step}) == 1 else [sum(step, [])]
+        rows = zip(*step) if len({len(s) for s in step}) == 1 else [flattened(step)]
         joined.append([i for row in rows for i in row])
     return joined
 
@@ -188,7 +193,7 @@ def test_ranks_see_the_global_batches_of_one_process(n: int, ranks: int) -> None
 def test_training_pads_to_equal_length(n: int, ranks: int) -> None:
     loader = DataLoader(Numbers(n), 2)
     parts = shares(loader, ranks)
-    flat = [sum(part, []) for part in parts]
+    flat = [flattened(part) for part in parts]
     assert len({len(f) for f in flat}) == 1
     assert {i for f in flat for i in f} == set(range(n))
     assert sum(map(len, flat)) - n < ranks or n < ranks
@@ -212,7 +217,7 @@ def test_shuffling_is_kept_alike_on_all_ranks_and_new_each_epoch() -> None:
     loader = DataLoader(Numbers(40), 4, shuffle=True)
     first, again, second = (shares(loader, 2, epoch=e) for e in (0, 0, 1))
     other_seed = shares(loader, 2, seed=7)
-    order = sum(global_batches(first), [])
+    order = flattened(global_batches(first))
     assert sorted(order) == list(range(40))
     assert order != list(range(40))
     assert first == again
@@ -260,7 +265,7 @@ class Identity(Dataset[int]):
 def test_order_of_a_custom_sampler_survives() -> None:
     sampler = Custom(3000)
     parts = shares(DataLoader(Identity(), 5, sampler=sampler), 2, epoch=4)
-    flat = [sum(part, []) for part in parts]
+    flat = [flattened(part) for part in parts]
     torch.default_generator.manual_seed(4)
     random.seed(4)
     numpy.random.seed(4)

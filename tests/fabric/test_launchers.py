@@ -150,7 +150,8 @@ class TestSubprocess:
         source = """
         def train():
             rank = join()
-            print("RUN", rank, sys.argv[1:], sys.flags.optimize, __spec__.name, os.getcwd(), sys.stdin.read(), flush=True)
+            flags = sys.flags.optimize, __spec__.name, os.getcwd(), sys.stdin.read()
+            print("RUN", rank, sys.argv[1:], *flags, flush=True)
 
         os.makedirs("elsewhere", exist_ok=True)
         if __name__ == "__main__":

@@ -31,7 +31,7 @@ def loader(n: int = 8, batch_size: int = 2, **kwargs: Any) -> DataLoader[Tensor]
 
 
 class Net(L.LightningModule):
-    """One linear layer with every step; it overrides no hook, and logs ``loss`` in each stage under the stage's name."""
+    """One linear layer with every step; it overrides no hook, and logs its loss in each stage."""
 
     def __init__(self, lr: float = 0.01) -> None:
         super().__init__()
@@ -67,14 +67,14 @@ class Net(L.LightningModule):
 
 def trainer(tmp_path: Path, **kwargs: Any) -> L.Trainer:
     """A quiet trainer for one CPU process and one epoch, without logger and checkpoints; ``kwargs`` win."""
-    quiet = dict(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    quiet = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "default_root_dir": tmp_path,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(**{**quiet, **kwargs})

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
 from treadle.grad_norm import grad_norm
 from treadle_fabric.errors import MisconfigurationException
 

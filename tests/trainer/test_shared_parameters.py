@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
 from treadle.shared_parameters import find_shared_parameters, set_shared_parameters
 
 

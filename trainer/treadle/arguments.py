@@ -97,17 +97,8 @@ def _barebones(given: dict[str, Any]) -> None:
     )
 
 
-def resolve_settings(given: dict[str, Any]) -> Settings:
-    """Check the constructor's arguments and fill in defaults.
-
-    Args:
-        given: the constructor's arguments by name; ``logger`` and the ``enable_*`` flags may be changed in it.
-
-    Raises:
-        MisconfigurationException: names the argument, its value, the rule and the remedy.
-    """
-    if _boolean(given["barebones"], "barebones"):
-        _barebones(given)
+def _check_flags(given: dict[str, Any]) -> None:
+    """Everything that is checked by itself and used as it is."""
     if given["profiler"] is not None:
         raise MisconfigurationException(
             f"profiler={given['profiler']!r}: profilers are not there yet; use torch.profiler around `fit`."
@@ -133,7 +124,21 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
             f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'."
             f" {near_names(str(algorithm), ['norm', 'value'])}"
         )
-    fast = given["fast_dev_run"]
+
+
+def resolve_settings(given: dict[str, Any]) -> Settings:
+    """Check the constructor's arguments and fill in defaults.
+
+    Args:
+        given: the constructor's arguments by name; ``logger`` and the ``enable_*`` flags may be changed in it.
+
+    Raises:
+        MisconfigurationException: names the argument, its value, the rule and the remedy.
+    """
+    if _boolean(given["barebones"], "barebones"):
+        _barebones(given)
+    _check_flags(given)
+    fast, algorithm = given["fast_dev_run"], given["gradient_clip_algorithm"]
     fast = int(fast) if isinstance(fast, bool) else _integer(fast, "fast_dev_run", 0)
     limits: dict[str, int | float] = {}
     for stage in ("train", "val", "test", "predict"):
@@ -172,7 +177,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         num_sanity_val_steps=sanity,
         log_every_n_steps=log_every or (1 << 62),
         accumulate_grad_batches=_integer(given["accumulate_grad_batches"], "accumulate_grad_batches", 1),
-        gradient_clip_val=clip,
+        gradient_clip_val=given["gradient_clip_val"],
         gradient_clip_algorithm=None if algorithm is None else str(algorithm).lower(),
         deterministic=given["deterministic"],
         benchmark=given["benchmark"],

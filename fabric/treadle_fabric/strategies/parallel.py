@@ -217,15 +217,8 @@ class ParallelStrategy(Strategy):
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         source = self._on_device(tensor).contiguous()
-        if sync_grads:
-            from torch.distributed.nn.functional import all_gather
-
-            parts = all_gather(source, **({} if group is None else {"group": group}))  # type: ignore[no-untyped-call]
-        else:
-            source = source.detach()
-            parts = [torch.empty_like(source) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, source, group=group)
-        return torch.stack(tuple(parts)).to(tensor.device)
+        gathered: Tensor = _Gather.apply(source, group) if sync_grads else _gather(source.detach(), group)
+        return gathered.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
         if not dist.is_initialized():
@@ -241,6 +234,27 @@ class ParallelStrategy(Strategy):
         box = [obj]
         dist.broadcast_object_list(box, src=src, device=self.root_device if dist.get_backend() == "nccl" else None)
         return box[0]
+
+
+def _gather(tensor: Tensor, group: Any | None) -> Tensor:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.stack(parts)
+
+
+class _Gather(torch.autograd.Function):
+    """A gather whose gradient is the sum of what every process did with this one's part."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any | None) -> Tensor:
+        ctx.group = group
+        return _gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient[dist.get_rank(ctx.group)], None
 
 
 def _destroy_group(pid: int) -> None:

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
-import torch
 from tests.trainer.callbacks.scripted import TrainOnly, loader, trainer_with
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
-from treadle.callbacks import LearningRateMonitor
+from treadle.callbacks import LearningRateMonitor, ModelCheckpoint
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers import Logger
 
@@ -168,8 +168,9 @@ def test_an_unknown_interval_is_refused() -> None:
         LearningRateMonitor("batch")  # type: ignore[arg-type]
 
 
-def test_rates_can_be_monitored() -> None:
-    monitor, logger = LearningRateMonitor("epoch"), Records()
-    trainer = trainer_with(monitor, logger=logger, max_epochs=1)
-    trainer.fit(Automatic(lambda m: SGD(m.parameters(), 0.1)), loader())
-    assert torch.isclose(torch.as_tensor(trainer.callback_metrics["lr-SGD"]), torch.tensor(0.1))
+@pytest.mark.parametrize("interval", ["step", "epoch", None])
+def test_rates_can_be_monitored(interval: Any) -> None:
+    best = ModelCheckpoint("c", "{epoch}-{lr-SGD:.2f}", "lr-SGD")
+    trainer = trainer_with(LearningRateMonitor(interval), best, logger=Records(), log_every_n_steps=2)
+    trainer.fit(Automatic(lambda m: halving(SGD(m.parameters(), 0.8))), loader())
+    assert os.path.basename(best.best_model_path) == "epoch=2-lr-SGD=0.20.ckpt"

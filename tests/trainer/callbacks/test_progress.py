@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pty
@@ -12,6 +13,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -102,10 +104,19 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
         monkeypatch.setenv(name, value)
     for name in ("PYCHARM_HOSTED", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "stdout", terminal.stream)
-    monkeypatch.setattr(sys, "stderr", terminal.stream)
     yield terminal
     terminal.close()
+
+
+def in_terminal(test: Callable[..., None]) -> Callable[..., None]:
+    """Inside the test only: pytest puts its own streams in place after the fixtures have run."""
+
+    @functools.wraps(test)
+    def run(*args: Any, terminal: Terminal, **kwargs: Any) -> None:
+        with redirect_stdout(terminal.stream), redirect_stderr(terminal.stream):
+            test(*args, terminal=terminal, **kwargs)
+
+    return run
 
 
 class Model(tr.LightningModule):
@@ -168,6 +179,7 @@ def matching(lines: list[str], pattern: str) -> list[str]:
 
 
 @both
+@in_terminal
 def test_a_fit_leaves_one_bar(make: Any, terminal: Terminal) -> None:
     trainer(make()).fit(Validating(0.01), loader(), loader())
     bars = matching(terminal.lines(), "Epoch|Valid|Sanity")
@@ -179,6 +191,7 @@ def test_a_fit_leaves_one_bar(make: Any, terminal: Terminal) -> None:
 
 
 @both
+@in_terminal
 def test_validation_is_below_the_epoch_while_it_runs(make: Any, terminal: Terminal) -> None:
     seen: list[list[str]] = []
 
@@ -198,6 +211,7 @@ def test_validation_is_below_the_epoch_while_it_runs(make: Any, terminal: Termin
 
 
 @both
+@in_terminal
 def test_the_speed_is_that_of_training(make: Any, terminal: Terminal) -> None:
     def slow(model: Model, stage: str, batch_idx: int) -> None:
         time.sleep(0.2 if stage == "validation" else 0.0)
@@ -211,6 +225,7 @@ def test_the_speed_is_that_of_training(make: Any, terminal: Terminal) -> None:
 
 
 @both
+@in_terminal
 def test_leave_keeps_every_epoch(make: Any, terminal: Terminal) -> None:
     trainer(make(leave=True), max_epochs=3).fit(Validating(0.001), loader(), loader())
     shown = matching(terminal.lines(), "Epoch")
@@ -219,6 +234,7 @@ def test_leave_keeps_every_epoch(make: Any, terminal: Terminal) -> None:
 
 
 @both
+@in_terminal
 def test_unknown_length(make: Any, terminal: Terminal) -> None:
     trainer(make(), max_epochs=1).fit(Validating(0.01), DataLoader(Endless()), DataLoader(Endless()))
     (line,) = matching(terminal.lines(), "Epoch")
@@ -226,6 +242,7 @@ def test_unknown_length(make: Any, terminal: Terminal) -> None:
 
 
 @both
+@in_terminal
 def test_evaluation_and_prediction_leave_a_full_bar(make: Any, terminal: Terminal) -> None:
     model, testing = Validating(), trainer(make())
     testing.validate(model, loader(7), verbose=False)
@@ -239,6 +256,7 @@ def test_evaluation_and_prediction_leave_a_full_bar(make: Any, terminal: Termina
 
 @both
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+@in_terminal
 def test_an_error_gives_the_terminal_back(make: Any, error: BaseException, terminal: Terminal) -> None:
     stdout = sys.stdout
 
@@ -259,6 +277,7 @@ def test_an_error_gives_the_terminal_back(make: Any, error: BaseException, termi
 
 
 @both
+@in_terminal
 def test_whatever_is_printed_stands_above_the_bar(make: Any, terminal: Terminal) -> None:
     def talk(model: Model, stage: str, batch_idx: int) -> None:
         if stage == "train" and batch_idx == 3:
@@ -279,6 +298,7 @@ def test_whatever_is_printed_stands_above_the_bar(make: Any, terminal: Terminal)
     assert lines.index(bar) > max(map(lines.index, printed))
 
 
+@in_terminal
 def test_a_bar_of_the_users_own_is_left_alone(terminal: Terminal) -> None:
     from tqdm import tqdm
 
@@ -292,6 +312,7 @@ def test_a_bar_of_the_users_own_is_left_alone(terminal: Terminal) -> None:
     assert len(matching(terminal.lines(), "Epoch|own")) == 1
 
 
+@in_terminal
 def test_numbers_are_whole_where_room_is_scarce(terminal: Terminal) -> None:
     class Many(TQDMProgressBar):
         def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
@@ -302,6 +323,7 @@ def test_numbers_are_whole_where_room_is_scarce(terminal: Terminal) -> None:
     assert line.endswith(("first=0.250, …]", "first=0.250, second_metric=1.50, …]"))
 
 
+@in_terminal
 def test_tqdm_bars_can_be_replaced(terminal: Terminal) -> None:
     class Mine(TQDMProgressBar):
         def init_train_tqdm(self) -> Any:
@@ -320,6 +342,7 @@ def test_tqdm_bars_can_be_replaced(terminal: Terminal) -> None:
     assert "extra=yes" in line and "v_num" not in line
 
 
+@in_terminal
 def test_process_position_leaves_lines_free(terminal: Terminal) -> None:
     seen: list[list[str]] = []
 
@@ -332,6 +355,7 @@ def test_process_position_leaves_lines_free(terminal: Terminal) -> None:
     assert seen[0].index(line) == 2
 
 
+@in_terminal
 def test_rich_theme_and_columns(terminal: Terminal) -> None:
     class Mine(RichProgressBar):
         def configure_columns(self, trainer: Any) -> list[Any]:
@@ -339,11 +363,11 @@ def test_rich_theme_and_columns(terminal: Terminal) -> None:
 
             return [TextColumn("mine"), *super().configure_columns(trainer)]
 
-    theme = RichProgressBarTheme(metrics_text_delimiter=";", metrics_format=".1e")
+    theme = RichProgressBarTheme(metrics_text_delimiter=" ; ", metrics_format=".1e")
     trainer(Mine(theme=theme), max_epochs=1).fit(Model(0.01), loader())
     (line,) = matching(terminal.lines(), "Epoch")
     assert line.startswith("mine Epoch 0/0")
-    assert "idx=9.0e+00;" in " ".join(terminal.lines())
+    assert "idx=9.0e+00 ;" in " ".join(terminal.lines())
 
 
 # ---------------------------------------------------------------------------------------------------- in a log file
@@ -353,6 +377,7 @@ def test_rich_theme_and_columns(terminal: Terminal) -> None:
 def test_a_log_file_gets_one_plain_line_an_epoch(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model, fitting = Validating(), trainer(make(), max_epochs=3, logger=True)
     fitting.fit(model, loader(), loader())
+    loss = float(fitting.callback_metrics["loss_epoch"])
     fitting.test(model, [loader(), loader(5)], verbose=False)
     out = capsys.readouterr().out
     assert "\r" not in out and "\x1b" not in out
@@ -361,7 +386,7 @@ def test_a_log_file_gets_one_plain_line_an_epoch(make: Any, capsys: pytest.Captu
         *(f"Epoch {e}/2" for e in range(3)), "Testing DataLoader 0", "Testing DataLoader 1",
     ]  # fmt: skip
     values = dict(re.findall(r"(\w+)=([^,\]]+)", lines[2]))
-    assert float(values["loss_epoch"]) == pytest.approx(float(fitting.callback_metrics["loss_epoch"]), rel=0.01)
+    assert float(values["loss_epoch"]) == pytest.approx(loss, rel=0.01)
     assert {"loss_step", "idx", "val", "v_num"} <= set(values)
     assert "100% 10/10 [" in lines[0] and "100% 5/5 [" in lines[-1]
 
@@ -408,6 +433,7 @@ def test_resuming_within_an_epoch_counts_on(capsys: pytest.CaptureFixture[str], 
 
 
 @both
+@in_terminal
 def test_metrics_are_fetched_only_for_a_redraw(make: Any, terminal: Terminal) -> None:
     fetched: list[float] = []
 
@@ -422,6 +448,7 @@ def test_metrics_are_fetched_only_for_a_redraw(make: Any, terminal: Terminal) ->
     assert min(b - a for a, b in pairwise(fetched[:-2])) > 0.09
 
 
+@in_terminal
 def test_refresh_rate_spaces_redraws(terminal: Terminal) -> None:
     drawn: list[int] = []
 
@@ -437,6 +464,7 @@ def test_refresh_rate_spaces_redraws(terminal: Terminal) -> None:
 
 
 @both
+@in_terminal
 def test_slow_batches_do_not_look_like_a_hang(make: Any, terminal: Terminal) -> None:
     seen: list[str] = []
 
@@ -450,6 +478,7 @@ def test_slow_batches_do_not_look_like_a_hang(make: Any, terminal: Terminal) -> 
 
 @pytest.mark.alone
 @pytest.mark.parametrize("make", [*BARS, PlainProgressBar])
+@in_terminal
 def test_a_batch_costs_a_microsecond(make: Any, terminal: Terminal) -> None:
     costs: list[float] = []
 
@@ -478,6 +507,7 @@ def test_the_default_bar() -> None:
 
 
 @both
+@in_terminal
 def test_a_bar_that_is_off(make: Any, terminal: Terminal) -> None:
     bar = make(refresh_rate=0)
     assert bar.is_disabled and not bar.is_enabled and bar.refresh_rate == 0

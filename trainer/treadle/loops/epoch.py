@@ -88,6 +88,7 @@ class TrainingEpoch:
             if on_batch_start:
                 results.hook = "on_train_batch_start"
                 if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
+                    self._step_schedulers("epoch", progress.epoch + 1, plateau=False)  # it is over all the same
                     break
             stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
             window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)

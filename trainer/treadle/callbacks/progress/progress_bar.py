@@ -180,7 +180,7 @@ class ProgressBar(Callback):
         version = next((v for v in (logger.version for logger in trainer.loggers) if v not in ("", None)), None)
         metrics: dict[str, Any] = dict(trainer.progress_bar_metrics)
         if version is not None:
-            metrics.setdefault("v_num", _short_version(version))  # the last, as the first to go where room is scarce
+            metrics.setdefault("v_num", _short_version(version))
         return metrics
 
 
@@ -323,6 +323,7 @@ class TimedProgressBar(ProgressBar, ABC):
         self._due = math.inf
         self._began = 0.0
         self._loader_idx = 0
+        self._places: dict[str, float] = {}  # of the metrics
         self._took: dict[Stage, float] = {}  # seconds the last bar of a stage took
 
     @abstractmethod
@@ -530,14 +531,22 @@ class TimedProgressBar(ProgressBar, ABC):
         display, trainer = self._display, self.trainer
         if display is None or not self.is_enabled:
             return
+        if bar.drawn_n < 0 and len(self._bars) > 1 and self._bars[-2].drawn_n != self._bars[-2].n:
+            self._show(self._bars[-2])  # the epoch stands still from now on, so it shows its count
         began = monotonic()
         bar.measure(began)
         wanted = metrics and bar.stage == "train"
-        display.draw(bar, self.get_metrics(trainer, trainer.lightning_module) if wanted else None)
+        display.draw(bar, self._ordered(self.get_metrics(trainer, trainer.lightning_module)) if wanted else None)
         now = bar.drawn_at = monotonic()
         bar.drawn_n = bar.n
         # slow terminals and busy devices get fewer redraws; within reason, the process may have been suspended
         self._due = now + max(self._pause(), min(9 * (now - began), _LONGEST))
+
+    def _ordered(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """In the order in which they were first seen, so that none changes its place; the version last."""
+        for name in metrics:
+            self._places.setdefault(name, math.inf if name == "v_num" else len(self._places))
+        return dict(sorted(metrics.items(), key=lambda item: self._places[item[0]]))
 
     def _pause(self) -> float:
         return 0.0 if self._display is None else self._display.interval(monotonic() - self._began)

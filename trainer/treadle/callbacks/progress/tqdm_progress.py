@@ -58,7 +58,10 @@ def _tqdm_class() -> type[tqdm[Any]]:
             entries = dict(super().format_dict)
             if self.speed is not None:
                 entries["rate"] = self.speed
-            if entries["postfix"] and entries["ncols"]:
+            if not entries["ncols"]:
+                return entries
+            entries["ncols"] = max(1, entries["ncols"] - len("^C"))  # which would otherwise push the line onto the next
+            if entries["postfix"]:
                 bare = self.format_meter(**{**entries, "postfix": None, "ncols": None})  # with a bar of 10
                 entries["postfix"] = _fit(entries["postfix"], entries["ncols"] - len(bare) + 10 - _SHORTEST_BAR)
             return entries
