@@ -65,7 +65,7 @@ class _NotLogging:
     def log(
         self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
     ) -> None:
-        if module.fabric is None:
+        if module.fabric is None or module._trainer is not None:
             rank_zero_warn(
                 f"`self.log({name!r}, ...)` was called without a Trainer or a Fabric; the value is dropped.",
                 stacklevel=4,

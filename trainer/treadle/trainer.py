@@ -397,6 +397,7 @@ class Trainer(TrainerView):
             for child in module.modules():
                 if isinstance(child, LightningModule):
                     child.detach_metrics()
+            self.fabric.callbacks[:] = [c for c in self.fabric.callbacks if c is not module]
 
     def _setup_hooks(self, run: Run) -> None:
         """prepare_data, setup, configure_model."""
@@ -486,8 +487,7 @@ class Trainer(TrainerView):
             if checkpoint is not None:
                 restore_training(run, checkpoint)
                 del checkpoint
-            val = assembly.validation_loaders(run, self._settings, val)
-            validation = None if val is None else self._make_evaluation(run, val, "val", "validation")
+            validation = self._make_validation(run, val)
             self._fit_loop = loop = FitLoop(
                 run,
                 self._settings.durations,
@@ -495,6 +495,7 @@ class Trainer(TrainerView):
                 sanity=self.num_sanity_val_batches,
                 validation=validation,
                 make_epoch=partial(self._make_epoch, run),
+                make_validation=partial(self._make_validation, run, val),
                 reload_every=self._settings.reload_dataloaders_every_n_epochs,
             )
             loop.run()
@@ -505,6 +506,10 @@ class Trainer(TrainerView):
             self._train_data = self._make_training_data()
         data = self._train_data
         return None if data is None else assembly.make_epoch(run, self._settings, data, loop, self, self._signals)
+
+    def _make_validation(self, run: Run, val: Any) -> Evaluation | None:
+        loaders = assembly.validation_loaders(run, self._settings, val)
+        return None if loaders is None else self._make_evaluation(run, loaders, "val", "validation")
 
     def _make_evaluation(self, run: Run, loaders: Any, stage: str, name: str) -> Evaluation:
         self._eval_data[stage] = data = assembly.evaluation_data(run, self._settings, loaders, stage)

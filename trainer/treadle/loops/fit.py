@@ -31,6 +31,8 @@ class FitLoop:
         sanity: batches of each validation loader to try first; empty to skip.
         validation: the evaluation to run in between, or None.
         make_epoch: makes the epoch loop once the training loader is there; None where it has no batches.
+        make_validation: makes the evaluation anew, with fresh loaders.
+        reload_every: epochs after which both are made anew; 0 for never.
     """
 
     def __init__(
@@ -42,11 +44,12 @@ class FitLoop:
         sanity: list[float],
         validation: Evaluation | None,
         make_epoch: Callable[[FitLoop], TrainingEpoch | None],
+        make_validation: Callable[[], Evaluation | None],
         reload_every: int,
     ) -> None:
         self._run, self._durations, self._controls = run, durations, controls
         self._sanity, self.validation = sanity, validation
-        self._make_epoch, self._reload_every = make_epoch, reload_every
+        self._make_epoch, self._make_validation, self._reload_every = make_epoch, make_validation, reload_every
         self._started = time.monotonic()
         self._told_min = False
         self.epoch: TrainingEpoch | None = None
@@ -67,6 +70,7 @@ class FitLoop:
             first = True
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
+                    self.validation = self._make_validation()
                     self.epoch = epoch = self._make_epoch(self)
                     assert epoch is not None
                 first = False
