@@ -69,7 +69,7 @@ def test_batches_have_the_structure_of_the_loaders(mode: Any) -> None:
 
 
 def test_one_loader_gives_its_own_batches() -> None:
-    loader = DataLoader(range(5), batch_size=2)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(range(5), batch_size=2)  # type: ignore[arg-type]
     assert [batch.tolist() for batch, _, _ in CombinedLoader(loader)] == [[0, 1], [2, 3], [4]]
 
 
@@ -107,7 +107,7 @@ def test_limits(mode: Any, length: int) -> None:
     combined.limits = [2, 1]
     assert len(combined) == length
     assert len(list(combined)) == length
-    combined.limits = 4  # type: ignore[assignment]
+    combined.limits = 4
     assert combined.limits == [4, 4]
     combined.limits = None
     assert len(list(combined)) == (10 if mode == "sequential" else 5)
@@ -146,12 +146,12 @@ def test_length_with_an_endless_loader() -> None:
     with pytest.raises(TypeError, match="DataLoader has no length"):
         len(CombinedLoader(loaders, "max_size_cycle"))
     limited = CombinedLoader(loaders, "sequential")
-    limited.limits = 4  # type: ignore[assignment]
+    limited.limits = 4
     assert len(limited) == len(list(limited)) == 7
 
 
 def test_samplers_and_replacement() -> None:
-    first = DataLoader(range(4), batch_size=2)  # type: ignore[arg-type]
+    first: DataLoader[Any] = DataLoader(range(4), batch_size=2)  # type: ignore[arg-type]
     combined = CombinedLoader({"a": first, "b": [range(3)]}, "max_size")
     assert combined.sampler == {"a": first.sampler, "b": [None]}
     assert combined.batch_sampler == {"a": first.batch_sampler, "b": [None]}
@@ -164,7 +164,7 @@ def test_samplers_and_replacement() -> None:
 
 @pytest.mark.timeout(60)
 def test_reset_ends_the_pass_and_frees_persistent_workers() -> None:
-    loader = DataLoader(torch.arange(4.0), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(torch.arange(4.0), num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
     combined = CombinedLoader([loader])
     running = iter(combined)
     next(running)

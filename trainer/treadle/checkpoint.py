@@ -69,8 +69,8 @@ def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bo
             checkpoint[type(run.datamodule).__qualname__] = state
     if not weights_only:
         for callback in callbacks:
-            callback.on_save_checkpoint(run.module._trainer, module, checkpoint)  # type: ignore[arg-type]
-    module.on_save_checkpoint(checkpoint)
+            run.dispatch.run("on_save_checkpoint", callback.on_save_checkpoint, module._trainer, module, checkpoint)
+    run.dispatch.run("on_save_checkpoint", module.on_save_checkpoint, checkpoint)
     return checkpoint
 
 
@@ -212,14 +212,14 @@ def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Ca
         ) from None
     if not training:
         for callback in callbacks:
-            callback.on_load_checkpoint(trainer, module, checkpoint)
+            run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
         return
     datamodule = run.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
     states = checkpoint.get("callbacks", {})
     for callback in callbacks:
-        callback.on_load_checkpoint(trainer, module, checkpoint)
+        run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
     known = {callback.state_key for callback in callbacks}
     if missing := set(states) - known:
         rank_zero_warn(

@@ -13,7 +13,7 @@ from treadle.arguments import Settings
 from treadle.data import check_loader, defines_loader
 from treadle.dispatch import overrides
 from treadle.state import TrainerFn
-from treadle_fabric import MisconfigurationException, is_wrapped, near_names, rank_zero_warn
+from treadle_fabric import MisconfigurationException, is_wrapped, near_names, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
@@ -132,7 +132,7 @@ def check_fit(
             + _near_method(module, "validation_step")
         )
     elif not has_val and _has(module, "validation_step"):
-        rank_zero_warn(
+        rank_zero_info(
             f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
             "`val_dataloaders`."
         )

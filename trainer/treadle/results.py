@@ -109,14 +109,14 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, value in metrics.items():
         if not isinstance(value, Tensor):
-            out[name] = value
+            out[name] = float(value)
         elif value.device.type == "cpu":
-            out[name] = value.item()
+            out[name] = float(value.item())
         else:
             out[name] = 0.0  # keeps the order
             remote.setdefault((value.device, value.dtype), []).append(name)
     for names in remote.values():
-        out.update(zip(names, torch.stack([metrics[n].reshape(()) for n in names]).tolist(), strict=True))
+        out.update(zip(names, map(float, torch.stack([metrics[n].reshape(()) for n in names]).tolist()), strict=True))
     return out
 
 
@@ -135,12 +135,12 @@ class Slot:
 
     __slots__ = (
         "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step",
-        "options", "pending", "prog_bar", "rank_zero_only", "reduce", "sync_dist", "total", "value", "values",
+        "options", "pending", "prog_bar", "rank_zero_only", "reduce", "suffix", "sync_dist", "total", "value", "values",
         "weight", "weights",
     )  # fmt: skip
 
     def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
-        self.name = name
+        self.name, self.suffix = name, ""
         self.options = options
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
         self.prog_bar, self.logger = options[0], options[1] is not False
@@ -159,6 +159,13 @@ class Slot:
         self.values: list[Any] = []  # all of them, for a callable reduction
         self.total: Any = None
         self.weight = 0.0
+
+    def entries(self, value: Any, fork: str = "") -> list[tuple[str, Any]]:
+        """A value under the names it leaves with; ``fork`` is added where step and epoch values both do."""
+        end = (fork if self.forked else "") + self.suffix
+        if isinstance(value, Mapping):  # a torchmetrics object may compute several
+            return [(name + end, scalar) for name, scalar in flatten_metrics(value, f"{self.name}/")]
+        return [(self.name + end, value)]
 
     def accumulate(self, value: Any, weight: float) -> None:
         """Take a value into the epoch's reduction."""
@@ -245,6 +252,8 @@ class Results:
                     f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}; one number is logged under"
                     " a name: reduce it first, with `.mean()` say."
                 )
+            if value.ndim:
+                value = value.reshape(())
             if not options[5]:
                 value = value.detach().clone()  # the caller may go on to change it in place
         elif not isinstance(value, (int, float)):
@@ -304,13 +313,22 @@ class Results:
                 " callable."
             )
         key = (hook, name, self.dataloader_idx)
+        if key in self.slots and _same_code(self.slots[key].options, options):
+            slot = self.slots[key]
+            slot.options, slot.reduce = options, reduce_fx  # type: ignore[assignment]
+            return slot
         if key in self.slots:
             raise MisconfigurationException(
                 f"`self.log({name!r}, ...)` was called twice in `{hook}` with different options "
                 f"({self.slots[key].options} and {options}): use the same options, or another name."
             )
+        if add_idx and "/dataloader_idx_" in name:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, ...)`: with add_dataloader_idx=True the loader is added to the name: leave it out."
+            )
         several = self.dataloader_idx is not None and in_batch
-        final = f"{name}/dataloader_idx_{self.dataloader_idx}" if several and add_idx else name
+        suffix = f"/dataloader_idx_{self.dataloader_idx}" if several and add_idx else ""
+        final = name + suffix
         if several and not add_idx and final in self._names:
             raise MisconfigurationException(
                 f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own"
@@ -318,7 +336,7 @@ class Results:
             )
         self._names.setdefault(final, hook)
         slot = self.slots[key] = Slot(name, options, on_step, on_epoch)
-        slot.name = final
+        slot.suffix = suffix
         slot.loader = self.dataloader_idx
         return slot
 
@@ -333,11 +351,11 @@ class Results:
             if view == "callback":
                 if not self.training:
                     continue
-                if slot.forked:
-                    out[slot.name] = slot.value
+                if slot.forked and not slot.closed:
+                    out.update(slot.entries(slot.value))
             elif not (slot.logger if view == "logged" else slot.prog_bar):
                 continue
-            out[f"{slot.name}_step" if slot.forked else slot.name] = slot.value
+            out.update(slot.entries(slot.value, "_step"))
         return out
 
     def take_step_metrics(self) -> dict[str, Any]:
@@ -347,10 +365,9 @@ class Results:
         for slot in self.slots.values():
             if slot.on_step and slot.fresh and slot.logger:
                 slot.fresh = False
-                name = f"{slot.name}_step" if slot.forked else slot.name
-                out[name] = slot.value
+                out.update(slot.entries(slot.value, "_step"))
                 if slot.sync_dist and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
-                    shared.append((name, slot))
+                    shared += [(name, slot) for name, _ in slot.entries(slot.value, "_step")]
         if shared and self.training and self._fabric.world_size > 1:  # evaluation may be uneven over ranks
             rows = [(name, slot.reduce, float(slot.value), 1.0) for name, slot in shared]
             out.update(reduce_over_ranks(self._fabric, rows))  # type: ignore[arg-type]
@@ -371,11 +388,13 @@ class Results:
                 if callable(slot.reduce):
                     slot.values = _gather_values(self._fabric, slot.values)
                 else:
-                    rows.append((slot.name, slot.reduce, slot.total, slot.weight))
+                    rows.append((slot.name + slot.suffix, slot.reduce, slot.total, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
         for slot in slots:
             slot.closed = True
-            value = reduced[slot.name] if slot.name in reduced else slot.compute()
+            value = reduced.get(slot.name + slot.suffix)
+            if value is None:
+                value = slot.compute()
             if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.reshape(())
                 if value.dtype == torch.float64 and slot.metric is None:
@@ -475,8 +494,17 @@ def infer_batch_size(batch: Any) -> int:
     return 1
 
 
+def _same_code(one: LogOptions, other: LogOptions) -> bool:
+    """Whether only ``reduce_fx`` differs, and only because a lambda is made anew each time."""
+    code = getattr(one[4], "__code__", None)
+    same = code is not None and code is getattr(other[4], "__code__", None)
+    return same and one[:4] + one[5:] == other[:4] + other[5:]
+
+
 def _number(name: str, value: Any) -> float:
     try:
+        if isinstance(value, str):
+            raise TypeError
         return float(value)  # numpy scalars among others
     except (TypeError, ValueError):
         raise MisconfigurationException(
@@ -530,7 +558,9 @@ class Metrics:
         self._logged.update(results.latest("logged"))
         self._bar.update(results.latest("bar"))
 
-    def close_epoch(self, results: Results, *, local: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def close_epoch(
+        self, results: Results, *, local: bool = False, loaders: int = 1
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Take the epoch values of a stage that are not taken yet; ``local``: of this rank alone.
 
         Returns:
@@ -541,9 +571,7 @@ class Metrics:
         shared: dict[str, Any] = {}
         per_loader: dict[int, dict[str, Any]] = {}
         for slot, value in results.epoch_metrics(local=local):
-            entries = flatten_metrics(value, f"{slot.name}/") if isinstance(value, Mapping) else [(slot.name, value)]
-            for name, scalar in entries:
-                forked = f"{name}_epoch" if slot.forked else name
+            for (name, scalar), (forked, _) in zip(slot.entries(value), slot.entries(value, "_epoch"), strict=True):
                 if slot.logger:
                     logged[forked] = scalar
                 if slot.prog_bar:
@@ -551,9 +579,8 @@ class Metrics:
                 self._callback[name] = self._callback[forked] = scalar
                 (shared if slot.loader is None else per_loader.setdefault(slot.loader, {}))[forked] = scalar
         self._logged.update(logged)
-        loaders = [per_loader.get(i, {}) for i in range(max(per_loader, default=0) + 1)]
-        return logged, [{**mine, **shared} for mine in loaders]
+        return logged, [{**per_loader.get(i, {}), **shared} for i in range(loaders)]
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: v if isinstance(v, Tensor) else torch.tensor(v) for name, v in values.items()}
+    return {name: v if isinstance(v, Tensor) else torch.tensor(float(v)) for name, v in values.items()}

@@ -46,6 +46,7 @@ class Run:
         """Send ``self.log`` to the slots of another stage; returns those it went to before."""
         before = self.dispatch.results
         assert before is not None
+        self.metrics.keep(before)  # its step values stay in sight
         self.dispatch.results = results
         self.metrics.active = results
         for module in self.modules:

@@ -369,7 +369,9 @@ class Trainer(TrainerView):
                 if self._settings.detect_anomaly:
                     stack.enter_context(torch.autograd.set_detect_anomaly(True))
                 module.attach(self, results)
+                results.hook = "configure_callbacks"
                 self._add_model_callbacks(module)
+                results.hook = ""
                 dispatch = Dispatch(self, module, self.callbacks)
                 dispatch.results = self._metrics.active = results
                 self._run = run = Run(

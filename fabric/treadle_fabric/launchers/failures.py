@@ -153,7 +153,9 @@ class FailureBoard:
 
     def is_final(self, number: int, ranks: Sequence[int]) -> bool:
         """Whether the other processes must stop: one goes down, or some did not fail and wait for those that did."""
-        return self.has(f"final_{number}") or not all(self.has(f"failed_{number}_{rank}") for rank in ranks)
+        return self.has(f"final_{number}") or any(
+            self.has(f"joined_{rank}") and not self.has(f"failed_{number}_{rank}") for rank in ranks
+        )
 
     def claim_report(self, number: int) -> bool:
         """True once per failure, for the one who is to print it."""

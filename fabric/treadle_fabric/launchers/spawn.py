@@ -51,7 +51,8 @@ class SpawnLauncher(Launcher):
         environment: Gives the address and port where the ranks meet.
         num_processes: Processes to start.
         start_method: ``"spawn"`` and ``"forkserver"`` start fresh interpreters and pickle the function and its
-            arguments; ``"fork"`` copies this process, is quick and works in notebooks, but not once CUDA was used.
+            arguments; ``"fork"`` copies this process, is quick and works in notebooks, but not once CUDA was used, and on the
+            CPU its processes compute with one thread each.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class SpawnLauncher(Launcher):
             "LOCAL_WORLD_SIZE": str(self._num_processes),
             "WORLD_SIZE": str(self._num_processes),
         }
-        if "OMP_NUM_THREADS" not in os.environ:
+        if self._start_method == "fork":
+            variables["OMP_NUM_THREADS"] = "1"  # a fork has the thread pool's memory, not its threads, and would wait
+        elif "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(threads_per_process(self._num_processes))
         ranks = list(range(self._num_processes))
         board = FailureBoard.create(ranks)

@@ -70,6 +70,7 @@ class SubprocessLauncher(Launcher):
         if self._num_processes * self._num_nodes > 1:
             global _children
             if _children is not None and _children.is_over():
+                _children.check_relaunch()
                 _children = None
             if _children is None:
                 if current_member() is not None:
@@ -156,6 +157,14 @@ class _Children:
     def is_over(self) -> bool:
         # Processes that have just ended need a moment to be noticed.
         return self._over.wait(0 if self._running() else 5)
+
+    def check_relaunch(self) -> None:
+        # New processes would run the script from its beginning, and this one is in the middle of it.
+        if self._test is None or self._test == _test_runner_name():
+            raise MisconfigurationException(
+                "The other processes of this script have ended, and it cannot launch again. After a failure, run the "
+                "script again; for several launches that do not depend on each other use strategy='ddp_spawn'."
+            )
 
     def wait_for_earlier_test(self) -> None:
         if self._test is not None and self._test != _test_runner_name():
@@ -344,7 +353,7 @@ _children: _Children | None = None
 
 def launched_here() -> bool:
     """Whether this process started others that still run: the environment looks then as if somebody else had."""
-    return _children is not None and _children.owner == os.getpid()
+    return _children is not None and _children.owner == os.getpid() and not _children.is_over()
 
 
 def settle() -> None:

@@ -217,7 +217,8 @@ class ParallelStrategy(Strategy):
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         source = self._on_device(tensor).contiguous()
-        gathered: Tensor = _Gather.apply(source, group) if sync_grads else _gather(source.detach(), group)
+        gather: Any = _Gather.apply if sync_grads else _gather
+        gathered: Tensor = gather(source if sync_grads else source.detach(), group)
         return gathered.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
@@ -251,7 +252,7 @@ class _Gather(torch.autograd.Function):
         return _gather(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient, group=ctx.group)
         return gradient[dist.get_rank(ctx.group)], None

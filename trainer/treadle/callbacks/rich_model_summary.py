@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.callbacks.model_summary import ModelSummary
-from treadle.callbacks.progress.progress_bar import require_package
+from treadle.callbacks.progress.display import require_package
 from treadle.model_summary import totals
 
 __all__ = ["RichModelSummary"]

@@ -75,7 +75,7 @@ class Evaluation:
                     if limit:
                         self._loader(loader_idx, limit, silent)
                 dispatch.call(f"{hook}_epoch_end")
-                logged, per_loader = run.metrics.close_epoch(results)
+                logged, per_loader = run.metrics.close_epoch(results, loaders=len(limits))
                 if not silent:
                     step = run.progress.logging_step
                     run.write(logged, max(step - 1, 0) if run.state.fn is TrainerFn.FITTING else step)
@@ -89,7 +89,7 @@ class Evaluation:
                     module.training = mode
         if modes is None:
             dispatch.call(f"{hook}_model_train")
-        return per_loader + [{} for _ in range(len(limits) - len(per_loader))]
+        return per_loader
 
     def _loader(self, loader_idx: int, limit: float, silent: bool) -> None:
         run, results, step, takes = self._run, self._results, self._step, self._takes

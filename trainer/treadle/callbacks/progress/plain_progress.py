@@ -5,15 +5,8 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
-from treadle.callbacks.progress.progress_bar import (
-    Bar,
-    Display,
-    Stage,
-    TimedProgressBar,
-    format_metric,
-    format_rate,
-    format_time,
-)
+from treadle.callbacks.progress.display import Bar, Display, Stage, format_metric, format_rate, format_time
+from treadle.callbacks.progress.progress_bar import TimedProgressBar
 
 __all__ = ["LinesDisplay", "PlainProgressBar"]
 

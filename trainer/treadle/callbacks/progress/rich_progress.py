@@ -6,16 +6,9 @@ import builtins
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from treadle.callbacks.progress.display import Bar, Display, Stage, format_rate, format_time, require_package
 from treadle.callbacks.progress.plain_progress import LinesDisplay
-from treadle.callbacks.progress.progress_bar import (
-    Bar,
-    Display,
-    Stage,
-    TimedProgressBar,
-    format_rate,
-    format_time,
-    require_package,
-)
+from treadle.callbacks.progress.progress_bar import TimedProgressBar
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,17 +11,17 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from treadle.callbacks.progress.plain_progress import LinesDisplay
-from treadle.callbacks.progress.progress_bar import (
+from treadle.callbacks.progress.display import (
     Bar,
     Display,
     Stage,
-    TimedProgressBar,
     format_metric,
     is_notebook,
     is_terminal,
     require_package,
 )
+from treadle.callbacks.progress.plain_progress import LinesDisplay
+from treadle.callbacks.progress.progress_bar import TimedProgressBar
 
 if TYPE_CHECKING:
     from tqdm import tqdm
