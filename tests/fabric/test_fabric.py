@@ -195,8 +195,12 @@ def test_setup_returns() -> None:
 
 
 def test_move_to_device() -> None:
-    # a device that every machine has beside the CPU
-    run = Fabric(strategy=SingleDeviceStrategy(device="meta", accelerator=CPUAccelerator()), devices=1)
+    class Meta(CPUAccelerator):
+        """Stands in for hardware; every machine has the meta device."""
+
+        def setup_device(self, device: torch.device) -> None: ...
+
+    run = Fabric(strategy=SingleDeviceStrategy(device="meta", accelerator=Meta()), devices=1)
     assert run.setup(nn.Linear(1, 1)).weight.device.type == "meta"
     assert run.setup(nn.Linear(1, 1), move_to_device=False).weight.device.type == "cpu"
     batches = [torch.ones(1)]

@@ -28,7 +28,7 @@ from treadle_fabric.launchers import (
 pytestmark = pytest.mark.timeout(120)
 
 PREAMBLE = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 import torch
 import torch.distributed as dist
 from treadle_fabric.environments import LightningEnvironment
@@ -41,6 +41,7 @@ def join():
     open(f"pid_{env.global_rank()}", "w").write(str(os.getpid()))
     address = f"tcp://{env.main_address}:{env.main_port}"
     dist.init_process_group("gloo", init_method=address, rank=env.global_rank(), world_size=env.world_size())
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     dist.barrier()
     return env.global_rank()
 """

@@ -322,8 +322,7 @@ def test_a_module_with_its_own_loaders_has_the_transfer_hooks(tmp_path: Path) ->
 
 
 def test_without_validation_there_is_no_sanity_check(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no validation batches"):
-        fit(tmp_path, train_dataloaders=loader(4))
+    fit(tmp_path, train_dataloaders=loader(4))
     e = Expected(data="module")
     check(e.fit([*e.batch() * 2, *e.epoch_end()], sanity=0, validates=False, loaders=False))
 
@@ -381,8 +380,7 @@ def test_several_loaders(tmp_path: Path) -> None:
 
 
 def test_several_training_loaders_make_one_batch(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="no validation batches"):
-        fit(tmp_path, train_dataloaders={"a": loader(4), "b": loader(2)})
+    fit(tmp_path, train_dataloaders={"a": loader(4), "b": loader(2)})
     e = Expected(data="module")
     check(e.fit([*e.batch() * 2, *e.epoch_end()], sanity=0, validates=False, loaders=False))
 
@@ -417,8 +415,7 @@ def test_plateau_scheduler_steps_after_the_module_and_before_a_checkpoint(tmp_pa
 def test_an_optimizer_with_a_closure_repeats_the_step(tmp_path: Path, straight_line: bool) -> None:
     model = (StraightModel if straight_line else RecordedModel)()
     model.lbfgs = True
-    with pytest.warns(UserWarning, match="no validation batches"):
-        fit(tmp_path, model, train_dataloaders=loader(2), callbacks=[RecordedCallback()])
+    fit(tmp_path, model, train_dataloaders=loader(2), callbacks=[RecordedCallback()])
     zero = [*E.all("on_before_zero_grad"), "module.optimizer_zero_grad"]
     evaluate = ["module.training_step", *zero, *E.backward, *E.before_step]
     step = TRACE.count("module.training_step") * evaluate

@@ -696,8 +696,9 @@ REFUSED = """on_fit_start on_fit_end on_train_end on_validation_end on_test_end 
     setup teardown""".split()
 PREDICT = [f"on_predict_{point}" for point in "start end epoch_start epoch_end batch_start batch_end".split()]
 MODULE_STEP = "optimizer_step optimizer_zero_grad backward configure_gradient_clipping".split()
-MODULE_REFUSED = """prepare_data configure_model configure_optimizers configure_callbacks train_dataloader val_dataloader
-    on_before_batch_transfer transfer_batch_to_device on_after_batch_transfer on_validation_model_zero_grad
+MODULE_REFUSED = """prepare_data configure_model configure_optimizers configure_callbacks train_dataloader
+    val_dataloader on_before_batch_transfer transfer_batch_to_device on_after_batch_transfer
+    on_validation_model_zero_grad
     on_validation_model_eval on_validation_model_train on_test_model_eval on_test_model_train""".split()
 
 

@@ -14,11 +14,10 @@ from treadle.callbacks import (
     EarlyStopping,
     ModelCheckpoint,
     ModelSummary,
-    PlainProgressBar,
     ProgressBar,
     Timer,
-    TQDMProgressBar,
 )
+from treadle.callbacks.progress import default_progress_bar
 from treadle.dispatch import check_callbacks, reorder_callbacks
 from treadle.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
@@ -251,7 +250,7 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     if settings.enable_checkpointing and not any(isinstance(c, Checkpoint) for c in found):
         found.append(ModelCheckpoint())
     if settings.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in found):
-        found.append(TQDMProgressBar() if find_spec("tqdm") is not None else PlainProgressBar())
+        found.append(default_progress_bar())
     if settings.enable_model_summary and not any(isinstance(c, ModelSummary) for c in found):
         found.append(ModelSummary())
     if settings.durations.max_time is not None and not any(isinstance(c, Timer) for c in found):

@@ -324,7 +324,7 @@ class Results:
             )
         if add_idx and "/dataloader_idx_" in name:
             raise MisconfigurationException(
-                f"`self.log({name!r}, ...)`: with add_dataloader_idx=True the loader is added to the name: leave it out."
+                f"`self.log({name!r}, ...)`: add_dataloader_idx=True adds the loader to the name: leave it out."
             )
         several = self.dataloader_idx is not None and in_batch
         suffix = f"/dataloader_idx_{self.dataloader_idx}" if several and add_idx else ""

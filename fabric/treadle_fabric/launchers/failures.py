@@ -159,7 +159,7 @@ class FailureBoard:
 
     def claim_report(self, number: int) -> bool:
         """True once per failure, for the one who is to print it."""
-        return self.touch(f"reported_{number}")
+        return self.touch(f"reported_{number}") or not self.directory.exists()
 
     def report(self, number: int) -> None:
         """Print the failure, unless somebody did."""
@@ -248,7 +248,8 @@ class Member:
             time.sleep(0.02)
 
     def _excepthook(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
-        if os.getpid() != self.pid:  # a process forked from this one has no part in the launch
+        # A process forked from this one has no part in the launch. And torch may keep this hook beyond its end.
+        if current_member() is not self:
             self._previous_hook(kind, exc, tb)
             return
         won = self.claim(exc)

@@ -51,8 +51,8 @@ class SpawnLauncher(Launcher):
         environment: Gives the address and port where the ranks meet.
         num_processes: Processes to start.
         start_method: ``"spawn"`` and ``"forkserver"`` start fresh interpreters and pickle the function and its
-            arguments; ``"fork"`` copies this process, is quick and works in notebooks, but not once CUDA was used, and on the
-            CPU its processes compute with one thread each.
+            arguments; ``"fork"`` copies this process, is quick and works in notebooks, but not once CUDA was used; on
+            the CPU its processes compute with one thread each.
     """
 
     def __init__(
