@@ -55,7 +55,7 @@ def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bo
     if not weights_only:
         states = {c.state_key: c.state_dict() for c in callbacks if overrides(c, "state_dict", Callback)}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-        checkpoint["optimizer_states"] = [strategy.get_optimizer_state(o) for o in run.optimizers]
+        checkpoint["optimizer_states"] = [strategy.get_optimizer_state(o.optimizer) for o in run.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
         if scaler := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = scaler
