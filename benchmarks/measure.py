@@ -147,13 +147,13 @@ class Worker:
 def measure(item: Item, rounds: int, clock: str = "wall") -> Result:
     """Measures one item; the contestants take turns, and who begins changes from round to round.
 
-    ``clock`` is "wall", or "cpu" for the processor time (not for DDP).
+    ``clock`` is "wall", or "cpu" for the processor time of the worker.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if item.kind == "slope":
             return _slopes(item, rounds, clock, folder)
         if item.kind == "ddp":
-            return _ddp(item, rounds, folder)
+            return _ddp(item, rounds, clock, folder)
         if item.kind == "import":
             return _imports(item, rounds, clock, folder)
         return _frames(item, folder)
@@ -224,7 +224,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _ddp_round(item: Item, contestant: str, folder: str) -> float:
+def _ddp_round(item: Item, contestant: str, clock: str, folder: str) -> float:
     """Microseconds per step of one run over two processes, which an external launcher (this one) starts."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -238,7 +238,7 @@ def _ddp_round(item: Item, contestant: str, folder: str) -> float:
     pair = [Worker(folder, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     try:
         for worker in pair:
-            worker.send(do="prepare", contestant=contestant)
+            worker.send(do="prepare", contestant=contestant, clock=clock)
         for worker in pair:
             problem = worker.receive()
             if problem is not None:
@@ -253,7 +253,7 @@ def _ddp_round(item: Item, contestant: str, folder: str) -> float:
             worker.close()
 
 
-def _ddp(item: Item, rounds: int, folder: str) -> Result:
+def _ddp(item: Item, rounds: int, clock: str, folder: str) -> Result:
     result = Result(item)
     values: dict[str, list[float]] = {name: [] for name in item.contestants}
     order = list(item.contestants)
@@ -263,7 +263,7 @@ def _ddp(item: Item, rounds: int, folder: str) -> Result:
             if name in result.notes:
                 continue
             try:
-                values[name].append(_ddp_round(item, name, folder))
+                values[name].append(_ddp_round(item, name, clock, folder))
             except (LookupError, RuntimeError) as error:
                 result.notes[name] = str(error)
                 values.pop(name)

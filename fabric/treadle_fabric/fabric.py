@@ -27,6 +27,7 @@ from treadle_fabric.wrappers import (
     FabricModule,
     FabricOptimizer,
     check_loader,
+    check_loggers,
     check_module,
     check_optimizer,
     check_ownership,
@@ -88,7 +89,7 @@ class Fabric:
         )
         self._strategy: Strategy = build(plan)
         self._callbacks: list[Any] = _as_list(callbacks)
-        self._loggers: list[Any] = _as_list(loggers)
+        self._loggers: list[Any] = check_loggers(_as_list(loggers))
         self._launched = False
         self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # those set up
         self._plain_backward = self._strategy.plain_backward
@@ -285,11 +286,7 @@ class Fabric:
         return self._wrap_module(self._strategy.setup_module(module), module)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Prepare optimizers alone, of one or several models.
-
-        Returns:
-            The wrapped optimizer, or a tuple of several.
-        """
+        """Prepare optimizers alone, of one or several models; returns the wrapped one, or a tuple of several."""
         self._require_launch("setup_optimizers")
         if not optimizers:
             raise MisconfigurationException("setup_optimizers() got no optimizer.")

@@ -518,6 +518,22 @@ def check_loader(loader: Any) -> None:
             f"A loader is of type {type(loader).__name__}, which cannot be iterated. Give a DataLoader, or any "
             "iterable of batches."
         )
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
+        raise MisconfigurationException(
+            f"A loader is of type {type(loader).__name__}, a Dataset, whose items are samples and not batches. Give "
+            f"DataLoader({type(loader).__name__.lower()}, batch_size=...)."
+        )
+
+
+def check_loggers(loggers: list[Any]) -> list[Any]:
+    """Refuse what cannot log."""
+    for logger in loggers:
+        if isinstance(logger, type) or not callable(getattr(logger, "log_metrics", None)):
+            raise MisconfigurationException(
+                f"loggers has {logger!r}, which has no method log_metrics. Give Logger objects, such as "
+                "CSVLogger('logs')."
+            )
+    return loggers
 
 
 def check_ownership(module: Module, optimizer: Optimizer, others: Iterable[Module]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from treadle_fabric import (
+    batch_mover,
     has_len,
     move_data_to_device,
     sampler_epoch,
@@ -129,6 +130,15 @@ def test_parts_that_are_there_are_the_same_objects() -> None:
     inner = {"y": there}
     moved = move_data_to_device([t(), inner], META)
     assert moved[1] is inner
+
+
+def test_batch_mover_does_the_same() -> None:
+    stay, move = batch_mover(torch.device("cpu")), batch_mover(META)
+    for batch in (t(), [t(), t()], (t(),), {"x": t()}, [t(), 1], "text"):
+        assert stay(batch) is batch
+    assert move([t(), 1])[0].device == META
+    movable = stay([Movable("elsewhere"), t()])
+    assert movable[0].device == "cpu"
 
 
 # Sharing out

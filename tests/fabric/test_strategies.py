@@ -109,6 +109,26 @@ def test_moves_state_that_an_optimizer_has_already() -> None:
     assert devices == {"step": "cpu", "exp_avg": "meta", "exp_avg_sq": "meta"}
 
 
+def test_a_users_strategy_sees_every_backward_and_step() -> None:
+    """The short cuts of hot loops are for strategies that add nothing."""
+    calls: list[str] = []
+
+    class Watching(SingleDeviceStrategy):
+        def backward(self, tensor: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+            calls.append("backward")
+            super().backward(tensor, module, *args, **kwargs)
+
+        def before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            calls.append("step")
+
+    fabric = Fabric(accelerator="cpu", devices=1, strategy=Watching())
+    net = nn.Linear(1, 1)
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    fabric.backward(model(torch.ones(1, 1)).sum())
+    optimizer.step()
+    assert calls == ["backward", "step"]
+
+
 # Collectives
 
 

@@ -67,8 +67,8 @@ def check_hook_names(obj: object) -> None:
         for name in vars(cls):
             if new := _RETIRED.get(name):
                 raise MisconfigurationException(
-                    f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and define"
-                    f" `{new}(self)`, which replaces it."
+                    f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and"
+                    f" define `{new}(self)`, which replaces it."
                 )
             if name.startswith("on_") and not hasattr(ModuleHooks, name) and not hasattr(Callback, name):
                 near = difflib.get_close_matches(name, [*MODULE_HOOKS, *CALLBACK_HOOKS], n=1, cutoff=0.88)

@@ -276,7 +276,7 @@ class Results:
         size = 1 if self.batch is None else infer_batch_size(self.batch)
         if size is None and slot.reduce == "mean":
             raise MisconfigurationException(
-                f"`self.log({slot.name!r}, ...)` weights its mean over the epoch by the batch size, and the batch (of type"
+                f"`self.log({slot.name!r}, ...)` weights its mean over the epoch by the batch size, and the batch (a"
                 f" {type(self.batch).__name__}) has no tensor that would tell it: pass `batch_size`."
             )
         return 1 if size is None else size
