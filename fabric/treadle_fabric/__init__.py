@@ -12,6 +12,7 @@ from treadle_fabric.attribute_dict import AttributeDict
 from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
 from treadle_fabric.data import (
     ShardedSampler,
+    batch_mover,
     has_len,
     map_tensors,
     move_data_to_device,
@@ -42,6 +43,7 @@ from treadle_fabric.errors import (
     MisconfigurationException,
     ProcessFailedError,
     TreadleError,
+    UnknownArgumentError,
     UnusedParametersError,
     near_names,
 )
@@ -140,7 +142,9 @@ __all__ = [
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
     "TreadleError",
+    "UnknownArgumentError",
     "UnusedParametersError",
+    "batch_mover",
     "canonical_precision",
     "claim_failure",
     "collect_rng_states",

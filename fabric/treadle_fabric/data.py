@@ -21,6 +21,7 @@ from treadle_fabric.seed import worker_init_function
 __all__ = [
     "PrivateRandomness",
     "ShardedSampler",
+    "batch_mover",
     "has_len",
     "map_tensors",
     "move_data_to_device",
@@ -62,6 +63,24 @@ def move_data_to_device(batch: Any, device: torch.device | str | int) -> Any:
         else:
             return batch
     return map_tensors(batch, partial(_move, device=device), movable=True)
+
+
+def batch_mover(device: torch.device) -> Callable[[Any], Any]:
+    """:func:`move_data_to_device` for one device, quicker for batches that are on the CPU and stay there."""
+
+    def move(batch: Any) -> Any:
+        return move_data_to_device(batch, device)
+
+    def stay(batch: Any) -> Any:
+        kind = type(batch)
+        if kind is list or kind is tuple:
+            for item in batch:
+                if type(item) is not Tensor or not item.is_cpu:
+                    return move_data_to_device(batch, device)
+            return batch
+        return move_data_to_device(batch, device)
+
+    return stay if device.type == "cpu" else move
 
 
 def _move(data: Any, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
     TreadleError
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
+    |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -17,7 +18,10 @@ Every message says the value, the rule and the remedy.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
 
 __all__ = [
     "CheckpointCorruptError",
@@ -29,9 +33,13 @@ __all__ = [
     "MisconfigurationException",
     "ProcessFailedError",
     "TreadleError",
+    "UnknownArgumentError",
     "UnusedParametersError",
     "near_names",
+    "suggests_arguments",
 ]
+
+P = ParamSpec("P")
 
 
 class TreadleError(Exception):
@@ -44,6 +52,10 @@ class MisconfigurationException(TreadleError, ValueError):
 
 class DeviceUnavailableError(MisconfigurationException):
     """A device was asked for that this machine does not have."""
+
+
+class UnknownArgumentError(MisconfigurationException, TypeError):
+    """A constructor was called with a name that none of its arguments has."""
 
 
 class CheckpointError(TreadleError):
@@ -84,3 +96,23 @@ def near_names(name: str, known: Iterable[str], n: int = 3) -> str:
     if close:
         return "Did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "There is: " + ", ".join(known) + "." if known else "There is none."
+
+
+def suggests_arguments(init: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a constructor without ``**kwargs`` to answer a misspelled argument with the near names.
+
+    Raises:
+        UnknownArgumentError: when the constructor is called with a name that it does not have.
+    """
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise UnknownArgumentError(
+                    f"{type(args[0]).__qualname__}({name}=...) is no argument. {near_names(name, known)}"
+                )
+        init(*args, **kwargs)
+
+    return checked

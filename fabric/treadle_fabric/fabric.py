@@ -16,7 +16,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.data import map_tensors, seed_workers, shard_dataloader
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, suggests_arguments
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, resolve
 from treadle_fabric.seed import seed_everything as _seed_everything
@@ -65,6 +65,7 @@ class Fabric:
         MisconfigurationException: Arguments that cannot work, alone or together.
     """
 
+    @suggests_arguments
     def __init__(
         self,
         *,
@@ -90,7 +91,7 @@ class Fabric:
         self._loggers: list[Any] = _as_list(loggers)
         self._launched = False
         self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # those set up
-        self._backward = self._strategy.backward
+        self._plain_backward = self._strategy.plain_backward
 
     def __getstate__(self) -> dict[str, Any]:
         # nothing is set up yet in the process that gets this pickled
@@ -374,7 +375,11 @@ class Fabric:
                 f"backward got a {type(tensor).__name__}, and needs the loss as a tensor. A float, as of .item(), has "
                 "no gradient; of a dict or tuple, pass the loss in it."
             )
-        self._backward(tensor, None if model is None else engine_of(model, "backward"), *args, **kwargs)
+        engine = None if model is None else engine_of(model, "backward")
+        if self._plain_backward:
+            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        else:
+            self._strategy.backward(tensor, engine, *args, **kwargs)
 
     def clip_gradients(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.data import move_data_to_device, sampler_epoch, set_epoch
+from treadle_fabric.data import batch_mover, sampler_epoch, set_epoch
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
 
@@ -309,6 +309,7 @@ class FabricOptimizer:
         fields["_strategy"] = strategy
         fields["_before_step"] = before_step
         fields["_after_step"] = after_step
+        fields["_plain_step"] = strategy.plain_step
         cls = type(optimizer)
         for name in dir(cls):
             # Bound once: a method found on the class would run with the wrapper as its self
@@ -327,7 +328,10 @@ class FabricOptimizer:
             self._before_step(self.optimizer)
         if closure is not None:
             kwargs["closure"] = closure
-        result = self._strategy.optimizer_step(self.optimizer, **kwargs)
+        if self._plain_step:
+            result: Any = self.optimizer.step(**kwargs)
+        else:
+            result = self._strategy.optimizer_step(self.optimizer, **kwargs)
         if self._after_step is not None:
             self._after_step(self.optimizer)
         return result
@@ -423,19 +427,12 @@ class FabricDataLoader:
         self._epoch += 1
         if self._device is None:
             return iter(self._dataloader)
-        return map(_mover(self._device), self._dataloader)
+        return map(batch_mover(self._device), self._dataloader)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_dataloader":  # not there yet: being copied or unpickled
             raise AttributeError(name)
         return getattr(self._dataloader, name)
-
-
-def _mover(device: torch.device) -> Callable[[Any], Any]:
-    def move(batch: Any) -> Any:
-        return move_data_to_device(batch, device)
-
-    return move
 
 
 def is_wrapped(obj: object) -> bool:

@@ -115,8 +115,10 @@ def _check_flags(given: dict[str, Any]) -> None:
             _boolean(given[name], name)
     if given["deterministic"] not in (None, True, False, "warn"):
         raise MisconfigurationException(f"deterministic={given['deterministic']!r} must be True, False or 'warn'.")
+    if not isinstance(given["default_root_dir"], (str, os.PathLike, type(None))):
+        raise MisconfigurationException(f"default_root_dir={given['default_root_dir']!r} must be a path, or None.")
     clip, algorithm = given["gradient_clip_val"], given["gradient_clip_algorithm"]
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or clip < 0):
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0):
         raise MisconfigurationException(f"gradient_clip_val={clip!r} must be a number of at least 0.")
     if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
         raise MisconfigurationException(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from treadle.arguments import Settings
@@ -15,7 +17,7 @@ from treadle.loops.step import AutomaticStep, Clipping, ManualStep
 from treadle.optimizers import parse_optimizers
 from treadle.preflight import merged_hyperparameters
 from treadle.schedule import ValidationSchedule
-from treadle_fabric import FabricOptimizer
+from treadle_fabric import FabricOptimizer, MisconfigurationException
 
 if TYPE_CHECKING:
     from treadle.loops.fit import FitLoop
@@ -23,6 +25,17 @@ if TYPE_CHECKING:
     from treadle.signals import Signals
 
 __all__: list[str] = []
+
+
+def share_batch_norm(module: nn.Module, device: torch.device) -> None:
+    """Let the batch-norm layers of ``module`` share their statistics over the ranks."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    layers = [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if layers and device.type == "cpu":
+        raise MisconfigurationException(
+            f"sync_batchnorm=True, but torch shares the statistics of {layers[0]!r} between GPUs only, and this run is"
+            " on the CPU: leave sync_batchnorm out."
+        )
 
 
 def set_up_optimizers(run: Run) -> None:

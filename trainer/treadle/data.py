@@ -88,7 +88,7 @@ def make_transfer(
                     if name.startswith("transfer")
                     else ("batch", "dataloader_idx")
                 )
-                check_signature(chosen[name], arguments, type(owner).__qualname__)
+                check_signature(chosen[name], name, arguments, type(owner).__qualname__)
                 break
     if not chosen:
         return lambda batch, dataloader_idx: move_data_to_device(batch, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,20 +10,26 @@ from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
 from treadle.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
     from treadle.results import Results
     from treadle.trainer import Trainer
 
-__all__ = ["Dispatch", "check_signature", "overrides"]
+__all__ = ["Dispatch", "check_hook_names", "check_signature", "overrides"]
 
 Listeners = tuple[Callable[..., Any], ...]
 MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
 """They come apart, so that they see what the module logs in that hook."""
 _AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
 """Here monitoring callbacks come after the module, so that what they save has nothing of the hook still to come."""
+_RETIRED: Final = {
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end",
+    "test_epoch_end": "on_test_epoch_end",
+}
+"""Hooks that Lightning had before 2.0."""
 
 
 def overrides(obj: object, name: str, base: type) -> bool:
@@ -31,7 +38,7 @@ def overrides(obj: object, name: str, base: type) -> bool:
     return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
 
 
-def check_signature(method: Callable[..., Any], arguments: Sequence[str], owner: str) -> None:
+def check_signature(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> None:
     """Refuse a hook that cannot take what it will be called with.
 
     Raises:
@@ -44,11 +51,31 @@ def check_signature(method: Callable[..., Any], arguments: Sequence[str], owner:
     try:
         signature.bind(*arguments)
     except TypeError as error:
-        name = getattr(method, "__name__", str(method))
         raise MisconfigurationException(
             f"`{owner}.{name}{signature}` cannot be called as the trainer calls it ({error}): "
             f"define `{name}({', '.join(('self', *arguments))})`."
         ) from None
+
+
+def check_hook_names(obj: object) -> None:
+    """Speak up about methods of a module or a callback that look like hooks, and that nobody would call.
+
+    Raises:
+        MisconfigurationException: a hook of Lightning 1.x, whose work would be lost.
+    """
+    for cls in type(obj).__mro__:
+        if cls.__module__.partition(".")[0] in ("treadle", "treadle_fabric", "torch"):
+            continue
+        for name in vars(cls):
+            if new := _RETIRED.get(name):
+                raise MisconfigurationException(
+                    f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and define"
+                    f" `{new}(self)`, which replaces it."
+                )
+            if name.startswith("on_") and not hasattr(ModuleHooks, name) and not hasattr(Callback, name):
+                near = difflib.get_close_matches(name, [*MODULE_HOOKS, *CALLBACK_HOOKS], n=1, cutoff=0.88)
+                if near:
+                    rank_zero_warn(f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?")
 
 
 class Dispatch:
@@ -65,13 +92,13 @@ class Dispatch:
                 if overrides(callback, name, Callback):
                     method = getattr(callback, name)
                     check_signature(
-                        method, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
+                        method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
                     )
                     late = callback.monitors and name in _AFTER_MODULE
                     (last if late else first).append(partial(method, trainer, module))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
                 method = getattr(module, name)
-                check_signature(method, MODULE_HOOKS[name], type(module).__qualname__)
+                check_signature(method, name, MODULE_HOOKS[name], type(module).__qualname__)
                 first.append(method)
             if name == "on_train_epoch_end":
                 self._table[MONITORS] = tuple(last)
@@ -122,6 +149,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 f"callbacks has {callback!r} of type {type(callback).__name__}; a callback derives from"
                 " `treadle.Callback`" + (": pass an instance, not the class." if isinstance(callback, type) else ".")
             )
+        check_hook_names(callback)
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:

@@ -43,6 +43,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     forward_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
     """Methods that run through the strategy's engine and precision when called on the wrapped module."""
+    automatic_optimization: bool = True
+    """Whether the trainer steps the optimizer; False, in ``__init__`` or in the class, if ``training_step`` does."""
+    example_input_array: Any = None
+    """An input of ``forward``, for the graph, the summary and the export to ONNX."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,8 +55,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self._metrics: MetricSink = NOT_LOGGING
         self._toggled: dict[int, list[tuple[nn.Parameter, bool]]] = {}
         self._strict_loading: bool | None = None
-        self.automatic_optimization = True
-        self.example_input_array: Any = None
 
     # ------------------------------------------------------------------------------------------------ where it runs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,9 @@ import torch
 
 from treadle.arguments import Settings
 from treadle.data import check_loader, defines_loader
-from treadle.dispatch import overrides
+from treadle.dispatch import check_hook_names, overrides
 from treadle.state import TrainerFn
-from treadle_fabric import MisconfigurationException, is_wrapped, near_names, rank_zero_info, rank_zero_warn
+from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
@@ -53,6 +54,7 @@ def check_model(model: Any, what: str) -> None:
             raise MisconfigurationException(
                 f"{type(model).__qualname__}.__init__ does not call `super().__init__()`: call it first."
             )
+        check_hook_names(model)
         return
     if isinstance(model, type):
         hint = f"`{model.__name__}` is a class: pass an instance."
@@ -103,8 +105,8 @@ def _has(module: LightningModule, name: str) -> bool:
 
 def _near_method(module: LightningModule, name: str) -> str:
     own = [n for n in vars(type(module)) if not n.startswith("_") and n not in _MODULE_METHODS]
-    hint = near_names(name, own)
-    return f" {hint}" if hint.startswith("Did") else ""
+    near = difflib.get_close_matches(name, own, n=1)
+    return f" (It has `{near[0]}`: is that a misspelling?)" if near else ""
 
 
 def _has_loader(name: str, given: Any, module: LightningModule, datamodule: LightningDataModule | None) -> bool:

@@ -279,8 +279,17 @@ class Results:
             if batch_size is None:
                 batch_size = self.batch_size
                 if batch_size is None:
-                    batch_size = self.batch_size = 1 if self.batch is None else infer_batch_size(self.batch)
+                    batch_size = self.batch_size = self._infer_batch_size(slot)
             slot.accumulate(value, batch_size)
+
+    def _infer_batch_size(self, slot: Slot) -> int:
+        size = 1 if self.batch is None else infer_batch_size(self.batch)
+        if size is None and slot.reduce == "mean":
+            raise MisconfigurationException(
+                f"`self.log({slot.name!r}, ...)` weights its mean over the epoch by the batch size, and the batch (of type"
+                f" {type(self.batch).__name__}) has no tensor that would tell it: pass `batch_size`."
+            )
+        return 1 if size is None else size
 
     def begin_batch(self, batch: Any) -> None:
         """The batch that values logged from now on belong to; None outside batches."""
@@ -508,13 +517,14 @@ def _exchange(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]], nam
     return body
 
 
-def infer_batch_size(batch: Any) -> int:
-    """The first dimension of the first tensor found in a batch; 1 where there is none."""
+def infer_batch_size(batch: Any) -> int | None:
+    """The first dimension of the first tensor or array found in a batch; None where there is none."""
     stack = [batch]
     while stack:
         item = stack.pop()
-        if isinstance(item, Tensor):
-            return item.shape[0] if item.ndim else 1
+        shape = getattr(item, "shape", None)
+        if isinstance(shape, tuple):  # a tensor's is one
+            return int(shape[0]) if shape else 1
         if isinstance(item, str):
             continue
         if isinstance(item, Mapping):
@@ -523,7 +533,7 @@ def infer_batch_size(batch: Any) -> int:
             stack += reversed(item)
         elif hasattr(item, "__dict__"):
             stack += reversed([v for k, v in vars(item).items() if not k.startswith("_")])
-    return 1
+    return None
 
 
 def _same_code(one: LogOptions, other: LogOptions) -> bool:

@@ -33,6 +33,7 @@ from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, Tr
 from treadle.tables import print_results
 from treadle.view import TrainerView
 from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info
+from treadle_fabric.errors import suggests_arguments
 from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Trainer(TrainerView):
         MisconfigurationException: an argument is wrong; nothing has been started then.
     """
 
+    @suggests_arguments
     def __init__(
         self,
         *,
@@ -428,7 +430,7 @@ class Trainer(TrainerView):
         with self.fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
         if self._settings.sync_batchnorm and self.world_size > 1:
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+            assembly.share_batch_norm(module, self.fabric.device)
 
     def _finish(self, run: Run) -> None:
         fn = self.state.fn

@@ -35,7 +35,7 @@ class CPUAccelerator(Accelerator):
             count = len(devices) if not isinstance(devices, str) else devices.count(",") + 1
             raise DeviceUnavailableError(
                 f"devices={devices!r} lists indices, but there is one CPU and accelerator='cpu' takes a number of "
-                f"processes. Use devices={count}."
+                f"processes. Use devices={max(count, 1)}."
             )
         return parse_count(devices, "cpu")
 

@@ -83,6 +83,10 @@ class Failure:
         lines = [line for line in self.text.strip().splitlines() if line.strip()]
         return lines[-1] if lines else ""
 
+    def __str__(self) -> str:
+        is_traceback = "Traceback (most recent call last)" in self.text
+        return f"rank {self.rank} failed:\n{self.text}" if is_traceback else self.text
+
 
 class FailureBoard:
     """The launch directory, read and written.
@@ -165,8 +169,7 @@ class FailureBoard:
         """Print the failure, unless somebody did."""
         failure = self.failure(number)
         if failure is not None and self.claim_report(number):
-            header = f"rank {failure.rank} failed:\n" if "Traceback (most recent call last)" in failure.text else ""
-            _say(header + failure.text)
+            _say(str(failure))
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -103,7 +103,7 @@ class SpawnLauncher(Launcher):
                 self._processes[rank] = process
             failure = self._wait(board, ranks)
             if failure is not None:
-                raise ProcessFailedError(f"rank {failure.rank} failed:\n\n{failure.text}")
+                raise ProcessFailedError(str(failure))
             result: T = torch.load(board.directory / _RESULT, map_location="cpu", weights_only=False)
             return result
         finally:

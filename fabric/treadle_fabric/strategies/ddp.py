@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import CheckpointIO
-from treadle_fabric.errors import UnusedParametersError
+from treadle_fabric.errors import UnknownArgumentError, UnusedParametersError, near_names
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["DDPStrategy"]
 
 _MAX_NAMED = 10
+_ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
 
 class DDPStrategy(ParallelStrategy):
@@ -71,6 +73,10 @@ class DDPStrategy(ParallelStrategy):
             timeout,
             start_method,
         )
+        for name in kwargs:
+            if name not in _ENGINE_ARGUMENTS:
+                known = {*inspect.signature(DDPStrategy).parameters, *_ENGINE_ARGUMENTS} - {"kwargs"}
+                raise UnknownArgumentError(f"DDPStrategy({name}=...) is no argument. {near_names(name, known)}")
         self._ddp_kwargs = kwargs
         self._unchecked: list[weakref.ref[DistributedDataParallel]] = []
 

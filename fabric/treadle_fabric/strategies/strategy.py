@@ -232,6 +232,27 @@ class Strategy(ABC):
 
     # The step
 
+    @property
+    def plain_backward(self) -> bool:
+        """Whether :meth:`backward` is nothing but ``loss.backward()``, so that hot loops may leave it out."""
+        precision = self.precision
+        return (
+            type(self).backward is Strategy.backward
+            and type(precision).backward is Precision.backward
+            and not precision.watches_backward
+            and not precision.requires_fabric_backward
+        )
+
+    @property
+    def plain_step(self) -> bool:
+        """Whether :meth:`optimizer_step` is nothing but ``optimizer.step()``, so that hot loops may leave it out."""
+        return (
+            type(self).optimizer_step is Strategy.optimizer_step
+            and type(self).before_optimizer_step is Strategy.before_optimizer_step
+            and type(self.precision).optimizer_step is Precision.optimizer_step
+            and not self.precision.requires_fabric_backward
+        )
+
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss; the arguments are those of ``Tensor.backward``."""
         precision = self._precision or self.precision

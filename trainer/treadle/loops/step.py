@@ -220,7 +220,11 @@ class AutomaticStep:
 
     def _backward(self, loss: Tensor) -> None:
         if self._backward_hook is None:
-            self._strategy.backward(loss, self._wrapped)
+            try:
+                self._strategy.backward(loss, self._wrapped)
+            except RuntimeError:
+                _check_loss(loss)
+                raise
         else:
             self._precision.pre_backward(loss, self._wrapped)
             self._dispatch.run("backward", self._backward_hook, loss)
@@ -280,6 +284,20 @@ class AutomaticStep:
             f"`training_step` returned {type(output).__name__}; in automatic optimization it returns a scalar tensor, a"
             " dict with 'loss', or None to skip the batch."
         )
+
+
+def _check_loss(loss: Tensor) -> None:
+    """Explain why a backward pass failed, where the loss itself is the reason."""
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"`training_step` returned a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()`"
+            " say."
+        ) from None
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "`training_step` returned a loss that does not depend on any parameter that requires a gradient: compute it"
+            " from the model's output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
+        ) from None
 
 
 class ManualStep:
