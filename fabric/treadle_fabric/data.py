@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from treadle_fabric.seed import worker_init_function
 
 __all__ = [
+    "PrivateRandomness",
     "ShardedSampler",
     "batch_mover",
     "has_len",
@@ -162,7 +163,7 @@ def _rebuild_mapping(data: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
     return type(data)({**data, **changed})  # type: ignore[call-arg]
 
 
-class _PrivateRandomness:
+class PrivateRandomness:
     """Random state of its own: what is drawn inside does not depend on the world outside, nor change it."""
 
     def __init__(self, seed: int) -> None:
@@ -258,7 +259,7 @@ class ShardedSampler(Sampler[Any]):
             yield row[self.rank]
 
     def _order(self) -> Iterator[Any]:
-        randomness = _PrivateRandomness(self.seed + self.epoch)
+        randomness = PrivateRandomness(self.seed + self.epoch)
         iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
         while chunk:
             yield from chunk

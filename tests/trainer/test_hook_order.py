@@ -174,6 +174,10 @@ def fit(tmp_path: Path, model: Any = None, data: Any = None, callbacks: Any = No
     return fitting
 
 
+MONITORING = ("stopping", "checkpoint")
+MAY_SAVE = ("on_train_batch_end", "on_validation_end")
+
+
 @dataclass(frozen=True)
 class Expected:
     """The named pieces of a trace. ``callbacks``: who else is there, in order; ``data``: whose transfer hooks run."""
@@ -182,8 +186,12 @@ class Expected:
     data: str = "data"
 
     def all(self, *hooks: str) -> list[str]:
-        """Each hook on every callback and then on the module."""
-        return [f"{who}.{hook}" for hook in hooks for who in (*self.callbacks, "module")]
+        """Each hook on every callback and then on the module; where they may save, monitoring callbacks come last."""
+        return [f"{who}.{hook}" for hook in hooks for who in self.order(hook)]
+
+    def order(self, hook: str) -> list[str]:
+        monitors = [c for c in self.callbacks if c in MONITORING] if hook in MAY_SAVE else []
+        return [*(c for c in self.callbacks if c not in monitors), "module", *monitors]
 
     def each(self, hook: str) -> list[str]:
         """A hook on the callbacks alone."""
@@ -521,8 +529,8 @@ def test_step_checkpoints_wait_for_the_validation_they_belong_to(tmp_path: Path)
     callbacks = [RecordedCheckpoint(tmp_path, every_n_train_steps=1), RecordedCallback()]
     fit(tmp_path, data=RecordedData(), callbacks=callbacks, enable_checkpointing=True)
     e = Expected(("callback", "checkpoint"))
-    first = e.batch(end=[*e.each("on_train_batch_end"), *e.save, "module.on_train_batch_end"])
-    validation = e.validation(end=[*e.each("on_validation_end"), *e.save, "module.on_validation_end"])
+    first = e.batch(end=[*e.all("on_train_batch_end"), *e.save])
+    validation = e.validation(end=[*e.all("on_validation_end"), *e.save])
     check(e.fit([*first, *e.batch(), *validation, *e.epoch_end("checkpoint")]))
 
 

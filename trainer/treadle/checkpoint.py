@@ -19,7 +19,7 @@ from torch import Tensor
 
 from treadle.callbacks.callback import Callback
 from treadle.dispatch import overrides
-from treadle.state import FitProgress
+from treadle.state import FitProgress, Phase
 from treadle_fabric import CheckpointMismatchError, MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bo
         "pytorch-lightning_version": FORMAT,
         "state_dict": strategy.get_module_state_dict(module),
         "loops": _loops(progress, automatic=module.automatic_optimization),
-        "treadle": {"progress": dataclasses.asdict(progress)},
+        "treadle": {"progress": {**dataclasses.asdict(progress), "phase": int(progress.phase)}},
     }
     if not weights_only:
         states = {c.state_key: c.state_dict() for c in callbacks if overrides(c, "state_dict", Callback)}
@@ -154,6 +154,7 @@ def read_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
     if own is not None:
         known = {f.name for f in dataclasses.fields(FitProgress)}
         progress = FitProgress(**{k: v for k, v in own.items() if k in known})
+        progress.phase = Phase(progress.phase)
     else:
         progress = _lightning_progress(checkpoint)
     if progress.epoch_ended:

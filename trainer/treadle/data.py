@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.combined_loader import CombinedLoader
+from treadle.cursor import Cursor
 from treadle.dispatch import check_signature, overrides
 from treadle.hooks import DataHooks
 from treadle.schedule import limit_batches
@@ -169,11 +170,24 @@ class TrainingData:
         self.exact = length is not None and not any(_is_stream(p) for p in parts)
         """Whether the length can be relied on; a stream's is only a promise."""
 
-    def iterate(self, epoch: int) -> Iterator[Any]:
-        """The batches of an epoch, shuffled for it."""
+        self.whole = self.num_batches == length
+        """Whether an epoch is all of it: then it is iterated to its end, where samplers may draw once more."""
+        self._cursor = Cursor(self.loader, fabric.global_rank)
+
+    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on."""
         for part in self.parts:
             set_epoch(part, epoch)
-        return _first(iter(self.loader)) if self.combined is not None else iter(self.loader)
+        batches = self._cursor.iterate(skip)
+        return _first(batches) if self.combined is not None else batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to draw this epoch's order again."""
+        return self._cursor.state_dict()
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """The next iteration continues the epoch that ``state`` is of."""
+        self._cursor.load_state_dict(state)
 
 
 def _first(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
@@ -254,8 +268,8 @@ class Lookahead:
     Where the length is known that costs a comparison; where it is not, one batch is fetched ahead.
     """
 
-    def __init__(self, batches: Iterator[Any], start: int, stop: float, *, exact: bool) -> None:
-        self._batches, self._next, self._stop, self._exact = batches, start, stop, exact
+    def __init__(self, batches: Iterator[Any], start: int, stop: float, *, exact: bool, drain: bool = False) -> None:
+        self._batches, self._next, self._stop, self._exact, self._drain = batches, start, stop, exact, drain
 
     def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
         index, stop, batches = self._next, self._stop, self._batches
@@ -268,6 +282,8 @@ class Lookahead:
                     return
                 yield index, batch, index == last
                 index += 1
+            if self._drain:
+                next(batches, None)
             return
         nothing = object()
         batch = next(batches, nothing) if index < stop else nothing

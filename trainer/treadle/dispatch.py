@@ -21,7 +21,9 @@ __all__ = ["Dispatch", "check_hook_names", "check_signature", "overrides"]
 
 Listeners = tuple[Callable[..., Any], ...]
 MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
-"""They come after the module, so that they see what it logs."""
+"""They come apart, so that they see what the module logs in that hook."""
+_AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
+"""Here monitoring callbacks come after the module, so that what they save has nothing of the hook still to come."""
 _RETIRED: Final = {
     "training_epoch_end": "on_train_epoch_end",
     "validation_epoch_end": "on_validation_epoch_end",
@@ -92,16 +94,18 @@ class Dispatch:
                     check_signature(
                         method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
                     )
-                    late = callback.monitors and name == "on_train_epoch_end"
+                    late = callback.monitors and name in _AFTER_MODULE
                     (last if late else first).append(partial(method, trainer, module))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
                 method = getattr(module, name)
                 check_signature(method, name, MODULE_HOOKS[name], type(module).__qualname__)
                 first.append(method)
+            if name == "on_train_epoch_end":
+                self._table[MONITORS] = tuple(last)
+            else:
+                first += last
             if first:
                 self._table[name] = tuple(first)
-            if last:
-                self._table[MONITORS] = tuple(last)
 
     def listeners(self, name: str) -> Listeners:
         """Who listens to a hook; empty where nobody does."""

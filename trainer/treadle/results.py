@@ -72,7 +72,7 @@ class _NotLogging:
             )
         elif options[1] is not False:
             for key, scalar in flatten_metrics({name: value}):
-                module.fabric.log(key, _step_value(scalar) if _is_metric(scalar) else scalar)
+                module.fabric.log(key, _step_value(scalar) if is_metric(scalar) else scalar)
 
 
 NOT_LOGGING: Final = _NotLogging()
@@ -120,7 +120,8 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return out
 
 
-def _is_metric(value: Any) -> bool:
+def is_metric(value: Any) -> bool:
+    """Whether it is a torchmetrics object, or behaves like one."""
     return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
 
 
@@ -221,6 +222,9 @@ def _stack(values: list[Any]) -> Tensor:
     return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
 
 
+_KEPT: Final = ("value", "has_value", "fresh", "closed", "pending", "weights", "values", "total", "weight")
+
+
 class Results:
     """The slots of one stage (training, or one evaluation), filled by :meth:`log`."""
 
@@ -234,6 +238,12 @@ class Results:
         self.slots: dict[tuple[str, str, int | None], Slot] = {}
         self._names: dict[str, str] = {}  # a final name -> the hook that logs it
         self._fabric = fabric
+        self._roots: list[LightningModule] = []
+        """Where torchmetrics objects are looked up by path."""
+
+    def belongs_to(self, module: LightningModule) -> None:
+        """The module whose values are logged here."""
+        self._roots = [module]
 
     def log(
         self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
@@ -257,7 +267,7 @@ class Results:
             if not options[5]:
                 value = value.detach().clone()  # the caller may go on to change it in place
         elif not isinstance(value, (int, float)):
-            if _is_metric(value):
+            if is_metric(value):
                 slot.metric = value
                 slot.value = _step_value(value) if slot.on_step else None
                 slot.has_value = slot.fresh = True
@@ -294,6 +304,28 @@ class Results:
         self.slots.clear()
         self._names.clear()
         self.begin_batch(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The slots of the unfinished epoch, as tensors and plain containers; those with callables are left out."""
+        slots = []
+        for (hook, name, loader), slot in self.slots.items():
+            if not callable(slot.options[4]):
+                path = next((n for m in self._roots for n, child in m.named_modules() if child is slot.metric), None)
+                values = {k: getattr(slot, k) for k in _KEPT if k != "value" or slot.metric is None}
+                slots.append({"key": (hook, name, loader), "options": slot.options, "metric": path, **values})
+        return {"slots": slots}
+
+    def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave; ``metrics`` are the module's torchmetrics objects by path."""
+        self.reset()
+        for entry in state["slots"]:
+            self.hook, name, self.dataloader_idx = entry["key"]
+            slot = self._new_slot(name, tuple(entry["options"]))
+            for key in _KEPT:
+                if key in entry:
+                    setattr(slot, key, entry[key])
+            slot.metric = metrics.get(entry["metric"]) if entry["metric"] is not None else None
+        self.hook, self.dataloader_idx = "", None
 
     def _new_slot(self, name: str, options: LogOptions) -> Slot:
         hook = self.hook
@@ -555,6 +587,14 @@ class Metrics:
             values = getattr(self, name)
             getattr(copy, name).update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()})
         return copy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything known so far, as tensors and numbers."""
+        return {"callback": dict(self._callback), "logged": dict(self._logged), "bar": dict(self._bar)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        self._callback, self._logged, self._bar = dict(state["callback"]), dict(state["logged"]), dict(state["bar"])
 
     def clear(self) -> None:
         """Forget everything, as after a sanity check."""

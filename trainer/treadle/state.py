@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any
 
 from treadle_fabric.types import LRScheduler
 
-__all__ = ["FitProgress", "LRSchedulerConfig", "RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"]
+__all__ = ["FitProgress", "LRSchedulerConfig", "Phase", "RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"]
 
 
 class TrainerFn(StrEnum):
@@ -48,6 +48,19 @@ class TrainerState:
     status: TrainerStatus = TrainerStatus.INITIALIZING
 
 
+class Phase(IntEnum):
+    """What is still to do at the end of a training batch."""
+
+    BETWEEN = 0
+    """Nothing: the next batch comes."""
+    BATCH_END = 1
+    """In ``on_train_batch_end``: loggers, validation and plateau schedulers follow."""
+    LOGGED = 2
+    """Validation, where due, and plateau schedulers follow."""
+    VALIDATED = 3
+    """Plateau schedulers follow."""
+
+
 @dataclass(slots=True)
 class FitProgress:
     """How far a fit has come. A checkpoint keeps all of it; ``epoch`` and ``step`` are what users see as
@@ -71,13 +84,18 @@ class FitProgress:
     scheduler_steps_in_epoch: int = 0
     is_last_batch: bool = False
     """Whether the current batch is the epoch's last."""
+    validation_due: bool = False
+    """Whether validation follows the current batch."""
+    phase: Phase = Phase.BETWEEN
+    """How far the end of the current batch has come: a checkpoint saved there goes on from there."""
     epoch_ended: bool = False
     """Whether the epoch is in its end hooks: a checkpoint saved there resumes at the next one."""
 
     def begin_epoch(self) -> None:
         """Start counting an epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
-        self.is_last_batch = self.epoch_ended = False
+        self.is_last_batch = self.validation_due = self.epoch_ended = False
+        self.phase = Phase.BETWEEN
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from treadle.loops.predict import Prediction
 from treadle.loops.step import Clipping
 from treadle.outcome import Outcome, adopt, capture
 from treadle.results import Metrics, Results, to_floats
+from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
 from treadle.schedule import total_steps
 from treadle.signals import Signals
@@ -286,6 +287,9 @@ class Trainer(TrainerView):
                 "save_checkpoint needs a module that was set up: call it in or after fit, validate or test."
             )
         checkpoint = dump_checkpoint(self._run, self.callbacks, weights_only=bool(weights_only))
+        if not weights_only and self.state.fn is TrainerFn.FITTING:
+            exact = capture_exact(self._run, self._train_data, partial_gradients=self._has_partial_gradients())
+            checkpoint["treadle"] |= {**exact, "should_stop": self.should_stop}
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
 
     @property
@@ -300,6 +304,13 @@ class Trainer(TrainerView):
             self._train_data = self._make_training_data()
         batches = self._train_data.num_batches if self._train_data is not None else 0
         return total_steps(self._settings.durations, batches, self.accumulate_grad_batches)
+
+    def _has_partial_gradients(self) -> bool:
+        """Whether gradients are kept from one batch to the next, as in the middle of an accumulation."""
+        progress = self.fit_progress
+        if not self.lightning_module.automatic_optimization:
+            return True
+        return bool(progress.batch % self.accumulate_grad_batches) and not progress.is_last_batch
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Make a module on the device and in the precision of this trainer, in a with block."""
@@ -362,6 +373,7 @@ class Trainer(TrainerView):
         if fn is TrainerFn.FITTING:
             self.fit_progress, self._fit_loop, self._train_data = FitProgress(), None, None
         results = Results(training=fn is TrainerFn.FITTING, fabric=self.fabric)
+        results.belongs_to(module)
         if datamodule is not None:
             datamodule.trainer = self
         try:
@@ -488,8 +500,10 @@ class Trainer(TrainerView):
             assembly.set_up_optimizers(run)
             run.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(run, self._settings)
+            exact: dict[str, Any] = {}
             if checkpoint is not None:
                 restore_training(run, checkpoint)
+                exact = checkpoint.get("treadle", {})
                 del checkpoint
             validation = self._make_validation(run, val)
             self._fit_loop = loop = FitLoop(
@@ -500,9 +514,18 @@ class Trainer(TrainerView):
                 validation=validation,
                 make_epoch=partial(self._make_epoch, run),
                 make_validation=partial(self._make_validation, run, val),
+                restore=partial(self._restore_exact, run, exact),
                 reload_every=self._settings.reload_dataloaders_every_n_epochs,
             )
             loop.run()
+
+    def _restore_exact(self, run: Run, saved: dict[str, Any]) -> None:
+        """What a resumed run had in the middle of things; ``saved`` is empty once that is done."""
+        if saved:
+            assert self._train_data is not None
+            self.should_stop = bool(saved.get("should_stop", False))
+            restore_exact(run, saved, self._train_data)
+            saved.clear()
 
     def _make_epoch(self, run: Run, loop: FitLoop) -> TrainingEpoch | None:
         if loop.epoch is not None or self._train_data is None:  # the first may have been asked for already

@@ -265,8 +265,7 @@ class TrainerView:
     @property
     def validation_due(self) -> bool:
         """Whether validation follows right after the current batch's ``on_train_batch_end``."""
-        epoch = self._fit_loop.epoch if self._fit_loop is not None else None
-        return epoch.validation_due if epoch is not None else False
+        return self.fit_progress.validation_due
 
     @property
     def global_step(self) -> int:

@@ -184,4 +184,3 @@ class Callback:
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint was read, before states are restored."""
-

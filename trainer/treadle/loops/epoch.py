@@ -13,6 +13,7 @@ from treadle.loops.step import AutomaticStep, ManualStep
 from treadle.optimizers import step_schedulers
 from treadle.schedule import ValidationSchedule, window_size
 from treadle.signals import Signals
+from treadle.state import Phase
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -57,8 +58,6 @@ class TrainingEpoch:
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
         self._step_scheduler = self._scheduler_hook if own else run.module.lr_scheduler_step
         self._last_validation = time.monotonic()
-        self.validation_due = False
-        """Whether validation follows the current batch; on_train_batch_end may ask."""
 
     @property
     def val_check_batch(self) -> float:
@@ -72,10 +71,13 @@ class TrainingEpoch:
         accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
         step.accumulate(accumulate)
         total = self._data.num_batches
-        batches: Any = self._data.iterate(progress.epoch)
-        for _ in range(progress.batch):  # resumed within the epoch
-            next(batches, None)
-        batches = Lookahead(batches, progress.batch, total, exact=self._data.exact)
+        if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
+            stepping = progress.is_last_batch or progress.batch % accumulate == 0
+            if self._finish_batch(stepping) or progress.is_last_batch:
+                self._data.resume({})
+                return
+        batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
+        batches = Lookahead(batches, progress.batch, total, exact=self._data.exact, drain=self._data.whole)
         if step.wants_iterator:
             batches = _from_iterator(BatchIterator(batches, transfer))
             transfer = _as_is
@@ -104,27 +106,37 @@ class TrainingEpoch:
                 if is_last:
                     self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
             if schedule is not None:
-                self.validation_due = self._is_due(schedule, is_last)
+                progress.validation_due = self._is_due(schedule, is_last)
             if stepping:
                 progress.logging_step += 1
+            progress.phase = Phase.BATCH_END
             if on_batch_end:
                 results.hook = "on_train_batch_end"
                 for listener in on_batch_end:
                     listener(outputs, batch, batch_idx)
             results.hook = ""
-            if stepping and progress.logging_step % self._log_every == 0:
-                run.write(results.take_step_metrics(), progress.logging_step - 1)
-            stop = self._controls.should_stop and self._may_stop()
-            if schedule is not None and (self.validation_due or (stop and self._epoch_validates(schedule))):
-                self._run_validation()
-                stop = self._controls.should_stop and self._may_stop()
-            if schedulers and stepping:
-                self._step_schedulers("step", progress.step, plateau=True)
+            if self._finish_batch(stepping):
+                break
             if signals.received:
                 signals.raise_received()
-            if stop or progress.step == self._max_steps:
-                break
         begin_batch(None)
+
+    def _finish_batch(self, stepping: bool) -> bool:
+        """What follows ``on_train_batch_end``, from wherever the progress stands; returns whether to stop."""
+        run, progress, schedule = self._run, self._run.progress, self._schedule
+        if stepping and progress.phase is Phase.BATCH_END and progress.logging_step % self._log_every == 0:
+            run.write(run.results.take_step_metrics(), progress.logging_step - 1)
+        stop = self._controls.should_stop and self._may_stop()
+        if schedule is not None and progress.phase is not Phase.VALIDATED:
+            progress.phase = Phase.LOGGED
+            if progress.validation_due or (stop and self._epoch_validates(schedule)):
+                self._run_validation()
+                stop = self._controls.should_stop and self._may_stop()
+        if self._schedulers and stepping:
+            self._step_schedulers("step", progress.step, plateau=True)
+        progress.phase = Phase.BETWEEN
+        progress.validation_due = False
+        return stop or progress.step == self._max_steps
 
     def end(self) -> None:
         """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""
@@ -154,7 +166,6 @@ class TrainingEpoch:
         if progress.is_last_batch or progress.batch % accumulate == 0:
             self._run.dispatch.call("on_validation_model_zero_grad")
         self._validate()
-        self.validation_due = False
         self._last_validation = time.monotonic()
 
     def _step_schedulers(self, interval: str, count: int, *, plateau: bool) -> None:

@@ -11,7 +11,7 @@ from treadle.dispatch import overrides
 from treadle.hooks import ModuleHooks
 from treadle.loops.step import step_arguments
 from treadle.results import Results
-from treadle.state import TrainerFn
+from treadle.state import Phase, RunningStage, TrainerFn
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -80,6 +80,8 @@ class Evaluation:
                     step = run.progress.logging_step
                     run.write(logged, max(step - 1, 0) if run.state.fn is TrainerFn.FITTING else step)
                 results.reset()
+                if run.state.stage is RunningStage.VALIDATING and run.progress.phase is Phase.LOGGED:
+                    run.progress.phase = Phase.VALIDATED  # a checkpoint saved in the hook must not validate again
                 dispatch.call(f"{hook}_end")
         finally:
             results.reset()

@@ -33,6 +33,7 @@ class FitLoop:
         make_epoch: makes the epoch loop once the training loader is there; None where it has no batches.
         make_validation: makes the evaluation anew, with fresh loaders.
         reload_every: epochs after which both are made anew; 0 for never.
+        restore: puts back what a resumed run had at its checkpoint, random state last; does it once.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class FitLoop:
         make_epoch: Callable[[FitLoop], TrainingEpoch | None],
         make_validation: Callable[[], Evaluation | None],
         reload_every: int,
+        restore: Callable[[], None],
     ) -> None:
         self._run, self._durations, self._controls = run, durations, controls
         self._sanity, self.validation = sanity, validation
         self._make_epoch, self._make_validation, self._reload_every = make_epoch, make_validation, reload_every
+        self._restore = restore
         self._started = time.monotonic()
         self._told_min = False
         self.epoch: TrainingEpoch | None = None
@@ -74,7 +77,12 @@ class FitLoop:
                     self.epoch = epoch = self._make_epoch(self)
                     assert epoch is not None
                 first = False
+                within = bool(progress.batch)
+                if not within:
+                    self._restore()
                 dispatch.call("on_train_epoch_start")
+                if within:
+                    self._restore()
                 epoch.run()
                 progress.epoch_ended = True
                 self._end_epoch(epoch)
@@ -87,10 +95,11 @@ class FitLoop:
         logged, _ = run.metrics.close_epoch(run.results)
         run.dispatch.call("on_train_epoch_end")
         logged |= run.metrics.close_epoch(run.results)[0]  # what the hooks logged: monitoring callbacks see it
-        epoch.end()  # before them too, so that a checkpoint has the schedulers' step
+        step = max(run.progress.logging_step - 1, 0)
+        run.write(logged, step)
+        epoch.end()  # before them too: a checkpoint of the epoch's end leaves nothing to do
         run.dispatch.call(MONITORS, hook="on_train_epoch_end")
-        logged |= run.metrics.close_epoch(run.results, local=True)[0]
-        run.write(logged, max(run.progress.logging_step - 1, 0))
+        run.write(run.metrics.close_epoch(run.results, local=True)[0], step)
         run.results.reset()
         run.progress.epoch += 1
 

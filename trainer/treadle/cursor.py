@@ -1,0 +1,237 @@
+"""The batches of an epoch from any position on, with the same randomness as if the ones before had been loaded.
+
+A DataLoader over an indexed dataset skips by index arithmetic: its order is drawn anew, the indices before the
+position are dropped, nothing is loaded. What its workers draw is seeded by batch, so that it does not depend on which
+batches were loaded before. A loader with a ``state_dict`` is asked to go there itself. Anything else (streams, custom
+iterables, loaders combined) is iterated up to the position; it draws from a random state of its own, so that what
+training draws does not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from treadle_fabric.data import PrivateRandomness
+from treadle_fabric.seed import collect_rng_states, set_rng_states
+
+__all__ = ["Cursor"]
+
+_CHUNK = 16
+
+
+class Cursor:
+    """Iterates a loader from a position.
+
+    Args:
+        loader: any iterable of batches.
+        rank: this process; workers of different ranks draw different numbers.
+    """
+
+    def __init__(self, loader: Any, rank: int) -> None:
+        self._loader, self._rank = loader, rank
+        self._stateful = (
+            hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and not _is_combined(loader)
+        )
+        self._indexed = (
+            not self._stateful
+            and isinstance(loader, DataLoader)
+            and type(loader).__iter__ is DataLoader.__iter__
+            and not isinstance(loader.dataset, IterableDataset)
+        )
+        self._plain = isinstance(loader, (list, tuple))
+        self._numbers: _Numbered | None = None
+        if self._indexed and loader.num_workers:
+            self._numbers = _Numbered(_index_sampler(loader))
+            self._loader = _with_sampler(loader, self._numbers, _SeededByBatch(loader.dataset))
+        self._key, self._warm = 0, False
+        self._rng: dict[str, Any] = {}
+        self._resumed: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the position in this epoch means: the random state that its order was drawn from."""
+        state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
+        if self._stateful:
+            state["loader"] = self._loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration continues the epoch that ``state`` is of."""
+        self._resumed = state
+
+    def iterate(self, skip: int = 0) -> Iterator[Any]:
+        """The batches of an epoch.
+
+        Args:
+            skip: how many to leave out at the beginning.
+        """
+        resumed, self._resumed = self._resumed, {}
+        now = collect_rng_states()
+        if resumed:
+            self._key, self._rng, self._warm = resumed["key"], resumed["rng"], resumed["warm"]
+        else:
+            self._rng = now
+            self._key = zlib.crc32(now["torch"].numpy().tobytes()) * 4096 + self._rank
+        if self._stateful:
+            if "loader" in resumed:
+                self._loader.load_state_dict(resumed["loader"])
+                skip = 0
+            return islice(iter(self._loader), skip, None)
+        if self._indexed:
+            return self._by_index(skip, now if resumed else None)
+        return islice(self._loader, skip, None) if self._plain else self._replayed(skip)
+
+    def _by_index(self, skip: int, now: dict[str, Any] | None) -> Iterator[Any]:
+        loader, numbers = self._loader, self._numbers
+        if now is not None:
+            set_rng_states(self._rng)  # what the order is drawn from
+        if numbers is not None:
+            numbers.begin(self._key, skip)
+            iterator = self._from_workers(now is not None)
+        elif skip or now is not None:
+            rest = _Rest(_index_sampler(loader), skip)
+            iterator = iter(_with_sampler(loader, rest, loader.dataset))
+            rest.begin()  # draws the order before the random state goes on
+        else:
+            iterator = iter(loader)
+        if now is not None:
+            set_rng_states(now)
+        return iterator
+
+    def _from_workers(self, resumed: bool) -> Iterator[Any]:
+        """Workers that persist drew their seed in the first epoch; a resumed one must not draw it again."""
+        fields = self._loader.__dict__
+        if not (resumed and self._warm):
+            self._warm = fields.get("_iterator") is not None
+            return iter(self._loader)
+        generator, fields["generator"] = fields["generator"], torch.Generator()
+        try:
+            return iter(self._loader)
+        finally:
+            fields["generator"] = generator
+
+    def _replayed(self, skip: int) -> Iterator[Any]:
+        private = PrivateRandomness(self._key)
+        iterator, _ = private.take(lambda: iter(self._loader), 0)
+        while skip > 0:
+            private.take(iterator, min(skip, _CHUNK))
+            skip -= _CHUNK
+        while batch := private.take(iterator, 1)[1]:
+            yield batch[0]
+
+
+def _is_combined(loader: Any) -> bool:
+    return hasattr(loader, "flattened")
+
+
+def _index_sampler(loader: DataLoader[Any]) -> Any:
+    return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+
+
+def _with_sampler(loader: DataLoader[Any], sampler: Any, dataset: Any) -> DataLoader[Any]:
+    """A copy of any kind of DataLoader with another sampler, without running its constructor again."""
+    other = copy.copy(loader)
+    fields = other.__dict__
+    fields["batch_sampler" if loader.batch_sampler is not None else "sampler"] = sampler
+    fields["dataset"] = dataset
+    fields["_iterator"] = None
+    return other
+
+
+class _Rest:
+    """What a sampler yields after its first ``skip`` items."""
+
+    def __init__(self, sampler: Iterable[Any], skip: int) -> None:
+        self._sampler, self._skip = sampler, skip
+        self._iterator: Iterator[Any] | None = None
+
+    def begin(self) -> None:
+        """Draw the order now."""
+        self._iterator = iter(self._sampler)
+        deque(islice(self._iterator, self._skip), maxlen=0)
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._iterator is None:
+            self.begin()
+        assert self._iterator is not None
+        yield from self._iterator
+
+    def __len__(self) -> int:
+        return len(self._sampler)  # type: ignore[arg-type]
+
+
+class _Batch(list[Any]):
+    """The indices of a batch, and the seed for loading it."""
+
+    seed = 0
+
+    def __reduce__(self) -> Any:
+        return _batch, (list(self), self.seed)
+
+
+def _batch(indices: list[Any], seed: int) -> _Batch:
+    batch = _Batch(indices)
+    batch.seed = seed
+    return batch
+
+
+class _Numbered:
+    """A sampler whose items carry a seed made of the epoch's key and their number."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self._key = self._skip = 0
+
+    def begin(self, key: int, skip: int) -> None:
+        """An epoch begins, without its first ``skip`` items."""
+        self._key, self._skip = key, skip
+
+    def __iter__(self) -> Iterator[_Batch]:
+        key, skip = self._key, self._skip
+        for number, item in islice(enumerate(self.sampler), skip, None):
+            yield _batch(item if isinstance(item, list) else [item], key * 1_000_003 + number)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class _SeededByBatch:
+    """A dataset that seeds the random state of the worker it is in before each batch."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __getitems__(self, batch: _Batch) -> list[Any]:
+        _seed(batch.seed)
+        several = getattr(self._dataset, "__getitems__", None)
+        return several(batch) if callable(several) else [self._dataset[i] for i in batch]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, _Batch):  # without automatic batching
+            _seed(index.seed)
+            return self._dataset[index[0]]
+        return self._dataset[index]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed % 2**32)

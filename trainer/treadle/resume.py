@@ -1,0 +1,96 @@
+"""What a checkpoint keeps so that a resumed run goes on to the last bit: the random state of every rank, where the data
+stand, partial gradients, and what was logged but not yet reduced.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from treadle.results import is_metric
+from treadle_fabric import rank_zero_warn
+from treadle_fabric.seed import collect_rng_states, set_rng_states
+
+if TYPE_CHECKING:
+    from treadle.data import TrainingData
+    from treadle.run import Run
+
+__all__ = ["capture_exact", "restore_exact"]
+
+
+def capture_exact(run: Run, data: TrainingData | None, *, partial_gradients: bool) -> dict[str, Any]:
+    """The state of every rank; every rank calls it.
+
+    Args:
+        run: the run.
+        data: the training batches.
+        partial_gradients: whether gradients are kept too.
+
+    Returns:
+        ``ranks``: for every rank its part, as tensors and plain containers.
+    """
+    module = run.module
+    mine: dict[str, Any] = {
+        "rng": collect_rng_states(),
+        "data": data.state_dict() if data is not None else {},
+        "results": run.results.state_dict(),
+        "metrics": run.metrics.state_dict(),
+        "metric_objects": {n: _metric_state(m) for n, m in module.named_modules() if is_metric(m)},
+    }
+    if partial_gradients:
+        mine["gradients"] = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
+    fabric = run.fabric
+    return {
+        "ranks": [mine if fabric.world_size == 1 else fabric.broadcast(mine, src=r) for r in range(fabric.world_size)]
+    }
+
+
+def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData) -> None:
+    """Put back this rank's part, the random state last: nothing may draw between here and the next batch."""
+    ranks = saved.get("ranks", [])
+    if not ranks:
+        return
+    fabric, module = run.fabric, run.module
+    if len(ranks) != fabric.world_size:
+        rank_zero_warn(
+            f"The checkpoint is of {len(ranks)} processes, there are {fabric.world_size} now: random states and what"
+            " was logged in the unfinished epoch start anew."
+        )
+        return
+    mine = ranks[fabric.global_rank]
+    within = bool(run.progress.batch)
+    if within:
+        metrics = {n: m for n, m in module.named_modules() if is_metric(m)}
+        for name, state in mine["metric_objects"].items():
+            if name in metrics:
+                _restore_metric(metrics[name], state)
+        run.results.load_state_dict(mine["results"], metrics)
+        parameters = dict(module.named_parameters())
+        for name, gradient in mine.get("gradients", {}).items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        data.resume(mine["data"])
+    run.metrics.load_state_dict(mine["metrics"])
+    set_rng_states(mine["rng"])
+
+
+def _metric_state(metric: Any) -> dict[str, Any]:
+    """A torchmetrics object's accumulators, which its own state dict leaves out by default."""
+    names = getattr(metric, "_defaults", {})
+    return {
+        "states": {n: _detached(getattr(metric, n)) for n in names},
+        "update_count": getattr(metric, "_update_count", 0),
+    }
+
+
+def _detached(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else [v.detach().clone() for v in value]
+
+
+def _restore_metric(metric: Any, state: dict[str, Any]) -> None:
+    device = getattr(metric, "device", torch.device("cpu"))
+    for name, value in state["states"].items():
+        setattr(metric, name, value.to(device) if isinstance(value, Tensor) else [v.to(device) for v in value])
+    metric._update_count = state["update_count"]
+    metric._computed = None
