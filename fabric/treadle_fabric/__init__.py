@@ -46,6 +46,7 @@ from treadle_fabric.errors import (
     UnknownArgumentError,
     UnusedParametersError,
     near_names,
+    suggests_arguments,
 )
 from treadle_fabric.fabric import Fabric
 from treadle_fabric.launchers import (
@@ -174,5 +175,6 @@ __all__ = [
     "set_rng_states",
     "shard_dataloader",
     "sized_len",
+    "suggests_arguments",
     "worker_init_function",
 ]

@@ -186,8 +186,7 @@ class Fabric:
         """
         if not callable(function):
             raise MisconfigurationException(
-                f"launch({function!r}): the argument must be a function that takes the Fabric object first, as in "
-                "fabric.launch(train); to run the code that follows, call fabric.launch()."
+                f"launch({function!r}): this must be a function that takes the Fabric object first, or left out."
             )
         if not self._launched and function is _nothing and self._strategy.launches_function:
             raise MisconfigurationException(
@@ -593,6 +592,4 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple, set)) else [value]
+    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from treadle_fabric.data import batch_mover, sampler_epoch, set_epoch
 from treadle_fabric.errors import MisconfigurationException, near_names
@@ -20,6 +21,7 @@ __all__ = [
     "FabricModule",
     "FabricOptimizer",
     "check_loader",
+    "check_loggers",
     "check_module",
     "check_optimizer",
     "check_ownership",

@@ -80,13 +80,15 @@ class Script:
         assert self.process is not None
         try:
             out, err = self.process.communicate(timeout=timeout)
-        finally:
-            deadline = time.monotonic() + 5
-            while (left := self.pids()) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-        assert not left, f"orphans: {left}"
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            pytest.fail("the script hangs after\n" + "\n".join(self.process.communicate()))
+        deadline = time.monotonic() + 5
+        while (left := self.pids()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left, f"orphans: {left}\n{out}\n{err}"
         return self.process.returncode, out, err
 
     def run(self, *arguments: str, **kwargs: Any) -> tuple[int, str, str]:
@@ -564,7 +566,7 @@ class TestExternal:
             total = torch.tensor([1.0])
             dist.all_reduce(total)
             dist.destroy_process_group()
-            print(type(env).__name__, env.local_rank(), total.item(), flush=True)
+            print(f"{type(env).__name__} {env.local_rank()} {total.item()}\\n", end="", flush=True)
 
         make_launcher(detect_environment(), 2).launch(train)
         """

@@ -422,18 +422,18 @@ class Results:
         found: list[tuple[Slot, Any]] = []
         rows: list[tuple[str, Reduction, Any, float]] = []
         distributed = self._fabric.world_size > 1 and not local
-        slots = [s for s in self.slots.values() if s.on_epoch and s.has_value and not s.closed]
-        for slot in slots:
+        slots = {k: s for k, s in self.slots.items() if s.on_epoch and s.has_value and not s.closed}
+        for (hook, _, _), slot in slots.items():
             if distributed and slot.metric is None and not slot.rank_zero_only:
                 slot.fold()
                 if callable(slot.reduce):
                     slot.values = _gather_values(self._fabric, slot.values)
                 else:
-                    rows.append((slot.name + slot.suffix, slot.reduce, slot.total, slot.weight))
+                    rows.append((f"{slot.name}{slot.suffix} in {hook}", slot.reduce, slot.total, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
-        for slot in slots:
+        for (hook, _, _), slot in slots.items():
             slot.closed = True
-            value = reduced.get(slot.name + slot.suffix)
+            value = reduced.get(f"{slot.name}{slot.suffix} in {hook}")
             if value is None:
                 value = slot.compute()
             if isinstance(value, Tensor) and value.numel() == 1:

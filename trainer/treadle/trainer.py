@@ -336,7 +336,7 @@ class Trainer(TrainerView):
         if overrides(run.module, "backward", LightningModule):
             precision = self.strategy.precision
             precision.pre_backward(loss, run.wrapped)
-            run.dispatch.run("backward", run.module.backward, loss, *args, **kwargs)
+            run.dispatch.run("backward", precision.backward_by, run.module.backward, loss, *args, **kwargs)
             precision.post_backward(loss, run.wrapped)
         else:
             self.strategy.backward(loss, run.wrapped, *args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
 
@@ -80,12 +80,16 @@ class Precision:
 
     def backward(self, tensor: Tensor, model: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate ``tensor``, scaled if there is a scaler; the arguments are those of ``Tensor.backward``."""
+        self.backward_by(Tensor.backward, tensor, *args, **kwargs)
+
+    def backward_by(self, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`backward`, by a function of the caller's own; it gets the tensor, scaled if there is a scaler."""
         scaling = self._scaling
         if scaling.scaler is None:
-            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+            function(tensor, *args, **kwargs)
         else:
             with scaling.activated():
-                scaling.scale(tensor).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+                function(scaling.scale(tensor), *args, **kwargs)
 
     def post_backward(self, tensor: Tensor, module: Module | None) -> Any:
         """Runs after :meth:`backward`."""

@@ -227,7 +227,7 @@ class AutomaticStep:
                 raise
         else:
             self._precision.pre_backward(loss, self._wrapped)
-            self._dispatch.run("backward", self._backward_hook, loss)
+            self._dispatch.run("backward", self._precision.backward_by, self._backward_hook, loss)
             self._precision.post_backward(loss, self._wrapped)
 
     def _rescale(self, window: int, done: int) -> None:
