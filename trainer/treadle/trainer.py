@@ -145,7 +145,7 @@ class Trainer(TrainerView):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._settings = settings = resolve_settings(given)
         self.callbacks = choose_callbacks(callbacks, settings)
-        self.loggers = choose_loggers(given["logger"], settings)
+        self._loggers = choose_loggers(given["logger"], settings)
         self.fabric = Fabric(
             accelerator=accelerator,
             strategy=strategy,
@@ -153,7 +153,7 @@ class Trainer(TrainerView):
             num_nodes=num_nodes,
             precision="32-true" if precision is None and plugins is None else precision,
             plugins=plugins,
-            loggers=self.loggers,
+            loggers=self._loggers,
         )
         self.state = TrainerState()
         self.should_stop = False

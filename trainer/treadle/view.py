@@ -35,13 +35,13 @@ class TrainerView:
     fabric: Fabric
     """The runtime under this trainer."""
     callbacks: list[Callback]
-    loggers: list[Logger]
     state: TrainerState
     should_stop: bool
     """Set it to True to stop after the current batch."""
     fit_progress: FitProgress
     """How far fit has come."""
 
+    _loggers: list[Logger]
     _settings: Settings
     _run: Run | None
     _metrics: Metrics
@@ -115,6 +115,11 @@ class TrainerView:
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
         """The learning-rate schedulers and when they step."""
         return self._run.schedulers if self._run is not None else []
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers; a list that may be changed between runs."""
+        return self._loggers
 
     @property
     def logger(self) -> Logger | None:

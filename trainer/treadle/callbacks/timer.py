@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.monitored_metric import StepClock, from_rank_zero
 from treadle.schedule import parse_duration
+from treadle.state import RunningStage
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info
 
@@ -63,22 +64,22 @@ class Timer(Callback):
         self._spent = dict.fromkeys(_STAGES, 0.0)  # by runs of a stage that are over, earlier processes included
         self._clock: StepClock | None = None
 
-    def start_time(self, stage: str = "train") -> float | None:
+    def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """When a stage last began, on the clock of :func:`time.monotonic`; None: not yet."""
         return self._start_time.get(_stage(stage))
 
-    def end_time(self, stage: str = "train") -> float | None:
+    def end_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """When a stage last ended, on the clock of :func:`time.monotonic`; None: it has not ended."""
         return self._end_time.get(_stage(stage))
 
-    def time_elapsed(self, stage: str = "train") -> float:
+    def time_elapsed(self, stage: str = RunningStage.TRAINING) -> float:
         """Seconds spent in a stage so far, before a resume included."""
         stage = _stage(stage)
         start = self._start_time.get(stage)
         running = start is not None and stage not in self._end_time
         return self._spent[stage] + (time.monotonic() - start if running and start is not None else 0.0)
 
-    def time_remaining(self, stage: str = "train") -> float | None:
+    def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
         """Seconds until the duration is spent in a stage; None without a duration."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
