@@ -293,6 +293,11 @@ class Lookahead:
             batch, index = following, index + 1
 
 
+def stay(batch: Any, dataloader_idx: int) -> Any:
+    """The transfer of a batch that stays where it is."""
+    return batch
+
+
 class BatchIterator:
     """What a step that asks for ``dataloader_iter`` gets: (batch, batch_idx, dataloader_idx), batches on the device."""
 
@@ -307,6 +312,13 @@ class BatchIterator:
     def done(self) -> bool:
         """Whether nothing is left."""
         return self._ahead is None
+
+    def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
+        """One item a step, as :class:`Lookahead` gives them; the step itself draws the batches."""
+        index = 0
+        while not self.done:
+            yield index, self, False
+            index += 1
 
     def __iter__(self) -> BatchIterator:
         return self

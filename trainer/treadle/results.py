@@ -7,13 +7,13 @@ ranks, weighted by the number of samples.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from treadle.reduction import REDUCTIONS, Reduction, gather_values, reduce_over_ranks
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ __all__ = ["NOT_LOGGING", "MetricSink", "Metrics", "Results", "flatten_metrics",
 LogOptions: TypeAlias = tuple[
     bool, bool | None, bool | None, bool | None, str | Callable[[Any], Any], bool, bool, bool, bool
 ]
-Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
 
 _STEP_HOOKS: Final = frozenset(
     """training_step on_train_batch_start on_train_batch_end on_before_zero_grad optimizer_zero_grad on_before_backward
@@ -41,14 +40,9 @@ _EPOCH_HOOKS: Final = frozenset(
     """on_train_start on_train_epoch_start on_train_epoch_end on_validation_start on_validation_epoch_start
     on_validation_epoch_end on_test_start on_test_epoch_start on_test_epoch_end""".split()
 )
-_REDUCTIONS: Final[dict[Any, Reduction]] = {
-    "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
-    "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
-}  # fmt: skip
 _ON_TENSORS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
 _ON_NUMBERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"sum": sum, "min": min, "max": max}
 _FOLD_EVERY: Final = 256  # pending values are summed in one operation, this many at a time
-_PACKET: Final = 130  # doubles in the packed collective: a checksum, a count and 64 pairs; more slots need a second one
 
 
 class MetricSink(Protocol):
@@ -145,7 +139,7 @@ class Slot:
         self.options = options
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
         self.prog_bar, self.logger = options[0], options[1] is not False
-        self.reduce: Reduction | Callable[[Tensor], Any] = _REDUCTIONS.get(options[4], options[4])  # type: ignore[arg-type]
+        self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options[4], options[4])  # type: ignore[arg-type]
         self.sync_dist, self.rank_zero_only = options[6], options[8]
         self.metric: Any = None
         self.loader: int | None = None
@@ -348,7 +342,7 @@ class Results:
             raise MisconfigurationException(
                 f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing: set one of them."
             )
-        if reduce_fx not in _REDUCTIONS and not callable(reduce_fx):
+        if reduce_fx not in REDUCTIONS and not callable(reduce_fx):
             raise MisconfigurationException(
                 f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a"
                 " callable."
@@ -427,7 +421,7 @@ class Results:
             if distributed and slot.metric is None and not slot.rank_zero_only:
                 slot.fold()
                 if callable(slot.reduce):
-                    slot.values = _gather_values(self._fabric, slot.values)
+                    slot.values = gather_values(self._fabric, slot.values)
                 else:
                     rows.append((f"{slot.name}{slot.suffix} in {hook}", slot.reduce, slot.total, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
@@ -442,79 +436,6 @@ class Results:
                     value = value.to(torch.get_default_dtype())
             found.append((slot, value))
         return found
-
-
-def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
-    mine = [float(v) for v in values]
-    return [v for rank in range(fabric.world_size) for v in fabric.broadcast(mine, src=rank)]
-
-
-def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]]) -> dict[str, Tensor]:
-    """Reduce scalars over all ranks in one collective (two above 64 of them).
-
-    Args:
-        fabric: whose ranks.
-        rows: name, reduction, this rank's total (for a mean: the weighted sum), weight.
-
-    Returns:
-        The reduced value of every name that any rank logged, in float64 (float32 on MPS).
-    """
-    rows = sorted(rows, key=lambda r: r[0])
-    names = [f"{name}:{how}" for name, how, *_ in rows]
-    gathered = _exchange(fabric, rows, names)
-    if gathered is None:  # the ranks logged different names
-        everywhere = [fabric.broadcast(names, src=rank) for rank in range(fabric.world_size)]
-        union = sorted({name for theirs in everywhere for name in theirs})
-        for name in union:
-            if without := [rank for rank, theirs in enumerate(everywhere) if name not in theirs]:
-                rank_zero_warn(
-                    f"{name.rpartition(':')[0]!r} was not logged on rank {', '.join(map(str, without))}: it is reduced"
-                    " over the other ranks."
-                )
-        mine = dict(zip(names, rows, strict=True))
-        for extra in union:
-            if extra not in mine:
-                name, _, how = extra.rpartition(":")
-                neutral = {"min": float("inf"), "max": float("-inf")}.get(how, 0.0)
-                mine[extra] = (name, _REDUCTIONS[how], neutral, 0.0)
-        rows, names = [mine[n] for n in union], union
-        gathered = _exchange(fabric, rows, names)
-        assert gathered is not None
-    out: dict[str, Tensor] = {}
-    for i, (name, how, *_) in enumerate(rows):
-        totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
-        match how:
-            case "mean":
-                out[name] = totals.sum() / weights.sum()
-            case "sum":
-                out[name] = totals.sum()
-            case "min":
-                out[name] = totals.amin()
-            case _:
-                out[name] = totals.amax()
-    return out
-
-
-def _exchange(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]], names: list[str]) -> Tensor | None:
-    """Every rank's (total, weight) pairs, ``(world_size, 2 * len(rows))``; None where the names differ."""
-    checksum = float(zlib.crc32("\n".join(names).encode()))
-    dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
-    head = [checksum, float(len(rows))]
-    totals = [torch.as_tensor(total, dtype=dtype, device=fabric.device).reshape(()) for _, _, total, _ in rows]
-    weights = torch.tensor([weight for *_, weight in rows], dtype=dtype, device=fabric.device)
-    pairs = torch.stack([torch.stack(totals), weights], dim=1).flatten() if rows else weights
-    packet = torch.zeros(_PACKET, dtype=dtype, device=fabric.device)
-    packet[:2] = torch.tensor(head, dtype=dtype)
-    first = pairs[: _PACKET - 2]
-    packet[2 : 2 + len(first)] = first
-    gathered: Tensor = fabric.all_gather(packet).reshape(fabric.world_size, -1)
-    if not bool((gathered[:, :2] == gathered[0, :2]).all()):
-        return None
-    body = gathered[:, 2 : 2 + len(first)]
-    if len(pairs) > len(first):
-        rest = fabric.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
-        body = torch.cat([body, rest], dim=1)
-    return body
 
 
 def infer_batch_size(batch: Any) -> int | None:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["capture_exact", "restore_exact"]
 
 
-def capture_exact(run: Run, data: TrainingData | None, *, partial_gradients: bool) -> dict[str, Any]:
+def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
     """The state of every rank; every rank calls it.
 
     Args:
         run: the run.
         data: the training batches.
-        partial_gradients: whether gradients are kept too.
+        accumulate: batches of one optimizer step; between its first and last, gradients are kept too.
 
     Returns:
         ``ranks``: for every rank its part, as tensors and plain containers.
@@ -39,7 +39,8 @@ def capture_exact(run: Run, data: TrainingData | None, *, partial_gradients: boo
         "metrics": run.metrics.state_dict(),
         "metric_objects": {n: _metric_state(m) for n, m in module.named_modules() if is_metric(m)},
     }
-    if partial_gradients:
+    within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
+    if within or not module.automatic_optimization:
         mine["gradients"] = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
     fabric = run.fabric
     return {

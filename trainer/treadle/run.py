@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from treadle.data import stay
 from treadle.dispatch import Dispatch
 from treadle.results import Metrics, Results, to_floats
 from treadle.state import FitProgress, LRSchedulerConfig, TrainerState
@@ -39,8 +40,8 @@ class Run:
     optimizers: list[FabricOptimizer] = field(default_factory=list)
     """Wrapped: their ``step`` goes through precision and strategy."""
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
-    transfer: Callable[[Any, int], Any] = lambda batch, dataloader_idx: batch
-    weights_loaded_from: str | None = None
+    transfer: Callable[[Any, int], Any] = stay
+    """How a batch of a loader reaches the device."""
 
     def log_to(self, results: Results) -> Results:
         """Send ``self.log`` to the slots of another stage; returns those it went to before."""

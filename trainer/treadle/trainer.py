@@ -17,12 +17,12 @@ from treadle.arguments import choose_callbacks, choose_loggers, resolve_settings
 from treadle.callbacks import Callback
 from treadle.checkpoint import dump_checkpoint, find_checkpoint, restore_training, restore_weights
 from treadle.data import EvaluationData, TrainingData, find_loaders, make_transfer
-from treadle.dispatch import Dispatch, overrides, reorder_callbacks
+from treadle.dispatch import Dispatch, reorder_callbacks
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
 from treadle.loops.predict import Prediction
-from treadle.loops.step import Clipping
+from treadle.loops.step import Clipping, manual_backward
 from treadle.outcome import Outcome, adopt, capture
 from treadle.results import Metrics, Results, to_floats
 from treadle.resume import capture_exact, restore_exact
@@ -288,7 +288,7 @@ class Trainer(TrainerView):
             )
         checkpoint = dump_checkpoint(self._run, self.callbacks, weights_only=bool(weights_only))
         if not weights_only and self.state.fn is TrainerFn.FITTING:
-            exact = capture_exact(self._run, self._train_data, partial_gradients=self._has_partial_gradients())
+            exact = capture_exact(self._run, self._train_data, accumulate=self.accumulate_grad_batches)
             checkpoint["treadle"] |= {**exact, "should_stop": self.should_stop}
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
 
@@ -304,13 +304,6 @@ class Trainer(TrainerView):
             self._train_data = self._make_training_data()
         batches = self._train_data.num_batches if self._train_data is not None else 0
         return total_steps(self._settings.durations, batches, self.accumulate_grad_batches)
-
-    def _has_partial_gradients(self) -> bool:
-        """Whether gradients are kept from one batch to the next, as in the middle of an accumulation."""
-        progress = self.fit_progress
-        if not self.lightning_module.automatic_optimization:
-            return True
-        return bool(progress.batch % self.accumulate_grad_batches) and not progress.is_last_batch
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Make a module on the device and in the precision of this trainer, in a with block."""
@@ -328,20 +321,8 @@ class Trainer(TrainerView):
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
-        run = self._run
-        assert run is not None
-        from treadle.module import LightningModule
-
-        run.dispatch.call("on_before_backward", loss)
-        if overrides(run.module, "backward", LightningModule):
-            precision = self.strategy.precision
-            precision.pre_backward(loss, run.wrapped)
-            run.dispatch.run("backward", precision.backward_by, run.module.backward, loss, *args, **kwargs)
-            precision.post_backward(loss, run.wrapped)
-        else:
-            self.strategy.backward(loss, run.wrapped, *args, **kwargs)
-        run.dispatch.call("on_after_backward")
-        run.results.hook = "training_step"
+        assert self._run is not None
+        manual_backward(self._run, loss, *args, **kwargs)
 
     def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
         """Clip gradients; modules call it as ``self.clip_gradients``."""

@@ -59,6 +59,7 @@ class SLURMEnvironment(ClusterEnvironment):
 
     @staticmethod
     def job_name() -> str | None:
+        """The job's name; None outside a job."""
         return os.environ.get("SLURM_JOB_NAME")
 
     @staticmethod

@@ -136,6 +136,7 @@ class FailureBoard:
         return True
 
     def has(self, name: str) -> bool:
+        """Whether a note of this name was left."""
         return (self.directory / name).exists()
 
     def claim(self, number: int, failure: Failure) -> bool:
@@ -143,6 +144,7 @@ class FailureBoard:
         return self._write_once(f"failure_{number}", json.dumps({"rank": failure.rank, "text": failure.text}))
 
     def failure(self, number: int) -> Failure | None:
+        """The failure that claimed this number, if any."""
         try:
             return Failure(**json.loads((self.directory / f"failure_{number}").read_text(encoding="utf-8")))
         except OSError:
@@ -172,6 +174,7 @@ class FailureBoard:
             _say(str(failure))
 
     def remove(self) -> None:
+        """Delete the folder."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -207,12 +210,14 @@ class Member:
         self._hook = self._excepthook  # one object, so that leave() recognizes it
 
     def join(self) -> None:
+        """Share failures from now on."""
         self.board.touch(f"joined_{self.rank}")
         sys.excepthook = self._hook
         if self._launcher_is_alive is not None:
             threading.Thread(target=self._watch, name="treadle-watch-launcher", daemon=True).start()
 
     def leave(self) -> None:
+        """Share them no longer."""
         if sys.excepthook is self._hook:
             sys.excepthook = self._previous_hook
 
@@ -279,6 +284,7 @@ class Member:
                 self.say_stopped(number)
 
     def say_stopped(self, number: int) -> None:
+        """Say once in a line that this rank stopped because another failed."""
         failure = self.board.failure(number)
         if failure is not None and self.board.touch(f"stopped_{number}_{self.rank}"):
             _say(f"rank {self.rank} stopped because rank {failure.rank} failed")

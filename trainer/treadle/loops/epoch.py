@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from treadle.data import BatchIterator, Lookahead, TrainingData
+from treadle.data import BatchIterator, Lookahead, TrainingData, stay
 from treadle.dispatch import overrides
 from treadle.loops.step import AutomaticStep, ManualStep
 from treadle.optimizers import step_schedulers
@@ -79,8 +79,8 @@ class TrainingEpoch:
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
         batches = Lookahead(batches, progress.batch, total, exact=self._data.exact, drain=self._data.whole)
         if step.wants_iterator:
-            batches = _from_iterator(BatchIterator(batches, transfer))
-            transfer = _as_is
+            batches = BatchIterator(batches, transfer).steps()
+            transfer = stay
         on_batch_start, on_batch_end, schedulers = self._on_batch_start, self._on_batch_end, self._schedulers
         schedule, signals = self._schedule, self._signals
         for batch_idx, batch, is_last in batches:
@@ -184,15 +184,3 @@ class TrainingEpoch:
 
     def _scheduler_hook(self, scheduler: Any, metric: Any) -> None:
         self._run.dispatch.run("lr_scheduler_step", self._run.module.lr_scheduler_step, scheduler, metric)
-
-
-def _as_is(batch: Any, dataloader_idx: int) -> Any:
-    return batch
-
-
-def _from_iterator(iterator: BatchIterator) -> Any:
-    """One item a step; the step itself draws the batches."""
-    index = 0
-    while not iterator.done:
-        yield index, iterator, False
-        index += 1

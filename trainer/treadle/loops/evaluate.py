@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.data import BatchIterator, EvaluationData, Lookahead
+from treadle.data import BatchIterator, EvaluationData, Lookahead, stay
 from treadle.dispatch import overrides
 from treadle.hooks import ModuleHooks
 from treadle.loops.step import step_arguments
@@ -106,8 +106,7 @@ class Evaluation:
         iterator = self.data.iterate(loader_idx)
         batches: Any = Lookahead(iterator, 0, limit, exact=True)
         if self._wants_iterator:
-            drawing = BatchIterator(batches, transfer, loader_idx)
-            batches, transfer = _each_step(drawing), _as_is
+            batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
         for batch_idx, batch, _ in batches:
             batch = transfer(batch, loader_idx)
             begin_batch(batch)
@@ -140,14 +139,3 @@ class Evaluation:
 def module_modes(module: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:
     """Every submodule with its training flag."""
     return [(m, m.training) for m in module.modules()]
-
-
-def _as_is(batch: Any, dataloader_idx: int) -> Any:
-    return batch
-
-
-def _each_step(iterator: BatchIterator) -> Any:
-    index = 0
-    while not iterator.done:
-        yield index, iterator, False
-        index += 1

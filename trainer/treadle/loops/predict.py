@@ -74,12 +74,11 @@ class Prediction:
         cpu = torch.device("cpu")
         batches = Lookahead(self._data.iterate(loader_idx), 0, limit, exact=True)
         if self._wants_iterator:
-            drawing = BatchIterator(batches, transfer, loader_idx)
-            index = 0
-            while not drawing.done:
-                kept.append(move_data_to_device(step(drawing), cpu))
-                index += 1
-            return kept if self._keep else []
+            for _, drawing, _ in BatchIterator(batches, transfer, loader_idx).steps():
+                output = step(drawing)
+                if self._keep:
+                    kept.append(move_data_to_device(output, cpu))
+            return kept
         for batch_idx, batch, _ in batches:
             batch = transfer(batch, loader_idx)
             results.hook = "on_predict_batch_start"

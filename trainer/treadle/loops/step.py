@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from treadle.run import Run
 
-__all__ = ["AutomaticStep", "Clipping", "ManualStep", "TrainingStep", "step_arguments"]
+__all__ = ["AutomaticStep", "Clipping", "ManualStep", "TrainingStep", "manual_backward", "step_arguments"]
 
 
 class TrainingStep(Protocol):
@@ -326,3 +326,20 @@ class ManualStep:
             f"`training_step` returned {type(output).__name__}; in manual optimization it returns a tensor, a dict or"
             " None."
         )
+
+
+def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Backward in manual optimization, with its hooks."""
+    from treadle.module import LightningModule
+
+    module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
+    dispatch.call("on_before_backward", loss)
+    if overrides(module, "backward", LightningModule):
+        precision = strategy.precision
+        precision.pre_backward(loss, run.wrapped)
+        dispatch.run("backward", precision.backward_by, module.backward, loss, *args, **kwargs)
+        precision.post_backward(loss, run.wrapped)
+    else:
+        strategy.backward(loss, run.wrapped, *args, **kwargs)
+    dispatch.call("on_after_backward")
+    run.results.hook = "training_step"

@@ -1,0 +1,328 @@
+"""Two real processes: what they compute together is what one process computes alone, and they live and die together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tests.trainer.models import Net, Samples, loader, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import treadle as L
+from treadle.callbacks import ModelCheckpoint
+from treadle_fabric import MisconfigurationException, UnusedParametersError
+
+pytestmark = pytest.mark.timeout(110)
+
+WORLD = 2
+
+
+# Everything from here to `run_everything` runs with two processes in a script, and with one in the test itself.
+
+
+class Logging(Net):
+    """Logs a value of each sample in every way of reducing."""
+
+    def step(self, stage: str, batch: Tensor) -> Tensor:
+        loss = self.loss(batch)
+        values = {"mean": loss, "sum": batch.sum(), "min": batch.min(), "max": batch.max()}
+        for how, value in values.items():
+            self.log(f"{stage}_{how}", value, on_step=False, on_epoch=True, reduce_fx=how)
+        self.log(f"{stage}_median", batch.median(), on_step=False, on_epoch=True, reduce_fx=torch.amax)
+        return loss
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.step("train", batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        self.step("val", batch)
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        for optimizer in (first, second) if batch_idx % 2 else (first,):
+            with self.toggled_optimizer(optimizer):
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([self.layer.weight], 0.1), torch.optim.SGD([self.layer.bias], 0.1)
+
+
+class Watching(Net):
+    """Keeps the samples of its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.seen += batch[:, 0].tolist()
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.seen += batch[:, 0].tolist()
+
+
+class Backwards:
+    """A sampler of the user's own."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Any:
+        return iter(range(self.n - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return self.n
+
+
+class Half(Net):
+    """Has parameters that the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = torch.nn.Linear(2, 2)
+
+
+class Normalized(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.BatchNorm1d(4), self.layer)
+
+
+class Stopping(Net):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.trainer.should_stop = self.global_step == 3
+
+
+class Sided(Net):
+    """Each rank logs a name of its own, and one that both have."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.log("both", 1.0 + self.global_rank)
+        self.log(f"only_{self.global_rank}", 5.0 + self.global_rank)
+
+
+def weights(model: torch.nn.Module) -> list[float]:
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()]).tolist()
+
+
+def training(folder: Path, world: int, **arguments: Any) -> list[float]:
+    """The weights after two epochs; with every process the batches of all together are the same."""
+    model = arguments.pop("model", Net)()
+    trainer(folder, devices=world, max_epochs=2, **arguments).fit(model, loader(28, 4 // world))
+    return weights(model)
+
+
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"accumulate_grad_batches": 3},
+    "clipping": {"gradient_clip_val": 0.05},
+    "accumulation and clipping": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
+    "clipping of values": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+    "manual optimization": {"model": Manual},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "16-mixed": {"precision": "16-mixed", "gradient_clip_val": 0.05},
+}
+
+
+def run_everything(folder: Path, world: int) -> dict[str, Any]:
+    """What one process finds out; ``world`` is the number of processes."""
+    out: dict[str, Any] = {name: training(folder, world, **arguments) for name, arguments in WEIGHTS.items()}
+
+    # 13 samples: the ranks have 4 and 3 batches, the last ones of 1 and 2 samples
+    model, run = Logging(), trainer(folder, devices=world)
+    run.fit(model, loader(28, 4 // world), loader(13, 2))
+    out["metrics"] = {name: value.item() for name, value in run.callback_metrics.items()}
+    out["validate"] = run.validate(model, [loader(13, 2), loader(1, 2)], verbose=False)
+
+    model = Watching()
+    trainer(folder, devices=world).fit(model, DataLoader(Samples(8), 4 // world, sampler=Backwards(8)))
+    out["own sampler"] = model.seen
+    model = Watching()
+    trainer(folder, devices=world, max_epochs=2).fit(model, DataLoader(Samples(8), 4 // world, shuffle=True))
+    out["shuffled"] = model.seen
+    model = Watching()
+    trainer(folder, devices=world).validate(model, DataLoader(Samples(7), 2, shuffle=True), verbose=False)
+    out["evaluated"] = model.seen
+
+    run = trainer(folder, devices=world, max_epochs=9)
+    run.fit(Stopping(), loader(28, 4 // world))
+    out["stopped"] = [run.global_step, run.current_epoch]
+
+    callback = ModelCheckpoint(folder / f"checkpoints_{world}", monitor="val_mean")
+    arguments: dict[str, Any] = {"devices": world, "callbacks": callback, "enable_checkpointing": True}
+    run = trainer(folder, max_epochs=2, **arguments)
+    run.fit(Logging(), loader(28, 4 // world), loader(13, 2))
+    out["best"] = [os.path.basename(callback.best_model_path), float(callback.best_model_score)]
+    model = Logging()
+    run = trainer(
+        folder,
+        max_epochs=3,
+        **{**arguments, "callbacks": ModelCheckpoint(folder / f"checkpoints_{world}", monitor="val_mean")},
+    )
+    run.fit(model, loader(28, 4 // world), loader(13, 2), ckpt_path=callback.best_model_path)
+    out["resumed"] = [*weights(model), run.global_step]
+    found = run.predict(model, loader(13, 2), ckpt_path="best")
+    out["predicted"] = torch.cat(found)[:, 0].tolist()
+    return out
+
+
+def run_what_needs_two(folder: Path) -> dict[str, Any]:
+    """What only makes sense with several processes."""
+    out: dict[str, Any] = {}
+
+    def fails(model: L.LightningModule, **arguments: Any) -> list[str]:
+        try:
+            trainer(folder, devices=WORLD, **arguments).fit(model, loader(8, 2))
+        except Exception as error:
+            return [type(error).__name__, str(error)]
+        return []
+
+    out["unused"] = fails(Half())
+    model = Half()
+    trainer(folder, devices=WORLD, strategy="ddp_find_unused_parameters_true").fit(model, loader(8, 2))
+    out["allowed"] = weights(model.layer)
+    out["batch norm"] = fails(Normalized(), sync_batchnorm=True)
+    out["no batch norm"] = fails(Net(), sync_batchnorm=True)
+    out["one-sided"] = trainer(folder, devices=WORLD).validate(Sided(), loader(8, 2), verbose=False)
+    return out
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from tests.trainer import test_ddp
+
+folder = Path(sys.argv[1])
+out = {**test_ddp.run_everything(folder, 2), **test_ddp.run_what_needs_two(folder)}
+(folder / f"out{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(out))
+"""
+
+
+def start(folder: Path, source: str) -> subprocess.Popen[str]:
+    folder.mkdir(exist_ok=True)
+    (folder / "script.py").write_text(source)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE"))}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.Popen(
+        [sys.executable, "script.py", str(folder)],
+        cwd=folder,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
+    """What each of two ranks found out, and what they said."""
+    folder = tmp_path_factory.mktemp("ddp")
+    process = start(folder, SCRIPT)
+    try:
+        stdout, stderr = process.communicate(timeout=100)
+    finally:
+        process.kill()
+    assert process.returncode == 0, stdout + stderr
+    return [json.loads((folder / f"out{rank}.json").read_text()) for rank in range(WORLD)], stderr
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds out with the whole batches."""
+    return run_everything(tmp_path_factory.mktemp("alone"), 1)
+
+
+Ranks = tuple[list[dict[str, Any]], str]
+
+
+@pytest.mark.parametrize("how", WEIGHTS)
+def test_weights_are_those_of_one_process_with_the_whole_batch(ranks: Ranks, alone: dict[str, Any], how: str) -> None:
+    zero, one = (found[how] for found in ranks[0])
+    assert zero == one
+    assert zero == pytest.approx(alone[how], rel=1e-2 if "16" in how else 1e-6)
+    assert zero != pytest.approx(weights(Net()), rel=1e-2)
+
+
+def test_epoch_metrics_are_those_of_one_process_without_sync_dist(ranks: Ranks, alone: dict[str, Any]) -> None:
+    for found in ranks[0]:
+        assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+        assert found["metrics"]["val_sum"] == 4 * sum(range(13))
+        assert found["metrics"]["train_sum"] == 4 * sum(range(28))
+
+
+def test_evaluation_counts_every_sample_once(ranks: Ranks, alone: dict[str, Any]) -> None:
+    for found in ranks[0]:
+        for mine, theirs in zip(found["validate"], alone["validate"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6)
+    assert sorted(ranks[0][0]["evaluated"] + ranks[0][1]["evaluated"]) == list(range(7))
+
+
+def test_the_order_of_samples_is_the_samplers(ranks: Ranks, alone: dict[str, Any]) -> None:
+    zero, one = (found["own sampler"] for found in ranks[0])
+    assert (zero, one) == ([7, 5, 3, 1], [6, 4, 2, 0])
+    assert alone["own sampler"] == [7, 6, 5, 4, 3, 2, 1, 0]
+    zero, one = (found["shuffled"] for found in ranks[0])
+    first, second = zero[:4] + one[:4], zero[4:] + one[4:]
+    assert sorted(first) == sorted(second) == list(range(8))
+    assert first != second
+
+
+def test_ranks_stop_and_save_alike(ranks: Ranks, alone: dict[str, Any]) -> None:
+    for found in ranks[0]:
+        assert found["stopped"] == alone["stopped"] == [3, 1]
+        assert found["best"][0] == alone["best"][0]
+        assert found["best"][1] == pytest.approx(alone["best"][1])
+        assert found["resumed"] == pytest.approx(alone["resumed"], rel=1e-6)
+
+
+def test_each_rank_predicts_its_share(ranks: Ranks, alone: dict[str, Any]) -> None:
+    together = [None] * 13
+    together[::2], together[1::2] = (found["predicted"] for found in ranks[0])
+    assert together == pytest.approx(alone["predicted"], rel=1e-6)
+
+
+def test_unused_parameters_are_named_unless_they_are_allowed(ranks: Ranks) -> None:
+    for rank, found in enumerate(ranks[0]):
+        kind, message = found["unused"]
+        assert kind == UnusedParametersError.__name__
+        assert "idle.weight, idle.bias" in message
+        assert f"rank {rank}" in message
+        assert "ddp_find_unused_parameters_true" in message
+        assert found["allowed"] != pytest.approx(weights(Net()))
+    assert ranks[0][0]["allowed"] == ranks[0][1]["allowed"]
+
+
+def test_sync_batchnorm_is_refused_on_the_cpu_where_there_is_something_to_synchronize(ranks: Ranks) -> None:
+    for found in ranks[0]:
+        kind, message = found["batch norm"]
+        assert kind == MisconfigurationException.__name__
+        assert "'layer.0'" in message
+        assert found["no batch norm"] == []
+
+
+def test_a_name_that_one_rank_logs_is_reduced_over_it_with_a_warning(ranks: Ranks) -> None:
+    for found in ranks[0]:
+        assert found["one-sided"] == [
+            {"both": 1.5, "only_0": 5.0, **{k: v for k, v in found["one-sided"][0].items() if k == "only_1"}}
+        ]
+    assert ranks[1].count("'only_0' was not logged on rank 1") == 1
+    assert ranks[1].count("'only_1' was not logged on rank 0") == 1
