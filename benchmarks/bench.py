@@ -18,6 +18,7 @@ from report import machine_facts, remarks, table, write
 
 _ROUNDS = 12
 _QUICK_ROUNDS = 3
+_BUSY = 0.3  # load per core
 _SHARE = {"ddp": 0.25, "import": 0.5}  # of the rounds: a round of these starts interpreters and lasts longer
 
 
@@ -71,6 +72,8 @@ def main() -> int:
     options = _arguments()
     rounds = options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS)
     facts = machine_facts() | ({"clock": options.clock} if options.clock != "wall" else {})
+    if facts["load_before"] > _BUSY * (facts["cores"] or 1):
+        print(f"The machine is busy (load {facts['load_before']}): believe --clock cpu, or wait.", file=sys.stderr)
     results = _run(options.items, rounds, options.quick, options.clock)
     print(table(results))
     for line in remarks(results):

@@ -278,10 +278,16 @@ def _ddp(item: Item, rounds: int, clock: str, folder: str) -> Result:
 
 
 _IMPORT = """
-import json, resource, time
+import json, resource, sys, time
 clock = time.{clock}
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss where there is a choice: on Linux a process inherits that of its parent, and ours has imported torch.
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+    except OSError:
+        scale = 1024 * 1024 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 start = clock()
 import torch
 begin, memory = clock(), peak()

@@ -9,7 +9,7 @@ from treadle_fabric.accelerators import (
     find_usable_cuda_devices,
 )
 from treadle_fabric.attribute_dict import AttributeDict
-from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
+from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO, newest_good
 from treadle_fabric.data import (
     ShardedSampler,
     batch_mover,
@@ -96,6 +96,7 @@ __all__ = [
     "ACCELERATOR_REGISTRY",
     "STRATEGY_REGISTRY",
     "Accelerator",
+    "AsyncCheckpointIO",
     "AttributeDict",
     "CPUAccelerator",
     "CSVLogger",
@@ -160,6 +161,7 @@ __all__ = [
     "map_tensors",
     "move_data_to_device",
     "near_names",
+    "newest_good",
     "rank_zero_debug",
     "rank_zero_deprecation",
     "rank_zero_experiment",

@@ -26,6 +26,7 @@ __all__ = [
     "map_tensors",
     "move_data_to_device",
     "sampler_epoch",
+    "samplers",
     "seed_workers",
     "set_epoch",
     "shard_dataloader",
@@ -289,7 +290,7 @@ def shard_dataloader(loader: Any, *, num_replicas: int, rank: int, seed: int = 0
     """
     if num_replicas == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if any(isinstance(s, (DistributedSampler, ShardedSampler)) for s in _samplers(loader)):
+    if any(isinstance(s, (DistributedSampler, ShardedSampler)) for s in samplers(loader)):
         return loader
     share = partial(ShardedSampler, num_replicas=num_replicas, rank=rank, seed=seed, pad=pad)
     result = copy.copy(loader)
@@ -306,7 +307,7 @@ def shard_dataloader(loader: Any, *, num_replicas: int, rank: int, seed: int = 0
     return result
 
 
-def _samplers(loader: Any) -> Iterator[Any]:
+def samplers(loader: Any) -> Iterator[Any]:
     """A loader's samplers, and the samplers that those draw from."""
     for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
         while sampler is not None:
@@ -317,7 +318,7 @@ def _samplers(loader: Any) -> Iterator[Any]:
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell every sampler of a loader that has a ``set_epoch`` which epoch comes."""
     seen: set[int] = set()
-    for sampler in _samplers(loader):
+    for sampler in samplers(loader):
         setter = getattr(sampler, "set_epoch", None)
         if callable(setter) and id(sampler) not in seen:
             seen.add(id(sampler))
@@ -326,7 +327,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 def sampler_epoch(loader: Any) -> int | None:
     """The epoch that a loader's samplers stand at; ``None`` if none keeps count."""
-    for sampler in _samplers(loader):
+    for sampler in samplers(loader):
         epoch = getattr(sampler, "epoch", None)
         if callable(getattr(sampler, "set_epoch", None)) and isinstance(epoch, int):
             return epoch

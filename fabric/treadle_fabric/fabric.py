@@ -213,6 +213,7 @@ class Fabric:
         self._launched = True
         result = function(*args, **kwargs)
         if new_process:
+            self._strategy.checkpoint_io.teardown()
             self._strategy.leave_environment()
         return result
 

@@ -38,7 +38,8 @@ env = LightningEnvironment()
 launcher = make_launcher(env, int(os.environ["N"]), 1, os.environ.get("START", "popen"))
 
 def join():
-    open(f"pid_{env.global_rank()}", "w").write(str(os.getpid()))
+    open(f"pid_{env.global_rank()}.new", "w").write(str(os.getpid()))
+    os.rename(f"pid_{env.global_rank()}.new", f"pid_{env.global_rank()}")
     address = f"tcp://{env.main_address}:{env.main_port}"
     dist.init_process_group("gloo", init_method=address, rank=env.global_rank(), world_size=env.world_size())
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
@@ -108,18 +109,17 @@ class Script:
                     group.append(int(entry.name))
         return group
 
-    def pid(self, rank: int, timeout: float = 60) -> int:
-        deadline = time.monotonic() + timeout
-        path = self.folder / f"pid_{rank}"
-        while not path.exists() or not path.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        return int(path.read_text())
+    def pid(self, rank: int) -> int:
+        self.wait_for(f"pid_{rank}")
+        return int((self.folder / f"pid_{rank}").read_text())
 
-    def wait_for(self, name: str, timeout: float = 60) -> None:
-        deadline = time.monotonic() + timeout
+    def wait_for(self, name: str) -> None:
+        assert self.process is not None
+        deadline = time.monotonic() + 60
         while not (self.folder / name).exists():
-            assert time.monotonic() < deadline
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                os.killpg(self.process.pid, signal.SIGKILL) if self.process.returncode is None else None
+                pytest.fail(f"no {name} after\n" + "\n".join(self.process.communicate()))
             time.sleep(0.02)
 
 

@@ -48,9 +48,23 @@ class Logging(Net):
 
 
 class Manual(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+    """Steps one optimizer, after two backward passes at every second batch."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        if batch_idx % 2:
+            self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class Toggling(Net):
+    """Steps two optimizers in turn, each for parameters of its own."""
+
+    automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         first, second = self.optimizers()
@@ -125,7 +139,8 @@ def weights(model: torch.nn.Module) -> list[float]:
 
 def training(folder: Path, world: int, **arguments: Any) -> list[float]:
     """The weights after two epochs; with every process the batches of all together are the same."""
-    model = arguments.pop("model", Net)()
+    arguments = {"model": Net, **arguments, **({"strategy": "auto"} if world == 1 else {})}
+    model = arguments.pop("model")()
     trainer(folder, devices=world, max_epochs=2, **arguments).fit(model, loader(28, 4 // world))
     return weights(model)
 
@@ -137,6 +152,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     "accumulation and clipping": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05},
     "clipping of values": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
     "manual optimization": {"model": Manual},
+    "two optimizers": {"model": Toggling, "strategy": "ddp_find_unused_parameters_true"},
     "bf16-mixed": {"precision": "bf16-mixed"},
     "16-mixed": {"precision": "16-mixed", "gradient_clip_val": 0.05},
 }

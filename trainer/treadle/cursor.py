@@ -19,9 +19,10 @@ from itertools import islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from treadle_fabric.data import PrivateRandomness
+from treadle_fabric.data import PrivateRandomness, samplers
 from treadle_fabric.seed import collect_rng_states, set_rng_states
 
 __all__ = ["Cursor"]
@@ -35,10 +36,12 @@ class Cursor:
     Args:
         loader: any iterable of batches.
         rank: this process; workers of different ranks draw different numbers.
+        exact: whether who iterates knows the number of batches; else it looks one batch ahead.
     """
 
-    def __init__(self, loader: Any, rank: int) -> None:
-        self._loader, self._rank = loader, rank
+    def __init__(self, loader: Any, rank: int, *, exact: bool = True) -> None:
+        self._loader, self._rank, self._exact = loader, rank, exact
+        self._ahead: Any = None
         self._stateful = (
             hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and not _is_combined(loader)
         )
@@ -53,20 +56,35 @@ class Cursor:
         if self._indexed and loader.num_workers:
             self._numbers = _Numbered(_index_sampler(loader))
             self._loader = _with_sampler(loader, self._numbers, _SeededByBatch(loader.dataset))
-        self._key, self._warm = 0, False
+        self._generators = _generators(loader)
+        self._key, self._warm, self._seeded = 0, False, False
         self._rng: dict[str, Any] = {}
+        self._drawn_from: list[Tensor] = []
         self._resumed: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the position in this epoch means: the random state that its order was drawn from."""
         state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
+        state["generators"] = self._drawn_from
+        state["generators_now"] = [g.get_state() for g in self._generators]
         if self._stateful:
-            state["loader"] = self._loader.state_dict()
+            state["loader"] = self._loader.state_dict() if self._ahead is None else self._ahead
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration continues the epoch that ``state`` is of."""
-        self._resumed = state
+    def load_state_dict(self, state: dict[str, Any], *, within: bool = True) -> None:
+        """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
+        if within:
+            self._resumed = state
+            return
+        for generator, before in zip(self._generators, state["generators_now"]):
+            generator.set_state(before)
+        self._seeded = bool(state["rng"])  # workers that persist have their seed since the first epoch
+        if self._stateful:
+            self._loader.load_state_dict(state["loader"])
+
+    def forget(self) -> None:
+        """Nothing is left of the epoch to continue."""
+        self._resumed = {}
 
     def iterate(self, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch.
@@ -78,14 +96,15 @@ class Cursor:
         now = collect_rng_states()
         if resumed:
             self._key, self._rng, self._warm = resumed["key"], resumed["rng"], resumed["warm"]
+            self._drawn_from = resumed["generators"]
+            for generator, before in zip(self._generators, self._drawn_from):
+                generator.set_state(before)
         else:
             self._rng = now
+            self._drawn_from = [g.get_state() for g in self._generators]
             self._key = zlib.crc32(now["torch"].numpy().tobytes()) * 4096 + self._rank
         if self._stateful:
-            if "loader" in resumed:
-                self._loader.load_state_dict(resumed["loader"])
-                skip = 0
-            return islice(iter(self._loader), skip, None)
+            return self._by_itself(resumed, skip, now)
         if self._indexed:
             return self._by_index(skip, now if resumed else None)
         return islice(self._loader, skip, None) if self._plain else self._replayed(skip)
@@ -107,12 +126,36 @@ class Cursor:
             set_rng_states(now)
         return iterator
 
+    def _by_itself(self, resumed: dict[str, Any], skip: int, now: dict[str, Any]) -> Iterator[Any]:
+        loader = self._loader
+        if "loader" in resumed:
+            loader.load_state_dict(resumed["loader"])
+        batches = iter(loader)
+        if resumed:
+            set_rng_states(now)
+        if self._exact:
+            return batches if "loader" in resumed else islice(batches, skip, None)
+        return self._one_ahead(batches)
+
+    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """For who looks one batch ahead: the state is the one before that."""
+        while True:
+            self._ahead = self._loader.state_dict()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                self._ahead = None
+                return
+            yield batch
+
     def _from_workers(self, resumed: bool) -> Iterator[Any]:
         """Workers that persist drew their seed in the first epoch; a resumed one must not draw it again."""
         fields = self._loader.__dict__
-        if not (resumed and self._warm):
+        seeded, self._seeded = self._seeded and self._loader.persistent_workers, False
+        if not (resumed and self._warm) and not seeded:
             self._warm = fields.get("_iterator") is not None
             return iter(self._loader)
+        self._warm = True
         generator, fields["generator"] = fields["generator"], torch.Generator()
         try:
             return iter(self._loader)
@@ -127,6 +170,17 @@ class Cursor:
             skip -= _CHUNK
         while batch := private.take(iterator, 1)[1]:
             yield batch[0]
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Those that the user gave to the loaders and their samplers."""
+    found: dict[int, torch.Generator] = {}
+    for part in loader.flattened if _is_combined(loader) else [loader]:
+        for owner in (part, *samplers(part)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def _is_combined(loader: Any) -> bool:
@@ -228,6 +282,13 @@ class _SeededByBatch:
         if name == "_dataset":  # not there yet: being unpickled
             raise AttributeError(name)
         return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A ``worker_init_fn`` opens files, say, and keeps them in the dataset."""
+        if name == "_dataset":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._dataset, name, value)
 
 
 def _seed(seed: int) -> None:

@@ -172,7 +172,7 @@ class TrainingData:
 
         self.whole = self.num_batches == length
         """Whether an epoch is all of it: then it is iterated to its end, where samplers may draw once more."""
-        self._cursor = Cursor(self.loader, fabric.global_rank)
+        self._cursor = Cursor(self.loader, fabric.global_rank, exact=self.exact)
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on."""
@@ -185,9 +185,15 @@ class TrainingData:
         """What is needed to draw this epoch's order again."""
         return self._cursor.state_dict()
 
-    def resume(self, state: dict[str, Any]) -> None:
-        """The next iteration continues the epoch that ``state`` is of."""
-        self._cursor.load_state_dict(state)
+    def resume(self, state: dict[str, Any], *, within: bool) -> None:
+        """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
+        self._cursor.load_state_dict(state, within=within)
+
+    def finish(self, epoch: int, skip: int, *, drain: bool) -> None:
+        """Nothing is left of a resumed epoch but what its samplers draw at its end."""
+        if drain and self.whole and self.exact:
+            next(self.iterate(epoch, skip), None)
+        self._cursor.forget()
 
 
 def _first(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
@@ -316,8 +322,8 @@ class BatchIterator:
     def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
         """One item a step, as :class:`Lookahead` gives them; the step itself draws the batches."""
         index = 0
-        while not self.done:
-            yield index, self, False
+        while self._ahead is not None:
+            yield index, self, self._ahead[2]  # a step draws one batch: the one ahead tells whether it is the last
             index += 1
 
     def __iter__(self) -> BatchIterator:

@@ -240,6 +240,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run backward on ``loss`` in manual optimization, through precision and strategy."""
         if self._fabric is not None and self._trainer is None:
+            self._fabric.strategy.expect_backward(loss)
             self._fabric.backward(loss, *args, **kwargs)
             return
         if self.automatic_optimization:

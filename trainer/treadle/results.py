@@ -232,6 +232,8 @@ class Results:
         self.slots: dict[tuple[str, str, int | None], Slot] = {}
         self._names: dict[str, str] = {}  # a final name -> the hook that logs it
         self._fabric = fabric
+        self.alone = fabric.world_size == 1
+        """Whether there are no other ranks to reduce over."""
         self._roots: list[LightningModule] = []
         """Where torchmetrics objects are looked up by path."""
 
@@ -300,13 +302,21 @@ class Results:
         self.begin_batch(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The slots of the unfinished epoch, as tensors and plain containers; those with callables are left out."""
+        """The slots of the unfinished epoch, as tensors and plain containers; every rank calls it.
+
+        Of a callable reduction its result so far is kept, which counts until the callable is passed again.
+        """
         slots = []
         for (hook, name, loader), slot in self.slots.items():
-            if not callable(slot.options[4]):
-                path = next((n for m in self._roots for n, child in m.named_modules() if child is slot.metric), None)
-                values = {k: getattr(slot, k) for k in _KEPT if k != "value" or slot.metric is None}
-                slots.append({"key": (hook, name, loader), "options": slot.options, "metric": path, **values})
+            path = next((n for m in self._roots for n, child in m.named_modules() if child is slot.metric), None)
+            entry = {"key": (hook, name, loader), "metric": path, **{k: getattr(slot, k) for k in _KEPT}}
+            reduction: Any = slot.reduce
+            if callable(slot.reduce):
+                values = slot.values + slot.pending
+                if self._fabric.world_size > 1 and not slot.rank_zero_only:
+                    values = gather_values(self._fabric, values)
+                reduction, entry["reduced"] = "", slot.reduce(_stack(values)) if values else None
+            slots.append({**entry, "options": (*slot.options[:4], reduction, *slot.options[5:])})
         return {"slots": slots}
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
@@ -314,10 +324,12 @@ class Results:
         self.reset()
         for entry in state["slots"]:
             self.hook, name, self.dataloader_idx = entry["key"]
-            slot = self._new_slot(name, tuple(entry["options"]))
+            options = tuple(entry["options"])
+            if "reduced" in entry:
+                options = (*options[:4], _Reduced(entry["reduced"]), *options[5:])
+            slot = self._new_slot(name, options)
             for key in _KEPT:
-                if key in entry:
-                    setattr(slot, key, entry[key])
+                setattr(slot, key, entry[key])
             slot.metric = metrics.get(entry["metric"]) if entry["metric"] is not None else None
         self.hook, self.dataloader_idx = "", None
 
@@ -350,7 +362,7 @@ class Results:
         key = (hook, name, self.dataloader_idx)
         if key in self.slots and _same_code(self.slots[key].options, options):
             slot = self.slots[key]
-            slot.options, slot.reduce = options, reduce_fx  # type: ignore[assignment]
+            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type,assignment]
             return slot
         if key in self.slots:
             raise MisconfigurationException(
@@ -457,10 +469,21 @@ def infer_batch_size(batch: Any) -> int | None:
     return None
 
 
+class _Reduced:
+    """Stands for a callable reduction that a checkpoint could not keep."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, values: Any) -> Any:
+        return self.result
+
+
 def _same_code(one: LogOptions, other: LogOptions) -> bool:
-    """Whether only ``reduce_fx`` differs, and only because a lambda is made anew each time."""
+    """Whether only ``reduce_fx`` differs, and only because a lambda is made anew each time or training was resumed."""
     code = getattr(one[4], "__code__", None)
     same = code is not None and code is getattr(other[4], "__code__", None)
+    same |= isinstance(one[4], _Reduced) or one[4] == REDUCTIONS.get(other[4], other[4])
     return same and one[:4] + one[5:] == other[:4] + other[5:]
 
 
@@ -525,6 +548,8 @@ class Metrics:
 
     def keep(self, results: Results) -> None:
         """Keep the last step values of a stage that is left."""
+        if not results.slots:
+            return
         self._callback.update(results.latest("callback"))
         self._logged.update(results.latest("logged"))
         self._bar.update(results.latest("bar"))
@@ -537,6 +562,8 @@ class Metrics:
         Returns:
             What goes to the loggers, and for every dataloader its names and values.
         """
+        if not results.slots and (local or results.alone):
+            return {}, [{} for _ in range(loaders)]
         self.keep(results)
         logged: dict[str, Any] = {}
         shared: dict[str, Any] = {}

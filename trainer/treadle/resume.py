@@ -4,12 +4,13 @@ stand, partial gradients, and what was logged but not yet reduced.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from treadle.results import is_metric
+from treadle.state import Phase
 from treadle_fabric import rank_zero_warn
 from treadle_fabric.seed import collect_rng_states, set_rng_states
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from treadle.data import TrainingData
     from treadle.run import Run
 
-__all__ = ["capture_exact", "restore_exact"]
+__all__ = ["capture_exact", "moment", "restore_exact"]
 
 
 def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
@@ -32,12 +33,12 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
         ``ranks``: for every rank its part, as tensors and plain containers.
     """
     module = run.module
+    validating = run.before_validation if run.progress.phase is Phase.LOGGED else {}
     mine: dict[str, Any] = {
-        "rng": collect_rng_states(),
+        **(validating or moment(run)),
         "data": data.state_dict() if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
-        "metric_objects": {n: _metric_state(m) for n, m in module.named_modules() if is_metric(m)},
     }
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     if within or not module.automatic_optimization:
@@ -45,6 +46,18 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
     fabric = run.fabric
     return {
         "ranks": [mine if fabric.world_size == 1 else fabric.broadcast(mine, src=r) for r in range(fabric.world_size)]
+    }
+
+
+def moment(run: Run) -> dict[str, Any]:
+    """What validation changes: random state, torchmetrics objects, how many batches were validated on."""
+    collections, metrics = run.metric_objects
+    for collection in collections:  # only here do members of a group get their shared state
+        deque(collection.items(keep_base=True, copy_state=False), maxlen=0)
+    return {
+        "rng": collect_rng_states(),
+        "validated": dict(run.validated),
+        "metric_objects": {n: _metric_state(m) for n, m in metrics.items()},
     }
 
 
@@ -61,17 +74,18 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData) -> None:
         )
         return
     mine = ranks[fabric.global_rank]
-    within = bool(run.progress.batch)
-    if within:
-        metrics = {n: m for n, m in module.named_modules() if is_metric(m)}
-        for name, state in mine["metric_objects"].items():
-            if name in metrics:
-                _restore_metric(metrics[name], state)
-        run.results.load_state_dict(mine["results"], metrics)
-        parameters = dict(module.named_parameters())
-        for name, gradient in mine.get("gradients", {}).items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        data.resume(mine["data"])
+    metrics = run.metric_objects[1]
+    run.results.load_state_dict(mine["results"], metrics)
+    for name, state in mine["metric_objects"].items():
+        if name in metrics:
+            _restore_metric(metrics[name], state)
+    if not run.progress.batch:
+        run.results.reset()  # the epoch is over, and with it what was logged
+    parameters = dict(module.named_parameters())
+    for name, gradient in mine.get("gradients", {}).items():
+        parameters[name].grad = gradient.to(parameters[name].device)
+    run.validated.update(mine["validated"])
+    data.resume(mine["data"], within=bool(run.progress.batch))
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from treadle.data import stay
 from treadle.dispatch import Dispatch
-from treadle.results import Metrics, Results, to_floats
+from treadle.results import Metrics, Results, is_metric, to_floats
 from treadle.state import FitProgress, LRSchedulerConfig, TrainerState
 from treadle_fabric import Fabric
 from treadle_fabric.loggers import Logger
@@ -42,6 +43,16 @@ class Run:
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     transfer: Callable[[Any, int], Any] = stay
     """How a batch of a loader reaches the device."""
+    validated: dict[int, int] = field(default_factory=dict)
+    """Batches of each loader in all evaluations of this run: the x axis of values logged on their steps."""
+    before_validation: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint in the middle of a validation keeps: a resumed run begins it anew."""
+
+    @cached_property
+    def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
+        """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
+        found = list(self.module.named_modules())
+        return [m for _, m in found if hasattr(m, "compute_groups")], {n: m for n, m in found if is_metric(m)}
 
     def log_to(self, results: Results) -> Results:
         """Send ``self.log`` to the slots of another stage; returns those it went to before."""

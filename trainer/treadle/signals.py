@@ -36,6 +36,8 @@ class Signals:
         if self._installed:
             signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
             self._installed = False
+        if self.received and exc[0] is None:  # it came after the last batch
+            self.raise_received()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number

@@ -28,11 +28,11 @@ from treadle.results import Metrics, Results, to_floats
 from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
 from treadle.schedule import total_steps
-from treadle.signals import Signals
+from treadle.signals import Signals, SIGTERMException
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
 from treadle.view import TrainerView
-from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info
+from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info, rank_zero_warn
 from treadle_fabric.errors import suggests_arguments
 from treadle_fabric.types import PathLike
 
@@ -360,7 +360,8 @@ class Trainer(TrainerView):
         try:
             with ExitStack() as stack:
                 stack.enter_context(preflight.backend_flags(self._settings))
-                stack.enter_context(self._signals)
+                if fn is TrainerFn.FITTING:
+                    stack.enter_context(self._signals)
                 if self._settings.detect_anomaly:
                     stack.enter_context(torch.autograd.set_detect_anomaly(True))
                 module.attach(self, results)
@@ -383,7 +384,7 @@ class Trainer(TrainerView):
             rank_zero_info("Interrupted: the run has ended, its state is intact.")
         except BaseException as error:
             claim_failure(error)
-            self._sigterm = bool(self._signals.received)
+            self._sigterm = isinstance(error, SIGTERMException)
             self.state.status = TrainerStatus.INTERRUPTED
             self._failed(error)
             raise
@@ -391,6 +392,7 @@ class Trainer(TrainerView):
             self.state.stage = None
             self._metrics.keep(results)
             self._metrics.active = None
+            self.strategy.precision.teardown()
             for child in module.modules():
                 if isinstance(child, LightningModule):
                     child.detach_metrics()
@@ -427,13 +429,15 @@ class Trainer(TrainerView):
 
     def _failed(self, error: BaseException) -> None:
         """on_exception for everybody, then the loggers are closed; a second error must not hide the first."""
-        run = self._run
+        run, calls = self._run, [partial(logger.finalize, "failed") for logger in self.loggers]
         if run is not None and run.module is self._module:
-            run.dispatch.call("on_exception", error)
-            if run.datamodule is not None:
-                run.datamodule.on_exception(error)
-        for logger in self.loggers:
-            logger.finalize("failed")
+            told = [*run.dispatch.listeners("on_exception"), *([run.datamodule.on_exception] if run.datamodule else [])]
+            calls = [*(partial(run.dispatch.run, "on_exception", listener, error) for listener in told), *calls]
+        for call in calls:
+            try:
+                call()
+            except Exception as second:
+                rank_zero_warn(f"{type(error).__name__} ended the run, and then came {second!r}.")
 
     def _add_model_callbacks(self, module: LightningModule) -> None:
         found = module.configure_callbacks()
@@ -485,6 +489,7 @@ class Trainer(TrainerView):
             if checkpoint is not None:
                 restore_training(run, checkpoint)
                 exact = checkpoint.get("treadle", {})
+                self.should_stop = bool(exact.get("should_stop", False))
                 del checkpoint
             validation = self._make_validation(run, val)
             self._fit_loop = loop = FitLoop(
@@ -504,7 +509,6 @@ class Trainer(TrainerView):
         """What a resumed run had in the middle of things; ``saved`` is empty once that is done."""
         if saved:
             assert self._train_data is not None
-            self.should_stop = bool(saved.get("should_stop", False))
             restore_exact(run, saved, self._train_data)
             saved.clear()
 

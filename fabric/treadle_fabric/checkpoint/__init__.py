@@ -1,6 +1,8 @@
 """Where checkpoints are stored, and how."""
 
+from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.io import CheckpointIO
+from treadle_fabric.checkpoint.newest import newest_good
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
 
-__all__ = ["CheckpointIO", "TorchCheckpointIO"]
+__all__ = ["AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "newest_good"]

@@ -8,11 +8,13 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import IO, Any
 
 import torch
 
+from treadle_fabric.checkpoint.manifest import seal_is_broken
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
 
 __all__ = ["check_archive", "forbidden_globals", "state_path_of", "weights_only_reason"]
@@ -77,12 +79,17 @@ def _check_zip(file: IO[bytes], path: str) -> None:
     size = file.seek(0, os.SEEK_END)
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as e:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
         raise CheckpointCorruptError(
             f"{path!r} is truncated: the table of contents at its end is missing ({size} bytes are there). The copy or "
             "the save was cut off. Use another checkpoint."
         ) from e
     with archive:
+        if seal_is_broken(file, archive):
+            raise CheckpointCorruptError(
+                f"{path!r} is damaged: the checksum of its headers and its table of contents is wrong. The disk or a "
+                "copy changed it. Use another checkpoint."
+            )
         names = {name.partition("/")[2] for name in archive.namelist()}
         if "data.pkl" not in names:
             some = ", ".join(archive.namelist()[:3])
@@ -101,7 +108,7 @@ def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: str) 
         with archive.open(record) as stream:
             while stream.read(_CHUNK):
                 pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as e:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
         raise CheckpointCorruptError(
             f"{path!r} is damaged: the checksum of its record {record.filename!r} is wrong. The disk or a copy changed "
             "it. Use another checkpoint."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from treadle_fabric.types import PathLike
@@ -35,5 +36,17 @@ class CheckpointIO(ABC):
     def remove_checkpoint(self, path: PathLike) -> None:
         """Delete the checkpoint at ``path``; nothing happens if there is none."""
 
+    @property
+    def after_saves(self) -> Callable[[Callable[[], None]], None] | None:
+        """Runs a function once all saves so far have ended well; None where a save has ended when its call returns."""
+        return None
+
+    def wait(self) -> None:
+        """Return when all saves so far have ended; where they end with their call, there is nothing to wait for.
+
+        Raises:
+            CheckpointError: One of them failed, and nobody was told yet.
+        """
+
     def teardown(self) -> None:
-        """The run is over. A store that works in the background finishes here."""
+        """The run is over. A store that works in the background finishes here, and raises as :meth:`wait` does."""

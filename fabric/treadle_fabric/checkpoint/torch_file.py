@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from treadle_fabric.checkpoint.archive import check_archive, forbidden_globals, state_path_of, weights_only_reason
 from treadle_fabric.checkpoint.io import CheckpointIO
+from treadle_fabric.checkpoint.manifest import seal
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -168,18 +169,19 @@ def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
     with contextlib.suppress(OSError, AttributeError):  # another system, or a file system without the feature
         nameless = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666)
     if nameless is not None:
-        with open(nameless, "wb") as file:
+        with open(nameless, "w+b") as file:
             _dump(checkpoint, file)
             with contextlib.suppress(OSError):  # no /proc, say: the named way below works there
                 # src_dir_fd is only there to make Python follow the link
                 os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
                 return
-    with open(name, "xb") as file:
+    with open(name, "x+b") as file:
         _dump(checkpoint, file)
 
 
 def _dump(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     torch.save(checkpoint, file)
+    seal(file)
     file.flush()
     os.fsync(file.fileno())
 
@@ -198,6 +200,7 @@ def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
     # Serialized before the upload begins: closing a remote file after an error would publish the half of it
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
+    seal(buffer)
     fs.makedirs(fs._parent(path), exist_ok=True)
     protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
     if protocols & _STORES_WITH_ATOMIC_PUT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Mapping
 
@@ -88,6 +89,13 @@ class LightningEnvironment(ClusterEnvironment):
 
 def find_free_port() -> int:
     """A TCP port that nobody listens on at the moment."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    # Below the ports that systems hand out for connections: one of those may be gone before rank 0 listens on it.
+    candidates = [random.SystemRandom().randrange(15000, 32768) for _ in range(100)]
+    for port in (*candidates, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+            return int(listener.getsockname()[1])
+    raise OSError("no TCP port is free")

@@ -36,6 +36,7 @@ class Precision:
 
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
+        self._guards: list[Any] = []  # handles of the hooks of guarded modules
         self.watches_backward = any(
             getattr(type(self), name) is not getattr(Precision, name) for name in ("pre_backward", "post_backward")
         )
@@ -140,7 +141,7 @@ class Precision:
             parameter.__dict__.pop("_treadle_guard", None)  # of a run before this one
             if scaling.scaler is not None and parameter.requires_grad:
                 parameter.__dict__["_treadle_guard"] = id(scaling)
-                parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+                self._guards.append(parameter.register_post_accumulate_grad_hook(refuse))  # type: ignore[no-untyped-call]
 
     def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
@@ -157,7 +158,11 @@ class Precision:
             self._scaling.scaler.load_state_dict(dict(state_dict))
 
     def teardown(self) -> None:
-        """Undo what the precision set up."""
+        """Undo what the precision set up: the gradients of guarded modules may be computed by hand again."""
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+        self._scaling.forget()
 
 
 class _Scaling:
@@ -187,10 +192,16 @@ class _Scaling:
             self.scaler.update()
             self._stepped = False
 
+    def forget(self) -> None:
+        """The run is over, perhaps between unscaling and stepping."""
+        if self._unscaled:
+            self._unscaled.clear()
+            self._stepped = True
+
     def scale(self, loss: Tensor) -> Tensor:
         assert self.scaler is not None
         for key, optimizer in tuple(self._unscaled.items()):
-            if all(p.grad is None for group in optimizer.param_groups for p in group["params"]):
+            if not _has_gradients(optimizer):
                 del self._unscaled[key]  # its step was left out, and its gradients thrown away
                 self._stepped = True
         self.settle()
@@ -198,7 +209,7 @@ class _Scaling:
 
     def unscale(self, optimizer: Optimizer) -> None:
         assert self.scaler is not None
-        if id(optimizer) not in self._unscaled:
+        if id(optimizer) not in self._unscaled and _has_gradients(optimizer):
             self.scaler.unscale_(optimizer)
             self._unscaled[id(optimizer)] = optimizer
 
@@ -209,10 +220,16 @@ class _Scaling:
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        if not _has_gradients(optimizer):  # no loss was differentiated: a step would change nothing
+            return result
         done = self.scaler.step(optimizer, **kwargs)
         self._unscaled.pop(id(optimizer), None)
         self._stepped = True
         return done if closure is None else result
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _refuse_closure_optimizer(optimizer: Optimizer, precision: str) -> None:

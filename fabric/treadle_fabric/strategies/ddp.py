@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
@@ -78,6 +79,7 @@ class DDPStrategy(ParallelStrategy):
                 known = {*inspect.signature(DDPStrategy).parameters, *_ENGINE_ARGUMENTS} - {"kwargs"}
                 raise UnknownArgumentError(f"DDPStrategy({name}=...) is no argument. {near_names(name, known)}")
         self._ddp_kwargs = kwargs
+        self._engines: list[weakref.ref[DistributedDataParallel]] = []
         self._unchecked: list[weakref.ref[DistributedDataParallel]] = []
 
     def setup_module(self, module: Module) -> Module:
@@ -86,6 +88,7 @@ class DDPStrategy(ParallelStrategy):
             return target  # nothing to average, and DDP refuses it
         device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
         engine = DistributedDataParallel(target, device_ids=device_ids, **self._ddp_kwargs)
+        self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         if not engine.find_unused_parameters and not engine.static_graph:
             self._unchecked.append(weakref.ref(engine))
         return engine
@@ -97,6 +100,25 @@ class DDPStrategy(ParallelStrategy):
         if enabled and isinstance(module, DistributedDataParallel):
             return module.no_sync()
         return nullcontext()
+
+    def expect_backward(self, loss: Tensor) -> None:
+        """DDP gets ready for a backward pass when its forward ends, and this one comes before that."""
+        for engine in (reference() for reference in self._engines):
+            target = engine.module if engine is not None else None
+            if engine is None or not isinstance(target, _MethodForward) or not target.running:
+                continue
+            if target.backward_inside is None:
+                engine.register_forward_hook(_put_back_sync, always_call=True)
+                target.backward_inside = False
+            if not target.backward_inside:
+                if not engine.require_backward_grad_sync:  # no_backward_sync
+                    continue
+                target.backward_inside = True
+                engine.require_backward_grad_sync = False  # or it would expect another one after the forward
+            engine.require_forward_param_sync = True
+            engine.reducer._rebuild_buckets()
+            search = engine.find_unused_parameters and not engine.static_graph
+            engine.reducer.prepare_for_backward([loss] if search else [])
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """On the first step: a parameter without gradient would leave others unreduced, without a word."""
@@ -121,7 +143,8 @@ class DDPStrategy(ParallelStrategy):
         if "finished reduction in the prior iteration" not in text:
             return None
         found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", text)
-        names = [name for name, p in _original(engine).named_parameters() if p.requires_grad]
+        assert isinstance(engine, DistributedDataParallel)
+        names = engine.module.trained
         indices = [int(i) for i in re.findall(r"\d+", found.group(1))] if found else []
         return self._unused([names[i] if i < len(names) else f"number {i}" for i in indices])
 
@@ -189,10 +212,27 @@ class _MethodForward(Module):
     def __init__(self, module: Module) -> None:
         super().__init__()
         self.module = module
+        self.trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.running = False
+        self.backward_inside: bool | None = None
+        """Whether the forward that runs had a backward pass in it; None where none ever had."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         method = kwargs.pop(METHOD_KEYWORD, "forward")
-        return self.module(*args, **kwargs) if method == "forward" else getattr(self.module, method)(*args, **kwargs)
+        if method == "forward":
+            return self.module(*args, **kwargs)
+        self.__dict__["running"] = True  # past Module.__setattr__, which is slow
+        try:
+            return getattr(self.module, method)(*args, **kwargs)
+        finally:
+            self.__dict__["running"] = False
+
+
+def _put_back_sync(engine: Any, inputs: Any, output: Any) -> None:
+    """The forward has ended: DDP prepares for backward passes by itself again."""
+    if engine.module.backward_inside:
+        engine.module.backward_inside = False
+        engine.require_backward_grad_sync = True
 
 
 def _original(module: Module) -> Module:

@@ -263,6 +263,9 @@ class Strategy(ABC):
         precision.backward(tensor, module, *args, **kwargs)
         precision.post_backward(tensor, module)
 
+    def expect_backward(self, loss: Tensor) -> None:
+        """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
+
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""
         self.before_optimizer_step(optimizer)

@@ -35,16 +35,26 @@ def save_whole_file(
     content = {key: _plain(strategy, value) for key, value in state.items()}
     for key, keep in (filters or {}).items():
         content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
+    io = strategy.checkpoint_io
+    _on_rank_zero(
+        strategy,
+        lambda: io.save_checkpoint(content, path, storage_options),
+        f"could not write {str(path)!r}",
+    )
+
+
+def _on_rank_zero(strategy: Strategy, action: Callable[[], None], failure: str) -> None:
+    """Rank 0 acts, and if that fails all ranks raise."""
     error: Exception | None = None
     if strategy.is_global_zero:
         try:
-            strategy.checkpoint_io.save_checkpoint(content, path, storage_options)
+            action()
         except Exception as e:
             error = e
     if strategy.world_size > 1:
         trouble = strategy.broadcast(None if error is None else str(error))
         if trouble is not None and error is None:
-            raise CheckpointError(f"Rank 0 could not write {str(path)!r}: {trouble}")
+            raise CheckpointError(f"Rank 0 {failure}: {trouble}")
     if error is not None:
         raise error
 
@@ -127,6 +137,8 @@ def load_whole_file(
         raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
     if state is not None and not isinstance(state, (Module, Optimizer)):
         _check_state(path, state)
+    if strategy.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
+        _on_rank_zero(strategy, strategy.checkpoint_io.wait, "could not write an earlier checkpoint")
     content: Any = strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
     if state is None:
         return dict(content) if isinstance(content, dict) else content

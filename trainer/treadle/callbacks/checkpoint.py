@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, ClassVar
 
 from treadle.callbacks.callback import Callback
+from treadle_fabric.errors import CheckpointError
+from treadle_fabric.rank_zero import rank_zero_warn
 
-__all__ = ["Checkpoint"]
+if TYPE_CHECKING:
+    from treadle.trainer import Trainer
+
+__all__ = ["Checkpoint", "tolerated"]
 
 
 class Checkpoint(Callback):
@@ -14,3 +21,19 @@ class Checkpoint(Callback):
 
     monitors: ClassVar[bool] = True
     call_order: ClassVar[int] = 1
+
+
+@contextmanager
+def tolerated(trainer: Trainer, always: bool = False) -> Generator[None]:
+    """A save that may fail inside, on all ranks alike: a warning or the end of the run, as ``on_save_error`` says.
+
+    Args:
+        trainer: whose ``on_save_error`` it is.
+        always: warn in any case.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError) as error:
+        if not always and getattr(trainer, "on_save_error", "raise") == "raise":
+            raise
+        rank_zero_warn(f"{error} Training goes on without this checkpoint; earlier ones stand.")

@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.errors import CheckpointError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 
-__all__ = ["check_template", "fill_template", "is_local", "link_checkpoint", "path_exists", "yaml_number"]
+if TYPE_CHECKING:
+    from treadle.trainer import Trainer
+
+__all__ = [
+    "absolute",
+    "check_template",
+    "default_folder",
+    "fill_template",
+    "is_local",
+    "link_checkpoint",
+    "path_exists",
+    "yaml_number",
+]
 
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # names may hold anything else: "val/loss", "acc@1", "top 5"
 
@@ -91,25 +104,66 @@ def path_exists(path: str) -> bool:
     return bool(fs.exists(inner))
 
 
-def link_checkpoint(target: str, link: str) -> bool:
-    """Make ``link`` a relative symbolic link to ``target``, replacing what is there; False where links cannot be."""
+def link_checkpoint(
+    target: str, link: str, *, symbolic: bool, after_saves: Callable[[Callable[[], None]], None] | None = None
+) -> bool:
+    """Give a checkpoint a second name, in the place of whatever bears it; False where that cannot be.
+
+    Args:
+        target: the checkpoint.
+        link: the second name.
+        symbolic: make a relative symbolic link, else a hard link, which stays when ``target`` is removed.
+        after_saves: runs a function when ``target`` is written, as :attr:`CheckpointIO.after_saves`; None: it is.
+
+    Raises:
+        CheckpointError: the new name cannot be put in the place of the old one.
+    """
     if not (is_local(target) and is_local(link)):
         return False
-    at = Path(link)
-    fresh = at.with_name(f".{at.name}.{os.getpid()}.link")
+    fresh = Path(link).with_name(f".{Path(link).name}.{os.getpid()}.link")
     try:
-        at.parent.mkdir(parents=True, exist_ok=True)
+        fresh.parent.mkdir(parents=True, exist_ok=True)
         fresh.unlink(missing_ok=True)
-        fresh.symlink_to(os.path.relpath(target, at.parent))
+        if symbolic:
+            fresh.symlink_to(os.path.relpath(target, fresh.parent))
+        elif after_saves is None:
+            os.link(target, fresh)
+    except OSError:  # a file system without links, or a checkpoint that is a folder
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        return False
+    if after_saves is None:
+        _replace(fresh, Path(link))
+    else:  # the old name stands until the new checkpoint does
+        after_saves(lambda: _put_in_place(target, fresh, Path(link), symbolic))
+    return True
+
+
+def _put_in_place(target: str, fresh: Path, at: Path, symbolic: bool) -> None:
+    try:
+        if not symbolic:
+            try:
+                os.link(target, fresh)
+            except OSError:
+                import shutil
+
+                (shutil.copytree if os.path.isdir(target) else shutil.copyfile)(target, fresh)
+    except OSError as error:
+        raise CheckpointError(f"{target!r} could not get the second name {str(at)!r}: {error}.") from error
+    _replace(fresh, at)
+
+
+def _replace(fresh: Path, at: Path) -> None:
+    try:
         if at.is_dir() and not at.is_symlink():  # a sharded checkpoint of an earlier save; rename cannot replace it
             import shutil
 
             shutil.rmtree(at)
         fresh.replace(at)
-    except OSError:  # a file system without links
-        fresh.unlink(missing_ok=True)
-        return False
-    return True
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise CheckpointError(f"The checkpoint {str(at)!r} could not be replaced: {error}.") from error
 
 
 def yaml_number(value: float) -> str:
@@ -120,3 +174,18 @@ def yaml_number(value: float) -> str:
         return ".inf" if value > 0 else "-.inf"
     text = repr(value)
     return text if "." in text else text.replace("e", ".0e")
+
+
+def absolute(path: str) -> str:
+    """The path itself: not relative, and through no link. A URL is left as it is."""
+    return os.path.realpath(os.path.expanduser(path)) if is_local(path) else path
+
+
+def default_folder(trainer: Trainer) -> str:
+    """``checkpoints`` beside what the first logger writes, or in the root folder."""
+    if not trainer.loggers:
+        return absolute(os.path.join(trainer.default_root_dir, "checkpoints"))
+    logger = trainer.loggers[0]
+    root = logger.save_dir or trainer.default_root_dir
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return absolute(os.path.join(root, str(logger.name), version, "checkpoints"))

@@ -41,6 +41,7 @@ class GradientAccumulationScheduler(Callback):
                 )
         self.scheduling = {0: 1, **scheduling}
         self.epochs = sorted(self.scheduling)
+        self._in_charge = False
 
     def going_to_accumulate_grad_batches(self) -> bool:
         """Whether any epoch accumulates."""
@@ -67,11 +68,21 @@ class GradientAccumulationScheduler(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the epoch's number of batches."""
+        self._in_charge = True
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the trainer back as it was, for the next fit."""
-        trainer.accumulate_grad_batches = 1
+        self._give_back(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same where training ends early."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: Trainer) -> None:
+        if self._in_charge:
+            self._in_charge = False
+            trainer.accumulate_grad_batches = 1
 
 
 def _is_int(value: object, least: int) -> bool:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch import Tensor
 
-from treadle.callbacks.checkpoint import Checkpoint
+from treadle.callbacks.checkpoint import Checkpoint, tolerated
 from treadle.callbacks.checkpoint_name import (
+    absolute,
     check_template,
+    default_folder,
     fill_template,
     is_local,
     link_checkpoint,
@@ -40,7 +42,8 @@ _RANKING: Final = (
 class ModelCheckpoint(Checkpoint):
     """Write checkpoints, at epochs, steps or times, and keep the last, the best ``save_top_k`` or all of them.
 
-    An old checkpoint is removed only after the new one is on disk. A save that is triggered by a step after which
+    An old checkpoint is removed only after the new one is on disk. When a save fails, what was saved before stands, and
+    the trainer's ``on_save_error`` decides whether training goes on. A save that is triggered by a step after which
     validation runs waits for that validation, so that it sees its metrics. With several processes rank 0's value of
     the monitored metric counts for all.
 
@@ -51,8 +54,8 @@ class ModelCheckpoint(Checkpoint):
             format: ``"{epoch:02d}-{val_loss:.2f}"``. Default: ``"{epoch}-{step}"``.
         monitor: the logged metric that ranks checkpoints; None keeps the newest.
         verbose: say what is saved and what is not.
-        save_last: True also writes ``last.ckpt`` at each save; "link" makes it a symbolic link to the file just saved
-            (a file of its own where none was saved). Default: no.
+        save_last: True also makes ``last.ckpt`` at each save, as a second name (hard link) of the file just saved, or
+            as a file of its own where none was saved or links cannot be; "link" makes it a symbolic link. Default: no.
         save_top_k: how many to keep; -1 all, 0 none. More than 1 needs a ``monitor``.
         save_on_exception: also save when an exception (Ctrl+C included) ends training.
         save_weights_only: leave optimizers, schedulers and progress out.
@@ -106,7 +109,7 @@ class ModelCheckpoint(Checkpoint):
         self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
         self.filename = filename
-        self.dirpath = _absolute(os.fspath(dirpath)) if dirpath else None
+        self.dirpath = absolute(os.fspath(dirpath)) if dirpath else None
 
         self._metric = MonitoredMetric(monitor or "", mode, f"ModelCheckpoint(monitor={monitor!r})")
         self._save_on_train_epoch_end = save_on_train_epoch_end
@@ -134,6 +137,8 @@ class ModelCheckpoint(Checkpoint):
         self._restored = False
         self._last_global_step_saved = 0
         self._last_checkpoint_saved = ""
+        self._before: dict[str, Any] = {}  # the ranking before the last save
+        self._announced = True  # to the loggers
 
     def _check_arguments(self) -> None:
         if not isinstance(self.save_top_k, int) or self.save_top_k < -1:
@@ -191,7 +196,7 @@ class ModelCheckpoint(Checkpoint):
         """Settle the folder, the same on every rank."""
         if stage != "fit":
             return
-        self.dirpath = from_rank_zero(trainer, lambda: self.dirpath or _default_folder(trainer))
+        self.dirpath = from_rank_zero(trainer, lambda: self.dirpath or default_folder(trainer))
         self._metric.start()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -254,14 +259,15 @@ class ModelCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what still waits, unranked where its metric never came: training may end before anything logs it."""
-        if not self._pending:
-            return
-        self._save(trainer)
         if self._pending:
-            metrics = self._candidates(trainer)
-            path = self._free_path(trainer, metrics)
-            self._write(trainer, path)
-            rank_zero_warn(f"{self._metric.missing(metrics)} The final state was saved, unranked, as {path!r}.")
+            self._save(trainer)
+        with tolerated(trainer):
+            if self._pending:
+                metrics = self._candidates(trainer)
+                path = self._free_path(trainer, metrics)
+                self._write(trainer, path)
+                rank_zero_warn(f"{self._metric.missing(metrics)} The final state was saved, unranked, as {path!r}.")
+            self._settle(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what there is, if asked to."""
@@ -269,6 +275,8 @@ class ModelCheckpoint(Checkpoint):
             return
         metrics = self._candidates(trainer)
         try:
+            with tolerated(trainer, always=True):
+                self._settle(trainer)
             path = self._free_path(trainer, metrics)
             self._write(trainer, path)
             if self.save_last:
@@ -318,8 +326,36 @@ class ModelCheckpoint(Checkpoint):
         return metrics
 
     def _save(self, trainer: Trainer) -> None:
+        with tolerated(trainer):
+            self._settle(trainer)
+        with tolerated(trainer):
+            self._save_files(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """See the last save end where it is written in the background; if it failed, this callback forgets of it.
+
+        Only then can be seen which names are taken, and is the file there for the loggers.
+        """
+        try:
+            if (io := trainer.strategy.checkpoint_io).after_saves is not None:
+                from_rank_zero(trainer, io.wait)
+        except CheckpointError:
+            if not self.file_exists(self._last_checkpoint_saved, trainer):
+                vars(self).update(self._before, _last_checkpoint_saved="", _last_global_step_saved=0, _announced=True)
+            raise
+        finally:
+            if not self._announced:
+                self._announce(trainer)
+
+    def _announce(self, trainer: Trainer) -> None:
+        self._announced = True
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            logger.after_save_checkpoint(self)
+
+    def _save_files(self, trainer: Trainer) -> None:
         metrics = self._candidates(trainer)
         self._pending = False
+        self._before = {name: getattr(self, name) for name in _RANKING}
         stale = [self.last_model_path] if self.save_last else []
         try:
             if self.save_last:  # first, so that every file of this save knows of it
@@ -400,8 +436,11 @@ class ModelCheckpoint(Checkpoint):
     def _save_last(self, trainer: Trainer) -> None:
         path = self.last_model_path
         just_saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        if self.save_last == "link" and just_saved not in ("", path):
-            if from_rank_zero(trainer, lambda: link_checkpoint(just_saved, path)):
+        if just_saved not in ("", path):
+            symbolic, after_saves = self.save_last == "link", trainer.strategy.checkpoint_io.after_saves
+            if from_rank_zero(
+                trainer, lambda: link_checkpoint(just_saved, path, symbolic=symbolic, after_saves=after_saves)
+            ):
                 return
         self._write(trainer, path)
 
@@ -418,9 +457,9 @@ class ModelCheckpoint(Checkpoint):
             raise
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = path
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(self)
+        self._announced = False
+        if trainer.strategy.checkpoint_io.after_saves is None:
+            self._announce(trainer)
 
     def _remove(self, trainer: Trainer, stale: list[str]) -> None:
         """Remove checkpoints of this callback that were replaced; called when all that replaces them is written."""
@@ -442,7 +481,7 @@ class ModelCheckpoint(Checkpoint):
     def _owns(self, trainer: Trainer, path: str) -> bool:
         """Not the file that the run was resumed from, nor one of another folder."""
         resumed = trainer.ckpt_path
-        if resumed and _absolute(os.fspath(resumed)) == path:
+        if resumed and absolute(os.fspath(resumed)) == path:
             return False
         return path.startswith(os.path.join(self.dirpath or "", ""))
 
@@ -497,7 +536,7 @@ class ModelCheckpoint(Checkpoint):
         resumed = trainer.ckpt_path
         if not is_local(folder) or not os.path.isdir(folder) or not os.listdir(folder):
             return
-        if resumed and Path(folder) in Path(_absolute(os.fspath(resumed))).parents:
+        if resumed and Path(folder) in Path(absolute(os.fspath(resumed))).parents:
             return  # the run goes on where it left off
         rank_zero_warn(f"The checkpoint folder {folder} is not empty: files of another run may lie there.")
 
@@ -558,17 +597,3 @@ class ModelCheckpoint(Checkpoint):
                 "ranking starts anew, and only `best_model_path` is taken over."
             )
         self.best_model_path = state_dict.get("best_model_path", self.best_model_path)
-
-
-def _absolute(path: str) -> str:
-    return os.path.realpath(os.path.expanduser(path)) if is_local(path) else path
-
-
-def _default_folder(trainer: Trainer) -> str:
-    """``checkpoints`` beside what the first logger writes, or in the root folder."""
-    if not trainer.loggers:
-        return _absolute(os.path.join(trainer.default_root_dir, "checkpoints"))
-    logger = trainer.loggers[0]
-    root = logger.save_dir or trainer.default_root_dir
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return _absolute(os.path.join(root, str(logger.name), version, "checkpoints"))

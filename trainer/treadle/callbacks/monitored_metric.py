@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.errors import CheckpointError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -22,11 +22,24 @@ T = TypeVar("T")
 
 
 def from_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T:
-    """What ``function`` returns on rank 0, on every rank; the others do not call it."""
+    """What ``function`` returns on rank 0, on every rank; the others do not call it.
+
+    Raises:
+        CheckpointError: on every rank, where ``function`` raised one on rank 0. So they all go on, or none does.
+    """
     if trainer.world_size == 1:
         return function()
-    found: T = trainer.strategy.broadcast(function() if trainer.is_global_zero else None)
-    return found
+    found: T | None = None
+    error: CheckpointError | None = None
+    if trainer.is_global_zero:
+        try:
+            found = function()
+        except CheckpointError as e:
+            error = e
+    found, trouble = trainer.strategy.broadcast((found, None if error is None else str(error)))
+    if trouble is not None:
+        raise error or CheckpointError(f"Rank 0: {trouble}")
+    return cast("T", found)
 
 
 def validates_at_epoch_end(trainer: Trainer) -> bool:

@@ -73,8 +73,9 @@ class TrainingEpoch:
         total = self._data.num_batches
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
             stepping = progress.is_last_batch or progress.batch % accumulate == 0
-            if self._finish_batch(stepping) or progress.is_last_batch:
-                self._data.resume({})
+            stop = self._finish_batch(stepping)
+            if stop or progress.is_last_batch:
+                self._data.finish(progress.epoch, progress.batch, drain=not stop)
                 return
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
         batches = Lookahead(batches, progress.batch, total, exact=self._data.exact, drain=self._data.whole)

@@ -46,8 +46,6 @@ class Evaluation:
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
-        self._batches_seen: dict[int, int] = {}
-        """Batches of each loader in all evaluations: the x axis of values logged on steps."""
 
     def __call__(self, num_batches: list[float] | None = None, *, silent: bool = False) -> list[dict[str, Any]]:
         """Evaluate.
@@ -87,8 +85,7 @@ class Evaluation:
             results.reset()
             run.log_to(before)
             if modes is not None:
-                for module, mode in modes:
-                    module.training = mode
+                restore_modes(modes)
         if modes is None:
             dispatch.call(f"{hook}_model_train")
         return per_loader
@@ -105,6 +102,7 @@ class Evaluation:
         results.dataloader_idx = loader_idx if self._several else None
         iterator = self.data.iterate(loader_idx)
         batches: Any = Lookahead(iterator, 0, limit, exact=True)
+        batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
         for batch_idx, batch, _ in batches:
@@ -128,12 +126,18 @@ class Evaluation:
             if loggers:
                 metrics = results.take_step_metrics()
                 if metrics:
-                    run.write(metrics, self._batches_seen.get(loader_idx, 0) + batch_idx, with_epoch=False)
+                    run.write(metrics, run.validated.get(loader_idx, 0) + batch_idx, with_epoch=False)
         if not silent:
-            self._batches_seen[loader_idx] = self._batches_seen.get(loader_idx, 0) + int(min(limit, 1 << 62))
+            run.validated[loader_idx] = run.validated.get(loader_idx, 0) + batch_idx + 1
         results.dataloader_idx = None
         results.hook = ""
         begin_batch(None)
+
+
+def restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
+    """Give submodules back the flags of :func:`module_modes`."""
+    for module, mode in modes:
+        module.__dict__["training"] = mode  # past nn.Module.__setattr__, which is slow
 
 
 def module_modes(module: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:

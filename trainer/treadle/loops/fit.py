@@ -11,9 +11,10 @@ import torch
 from treadle.dispatch import MONITORS
 from treadle.loops.epoch import Controls, TrainingEpoch
 from treadle.loops.evaluate import Evaluation
+from treadle.resume import moment
 from treadle.schedule import Durations
 from treadle.state import RunningStage
-from treadle_fabric import rank_zero_info
+from treadle_fabric import isolate_rng, rank_zero_info
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -108,9 +109,10 @@ class FitLoop:
         if self.validation is None or not any(self._sanity):
             return
         run.state.stage = RunningStage.SANITY_CHECKING
-        run.dispatch.call("on_sanity_check_start")
-        self.validation(self._sanity, silent=True)
-        run.dispatch.call("on_sanity_check_end")
+        with isolate_rng():  # training draws what it would without the check
+            run.dispatch.call("on_sanity_check_start")
+            self.validation(self._sanity, silent=True)
+            run.dispatch.call("on_sanity_check_end")
         run.metrics.clear()
 
     def validate(self) -> None:
@@ -118,7 +120,9 @@ class FitLoop:
         assert self.validation is not None
         state = self._run.state
         state.stage = RunningStage.VALIDATING
+        self._run.before_validation = moment(self._run)
         self.validation()
+        self._run.before_validation = {}
         state.stage = RunningStage.TRAINING
 
     def may_stop(self) -> bool:

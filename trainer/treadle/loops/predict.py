@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle.data import BatchIterator, EvaluationData, Lookahead
-from treadle.loops.evaluate import module_modes
+from treadle.loops.evaluate import module_modes, restore_modes
 from treadle.loops.step import step_arguments
 from treadle_fabric import move_data_to_device
 
@@ -61,8 +61,7 @@ class Prediction:
                 dispatch.call("on_predict_epoch_end")
                 dispatch.call("on_predict_end")
         finally:
-            for module, mode in modes:
-                module.training = mode
+            restore_modes(modes)
         if not self._keep:
             return None
         return predictions[0] if len(predictions) == 1 else predictions

@@ -210,6 +210,11 @@ class AutomaticStep:
 
     def accumulate(self, batches: int) -> None:
         """Set the accumulation of the epoch that begins."""
+        if batches > 1 and self._optimizer is not None and needs_closure(self._optimizer):
+            raise MisconfigurationException(
+                f"accumulate_grad_batches={batches}, but {type(self._optimizer).__name__} evaluates the loss several"
+                " times a step, of one batch only: use larger batches, or an optimizer without a closure."
+            )
         self._accumulate = batches
 
     def _no_sync(self) -> AbstractContextManager[Any]:
@@ -334,6 +339,7 @@ def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
 
     module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
     dispatch.call("on_before_backward", loss)
+    strategy.expect_backward(loss)
     if overrides(module, "backward", LightningModule):
         precision = strategy.precision
         precision.pre_backward(loss, run.wrapped)

@@ -1,0 +1,243 @@
+"""Saves that a thread of their own writes, while training goes on."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from treadle_fabric.checkpoint.archive import state_path_of
+from treadle_fabric.checkpoint.io import CheckpointIO
+from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
+from treadle_fabric.errors import CheckpointError, MisconfigurationException
+from treadle_fabric.types import PathLike
+
+__all__ = ["AsyncCheckpointIO"]
+
+
+class AsyncCheckpointIO(CheckpointIO):
+    """Writes checkpoints in the background; a save returns as soon as the state is copied to host memory.
+
+    Later changes of the weights do not reach the file. One write is in flight at most: a second save waits for the
+    first before it copies, so that no more than one copy is in memory. Removals and writes happen in the order in which
+    they were asked for, and after a write that failed nothing is removed. What fails in the background is raised by the
+    next save or load, by :meth:`wait` or by :meth:`teardown`; where none of them comes, it is printed when the process
+    ends, with exit status 1. The process does not end before everything is written.
+
+    Args:
+        checkpoint_io: Does the writing. Default: :class:`TorchCheckpointIO`.
+
+    Raises:
+        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, or writes in the background itself.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
+        if checkpoint_io is not None and not isinstance(checkpoint_io, CheckpointIO):
+            raise MisconfigurationException(
+                f"AsyncCheckpointIO(checkpoint_io={checkpoint_io!r}): give a CheckpointIO, or nothing."
+            )
+        if checkpoint_io is not None and checkpoint_io.after_saves is not None:
+            raise MisconfigurationException(
+                f"AsyncCheckpointIO(checkpoint_io={type(checkpoint_io).__name__}): that one writes in the background "
+                "already. Use it alone."
+            )
+        self._checkpoint_io = checkpoint_io or TorchCheckpointIO()
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._process = os.getpid()
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+        self._error: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to a spawned process."""
+        return {"_checkpoint_io": self._checkpoint_io}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start_anew()
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What does the writing."""
+        return self._checkpoint_io
+
+    @property
+    def after_saves(self) -> Callable[[Callable[[], None]], None]:
+        return self._submit_unless_failed
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+        """Copy ``checkpoint`` to host memory, and have it written to ``path``.
+
+        Args:
+            checkpoint: Anything that ``torch.save`` takes.
+            path: As the wrapped CheckpointIO has it.
+            storage_options: Likewise.
+
+        Raises:
+            CheckpointError: The state cannot be pickled, or an earlier save failed; this one was not begun then.
+        """
+        self.wait()
+        state = _copy(checkpoint, path)
+        self._submit(lambda: self._checkpoint_io.save_checkpoint(state(), path, storage_options))
+
+    def load_checkpoint(
+        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        self.wait()  # what was saved is there to be loaded
+        return self._checkpoint_io.load_checkpoint(path, map_location, weights_only)
+
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Have the checkpoint at ``path`` deleted once all saves so far have ended well; if one fails, it stays."""
+        self._submit_unless_failed(lambda: self._checkpoint_io.remove_checkpoint(path))
+
+    def wait(self) -> None:
+        if self._process == os.getpid():  # a forked process has no part in what its parent's thread does
+            for job in self._pending:
+                job.result()
+        self._pending = []
+        error, self._error = self._error, None
+        _used.discard(self)
+        if error is not None:
+            raise error
+
+    def teardown(self) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+            self._checkpoint_io.teardown()
+
+    def _submit_unless_failed(self, action: Callable[[], None]) -> None:
+        self._submit(lambda: None if self._error is not None else action())
+
+    def _submit(self, action: Callable[[], None]) -> None:
+        if self._process != os.getpid():  # forked: the thread, and what it had to do, stayed in the parent
+            self._start_anew()
+        if self._writer is None:
+            # A thread that is no daemon: the interpreter waits for it, whatever ends the run
+            self._writer = ThreadPoolExecutor(1, "treadle-checkpoint-writer")
+        _used.add(self)
+        self._pending = [job for job in self._pending if not job.done()]
+        self._pending.append(self._writer.submit(self._work, action))
+
+    def _work(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BaseException as e:
+            self._error = self._error or e
+
+
+# --- the end of the process ---
+
+_used: set[AsyncCheckpointIO] = set()
+"""Those whose errors, if any, were not raised yet. Not weak: an error outlives the last reference to its origin."""
+
+
+def _report() -> None:
+    """Runs when the writers have ended, after all that was registered later than this module was imported."""
+    errors = [each._error for each in _used if each._error is not None and each._process == os.getpid()]
+    if not errors:
+        return
+    with contextlib.suppress(OSError, ValueError):  # the streams may be closed
+        for error in errors:
+            traceback.print_exception(error)
+        print("A checkpoint that was saved in the background was not written; see above.", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(1)  # an exception would not change the exit status any more
+
+
+atexit.register(_report)
+
+
+# --- the copy ---
+
+
+def _copy(checkpoint: Any, path: PathLike) -> Callable[[], Any]:
+    """Copy ``checkpoint`` as ``torch.save`` would write it, and return a function that puts it together again.
+
+    It is pickled with the contents of its tensors left out, so that everything else is frozen too, tensors that share
+    memory still do, and what cannot be pickled is told to the caller.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream)
+    try:
+        pickler.dump(checkpoint)
+    except (pickle.PicklingError, AttributeError, TypeError) as e:
+        raise CheckpointError(
+            f"The checkpoint {str(path)!r} was not written: {state_path_of(checkpoint)} cannot be pickled ({e}). Save "
+            "its state_dict() or plain values, or leave it out."
+        ) from e
+    for device in pickler.copying:
+        torch.cuda.current_stream(device).synchronize()
+    copies = pickler.copies
+
+    def put_together() -> Any:
+        stream.seek(0)
+        return _Unpickler(stream, copies).load()
+
+    return put_together
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles everything but the bytes of tensors, which it copies."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self.copies: list[torch.UntypedStorage] = []
+        self.copying: set[torch.device] = set()
+        self._places: dict[int, int] = {}
+        self._originals: list[torch.UntypedStorage] = []  # held, so that no other one takes over the address of one
+
+    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
+        if isinstance(obj, torch.storage.TypedStorage):
+            return self._place_of(obj._untyped_storage), obj.dtype
+        if isinstance(obj, torch.UntypedStorage):
+            return self._place_of(obj), None
+        return None
+
+    def _place_of(self, storage: torch.UntypedStorage) -> int:
+        place = self._places.setdefault(storage._cdata, len(self.copies))
+        if place == len(self.copies):
+            self._originals.append(storage)
+            self.copies.append(_on_host(storage, self.copying))
+        return place
+
+
+def _on_host(storage: torch.UntypedStorage, copying: set[torch.device]) -> torch.UntypedStorage:
+    """A copy in host memory. Devices on which the copy has only been asked for are added to ``copying``."""
+    if storage.device.type == "cuda":
+        # Torch keeps pinned memory that is freed, so only the first save pays for it
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True).untyped_storage()
+        copying.add(storage.device)
+        copy.copy_(storage, non_blocking=True)
+    else:
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
+        copy.copy_(storage, non_blocking=False)
+    return copy
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO, copies: list[torch.UntypedStorage]) -> None:
+        super().__init__(stream)
+        self._copies = copies
+
+    def persistent_load(self, pid: tuple[int, torch.dtype | None]) -> Any:
+        place, dtype = pid
+        copy = self._copies[place]
+        if dtype is None:
+            return copy
+        return torch.storage.TypedStorage(wrap_storage=copy, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
