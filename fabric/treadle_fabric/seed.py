@@ -137,7 +137,7 @@ def _numpy_state(numpy: Any) -> tuple[Any, ...]:
     words = b""
     get_generator = getattr(numpy.random, "get_bit_generator", None)  # NumPy 1.24
     generator = get_generator() if get_generator is not None else None
-    if type(generator).__name__ == "MT19937":
+    if generator is not None and type(generator).__name__ == "MT19937":
         words = ctypes.string_at(generator.ctypes.state_address, 4 * 625)  # 624 words and a position
         if _last_numpy_state is not None and _last_numpy_state[0] == words:
             return _last_numpy_state[1]
