@@ -281,7 +281,7 @@ _IMPORT = """
 import json, resource, sys, time
 clock = time.{clock}
 def peak():
-    # Not ru_maxrss where there is a choice: on Linux a process inherits that of its parent, and ours has imported torch.
+    # Not ru_maxrss where there is a choice: Linux lets a process inherit its parent's, and ours has torch.
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024

@@ -23,6 +23,7 @@ __all__ = [
     "ShardedSampler",
     "batch_mover",
     "has_len",
+    "infer_batch_size",
     "map_tensors",
     "move_data_to_device",
     "sampler_epoch",
@@ -162,6 +163,25 @@ def _rebuild_mapping(data: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
             result[key] = value
         return result
     return type(data)({**data, **changed})  # type: ignore[call-arg]
+
+
+def infer_batch_size(batch: Any) -> int | None:
+    """The first dimension of the first tensor or array found in a batch; None where there is none."""
+    stack = [batch]
+    while stack:
+        item = stack.pop()
+        shape = getattr(item, "shape", None)
+        if isinstance(shape, tuple):  # a tensor's is one
+            return int(shape[0]) if shape else 1
+        if isinstance(item, str):
+            continue
+        if isinstance(item, Mapping):
+            stack += reversed(list(item.values()))
+        elif isinstance(item, (list, tuple)):
+            stack += reversed(item)
+        elif hasattr(item, "__dict__"):
+            stack += reversed([v for k, v in vars(item).items() if not k.startswith("_")])
+    return None
 
 
 class PrivateRandomness:

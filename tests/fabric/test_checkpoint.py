@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import numpy
 import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
@@ -441,6 +442,19 @@ def test_the_environment_cannot_turn_the_check_off(
     torch.save({"x": Hostile()}, tmp_path / "a")
     with pytest.raises(CheckpointUnsafeError):
         io.load_checkpoint(tmp_path / "a")
+
+
+def test_numpy_numbers_and_arrays_are_plain_data(io: TorchCheckpointIO, tmp_path: Path) -> None:
+    allowed = set(torch.serialization.get_safe_globals())
+    state = {"lr": numpy.float64(0.1), "n": numpy.int32(3), "a": numpy.arange(4.0, dtype=numpy.float16).reshape(2, 2)}
+    io.save_checkpoint(state, tmp_path / "a")
+    loaded = io.load_checkpoint(tmp_path / "a")
+    assert (loaded["lr"], loaded["n"]) == (0.1, 3)
+    numpy.testing.assert_array_equal(loaded["a"], state["a"])
+    io.save_checkpoint({"a": numpy.array([Hostile()], dtype=object)}, tmp_path / "b")
+    with pytest.raises(CheckpointUnsafeError, match=r"holds (?!numpy)"):
+        io.load_checkpoint(tmp_path / "b")
+    assert set(torch.serialization.get_safe_globals()) == allowed
 
 
 def test_a_class_is_loaded_once_it_is_allowed_by_name(io: TorchCheckpointIO, tmp_path: Path) -> None:

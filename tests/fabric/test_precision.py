@@ -253,6 +253,16 @@ def test_unscaled_backward_is_refused_only_where_it_is_wrong() -> None:
         free(torch.ones(1, 2)).sum().backward()
 
 
+def test_teardown_lets_go_of_modules_and_of_a_step_that_never_came() -> None:
+    run, model, optimizer, _ = scaled_run(64.0, growth_interval=1)
+    run.backward(model(torch.ones(1, 2)).sum())
+    run.clip_gradients(model, optimizer, max_norm=1.0)
+    precision = run.strategy.precision
+    precision.teardown()  # before the step
+    model.module(torch.ones(1, 2)).sum().backward()
+    assert precision.scaler.get_scale() == 128.0  # not held back by an optimizer that is gone
+
+
 def test_state_dict_carries_the_scale() -> None:
     run, model, optimizer, _ = scaled_run(64.0, growth_interval=1)
     run.backward(model(torch.ones(1, 2)).sum())

@@ -136,6 +136,21 @@ class OddBatches(BatchSampler):
         return count
 
 
+class Buckets(BatchSampler):
+    """Draws each batch only when it is asked for it, from the global random state."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __iter__(self) -> Iterator[list[int]]:
+        left = list(range(self.n))
+        while left:
+            yield [left.pop(random.randrange(len(left))) for _ in range(min(len(left), 3))]
+
+    def __len__(self) -> int:
+        return (self.n + 2) // 3
+
+
 class Custom:
     """An iterable of batches that is no DataLoader."""
 
@@ -148,21 +163,18 @@ class Custom:
             yield dataset[int(torch.randint(1000, ()))]
 
 
-class Stateful:
+class UnsizedStateful:
     """A loader that knows how to go on from its own state."""
 
     def __init__(self, n: int) -> None:
         self.n, self.epoch, self.position = n, -1, 0
         self.resumed = False
 
-    def __len__(self) -> int:
-        return self.n // 3
-
     def __iter__(self) -> Iterator[Any]:
-        if not self.resumed:
+        if not self.resumed or self.position == self.n // 3:
             self.epoch, self.position = self.epoch + 1, 0
         self.resumed = False
-        while self.position < len(self):
+        while self.position < self.n // 3:
             generator = torch.Generator().manual_seed(100 * self.epoch + self.position)
             self.position += 1
             yield torch.randn(3, WIDTH, generator=generator), torch.tensor([0, 1, 0])
@@ -175,10 +187,17 @@ class Stateful:
         self.resumed = True
 
 
+class Stateful(UnsizedStateful):
+    """The same with a length."""
+
+    def __len__(self) -> int:
+        return self.n // 3
+
+
 LOADERS = (
     "plain", "shuffled", "generator", "weighted", "drop last", "persistent", "batch sampler", "unbatched", "sampled",
-    "stream", "sized stream", "custom", "list", "stateful", "cycle", "min_size", "max_size", "sequential",
-    "distributed",
+    "stream", "sized stream", "custom", "list", "stateful", "unsized stateful", "cycle", "min_size", "max_size",
+    "sequential", "distributed", "lazy sampler", "persistent stream",
 )  # fmt: skip
 INDEXED = ("plain", "shuffled", "generator", "weighted", "drop last", "persistent", "batch sampler", "unbatched")
 
@@ -202,11 +221,15 @@ def make_loader(kind: str, n: int, workers: int) -> Any:
             return DataLoader(Samples(n), 3, shuffle=True, drop_last=True, **kwargs)
         case "batch sampler":
             return DataLoader(Samples(n), batch_sampler=OddBatches(n), **kwargs)
+        case "lazy sampler":
+            return DataLoader(Samples(n), batch_sampler=Buckets(n), **kwargs)
         case "unbatched":
             return DataLoader(Samples(n // 3, 3), batch_size=None, shuffle=True, **kwargs)
         case "sampled":  # whole batches are the indices
             sampler = BatchSampler(RandomSampler(range(n)), 3, drop_last=False)
             return DataLoader(ByList(n), batch_size=None, sampler=sampler, **kwargs)
+        case "persistent stream":
+            return DataLoader(Stream(n), 3, persistent_workers=bool(workers), **kwargs)
         case "stream":
             return DataLoader(Stream(n), 3, **kwargs)
         case "sized stream":
@@ -218,6 +241,8 @@ def make_loader(kind: str, n: int, workers: int) -> Any:
             return [(torch.randn(3, WIDTH), torch.tensor([0, 1, 1])) for _ in range(n // 3)]
         case "stateful":
             return Stateful(n)
+        case "unsized stateful":
+            return UnsizedStateful(n)
         case "cycle":
             return {"a": make_loader("shuffled", n, workers), "b": make_loader("shuffled", n // 2, 0)}
         case "min_size" | "max_size" | "sequential":

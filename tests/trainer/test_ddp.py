@@ -16,6 +16,7 @@ import torch
 from tests.trainer.models import Net, Samples, loader, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
@@ -37,7 +38,7 @@ class Logging(Net):
         values = {"mean": loss, "sum": batch.sum(), "min": batch.min(), "max": batch.max()}
         for how, value in values.items():
             self.log(f"{stage}_{how}", value, on_step=False, on_epoch=True, reduce_fx=how)
-        self.log(f"{stage}_median", batch.median(), on_step=False, on_epoch=True, reduce_fx=torch.amax)
+        self.log(f"{stage}_largest", batch.max(), on_step=False, on_epoch=True, reduce_fx=torch.amax)
         return loss
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
@@ -133,6 +134,18 @@ class Sided(Net):
         self.log(f"only_{self.global_rank}", 5.0 + self.global_rank)
 
 
+class Measuring(Net):
+    """Logs a torchmetrics object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = MeanMetric()
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.metric.update(batch)
+        self.log("mean", self.metric)
+
+
 def weights(model: torch.nn.Module) -> list[float]:
     return torch.cat([p.detach().double().flatten() for p in model.parameters()]).tolist()
 
@@ -218,6 +231,7 @@ def run_what_needs_two(folder: Path) -> dict[str, Any]:
     out["batch norm"] = fails(Normalized(), sync_batchnorm=True)
     out["no batch norm"] = fails(Net(), sync_batchnorm=True)
     out["one-sided"] = trainer(folder, devices=WORLD).validate(Sided(), loader(8, 2), verbose=False)
+    out["metric"] = [trainer(folder, devices=WORLD).validate(Measuring(), loader(n), verbose=False) for n in (5, 1)]
     return out
 
 
@@ -287,8 +301,12 @@ def test_epoch_metrics_are_those_of_one_process_without_sync_dist(ranks: Ranks, 
 
 def test_evaluation_counts_every_sample_once(ranks: Ranks, alone: dict[str, Any]) -> None:
     for found in ranks[0]:
-        for mine, theirs in zip(found["validate"], alone["validate"], strict=True):
-            assert mine == pytest.approx(theirs, rel=1e-6)
+        assert found["validate"][0] == pytest.approx(alone["validate"][0], rel=1e-6)
+        # rank 1 has no sample of the second loader, and cannot know what the callable makes of rank 0's
+        theirs = dict(alone["validate"][1])
+        if found is ranks[0][1]:
+            del theirs["val_largest/dataloader_idx_1"]
+        assert found["validate"][1] == pytest.approx(theirs, rel=1e-6)
     assert sorted(ranks[0][0]["evaluated"] + ranks[0][1]["evaluated"]) == list(range(7))
 
 
@@ -337,8 +355,124 @@ def test_sync_batchnorm_is_refused_on_the_cpu_where_there_is_something_to_synchr
 
 def test_a_name_that_one_rank_logs_is_reduced_over_it_with_a_warning(ranks: Ranks) -> None:
     for found in ranks[0]:
-        assert found["one-sided"] == [
-            {"both": 1.5, "only_0": 5.0, **{k: v for k, v in found["one-sided"][0].items() if k == "only_1"}}
-        ]
-    assert ranks[1].count("'only_0' was not logged on rank 1") == 1
-    assert ranks[1].count("'only_1' was not logged on rank 0") == 1
+        assert found["one-sided"] == [{"both": 1.5, "only_0": 5.0, "only_1": 6.0}]
+    for name, rank in (("only_0", 1), ("only_1", 0)):
+        assert ranks[1].count(f"'{name} in validation_step' was not logged on rank {rank}") == 1
+
+
+def test_a_metric_object_is_reduced_and_does_not_wait_for_a_rank_without_samples(ranks: Ranks) -> None:
+    zero, one = (found["metric"] for found in ranks[0])
+    assert zero == [[{"mean": 2.0}], [{"mean": 0.0}]]
+    assert one == [[{"mean": 2.0}], [{}]]
+
+
+# --------------------------------------------------------------------------------- processes started by a function
+
+
+def launched(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
+    """A fit, a validation and a prediction in processes of their own; what the process that waited has then."""
+    callback = ModelCheckpoint(folder / strategy, monitor="val_mean")
+    arguments: dict[str, Any] = {"callbacks": callback, "enable_checkpointing": True, "max_epochs": 2}
+    run = trainer(folder, devices=devices, strategy=strategy, **arguments)
+    model = Logging()
+    run.fit(model, loader(28, 4 // devices), loader(13, 2))
+    out: dict[str, Any] = {
+        "weights": weights(model),
+        "metrics": {name: value.item() for name, value in run.callback_metrics.items()},
+        "progress": [run.global_step, run.current_epoch, run.state.status],
+        "best": [callback.best_model_path == str(folder / strategy / "epoch=1-step=14.ckpt")],
+        "score": float(callback.best_model_score),
+    }
+    out["validated"] = run.validate(model, loader(13, 2), ckpt_path="best", verbose=False)
+    return out
+
+
+LAUNCHING = """
+import json, os, sys
+from pathlib import Path
+from tests.trainer import test_ddp
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    out = {strategy: test_ddp.launched(folder, strategy, 2) for strategy in ("ddp_spawn", "ddp_fork")}
+    assert "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
+    (folder / "out.json").write_text(json.dumps(out))
+"""
+
+
+def test_spawned_and_forked_processes_send_back_what_they_did(tmp_path: Path) -> None:
+    process = start(tmp_path, LAUNCHING)
+    stdout, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stdout + stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    expected = launched(tmp_path, "auto", 1)
+    expected["best"] = [True]
+    for strategy in ("ddp_spawn", "ddp_fork"):
+        for name, value in found[strategy].items():
+            if name == "validated":
+                assert value[0] == pytest.approx(expected[name][0], rel=1e-6)
+            else:
+                assert value == pytest.approx(expected[name], rel=1e-6), (strategy, name)
+
+
+# --------------------------------------------------------------------------------- one fails, all end
+
+FAILING = """
+import os, sys, time
+from pathlib import Path
+import torch
+from tests.trainer.models import Net, Samples, trainer
+from torch.utils.data import DataLoader
+
+folder, where = Path(sys.argv[1]), Path(sys.argv[1]).name
+rank = int(os.environ.get("LOCAL_RANK", "0"))
+(folder / f"pid{rank}").write_text(str(os.getpid()))
+
+
+def fail():
+    (folder / "failed").touch()
+    raise RuntimeError("broken on purpose")
+
+
+class Failing(Net):
+    def training_step(self, batch, batch_idx):
+        if where == "fit" and self.global_rank == 1 and batch_idx == 2:
+            fail()
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        if where == "validation" and self.global_rank == 0 and batch_idx == 1:
+            fail()
+        super().validation_step(batch, batch_idx)
+
+
+class Bad(Samples):
+    def __getitem__(self, index):
+        if where == "loader" and rank == 1 and index == 9:
+            fail()
+        return super().__getitem__(index)
+
+
+trainer(folder, devices=2, num_sanity_val_steps=0).fit(
+    Failing(), DataLoader(Bad(16), 2, num_workers=0), DataLoader(Samples(16), 2)
+)
+(folder / "finished").touch()
+"""
+
+
+def test_a_rank_that_raises_ends_all_with_its_traceback(tmp_path: Path) -> None:
+    processes = {where: start(tmp_path / where, FAILING) for where in ("fit", "validation", "loader")}
+    for where, process in processes.items():
+        folder = tmp_path / where
+        stdout, stderr = process.communicate(timeout=90)
+        ended = time.time()
+        assert process.returncode == 1, stdout + stderr
+        assert stderr.count("RuntimeError: broken on purpose") == 1, stderr
+        failing = 0 if where == "validation" else 1
+        assert f"rank {failing} failed:" in stderr
+        assert f"rank {1 - failing} stopped because rank {failing} failed" in stderr
+        assert not (folder / "finished").exists()
+        if where == "fit":  # the others may have ended long before
+            assert ended - (folder / "failed").stat().st_mtime < 10
+        for rank in range(WORLD):
+            assert not psutil.pid_exists(int((folder / f"pid{rank}").read_text())), "an orphan"

@@ -131,6 +131,8 @@ def test_lbfgs_evaluates_the_loss_several_times_a_step(tmp_path: Path) -> None:
         optimizer.step(closure)
     assert model.evaluations > 2
     assert same(model, plain)
+    with pytest.raises(L.MisconfigurationException, match="accumulate_grad_batches=2, but LBFGS"):
+        trainer(tmp_path, accumulate_grad_batches=2).fit(model, loader(4))
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,70 @@ def test_a_step_that_asks_for_the_iterator_gets_it(tmp_path: Path) -> None:
     assert run.global_step == 4
 
 
+def test_a_step_that_asks_for_the_iterator_knows_the_last_batch(tmp_path: Path) -> None:
+    stepped: list[int] = []
+    validated: list[int] = []
+
+    class Drawing(Net):
+        def training_step(self, dataloader_iter: Iterator[Any]) -> Any:
+            return self.loss(next(dataloader_iter)[0])
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            stepped.append(self.trainer.fit_progress.batch)
+
+        def on_validation_start(self) -> None:
+            validated.append(self.global_step)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    run = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=3, num_sanity_val_steps=0)
+    run.fit(Drawing(lr=1.0), loader(8), loader(4))
+    assert stepped == [2, 3, 2, 3]  # the fourth batch of an epoch is a window of its own
+    assert validated == [2, 4]
+    assert run.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+def test_the_sanity_check_leaves_training_as_it_is(tmp_path: Path) -> None:
+    drawn: list[list[float]] = []
+
+    class Draws(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            drawn[-1].append(torch.rand(()).item())
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            torch.rand(())
+
+    for steps in (0, 2):
+        drawn.append([])
+        torch.manual_seed(1)
+        trainer(tmp_path, num_sanity_val_steps=steps, limit_val_batches=2).fit(Draws(), loader(8), loader(8))
+    assert len(drawn[0]) == 4
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_batch_without_loss_is_skipped_under_a_scaler(tmp_path: Path, clip: float | None) -> None:
+    class Skips(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            return None if batch_idx % 2 == 0 else super().training_step(batch, batch_idx)
+
+    def weights(precision: str) -> Tensor:
+        model = Skips()
+        trainer(tmp_path, precision=precision, gradient_clip_val=clip).fit(model, loader(8))
+        return model.layer.weight.detach()
+
+    torch.testing.assert_close(weights("16-mixed"), weights("32-true"), rtol=1e-3, atol=1e-3)
+
+
+def test_after_fit_the_gradients_are_the_users_again(tmp_path: Path) -> None:
+    model = Net()
+    trainer(tmp_path, precision="16-mixed").fit(model, loader(8))
+    model.loss(torch.ones(2, 4)).backward()
+
+
 def test_a_step_may_take_the_batch_alone(tmp_path: Path) -> None:
     class Alone(Net):
         def training_step(self, batch: Tensor) -> Any:  # type: ignore[override]
@@ -372,6 +438,55 @@ def test_an_interrupt_ends_the_run_with_its_state(tmp_path: Path) -> None:
     assert heard == [KeyboardInterrupt]
     run.save_checkpoint(tmp_path / "state.ckpt")
     assert torch.load(tmp_path / "state.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_an_error_in_on_exception_does_not_hide_the_first(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Fails(L.Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            raise KeyError("the second")
+
+    class Listens(L.Callback):
+        def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+            told.append(str(exception))
+
+    class Logs(CSVLogger):
+        def finalize(self, status: str) -> None:
+            told.append(status)
+
+    class Bad(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            raise ValueError("the first")
+
+    run = trainer(tmp_path, callbacks=[Fails(), Listens()], logger=Logs(tmp_path))
+    with pytest.warns(UserWarning, match="the second"), pytest.raises(ValueError, match="the first"):
+        run.fit(Bad(), loader(4))
+    assert told == ["the first", "failed"]
+
+
+def test_sigterm_after_the_last_batch_is_not_lost(tmp_path: Path) -> None:
+    class Terminated(Net):
+        def on_train_end(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = trainer(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        run.fit(Terminated(), loader(4))
+    assert caught.value.code == 143
+    assert run.received_sigterm
+
+
+def test_sigterm_is_noted_in_fit_only(tmp_path: Path) -> None:
+    found: list[Any] = []
+
+    class Looks(Net):
+        def on_test_start(self) -> None:
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    trainer(tmp_path).test(Looks(), loader(4), verbose=False)
+    assert found == [before]
 
 
 def test_sigterm_ends_the_run_between_two_batches_with_status_143(tmp_path: Path) -> None:

@@ -361,6 +361,18 @@ def test_results_when_nothing_is_logged(evaluate: Any) -> None:
     assert (result, out.rows, out.final()) == ([{}], [], {})
 
 
+def test_the_x_axis_of_evaluation_steps_counts_batches_of_a_loader_without_length(tmp_path: Path) -> None:
+    class Batches:
+        def __iter__(self) -> Any:
+            return iter(loader(6))
+
+    rows = Rows()
+    model = net(eval_logs=lambda self, batch, i, idx: self.log("v", float(i), on_step=True, on_epoch=False))
+    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0, logger=rows)
+    run.fit(model, loader(4), Batches())
+    assert [step for step, metrics in rows.rows if "v" in metrics] == [0, 1, 2, 3, 4, 5]
+
+
 def test_evaluation_after_fit_goes_on_from_its_step(tmp_path: Path) -> None:
     logger = Rows()
     running = trainer(tmp_path, logger=logger, limit_val_batches=1, num_sanity_val_steps=0)

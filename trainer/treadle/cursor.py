@@ -54,7 +54,7 @@ class Cursor:
         self._plain = isinstance(loader, (list, tuple))
         self._numbers: _Numbered | None = None
         if self._indexed and loader.num_workers:
-            self._numbers = _Numbered(_index_sampler(loader))
+            self._numbers = _Numbered(_index_sampler(loader), batched=loader.batch_sampler is not None)
             self._loader = _with_sampler(loader, self._numbers, _SeededByBatch(loader.dataset))
         self._generators = _generators(loader)
         self._key, self._warm, self._seeded = 0, False, False
@@ -241,8 +241,8 @@ def _batch(indices: list[Any], seed: int) -> _Batch:
 class _Numbered:
     """A sampler whose items carry a seed made of the epoch's key and their number."""
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: Any, *, batched: bool) -> None:
+        self.sampler, self._batched = sampler, batched
         self._key = self._skip = 0
 
     def begin(self, key: int, skip: int) -> None:
@@ -252,7 +252,7 @@ class _Numbered:
     def __iter__(self) -> Iterator[_Batch]:
         key, skip = self._key, self._skip
         for number, item in islice(enumerate(self.sampler), skip, None):
-            yield _batch(item if isinstance(item, list) else [item], key * 1_000_003 + number)
+            yield _batch(item if self._batched else [item], key * 1_000_003 + number)
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -13,9 +13,10 @@ from treadle_fabric import rank_zero_warn
 if TYPE_CHECKING:
     from treadle_fabric import Fabric
 
-__all__ = ["REDUCTIONS", "Reduction", "gather_values", "reduce_over_ranks"]
+__all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "gather_values", "reduce_over_ranks"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
+Row: TypeAlias = tuple[str, Reduction | Literal["gather", "count"], Any, float]
 REDUCTIONS: Final[dict[Any, Reduction]] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
     "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
@@ -29,15 +30,27 @@ def gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
     return [v for rank in range(fabric.world_size) for v in fabric.broadcast(mine, src=rank)]
 
 
-def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]]) -> dict[str, Tensor]:
+def compute_alone(metric: Any) -> Any:
+    """What a torchmetrics object computes of this rank's values: the others would wait for ranks that lack it."""
+    before = getattr(metric, "_to_sync", False)
+    metric._to_sync = False
+    try:
+        return metric.compute()
+    finally:
+        metric._to_sync = before
+
+
+def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
     """Reduce scalars over all ranks in one collective (two above 64 of them).
 
     Args:
         fabric: whose ranks.
-        rows: name, reduction, this rank's total (for a mean: the weighted sum), weight.
+        rows: name, reduction, this rank's total (for a mean: the weighted sum), weight. "gather" takes a list of
+            numbers in the total's place, and "count" nothing.
 
     Returns:
-        The reduced value of every name that any rank logged, in float64 (float32 on MPS).
+        The reduced value of every name that any rank logged, in float64 (float32 on MPS); for "gather" the numbers of
+        all ranks, for "count" how many ranks have the name.
     """
     rows = sorted(rows, key=lambda r: r[0])
     names = [f"{name}:{how}" for name, how, *_ in rows]
@@ -55,19 +68,23 @@ def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, floa
         for extra in union:
             if extra not in mine:
                 name, _, how = extra.rpartition(":")
-                neutral = {"min": float("inf"), "max": float("-inf")}.get(how, 0.0)
-                mine[extra] = (name, REDUCTIONS[how], neutral, 0.0)
+                neutral: Any = {"min": float("inf"), "max": float("-inf"), "gather": []}.get(how, 0.0)
+                mine[extra] = (name, how, neutral, 0.0)  # type: ignore[assignment]
         rows, names = [mine[n] for n in union], union
         gathered = _exchange(fabric, rows, names)
         assert gathered is not None
-    out: dict[str, Tensor] = {}
-    for i, (name, how, *_) in enumerate(rows):
+    out: dict[str, Any] = {}
+    for i, (name, how, total, _) in enumerate(rows):
         totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
         match how:
             case "mean":
                 out[name] = totals.sum() / weights.sum()
             case "sum":
                 out[name] = totals.sum()
+            case "count":
+                out[name] = int(weights.sum().item())
+            case "gather":
+                out[name] = gather_values(fabric, total)
             case "min":
                 out[name] = totals.amin()
             case _:
@@ -75,12 +92,13 @@ def reduce_over_ranks(fabric: Fabric, rows: list[tuple[str, Reduction, Any, floa
     return out
 
 
-def _exchange(fabric: Fabric, rows: list[tuple[str, Reduction, Any, float]], names: list[str]) -> Tensor | None:
+def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | None:
     """Every rank's (total, weight) pairs, ``(world_size, 2 * len(rows))``; None where the names differ."""
     checksum = float(zlib.crc32("\n".join(names).encode()))
     dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
     head = [checksum, float(len(rows))]
-    totals = [torch.as_tensor(total, dtype=dtype, device=fabric.device).reshape(()) for _, _, total, _ in rows]
+    numbers = [0.0 if how in ("gather", "count") else total for _, how, total, _ in rows]
+    totals = [torch.as_tensor(number, dtype=dtype, device=fabric.device).reshape(()) for number in numbers]
     weights = torch.tensor([weight for *_, weight in rows], dtype=dtype, device=fabric.device)
     pairs = torch.stack([torch.stack(totals), weights], dim=1).flatten() if rows else weights
     packet = torch.zeros(_PACKET, dtype=dtype, device=fabric.device)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from treadle.reduction import REDUCTIONS, Reduction, gather_values, reduce_over_ranks
+from treadle.reduction import REDUCTIONS, Reduction, Row, compute_alone, gather_values, reduce_over_ranks
 from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric.data import infer_batch_size
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -362,7 +363,7 @@ class Results:
         key = (hook, name, self.dataloader_idx)
         if key in self.slots and _same_code(self.slots[key].options, options):
             slot = self.slots[key]
-            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type,assignment]
+            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
             return slot
         if key in self.slots:
             raise MisconfigurationException(
@@ -426,20 +427,29 @@ class Results:
         They are reduced over the ranks unless ``local``; every rank has to ask then, with or without values.
         """
         found: list[tuple[Slot, Any]] = []
-        rows: list[tuple[str, Reduction, Any, float]] = []
+        rows: list[Row] = []
         distributed = self._fabric.world_size > 1 and not local
         slots = {k: s for k, s in self.slots.items() if s.on_epoch and s.has_value and not s.closed}
         for (hook, _, _), slot in slots.items():
-            if distributed and slot.metric is None and not slot.rank_zero_only:
+            if distributed and not slot.rank_zero_only:
                 slot.fold()
-                if callable(slot.reduce):
-                    slot.values = gather_values(self._fabric, slot.values)
+                name = f"{slot.name}{slot.suffix} in {hook}"
+                if slot.metric is not None:  # reduces over the ranks itself, if all have it
+                    rows.append((name, "count", None, 1.0))
+                elif callable(slot.reduce):
+                    rows.append((name, "gather", slot.values, 0.0))
                 else:
-                    rows.append((f"{slot.name}{slot.suffix} in {hook}", slot.reduce, slot.total, slot.weight))
+                    rows.append((name, slot.reduce, slot.total, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
         for (hook, _, _), slot in slots.items():
             slot.closed = True
             value = reduced.get(f"{slot.name}{slot.suffix} in {hook}")
+            if slot.metric is not None:
+                value = (
+                    slot.metric.compute() if value in (None, self._fabric.world_size) else compute_alone(slot.metric)
+                )
+            elif isinstance(value, list):
+                slot.values, value = value, None
             if value is None:
                 value = slot.compute()
             if isinstance(value, Tensor) and value.numel() == 1:
@@ -447,26 +457,8 @@ class Results:
                 if value.dtype == torch.float64 and slot.metric is None:
                     value = value.to(torch.get_default_dtype())
             found.append((slot, value))
-        return found
-
-
-def infer_batch_size(batch: Any) -> int | None:
-    """The first dimension of the first tensor or array found in a batch; None where there is none."""
-    stack = [batch]
-    while stack:
-        item = stack.pop()
-        shape = getattr(item, "shape", None)
-        if isinstance(shape, tuple):  # a tensor's is one
-            return int(shape[0]) if shape else 1
-        if isinstance(item, str):
-            continue
-        if isinstance(item, Mapping):
-            stack += reversed(list(item.values()))
-        elif isinstance(item, (list, tuple)):
-            stack += reversed(item)
-        elif hasattr(item, "__dict__"):
-            stack += reversed([v for k, v in vars(item).items() if not k.startswith("_")])
-    return None
+        mine = {row[0] for row in rows}
+        return found + [_elsewhere(n, v) for n, v in reduced.items() if n not in mine and isinstance(v, Tensor)]
 
 
 class _Reduced:
@@ -485,6 +477,15 @@ def _same_code(one: LogOptions, other: LogOptions) -> bool:
     same = code is not None and code is getattr(other[4], "__code__", None)
     same |= isinstance(one[4], _Reduced) or one[4] == REDUCTIONS.get(other[4], other[4])
     return same and one[:4] + one[5:] == other[:4] + other[5:]
+
+
+def _elsewhere(row: str, value: Tensor) -> tuple[Slot, Any]:
+    """What only other ranks logged, because this one had no samples say; every rank is to know it."""
+    label, _, _ = row.rpartition(" in ")
+    name, mark, loader = label.partition("/dataloader_idx_")
+    slot = Slot(name, (False, False, None, None, "mean", False, False, True, False), on_step=False, on_epoch=True)
+    slot.suffix, slot.loader = mark + loader, int(loader) if mark else None
+    return slot, value.to(torch.get_default_dtype())
 
 
 def _number(name: str, value: Any) -> float:

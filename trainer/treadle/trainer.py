@@ -431,7 +431,8 @@ class Trainer(TrainerView):
         """on_exception for everybody, then the loggers are closed; a second error must not hide the first."""
         run, calls = self._run, [partial(logger.finalize, "failed") for logger in self.loggers]
         if run is not None and run.module is self._module:
-            told = [*run.dispatch.listeners("on_exception"), *([run.datamodule.on_exception] if run.datamodule else [])]
+            told = list(run.dispatch.listeners("on_exception"))
+            told += [run.datamodule.on_exception] if run.datamodule is not None else []
             calls = [*(partial(run.dispatch.run, "on_exception", listener, error) for listener in told), *calls]
         for call in calls:
             try:

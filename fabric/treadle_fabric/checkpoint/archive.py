@@ -7,9 +7,11 @@ import pickle
 import pickletools
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from treadle_fabric.checkpoint.manifest import seal_is_broken
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
 
-__all__ = ["check_archive", "forbidden_globals", "state_path_of", "weights_only_reason"]
+__all__ = ["check_archive", "forbidden_globals", "numpy_allowed", "state_path_of", "weights_only_reason"]
 
 _ZIP = b"PK\x03\x04"
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how torch.save began before 1.6
@@ -144,12 +146,24 @@ def forbidden_globals(file: IO[bytes], is_zip: bool, error: Exception) -> list[s
     file.seek(0)
     try:
         if is_zip:
-            return list(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+            with numpy_allowed():
+                return list(torch.serialization.get_unsafe_globals_in_checkpoint(file))
         for _ in range(5):  # the older format is five pickles, and the bytes of the tensors
             list(pickletools.genops(file))
     except Exception:  # cut off, so that a name in what torch says could be half of one
         return []
     return re.findall(r"GLOBAL ([\w.]+)", str(error))[:1]
+
+
+def numpy_allowed() -> AbstractContextManager[Any]:
+    """Lets NumPy's numbers and arrays through ``weights_only=True``: they hold plain data, and run nothing."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return nullcontext()
+    module = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]  # NumPy 2, or 1
+    kinds = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefdgFDG"}
+    parts = {numpy.ndarray, numpy.dtype, module.scalar, module._reconstruct, *kinds}
+    return torch.serialization.safe_globals(list(parts.difference(torch.serialization.get_safe_globals())))
 
 
 def weights_only_reason(error: Exception) -> str:

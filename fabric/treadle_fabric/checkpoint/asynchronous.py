@@ -19,6 +19,7 @@ from treadle_fabric.checkpoint.archive import state_path_of
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.types import PathLike
 
 __all__ = ["AsyncCheckpointIO"]
@@ -98,8 +99,18 @@ class AsyncCheckpointIO(CheckpointIO):
         return self._checkpoint_io.load_checkpoint(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: PathLike) -> None:
-        """Have the checkpoint at ``path`` deleted once all saves so far have ended well; if one fails, it stays."""
-        self._submit_unless_failed(lambda: self._checkpoint_io.remove_checkpoint(path))
+        """Have the checkpoint at ``path`` deleted once all saves so far have ended well; if one fails, it stays.
+
+        That it cannot be deleted is a warning: nothing is lost.
+        """
+
+        def remove() -> None:
+            try:
+                self._checkpoint_io.remove_checkpoint(path)
+            except (CheckpointError, OSError) as e:
+                rank_zero_warn(f"The checkpoint {str(path)!r} stays: {e}")
+
+        self._submit_unless_failed(remove)
 
     def wait(self) -> None:
         if self._process == os.getpid():  # a forked process has no part in what its parent's thread does

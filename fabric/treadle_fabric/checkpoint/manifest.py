@@ -40,15 +40,15 @@ def seal(file: IO[bytes]) -> None:
 def seal_is_broken(file: IO[bytes], archive: zipfile.ZipFile) -> bool:
     """Whether the comment says something else than the archive; an archive without one cannot tell."""
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _END_SIZE - _COMMENT_SIZE))
+    file.seek(max(0, size - _END_SIZE - 2 * _COMMENT_SIZE))
     tail = file.read()
     end = tail.rfind(_END)
-    if end < 0:  # a longer comment, of another program
+    if end < 0:  # a long comment, of another program
         return False
     comment = tail[end + _END_SIZE :]
     if tail[end + _END_SIZE - 2 : end + _END_SIZE] != struct.pack("<H", len(comment)):
         return True
-    if not comment:  # as torch.save leaves it
+    if len(comment) != _COMMENT_SIZE:  # torch.save leaves none
         return False
     found = _COMMENT.fullmatch(comment)
     if not found:

@@ -16,7 +16,13 @@ import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from treadle_fabric.checkpoint.archive import check_archive, forbidden_globals, state_path_of, weights_only_reason
+from treadle_fabric.checkpoint.archive import (
+    check_archive,
+    forbidden_globals,
+    numpy_allowed,
+    state_path_of,
+    weights_only_reason,
+)
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.manifest import seal
 from treadle_fabric.errors import (
@@ -296,7 +302,8 @@ def _neighbours(fs: Any | None, where: str) -> str:
 def _load(source: str | IO[bytes], target: Any, safe: bool, mapped: bool) -> dict[str, Any]:
     if not mapped and not isinstance(source, str):
         source.seek(0)
-    state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=mapped or None)
+    with numpy_allowed():
+        state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=mapped or None)
     return state
 
 

@@ -24,6 +24,24 @@ def test_the_number_of_batches_follows_the_epoch() -> None:
     trainer.fit(TrainOnly(), loader())  # not refused: the trainer is as it was
 
 
+def test_the_trainer_is_given_back_after_an_error_too() -> None:
+    class Fails(TrainOnly):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            raise ValueError("stop here")
+
+    trainer = trainer_with(GradientAccumulationScheduler({0: 2}))
+    with pytest.raises(ValueError, match="stop here"):
+        trainer.fit(Fails(), loader())
+    assert trainer.accumulate_grad_batches == 1
+
+
+def test_a_number_that_the_user_gave_is_left_alone() -> None:
+    trainer = trainer_with(GradientAccumulationScheduler({0: 2}), accumulate_grad_batches=3)
+    with pytest.raises(MisconfigurationException, match="both set"):
+        trainer.fit(TrainOnly(), loader())
+    assert trainer.accumulate_grad_batches == 3
+
+
 def test_questions() -> None:
     scheduler = GradientAccumulationScheduler({4: 2, 2: 4})
     assert [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(6)] == [1, 1, 4, 4, 2, 2]

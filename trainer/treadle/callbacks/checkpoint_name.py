@@ -26,6 +26,7 @@ __all__ = [
     "is_local",
     "link_checkpoint",
     "path_exists",
+    "remove_link_and_empty_folders",
     "yaml_number",
 ]
 
@@ -102,6 +103,21 @@ def path_exists(path: str) -> bool:
 
     fs, inner = url_to_fs(path)
     return bool(fs.exists(inner))
+
+
+def remove_link_and_empty_folders(path: str, root: str) -> None:
+    """Remove what is left at ``path`` when its file is gone.
+
+    A metric name with a slash makes a folder for each file; those between it and ``root`` go with it.
+    """
+    if not is_local(path):
+        return
+    if os.path.islink(path):
+        os.unlink(path)
+    for folder in Path(path).parents:
+        if folder == Path(root) or any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def link_checkpoint(

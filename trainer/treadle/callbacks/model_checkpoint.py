@@ -6,6 +6,7 @@ import json
 import os
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -21,6 +22,7 @@ from treadle.callbacks.checkpoint_name import (
     is_local,
     link_checkpoint,
     path_exists,
+    remove_link_and_empty_folders,
     yaml_number,
 )
 from treadle.callbacks.monitored_metric import MonitoredMetric, StepClock, from_rank_zero, validates_at_epoch_end
@@ -213,8 +215,8 @@ class ModelCheckpoint(Checkpoint):
         """Start counting steps and time."""
         if self._restored:
             self._forget_missing_files(trainer)
-        self._pending = False
-        self._last_global_step_saved = 0
+        else:
+            self._pending, self._last_global_step_saved = False, 0
         self._plan_next_step(trainer.global_step)
         if self._train_time_interval is not None:
             self._clock = StepClock(trainer)
@@ -448,14 +450,13 @@ class ModelCheckpoint(Checkpoint):
 
     def _write(self, trainer: Trainer, path: str, ranking: dict[str, Any] | None = None) -> None:
         """Write a checkpoint that knows of itself; if that fails, this callback does not know of it either."""
-        before = {name: getattr(self, name) for name in _RANKING}
-        vars(self).update(ranking or {})
+        before = {name: getattr(self, name) for name in (*_RANKING, "_last_global_step_saved")}
+        vars(self).update({**(ranking or {}), "_last_global_step_saved": trainer.global_step})
         try:
             trainer.save_checkpoint(path, self.save_weights_only)
         except BaseException:
             vars(self).update(before)
             raise
-        self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = path
         self._announced = False
         if trainer.strategy.checkpoint_io.after_saves is None:
@@ -469,29 +470,14 @@ class ModelCheckpoint(Checkpoint):
         for path in stale:
             if not path or path in kept or not self._owns(trainer, path):
                 continue
+            io = trainer.strategy.checkpoint_io
             try:
-                if os.path.islink(path):
-                    os.unlink(path)
-                elif path_exists(path):
-                    trainer.strategy.checkpoint_io.remove_checkpoint(path)
-                self._remove_empty_folders(path)
+                if path_exists(path) and not os.path.islink(path):
+                    io.remove_checkpoint(path)
+                tidy = partial(remove_link_and_empty_folders, path, self.dirpath or "")
+                io.after_saves(tidy) if io.after_saves is not None else tidy()
             except (OSError, CheckpointError) as error:  # a file too many is no reason to stop training
                 rank_zero_warn(f"ModelCheckpoint could not remove {path!r}: {error}")
-
-    def _owns(self, trainer: Trainer, path: str) -> bool:
-        """Not the file that the run was resumed from, nor one of another folder."""
-        resumed = trainer.ckpt_path
-        if resumed and absolute(os.fspath(resumed)) == path:
-            return False
-        return path.startswith(os.path.join(self.dirpath or "", ""))
-
-    def _remove_empty_folders(self, path: str) -> None:
-        """A metric name with a slash makes a folder for each file."""
-        if is_local(path):
-            for folder in Path(path).parents:
-                if folder == Path(self.dirpath or "") or any(folder.iterdir()):
-                    return
-                folder.rmdir()
 
     def format_checkpoint_name(
         self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
@@ -568,7 +554,7 @@ class ModelCheckpoint(Checkpoint):
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Paths and scores; the keys are Lightning's."""
+        """Paths and scores; the keys but the last two are Lightning's."""
         return {
             "monitor": self.monitor,
             "best_model_score": self.best_model_score,
@@ -579,6 +565,8 @@ class ModelCheckpoint(Checkpoint):
             "kth_best_model_path": self.kth_best_model_path,
             "kth_value": self.kth_value,
             "last_model_path": self.last_model_path,
+            "pending": self._pending,
+            "last_global_step_saved": self._last_global_step_saved,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -590,6 +578,8 @@ class ModelCheckpoint(Checkpoint):
             self.kth_value = state_dict.get("kth_value", self.kth_value)
             self.best_k_models = dict(state_dict.get("best_k_models", self.best_k_models))
             self.last_model_path = state_dict.get("last_model_path", self.last_model_path)
+            self._pending = state_dict.get("pending", False)
+            self._last_global_step_saved = state_dict.get("last_global_step_saved", 0)
             self._restored = True
         else:
             rank_zero_warn(

@@ -25,16 +25,16 @@ def from_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T:
     """What ``function`` returns on rank 0, on every rank; the others do not call it.
 
     Raises:
-        CheckpointError: on every rank, where ``function`` raised one on rank 0. So they all go on, or none does.
+        CheckpointError: on every rank, where ``function`` raised it, or an OSError, on rank 0. So all go on, or none.
     """
     if trainer.world_size == 1:
         return function()
     found: T | None = None
-    error: CheckpointError | None = None
+    error: CheckpointError | OSError | None = None
     if trainer.is_global_zero:
         try:
             found = function()
-        except CheckpointError as e:
+        except (CheckpointError, OSError) as e:
             error = e
     found, trouble = trainer.strategy.broadcast((found, None if error is None else str(error)))
     if trouble is not None:

@@ -1,0 +1,34 @@
+"""The command ``treadle``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from treadle.checkpoint_commands import add_checkpoint_commands
+from treadle_fabric.errors import TreadleError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Args:
+        arguments: Default: those of the process.
+    """
+    parser = argparse.ArgumentParser("treadle", description="Tools for what Treadle's runs leave behind.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_checkpoint_commands(commands)
+    given = parser.parse_args(arguments)
+    try:
+        status: int = given.run(given)
+    except TreadleError as e:
+        print(f"treadle: {e}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
