@@ -362,7 +362,7 @@ class Results:
         key = (hook, name, self.dataloader_idx)
         if key in self.slots and _same_code(self.slots[key].options, options):
             slot = self.slots[key]
-            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type,assignment]
+            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
             return slot
         if key in self.slots:
             raise MisconfigurationException(
