@@ -8,6 +8,7 @@ from treadle_fabric.accelerators import (
     MPSAccelerator,
     find_usable_cuda_devices,
 )
+from treadle_fabric.agreement import StopAgreement
 from treadle_fabric.attribute_dict import AttributeDict
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO, newest_good
 from treadle_fabric.data import (
@@ -138,6 +139,7 @@ __all__ = [
     "SingleDeviceStrategy",
     "SpawnLauncher",
     "Stateful",
+    "StopAgreement",
     "Strategy",
     "SubprocessLauncher",
     "TensorBoardLogger",

@@ -98,7 +98,12 @@ def training_data(run: Run, settings: Settings, train: Any) -> TrainingData | No
 
 
 def make_epoch(
-    run: Run, settings: Settings, data: TrainingData, loop: FitLoop, controls: Controls, signals: Signals
+    run: Run,
+    settings: Settings,
+    data: TrainingData,
+    loop: FitLoop,
+    controls: Controls,
+    signals: Signals,
 ) -> TrainingEpoch:
     """The epoch loop over ``data``."""
     schedule = None
@@ -118,6 +123,7 @@ def make_epoch(
         max_steps=settings.durations.max_steps,
         log_every_n_steps=settings.log_every_n_steps,
         signals=signals,
+        agreement=loop.agreement,
     )
 
 

@@ -29,6 +29,8 @@ __all__ = ["dump_checkpoint", "find_checkpoint", "restore_training", "restore_we
 
 FORMAT: Final = "2.6.6"
 """The Lightning release whose checkpoint format is written."""
+PREEMPTED: Final = "preempted.ckpt"
+"""What a run saves when it is asked to terminate; "last" finds it beside the last checkpoint."""
 _PLAIN: Final = (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, type(None))
 
 
@@ -268,6 +270,12 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
         setattr(run.progress, field.name, getattr(found, field.name))
 
 
+def preempted_path(callbacks: Sequence[Callback], root: str) -> str:
+    """Where a run that is asked to terminate saves: beside its checkpoints."""
+    folders = [folder for c in callbacks if (folder := getattr(c, "dirpath", None))]
+    return str(Path(folders[0] if folders else root) / PREEMPTED)
+
+
 def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *, fitting: bool) -> str | None:
     """The file that ``ckpt_path`` means.
 
@@ -300,7 +308,7 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
         for saver in savers:
             folder = Path(saver.dirpath) if saver.dirpath else None
             if folder is not None and folder.is_dir():
-                paths += folder.glob("*last*.ckpt")
+                paths += [*folder.glob("*last*.ckpt"), folder / PREEMPTED]
         paths = [p for p in paths if p.exists()]
         if paths:
             return str(max(paths, key=lambda p: p.stat().st_mtime))

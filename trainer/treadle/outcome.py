@@ -11,11 +11,14 @@ from treadle.state import FitProgress, TrainerState
 from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from treadle.module import LightningModule
     from treadle.results import Metrics
     from treadle.trainer import Trainer
+    from treadle_fabric import Fabric
 
-__all__ = ["Outcome", "adopt", "capture"]
+__all__ = ["Outcome", "adopt", "run_and_capture"]
 
 _COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_models", "kth_best_model_path", "dirpath")
 
@@ -33,8 +36,9 @@ class Outcome:
     should_stop: bool
 
 
-def capture(trainer: Trainer, result: Any) -> Outcome:
-    """Gather it in rank 0's process, on the CPU."""
+def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
+    """Run a stage in a process of its own; what came of it, on the CPU."""
+    result = stage(*args)
     cpu = torch.device("cpu")
     return Outcome(
         result=result,

@@ -44,4 +44,4 @@ class Signals:
 
     def raise_received(self) -> None:
         """End the run: called between two batches."""
-        raise SIGTERMException(128 + self.received)
+        raise SIGTERMException(128 + (self.received or signal.SIGTERM))  # another rank may have got it

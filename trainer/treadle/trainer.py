@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from treadle import assembly, preflight
 from treadle.arguments import choose_callbacks, choose_loggers, resolve_settings
 from treadle.callbacks import Callback
-from treadle.checkpoint import dump_checkpoint, find_checkpoint, restore_training, restore_weights
+from treadle.checkpoint import dump_checkpoint, find_checkpoint, preempted_path, restore_training, restore_weights
 from treadle.data import EvaluationData, TrainingData, find_loaders, make_transfer
 from treadle.dispatch import Dispatch, reorder_callbacks
 from treadle.loops.epoch import TrainingEpoch
@@ -23,7 +23,7 @@ from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
 from treadle.loops.predict import Prediction
 from treadle.loops.step import Clipping, manual_backward
-from treadle.outcome import Outcome, adopt, capture
+from treadle.outcome import Outcome, adopt, run_and_capture
 from treadle.results import Metrics, Results, to_floats
 from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
@@ -32,7 +32,13 @@ from treadle.signals import Signals, SIGTERMException
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
 from treadle.view import TrainerView
-from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    Fabric,
+    MisconfigurationException,
+    claim_failure,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from treadle_fabric.errors import suggests_arguments
 from treadle_fabric.types import PathLike
 
@@ -337,7 +343,7 @@ class Trainer(TrainerView):
         if not self.strategy.launches_function:
             self.fabric.launch()
             return stage(*args)
-        outcome: Outcome = self.fabric.launch(partial(_in_new_process, self, stage), *args)
+        outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), *args)
         adopt(self, args[0], outcome)
         return outcome.result
 
@@ -374,7 +380,8 @@ class Trainer(TrainerView):
                     self.fabric, module, datamodule, dispatch, self.state, self._metrics, results, self.loggers,
                     self.fit_progress, [m for m in module.modules() if isinstance(m, LightningModule)],
                 )  # fmt: skip
-                self._log_dir = self.fabric.broadcast(self._find_log_dir())
+                self._log_dir = None
+                self._log_dir = self.fabric.broadcast(self.log_dir)
                 self._setup_hooks(run)
                 yield run
                 self._finish(run)
@@ -383,8 +390,11 @@ class Trainer(TrainerView):
             self._failed(interrupt)
             rank_zero_info("Interrupted: the run has ended, its state is intact.")
         except BaseException as error:
-            claim_failure(error)
             self._sigterm = isinstance(error, SIGTERMException)
+            if not self._sigterm or self.is_global_zero:
+                claim_failure(error)
+            if self._sigterm:  # all ranks are here: rank 0's exit status is the run's
+                self.strategy.barrier("terminated")
             self.state.status = TrainerStatus.INTERRUPTED
             self._failed(error)
             raise
@@ -452,9 +462,6 @@ class Trainer(TrainerView):
             rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")
         self.callbacks = reorder_callbacks([c for c in self.callbacks if c not in replaced] + extra)
 
-    def _find_log_dir(self) -> str | None:
-        return (self.loggers[0].log_dir or self.default_root_dir) if self.loggers else self.default_root_dir
-
     # ------------------------------------------------------------------------------------------------ the stages
 
     def _prepare(self, run: Run, ckpt_path: PathLike | None, weights_only: bool | None) -> dict[str, Any] | None:
@@ -504,7 +511,12 @@ class Trainer(TrainerView):
                 restore=partial(self._restore_exact, run, exact),
                 reload_every=self._settings.reload_dataloaders_every_n_epochs,
             )
-            loop.run()
+            try:
+                loop.run()
+            except SIGTERMException:
+                if self._settings.enable_checkpointing:
+                    self.save_checkpoint(preempted_path(self.callbacks, self.default_root_dir))
+                raise
 
     def _restore_exact(self, run: Run, saved: dict[str, Any]) -> None:
         """What a resumed run had in the middle of things; ``saved`` is empty once that is done."""
@@ -591,8 +603,3 @@ class Trainer(TrainerView):
             self.state.stage = RunningStage.PREDICTING
             predictions = Prediction(run, data, inference_mode=self._settings.inference_mode, keep=keep)()
         return predictions
-
-
-def _in_new_process(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
-    """A stage in a process of its own; what came of it is sent back."""
-    return capture(trainer, stage(*args))

@@ -14,6 +14,7 @@ from treadle.optimizers import step_schedulers
 from treadle.schedule import ValidationSchedule, window_size
 from treadle.signals import Signals
 from treadle.state import Phase
+from treadle_fabric import StopAgreement
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -44,13 +45,14 @@ class TrainingEpoch:
         max_steps: int,
         log_every_n_steps: int,
         signals: Signals,
+        agreement: StopAgreement | None,
     ) -> None:
         from treadle.module import LightningModule
 
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._schedule, self._validate, self._may_stop = schedule, validate, may_stop
         self._max_steps, self._log_every = max_steps, log_every_n_steps
-        self._signals = signals
+        self._signals, self._agreement = signals, agreement
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
         self._automatic = run.module.automatic_optimization
@@ -83,7 +85,7 @@ class TrainingEpoch:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
         on_batch_start, on_batch_end, schedulers = self._on_batch_start, self._on_batch_end, self._schedulers
-        schedule, signals = self._schedule, self._signals
+        schedule = self._schedule
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
@@ -118,8 +120,6 @@ class TrainingEpoch:
             results.hook = ""
             if self._finish_batch(stepping):
                 break
-            if signals.received:
-                signals.raise_received()
         begin_batch(None)
 
     def _finish_batch(self, stepping: bool) -> bool:
@@ -127,17 +127,37 @@ class TrainingEpoch:
         run, progress, schedule = self._run, self._run.progress, self._schedule
         if stepping and progress.phase is Phase.BATCH_END and progress.logging_step % self._log_every == 0:
             run.write(run.results.take_step_metrics(), progress.logging_step - 1)
-        stop = self._controls.should_stop and self._may_stop()
+        stop, terminated = self._stops_here()
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED
             if progress.validation_due or (stop and self._epoch_validates(schedule)):
                 self._run_validation()
-                stop = self._controls.should_stop and self._may_stop()
+                stop = self.agree_to_stop() and self._may_stop()
         if self._schedulers and stepping:
             self._step_schedulers("step", progress.step, plateau=True)
         progress.phase = Phase.BETWEEN
         progress.validation_due = False
+        if terminated:
+            self._signals.raise_received()
         return stop or progress.step == self._max_steps
+
+    def _stops_here(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether because of a signal; with several ranks the same answer after the same batch."""
+        stop = self._controls.should_stop and self._may_stop()
+        if self._agreement is None:
+            return stop, bool(self._signals.received)
+        wish = "signal" if self._signals.received else "stop" if stop else ""
+        reason = self._agreement.at_boundary(self._run.progress.batches, wish)
+        if reason == "stop":
+            self._controls.should_stop = True
+        return reason == "stop", reason == "signal"
+
+    def agree_to_stop(self) -> bool:
+        """``should_stop`` where any rank set it, at a place that all ranks come to."""
+        if self._agreement is not None:
+            strategy = self._run.fabric.strategy
+            self._controls.should_stop = strategy.reduce_boolean_decision(self._controls.should_stop, all=False)
+        return self._controls.should_stop
 
     def end(self) -> None:
         """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""

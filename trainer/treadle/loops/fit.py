@@ -14,7 +14,7 @@ from treadle.loops.evaluate import Evaluation
 from treadle.resume import moment
 from treadle.schedule import Durations
 from treadle.state import RunningStage
-from treadle_fabric import isolate_rng, rank_zero_info
+from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -57,12 +57,23 @@ class FitLoop:
         self._started = time.monotonic()
         self._told_min = False
         self.epoch: TrainingEpoch | None = None
+        self.agreement: StopAgreement | None = None
+        """How several ranks stop after the same batch."""
 
     def run(self) -> None:
         """Train."""
-        run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
+        run = self._run
         self._sanity_check()
         run.state.stage = RunningStage.TRAINING
+        self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
+        try:
+            self._train()
+        finally:
+            if self.agreement is not None:
+                self.agreement.close()
+
+    def _train(self) -> None:
+        run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
         self.epoch = epoch = self._make_epoch(self)
         if epoch is None or self._done():
             return
@@ -103,6 +114,7 @@ class FitLoop:
         run.write(run.metrics.close_epoch(run.results, local=True)[0], step)
         run.results.reset()
         run.progress.epoch += 1
+        epoch.agree_to_stop()
 
     def _sanity_check(self) -> None:
         run = self._run
