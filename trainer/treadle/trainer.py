@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -273,10 +273,8 @@ class Trainer(TrainerView):
         preflight.check_loaders(datamodule, dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule)
         keep = return_predictions is not False
-        result: list[Any] | None = self._launch(
-            self._predict, module, datamodule, dataloaders, ckpt_path, weights_only, keep
-        )
-        return result
+        found = self._launch(self._predict, module, datamodule, dataloaders, ckpt_path, weights_only, keep)
+        return cast("list[Any] | None", found)
 
     def save_checkpoint(
         self, filepath: PathLike, weights_only: bool | None = None, storage_options: Any | None = None
@@ -317,13 +315,9 @@ class Trainer(TrainerView):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0 only, above the progress bar."""
-        if not self.is_global_zero:
-            return
         bar = self.progress_bar_callback
-        if bar is not None:
-            bar.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)
+        if self.is_global_zero:
+            (print if bar is None else bar.print)(*args, **kwargs)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
