@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,8 +53,7 @@ class Settings:
     enable_progress_bar: bool
     enable_model_summary: bool
     enable_autolog_hparams: bool
-    barebones: bool = False
-    flags: dict[str, Any] = field(default_factory=dict)
+    barebones: bool
 
 
 def _integer(value: Any, name: str, lowest: int) -> int:

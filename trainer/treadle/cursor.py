@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from treadle_fabric.data import PrivateRandomness, samplers
 from treadle_fabric.seed import collect_rng_states, set_rng_states
@@ -28,6 +28,8 @@ from treadle_fabric.seed import collect_rng_states, set_rng_states
 __all__ = ["Cursor"]
 
 _CHUNK = 16
+_KNOWN = ("torch.utils.data", "treadle_fabric.data")
+"""Where samplers are from that draw their order when iteration begins, or from a generator."""
 
 
 class Cursor:
@@ -52,6 +54,14 @@ class Cursor:
             and not isinstance(loader.dataset, IterableDataset)
         )
         self._plain = isinstance(loader, (list, tuple))
+        self._private: _Private | None = None
+        if self._indexed and not all(type(s).__module__.startswith(_KNOWN) for s in samplers(loader)):
+            self._private = _Private(_index_sampler(loader))
+            self._loader = loader = _with_sampler(loader, self._private, loader.dataset)
+        self._stream: _SeededStream | None = None
+        if _is_persistent_stream(loader):
+            self._stream = _SeededStream(loader.dataset)
+            self._loader = _with_sampler(loader, _index_sampler(loader), self._stream)
         self._numbers: _Numbered | None = None
         if self._indexed and loader.num_workers:
             self._numbers = _Numbered(_index_sampler(loader), batched=loader.batch_sampler is not None)
@@ -71,8 +81,14 @@ class Cursor:
             state["loader"] = self._loader.state_dict() if self._ahead is None else self._ahead
         return state
 
-    def load_state_dict(self, state: dict[str, Any], *, within: bool = True) -> None:
-        """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
+    def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None:
+        """The next iteration continues the epoch that ``state`` is of.
+
+        Args:
+            state: of :meth:`state_dict`.
+            within: False: it follows that epoch.
+            whole: whether an epoch is all that the loader has.
+        """
         if within:
             self._resumed = state
             return
@@ -80,16 +96,29 @@ class Cursor:
             generator.set_state(before)
         self._seeded = bool(state["rng"])  # workers that persist have their seed since the first epoch
         if self._stateful:
-            self._loader.load_state_dict(state["loader"])
+            self._end_by_itself(state, ended=whole, whole=whole)
 
-    def forget(self) -> None:
-        """Nothing is left of the epoch to continue."""
+    def finish(self, epoch: int, skip: int, *, drain: bool, whole: bool) -> None:
+        """Nothing is left of the epoch to continue but what samplers draw at its end, where it is iterated so far."""
+        if self._stateful and self._resumed:
+            self._end_by_itself(self._resumed, ended=False, whole=whole)
+        elif self._resumed and drain:
+            next(self.iterate(epoch, skip), None)
         self._resumed = {}
 
-    def iterate(self, skip: int = 0) -> Iterator[Any]:
+    def _end_by_itself(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
+        now = collect_rng_states()
+        self._loader.load_state_dict(state["loader"])
+        nothing = object()
+        if not ended and next(iter(self._loader), nothing) is not nothing and whole:
+            self._loader.load_state_dict(state["loader"])  # it took the end of an epoch for the start of the next
+        set_rng_states(now)
+
+    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch.
 
         Args:
+            epoch: which.
             skip: how many to leave out at the beginning.
         """
         resumed, self._resumed = self._resumed, {}
@@ -102,7 +131,10 @@ class Cursor:
         else:
             self._rng = now
             self._drawn_from = [g.get_state() for g in self._generators]
-            self._key = zlib.crc32(now["torch"].numpy().tobytes()) * 4096 + self._rank
+            self._key = zlib.crc32(b"%d" % epoch + now["torch"].numpy().tobytes()) * 4096 + self._rank
+        for keyed in (self._private, self._stream):
+            if keyed is not None:
+                keyed.begin(self._key)
         if self._stateful:
             return self._by_itself(resumed, skip, now)
         if self._indexed:
@@ -170,6 +202,15 @@ class Cursor:
             skip -= _CHUNK
         while batch := private.take(iterator, 1)[1]:
             yield batch[0]
+
+
+def _is_persistent_stream(loader: Any) -> bool:
+    return (
+        isinstance(loader, DataLoader)
+        and isinstance(loader.dataset, IterableDataset)
+        and loader.persistent_workers
+        and not hasattr(loader, "state_dict")
+    )
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -258,11 +299,68 @@ class _Numbered:
         return len(self.sampler)
 
 
-class _SeededByBatch:
-    """A dataset that seeds the random state of the worker it is in before each batch."""
+class _Private:
+    """A sampler of the user's own class: who knows when it draws, so it does from a random state of its own."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler, self._key = sampler, 0
+
+    def begin(self, key: int) -> None:
+        """An epoch begins."""
+        self._key = key
+
+    def __iter__(self) -> Iterator[Any]:
+        private = PrivateRandomness(self._key)
+        iterator, chunk = private.take(lambda: iter(self.sampler), _CHUNK)
+        while chunk:
+            yield from chunk
+            iterator, chunk = private.take(iterator, _CHUNK)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class _Around:
+    """Stands in a loader for its dataset, and seems to be it."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_dataset", "_epoch"):  # not there yet: being unpickled
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A ``worker_init_fn`` opens files, say, and keeps them in the dataset."""
+        if name in ("_dataset", "_epoch"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._dataset, name, value)
+
+
+class _SeededStream(_Around):
+    """A stream whose workers persist: they are seeded anew for each epoch, which only shared memory can tell them."""
+
+    def __init__(self, dataset: Any) -> None:
+        super().__init__(dataset)
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def begin(self, key: int) -> None:
+        """An epoch begins."""
+        self._epoch.fill_(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        _seed(int(self._epoch) * 1_000_003 + (info.id if info is not None else 0))
+        return iter(self._dataset)
+
+
+class _SeededByBatch(_Around):
+    """A dataset that seeds the random state of the worker it is in before each batch."""
 
     def __getitems__(self, batch: _Batch) -> list[Any]:
         _seed(batch.seed)
@@ -274,21 +372,6 @@ class _SeededByBatch:
             _seed(index.seed)
             return self._dataset[index[0]]
         return self._dataset[index]
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":  # not there yet: being unpickled
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A ``worker_init_fn`` opens files, say, and keeps them in the dataset."""
-        if name == "_dataset":
-            super().__setattr__(name, value)
-        else:
-            setattr(self._dataset, name, value)
 
 
 def _seed(seed: int) -> None:

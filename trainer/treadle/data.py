@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +171,7 @@ class TrainingData:
         self.exact = length is not None and not any(_is_stream(p) for p in parts)
         """Whether the length can be relied on; a stream's is only a promise."""
 
-        self.whole = self.num_batches == length
+        self.whole = self.num_batches in (length, math.inf)
         """Whether an epoch is all of it: then it is iterated to its end, where samplers may draw once more."""
         self._cursor = Cursor(self.loader, fabric.global_rank, exact=self.exact)
 
@@ -178,7 +179,7 @@ class TrainingData:
         """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on."""
         for part in self.parts:
             set_epoch(part, epoch)
-        batches = self._cursor.iterate(skip)
+        batches = self._cursor.iterate(epoch, skip)
         return _first(batches) if self.combined is not None else batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,13 +188,13 @@ class TrainingData:
 
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
-        self._cursor.load_state_dict(state, within=within)
+        self._cursor.load_state_dict(state, within=within, whole=self.whole)
 
     def finish(self, epoch: int, skip: int, *, drain: bool) -> None:
         """Nothing is left of a resumed epoch but what its samplers draw at its end."""
-        if drain and self.whole and self.exact:
-            next(self.iterate(epoch, skip), None)
-        self._cursor.forget()
+        for part in self.parts:
+            set_epoch(part, epoch)
+        self._cursor.finish(epoch, skip, drain=drain and self.whole and self.exact, whole=self.whole)
 
 
 def _first(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:

@@ -565,7 +565,8 @@ class Metrics:
         """
         if not results.slots and (local or results.alone):
             return {}, [{} for _ in range(loaders)]
-        self.keep(results)
+        if local or not results.training:  # the last time: until then they are looked up where they are
+            self.keep(results)
         logged: dict[str, Any] = {}
         shared: dict[str, Any] = {}
         per_loader: dict[int, dict[str, Any]] = {}

@@ -408,7 +408,8 @@ class Trainer(TrainerView):
         assert fn is not None
         owners = [o for o in (datamodule, module) if o is not None]
         for owner in owners:
-            if self.fabric.local_rank == 0:
+            per_node = getattr(owner, "prepare_data_per_node", True)
+            if (self.local_rank if per_node else self.global_rank) == 0:
                 dispatch.run("prepare_data", owner.prepare_data)
         self.fabric.barrier("prepare_data")
         if datamodule is not None:

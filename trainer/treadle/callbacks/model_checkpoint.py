@@ -479,6 +479,13 @@ class ModelCheckpoint(Checkpoint):
             except (OSError, CheckpointError) as error:  # a file too many is no reason to stop training
                 rank_zero_warn(f"ModelCheckpoint could not remove {path!r}: {error}")
 
+    def _owns(self, trainer: Trainer, path: str) -> bool:
+        """Not the file that the run was resumed from, nor one of another folder."""
+        resumed = trainer.ckpt_path
+        if resumed and absolute(os.fspath(resumed)) == path:
+            return False
+        return path.startswith(os.path.join(self.dirpath or "", ""))
+
     def format_checkpoint_name(
         self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
     ) -> str:

@@ -1,0 +1,16 @@
+"""Killed at 200 random moments while checkpoints are saved: what "last" names always loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.trainer.killed_saves import kill_at_random_moments
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.mark.timeout(1200)
+def test_killed_at_200_random_moments_during_saving(tmp_path: Path) -> None:
+    saves = kill_at_random_moments(tmp_path, kills=200, seed=2026)
+    print(f"200 kills among {saves} saves: last.ckpt loaded after each")
