@@ -375,7 +375,7 @@ class Trace:
     def write(self, *event: Any) -> None:
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(self._file, (json.dumps(event) + "\n").encode())
+        os.write(self._file, (json.dumps(event, sort_keys=True) + "\n").encode())
 
 
 class Recorder(L.Callback):

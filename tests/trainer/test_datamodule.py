@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.trainer.models import Net, loader, trainer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from treadle.datamodule import LightningDataModule
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.strategies import SingleDeviceStrategy
 
 
 def dataset(n: int) -> TensorDataset:
@@ -48,6 +50,26 @@ class Sized(LightningDataModule):
 def test_loaders_that_are_not_defined_say_so(name: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"LightningDataModule does not define {name}\(\)"):
         getattr(LightningDataModule(), name)()
+
+
+@pytest.mark.parametrize(("per_node", "calls"), [(True, 1), (False, 0)])
+def test_data_is_prepared_once_a_node_or_once_in_all(tmp_path: Path, per_node: bool, calls: int) -> None:
+    class OnSecondNode(SingleDeviceStrategy):
+        global_rank = property(lambda self: 1)
+
+    class Prepares(LightningDataModule):
+        prepare_data_per_node = per_node
+        prepared = 0
+
+        def prepare_data(self) -> None:
+            self.prepared += 1
+
+        def val_dataloader(self) -> Any:
+            return loader(4)
+
+    data = Prepares()
+    trainer(tmp_path, strategy=OnSecondNode(), devices="auto").validate(Net(), datamodule=data, verbose=False)
+    assert data.prepared == calls
 
 
 def test_hooks_do_nothing_by_default() -> None:

@@ -406,8 +406,7 @@ class Trainer(TrainerView):
         """prepare_data, setup, configure_model."""
         fn, module, datamodule, dispatch = self.state.fn, run.module, run.datamodule, run.dispatch
         assert fn is not None
-        owners = [o for o in (datamodule, module) if o is not None]
-        for owner in owners:
+        for owner in [o for o in (datamodule, module) if o is not None]:
             per_node = getattr(owner, "prepare_data_per_node", True)
             if (self.local_rank if per_node else self.global_rank) == 0:
                 dispatch.run("prepare_data", owner.prepare_data)

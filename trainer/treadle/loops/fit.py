@@ -13,7 +13,7 @@ from treadle.loops.epoch import Controls, TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.resume import moment
 from treadle.schedule import Durations
-from treadle.state import RunningStage
+from treadle.state import Phase, RunningStage
 from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
 
 if TYPE_CHECKING:
@@ -153,6 +153,8 @@ class FitLoop:
     def _done(self) -> str:
         """Why training is over; empty while it is not."""
         d, progress = self._durations, self._run.progress
+        if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch, and the epoch's end follows
+            return ""
         if d.max_steps != -1 and progress.step >= d.max_steps:
             return f"max_steps={d.max_steps} reached"
         if d.max_epochs != -1 and progress.epoch >= d.max_epochs:
