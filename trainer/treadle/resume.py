@@ -33,6 +33,8 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
         ``ranks``: for every rank its part, as tensors and plain containers.
     """
     module = run.module
+    if run.progress.epoch_ended:
+        run.metrics.keep(run.results)  # else they are looked up in slots that the next epoch does not have
     validating = run.before_validation if run.progress.phase is Phase.LOGGED else {}
     mine: dict[str, Any] = {
         **(validating or moment(run)),

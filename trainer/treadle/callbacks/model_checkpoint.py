@@ -341,7 +341,7 @@ class ModelCheckpoint(Checkpoint):
         try:
             if (io := trainer.strategy.checkpoint_io).after_saves is not None:
                 from_rank_zero(trainer, io.wait)
-        except CheckpointError:
+        except (CheckpointError, OSError):
             if not self.file_exists(self._last_checkpoint_saved, trainer):
                 vars(self).update(self._before, _last_checkpoint_saved="", _last_global_step_saved=0, _announced=True)
             raise
@@ -481,8 +481,8 @@ class ModelCheckpoint(Checkpoint):
 
     def _owns(self, trainer: Trainer, path: str) -> bool:
         """Not the file that the run was resumed from, nor one of another folder."""
-        resumed = trainer.ckpt_path
-        if resumed and absolute(os.fspath(resumed)) == path:
+        folder, name = os.path.split(os.fspath(trainer.ckpt_path or ""))
+        if name and os.path.join(absolute(folder or os.curdir), name) == path:  # a link is the link, not its target
             return False
         return path.startswith(os.path.join(self.dirpath or "", ""))
 
