@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.combined_loader import CombinedLoader
 from treadle.cursor import Cursor
@@ -128,17 +129,12 @@ def _sequential(loader: Any, name: str) -> Any:
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
         return loader
     rank_zero_warn(f"`overfit_batches` turns off the shuffling of {name}, so that every epoch has the same batches.")
-    return DataLoader(
-        loader.dataset,
-        batch_size=loader.batch_size,
-        sampler=SequentialSampler(loader.dataset),  # type: ignore[arg-type]
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-    )
+    other = copy.copy(loader)
+    fields = other.__dict__
+    fields["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    if loader.batch_sampler is not None:
+        fields["batch_sampler"] = BatchSampler(fields["sampler"], loader.batch_size or 1, loader.drop_last)
+    return other
 
 
 class TrainingData:
@@ -146,7 +142,7 @@ class TrainingData:
 
     def __init__(self, loader: Any, fabric: Fabric, *, limit: float, overfit: bool, inject: bool) -> None:
         several = isinstance(loader, (list, tuple, Mapping)) and not _is_batch_list(loader)
-        combined = loader if isinstance(loader, CombinedLoader) else None
+        combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else None  # the user's stays as it is
         combined = CombinedLoader(loader, "max_size_cycle") if several else combined
         parts = list(combined.flattened) if combined is not None else [loader]
         for part in parts:
@@ -168,7 +164,7 @@ class TrainingData:
             )
         name = "overfit_batches" if overfit else "limit_train_batches"
         self.num_batches = limit_batches(length, limit, name)
-        self.exact = length is not None and not any(_is_stream(p) for p in parts)
+        self.exact = length is not None and all(_has_exact_length(p) for p in parts)
         """Whether the length can be relied on; a stream's is only a promise."""
 
         self.whole = self.num_batches in (length, math.inf)
@@ -215,8 +211,11 @@ def _is_batch_list(loader: Any) -> bool:
     return isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], torch.Tensor)
 
 
-def _is_stream(loader: Any) -> bool:
-    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+def _has_exact_length(loader: Any) -> bool:
+    """Whether ``len`` can be relied on: what a stream or an object of somebody's own says is only a promise."""
+    if isinstance(loader, DataLoader):
+        return not isinstance(loader.dataset, IterableDataset)
+    return isinstance(loader, (list, tuple))
 
 
 def _describe(loader: Any) -> str:
@@ -237,7 +236,7 @@ class EvaluationData:
     ) -> None:
         self.combined: CombinedLoader | None = None
         if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
-            self.combined = loaders
+            self.combined = loaders = copy.copy(loaders)  # the user's stays as it is
             self.loaders = [loaders]
             for part in loaders.flattened:
                 check_loader(part, name)

@@ -45,8 +45,6 @@ class LightningDataModule(HyperparametersMixin):
     """The trainer of the current run; ``None`` before the first."""
     prepare_data_per_node: bool = True
     """Whether :meth:`prepare_data` runs once on every node or once in all (where nodes share a file system)."""
-    allow_zero_length_dataloader_with_multiple_devices: bool = False
-    """Whether a rank may be left without batches while others have some."""
 
     def prepare_data(self) -> None:
         """Download and preprocess to disk. Runs in one process (of each node), so keep no state on ``self``."""

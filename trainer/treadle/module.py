@@ -357,8 +357,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 With both, the names are ``name_step`` and ``name_epoch``.
             reduce_fx: "mean" (weighted by ``batch_size``), "min", "max", "sum", or a callable on the stacked values.
             enable_graph: keep the autograd graph of the value.
-            sync_dist: reduce the values of steps over all ranks too. (Epoch values always are.)
-            sync_dist_group: the process group for that.
+            sync_dist: not needed: values that go to the loggers or are reduced over the epoch are reduced over all
+                ranks, weighted by samples, in one collective for all names.
+            sync_dist_group: not needed either.
             add_dataloader_idx: add ``/dataloader_idx_N`` to the name where there are several loaders.
             batch_size: the weight of this value. Default: the first dimension of the batch's first tensor.
             metric_attribute: the module's attribute that holds the torchmetrics object; not needed.

@@ -13,7 +13,7 @@ import torch
 from treadle.arguments import Settings
 from treadle.data import check_loader, defines_loader
 from treadle.dispatch import check_hook_names, overrides
-from treadle.state import TrainerFn
+from treadle.state import TrainerFn, TrainerState, TrainerStatus
 from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -83,6 +83,14 @@ def model_or_last(model: Any, last: LightningModule | None, what: str) -> Lightn
     check_model(model, what)
     found: LightningModule = model
     return found
+
+
+def check_idle(state: TrainerState, fn: TrainerFn) -> None:
+    """Refuse a run inside a run: there is one set of loops and progress."""
+    if state.status is TrainerStatus.RUNNING:
+        raise MisconfigurationException(
+            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it."
+        )
 
 
 def check_loaders(datamodule: LightningDataModule | None, **loaders: Any) -> None:

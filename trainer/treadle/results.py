@@ -407,18 +407,24 @@ class Results:
         return out
 
     def take_step_metrics(self) -> dict[str, Any]:
-        """For the loggers: what was logged on steps since the last call, ``sync_dist`` ones reduced over the ranks."""
+        """For the loggers: what was logged on steps since the last call.
+
+        In training it is reduced over the ranks, weighted by the samples of the batch; every rank has to ask then.
+        """
         out: dict[str, Any] = {}
-        shared: list[tuple[str, Slot]] = []
+        rows: list[Row] = []
+        distributed = self.training and not self.alone  # evaluation may be uneven over ranks
+        samples = float(infer_batch_size(self.batch) or 1) if distributed and self.batch is not None else 1.0
         for slot in self.slots.values():
             if slot.on_step and slot.fresh and slot.logger:
                 slot.fresh = False
-                out.update(slot.entries(slot.value, "_step"))
-                if slot.sync_dist and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
-                    shared += [(name, slot) for name, _ in slot.entries(slot.value, "_step")]
-        if shared and self.training and self._fabric.world_size > 1:  # evaluation may be uneven over ranks
-            rows = [(name, slot.reduce, float(slot.value), 1.0) for name, slot in shared]
-            out.update(reduce_over_ranks(self._fabric, rows))  # type: ignore[arg-type]
+                entries = list(slot.entries(slot.value, "_step"))
+                out.update(entries)
+                if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
+                    weight = samples if slot.reduce == "mean" else 1.0
+                    rows += [(name, slot.reduce, value * weight, weight) for name, value in entries]
+        if distributed:
+            out.update(reduce_over_ranks(self._fabric, rows))
         return out
 
     def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:

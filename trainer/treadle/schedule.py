@@ -160,6 +160,8 @@ class ValidationSchedule:
     every_n_epochs: int | None
     """None: batches are counted across epochs."""
     every: timedelta | None = None
+    at_epoch_end: bool = False
+    """After the epoch's last batch, whatever its number."""
 
     @classmethod
     def resolve(cls, interval: Any, every_n_epochs: int | None, num_batches: float) -> ValidationSchedule:
@@ -181,7 +183,7 @@ class ValidationSchedule:
                     " number of batches (an int)."
                 )
             return cls(math.inf, every_n_epochs)
-        return cls(max(1, int(num_batches * interval)), every_n_epochs)
+        return cls(max(1, int(num_batches * interval)), every_n_epochs, at_epoch_end=interval == 1.0)
 
     def due(self, epoch: int, batch: int, batches: int, *, is_last: bool) -> bool:
         """Whether validation follows the batch that has just been trained on (time is not looked at here).
@@ -194,7 +196,7 @@ class ValidationSchedule:
         """
         if self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs:
             return False
-        if self.every_n_batches == math.inf:
+        if self.at_epoch_end or self.every_n_batches == math.inf:
             return is_last and self.every is None
         count = batches if self.every_n_epochs is None else batch
         return count % self.every_n_batches == 0

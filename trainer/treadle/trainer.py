@@ -348,6 +348,7 @@ class Trainer(TrainerView):
         """Everything around a stage: who is attached, what is seeded, and what happens when it fails."""
         from treadle.module import LightningModule
 
+        preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
         self._module, self._datamodule, self._metrics = module, datamodule, Metrics()
         self._eval_data, self._sigterm = {}, False

@@ -53,7 +53,6 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values: dict[str, float | None] = {}
         self.lr_sch_names: list[str] = []
         self._every = 0  # log at each n-th step; 0: not at steps
-        self._last_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a trainer without loggers."""
@@ -75,7 +74,6 @@ class LearningRateMonitor(Callback):
             self.logging_interval is None and any(interval != "epoch" for _, _, interval in sources)
         )
         self._every = trainer.log_every_n_steps if at_steps else 0
-        self._last_step = -1
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log before the steps at which the loggers write."""
@@ -83,8 +81,7 @@ class LearningRateMonitor(Callback):
             return
         step = trainer.fit_progress.logging_step
         # while gradients accumulate, several batches have the same step
-        if (step + 1) % self._every == 0 and step != self._last_step:
-            self._last_step = step
+        if (step + 1) % self._every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
             self._log(trainer, pl_module, "step")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -101,7 +101,7 @@ class TrainingEpoch:
             outputs = step(batch, batch_idx, window, stepping)
             progress.batch = batch_idx + 1
             progress.batches += 1
-            if progress.optimizer_steps != before:
+            if stepped := progress.optimizer_steps != before:
                 progress.step += 1
                 progress.step_in_epoch += 1
             if schedulers and stepping:
@@ -117,6 +117,9 @@ class TrainingEpoch:
                 results.hook = "on_train_batch_end"
                 for listener in on_batch_end:
                     listener(outputs, batch, batch_idx)
+                if progress.optimizer_steps != before and not stepped:  # stepped by hand in the hook
+                    progress.step += 1
+                    progress.step_in_epoch += 1
             results.hook = ""
             if self._finish_batch(stepping):
                 break
@@ -126,7 +129,8 @@ class TrainingEpoch:
         """What follows ``on_train_batch_end``, from wherever the progress stands; returns whether to stop."""
         run, progress, schedule = self._run, self._run.progress, self._schedule
         if stepping and progress.phase is Phase.BATCH_END and progress.logging_step % self._log_every == 0:
-            run.write(run.results.take_step_metrics(), progress.logging_step - 1)
+            if run.loggers:
+                run.write(run.results.take_step_metrics(), progress.logging_step - 1)
         stop, terminated = self._stops_here()
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,21 +19,7 @@ if TYPE_CHECKING:
 
     from treadle.run import Run
 
-__all__ = ["AutomaticStep", "Clipping", "ManualStep", "TrainingStep", "manual_backward", "step_arguments"]
-
-
-class TrainingStep(Protocol):
-    """Trains on one batch."""
-
-    def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
-        """Returns what ``on_train_batch_end`` gets.
-
-        Args:
-            batch: on the device.
-            batch_idx: within the epoch.
-            window: the batches of this accumulation, which the loss is divided by.
-            stepping: whether the optimizer steps at this batch.
-        """
+__all__ = ["AutomaticStep", "Clipping", "ManualStep", "manual_backward", "step_arguments"]
 
 
 def step_arguments(step: Callable[..., Any], given: tuple[str, ...]) -> tuple[int, bool]:
@@ -153,6 +139,14 @@ class AutomaticStep:
         self._accumulate = 1
 
     def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
+        """Train on one batch; returns what ``on_train_batch_end`` gets.
+
+        Args:
+            batch: on the device.
+            batch_idx: within the epoch.
+            window: the batches of this accumulation, which the loss is divided by.
+            stepping: whether the optimizer steps at this batch.
+        """
         if not stepping:
             with self._no_sync():
                 return self._gradients(batch, batch_idx, window, False)
