@@ -1,8 +1,4 @@
-"""Small training runs, described by a `Case`, that write down everything a resumed run must repeat to the last bit.
-
-As a program it is a server: it reads one job a line, runs each in a fork of its own process, where everything is
-imported already, and says how it ended.
-"""
+"""Small training runs, described by a `Case`, that write down everything a resumed run must repeat to the last bit."""
 
 from __future__ import annotations
 
@@ -10,8 +6,6 @@ import hashlib
 import json
 import os
 import random
-import signal
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -570,62 +564,3 @@ def find(part: list[Any], whole: list[Any]) -> int:
     raise AssertionError(
         f"after {max(best, 0)} of {len(part)} events that agree, came\n{part[max(best, 0)]}\nwhere the other has\n{wanted}"
     )
-
-
-def die_at(event: int) -> None:
-    """Let this process kill itself at its n-th Python call or return; 0: count them only."""
-
-    def count(frame: Any, what: str, arg: Any) -> None:
-        COUNT[0] += 1
-        if COUNT[0] == event:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    os.register_at_fork(after_in_child=lambda: sys.setprofile(None))
-    sys.setprofile(count)
-
-
-COUNT = [0]
-
-
-def serve() -> None:
-    """Run jobs, each in a fork: ``{"case", "folder", "name", "ckpt_path", "die_at", "trainer"}``."""
-    torch.set_num_threads(1)
-    build(Case(), Path(), Trace(Path()))  # imports what is only imported when it is used
-    print("ready", flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            run_job(job)
-        print(pid, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
-
-
-def run_job(job: dict[str, Any]) -> None:
-    """In the fork: run, and end without what the server has still to do."""
-    code = 1
-    try:
-        folder = Path(job["folder"])
-        os.setsid()
-        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.chdir(folder)
-        die_at(job.get("die_at", 0))
-        train(Case(**job["case"]), folder, job["name"], job.get("ckpt_path"), **job.get("trainer", {}))
-        sys.setprofile(None)
-        (folder / "calls").write_text(str(COUNT[0]))
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-if __name__ == "__main__":
-    serve()

@@ -91,8 +91,6 @@ def check_idle(state: TrainerState, fn: TrainerFn) -> None:
         raise MisconfigurationException(
             f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it."
         )
-            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it."
-        )
 
 
 def check_loaders(datamodule: LightningDataModule | None, **loaders: Any) -> None:

@@ -1,0 +1,153 @@
+"""A process in which everything is imported already, and which forks to run the victims of `tests.faults.victim`.
+
+As a program it is the server: it reads one job a line and writes the pid, then the exit status.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tests.faults.victim import Case, Trace, build, train
+
+ROOT = Path(__file__).parent.parent.parent
+COUNT = [0]
+
+
+class ForkServer:
+    """Runs cases in processes of their own, one at a time."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.forkserver"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert self._answer() == "ready"
+
+    def _answer(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+    def run(
+        self,
+        case: Case,
+        folder: Path,
+        name: str,
+        ckpt_path: str | None = None,
+        *,
+        die_at: int = 0,
+        meanwhile: Callable[[int], None] | None = None,
+        **trainer: Any,
+    ) -> int:
+        """Train ``case`` in ``folder`` and return the exit status, negative for a signal.
+
+        Args:
+            die_at: the Python call at which the process sends itself SIGKILL; 0: none.
+            meanwhile: is called with the process's id while it runs.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        job = {"case": asdict(case), "folder": str(folder), "name": name, "ckpt_path": ckpt_path}
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps({**job, "die_at": die_at, "trainer": trainer}) + "\n")
+        self._server.stdin.flush()
+        pid = int(self._answer())
+        if meanwhile is not None:
+            meanwhile(pid)
+        status = int(self._answer())
+        self._wait_for_the_rest(pid)
+        return status
+
+    def _wait_for_the_rest(self, session: int) -> None:
+        """Workers and ranks see that their parent has gone, and go too."""
+        until = time.monotonic() + 15
+        while left := _members(session):
+            if time.monotonic() > until:
+                for process in left:
+                    process.kill()
+                raise AssertionError(f"processes that outlived theirs: {[' '.join(p.cmdline()) for p in left]}")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.close()
+        self._server.wait(30)
+        self._server.stdout.close()
+
+
+def _members(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def die_at(call: int) -> None:
+    """Let this process kill itself at its n-th Python call or return; 0: count them only."""
+
+    def count(frame: Any, what: str, arg: Any) -> None:
+        COUNT[0] += 1
+        if COUNT[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.register_at_fork(after_in_child=lambda: sys.setprofile(None))
+    sys.setprofile(count)
+
+
+def serve() -> None:
+    """Run jobs until there are no more."""
+    torch.set_num_threads(1)
+    build(Case(), Path(), Trace(Path()))  # imports what is only imported when it is used
+    print("ready", flush=True)
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            run_job(json.loads(line))
+        print(pid, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """In the fork: run, and end without what the server has still to do."""
+    code = 1
+    try:
+        folder = Path(job["folder"])
+        os.setsid()
+        output = os.open(folder / f"{job['name']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(folder)
+        die_at(job["die_at"])
+        train(Case(**job["case"]), folder, job["name"], job["ckpt_path"], **job["trainer"])
+        sys.setprofile(None)
+        (folder / "calls").write_text(str(COUNT[0]))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,68 @@
+"""Which checkpoint a run that is started again goes on from by itself."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.trainer.models import Net, loader
+
+from treadle import Trainer
+from treadle.auto_resume import find_newest
+from treadle.callbacks import ModelCheckpoint
+from treadle_fabric.loggers import CSVLogger
+
+
+def run(**kwargs: Any) -> Trainer:
+    arguments: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "default_root_dir": "root",
+        "enable_progress_bar": False, "enable_model_summary": False,
+    }  # fmt: skip
+    trainer = Trainer(**arguments | kwargs)
+    trainer.fit(Net(), loader())
+    return trainer
+
+
+def find(trainer: Trainer) -> str | None:
+    found = find_newest(trainer.callbacks, trainer.loggers, trainer.default_root_dir)
+    return None if found is None else os.path.realpath(found)
+
+
+def newest(trainer: Trainer) -> str:
+    time.sleep(0.02)  # clocks of file systems tick slowly
+    return str(trainer.checkpoint_callback.best_model_path)
+
+
+def test_it_is_found_where_the_callback_and_the_loggers_put_it() -> None:
+    trainer = run()
+    assert find(trainer) == newest(trainer)
+    first, second = (run(logger=CSVLogger("logs", name="mine")) for _ in range(2))
+    assert newest(first) != newest(second)
+    again = Trainer(
+        accelerator="cpu", max_epochs=1, logger=CSVLogger("logs", name="mine"), default_root_dir="elsewhere"
+    )
+    assert find(again) == newest(second)
+    other = run(callbacks=ModelCheckpoint("own"))
+    assert find(other) == newest(other)
+    assert find(Trainer(accelerator="cpu", max_epochs=1, logger=False, default_root_dir="elsewhere")) is None
+
+
+def test_a_damaged_one_and_one_without_optimizers_are_passed_over() -> None:
+    trainer = run(callbacks=ModelCheckpoint("c", save_top_k=-1, filename="{step}"), max_epochs=3)
+    time.sleep(0.02)
+    trainer.save_checkpoint("c/weights.ckpt", weights_only=True)
+    content = bytearray(Path("c/step=12.ckpt").read_bytes())
+    content[1000] ^= 1
+    Path("c/step=12.ckpt").write_bytes(content)
+    with pytest.warns(UserWarning, match="step=12.ckpt"):
+        assert find(trainer) == os.path.abspath("c/step=8.ckpt")
+
+
+def test_what_a_requeued_job_left_counts_too() -> None:
+    trainer = run()
+    newest(trainer)
+    trainer.save_checkpoint("root/hpc_ckpt_1.ckpt")
+    assert find(trainer) == os.path.abspath("root/hpc_ckpt_1.ckpt")

@@ -1,0 +1,272 @@
+"""Going on in the middle of an epoch: which batches come, with which randomness, and that skipping loads nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.faults.victim import OddBatches, Samples, UnsizedStateful, make_loader
+from tests.trainer.models import trainer
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
+
+import treadle as L
+from treadle_fabric.data import ShardedSampler
+
+
+class Watcher(L.LightningModule):
+    """Keeps the batches that it is given, draws random numbers in between, and saves after some of them."""
+
+    def __init__(self, folder: Path, save_after: Any = ()) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.folder, self.save_after = folder, save_after
+        self.seen: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append((self.current_epoch, batch_idx, batch))
+        random.random()
+        return self.layer(torch.rand(1, 1)).sum()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (self.current_epoch, batch_idx) in self.save_after:
+            self.trainer.save_checkpoint(self.folder / f"{self.current_epoch}-{batch_idx}.ckpt")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def watch(folder: Path, loader: Any, ckpt_path: Any = None, save_after: Any = (), **kwargs: Any) -> list[Any]:
+    L.seed_everything(11, verbose=False)
+    model = Watcher(folder, save_after)
+    run = trainer(folder, **{"max_epochs": 3, **kwargs})
+    run.fit(model, loader() if callable(loader) else loader, ckpt_path=ckpt_path)
+    return model.seen
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def assert_goes_on(folder: Path, loader: Callable[[], Any], points: Any = ((0, 1), (1, 3)), **kwargs: Any) -> list[Any]:
+    """From each point on, a resumed run gets the batches of the run that went on; returns these."""
+    whole = watch(folder, loader, save_after=points, **kwargs)
+    order = [(epoch, index) for epoch, index, _ in whole]
+    for epoch, index in points:
+        rest = watch(folder, loader, folder / f"{epoch}-{index}.ckpt", **kwargs)
+        assert same(rest, whole[order.index((epoch, index)) + 1 :]), (epoch, index)
+    return whole
+
+
+class Counted(Dataset[Tensor]):
+    """Says how often it was read, in whatever process."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.read = n, multiprocessing.get_context("fork").Value("i", 0)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Tensor:
+        with self.read.get_lock():
+            self.read.value += 1
+        return torch.tensor([float(index)])
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("batched", [True, False])
+def test_what_is_skipped_is_not_read(tmp_path: Path, workers: int, batched: bool) -> None:
+    dataset = Counted(24 if batched else 8)
+
+    def loader() -> DataLoader[Tensor]:
+        return DataLoader(dataset, 3 if batched else None, shuffle=True, num_workers=workers)
+
+    whole = watch(tmp_path, loader, save_after=[(0, 5)], max_epochs=1)
+    assert dataset.read.value == dataset.n
+    dataset.read.value = 0
+    rest = watch(tmp_path, loader, tmp_path / "0-5.ckpt", max_epochs=1)
+    assert same(rest, whole[6:])
+    assert dataset.read.value == (6 if batched else 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batch_100000_is_reached_within_a_second(tmp_path: Path, workers: int) -> None:
+    dataset = Counted(200_050)
+    loader = DataLoader(dataset, 2, shuffle=True, num_workers=workers)
+    path = tmp_path / "early.ckpt"
+
+    class Early(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            trainer.fit_progress.batch = 100_000  # as if it had come so far
+            trainer.save_checkpoint(path)
+            trainer.fit_progress.batch = 1
+
+    class Wide(Watcher):
+        began = 0.0
+
+        def on_train_epoch_start(self) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.took = time.perf_counter() - self.began
+            self.index = batch_idx
+
+    trainer(tmp_path, max_steps=1, callbacks=Early()).fit(Wide(tmp_path), loader)
+    dataset.read.value = 0
+    model = Wide(tmp_path)
+    trainer(tmp_path, max_steps=2).fit(model, loader, ckpt_path=path)
+    assert model.index == 100_000
+    assert model.took < 1
+    assert dataset.read.value <= 10  # with what a worker fetches ahead
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize(
+    "kind",
+    """plain shuffled generator weighted persistent batch_sampler lazy_sampler unbatched sampled stream sized_stream
+    persistent_stream cycle""".split(),
+)
+def test_order_and_augmentation(tmp_path: Path, kind: str, workers: int) -> None:
+    kind = kind.replace("_", " ")
+    points = ((0, 1), (1, 2), (1, 4)) if workers < 2 else ((1, 2),)
+    assert_goes_on(tmp_path, lambda: make_loader(kind, 15, workers), points, max_epochs=2 + (workers < 2))
+
+
+@pytest.mark.parametrize("kind", ["custom", "list", "stateful", "unsized stateful", "min_size", "max_size", "sequential"])
+def test_order_of_what_is_no_dataloader(tmp_path: Path, kind: str) -> None:
+    assert_goes_on(tmp_path, lambda: make_loader(kind, 15, 0), ((0, 1), (1, 1)))
+
+
+@pytest.mark.parametrize("kind", ["plain", "stream", "custom", "cycle"])
+def test_epochs_differ_where_training_draws_nothing(tmp_path: Path, kind: str) -> None:
+    class Deaf(Watcher):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.seen.append(batch)
+            return self.layer(torch.ones(1, 1)).sum()
+
+    for workers in (0, 1):
+        model = Deaf(tmp_path)
+        trainer(tmp_path, max_epochs=2).fit(model, make_loader(kind, 9, workers))
+        half = len(model.seen) // 2
+        assert not same(model.seen[:half], model.seen[half:])
+
+
+def test_workers_draw_the_same_however_many_they_are(tmp_path: Path) -> None:
+    one, two = (watch(tmp_path, make_loader("shuffled", 12, n), max_epochs=2) for n in (1, 2))
+    assert same(one, two)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_end_of_an_epoch_leaves_no_trace(tmp_path: Path, persistent: bool) -> None:
+    """A generator draws once more at an epoch's end, and workers that persist are seeded once."""
+
+    def loader() -> DataLoader[Any]:
+        generator = None if persistent else torch.Generator().manual_seed(3)
+        workers = int(persistent)
+        return DataLoader(
+            Samples(12), 3, shuffle=True, generator=generator, num_workers=workers, persistent_workers=persistent
+        )
+
+    assert_goes_on(tmp_path, loader, ((0, 3), (1, 3)))
+
+
+@pytest.mark.parametrize("points", [((0, 4), (1, 4)), ((0, 2), (1, 0))])
+def test_a_loaders_own_state(tmp_path: Path, points: Any) -> None:
+    """At an epoch's end, too, and without having been asked for the batches before."""
+    made: list[Asked] = []
+
+    class Asked(UnsizedStateful):
+        batches = 0
+
+        def __init__(self) -> None:
+            super().__init__(15)
+            made.append(self)
+
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Iterator[Any]:
+            for batch in super().__iter__():
+                self.batches += 1
+                yield batch
+
+    assert_goes_on(tmp_path, Asked, points)
+    assert [loader.batches for loader in made] == [15, *(15 - (5 * e + i + 1) for e, i in points)]
+
+
+def test_a_distributed_sampler_of_the_users(tmp_path: Path) -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Samples(30), 3, sampler=DistributedSampler(range(30), num_replicas=2, rank=1))
+
+    whole = assert_goes_on(tmp_path, loader)
+    assert len(whole) == 15
+
+
+@pytest.mark.parametrize("pad", [True, False])
+def test_a_sharded_sampler(tmp_path: Path, pad: bool) -> None:
+    def loader() -> DataLoader[Any]:
+        sampler = ShardedSampler(torch.utils.data.RandomSampler(range(31)), num_replicas=2, rank=1, pad=pad)
+        return DataLoader(Samples(31), 3, sampler=sampler)
+
+    assert_goes_on(tmp_path, loader)
+
+
+def test_a_sharded_batch_sampler(tmp_path: Path) -> None:
+    assert_goes_on(
+        tmp_path, lambda: DataLoader(Samples(31), batch_sampler=ShardedSampler(OddBatches(31), num_replicas=2, rank=0))
+    )
+
+
+def test_a_sampler_that_knows_the_epoch(tmp_path: Path) -> None:
+    class ByEpoch(Sampler[int]):
+        epoch = 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[int]:
+            return iter([(i + 5 * self.epoch) % 12 for i in range(12)])
+
+        def __len__(self) -> int:
+            return 12
+
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Counted(12), batch_sampler=BatchSampler(ByEpoch(), 3, drop_last=False))
+
+    whole = assert_goes_on(tmp_path, loader, ((0, 3), (1, 1)))
+    assert [int(batch[0]) for _, index, batch in whole if index == 0] == [0, 5, 10]
+
+
+def test_what_a_worker_init_fn_puts_into_the_dataset_is_there(tmp_path: Path) -> None:
+    class Opened(Samples):
+        file: Any = None
+
+        def __getitem__(self, index: int) -> Any:
+            assert self.file == "open"
+            return torch.tensor([index])
+
+    def start(worker_id: int) -> None:
+        info = torch.utils.data.get_worker_info()
+        assert info is not None
+        info.dataset.file = "open"  # type: ignore[attr-defined]
+        assert len(info.dataset) == 6  # type: ignore[arg-type]
+
+    assert len(watch(tmp_path, DataLoader(Opened(6), 2, num_workers=1, worker_init_fn=start), max_epochs=1)) == 3
+
+
+def test_a_changed_limit_of_batches(tmp_path: Path) -> None:
+    """An epoch that was cut short is followed by a new one, with a loader's own state as well."""
+    for kind in ("shuffled", "stateful"):
+        assert_goes_on(tmp_path, lambda kind=kind: make_loader(kind, 15, 0), ((0, 2), (1, 1)), limit_train_batches=3)
