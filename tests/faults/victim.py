@@ -551,16 +551,18 @@ def read(path: Path) -> list[Any]:
 
 def find(part: list[Any], whole: list[Any]) -> int:
     """Where ``part`` begins in ``whole``; an assertion that shows the first difference where it is not there."""
-    best, at = -1, 0
-    for start in range(len(whole) - len(part) + 1):
-        same = next((i for i, (a, b) in enumerate(zip(part, whole[start:])) if repr(a) != repr(b)), len(part))
-        if same == len(part):
-            return start
-        if same > best:
-            best, at = same, start
     if not part:
         return len(whole)
-    wanted = whole[at + best] if 0 <= at + best < len(whole) else "nothing"
-    raise AssertionError(
-        f"after {max(best, 0)} of {len(part)} events that agree, came\n{part[max(best, 0)]}\nwhere the other has\n{wanted}"
-    )
+    for start in range(len(whole) - len(part) + 1):
+        if repr(part) == repr(whole[start : start + len(part)]):
+            return start
+    starts = [i for i, event in enumerate(whole) if event[:3] == part[0][:3]] or [max(len(whole) - len(part), 0)]
+    longest = max(starts, key=lambda start: _agreeing(part, whole[start:]))
+    agreed = _agreeing(part, whole[longest:])
+    other = whole[longest + agreed] if longest + agreed < len(whole) else "nothing"
+    came = part[agreed] if agreed < len(part) else "nothing"
+    raise AssertionError(f"after {agreed} of {len(part)} events that agree came\n{came}\nwhere the other has\n{other}")
+
+
+def _agreeing(one: list[Any], other: list[Any]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if repr(a) != repr(b)), min(len(one), len(other)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import random
 import time
@@ -47,7 +48,10 @@ def watch(folder: Path, loader: Any, ckpt_path: Any = None, save_after: Any = ()
     model = Watcher(folder, save_after)
     run = trainer(folder, **{"max_epochs": 3, **kwargs})
     run.fit(model, loader() if callable(loader) else loader, ckpt_path=ckpt_path)
-    return model.seen
+    seen = model.seen
+    del run, model, loader
+    gc.collect()  # ends workers that persist
+    return seen
 
 
 def same(a: Any, b: Any) -> bool:

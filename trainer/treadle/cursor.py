@@ -43,7 +43,7 @@ class Cursor:
 
     def __init__(self, loader: Any, rank: int, *, exact: bool = True) -> None:
         self._loader, self._rank, self._exact = loader, rank, exact
-        self._ahead: Any = None
+        self._ahead: tuple[int, Any] | None = None
         self._stateful = (
             hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and not _is_combined(loader)
         )
@@ -72,13 +72,18 @@ class Cursor:
         self._drawn_from: list[Tensor] = []
         self._resumed: dict[str, Any] = {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the position in this epoch means: the random state that its order was drawn from."""
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """What the position in this epoch means: the random state that its order was drawn from.
+
+        Args:
+            position: how many batches of the epoch are done with.
+        """
         state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
         state["generators"] = self._drawn_from
         state["generators_now"] = [g.get_state() for g in self._generators]
         if self._stateful:
-            state["loader"] = self._loader.state_dict() if self._ahead is None else self._ahead
+            ahead = self._ahead
+            state["loader"] = ahead[1] if ahead and ahead[0] == position else self._loader.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None:
@@ -167,17 +172,19 @@ class Cursor:
             set_rng_states(now)
         if self._exact:
             return batches if "loader" in resumed else islice(batches, skip, None)
-        return self._one_ahead(batches)
+        return self._one_ahead(batches, skip)
 
-    def _one_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """For who looks one batch ahead: the state is the one before that."""
+    def _one_ahead(self, batches: Iterator[Any], count: int) -> Iterator[Any]:
+        """For who looks one batch ahead: keeps the state before that one."""
         while True:
-            self._ahead = self._loader.state_dict()
+            state = self._loader.state_dict()
             try:
                 batch = next(batches)
             except StopIteration:
                 self._ahead = None
                 return
+            self._ahead = count, state
+            count += 1
             yield batch
 
     def _from_workers(self, resumed: bool) -> Iterator[Any]:

@@ -178,9 +178,9 @@ class TrainingData:
         batches = self._cursor.iterate(epoch, skip)
         return _first(batches) if self.combined is not None else batches
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is needed to draw this epoch's order again."""
-        return self._cursor.state_dict()
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """What is needed to draw this epoch's order again, when ``position`` batches of it are done with."""
+        return self._cursor.state_dict(position)
 
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""

@@ -38,7 +38,7 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
     validating = run.before_validation if run.progress.phase is Phase.LOGGED else {}
     mine: dict[str, Any] = {
         **(validating or moment(run)),
-        "data": data.state_dict() if data is not None else {},
+        "data": data.state_dict(run.progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
     }
