@@ -32,13 +32,7 @@ from treadle.signals import Signals, SIGTERMException
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
 from treadle.view import TrainerView
-from treadle_fabric import (
-    Fabric,
-    MisconfigurationException,
-    claim_failure,
-    rank_zero_info,
-    rank_zero_warn,
-)
+from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info, rank_zero_warn
 from treadle_fabric.errors import suggests_arguments
 from treadle_fabric.types import PathLike
 
