@@ -17,7 +17,7 @@ from treadle.loops.step import AutomaticStep, Clipping, ManualStep
 from treadle.optimizers import parse_optimizers
 from treadle.preflight import merged_hyperparameters
 from treadle.schedule import ValidationSchedule
-from treadle_fabric import FabricOptimizer, MisconfigurationException
+from treadle_fabric import FabricOptimizer, MisconfigurationException, rank_zero_info
 
 if TYPE_CHECKING:
     from treadle.loops.fit import FitLoop
@@ -110,6 +110,12 @@ def make_epoch(
     if loop.validation is not None:
         schedule = ValidationSchedule.resolve(
             settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
+        )
+    every = settings.log_every_n_steps
+    if run.loggers and data.num_batches < every and data.num_batches * max(settings.durations.max_epochs, 1) >= 1:
+        rank_zero_info(
+            f"An epoch has {data.num_batches} batches, and values of steps are logged every {every} steps: lower"
+            " `log_every_n_steps` to see more of them."
         )
     clipping = Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm)
     return TrainingEpoch(

@@ -111,6 +111,13 @@ class Cursor:
             next(self.iterate(epoch, skip), None)
         self._resumed = {}
 
+    def close(self) -> None:
+        """End workers that persist; garbage collection would wait five seconds for each."""
+        iterator = getattr(self._loader, "_iterator", None) if self._numbers or self._stream else None
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self._loader.__dict__["_iterator"] = None
+
     def _end_by_itself(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
         now = collect_rng_states()
         self._loader.load_state_dict(state["loader"])
@@ -354,7 +361,7 @@ class _SeededStream(_Around):
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def begin(self, key: int) -> None:
         """An epoch begins."""

@@ -186,6 +186,10 @@ class TrainingData:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
         self._cursor.load_state_dict(state, within=within, whole=self.whole)
 
+    def close(self) -> None:
+        """No epoch follows."""
+        self._cursor.close()
+
     def finish(self, epoch: int, skip: int, *, drain: bool) -> None:
         """Nothing is left of a resumed epoch but what its samplers draw at its end."""
         for part in self.parts:

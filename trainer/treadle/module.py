@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from treadle.hooks import ModuleHooks
 from treadle.hparams import HyperparametersMixin
-from treadle.loading import load_module_from_checkpoint
+from treadle.loading import class_only, load_module_from_checkpoint
 from treadle.results import NOT_LOGGING, MetricSink, flatten_metrics
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.types import PathLike
@@ -436,7 +436,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self.requires_grad_(True)
         self.train()
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls,
         checkpoint_path: PathLike | IO[bytes],

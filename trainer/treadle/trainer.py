@@ -182,7 +182,7 @@ class Trainer(TrainerView):
         ckpt_path: PathLike | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train.
+        """Train, from the beginning unless ``ckpt_path`` says otherwise. Ctrl-C ends it; ``interrupted`` tells then.
 
         Args:
             model: the module.
@@ -288,6 +288,8 @@ class Trainer(TrainerView):
         if not weights_only and self.state.fn is TrainerFn.FITTING:
             exact = capture_exact(self._run, self._train_data, accumulate=self.accumulate_grad_batches)
             checkpoint["treadle"] |= {**exact, "should_stop": self.should_stop}
+            for logger in self.loggers:  # a run resumed from here does not log again what came before
+                logger.save()
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
 
     @property
@@ -377,7 +379,9 @@ class Trainer(TrainerView):
         except KeyboardInterrupt as interrupt:
             self.state.status = TrainerStatus.INTERRUPTED
             self._failed(interrupt)
-            rank_zero_info("Interrupted: the run has ended, its state is intact.")
+            rank_zero_info(
+                "Interrupted: fit has ended, its state is intact, and your script goes on; `trainer.interrupted` tells."
+            )
         except BaseException as error:
             self._sigterm = isinstance(error, SIGTERMException)
             if not self._sigterm or self.is_global_zero:

@@ -163,6 +163,10 @@ class TrainingEpoch:
             self._controls.should_stop = strategy.reduce_boolean_decision(self._controls.should_stop, all=False)
         return self._controls.should_stop
 
+    def close(self) -> None:
+        """Let go of the loader's workers; the loop is used no more."""
+        self._data.close()
+
     def end(self) -> None:
         """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""
         if self._schedulers:

@@ -9,7 +9,7 @@ import torch
 from treadle.data import BatchIterator, EvaluationData, Lookahead, stay
 from treadle.dispatch import overrides
 from treadle.hooks import ModuleHooks
-from treadle.loops.step import step_arguments
+from treadle.loops.step import must_have, step_arguments
 from treadle.results import Results
 from treadle.state import Phase, RunningStage, TrainerFn
 
@@ -39,7 +39,7 @@ class Evaluation:
         several = len(data.loaders) > 1
         given = ("batch", "batch_idx", "dataloader_idx")
         self._takes, self._wants_iterator = step_arguments(getattr(run.module, step_name), given)
-        if (several and self._takes < 3 and not self._wants_iterator) or not several:
+        if not several and not must_have(getattr(run.module, step_name), "dataloader_idx"):
             self._takes = min(self._takes, 2)
         self._several = several
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
@@ -72,8 +72,11 @@ class Evaluation:
                 for loader_idx, limit in enumerate(limits):
                     if limit:
                         self._loader(loader_idx, limit, silent)
-                dispatch.call(f"{hook}_epoch_end")
                 logged, per_loader = run.metrics.close_epoch(results, loaders=len(limits))
+                dispatch.call(f"{hook}_epoch_end")
+                late, extra = run.metrics.close_epoch(results, loaders=len(limits))  # what was logged there
+                logged |= late
+                per_loader = [{**mine, **more} for mine, more in zip(per_loader, extra, strict=True)]
                 if not silent:
                     step = run.progress.logging_step
                     run.write(logged, max(step - 1, 0) if run.state.fn is TrainerFn.FITTING else step)

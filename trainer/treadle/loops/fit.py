@@ -75,7 +75,8 @@ class FitLoop:
     def _train(self) -> None:
         run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
         self.epoch = epoch = self._make_epoch(self)
-        if epoch is None or self._done():
+        if epoch is None or (reason := self._done()):
+            rank_zero_info(f"`Trainer.fit` has nothing to train: {reason if epoch else 'there are no batches'}.")
             return
         reason = ""
         run.module.train()
@@ -85,6 +86,7 @@ class FitLoop:
             first = True
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
+                    epoch.close()
                     self.validation = self._make_validation()
                     self.epoch = epoch = self._make_epoch(self)
                     assert epoch is not None
@@ -100,6 +102,7 @@ class FitLoop:
                 self._end_epoch(epoch)
                 progress.begin_epoch()
             dispatch.call("on_train_end")
+            epoch.close()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from treadle.data import BatchIterator, EvaluationData, Lookahead
 from treadle.loops.evaluate import module_modes, restore_modes
-from treadle.loops.step import step_arguments
+from treadle.loops.step import must_have, step_arguments
 from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Prediction:
         self._takes, self._wants_iterator = step_arguments(
             run.module.predict_step, ("batch", "batch_idx", "dataloader_idx")
         )
-        if len(data.loaders) == 1:
+        if len(data.loaders) == 1 and not must_have(run.module.predict_step, "dataloader_idx"):
             self._takes = min(self._takes, 2)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")

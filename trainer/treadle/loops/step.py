@@ -47,6 +47,12 @@ def step_arguments(step: Callable[..., Any], given: tuple[str, ...]) -> tuple[in
     return min(len(known), len(given)), False
 
 
+def must_have(step: Callable[..., Any], name: str) -> bool:
+    """Whether a step has an argument of this name, without a default."""
+    parameter = inspect.signature(step).parameters.get(name)
+    return parameter is not None and parameter.default is parameter.empty
+
+
 class Clipping:
     """Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
 

@@ -412,7 +412,8 @@ class TimedProgressBar(ProgressBar, ABC):
         display, trainer = self._display, self.trainer
         if display is None or not self.is_enabled:
             return
-        if bar.drawn_n < 0 and len(self._bars) > 1 and self._bars[-2].drawn_n != self._bars[-2].n:
+        inner = len(self._bars) > 1 and bar is self._bars[-1]
+        if inner and bar.drawn_n < 0 and self._bars[-2].drawn_n != self._bars[-2].n:
             self._show(self._bars[-2])  # the epoch stands still from now on, so it shows its count
         began = monotonic()
         bar.measure(began)
