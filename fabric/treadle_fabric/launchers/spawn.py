@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -33,12 +33,14 @@ from treadle_fabric.launchers.failures import (
     join_launch,
 )
 from treadle_fabric.launchers.launcher import Launcher, threads_per_process
+from treadle_fabric.seed import collect_rng_states, set_rng_states
 
 __all__ = ["SpawnLauncher", "StartMethod"]
 
 T = TypeVar("T")
 StartMethod = Literal["spawn", "fork", "forkserver"]
 
+_Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
 _RESULT = "result.pt"
 
 
@@ -91,12 +93,15 @@ class SpawnLauncher(Launcher):
         variables[LAUNCH_DIR_VARIABLE] = str(board.directory)
         context = multiprocessing.get_context(self._start_method)
         # A fork shares its memory by itself; everything else goes through a pickle.
-        task = (function, args, kwargs) if self._start_method == "fork" else _Copied(function, args, kwargs)
+        copied: Callable[[_Call], Any] = tuple if self._start_method == "fork" else _Copied
+        task = copied((function, args, kwargs))
+        # Python seeds its own generator anew in a fork, and all of them in a fresh interpreter.
+        seed = copied((set_rng_states, (collect_rng_states(include_cuda=False),), {}))
         try:
             for rank in ranks:
                 rank_variables = variables | {"LOCAL_RANK": str(rank)}
                 process = context.Process(  # type: ignore[attr-defined]
-                    target=_run, args=(task, str(board.directory), rank, ranks, rank_variables)
+                    target=_run, args=(task, seed, str(board.directory), rank, ranks, rank_variables)
                 )
                 with _environ(rank_variables):  # fresh interpreters import the script before they get to _run
                     process.start()
@@ -176,8 +181,8 @@ class _Copied:
     Torch would hand tensors over in shared memory, and all ranks would then train the same weights.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._call = (function, args, kwargs)
+    def __init__(self, call: _Call) -> None:
+        self._call = call
 
     def __reduce__(self) -> tuple[Any, ...]:
         buffer = io.BytesIO()
@@ -199,7 +204,8 @@ class _Copied:
 
 
 def _run(
-    task: tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]],
+    task: _Call,
+    seed: _Call,
     directory: str,
     rank: int,
     ranks: list[int],
@@ -212,7 +218,9 @@ def _run(
     assert launcher is not None
     member = join_launch(Member(FailureBoard(directory), rank, ranks, launcher.is_alive, speaks=False))
     function, args, kwargs = task
+    set_states, states, _ = seed
     try:
+        set_states(*states)
         result = function(*args, **kwargs)
         if rank == 0:
             _save_result(result, Path(directory))
