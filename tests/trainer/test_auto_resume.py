@@ -66,3 +66,26 @@ def test_what_a_requeued_job_left_counts_too() -> None:
     newest(trainer)
     trainer.save_checkpoint("root/hpc_ckpt_1.ckpt")
     assert find(trainer) == os.path.abspath("root/hpc_ckpt_1.ckpt")
+
+
+def test_a_trainer_goes_on_by_itself_from_the_newest_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    def fit(epochs: int) -> Trainer:
+        run = Trainer(
+            accelerator="cpu", devices=1, max_epochs=epochs, default_root_dir=tmp_path, logger=CSVLogger(tmp_path),
+            enable_progress_bar=False, enable_model_summary=False, auto_resume=True,
+            callbacks=ModelCheckpoint(save_top_k=-1),
+        )  # fmt: skip
+        run.fit(Net(), loader(4))
+        return run
+
+    assert fit(2).ckpt_path is None
+    saved = sorted(tmp_path.rglob("*.ckpt"))
+    data = saved[1].read_bytes()
+    with pytest.warns(UserWarning, match="folder"):
+        assert str(fit(3).ckpt_path) == str(saved[1])
+    for newest in set(tmp_path.rglob("*.ckpt")) - {saved[0]}:
+        newest.write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning):
+        run = fit(3)
+    assert str(run.ckpt_path) == str(saved[0])
+    assert run.current_epoch == 3

@@ -24,8 +24,7 @@ def fit(saver: ModelCheckpoint, *callbacks: Callback, on_save_error: str = "rais
         "accelerator": "cpu", "devices": 1, "max_epochs": 3, "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
-    trainer = Trainer(**{**arguments, **kwargs}, callbacks=[saver, *callbacks])
-    trainer.on_save_error = on_save_error
+    trainer = Trainer(**{**arguments, **kwargs}, callbacks=[saver, *callbacks], on_save_error=on_save_error)
     trainer.fit(Net(), loader())  # 4 steps an epoch
     return trainer
 

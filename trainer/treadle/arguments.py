@@ -53,7 +53,9 @@ class Settings:
     enable_progress_bar: bool
     enable_model_summary: bool
     enable_autolog_hparams: bool
-    barebones: bool
+    barebones: bool = False
+    auto_resume: bool = False
+    on_save_error: str = "raise"
 
 
 def _integer(value: Any, name: str, lowest: int) -> int:
@@ -107,11 +109,17 @@ def _check_flags(given: dict[str, Any]) -> None:
         "detect_anomaly",
         "sync_batchnorm",
         "enable_autolog_hparams",
+        "auto_resume",
     ):
         _boolean(given[name], name)
     for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark"):
         if given[name] is not None:
             _boolean(given[name], name)
+    if given["on_save_error"] not in ("raise", "warn"):
+        raise MisconfigurationException(
+            f"on_save_error={given['on_save_error']!r} must be 'raise' or 'warn'."
+            f" {near_names(str(given['on_save_error']), ['raise', 'warn'])}"
+        )
     if given["deterministic"] not in (None, True, False, "warn"):
         raise MisconfigurationException(f"deterministic={given['deterministic']!r} must be True, False or 'warn'.")
     if not isinstance(given["default_root_dir"], (str, os.PathLike, type(None))):
@@ -194,6 +202,8 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         enable_model_summary=given["enable_model_summary"] is not False,
         enable_autolog_hparams=given["enable_autolog_hparams"],
         barebones=given["barebones"],
+        auto_resume=given["auto_resume"],
+        on_save_error=given["on_save_error"],
     )
 
 

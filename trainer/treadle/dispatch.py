@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
 from treadle.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
-from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -133,6 +133,16 @@ class Dispatch:
             return function(*args, **kwargs)
         finally:
             results.hook = before
+
+
+def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
+    """The callbacks with those of the module's ``configure_callbacks``, which replace others of their type."""
+    found = module.configure_callbacks()
+    extra = list(found) if isinstance(found, (list, tuple)) else [found]
+    kinds = {type(c) for c in extra}
+    if names := sorted({type(c).__name__ for c in callbacks if type(c) in kinds}):
+        rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")
+    return reorder_callbacks([*(c for c in callbacks if type(c) not in kinds), *extra])
 
 
 def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:

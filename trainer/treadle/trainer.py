@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from treadle import assembly, preflight
 from treadle.arguments import choose_callbacks, choose_loggers, resolve_settings
+from treadle.auto_resume import find_newest
 from treadle.callbacks import Callback
+from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint import dump_checkpoint, find_checkpoint, preempted_path, restore_training, restore_weights
 from treadle.data import EvaluationData, TrainingData, find_loaders, make_transfer
-from treadle.dispatch import Dispatch, reorder_callbacks
+from treadle.dispatch import Dispatch, with_model_callbacks
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
@@ -91,6 +93,8 @@ class Trainer(TrainerView):
         default_root_dir: where logs and checkpoints go. Default: the working directory.
         enable_autolog_hparams: log hyper-parameters when fit starts.
         model_registry: not used; there for scripts that pass it.
+        auto_resume: fit without ``ckpt_path`` goes on from the newest checkpoint that is whole, if there is one.
+        on_save_error: "warn": training goes on where a checkpoint could not be written. Default: "raise".
 
     Raises:
         MisconfigurationException: an argument is wrong; nothing has been started then.
@@ -141,6 +145,8 @@ class Trainer(TrainerView):
         default_root_dir: PathLike | None = None,
         enable_autolog_hparams: bool = True,
         model_registry: str | None = None,
+        auto_resume: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._settings = settings = resolve_settings(given)
@@ -363,7 +369,7 @@ class Trainer(TrainerView):
                     stack.enter_context(torch.autograd.set_detect_anomaly(True))
                 module.attach(self, results)
                 results.hook = "configure_callbacks"
-                self._add_model_callbacks(module)
+                self.callbacks = with_model_callbacks(self.callbacks, module)
                 results.hook = ""
                 dispatch = Dispatch(self, module, self.callbacks)
                 dispatch.results = self._metrics.active = results
@@ -428,32 +434,24 @@ class Trainer(TrainerView):
         run.dispatch.call("teardown", fn.value)
         for logger in self.loggers:
             logger.finalize("success")
+        with tolerated(self):
+            self.strategy.checkpoint_io.teardown()  # waits for what is being written
         self.state.status = TrainerStatus.FINISHED
 
     def _failed(self, error: BaseException) -> None:
         """on_exception for everybody, then the loggers are closed; a second error must not hide the first."""
-        run, calls = self._run, [partial(logger.finalize, "failed") for logger in self.loggers]
+        run = self._run
+        calls: list[Callable[[], Any]] = [partial(logger.finalize, "failed") for logger in self.loggers]
         if run is not None and run.module is self._module:
             told = list(run.dispatch.listeners("on_exception"))
             told += [run.datamodule.on_exception] if run.datamodule is not None else []
             calls = [*(partial(run.dispatch.run, "on_exception", listener, error) for listener in told), *calls]
+        calls.append(self.strategy.checkpoint_io.teardown)
         for call in calls:
             try:
                 call()
             except Exception as second:
                 rank_zero_warn(f"{type(error).__name__} ended the run, and then came {second!r}.")
-
-    def _add_model_callbacks(self, module: LightningModule) -> None:
-        found = module.configure_callbacks()
-        extra = list(found) if isinstance(found, (list, tuple)) else [found]
-        if not extra:
-            return
-        kinds = {type(c) for c in extra}
-        replaced = [c for c in self.callbacks if type(c) in kinds]
-        if replaced:
-            names = sorted({type(c).__name__ for c in replaced})
-            rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")
-        self.callbacks = reorder_callbacks([c for c in self.callbacks if c not in replaced] + extra)
 
     # ------------------------------------------------------------------------------------------------ the stages
 
@@ -461,6 +459,8 @@ class Trainer(TrainerView):
         """Weights from a checkpoint, then the module to its device and into its engine."""
         fitting = self.state.fn is TrainerFn.FITTING
         path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
+        if path is None and fitting and self._settings.auto_resume and self.is_global_zero:
+            path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
         path = self._ckpt_path = self.fabric.broadcast(path)
         checkpoint: dict[str, Any] | None = None
         if path is not None:

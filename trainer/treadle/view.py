@@ -290,6 +290,11 @@ class TrainerView:
         return self._settings.fast_dev_run
 
     @property
+    def on_save_error(self) -> str:
+        """What happens where a checkpoint cannot be written: "raise" or "warn"."""
+        return self._settings.on_save_error
+
+    @property
     def max_epochs(self) -> int | None:
         """The largest number of epochs; -1 where there is no bound."""
         return self._settings.durations.max_epochs
