@@ -100,10 +100,10 @@ def main(args: argparse.Namespace) -> None:
     print(f"an epoch took {1000 * sum(times.seconds) / len(times.seconds):.0f} ms")
     print(f"the learning rate is a column of {Path(trainer.log_dir or '.') / 'metrics.csv'}")
 
-    # Weights, optimizer and callbacks go on where the checkpoint left them: early stopping has no patience left.
-    last = checkpoint.last_model_path
+    # Weights, optimizer, data and callbacks go on where the checkpoint left them: it stops after the same epoch again.
+    best = checkpoint.best_model_path
     trainer, times, checkpoint = make_trainer()
-    trainer.fit(Classifier(), *loaders, ckpt_path=last)
+    trainer.fit(Classifier(), *loaders, ckpt_path=best)
     print(f"resumed, and stopped after {trainer.current_epoch} epochs; {len(times.seconds)} measured in all")
 
 

@@ -79,7 +79,7 @@ class StopAgreement:
         except RuntimeError:  # the store went with its process
             pass
         assert self._thread is not None
-        self._thread.join(timeout=2 * _POLL_S)
+        self._thread.join(timeout=30)  # a thread inside the store when the interpreter ends would abort the process
 
     def _post(self, store: Any, step: int) -> None:
         store.set(f"{self._key}/{self._rank}", str(step))

@@ -276,7 +276,10 @@ class Model(L.LightningModule):
             self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=2)
             self.mean = torchmetrics.MeanMetric()
             self.confidences = torchmetrics.CatMetric()
-            several = [torchmetrics.Precision("multiclass", num_classes=2), torchmetrics.Recall("multiclass", num_classes=2)]
+            several = [
+                torchmetrics.Precision("multiclass", num_classes=2),
+                torchmetrics.Recall("multiclass", num_classes=2),
+            ]
             self.several = torchmetrics.MetricCollection(several)
             self.val_accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=2)
         self.automatic_optimization = case.optimization in ("automatic", "lbfgs")

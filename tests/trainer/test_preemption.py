@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = """
+SCRIPT = r"""
 import os, signal, sys
 import torch
 import treadle as L
@@ -37,10 +37,10 @@ class Model(L.LightningModule):
 
 class Ending(L.Callback):
     def on_train_end(self, trainer, pl_module):
-        print("ended", trainer.global_rank, trainer.global_step, flush=True)
+        os.write(1, f"ended {trainer.global_rank} {trainer.global_step}\n".encode())  # whole, whoever else writes
 
     def on_exception(self, trainer, pl_module, exception):
-        print("exception", trainer.global_rank, trainer.global_step, type(exception).__name__, flush=True)
+        os.write(1, f"exception {trainer.global_rank} {trainer.global_step} {type(exception).__name__}\n".encode())
 
 torch.manual_seed(0)
 trainer = L.Trainer(

@@ -206,6 +206,7 @@ def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Ca
             f"The checkpoint has no 'state_dict' but {sorted(checkpoint)[:8]}: it was not written by a Trainer. Load it"
             " yourself with torch.load and `load_state_dict`."
         )
+    run.fabric.strategy.precision.convert_module(module)  # loaded into single precision, double would lose digits
     try:
         run.fabric.strategy.load_module_state_dict(module, checkpoint["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:

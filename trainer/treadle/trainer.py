@@ -490,7 +490,7 @@ class Trainer(TrainerView):
             if checkpoint is not None:
                 restore_training(run, checkpoint)
                 exact = checkpoint.get("treadle", {})
-                self.should_stop = bool(exact.get("should_stop", False))
+                self.should_stop |= bool(exact.get("should_stop", False))
                 del checkpoint
             validation = self._make_validation(run, val)
             self._fit_loop = loop = FitLoop(

@@ -465,7 +465,7 @@ def test_state_has_the_keys_of_lightning_and_loads_safely() -> None:
     checkpoint = ModelCheckpoint("c", monitor="val_loss", save_top_k=2)
     fit(checkpoint, script=[3, 2], max_epochs=2)
     state = state_in(checkpoint.best_model_path, checkpoint.state_key)
-    assert list(state) == [
+    assert list(state)[:9] == [  # and what exact resume needs
         "monitor",
         "best_model_score",
         "best_model_path",
