@@ -24,16 +24,14 @@ from tests.faults.victim import Case, Trace, find, read
 from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
-from treadle.callbacks import ModelCheckpoint
+from treadle.callbacks import Checkpoint, ModelCheckpoint
 from treadle_fabric.loggers import CSVLogger
 
 Point = tuple[str, int, int]  # hook, epoch, batches of it that are done
 
 
-class Saver(L.Callback):
-    """Saves at some points, together with the folder of the ModelCheckpoint as it is then."""
-
-    monitors = True  # after the module's own hooks
+class Saver(Checkpoint):
+    """Saves at some points, together with the folder of the ModelCheckpoint, which comes before it, as it is then."""
 
     def __init__(self, folder: Path, trace: Trace, points: list[Point]) -> None:
         self.folder, self.trace, self.points = folder, trace, points

@@ -231,6 +231,7 @@ class Results:
         self.batch_size: int | None = None
         self.dataloader_idx: int | None = None
         self.slots: dict[tuple[str, str, int | None], Slot] = {}
+        self._resumed_samples = 1.0  # of the batch that a checkpoint was saved in the end of
         self._names: dict[str, str] = {}  # a final name -> the hook that logs it
         self._fabric = fabric
         self.alone = fabric.world_size == 1
@@ -318,7 +319,7 @@ class Results:
                     values = gather_values(self._fabric, values)
                 reduction, entry["reduced"] = "", slot.reduce(_stack(values)) if values else None
             slots.append({**entry, "options": (*slot.options[:4], reduction, *slot.options[5:])})
-        return {"slots": slots}
+        return {"slots": slots, "samples": self._samples()}
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave; ``metrics`` are the module's torchmetrics objects by path."""
@@ -333,6 +334,7 @@ class Results:
                 setattr(slot, key, entry[key])
             slot.metric = metrics.get(entry["metric"]) if entry["metric"] is not None else None
         self.hook, self.dataloader_idx = "", None
+        self._resumed_samples = state.get("samples", 1.0)
 
     def _new_slot(self, name: str, options: LogOptions) -> Slot:
         hook = self.hook
@@ -414,7 +416,7 @@ class Results:
         out: dict[str, Any] = {}
         rows: list[Row] = []
         distributed = self.training and not self.alone  # evaluation may be uneven over ranks
-        samples = float(infer_batch_size(self.batch) or 1) if distributed and self.batch is not None else 1.0
+        samples = self._samples() if distributed else 1.0
         for slot in self.slots.values():
             if slot.on_step and slot.fresh and slot.logger:
                 slot.fresh = False
@@ -426,6 +428,9 @@ class Results:
         if distributed:
             out.update(reduce_over_ranks(self._fabric, rows))
         return out
+
+    def _samples(self) -> float:
+        return self._resumed_samples if self.batch is None else float(infer_batch_size(self.batch) or 1)
 
     def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:
         """The value of every epoch-logged slot that was not asked for yet: scalar tensors on the device, or numbers.
