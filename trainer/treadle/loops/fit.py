@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["FitLoop"]
 
 
+_VALIDATION_HOOKS = [
+    f"on_validation_{at}" for at in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
+]
+
+
 class FitLoop:
     """Runs training epochs; see :mod:`treadle.hooks` for the order of everything.
 
@@ -56,6 +61,7 @@ class FitLoop:
         self._restore = restore
         self._started = time.monotonic()
         self._told_min = False
+        self._may_save_in_validation = any(map(run.dispatch.listeners, _VALIDATION_HOOKS))
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
         """How several ranks stop after the same batch."""
@@ -135,7 +141,7 @@ class FitLoop:
         assert self.validation is not None
         state = self._run.state
         state.stage = RunningStage.VALIDATING
-        self._run.before_validation = moment(self._run)
+        self._run.before_validation = moment(self._run) if self._may_save_in_validation else {}
         self.validation()
         self._run.before_validation = {}
         state.stage = RunningStage.TRAINING
