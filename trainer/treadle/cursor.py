@@ -113,7 +113,8 @@ class Cursor:
 
     def close(self) -> None:
         """End workers that persist; garbage collection would wait five seconds for each."""
-        iterator = getattr(self._loader, "_iterator", None) if self._numbers or self._stream else None
+        own = self._numbers is not None or self._stream is not None
+        iterator = getattr(self._loader, "_iterator", None) if own else None
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader.__dict__["_iterator"] = None
