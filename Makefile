@@ -27,7 +27,7 @@ test: $(VENV)/.dev
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults tests/faults
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -20,6 +20,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 import treadle as L
 from treadle_fabric.data import ShardedSampler
 
+pytestmark = pytest.mark.faults
+
 
 class Watcher(L.LightningModule):
     """Keeps the batches that it is given, draws random numbers in between, and saves after some of them."""

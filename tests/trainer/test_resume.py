@@ -27,6 +27,8 @@ import treadle as L
 from treadle.callbacks import Checkpoint, ModelCheckpoint
 from treadle_fabric.loggers import CSVLogger
 
+pytestmark = pytest.mark.faults
+
 Point = tuple[str, int, int]  # hook, epoch, batches of it that are done
 
 
