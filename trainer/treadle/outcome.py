@@ -13,8 +13,8 @@ from treadle_fabric import move_data_to_device
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from treadle.metrics import Metrics
     from treadle.module import LightningModule
-    from treadle.results import Metrics
     from treadle.trainer import Trainer
     from treadle_fabric import Fabric
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.data import stay
 from treadle.dispatch import Dispatch
-from treadle.results import Metrics, Results, is_metric, to_floats
+from treadle.metrics import Metrics
+from treadle.results import Results, is_metric, to_floats
 from treadle.state import FitProgress, LRSchedulerConfig, TrainerState
 from treadle_fabric import Fabric
 from treadle_fabric.loggers import Logger

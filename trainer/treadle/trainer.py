@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
 
 from treadle import assembly, preflight
 from treadle.arguments import choose_callbacks, choose_loggers, resolve_settings
@@ -24,9 +22,9 @@ from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
 from treadle.loops.predict import Prediction
-from treadle.loops.step import Clipping, manual_backward
+from treadle.metrics import Metrics
 from treadle.outcome import Outcome, adopt, run_and_capture
-from treadle.results import Metrics, Results, to_floats
+from treadle.results import Results, to_floats
 from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
 from treadle.schedule import total_steps
@@ -310,27 +308,6 @@ class Trainer(TrainerView):
             self._train_data = self._make_training_data()
         batches = self._train_data.num_batches if self._train_data is not None else 0
         return total_steps(self._settings.durations, batches, self.accumulate_grad_batches)
-
-    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """Make a module on the device and in the precision of this trainer, in a with block."""
-        return self.fabric.init_module(empty_init=empty_init)
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print on rank 0 only, above the progress bar."""
-        bar = self.progress_bar_callback
-        if self.is_global_zero:
-            (print if bar is None else bar.print)(*args, **kwargs)
-
-    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
-        assert self._run is not None
-        manual_backward(self._run, loss, *args, **kwargs)
-
-    def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
-        """Clip gradients; modules call it as ``self.clip_gradients``."""
-        run, settings = self._run, self._settings
-        assert run is not None
-        Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm).clip(optimizer, value, algorithm)
 
     # ------------------------------------------------------------------------------------------------ a run
 

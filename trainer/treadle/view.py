@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 from treadle.arguments import Settings
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.data import EvaluationData, TrainingData
-from treadle.results import Metrics
+from treadle.loops.step import Clipping, manual_backward
+from treadle.metrics import Metrics
 from treadle.state import FitProgress, LRSchedulerConfig, RunningStage, TrainerState, TrainerStatus
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.loggers import Logger
@@ -470,3 +472,26 @@ class TrainerView:
         """Take over how a run went that another process did."""
         self._module, self.state, self.fit_progress, self._metrics = module, state, progress, metrics
         self.should_stop = should_stop
+
+    # ------------------------------------------------------------------------------------------------ for modules
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Make a module on the device and in the precision of this trainer, in a with block."""
+        return self.fabric.init_module(empty_init=empty_init)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only, above the progress bar."""
+        bar = self.progress_bar_callback
+        if self.is_global_zero:
+            (print if bar is None else bar.print)(*args, **kwargs)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
+        assert self._run is not None
+        manual_backward(self._run, loss, *args, **kwargs)
+
+    def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
+        """Clip gradients; modules call it as ``self.clip_gradients``."""
+        run, settings = self._run, self._settings
+        assert run is not None
+        Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm).clip(optimizer, value, algorithm)
