@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
-from treadle_fabric.seed import worker_init_function
+from treadle_fabric.seed import set_rng_states, worker_init_function
 
 __all__ = [
     "PrivateRandomness",
@@ -24,6 +24,7 @@ __all__ = [
     "batch_mover",
     "has_len",
     "infer_batch_size",
+    "is_indexed",
     "map_tensors",
     "move_data_to_device",
     "sampler_epoch",
@@ -185,23 +186,30 @@ def infer_batch_size(batch: Any) -> int | None:
 
 
 class PrivateRandomness:
-    """Random state of its own: what is drawn inside does not depend on the world outside, nor change it."""
+    """Random state of its own: what is drawn inside does not depend on the world outside, nor change it.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed % 2**32  # numpy takes no more
+    Args:
+        begin: A seed, or what ``collect_rng_states`` returned.
+    """
+
+    def __init__(self, begin: int | Mapping[str, Any]) -> None:
+        self._begin = begin
         self._inside: tuple[Any, ...] | None = None
 
     def take(self, items: Iterator[Any] | Callable[[], Iterator[Any]], n: int) -> tuple[Iterator[Any], list[Any]]:
         """The next ``n`` items; a function is called for the iterator, which may draw already."""
         numpy = sys.modules.get("numpy")
         outside = self._collect(numpy)
-        if self._inside is None:
-            torch.default_generator.manual_seed(self._seed)
-            random.seed(self._seed)
-            if numpy is not None:
-                numpy.random.seed(self._seed)
-        else:
+        if self._inside is not None:
             self._restore(numpy, self._inside)
+        elif isinstance(self._begin, int):
+            seed = self._begin % 2**32  # numpy takes no more
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            if numpy is not None:
+                numpy.random.seed(seed)
+        else:
+            set_rng_states({k: self._begin[k] for k in ("torch", "python", "numpy") if k in self._begin})
         try:
             iterator = items() if callable(items) else items
             return iterator, list(islice(iterator, n))
@@ -258,10 +266,18 @@ class ShardedSampler(Sampler[Any]):
         self.pad = pad
         self.drop_last = drop_last
         self.epoch = 0
+        self.start = 0
+        """Items of the order, counted over all ranks, to leave out at its beginning."""
+        self.source: int | Mapping[str, Any] | None = None
+        """What the order is drawn from instead of ``seed + epoch``: a seed, or random states."""
 
     def set_epoch(self, epoch: int) -> None:
         """Seed the next order."""
         self.epoch = epoch
+
+    def go_on(self, start: int, source: int | Mapping[str, Any] | None) -> None:
+        """The next orders go on where other ranks, perhaps another number of them, have come; 0 and None undo that."""
+        self.start, self.source = start, source
 
     def __iter__(self) -> Iterator[Any]:
         head: list[Any] = []
@@ -280,20 +296,32 @@ class ShardedSampler(Sampler[Any]):
             yield row[self.rank]
 
     def _order(self) -> Iterator[Any]:
-        randomness = PrivateRandomness(self.seed + self.epoch)
+        randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
+        skip = self.start
         iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
         while chunk:
-            yield from chunk
+            yield from chunk[skip:] if skip else chunk
+            skip = max(skip - len(chunk), 0)
             iterator, chunk = randomness.take(iterator, self._CHUNK)
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.num_replicas)  # type: ignore[arg-type]
+        items = max(len(self.sampler) - self.start, 0)  # type: ignore[arg-type]
+        whole, rest = divmod(items, self.num_replicas)
         if self.pad:
             return whole + (rest > 0 and not self.drop_last)
         return whole + (self.rank < rest)
 
 
-def shard_dataloader(loader: Any, *, num_replicas: int, rank: int, seed: int = 0, pad: bool = True) -> Any:
+def shard_dataloader(
+    loader: Any,
+    *,
+    num_replicas: int,
+    rank: int,
+    seed: int = 0,
+    pad: bool = True,
+    whole_batches: bool = False,
+    alone: bool = False,
+) -> Any:
     """Share a loader's samples out among the ranks, in the order of the user's own sampler.
 
     Args:
@@ -304,11 +332,13 @@ def shard_dataloader(loader: Any, *, num_replicas: int, rank: int, seed: int = 0
         seed: Seeds samplers that draw from the global random state; the same on every rank.
         pad: ``True`` for training: all ranks get equally many batches. ``False`` for evaluation: every sample counts
             once, and ranks may differ by a batch.
+        whole_batches: Ranks take turns with the batches of one process, instead of sharing each step's samples.
+        alone: Draw the order from ``seed`` also where there is only one rank, as several would.
 
     Returns:
         A shallow copy of the loader with other samplers; any subclass keeps its class and attributes.
     """
-    if num_replicas == 1 or not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    if (num_replicas == 1 and not alone) or not is_indexed(loader):
         return loader
     if any(isinstance(s, (DistributedSampler, ShardedSampler)) for s in samplers(loader)):
         return loader
@@ -319,12 +349,17 @@ def shard_dataloader(loader: Any, *, num_replicas: int, rank: int, seed: int = 0
     batch_sampler = loader.batch_sampler
     if batch_sampler is None:  # the samples are whole batches, or the user collates them
         fields["sampler"] = share(loader.sampler)
-    elif type(batch_sampler) is BatchSampler:
+    elif type(batch_sampler) is BatchSampler and not whole_batches:
         fields["sampler"] = share(batch_sampler.sampler, drop_last=batch_sampler.drop_last and pad)
         fields["batch_sampler"] = BatchSampler(fields["sampler"], batch_sampler.batch_size, batch_sampler.drop_last)
     else:
         fields["batch_sampler"] = share(batch_sampler)
     return result
+
+
+def is_indexed(loader: Any) -> bool:
+    """Whether it is a ``DataLoader`` whose samples have indices, which can be shared out."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def samplers(loader: Any) -> Iterator[Any]:

@@ -211,6 +211,8 @@ def run_everything(folder: Path, world: int) -> dict[str, Any]:
     out["resumed"] = [*weights(model), run.global_step]
     found = run.predict(model, loader(13, 2), ckpt_path="best")
     out["predicted"] = torch.cat(found)[:, 0].tolist()
+    streamed = run.predict(model, loader(13, 2), return_predictions="stream")
+    out["streamed"] = torch.cat(list(streamed))[:, 0].tolist()
     return out
 
 
@@ -329,10 +331,10 @@ def test_ranks_stop_and_save_alike(ranks: Ranks, alone: dict[str, Any]) -> None:
         assert found["resumed"] == pytest.approx(alone["resumed"], rel=1e-6)
 
 
-def test_each_rank_predicts_its_share(ranks: Ranks, alone: dict[str, Any]) -> None:
-    together = [None] * 13
-    together[::2], together[1::2] = (found["predicted"] for found in ranks[0])
-    assert together == pytest.approx(alone["predicted"], rel=1e-6)
+def test_ranks_predict_the_whole_in_order(ranks: Ranks, alone: dict[str, Any]) -> None:
+    for found in ranks[0]:
+        assert found["predicted"] == pytest.approx(alone["predicted"], rel=1e-6)
+        assert found["streamed"] == found["predicted"]
 
 
 def test_unused_parameters_are_named_unless_they_are_allowed(ranks: Ranks) -> None:

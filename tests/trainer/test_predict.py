@@ -53,6 +53,68 @@ def test_nothing_is_kept_where_that_is_not_wanted(tmp_path: Path) -> None:
     assert seen == [[0, 1], [2, 3]]
 
 
+def test_streaming_computes_a_batch_when_it_is_asked_for(tmp_path: Path) -> None:
+    computed: list[int] = []
+    ended: list[str] = []
+
+    class Lazy(Firsts):
+        def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            computed.append(batch_idx)
+            assert not self.training and not torch.is_grad_enabled()
+            return super().predict_step(batch, batch_idx, dataloader_idx)
+
+        def on_predict_end(self) -> None:
+            ended.append("predict")
+
+        def teardown(self, stage: str) -> None:
+            ended.append(stage)
+
+    model, run = Lazy(), trainer(tmp_path)
+    stream = run.predict(model, [loader(5), loader(2)], return_predictions="stream")
+    assert computed == []
+    assert next(stream).first.tolist() == [0, 1]
+    assert computed == [0]
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "whoever asks is not touched"
+    with pytest.raises(L.MisconfigurationException, match="make another Trainer"):
+        run.fit(model, loader(2))
+    assert [p.first.tolist() for p in stream] == [[2, 3], [4], [100, 101]]
+    assert ended == ["predict", "predict"] and run.state.status == "finished" and model.training
+    stream = run.predict(model, loader(8), return_predictions="stream")
+    next(stream)
+    stream.close()  # enough
+    assert run.state.status == "finished" and computed == [0, 1, 2, 0, 0]
+    assert len(run.predict(model, loader(4))) == 2, "the trainer is free again"
+
+
+def test_streaming_keeps_one_batch_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    class Wide(Net):
+        def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return bytes(1_000_000)
+
+    def peak(**kwargs: Any) -> int:
+        tracemalloc.start()
+        for _ in trainer(tmp_path).predict(Wide(), loader(60), **kwargs):
+            pass
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    assert peak() > 30_000_000
+    assert peak(return_predictions="stream") < 5_000_000
+
+
+def test_what_predict_cannot_return(tmp_path: Path) -> None:
+    with pytest.raises(L.MisconfigurationException, match=r"return_predictions='streams' must be True, False or 'str"):
+        trainer(tmp_path).predict(Firsts(), loader(2), return_predictions="streams")
+    run = trainer(tmp_path, devices=2, strategy="ddp_spawn")
+    with pytest.raises(L.MisconfigurationException, match="cannot reach out of the processes"):
+        run.predict(Firsts(), loader(2), return_predictions="stream")
+    with pytest.raises(Exception, match="nowhere.ckpt"):  # said at once, not at the first batch
+        trainer(tmp_path).predict(Firsts(), loader(2), return_predictions="stream", ckpt_path="nowhere.ckpt")
+
+
 def test_forward_is_the_default_step(tmp_path: Path) -> None:
     class Plain(L.LightningModule):
         def __init__(self) -> None:

@@ -72,6 +72,23 @@ class Cursor:
         self._drawn_from: list[Tensor] = []
         self._resumed: dict[str, Any] = {}
 
+    @property
+    def drawn_from(self) -> int | dict[str, Any]:
+        """What the order of this epoch was drawn from: a seed, or random states."""
+        if self._private is not None:
+            return self._key
+        if not self._rng or self._warm or getattr(self._loader, "generator", None) is not None:
+            return self._rng
+        generator = torch.Generator()
+        generator.set_state(self._rng["torch"])
+        torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws its workers' seed first
+        return {**self._rng, "torch": generator.get_state()}
+
+    def take_generators(self, state: dict[str, Any], *, within: bool) -> None:
+        """Give the user's generators what they had when the epoch of ``state`` began, or after it."""
+        for generator, before in zip(self._generators, state["generators" if within else "generators_now"]):
+            generator.set_state(before)
+
     def state_dict(self, position: int) -> dict[str, Any]:
         """What the position in this epoch means: the random state that its order was drawn from.
 
@@ -97,8 +114,7 @@ class Cursor:
         if within:
             self._resumed = state
             return
-        for generator, before in zip(self._generators, state["generators_now"]):
-            generator.set_state(before)
+        self.take_generators(state, within=False)
         self._seeded = bool(state["rng"])  # workers that persist have their seed since the first epoch
         if self._stateful:
             self._end_by_itself(state, ended=whole, whole=whole)

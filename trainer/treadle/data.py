@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.combined_loader import CombinedLoader
 from treadle.cursor import Cursor
 from treadle.dispatch import check_signature, overrides
 from treadle.hooks import DataHooks
+from treadle.order import SampleOrder
 from treadle.schedule import limit_batches
 from treadle_fabric import MisconfigurationException, rank_zero_warn
-from treadle_fabric.data import move_data_to_device, set_epoch, shard_dataloader, sized_len
+from treadle_fabric.data import (
+    ShardedSampler,
+    move_data_to_device,
+    samplers,
+    set_epoch,
+    shard_dataloader,
+    sized_len,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from treadle.datamodule import LightningDataModule
     from treadle.module import LightningModule
     from treadle_fabric import Fabric
@@ -112,15 +121,19 @@ def make_transfer(
     return transfer
 
 
-def _shard(loader: Any, fabric: Fabric, *, inject: bool, training: bool) -> Any:
+def _shard(
+    loader: Any, fabric: Fabric, *, inject: bool, training: bool, whole_batches: bool = False, alone: bool = False
+) -> Any:
     """This rank's share of a loader."""
-    if not isinstance(loader, DataLoader):
-        return loader
     sampling = fabric.strategy.distributed_sampler_kwargs if inject else None
-    if sampling is None:
-        return shard_dataloader(loader, num_replicas=1, rank=0, seed=0, pad=training)
     return shard_dataloader(
-        loader, num_replicas=sampling["num_replicas"], rank=sampling["rank"], seed=sampling.get("seed", 0), pad=training
+        loader,
+        num_replicas=1 if sampling is None else sampling["num_replicas"],
+        rank=0 if sampling is None else sampling["rank"],
+        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        pad=training,
+        whole_batches=whole_batches,
+        alone=alone,
     )
 
 
@@ -147,44 +160,115 @@ class TrainingData:
         parts = list(combined.flattened) if combined is not None else [loader]
         for part in parts:
             check_loader(part, "train_dataloaders")
-        parts = [
-            _shard(_sequential(p, "the training loader") if overfit else p, fabric, inject=inject, training=True)
-            for p in parts
-        ]
-        if combined is not None:
-            combined.flattened = parts
+        if overfit:
+            parts = [_sequential(part, "the training loader") for part in parts]
+        self._fabric, self._inject = fabric, inject
         self.combined = combined
-        self.loader = combined if combined is not None else parts[0]
-        self.parts = parts
+        self._share_out(parts)
         length = sized_len(self.loader)
         if length == 0:
             raise MisconfigurationException(
-                f"train_dataloaders is empty: {_describe(parts[0])} gives no batch on rank {fabric.global_rank}. Give"
-                " it more samples, a smaller batch_size, or drop_last=False."
+                f"train_dataloaders is empty: {_describe(self.parts[0])} gives no batch on rank {fabric.global_rank}."
+                " Give it more samples, a smaller batch_size, or drop_last=False."
             )
         name = "overfit_batches" if overfit else "limit_train_batches"
         self.num_batches = limit_batches(length, limit, name)
-        self.exact = length is not None and all(_has_exact_length(p) for p in parts)
+        self.exact = length is not None and all(_has_exact_length(p) for p in self.parts)
         """Whether the length can be relied on; a stream's is only a promise."""
 
         self.whole = self.num_batches in (length, math.inf)
         """Whether an epoch is all of it: then it is iterated to its end, where samplers may draw once more."""
-        self._cursor = Cursor(self.loader, fabric.global_rank, exact=self.exact)
+        self._agrees = self._told = False
+        if fabric.world_size > 1:
+            self._agree_on_length()
+        self.stop = math.inf if self.whole and not self.exact else self.num_batches
+        """No epoch has more batches than this."""
+        self._begin_order()
 
-    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on."""
+    def _share_out(self, parts: list[Any], *, alone: bool = False) -> None:
+        """Take each part's share of this rank."""
+        parts = [_shard(p, self._fabric, inject=self._inject, training=True, alone=alone) for p in parts]
+        if self.combined is not None:
+            self.combined.flattened = parts
+        self.loader = self.combined if self.combined is not None else parts[0]
+        self.parts = parts
+
+    def _begin_order(self) -> None:
+        self._cursor = Cursor(self.loader, self._fabric.global_rank, exact=self.exact)
+        self._order = SampleOrder(self.parts, self._fabric.world_size, self.num_batches)
+
+    def _agree_on_length(self) -> None:
+        """All ranks train on as many batches: as those that have least, found out batch by batch for streams."""
+        mine = torch.tensor([self.num_batches, float(self.exact)], dtype=torch.float32, device=self._fabric.device)
+        lengths, exact = self._fabric.all_gather(mine).T.tolist()
+        self._agrees = not all(exact)
+        if not self._agrees and min(lengths) != max(lengths):
+            rank_zero_warn(
+                f"The ranks have {', '.join(f'{n:.0f}' for n in lengths)} training batches: an epoch ends after"
+                f" {min(lengths):.0f}, for all. Give each rank as many samples, or leave sharing them out to the"
+                " Trainer (use_distributed_sampler=True)."
+            )
+            self.num_batches, self.whole = int(min(lengths)), False
+
+    def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
+        """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on.
+
+        Each comes with its number and whether it is the epoch's last, on all ranks.
+        """
         for part in self.parts:
             set_epoch(part, epoch)
-        batches = self._cursor.iterate(epoch, skip)
-        return _first(batches) if self.combined is not None else batches
+        self._order.begin()
+        batches = self._cursor.iterate(epoch, skip - self._order.base)
+        if self.combined is not None:
+            batches = _first(batches)
+        agree = partial(self._all_have_more, epoch) if self._agrees else None
+        what = f"of epoch {epoch} from the training loader"
+        return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=self.whole, agree=agree))
+
+    def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
+        """Whether every rank has a batch number ``index``; every rank asks."""
+        world_size = self._fabric.world_size
+        having = int(self._fabric.all_reduce(torch.tensor(int(more)), reduce_op="sum"))
+        if 0 < having < world_size and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"{world_size - having} of {world_size} ranks had no more than {index} training batches in epoch"
+                f" {epoch}: it ends there for all, and what the others have left is not used. The same goes for later"
+                " epochs."
+            )
+        return having == world_size
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """What is needed to draw this epoch's order again, when ``position`` batches of it are done with."""
-        return self._cursor.state_dict(position)
+        state = self._cursor.state_dict(position - self._order.base)
+        return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
 
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
+        order = state.get("order", {})
+        if order.get("seed") is not None and self._fabric.world_size == 1:
+            self._draw_as_several()
+        self._order.load_state_dict(order, within=within)
         self._cursor.load_state_dict(state, within=within, whole=self.whole)
+
+    def take_over(self, state: dict[str, Any], position: int, accumulate: int) -> int:
+        """Go on where another number of processes stood, after ``position`` batches; returns where that is here."""
+        order = state.get("order", {})
+        if order.get("seed") is not None and self._fabric.world_size == 1:
+            self._draw_as_several()
+        self._cursor.take_generators(state, within=bool(position))
+        if not position:
+            self._order.load_state_dict(order, within=False)
+            return 0
+        if "per_step" not in order:  # saved before that was kept
+            rank_zero_warn("The checkpoint does not tell the order of its samples: the epoch begins anew.")
+            return 0
+        return self._order.take_over(order, position, position - position % accumulate)
+
+    def _draw_as_several(self) -> None:
+        """One process goes on with the order that several drew: from the seed and the epoch."""
+        self._share_out(self.parts, alone=True)
+        self._begin_order()
 
     def close(self) -> None:
         """No epoch follows."""
@@ -194,6 +278,8 @@ class TrainingData:
         """Nothing is left of a resumed epoch but what its samplers draw at its end."""
         for part in self.parts:
             set_epoch(part, epoch)
+        skip -= self._order.base
+        self._order.end()
         self._cursor.finish(epoch, skip, drain=drain and self.whole and self.exact, whole=self.whole)
 
 
@@ -204,8 +290,6 @@ def _first(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
 
 def _is_batch_list(loader: Any) -> bool:
     """A plain list of batches (tensors, or tuples of them) is one loader, not several."""
-    import torch
-
     items = loader.values() if isinstance(loader, Mapping) else loader
     first = next(iter(items), None)
     if isinstance(loader, Mapping):
@@ -258,49 +342,103 @@ class EvaluationData:
                 check_loader(loader, name)
             if overfit:
                 found = [_sequential(loader, "the validation loader") for loader in found]
-            self.loaders = [_shard(loader, fabric, inject=inject, training=False) for loader in found]
+            turns = name.startswith("predict")  # the outputs of whole batches are put in order again
+            self.loaders = [_shard(p, fabric, inject=inject, training=False, whole_batches=turns) for p in found]
         self.num_batches: list[float] = []
+        self._name = name
         for i, loader in enumerate(self.loaders):
             length = sized_len(loader)
             if length == 0 and fabric.world_size == 1:
                 rank_zero_warn(f"{name}: loader {i} is empty ({_describe(loader)}); nothing is evaluated on it.")
             self.num_batches.append(limit_batches(length, limit, f"limit_{name.split('_')[0]}_batches"))
 
-    def iterate(self, loader_idx: int) -> Iterator[Any]:
-        """The batches of one loader, never more than its limit."""
+    def is_shared(self, loader_idx: int) -> bool:
+        """Whether each rank has other batches of it."""
+        return any(isinstance(s, ShardedSampler) for s in samplers(self.loaders[loader_idx]))
+
+    def iterate(self, loader_idx: int, epoch: int, limit: float) -> Iterator[tuple[int, Any, bool]]:
+        """The first ``limit`` batches of one loader, with their numbers and whether each is the last."""
         loader = self.loaders[loader_idx]
-        return _first(iter(loader)) if self.combined is not None else iter(loader)
+        for part in self.combined.flattened if self.combined is not None else [loader]:
+            set_epoch(part, epoch)
+        batches = _first(iter(loader)) if self.combined is not None else iter(loader)
+        if limit == sized_len(loader) and not _has_exact_length(loader):
+            limit = math.inf  # what a stream says of its length is only a promise
+        return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})", exact=True))
 
 
 class Lookahead:
     """Batches together with whether each is the last one.
 
     Where the length is known that costs a comparison; where it is not, one batch is fetched ahead.
+
+    Args:
+        batches: what to iterate.
+        start: the number of the first.
+        stop: the number to end before; infinity for none.
+        what: names the batches in errors.
+        exact: whether there are batches up to ``stop``.
+        drain: ask for one more in the end.
+        agree: with several ranks and no exact length: whether all have a batch of this number.
     """
 
-    def __init__(self, batches: Iterator[Any], start: int, stop: float, *, exact: bool, drain: bool = False) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        start: int,
+        stop: float,
+        what: str,
+        *,
+        exact: bool,
+        drain: bool = False,
+        agree: Callable[[int, bool], bool] | None = None,
+    ) -> None:
         self._batches, self._next, self._stop, self._exact, self._drain = batches, start, stop, exact, drain
+        self._what, self._agree = what, agree
 
     def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
         index, stop, batches = self._next, self._stop, self._batches
-        if self._exact:
-            last = stop - 1
-            while index < stop:
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                yield index, batch, index == last
-                index += 1
-            if self._drain:
-                next(batches, None)
+        if not self._exact:
+            yield from self._one_ahead()
             return
-        nothing = object()
-        batch = next(batches, nothing) if index < stop else nothing
-        while batch is not nothing:
-            following = next(batches, nothing) if index + 1 < stop else nothing
-            yield index, batch, following is nothing
+        last = stop - 1
+        while index < stop:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise self._located(error, index)  # noqa: B904 - it is the same exception
+            yield index, batch, index == last
+            index += 1
+        if self._drain:
+            next(batches, None)
+
+    def _one_ahead(self) -> Iterator[tuple[int, Any, bool]]:
+        index, agree = self._next, self._agree
+        more, batch = self._fetch(index)
+        if agree is not None:
+            more = agree(index, more)
+        while more:
+            more, following = self._fetch(index + 1)
+            if agree is not None:
+                more = agree(index + 1, more)
+            yield index, batch, not more
             batch, index = following, index + 1
+
+    def _fetch(self, index: int) -> tuple[bool, Any]:
+        if index >= self._stop:
+            return False, None
+        try:
+            return True, next(self._batches)
+        except StopIteration:
+            return False, None
+        except Exception as error:
+            raise self._located(error, index)  # noqa: B904 - it is the same exception
+
+    def _located(self, error: Exception, index: int) -> Exception:
+        error.add_note(f"This came while batch {index} {self._what} was loaded.")
+        return error
 
 
 def stay(batch: Any, dataloader_idx: int) -> Any:

@@ -19,6 +19,7 @@ from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
     from treadle.module import LightningModule
+    from treadle_fabric.strategies import Strategy
 
 __all__: list[str] = []
 
@@ -186,6 +187,17 @@ def check_predict(module: LightningModule, given: Any, datamodule: LightningData
     if not _has_loader("predict_dataloader", given, module, datamodule):
         raise MisconfigurationException(
             "predict has no batches: pass `dataloaders`, a `datamodule`, or define `predict_dataloader`."
+        )
+
+
+def check_return_predictions(value: Any, strategy: Strategy) -> None:
+    """Refuse what predict cannot return."""
+    if value not in (None, True, False, "stream"):
+        raise MisconfigurationException(f"return_predictions={value!r} must be True, False or 'stream'.")
+    if value == "stream" and strategy.launches_function:
+        raise MisconfigurationException(
+            "return_predictions='stream' cannot reach out of the processes that this strategy starts for each call: use"
+            " strategy='ddp', which runs the script in all of them, or a single device."
         )
 
 

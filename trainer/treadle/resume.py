@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from treadle.elastic import part_of_rank
 from treadle.state import Phase
-from treadle_fabric import rank_zero_warn
+from treadle_fabric import rank_zero_info
 from treadle_fabric.seed import collect_rng_states, set_rng_states
 
 if TYPE_CHECKING:
@@ -63,31 +64,37 @@ def moment(run: Run) -> dict[str, Any]:
     }
 
 
-def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData) -> None:
+def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumulate: int) -> None:
     """Put back this rank's part, the random state last: nothing may draw between here and the next batch."""
     ranks = saved.get("ranks", [])
     if not ranks:
         return
     fabric, module = run.fabric, run.module
-    if len(ranks) != fabric.world_size:
-        rank_zero_warn(
-            f"The checkpoint is of {len(ranks)} processes, there are {fabric.world_size} now: random states and what"
-            " was logged in the unfinished epoch start anew."
+    metrics, progress = run.metric_objects[1], run.progress
+    elsewhere = len(ranks) != fabric.world_size
+    if elsewhere:
+        rank_zero_info(
+            f"The checkpoint is of {len(ranks)} processes, there are {fabric.world_size} now: the order of the samples"
+            " goes on where it stood."
         )
-        return
-    mine = ranks[fabric.global_rank]
-    metrics = run.metric_objects[1]
+        mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
+        stood, progress.batch = progress.batch, data.take_over(mine["data"], progress.batch, accumulate)
+        if progress.batch != stood:
+            mine["gradients"] = {}
+    else:
+        mine = ranks[fabric.global_rank]
     run.results.load_state_dict(mine["results"], metrics)
     for name, state in mine["metric_objects"].items():
         if name in metrics:
             _restore_metric(metrics[name], state)
-    if not run.progress.batch:
+    if not progress.batch:
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in mine.get("gradients", {}).items():
         parameters[name].grad = gradient.to(parameters[name].device)
     run.validated.update(mine["validated"])
-    data.resume(mine["data"], within=bool(run.progress.batch))
+    if not elsewhere:
+        data.resume(mine["data"], within=bool(progress.batch))
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
 

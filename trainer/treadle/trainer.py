@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 
@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from treadle_fabric.strategies import Strategy
 
 __all__ = ["Trainer"]
+
+Source: TypeAlias = tuple[PathLike | None, bool | None]
+"""Which checkpoint, and whether it must hold nothing but weights and plain data."""
 
 
 class Trainer(TrainerView):
@@ -205,7 +208,7 @@ class Trainer(TrainerView):
         preflight.check_loaders(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
         self.should_stop = False
-        self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, ckpt_path, weights_only)
+        self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only))
 
     def validate(
         self,
@@ -229,7 +232,7 @@ class Trainer(TrainerView):
         Returns:
             For every loader the logged names and values.
         """
-        return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, (ckpt_path, weights_only), verbose, datamodule)
 
     def test(
         self,
@@ -241,37 +244,46 @@ class Trainer(TrainerView):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Evaluate on the test set; arguments and result as for :meth:`validate`."""
-        return self._evaluate(TrainerFn.TESTING, model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate(TrainerFn.TESTING, model, dataloaders, (ckpt_path, weights_only), verbose, datamodule)
 
     def predict(
         self,
         model: LightningModule | None = None,
         dataloaders: Any = None,
         datamodule: LightningDataModule | None = None,
-        return_predictions: bool | None = None,
+        return_predictions: bool | Literal["stream"] | None = None,
         ckpt_path: PathLike | None = None,
         weights_only: bool | None = None,
-    ) -> list[Any] | None:
+    ) -> list[Any] | Iterator[Any] | None:
         """Run ``predict_step`` over the loaders.
 
         Args:
             model: the module; default: the one of the last run.
             dataloaders: an iterable of batches, a list of them, or a data module.
             datamodule: gives the loaders instead.
-            return_predictions: keep what the steps return. Default: True.
+            return_predictions: keep what the steps return. Default: True. "stream": give it out one batch at a time, so
+                that no more than one batch of each rank is in memory; the trainer is busy until the end, and on several
+                ranks each has to go through all of it.
             ckpt_path: load these weights first: a path, "best" or "last".
             weights_only: False unpickles arbitrary objects from the checkpoint. Default: True.
 
         Returns:
-            What ``predict_step`` returned for each batch of this rank, on the CPU; a list of such lists with several
-            loaders; None where predictions are not kept.
+            What ``predict_step`` returned for each batch, on the CPU, in the order of the loader; a list of such lists
+            with several loaders; None where predictions are not kept. Ranks take turns with the batches, and each gets
+            the whole; only of a loader that shares itself out (a stream, say) a rank gets its own part.
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._module, "predict")
         preflight.check_loaders(datamodule, dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule)
+        preflight.check_return_predictions(return_predictions, self.strategy)
+        if return_predictions == "stream":
+            self.fabric.launch()
+            stream = self._stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
+            next(stream)  # what is wrong is said here, not at the first batch
+            return stream
         keep = return_predictions is not False
-        found = self._launch(self._predict, module, datamodule, dataloaders, ckpt_path, weights_only, keep)
+        found = self._launch(self._predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep)
         return cast("list[Any] | None", found)
 
     def save_checkpoint(
@@ -432,8 +444,9 @@ class Trainer(TrainerView):
 
     # ------------------------------------------------------------------------------------------------ the stages
 
-    def _prepare(self, run: Run, ckpt_path: PathLike | None, weights_only: bool | None) -> dict[str, Any] | None:
+    def _prepare(self, run: Run, source: Source) -> dict[str, Any] | None:
         """Weights from a checkpoint, then the module to its device and into its engine."""
+        ckpt_path, weights_only = source
         fitting = self.state.fn is TrainerFn.FITTING
         path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
         if path is None and fitting and self._settings.auto_resume and self.is_global_zero:
@@ -454,11 +467,10 @@ class Trainer(TrainerView):
         datamodule: LightningDataModule | None,
         train: Any,
         val: Any,
-        ckpt_path: PathLike | None,
-        weights_only: bool | None,
+        source: Source,
     ) -> None:
         with self._running(TrainerFn.FITTING, module, datamodule) as run:
-            checkpoint = self._prepare(run, ckpt_path, weights_only)
+            checkpoint = self._prepare(run, source)
             self._make_training_data = partial(assembly.training_data, run, self._settings, train)
             assembly.set_up_optimizers(run)
             run.dispatch.call("on_fit_start")
@@ -492,7 +504,7 @@ class Trainer(TrainerView):
         """What a resumed run had in the middle of things; ``saved`` is empty once that is done."""
         if saved:
             assert self._train_data is not None
-            restore_exact(run, saved, self._train_data)
+            restore_exact(run, saved, self._train_data, accumulate=self.accumulate_grad_batches)
             saved.clear()
 
     def _make_epoch(self, run: Run, loop: FitLoop) -> TrainingEpoch | None:
@@ -515,17 +527,16 @@ class Trainer(TrainerView):
         fn: TrainerFn,
         model: LightningModule | None,
         dataloaders: Any,
-        ckpt_path: PathLike | None,
+        source: Source,
         verbose: bool,
         datamodule: LightningDataModule | None,
-        weights_only: bool | None,
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._module, fn.value)
         preflight.check_loaders(datamodule, dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule)
         result: list[dict[str, float]] = self._launch(
-            self._evaluate_stage, module, datamodule, fn, dataloaders, ckpt_path, weights_only, verbose
+            self._evaluate_stage, module, datamodule, fn, dataloaders, source, verbose
         )
         return result or []
 
@@ -535,21 +546,20 @@ class Trainer(TrainerView):
         datamodule: LightningDataModule | None,
         fn: TrainerFn,
         dataloaders: Any,
-        ckpt_path: PathLike | None,
-        weights_only: bool | None,
+        source: Source,
         verbose: bool,
     ) -> list[dict[str, float]]:
         validating = fn is TrainerFn.VALIDATING
         stage, name = ("val", "validation") if validating else ("test", "test")
         found: list[dict[str, float]] = []
         with self._running(fn, module, datamodule) as run:
-            self._prepare(run, ckpt_path, weights_only)
+            self._prepare(run, source)
             loaders = run.dispatch.run(
                 f"{stage}_dataloader", find_loaders, dataloaders, f"{stage}_dataloader", module, datamodule
             )
             evaluation = self._make_evaluation(run, loaders, stage, name)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
-            found = [to_floats(metrics) for metrics in evaluation()]
+            found = [to_floats(metrics) for metrics in evaluation() or []]
         if verbose and self.is_global_zero:
             print_results(found, fn.value)
         return found
@@ -559,17 +569,29 @@ class Trainer(TrainerView):
         module: LightningModule,
         datamodule: LightningDataModule | None,
         dataloaders: Any,
-        ckpt_path: PathLike | None,
-        weights_only: bool | None,
+        source: Source,
         keep: bool,
     ) -> list[Any] | None:
         predictions: list[Any] | None = None
         with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
-            self._prepare(run, ckpt_path, weights_only)
-            loaders = run.dispatch.run(
-                "predict_dataloader", find_loaders, dataloaders, "predict_dataloader", module, datamodule
-            )
-            self._eval_data["predict"] = data = assembly.evaluation_data(run, self._settings, loaders, "predict")
-            self.state.stage = RunningStage.PREDICTING
-            predictions = Prediction(run, data, inference_mode=self._settings.inference_mode, keep=keep)()
+            predictions = self._prediction(run, dataloaders, source, keep=keep)()
         return predictions
+
+    def _stream(
+        self, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any, source: Source
+    ) -> Iterator[Any]:
+        with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
+            prediction = self._prediction(run, dataloaders, source, keep=True)
+            try:
+                yield None
+                yield from prediction.stream()
+            except GeneratorExit:  # whoever asked has enough, which is no failure
+                pass
+
+    def _prediction(self, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
+        self._prepare(run, source)
+        name = "predict_dataloader"
+        loaders = run.dispatch.run(name, find_loaders, dataloaders, name, run.module, run.datamodule)
+        self._eval_data["predict"] = data = assembly.evaluation_data(run, self._settings, loaders, "predict")
+        self.state.stage = RunningStage.PREDICTING
+        return Prediction(run, data, inference_mode=self._settings.inference_mode, keep=keep)

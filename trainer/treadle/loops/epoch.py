@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from treadle.data import BatchIterator, Lookahead, TrainingData, stay
+from treadle.data import BatchIterator, TrainingData, stay
 from treadle.dispatch import overrides
 from treadle.loops.step import AutomaticStep, ManualStep
 from treadle.optimizers import step_schedulers
@@ -40,7 +40,7 @@ class TrainingEpoch:
         controls: Controls,
         *,
         schedule: ValidationSchedule | None,
-        validate: Callable[[], None],
+        validate: Callable[[Callable[[], bool]], bool],
         may_stop: Callable[[], bool],
         max_steps: int,
         log_every_n_steps: int,
@@ -72,7 +72,7 @@ class TrainingEpoch:
         step, transfer, begin_batch = self._step, run.transfer, results.begin_batch
         accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
         step.accumulate(accumulate)
-        total = self._data.num_batches
+        total = self._data.stop
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
             stepping = progress.is_last_batch or progress.batch % accumulate == 0
             stop = self._finish_batch(stepping)
@@ -80,7 +80,6 @@ class TrainingEpoch:
                 self._data.finish(progress.epoch, progress.batch, drain=not stop)
                 return
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
-        batches = Lookahead(batches, progress.batch, total, exact=self._data.exact, drain=self._data.whole)
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
@@ -135,7 +134,8 @@ class TrainingEpoch:
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED
             if progress.validation_due or (stop and self._epoch_validates(schedule)):
-                self._run_validation()
+                if not self._run_validation():
+                    self._signals.raise_received()
                 stop = self.agree_to_stop() and self._may_stop()
         if self._schedulers and stepping:
             self._step_schedulers("step", progress.step, plateau=True)
@@ -189,13 +189,22 @@ class TrainingEpoch:
     def _epoch_validates(self, schedule: ValidationSchedule) -> bool:
         return schedule.every_n_epochs is None or (self._run.progress.epoch + 1) % schedule.every_n_epochs == 0
 
-    def _run_validation(self) -> None:
+    def _terminated(self) -> bool:
+        """Whether this rank was asked to terminate, or another was."""
+        agreement = self._agreement
+        if self._signals.received and agreement is not None:
+            agreement.ask("signal")
+        return bool(self._signals.received) or (agreement is not None and agreement.asked == "signal")
+
+    def _run_validation(self) -> bool:
+        """Whether it came to its end."""
         progress = self._run.progress
         accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
         if progress.is_last_batch or progress.batch % accumulate == 0:
             self._run.dispatch.call("on_validation_model_zero_grad")
-        self._validate()
+        completed = self._validate(self._terminated)
         self._last_validation = time.monotonic()
+        return completed
 
     def _step_schedulers(self, interval: str, count: int, *, plateau: bool) -> None:
         progress = self._run.progress

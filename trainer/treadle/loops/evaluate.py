@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.data import BatchIterator, EvaluationData, Lookahead, stay
+from treadle.data import BatchIterator, EvaluationData, stay
 from treadle.dispatch import overrides
 from treadle.hooks import ModuleHooks
 from treadle.loops.step import must_have, step_arguments
@@ -47,15 +48,22 @@ class Evaluation:
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
 
-    def __call__(self, num_batches: list[float] | None = None, *, silent: bool = False) -> list[dict[str, Any]]:
+    def __call__(
+        self,
+        num_batches: list[float] | None = None,
+        *,
+        silent: bool = False,
+        interrupted: Callable[[], bool] | None = None,
+    ) -> list[dict[str, Any]] | None:
         """Evaluate.
 
         Args:
             num_batches: of each loader; default: the limits of the data.
             silent: write nothing to the loggers, as in the sanity check.
+            interrupted: asked before every batch whether to end there, on all ranks.
 
         Returns:
-            For every loader the logged names and values.
+            For every loader the logged names and values; None if it was interrupted.
         """
         run, name, dispatch, results = self._run, self._name, self._run.dispatch, self._results
         limits = self.data.num_batches if num_batches is None else num_batches
@@ -69,9 +77,13 @@ class Evaluation:
                     run.module.eval()
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
+                ended = True
                 for loader_idx, limit in enumerate(limits):
-                    if limit:
-                        self._loader(loader_idx, limit, silent)
+                    ended = ended and (not limit or self._loader(loader_idx, limit, silent, interrupted))
+                if interrupted is not None and run.fabric.world_size > 1:
+                    ended = run.fabric.strategy.reduce_boolean_decision(ended)
+                if not ended:
+                    return None
                 logged, per_loader = run.metrics.close_epoch(results, loaders=len(limits))
                 dispatch.call(f"{hook}_epoch_end")
                 late, extra = run.metrics.close_epoch(results, loaders=len(limits))  # what was logged there
@@ -93,7 +105,8 @@ class Evaluation:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
-    def _loader(self, loader_idx: int, limit: float, silent: bool) -> None:
+    def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[], bool] | None) -> bool:
+        """Evaluate on one loader; whether that came to its end."""
         run, results, step, takes = self._run, self._results, self._step, self._takes
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
         on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
@@ -103,12 +116,15 @@ class Evaluation:
             f"on_{self._name}_batch_end",
         )
         results.dataloader_idx = loader_idx if self._several else None
-        iterator = self.data.iterate(loader_idx)
-        batches: Any = Lookahead(iterator, 0, limit, exact=True)
+        batches: Any = self.data.iterate(loader_idx, run.progress.epoch, limit)
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
+        ended = True
         for batch_idx, batch, _ in batches:
+            if interrupted is not None and interrupted():
+                ended = False
+                break
             batch = transfer(batch, loader_idx)
             begin_batch(batch)
             if on_batch_start:
@@ -135,6 +151,7 @@ class Evaluation:
         results.dataloader_idx = None
         results.hook = ""
         begin_batch(None)
+        return ended
 
 
 def restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:

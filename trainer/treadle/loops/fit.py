@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["FitLoop"]
 
 
-_VALIDATION_HOOKS = [
-    f"on_validation_{at}" for at in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
-]
-
-
 class FitLoop:
     """Runs training epochs; see :mod:`treadle.hooks` for the order of everything.
 
@@ -61,7 +56,6 @@ class FitLoop:
         self._restore = restore
         self._started = time.monotonic()
         self._told_min = False
-        self._may_save_in_validation = any(map(run.dispatch.listeners, _VALIDATION_HOOKS))
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
         """How several ranks stop after the same batch."""
@@ -136,15 +130,21 @@ class FitLoop:
             run.dispatch.call("on_sanity_check_end")
         run.metrics.clear()
 
-    def validate(self) -> None:
-        """A validation in the middle of training."""
+    def validate(self, interrupted: Callable[[], bool]) -> bool:
+        """A validation in the middle of training, which ends between two batches where ``interrupted`` says so.
+
+        Returns:
+            Whether it came to its end; if not, a checkpoint saved now begins it anew.
+        """
         assert self.validation is not None
-        state = self._run.state
+        run, state = self._run, self._run.state
         state.stage = RunningStage.VALIDATING
-        self._run.before_validation = moment(self._run) if self._may_save_in_validation else {}
-        self.validation()
-        self._run.before_validation = {}
+        run.before_validation = moment(run)
+        completed = self.validation(interrupted=interrupted) is not None
         state.stage = RunningStage.TRAINING
+        if completed:
+            run.before_validation = {}
+        return completed
 
     def may_stop(self) -> bool:
         """Whether ``should_stop`` is heeded: not before ``min_epochs`` and ``min_steps``."""

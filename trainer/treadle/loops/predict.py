@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.data import BatchIterator, EvaluationData, Lookahead
+from treadle.data import BatchIterator, EvaluationData
 from treadle.loops.evaluate import module_modes, restore_modes
 from treadle.loops.step import must_have, step_arguments
 from treadle_fabric import move_data_to_device
@@ -45,53 +47,89 @@ class Prediction:
 
         Returns:
             What ``predict_step`` returned for each batch, on the CPU; a list of such lists with several loaders; None
-            where they are not kept.
+            where they are not kept. What ranks share is whole and in order on each of them.
         """
+        predictions: list[list[Any]] = [[] for _ in self._data.num_batches]
+        for loader_idx, output in self._outputs():
+            if self._keep:
+                predictions[loader_idx].append(output)
+        if not self._keep:
+            return None
+        predictions = [self._gathered(i, kept) for i, kept in enumerate(predictions)]
+        return predictions[0] if len(predictions) == 1 else predictions
+
+    def stream(self) -> Iterator[Any]:
+        """Predict a batch when it is asked for: the same outputs in the same order, one loader after the other.
+
+        What ranks share is exchanged batch by batch, so every rank has to ask for as many.
+        """
+        for _, output in self._outputs(share=True):
+            yield output
+
+    def _outputs(self, *, share: bool = False) -> Iterator[tuple[int, Any]]:
+        """Loader and output of each batch; with ``share`` those of the other ranks too."""
         run, dispatch = self._run, self._run.dispatch
         modes = module_modes(run.module)
-        predictions: list[list[Any]] = []
         try:
-            with self._no_grad():
+            with self._no_grad():  # never across a yield: it would hold for whoever asked
                 dispatch.call("on_predict_model_eval")
                 run.module.eval()
                 dispatch.call("on_predict_start")
                 dispatch.call("on_predict_epoch_start")
-                for loader_idx, limit in enumerate(self._data.num_batches):
-                    predictions.append(self._loader(loader_idx, limit))
+            for loader_idx, limit in enumerate(self._data.num_batches):
+                outputs = self._loader(loader_idx, limit)
+                if share and self._data.is_shared(loader_idx):
+                    outputs = self._with_others(outputs)
+                for output in outputs:
+                    yield loader_idx, output
+            with self._no_grad():
                 dispatch.call("on_predict_epoch_end")
                 dispatch.call("on_predict_end")
         finally:
             restore_modes(modes)
-        if not self._keep:
-            return None
-        return predictions[0] if len(predictions) == 1 else predictions
 
-    def _loader(self, loader_idx: int, limit: float) -> list[Any]:
-        run, step, takes = self._run, self._step, self._takes
+    def _loader(self, loader_idx: int, limit: float) -> Iterator[Any]:
+        run, step, takes, keep = self._run, self._step, self._takes, self._keep
         results, transfer = run.results, run.transfer
-        kept: list[Any] = []
         cpu = torch.device("cpu")
-        batches = Lookahead(self._data.iterate(loader_idx), 0, limit, exact=True)
+        batches = self._data.iterate(loader_idx, run.progress.epoch, limit)
         if self._wants_iterator:
             for _, drawing, _ in BatchIterator(batches, transfer, loader_idx).steps():
-                output = step(drawing)
-                if self._keep:
-                    kept.append(move_data_to_device(output, cpu))
-            return kept
+                with self._no_grad():
+                    output = step(drawing)
+                yield move_data_to_device(output, cpu) if keep else None
+            return
         for batch_idx, batch, _ in batches:
-            batch = transfer(batch, loader_idx)
-            results.hook = "on_predict_batch_start"
-            for listener in self._on_batch_start:
-                listener(batch, batch_idx, loader_idx)
-            results.hook = "predict_step"
-            if takes == 3:
-                output = step(batch, batch_idx, loader_idx)
-            else:
-                output = step(batch, batch_idx) if takes == 2 else step(batch)
-            results.hook = "on_predict_batch_end"
-            for listener in self._on_batch_end:
-                listener(output, batch, batch_idx, loader_idx)
-            if self._keep:
-                kept.append(move_data_to_device(output, cpu))
-        results.hook = ""
-        return kept
+            with self._no_grad():
+                batch = transfer(batch, loader_idx)
+                results.hook = "on_predict_batch_start"
+                for listener in self._on_batch_start:
+                    listener(batch, batch_idx, loader_idx)
+                results.hook = "predict_step"
+                if takes == 3:
+                    output = step(batch, batch_idx, loader_idx)
+                else:
+                    output = step(batch, batch_idx) if takes == 2 else step(batch)
+                results.hook = "on_predict_batch_end"
+                for listener in self._on_batch_end:
+                    listener(output, batch, batch_idx, loader_idx)
+                results.hook = ""
+            yield move_data_to_device(output, cpu) if keep else None
+
+    def _gathered(self, loader_idx: int, kept: list[Any]) -> list[Any]:
+        """The outputs of all ranks in the order of one process: they took turns with the batches."""
+        if not self._data.is_shared(loader_idx):
+            return kept
+        fabric, absent = self._run.fabric, object()
+        ranks = [fabric.broadcast(kept, src=rank) for rank in range(fabric.world_size)]
+        return [item for turn in zip_longest(*ranks, fillvalue=absent) for item in turn if item is not absent]
+
+    def _with_others(self, outputs: Iterator[Any]) -> Iterator[Any]:
+        fabric = self._run.fabric
+        while True:
+            mine = [*islice(outputs, 1)]
+            turn = [fabric.broadcast(mine, src=rank) for rank in range(fabric.world_size)]
+            if not turn[0]:  # rank 0 has the first of each turn
+                return
+            for theirs in turn:
+                yield from theirs

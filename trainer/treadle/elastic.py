@@ -1,0 +1,113 @@
+"""The states of the ranks of one run, made into those of another number of ranks."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from treadle.reduction import REDUCTIONS
+from treadle_fabric import isolate_rng, rank_zero_warn
+from treadle_fabric.seed import collect_rng_states
+
+__all__ = ["part_of_rank"]
+
+_MERGEABLE: Final = ("dim_zero_sum", "dim_zero_max", "dim_zero_min")  # other ranks' initial values change nothing
+
+
+def part_of_rank(
+    ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one of ``world_size`` ranks takes over of a run that had ``len(ranks)`` of them.
+
+    Rank 0 takes what was logged and accumulated by all; the others begin with nothing. A rank there was before keeps
+    its random state, a new one gets one of its own.
+
+    Args:
+        ranks: what each had.
+        rank: the new rank.
+        world_size: how many there are now.
+        metrics: the module's torchmetrics objects by path.
+    """
+    first = ranks[0]
+    mine = {**first, "rng": ranks[rank]["rng"] if rank < len(ranks) else _new_random_state(first["rng"], rank)}
+    mine["results"] = {**first["results"], "slots": _merged_slots(ranks) if rank == 0 else _emptied(first)}
+    mine["metric_objects"] = {
+        name: _merged_metric(name, metrics[name], [r["metric_objects"][name] for r in ranks] if rank == 0 else [])
+        for name in first["metric_objects"]
+        if name in metrics
+    }
+    gradients: dict[str, Tensor] = {}
+    for part in ranks if rank == 0 else ():
+        for name, gradient in part.get("gradients", {}).items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    # each rank's gradient counts 1 / ranks in the mean that a backward pass makes over them
+    mine["gradients"] = {name: g * (world_size / len(ranks)) for name, g in gradients.items()}
+    return mine
+
+
+def _new_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
+    with isolate_rng():
+        seed = zlib.crc32(b"%d" % rank + state["torch"].numpy().tobytes())
+        torch.manual_seed(seed)
+        random.seed(seed)
+        new = collect_rng_states()
+    if "numpy" in state:
+        name, words, *rest = state["numpy"]
+        new["numpy"] = (name, words ^ seed, *rest)
+    return new
+
+
+def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: dict[Any, dict[str, Any]] = {}
+    for part in ranks:
+        for entry in part["results"]["slots"]:
+            key = tuple(entry["key"])
+            known = merged.get(key)
+            if known is None or not known["has_value"]:
+                merged[key] = dict(entry)
+            elif entry["has_value"]:
+                for name in ("pending", "weights", "values"):
+                    known[name] = [*known[name], *entry[name]]
+                known["total"] = _merged_total(REDUCTIONS.get(entry["options"][4]), known["total"], entry["total"])
+                known["weight"] += entry["weight"]
+    return list(merged.values())
+
+
+def _merged_total(how: str | None, one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return other if one is None else one
+    if how in ("min", "max"):
+        smaller = bool(one < other)
+        return one if smaller == (how == "min") else other
+    return one + other
+
+
+def _emptied(part: dict[str, Any]) -> list[dict[str, Any]]:
+    def nothing() -> dict[str, Any]:
+        return {"pending": [], "weights": [], "values": [], "total": None, "weight": 0.0}
+
+    return [{**e, **nothing(), "has_value": False, "fresh": False} for e in part["results"]["slots"]]
+
+
+def _merged_metric(name: str, metric: Any, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A torchmetrics object's accumulators, reduced as it would reduce them over ranks."""
+    merged: dict[str, Any] = {}
+    for key in states[0]["states"] if states else ():
+        values = [state["states"][key] for state in states]
+        reduce: Any = getattr(metric, "_reductions", {}).get(key)
+        if all(isinstance(value, list) for value in values):
+            merged[key] = [item for value in values for item in value]
+        elif getattr(reduce, "__name__", "") in _MERGEABLE:
+            merged[key] = reduce(torch.stack(values))
+        else:
+            rank_zero_warn(
+                f"{key!r} of the metric {name!r} cannot be put together from {len(states)} processes: its epoch value"
+                " is of the batches from here on."
+            )
+            return {"states": {}, "update_count": 0}
+    return {"states": merged, "update_count": sum(state["update_count"] for state in states)}

@@ -1,0 +1,136 @@
+"""The order of samples in numbers that do not depend on how many processes share it out.
+
+A checkpoint of one number of processes is resumed by another: what the order was drawn from and how many samples all
+ranks together have had is enough to go on, each sample once. Where the batch of all ranks together is as large as
+before, its batches are the same ones too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import BatchSampler
+
+from treadle_fabric import rank_zero_warn
+from treadle_fabric.data import ShardedSampler, is_indexed, samplers, sized_len
+
+__all__ = ["SampleOrder"]
+
+
+class SampleOrder:
+    """The order that the samplers of a training loader draw, and where an epoch stands in it.
+
+    Args:
+        parts: the loaders of this rank; those with indexed samples count.
+        world_size: processes that share them.
+        num_batches: of an epoch.
+    """
+
+    def __init__(self, parts: Sequence[Any], world_size: int, num_batches: float) -> None:
+        self._parts, self._world_size, self._num_batches = parts, world_size, num_batches
+        self._samplers = [sampler for part in parts if (sampler := _sharded(part)) is not None]
+        self.base = 0
+        """Batches of this epoch that this loader's iteration does not count: other ranks have trained on them."""
+        self._start: list[int] = [0] * len(self._samplers)
+        self._source: Any = None
+        self._continues = False
+
+    def begin(self) -> None:
+        """An epoch begins, from the front unless it is the one that was resumed."""
+        if not self._continues:
+            self._set(0, [0] * len(self._samplers), None)
+        self._continues = False
+
+    def end(self) -> None:
+        """Nothing is left of the epoch that was resumed."""
+        self._continues = False
+
+    def _set(self, base: int, start: list[int], source: Any) -> None:
+        self.base, self._start, self._source = base, start, source
+        for sampler, first in zip(self._samplers, start):
+            sampler.go_on(first, source)
+
+    def state_dict(self, drawn_from: Any) -> dict[str, Any]:
+        """What another number of processes needs to go on in the same order.
+
+        Args:
+            drawn_from: the seed or random states of this epoch's order, where no seed of all ranks is behind it.
+        """
+        alone = not self._samplers
+        return {
+            "world_size": self._world_size,
+            "seed": None if alone else self._samplers[0].seed,
+            "source": drawn_from if alone else self._source,
+            "base": self.base,
+            "start": self._start or [0] * len(self._parts),
+            "per_step": [_per_step(part, self._world_size) for part in self._parts],
+            "num_batches": self._num_batches,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, within: bool) -> None:
+        """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
+        if state.get("seed") is not None:
+            for sampler in self._samplers:
+                sampler.seed = state["seed"]
+        self._continues = within
+        if within and self._samplers:
+            self._set(state["base"], list(state["start"]), state["source"])
+
+    def take_over(self, state: Mapping[str, Any], position: int, aligned: int) -> int:
+        """Go on with another number of processes in the middle of an epoch.
+
+        Args:
+            state: of :meth:`state_dict`, from any rank.
+            position: the batches of the epoch that are done with.
+            aligned: those of them that an optimizer has stepped for.
+
+        Returns:
+            The batch of the epoch to go on from.
+        """
+        self.load_state_dict(state, within=True)
+        per_step = [_per_step(part, self._world_size) for part in self._parts]
+        unshared = not self._samplers or len(self._samplers) != len(self._parts) or None in per_step
+        if unshared or (len(self._parts) > 1 and state["seed"] is None):
+            rank_zero_warn(
+                "The training loader does not share out its samples by index, or there are several of them that one"
+                " process drew from: another number of processes cannot go on in the middle of the epoch, which begins"
+                " anew."
+            )
+            self._set(0, [0] * len(self._samplers), None)
+            return 0
+        if per_step == state["per_step"]:
+            return position
+        if len(self._parts) > 1:
+            rank_zero_warn(
+                "The batch of all ranks together has another size than in the checkpoint, and there are several"
+                " training loaders: the epoch begins anew. Keep batch_size times the number of processes as it was."
+            )
+            self._set(0, [0] * len(self._samplers), None)
+            return 0
+        before, now = state["per_step"][0], per_step[0]
+        assert now is not None
+        done = state["start"][0] + (aligned - state["base"]) * before
+        limit = state["num_batches"]
+        left = math.inf if limit == math.inf else math.ceil((limit * before - done) / now)
+        self._set(0, [done], self._source)
+        left = min(left, sized_len(self._parts[0]) or math.inf)
+        self.base = int(max(self._num_batches - left, 0)) if left != math.inf else aligned
+        rank_zero_warn(
+            f"All ranks together have {now} samples a batch, and had {before}: the epoch goes on at sample {done}, as"
+            f" batch {self.base}. Keep batch_size times the number of processes as it was for the same batches."
+        )
+        return self.base
+
+
+def _sharded(loader: Any) -> ShardedSampler | None:
+    return next((s for s in samplers(loader) if isinstance(s, ShardedSampler)), None)
+
+
+def _per_step(loader: Any, world_size: int) -> int | None:
+    """Items of the order that all ranks together take at a step: samples, or the batches of somebody's own sampler."""
+    if not is_indexed(loader):
+        return None
+    batched = type(loader.batch_sampler) is BatchSampler
+    return int(loader.batch_sampler.batch_size) * world_size if batched else world_size
