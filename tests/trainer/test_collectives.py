@@ -6,6 +6,7 @@ As a program, this file is what two ranks run; every collective that Python code
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -19,7 +20,6 @@ import torch.distributed as dist
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
-import treadle as L
 from treadle.callbacks import EarlyStopping, ModelCheckpoint
 from treadle_fabric.loggers import CSVLogger
 
@@ -135,7 +135,7 @@ def test_a_packed_collective_an_interval_whatever_is_logged(found: list[dict[str
 
 def between(marks: list[dict[str, int]]) -> list[dict[str, int]]:
     """The collectives in training, in validation, and in the end of the epoch."""
-    return [dict(Counter(after) - Counter(before)) for before, after in zip(marks, marks[1:])]
+    return [dict(Counter(after) - Counter(before)) for before, after in itertools.pairwise(marks)]
 
 
 def test_ranks_agree_on_stops_and_saves_that_only_one_can_decide(found: list[dict[str, Any]]) -> None:
