@@ -67,7 +67,8 @@ def live(folder: Path, life: str, devices: int, stop: int, accumulate: int, batc
     L.seed_everything(3, verbose=False)
     last = folder / "last.ckpt"
     strategy = "ddp" if devices > 1 else "auto"
-    run = trainer(folder, devices=devices, strategy=strategy, max_epochs=EPOCHS, accumulate_grad_batches=accumulate)
+    counts = {"max_epochs": EPOCHS, "accumulate_grad_batches": accumulate, "reload_dataloaders_every_n_epochs": 1}
+    run = trainer(folder, devices=devices, strategy=strategy, **counts)
     loader = DataLoader(Samples(SAMPLES), batch_size or GLOBAL_BATCH // devices, shuffle=True)
     run.fit(Seeing(folder, life, stop), loader, ckpt_path=last if last.exists() else None)
 

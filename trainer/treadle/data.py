@@ -246,16 +246,14 @@ class TrainingData:
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
         order = state.get("order", {})
-        if order.get("seed") is not None and self._fabric.world_size == 1:
-            self._draw_as_several()
+        self._draw_from(order.get("seed"))
         self._order.load_state_dict(order, within=within)
         self._cursor.load_state_dict(state, within=within, whole=self.whole)
 
     def take_over(self, state: dict[str, Any], position: int, accumulate: int) -> int:
         """Go on where another number of processes stood, after ``position`` batches; returns where that is here."""
         order = state.get("order", {})
-        if order.get("seed") is not None and self._fabric.world_size == 1:
-            self._draw_as_several()
+        self._draw_from(order.get("seed"))
         self._cursor.take_generators(state, within=bool(position))
         if not position:
             self._order.load_state_dict(order, within=False)
@@ -265,10 +263,18 @@ class TrainingData:
             return 0
         return self._order.take_over(order, position, position - position % accumulate)
 
-    def _draw_as_several(self) -> None:
-        """One process goes on with the order that several drew: from the seed and the epoch."""
-        self._share_out(self.parts, alone=True)
-        self._begin_order()
+    def follow(self, before: TrainingData) -> None:
+        """Go on with the orders of loaders that these ones replace."""
+        self._draw_from(before._order.seed)
+
+    def _draw_from(self, seed: int | None) -> None:
+        """Draw orders from the seed that several processes drew them from, also where there is one now."""
+        if seed is None:
+            return
+        if self._fabric.world_size == 1:
+            self._share_out(self.parts, alone=True)
+            self._begin_order()
+        self._order.seed = seed
 
     def close(self) -> None:
         """No epoch follows."""

@@ -52,6 +52,16 @@ class SampleOrder:
         for sampler, first in zip(self._samplers, start):
             sampler.go_on(first, source)
 
+    @property
+    def seed(self) -> int | None:
+        """What orders are drawn from, with the epoch; None where the user's samplers draw them as they do alone."""
+        return self._samplers[0].seed if self._samplers else None
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        for sampler in self._samplers:
+            sampler.seed = seed
+
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
 
@@ -61,7 +71,7 @@ class SampleOrder:
         alone = not self._samplers
         return {
             "world_size": self._world_size,
-            "seed": None if alone else self._samplers[0].seed,
+            "seed": self.seed,
             "source": drawn_from if alone else self._source,
             "base": self.base,
             "start": self._start or [0] * len(self._parts),
@@ -71,9 +81,6 @@ class SampleOrder:
 
     def load_state_dict(self, state: Mapping[str, Any], *, within: bool) -> None:
         """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
-        if state.get("seed") is not None:
-            for sampler in self._samplers:
-                sampler.seed = state["seed"]
         self._continues = within
         if within and self._samplers:
             self._set(state["base"], list(state["start"]), state["source"])

@@ -510,7 +510,9 @@ class Trainer(TrainerView):
     def _make_epoch(self, run: Run, loop: FitLoop) -> TrainingEpoch | None:
         if loop.epoch is not None or self._train_data is None:  # the first may have been asked for already
             assert self._make_training_data is not None
-            self._train_data = self._make_training_data()
+            before, self._train_data = self._train_data, self._make_training_data()
+            if before is not None and self._train_data is not None:
+                self._train_data.follow(before)
         data = self._train_data
         return None if data is None else assembly.make_epoch(run, self._settings, data, loop, self, self._signals)
 
