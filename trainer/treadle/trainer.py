@@ -27,7 +27,6 @@ from treadle.outcome import Outcome, adopt, run_and_capture
 from treadle.results import Results, to_floats
 from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
-from treadle.schedule import total_steps
 from treadle.signals import Signals, SIGTERMException
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
@@ -307,19 +306,6 @@ class Trainer(TrainerView):
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
-
-    @property
-    def estimated_stepping_batches(self) -> float:
-        """The optimizer steps of the whole fit, for schedulers made in ``configure_optimizers``; infinity if unbounded.
-
-        Asks for the training loader if that was not done yet.
-        """
-        if self._make_training_data is None:
-            raise MisconfigurationException("estimated_stepping_batches is known in fit only.")
-        if self._train_data is None:
-            self._train_data = self._make_training_data()
-        batches = self._train_data.num_batches if self._train_data is not None else 0
-        return total_steps(self._settings.durations, batches, self.accumulate_grad_batches)
 
     # ------------------------------------------------------------------------------------------------ a run
 

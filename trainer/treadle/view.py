@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.data import EvaluationData, TrainingData
 from treadle.loops.step import Clipping, manual_backward
 from treadle.metrics import Metrics
+from treadle.schedule import total_steps
 from treadle.state import FitProgress, LRSchedulerConfig, RunningStage, TrainerState, TrainerStatus
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.loggers import Logger
@@ -52,6 +54,7 @@ class TrainerView:
     _fit_loop: FitLoop | None
     _train_data: TrainingData | None
     _eval_data: dict[str, EvaluationData]
+    _make_training_data: Callable[[], TrainingData | None] | None
     _ckpt_path: str | None
     _log_dir: str | None
     _sigterm: bool
@@ -444,6 +447,19 @@ class TrainerView:
     def enable_validation(self) -> bool:
         """Whether fit validates: there is a ``validation_step``, a loader, and the limit is not 0."""
         return self._fit_loop is not None and self._fit_loop.validation is not None
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """The optimizer steps of the whole fit, for schedulers made in ``configure_optimizers``; infinity if unbounded.
+
+        Asks for the training loader if that was not done yet.
+        """
+        if self._make_training_data is None:
+            raise MisconfigurationException("estimated_stepping_batches is known in fit only.")
+        if self._train_data is None:
+            self._train_data = self._make_training_data()
+        batches = self._train_data.num_batches if self._train_data is not None else 0
+        return total_steps(self._settings.durations, batches, self.accumulate_grad_batches)
 
     # ------------------------------------------------------------------------------------------------ metrics
 
