@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
 from treadle.tables import results_table
@@ -227,3 +229,40 @@ def test_a_step_that_draws_its_batches_itself(tmp_path: Path) -> None:
     found = trainer(tmp_path).test(Drawing(), loader(4), verbose=False)
     assert drawn == [(0.0, 0, 0), (2.0, 1, 0)]
     assert found == [{"first": 1.0}]
+
+
+class Measured(L.LightningModule):
+    """Logs what a classifier is judged by, plainly and with torchmetrics, of 1,000 samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 5)
+        self.accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=5)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        logits = self.layer(x)
+        self.log("loss", torch.nn.functional.cross_entropy(logits, y))
+        self.log("right", (logits.argmax(1) == y).float().mean())
+        self.log("samples", float(len(x)), reduce_fx="sum")
+        self.log("largest", logits.max(), reduce_fx="max")
+        self.accuracy(logits, y)
+        self.log("accuracy", self.accuracy)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch[0]).argmax(1)
+
+
+def test_three_ranks_measure_on_1000_samples_what_one_does(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    data = TensorDataset(torch.randn(1000, 8, generator=generator), torch.randint(5, (1000,), generator=generator))
+    batches, model = DataLoader(data, 32), Measured()
+    one = trainer(tmp_path).validate(model, batches, verbose=False)[0]
+    run = trainer(tmp_path, devices=3, strategy="ddp_fork")
+    three = run.validate(model, batches, verbose=False)[0]
+    assert one["samples"] == three["samples"] == 1000
+    assert three == pytest.approx(one, rel=1e-6)
+    assert three["right"] == pytest.approx(three["accuracy"], rel=1e-6)
+    whole = trainer(tmp_path).predict(model, batches)
+    parts = run.predict(model, batches)
+    assert [part.tolist() for part in parts] == [part.tolist() for part in whole]
