@@ -41,6 +41,7 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
         "data": data.state_dict(run.progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
+        "weights": run.weights.state_dict(),
     }
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     if within or not module.automatic_optimization:
@@ -86,6 +87,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData) -> None:
     parameters = dict(module.named_parameters())
     for name, gradient in mine.get("gradients", {}).items():
         parameters[name].grad = gradient.to(parameters[name].device)
+    run.weights.load_state_dict(mine.get("weights", {}))
     run.validated.update(mine["validated"])
     data.resume(mine["data"], within=bool(run.progress.batch))
     run.metrics.load_state_dict(mine["metrics"])
