@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from treadle.data import TrainingData
     from treadle.run import Run
 
-__all__ = ["capture_exact", "moment", "restore_exact"]
+__all__ = ["capture_exact", "moment", "restore_exact", "restore_metrics"]
 
 
 def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
@@ -79,9 +79,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData) -> None:
     mine = ranks[fabric.global_rank]
     metrics = run.metric_objects[1]
     run.results.load_state_dict(mine["results"], metrics)
-    for name, state in mine["metric_objects"].items():
-        if name in metrics:
-            _restore_metric(metrics[name], state)
+    restore_metrics(run, mine["metric_objects"])
     if not run.progress.batch:
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
@@ -92,6 +90,14 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData) -> None:
     data.resume(mine["data"], within=bool(run.progress.batch))
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
+
+
+def restore_metrics(run: Run, states: dict[str, Any]) -> None:
+    """Put back the ``metric_objects`` of a :func:`moment`."""
+    metrics = run.metric_objects[1]
+    for name, state in states.items():
+        if name in metrics:
+            _restore_metric(metrics[name], state)
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from treadle_fabric.loggers import Logger
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
     from treadle.module import LightningModule
+    from treadle.nonfinite import NonFiniteWatch
     from treadle_fabric import FabricModule, FabricOptimizer
 
 __all__ = ["Run"]
@@ -52,6 +53,8 @@ class Run:
 
     weights: Weights = field(default_factory=Weights)
     """Of the losses of the accumulation that is going on."""
+    watch: NonFiniteWatch | None = None
+    """Looks for losses and gradients that are not finite; None where nobody asked for it."""
 
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:

@@ -145,7 +145,10 @@ class AutomaticStep:
         self._outputs: Any = None
         self._last_loss: Tensor | None = None
         self._accumulate = 1
-        self._weights = run.weights
+        self._weights, self._watch = run.weights, run.watch
+        if run.watch is not None:
+            self._training_step = run.watch.observe(self._training_step, wants_iterator=self.wants_iterator)
+            self._before_backward = (*self._before_backward, run.watch.take)
         self._leaves_out = False  # this batch's step
         self._told_empty = False
         self.idle = 0
@@ -209,7 +212,8 @@ class AutomaticStep:
         if stepping and optimizer is not None:
             if window > 1 and weights.off:
                 self._rescale(window, batch_idx % self._accumulate + 1)
-            if not (weights.off or weights.normalize(optimizer, self._strategy)):
+            may_step = weights.off or weights.normalize(optimizer, self._strategy)
+            if not may_step or not (self._watch is None or self._watch.allows(optimizer)):
                 self._leave_out(optimizer)
             elif self._before_step or self._clipping is not None:
                 self._precision.unscale_gradients(optimizer)
@@ -236,6 +240,8 @@ class AutomaticStep:
             )
         self._accumulate = batches
         self.idle = 0
+        if self._watch is not None:
+            self._watch.forget()
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         if self._run.fabric.world_size == 1:
@@ -399,6 +405,8 @@ def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
 
     module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
     dispatch.call("on_before_backward", loss)
+    if run.watch is not None:
+        run.watch.take(loss)
     strategy.expect_backward(loss)
     if overrides(module, "backward", LightningModule):
         precision = strategy.precision
