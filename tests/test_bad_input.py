@@ -151,7 +151,7 @@ def test_an_accelerator_that_is_not_there() -> None:
 
 
 def test_the_check_for_misspelled_arguments_hides_no_signature() -> None:
-    for kind, n in ((L.Trainer, 44), (Fabric, 9)):
+    for kind, n in ((L.Trainer, 45), (Fabric, 9)):
         parameters = inspect.signature(kind.__init__).parameters
         assert len(parameters) == n
         assert parameters["devices"].default == "auto"

@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import UserDict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests.trainer.models import Net, trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from treadle import Callback, MisconfigurationException
 from treadle_fabric import MixedPrecision
@@ -259,6 +262,36 @@ def test_a_batch_of_no_samples_changes_neither_weights_nor_means(tmp_path: Path)
     assert found[0]["val_count"] == 5
     alone = trainer(tmp_path).validate(Logs(), batches([0]), verbose=False)[0]
     assert alone["val_loss"] != alone["val_loss"]  # a mean over nothing
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: (x, len(x)),
+        lambda x: [[x], "names"],
+        lambda x: {"name": "a", "x": x},
+        lambda x: UserDict(x=x),
+        lambda x: SimpleNamespace(name="a", x=x),
+    ],
+)
+def test_a_batch_of_no_samples_is_seen_in_what_it_is_wrapped_in(tmp_path: Path, wrap: Any) -> None:
+    class Unwraps(Unweighted):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            while not isinstance(batch, Tensor):
+                batch = (
+                    batch[0]
+                    if isinstance(batch, (list, tuple))
+                    else batch.x
+                    if isinstance(batch, SimpleNamespace)
+                    else batch["x"]
+                )
+            return self.loss(batch)
+
+    model, without = Unwraps(), Unwraps()
+    with pytest.warns(UserWarning, match="0 samples"):
+        fit(tmp_path, model, DataLoader([wrap(b) for b in batches(EMPTY)], batch_size=None, collate_fn=lambda x: x))
+    fit(tmp_path, without, batches([3, 2]))
+    assert weights(model) == weights(without)
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

@@ -14,7 +14,6 @@ from torch import Tensor
 from treadle.dispatch import overrides
 from treadle.optimizers import needs_closure
 from treadle_fabric import MisconfigurationException
-from treadle_fabric.data import infer_batch_size
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -228,7 +227,7 @@ class AutomaticStep:
             return None
         outputs = {} if output is loss or output is None or isinstance(output, Tensor) else dict(output)
         if mean is not None:
-            outputs["loss"] = (mean / window if window > 1 else mean).detach()
+            outputs["loss"] = (loss if weights.off and loss is not None else mean / window).detach()
         return outputs
 
     def accumulate(self, batches: int) -> None:
@@ -347,13 +346,17 @@ class AutomaticStep:
 
 
 def _is_empty(batch: Any) -> bool:
-    """Whether a batch has 0 samples; quick where the first thing in it is a tensor."""
+    """Whether a batch has 0 samples, as far as the first tensor in it tells without a search."""
     first = batch
     if type(batch) in (tuple, list, dict) and batch:
         first = next(iter(batch.values())) if type(batch) is dict else batch[0]
-    if isinstance(first, Tensor) and first.numel():
-        return False
-    return infer_batch_size(batch) == 0
+    if isinstance(first, Tensor):
+        return not first.numel() and first.shape[:1] == (0,)
+    if first is not batch and type(first) in (tuple, list, dict):
+        return _is_empty(first)
+    named = batch if type(batch) is dict or isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+    tensor = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    return tensor is not None and tensor.shape[:1] == (0,)
 
 
 def _check_loss(loss: Tensor) -> None:
