@@ -150,13 +150,6 @@ class SkipsByHand(Drops):
         return loss if loss.isfinite() else None
 
 
-class Counts(SkipsByHand):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        super().training_step(batch, batch_idx)
-        torch.rand(1)
-        return self.drop(batch).mean() * 0 + self.loss(batch)
-
-
 def test_a_skipped_step_is_as_if_it_had_not_been(tmp_path: Path) -> None:
     """Random numbers, logged values and what steps with the optimizer included; the second run leaves no trace."""
     torch.manual_seed(1)
@@ -178,6 +171,17 @@ def test_a_skipped_step_is_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert sum("The step is skipped" in text for text in said) == 3
     assert sum("4 optimizer step(s)" in text and "were skipped" in text for text in said) == 1
     assert len(files(tmp_path)) == 3
+
+
+def test_running_an_earlier_batch_again_draws_nothing(tmp_path: Path) -> None:
+    drawn = []
+    for mode in ("skip", None):
+        torch.manual_seed(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit(tmp_path, Drops(), batches(2), mode, accumulate_grad_batches=2)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
 
 
 class Logs(Drops):
@@ -280,6 +284,13 @@ def test_a_batch_that_no_file_can_hold_is_still_explained(tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
+class Adds(Net):
+    """The loss of one rank is infinite, and all gradients are finite."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.loss(batch) + (float("inf") if batch_idx == BAD and self.global_rank else 0.0)
+
+
 def run_two(folder: Path) -> dict[str, Any]:
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     out: dict[str, Any] = {}
@@ -291,6 +302,11 @@ def run_two(folder: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             run = fit(folder, model, data, "skip", accumulate_grad_batches=accumulate, **arguments)
         out[f"skip {accumulate}"] = [*weights(model), run.global_step]
+    model = Adds()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = fit(folder / "adds", model, batches(), "skip", **arguments)
+    out["one-sided"] = [*weights(model), run.global_step]
     try:
         fit(folder, Net(), data, "raise", **arguments)
     except NonFiniteError as error:
@@ -323,6 +339,7 @@ def test_two_ranks_do_the_same_when_one_has_a_bad_batch(tmp_path: Path, capsys: 
     for accumulate, steps in ((1, 5), (2, 2)):
         assert zero[f"skip {accumulate}"][-1] == steps
         assert all(w == w for w in zero[f"skip {accumulate}"])
+    assert zero["one-sided"][-1] == BATCHES - 1
     assert "The loss is inf at epoch 0, batch_idx 3, global_step 3, rank 1." in zero["raise"]
     assert "rank 0" not in zero["raise"]
     names = files(tmp_path)
