@@ -269,7 +269,7 @@ class AutomaticStep:
             of_rank = f" on rank {self._strategy.global_rank}" if self._strategy.world_size > 1 else ""
             warnings.warn(
                 f"A batch of 0 samples in the training loader{of_rank}, epoch {self._progress.epoch}, batch"
-                f" {batch_idx}: its loss is {loss.item()}, and it is skipped, as others like it will be.",
+                f" {batch_idx}: its loss is {loss.mean().item()}, and it is skipped, as others like it will be.",
                 stacklevel=2,
             )
         return None
