@@ -185,11 +185,14 @@ class NonFiniteWatch:
         bad = [r for r in records if r.taken and r.loss is not None and not bool(r.loss.isfinite().all())]
         culprit, found = (bad[0] if bad else None), Findings()
         if self._reruns:
-            for record in [culprit] if culprit is not None else [r for r in records if r.taken]:
-                found = self._run_again(record)
-                if culprit is not None or found.layer or found.gradients:
-                    culprit = record
-                    break
+            # A step may wait for other ranks (`all_gather`, synchronized batch norm): all of them run all of theirs
+            several = fabric.world_size > 1
+            for record in records if several or culprit is None else [culprit]:
+                now = self._run_again(record)
+                if record is culprit or (culprit is None and record.taken and now.gradients):
+                    culprit, found = record, now
+                    if not several:
+                        break
         if culprit is None:
             return ""
         names = self._named(optimizer) if fabric.world_size == 1 else found.gradients
