@@ -132,6 +132,16 @@ def test_hooks_see_the_loss_times_its_weight_over_a_power_of_two_and_outputs_the
     assert [loss for loss, _ in outputs] == pytest.approx([loss / 2 for loss in losses])
 
 
+def test_an_optimizer_that_searches_along_a_line_sees_the_loss_of_its_gradients(tmp_path: Path) -> None:
+    def searches(model: Any) -> Any:
+        arguments: Any = {"max_iter": 2, "line_search_fn": "strong_wolfe"}
+        model.configure_optimizers = lambda: torch.optim.LBFGS(model.parameters(), **arguments)
+        fit(tmp_path, model, batches([1, 40]))
+        return weights(model)
+
+    assert searches(Weighted()) == pytest.approx(searches(Unweighted()), rel=1e-4)
+
+
 class Zeroes(Weighted):
     """Batches of no tokens that count, whose mean is 0 / 0."""
 

@@ -222,7 +222,7 @@ class AutomaticStep:
                 if self._clipping is not None:
                     self._clipping(optimizer)
         if self._closure_step is not None:
-            self._last_loss = loss
+            self._last_loss = loss if weights.off or loss is None or mean is None else mean / window
         if not self._gives_outputs:
             return None
         outputs = {} if output is loss or output is None or isinstance(output, Tensor) else dict(output)
