@@ -75,6 +75,10 @@ CONSTRUCTORS: list[Mistake] = [
     ("misspelled accelerator", lambda: T(accelerator="cdua"), MisconfigurationException,
      ("accelerator='cdua'", "Did you mean 'cuda'?")),
     ("accelerator of a wrong type", lambda: F(accelerator=3), MisconfigurationException, ("accelerator=3", "name")),
+    ("misspelled on_nonfinite", lambda: T(on_nonfinite="rasie"), MisconfigurationException,
+     ("on_nonfinite='rasie'", "'skip'", "Did you mean 'raise'?")),
+    ("on_nonfinite of a wrong type", lambda: T(on_nonfinite=True), MisconfigurationException,
+     ("on_nonfinite=True", "'raise', 'skip' or 'warn'")),
     ("no device", lambda: T(devices=0), DeviceUnavailableError, ("devices=0", "from 1")),
     ("devices as a word", lambda: T(devices="two"), DeviceUnavailableError, ("devices='two'", "number from 1")),
     ("a list of CPUs", lambda: T(devices=[0, 1]), DeviceUnavailableError, ("devices=[0, 1]", "Use devices=2")),
@@ -147,7 +151,7 @@ def test_an_accelerator_that_is_not_there() -> None:
 
 
 def test_the_check_for_misspelled_arguments_hides_no_signature() -> None:
-    for kind, n in ((L.Trainer, 44), (Fabric, 9)):
+    for kind, n in ((L.Trainer, 45), (Fabric, 9)):
         parameters = inspect.signature(kind.__init__).parameters
         assert len(parameters) == n
         assert parameters["devices"].default == "auto"

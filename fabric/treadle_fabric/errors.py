@@ -11,6 +11,7 @@
     |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError)
     +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
+    +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
 
 Every message says the value, the rule and the remedy.
 """
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointUnsafeError",
     "DeviceUnavailableError",
     "MisconfigurationException",
+    "NonFiniteError",
     "ProcessFailedError",
     "TreadleError",
     "UnknownArgumentError",
@@ -87,6 +89,10 @@ class ProcessFailedError(TreadleError, RuntimeError):
 
 class UnusedParametersError(TreadleError, RuntimeError):
     """Parameters that require a gradient got none, and the strategy waits for it."""
+
+
+class NonFiniteError(TreadleError, ArithmeticError):
+    """A loss or gradients are NaN or infinite, and the run was told to end then."""
 
 
 def near_names(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -56,6 +56,7 @@ class Settings:
     barebones: bool = False
     auto_resume: bool = False
     on_save_error: str = "raise"
+    on_nonfinite: str | None = None
 
 
 def _integer(value: Any, name: str, lowest: int) -> int:
@@ -119,6 +120,11 @@ def _check_flags(given: dict[str, Any]) -> None:
         raise MisconfigurationException(
             f"on_save_error={given['on_save_error']!r} must be 'raise' or 'warn'."
             f" {near_names(str(given['on_save_error']), ['raise', 'warn'])}"
+        )
+    if given["on_nonfinite"] not in (None, "raise", "skip", "warn"):
+        raise MisconfigurationException(
+            f"on_nonfinite={given['on_nonfinite']!r} must be 'raise', 'skip' or 'warn', or None for no look at all."
+            f" {near_names(str(given['on_nonfinite']), ['raise', 'skip', 'warn'])}"
         )
     if given["deterministic"] not in (None, True, False, "warn"):
         raise MisconfigurationException(f"deterministic={given['deterministic']!r} must be True, False or 'warn'.")
@@ -204,6 +210,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         barebones=given["barebones"],
         auto_resume=given["auto_resume"],
         on_save_error=given["on_save_error"],
+        on_nonfinite=given["on_nonfinite"],
     )
 
 

@@ -38,16 +38,25 @@ def share_batch_norm(module: nn.Module, device: torch.device) -> None:
         )
 
 
-def set_up_optimizers(run: Run) -> None:
+def set_up_optimizers(run: Run, settings: Settings) -> None:
     """Make the optimizers and schedulers; in manual optimization their steps are counted and have their hook."""
+    if settings.on_nonfinite is not None:
+        from treadle.nonfinite import NonFiniteWatch
+
+        run.watch = NonFiniteWatch(run, settings.on_nonfinite, settings.default_root_dir)
     returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, run.schedulers = parse_optimizers(returned, run.module)
     listeners, progress, results = run.dispatch.listeners("on_before_optimizer_step"), run.progress, run.results
     strategy = run.fabric.strategy
     manual = not run.module.automatic_optimization
 
+    left_out: set[Optimizer] = set()
+
     def before_step(optimizer: Optimizer) -> None:
-        if listeners:
+        if run.watch is not None and not run.watch.allows(optimizer):
+            optimizer.zero_grad()  # the step finds nothing to do
+            left_out.add(optimizer)
+        elif listeners:
             strategy.precision.unscale_gradients(optimizer)
             results.hook = "on_before_optimizer_step"
             for listener in listeners:
@@ -55,7 +64,10 @@ def set_up_optimizers(run: Run) -> None:
             results.hook = "training_step"
 
     def after_step(optimizer: Optimizer) -> None:
-        progress.optimizer_steps += 1
+        if optimizer in left_out:
+            left_out.remove(optimizer)
+        else:
+            progress.optimizer_steps += 1
 
     hooks = (before_step, after_step) if manual else (None, None)
     run.optimizers = [FabricOptimizer(strategy.setup_optimizer(o), strategy, *hooks) for o in optimizers]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from treadle.checkpoint_commands import add_checkpoint_commands
+from treadle.replay import add_replay_command
 from treadle_fabric.errors import TreadleError
 
 __all__ = ["main"]
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("treadle", description="Tools for what Treadle's runs leave behind.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_checkpoint_commands(commands)
+    add_replay_command(commands)
     given = parser.parse_args(arguments)
     try:
         status: int = given.run(given)

@@ -45,8 +45,13 @@ def part_of_rank(
     for part in ranks if rank == 0 else ():
         for name, gradient in part.get("gradients", {}).items():
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
-    # each rank's gradient counts 1 / ranks in the mean that a backward pass makes over them
-    mine["gradients"] = {name: g * (world_size / len(ranks)) for name, g in gradients.items()}
+    # without weights each rank's gradient counts 1 / ranks in the mean that a backward pass makes over them
+    weights = [part.get("weights", {}) for part in ranks]
+    factor = 1.0 if weights[0] else world_size / len(ranks)
+    mine["gradients"] = {name: g * factor for name, g in gradients.items()}
+    if weights[0]:
+        sums = {key: sum(part[key] for part in weights) if rank == 0 else 0 for key in ("total", "count")}
+        mine["weights"] = {**weights[0], **sums}
     return mine
 
 

@@ -180,7 +180,7 @@ class ModuleHooks(DataHooks, nn.Module):
         """Gradients are about to be zeroed."""
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Backward is about to run on ``loss`` (divided by the accumulation)."""
+        """Backward is about to run on ``loss``, divided by the accumulation, or times weight over a power of two."""
 
     def on_after_backward(self) -> None:
         """Gradients are there (still scaled under 16-mixed)."""

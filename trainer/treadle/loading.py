@@ -37,7 +37,7 @@ else:
             return _refuse(f"{type(instance).__name__}.{self.__func__.__name__}")
 
 
-__all__ = ["class_only", "load_datamodule_from_checkpoint", "load_module_from_checkpoint"]
+__all__ = ["class_only", "instantiate", "load_datamodule_from_checkpoint", "load_module_from_checkpoint"]
 
 T = TypeVar("T")
 M = TypeVar("M", bound="LightningModule")
@@ -71,7 +71,7 @@ def load_module_from_checkpoint(
     """
     checkpoint = _read(checkpoint_path, map_location, weights_only)
     hparams, name = _hparams_of(checkpoint, hparams_file, "hyper_parameters", "hparams_name")
-    module = _instantiate(cls, hparams, name, kwargs)
+    module = instantiate(cls, hparams, name, kwargs)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     if "state_dict" not in checkpoint:
@@ -104,7 +104,7 @@ def load_datamodule_from_checkpoint(
     """
     checkpoint = _read(checkpoint_path, map_location, weights_only)
     hparams, name = _hparams_of(checkpoint, hparams_file, "datamodule_hyper_parameters", "datamodule_hparams_name")
-    datamodule = _instantiate(cls, hparams, name, kwargs)
+    datamodule = instantiate(cls, hparams, name, kwargs)
     if cls.__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[cls.__qualname__])
     return datamodule
@@ -150,7 +150,8 @@ def _hparams_of(
     return vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams), checkpoint.get(name_key)
 
 
-def _instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs: dict[str, Any]) -> T:
+def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs: dict[str, Any]) -> T:
+    """A module or a datamodule made with saved hyperparameters and ``kwargs``, which win."""
     if cls.__init__ is object.__init__:
         parameters: dict[str, inspect.Parameter] = {}
     else:

@@ -170,6 +170,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of ``(batch, batch_idx)``: a scalar tensor, a dict with ``loss``, or None to skip the batch.
 
+        The dict may also have a ``weight``, the number of tokens or samples that the loss is the mean of: batches of an
+        accumulation and of all ranks are averaged by it.
+
         An argument called ``dataloader_iter`` instead gets the loader's iterator.
         """
         raise MisconfigurationException(f"{type(self).__qualname__} has no `training_step`; fit needs one: define it.")

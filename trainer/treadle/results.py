@@ -165,6 +165,8 @@ class Slot:
 
     def accumulate(self, value: Any, weight: float) -> None:
         """Take a value into the epoch's reduction."""
+        if not weight and self.reduce == "mean":
+            return  # of no samples: it counts for nothing, and may be NaN
         self.pending.append(value)
         self.weights.append(weight)
         if len(self.pending) >= _FOLD_EVERY:
@@ -205,6 +207,8 @@ class Slot:
         self.fold()
         if callable(self.reduce):
             return self.reduce(_stack(self.values))
+        if self.total is None:  # a mean over no samples
+            return float("nan")
         return self.total / self.weight if self.reduce == "mean" else self.total
 
 
@@ -424,13 +428,16 @@ class Results:
                 out.update(entries)
                 if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
                     weight = samples if slot.reduce == "mean" else 1.0
-                    rows += [(name, slot.reduce, value * weight, weight) for name, value in entries]
+                    rows += [(name, slot.reduce, value * weight if weight else 0.0, weight) for name, value in entries]
         if distributed:
             out.update(reduce_over_ranks(self._fabric, rows))
         return out
 
     def _samples(self) -> float:
-        return self._resumed_samples if self.batch is None else float(infer_batch_size(self.batch) or 1)
+        if self.batch is None:
+            return self._resumed_samples
+        size = infer_batch_size(self.batch)
+        return 1.0 if size is None else float(size)
 
     def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:
         """The value of every epoch-logged slot that was not asked for yet: scalar tensors on the device, or numbers.
@@ -450,7 +457,7 @@ class Results:
                 elif callable(slot.reduce):
                     rows.append((name, "gather", slot.values, 0.0))
                 else:
-                    rows.append((name, slot.reduce, slot.total, slot.weight))
+                    rows.append((name, slot.reduce, 0.0 if slot.total is None else slot.total, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
         for (hook, _, _), slot in slots.items():
             slot.closed = True

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from treadle.data import TrainingData
     from treadle.run import Run
 
-__all__ = ["capture_exact", "moment", "restore_exact"]
+__all__ = ["capture_exact", "moment", "restore_exact", "restore_metrics"]
 
 
 def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
         "data": data.state_dict(run.progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
+        "weights": run.weights.state_dict(),
     }
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     if within or not module.automatic_optimization:
@@ -84,19 +85,26 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     else:
         mine = ranks[fabric.global_rank]
     run.results.load_state_dict(mine["results"], metrics)
-    for name, state in mine["metric_objects"].items():
-        if name in metrics:
-            _restore_metric(metrics[name], state)
+    restore_metrics(run, mine["metric_objects"])
     if not progress.batch:
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in mine.get("gradients", {}).items():
         parameters[name].grad = gradient.to(parameters[name].device)
+    run.weights.load_state_dict(mine.get("weights", {}))
     run.validated.update(mine["validated"])
     if not elsewhere:
         data.resume(mine["data"], within=bool(progress.batch))
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
+
+
+def restore_metrics(run: Run, states: dict[str, Any]) -> None:
+    """Put back the ``metric_objects`` of a :func:`moment`."""
+    metrics = run.metric_objects[1]
+    for name, state in states.items():
+        if name in metrics:
+            _restore_metric(metrics[name], state)
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:

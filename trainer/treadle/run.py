@@ -12,12 +12,14 @@ from treadle.dispatch import Dispatch
 from treadle.metrics import Metrics
 from treadle.results import Results, is_metric, to_floats
 from treadle.state import FitProgress, LRSchedulerConfig, TrainerState
+from treadle.weights import Weights
 from treadle_fabric import Fabric
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
     from treadle.module import LightningModule
+    from treadle.nonfinite import NonFiniteWatch
     from treadle_fabric import FabricModule, FabricOptimizer
 
 __all__ = ["Run"]
@@ -48,6 +50,11 @@ class Run:
     """Batches of each loader in all evaluations of this run: the x axis of values logged on their steps."""
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint in the middle of a validation keeps: a resumed run begins it anew."""
+
+    weights: Weights = field(default_factory=Weights)
+    """Of the losses of the accumulation that is going on."""
+    watch: NonFiniteWatch | None = None
+    """Looks for losses and gradients that are not finite; None where nobody asked for it."""
 
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:

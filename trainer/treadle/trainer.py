@@ -95,6 +95,8 @@ class Trainer(TrainerView):
         model_registry: not used; there for scripts that pass it.
         auto_resume: fit without ``ckpt_path`` goes on from the newest checkpoint that is whole, if there is one.
         on_save_error: "warn": training goes on where a checkpoint could not be written. Default: "raise".
+        on_nonfinite: what a loss or gradient that is NaN or infinite does: "raise" NonFiniteError, "skip" the step, or
+            "warn". Costs one wait for the device a step, and copies of batch and buffers. Default: nobody looks.
 
     Raises:
         MisconfigurationException: an argument is wrong; nothing has been started then.
@@ -147,6 +149,7 @@ class Trainer(TrainerView):
         model_registry: str | None = None,
         auto_resume: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
+        on_nonfinite: Literal["raise", "skip", "warn"] | None = None,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._settings = settings = resolve_settings(given)
@@ -458,7 +461,7 @@ class Trainer(TrainerView):
         with self._running(TrainerFn.FITTING, module, datamodule) as run:
             checkpoint = self._prepare(run, source)
             self._make_training_data = partial(assembly.training_data, run, self._settings, train)
-            assembly.set_up_optimizers(run)
+            assembly.set_up_optimizers(run, self._settings)
             run.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(run, self._settings)
             exact: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import weakref
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["DDPStrategy"]
 
 _MAX_NAMED = 10
+_made = itertools.count()  # every process sets up as many modules, in the same order
 _ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
 
@@ -119,6 +122,26 @@ class DDPStrategy(ParallelStrategy):
             engine.reducer._rebuild_buckets()
             search = engine.find_unused_parameters and not engine.static_graph
             engine.reducer.prepare_for_backward([loss] if search else [])
+
+    def join_backward(self, module: Module, label: str) -> None:
+        """A loss of zero; how many processes have nothing is counted where they met, which costs these alone."""
+        if not isinstance(module, DistributedDataParallel) or not module.require_backward_grad_sync:
+            return
+        trained = [p for p in module.parameters() if p.requires_grad]
+        untouched = all(p.grad is None for p in trained)
+        search = module.find_unused_parameters and not module.static_graph
+        # Where the others may have unused parameters, these must not seem to be used here
+        zero = torch.stack([p.reshape(-1)[:0].sum() for p in (trained[:1] if search else trained)]).sum()
+        module.reducer.prepare_for_backward([zero] if search else [])  # anew: the forward may have had no output
+        key, store = f"treadle/idle/{module.module.number}/{label}", dist.distributed_c10d._get_default_store()
+        if untouched:
+            store.add(key, 1)
+        self.backward(zero, module)
+        if untouched:
+            trained[0].grad.sum().item()  # type: ignore[union-attr] # when it is there, every process has been counted
+            if store.add(key, 0) == self.world_size:
+                for p in trained:
+                    p.grad = None
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """On the first step: a parameter without gradient would leave others unreduced, without a word."""
@@ -213,6 +236,7 @@ class _MethodForward(Module):
         super().__init__()
         self.module = module
         self.trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.number = next(_made)
         self.running = False
         self.backward_inside: bool | None = None
         """Whether the forward that runs had a backward pass in it; None where none ever had."""

@@ -266,6 +266,17 @@ class Strategy(ABC):
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
 
+    def join_backward(self, module: Module, label: str) -> None:
+        """Take part, with nothing to learn from, in the backward pass that other processes make now.
+
+        The gradients are then those of the others, this process's share being zero. Where no process has anything,
+        they are left as without a backward pass. Default: there are no others.
+
+        Args:
+            module: The engine, which ran the forward pass.
+            label: The same for this backward pass on every process, and for no other one.
+        """
+
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""
         self.before_optimizer_step(optimizer)

@@ -14,7 +14,7 @@ from treadle.optimizers import step_schedulers
 from treadle.schedule import ValidationSchedule, window_size
 from treadle.signals import Signals
 from treadle.state import Phase
-from treadle_fabric import StopAgreement
+from treadle_fabric import StopAgreement, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -60,6 +60,7 @@ class TrainingEpoch:
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
         self._step_scheduler = self._scheduler_hook if own else run.module.lr_scheduler_step
         self._last_validation = time.monotonic()
+        self._told_idle = False
 
     @property
     def val_check_batch(self) -> float:
@@ -84,7 +85,7 @@ class TrainingEpoch:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
         on_batch_start, on_batch_end, schedulers = self._on_batch_start, self._on_batch_end, self._schedulers
-        schedule = self._schedule
+        schedule, begun = self._schedule, progress.batch
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
@@ -104,7 +105,8 @@ class TrainingEpoch:
                 progress.step += 1
                 progress.step_in_epoch += 1
             if schedulers and stepping:
-                self._step_schedulers("step", progress.step, plateau=False)
+                if stepped:
+                    self._step_schedulers("step", progress.step, plateau=False)
                 if is_last:
                     self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
             if schedule is not None:
@@ -123,6 +125,16 @@ class TrainingEpoch:
             if self._finish_batch(stepping):
                 break
         begin_batch(None)
+        if step.idle:
+            self._tell_of_idleness(progress.batch - begun)
+
+    def _tell_of_idleness(self, batches: int) -> None:
+        if self._step.idle == batches and not self._told_idle:
+            self._told_idle = True
+            rank_zero_warn(
+                f"`training_step` had no loss for any of the {batches} batches of epoch {self._run.progress.epoch}, so"
+                " that nothing was learned: return the loss."
+            )
 
     def _finish_batch(self, stepping: bool) -> bool:
         """What follows ``on_train_batch_end``, from wherever the progress stands; returns whether to stop."""

@@ -103,6 +103,8 @@ class FitLoop:
                 progress.begin_epoch()
             dispatch.call("on_train_end")
             epoch.close()
+        if run.watch is not None:
+            run.watch.report()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -143,6 +144,14 @@ class AutomaticStep:
         self._outputs: Any = None
         self._last_loss: Tensor | None = None
         self._accumulate = 1
+        self._weights, self._watch = run.weights, run.watch
+        if run.watch is not None:
+            self._training_step = run.watch.observe(self._training_step, wants_iterator=self.wants_iterator)
+            self._before_backward = (*self._before_backward, run.watch.take)
+        self._leaves_out = False  # this batch's step
+        self._told_empty = False
+        self.idle = 0
+        """Batches of the epoch without anything to learn from."""
 
     def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
         """Train on one batch; returns what ``on_train_batch_end`` gets.
@@ -159,7 +168,9 @@ class AutomaticStep:
         if self._closure_step is not None:
             return self._step_with_closure(batch, batch_idx, window)
         outputs = self._gradients(batch, batch_idx, window, True)
-        if self._optimizer is not None:
+        if self._leaves_out:
+            self._leaves_out = False
+        elif self._optimizer is not None:
             self._strategy.optimizer_step(self._optimizer)
             self._progress.optimizer_steps += 1
         return outputs
@@ -169,17 +180,25 @@ class AutomaticStep:
         results = self._results
         results.hook = "training_step"
         output = self._training_step(batch, batch_idx) if self._takes == 2 else self._training_step(batch)
-        loss = output if isinstance(output, Tensor) else self._loss_of(output)
-        optimizer = self._optimizer
+        loss, weight = (output, None) if isinstance(output, Tensor) else self._loss_of(output)
+        mean = loss
+        if loss is not None and _is_empty(batch):
+            loss = self._finite_loss(loss, batch_idx)
+        optimizer, weights = self._optimizer, self._weights
         if optimizer is not None and batch_idx % self._accumulate == 0:
             if self._before_zero_grad:
                 results.hook = "on_before_zero_grad"
                 for listener in self._before_zero_grad:
                     listener(optimizer)
             self._zero_grad()  # type: ignore[misc]
-        if loss is not None:
-            if window > 1:
-                loss = loss / window
+        if weight is not None or not weights.off:
+            first = batch_idx % self._accumulate == 0
+            loss = weights.scale(loss, weight, window=window, first=first, strategy=self._strategy)
+        elif window > 1 and loss is not None:
+            loss = loss / window
+        if loss is None:
+            self._go_without(stepping)
+        else:
             if self._before_backward:
                 results.hook = "on_before_backward"
                 for listener in self._before_backward:
@@ -190,9 +209,12 @@ class AutomaticStep:
                 for listener in self._after_backward:
                     listener()
         if stepping and optimizer is not None:
-            if window > 1:
+            if window > 1 and weights.off:
                 self._rescale(window, batch_idx % self._accumulate + 1)
-            if self._before_step or self._clipping is not None:
+            may_step = weights.off or weights.normalize(optimizer, self._strategy)
+            if not may_step or not (self._watch is None or self._watch.allows(optimizer)):
+                self._leave_out(optimizer)
+            elif self._before_step or self._clipping is not None:
                 self._precision.unscale_gradients(optimizer)
                 results.hook = "on_before_optimizer_step"
                 for listener in self._before_step:
@@ -200,12 +222,12 @@ class AutomaticStep:
                 if self._clipping is not None:
                     self._clipping(optimizer)
         if self._closure_step is not None:
-            self._last_loss = loss
+            self._last_loss = loss if weights.off or loss is None or mean is None else mean / window
         if not self._gives_outputs:
             return None
         outputs = {} if output is loss or output is None or isinstance(output, Tensor) else dict(output)
-        if loss is not None:
-            outputs["loss"] = loss.detach()
+        if mean is not None:
+            outputs["loss"] = (loss if weights.off and loss is not None else mean / window).detach()
         return outputs
 
     def accumulate(self, batches: int) -> None:
@@ -216,6 +238,9 @@ class AutomaticStep:
                 " times a step, of one batch only: use larger batches, or an optimizer without a closure."
             )
         self._accumulate = batches
+        self.idle = 0
+        if self._watch is not None:
+            self._watch.forget()
 
     def _no_sync(self) -> AbstractContextManager[Any]:
         if self._run.fabric.world_size == 1:
@@ -234,6 +259,31 @@ class AutomaticStep:
             self._precision.pre_backward(loss, self._wrapped)
             self._dispatch.run("backward", self._precision.backward_by, self._backward_hook, loss)
             self._precision.post_backward(loss, self._wrapped)
+
+    def _finite_loss(self, loss: Tensor, batch_idx: int) -> Tensor | None:
+        """The loss of a batch of 0 samples; a mean over nothing is none."""
+        if bool(loss.isfinite().all()):
+            return loss
+        if not self._told_empty:
+            self._told_empty = True
+            of_rank = f" on rank {self._strategy.global_rank}" if self._strategy.world_size > 1 else ""
+            warnings.warn(
+                f"A batch of 0 samples in the training loader{of_rank}, epoch {self._progress.epoch}, batch"
+                f" {batch_idx}: its loss is {loss.mean().item()}, and it is skipped, as others like it will be.",
+                stacklevel=2,
+            )
+        return None
+
+    def _go_without(self, stepping: bool) -> None:
+        """There is no loss; other ranks may have one, and wait for this one in their backward pass."""
+        self.idle += 1
+        if stepping and self._strategy.world_size > 1:
+            self._strategy.join_backward(self._wrapped.forward_module, str(self._progress.batches))
+
+    def _leave_out(self, optimizer: Optimizer) -> None:
+        """The optimizer must not step at this batch. One that is in its step already finds no gradients."""
+        self._leaves_out = True
+        optimizer.zero_grad()
 
     def _rescale(self, window: int, done: int) -> None:
         """At the end of an epoch of unknown length the window was shorter than what the losses were divided by."""
@@ -270,17 +320,21 @@ class AutomaticStep:
             self._wrapped_optimizer,
             closure,
         )
-        self._progress.optimizer_steps += 1
+        if self._leaves_out:
+            self._leaves_out = False
+        else:
+            self._progress.optimizer_steps += 1
         outputs, self._outputs = self._outputs, None
         return outputs
 
-    def _loss_of(self, output: Any) -> Tensor | None:
+    def _loss_of(self, output: Any) -> tuple[Tensor | None, Any]:
+        """The loss, and its weight if there is one."""
         if output is None:
-            return None
+            return None, None
         if isinstance(output, Mapping):
             loss = output.get("loss")
             if isinstance(loss, Tensor):
-                return loss
+                return loss, output.get("weight")
             raise MisconfigurationException(
                 f"`training_step` returned a dict with the keys {sorted(map(str, output))}; in automatic optimization"
                 " it needs the key 'loss' with a tensor."
@@ -289,6 +343,20 @@ class AutomaticStep:
             f"`training_step` returned {type(output).__name__}; in automatic optimization it returns a scalar tensor, a"
             " dict with 'loss', or None to skip the batch."
         )
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether a batch has 0 samples, as far as the first tensor in it tells without a search."""
+    first = batch
+    if type(batch) in (tuple, list, dict) and batch:
+        first = next(iter(batch.values())) if type(batch) is dict else batch[0]
+    if isinstance(first, Tensor):
+        return not first.numel() and first.shape[:1] == (0,)
+    if first is not batch and type(first) in (tuple, list, dict):
+        return _is_empty(first)
+    named = batch if type(batch) is dict or isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+    tensor = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    return tensor is not None and tensor.shape[:1] == (0,)
 
 
 def _check_loss(loss: Tensor) -> None:
@@ -314,6 +382,7 @@ class ManualStep:
         self._training_step = run.wrapped.method("training_step")
         self._takes, self.wants_iterator = step_arguments(run.module.training_step, ("batch", "batch_idx"))
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
+        self.idle = 0
 
     def accumulate(self, batches: int) -> None:
         """Nothing to do: the module accumulates by itself."""
@@ -339,6 +408,8 @@ def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
 
     module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
     dispatch.call("on_before_backward", loss)
+    if run.watch is not None:
+        run.watch.take(loss)
     strategy.expect_backward(loss)
     if overrides(module, "backward", LightningModule):
         precision = strategy.precision

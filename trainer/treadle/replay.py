@@ -1,0 +1,314 @@
+"""``treadle replay``: one micro-batch that was not finite, run again as it was.
+
+A file that ``Trainer(on_nonfinite=...)`` left is read without running anything in it. The module's own code is another
+matter: importing it runs it. What is imported is printed first, and without ``--module`` only code is imported that is
+yours or installed: a file in or below the working directory, or in Python's ``site-packages``, that lies where the
+file says. A script is imported only if it has a main guard; and what comes out has to be a LightningModule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from treadle.loading import instantiate
+from treadle.loops.step import step_arguments
+from treadle.module import LightningModule
+from treadle.nonfinite import Findings, examine, same_values
+from treadle.results import MetricSink
+from treadle.trainer import Trainer
+from treadle_fabric import MisconfigurationException, TorchCheckpointIO, isolate_rng, move_data_to_device, near_names
+from treadle_fabric.errors import CheckpointMismatchError
+from treadle_fabric.seed import set_rng_states
+from treadle_fabric.types import PathLike
+
+__all__ = ["Replay", "add_replay_command", "replay"]
+
+_KEYS: Final = {"batch", "batch_idx", "buffers", "class", "device", "epoch", "hyper_parameters", "parameters", "rng"}
+_REMEDY: Final = "Give --module path/to/file.py:Class, or --module package.module:Class, if you trust it."
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of a replay."""
+
+    findings: Findings
+    """The loss, the first layer and the gradients that are not finite, of this time."""
+    recorded: Tensor | None
+    """The loss of the run."""
+    same_loss: bool
+    """Whether the loss is that of the run, to the last bit."""
+    same_gradients: bool | None
+    """The same of the gradients; None where the run had none of this micro-batch alone."""
+
+    @property
+    def reproduced(self) -> bool:
+        """Whether everything that could be compared is the same."""
+        return self.same_loss and self.same_gradients is not False
+
+
+def replay(path: PathLike, module: str | None = None) -> Replay:
+    """Run the micro-batch of a file again, in this process: forward and backward, without a step.
+
+    Args:
+        path: a file from the folder ``nonfinite`` of a run.
+        module: where the module's class is, ``"path/to/file.py:Class"`` or ``"package.module:Class"``. Default: where
+            the file says, if that is in or below the working directory, or installed. It is imported, which runs it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, unsafe or none of these, or does not fit the module.
+        MisconfigurationException: the module cannot be found or made.
+    """
+    return _replay(_read(path), module)
+
+
+def add_replay_command(commands: Any) -> None:
+    """Add ``replay`` to the subparsers of a command line."""
+    parser = commands.add_parser(
+        "replay",
+        help="run a batch that was not finite again; exit status 1 if it comes out differently",
+        description="Run the batch of a file that on_nonfinite left again. This imports the module's code.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="such as nonfinite/epoch=0-step=12-batch=12-rank=0.replay")
+    parser.add_argument("--module", metavar="WHERE:CLASS", help="path/to/file.py:Class or package.module:Class")
+    parser.set_defaults(run=_command)
+
+
+def _command(given: argparse.Namespace) -> int:
+    bundle = _read(given.bundle)
+    _line("batch", f"epoch {bundle['epoch']}, batch_idx {bundle['batch_idx']}, global_step {bundle.get('step')}")
+    _line("process", f"rank {bundle.get('rank')} of {bundle.get('world_size')}")
+    done = _replay(bundle, given.module)
+    found = done.findings
+    _line("loss", f"{_number(found.loss)}, in the run {_number(done.recorded)}: {_verdict(done.same_loss)}")
+    _line("gradients", f"{', '.join(found.gradients) or 'none'} not finite: {_verdict(done.same_gradients)}")
+    _line("layer", found.layer or "no layer has an output that is not finite")
+    if bundle.get("torch") != str(torch.__version__):
+        _line("torch", f"{torch.__version__}, in the run {bundle.get('torch')}")
+    _line("result", "reproduced" if done.reproduced else "NOT reproduced")
+    return 0 if done.reproduced else 1
+
+
+def _line(name: str, text: str) -> None:
+    print(f"{name:<10} {text}", flush=True)
+
+
+def _verdict(same: bool | None) -> str:
+    return "not compared" if same is None else "identical" if same else "different"
+
+
+def _number(loss: Tensor | None) -> str:
+    return "none" if loss is None else repr(loss.double().item())
+
+
+# --- the file ---
+
+
+def _read(path: PathLike) -> dict[str, Any]:
+    bundle: Any = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
+    origin = bundle.get("class") if isinstance(bundle, dict) else None
+    whole = isinstance(origin, dict) and all(isinstance(origin.get(k), str) for k in ("module", "name", "file"))
+    if not whole or bundle.get("replay") != 1 or not bundle.keys() >= _KEYS:
+        raise CheckpointMismatchError(f"{str(path)!r} is no replay file: give one from a run's folder 'nonfinite'.")
+    return dict(bundle)
+
+
+def _replay(bundle: dict[str, Any], where: str | None) -> Replay:
+    if foreign := bundle.get("foreign"):
+        raise MisconfigurationException(
+            f"The batch held a {foreign}, which no file can hold safely, so there is nothing to run: let the loader"
+            " give tensors, numbers and strings in lists, tuples and dicts."
+        )
+    with isolate_rng(), _flags(bundle):
+        cls = _find(bundle["class"], where)
+        module = _make(cls, bundle)
+        kind = bundle["device"]
+        here = kind == "cpu" or getattr(torch, kind if kind in ("cuda", "mps") else "cpu").is_available()
+        try:
+            trainer = Trainer(
+                accelerator=kind if here else "cpu", devices=1, precision=bundle.get("precision"), logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                max_epochs=1,
+            )  # fmt: skip
+            trainer.fit_progress.epoch, trainer.fit_progress.step = bundle["epoch"], bundle["step"]
+            module.attach(trainer, _Nowhere())
+            with trainer.fabric.init_module():
+                module.configure_model()
+            trainer.fabric.setup_module(module)
+            _restore(module, bundle)
+            batch = move_data_to_device(bundle["batch"], trainer.fabric.device)
+            takes, _ = step_arguments(module.training_step, ("batch", "batch_idx"))
+            set_rng_states(bundle["rng"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            if isinstance(error, (CheckpointMismatchError, MisconfigurationException)):
+                raise
+            raise CheckpointMismatchError(f"The state in the file could not be restored: {error!r}.") from error
+        rest = (bundle["batch_idx"],) if takes == 2 else ()
+        found = examine(module, trainer.strategy.precision, batch, *rest)
+    if found.failure:
+        raise MisconfigurationException(f"`{cls.__qualname__}.training_step` failed in the replay: {found.failure}.")
+    recorded, digest = bundle.get("loss"), bundle.get("digest")
+    return Replay(
+        findings=found,
+        recorded=recorded,
+        same_loss=same_values(found.loss, recorded),
+        same_gradients=found.digest == digest if digest else None,
+    )
+
+
+class _Nowhere(MetricSink):
+    """Where values are logged in a replay."""
+
+    def log(self, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def _flags(bundle: dict[str, Any]) -> Generator[None]:
+    """Threads and determinism of the run, for as long as the replay takes; what is imported is found so long too."""
+    threads, deterministic = bundle.get("threads"), bundle.get("deterministic") or [False, False]
+    before, path = torch.get_num_threads(), sys.path[:]
+    flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if isinstance(threads, int) and 0 < threads <= 4096:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(bool(deterministic[0]), warn_only=bool(deterministic[1]))
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(flags[0], warn_only=flags[1])
+
+
+def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
+    """Parameters, buffers and modes of before the step."""
+    for kind, mine in (("parameters", module.named_parameters()), ("buffers", module.named_buffers())):
+        saved, own = bundle[kind], dict(mine)
+        if saved.keys() != own.keys():
+            name = min(saved.keys() ^ own.keys())
+            raise CheckpointMismatchError(
+                f"{type(module).__qualname__} is not what ran: {name!r} is only {'there' if name in saved else 'here'}."
+                f" {near_names(name, own if name in saved else saved)} Check out the code of the run, or give the class"
+                " with --module."
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.shape != saved[name].shape:
+                    raise CheckpointMismatchError(
+                        f"{type(module).__qualname__} is not what ran: {name!r} has the shape {tuple(tensor.shape)},"
+                        f" and had {tuple(saved[name].shape)}. Save the arguments of __init__ with"
+                        " `self.save_hyperparameters()`, or check out the code of the run."
+                    )
+                tensor.copy_(saved[name])
+    frozen, evaluating = set(bundle.get("frozen", ())), set(bundle.get("evaluating", ()))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    for name, child in module.named_modules():
+        child.training = name not in evaluating
+
+
+def _make(cls: type[LightningModule], bundle: dict[str, Any]) -> LightningModule:
+    try:
+        return instantiate(cls, dict(bundle["hyper_parameters"]), bundle.get("hparams_name"), {})
+    except Exception as error:
+        raise MisconfigurationException(
+            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {error} Have"
+            " `self.save_hyperparameters()` in __init__, or give with --module a class that needs no arguments."
+        ) from error
+
+
+# --- the module's code, which importing runs ---
+
+
+def _find(origin: dict[str, str], where: str | None) -> type[LightningModule]:
+    file: Path | None
+    if where is None:
+        file = _trusted(origin)
+        dotted, name = origin["module"], origin["name"]
+    else:
+        source, _, name = where.rpartition(":")
+        if not source or not name:
+            raise MisconfigurationException(
+                f"--module {where!r} is neither path/to/file.py:Class nor package.module:Class."
+            )
+        file = Path(source).resolve() if source.endswith(".py") or os.sep in source else None
+        dotted = "__main__" if file is not None else source
+    print(f"{'imports':<10} {name} from {file or dotted}", flush=True)
+    try:
+        code = _import(dotted, file)
+    except (Exception, SystemExit) as error:
+        raise MisconfigurationException(f"{file or dotted} could not be imported: {error!r}.") from error
+    found: Any = code
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or not issubclass(found, LightningModule):
+        raise MisconfigurationException(f"{name!r} in {file or dotted} is no LightningModule class. {_REMEDY}")
+    return found
+
+
+def _trusted(origin: dict[str, str]) -> Path:
+    """The file that holds the class, if it may be imported without being asked for by name."""
+    name, recorded = origin["name"], origin["file"]
+    if "<locals>" in name:
+        raise MisconfigurationException(
+            f"The class {name} was made in a function, where a replay cannot find it: move it to the top of a file."
+        )
+    file = Path(recorded).resolve()
+    if not recorded or file.suffix != ".py" or not file.is_file():
+        raise MisconfigurationException(
+            f"The class {name} was in {recorded or 'no file'}, which is not here. {_REMEDY}"
+        )
+    installed = [Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")]
+    if not any(file.is_relative_to(folder) for folder in (Path.cwd().resolve(), *installed)):
+        raise MisconfigurationException(
+            f"The class {name} was in {file}, outside the working directory; it is not imported unasked. {_REMEDY}"
+        )
+    if origin["module"] == "__main__" and not _has_main_guard(file):
+        raise MisconfigurationException(
+            f"{file} has no `if __name__ == '__main__':`, so that importing it would run the script: put the run under"
+            " one, or move the class to a file of its own and give that with --module."
+        )
+    return file
+
+
+def _has_main_guard(file: Path) -> bool:
+    try:
+        body = ast.parse(file.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return False
+    return any(isinstance(node, ast.If) and "__name__" in ast.dump(node.test) for node in body)
+
+
+def _import(dotted: str, file: Path | None) -> ModuleType:
+    """Import a module by name where its file is part of a package of that name, otherwise the file by itself."""
+    parts = dotted.split(".")
+    if file is None:
+        sys.path.insert(0, os.getcwd())
+        return importlib.import_module(dotted)
+    path = [*file.parts[:-1], *([] if file.name == "__init__.py" else [file.stem])]
+    if dotted != "__main__" and path[-len(parts) :] == parts:
+        sys.path.insert(0, str(Path(*path[: -len(parts)])))
+        found = importlib.import_module(dotted)
+        if Path(found.__file__ or "").resolve() == file:
+            return found
+    sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location("treadle_replayed", file)
+    assert spec is not None and spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = code
+    spec.loader.exec_module(code)
+    return code
