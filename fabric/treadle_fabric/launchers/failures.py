@@ -94,7 +94,7 @@ class Member:
         self.interrupted = threading.Event()
         self._launcher_is_alive = launcher_is_alive
         self._ending = threading.Lock()
-        self._speaks = speaks
+        self.speaks = speaks
         self._previous_hook = sys.excepthook
         self._hook = self._excepthook  # one object, so that leave() recognizes it
         self._crash_log: TextIO | None = None
@@ -230,9 +230,9 @@ class Member:
             number, launcher = self.board.latest() + 1, self.ranks[0]
             self.board.post(f"place_{number}_{self.rank}", place_of_main_thread())
             if self.board.post("launcher_died"):
-                who = f"rank {launcher}, the launching process," if self._speaks else "the launching process"
+                who = f"rank {launcher}, the launching process," if self.speaks else "the launching process"
                 sentence = f"{who} died without a traceback; rank {self.rank} and the others stop\n"
-                failure = failure_of_dead(self.board, launcher, sentence) if self._speaks else Failure(-1, sentence)
+                failure = failure_of_dead(self.board, launcher, sentence) if self.speaks else Failure(-1, sentence)
                 self.board.claim(number, failure)
                 report(self.board, number, self.ranks)
                 time.sleep(3 * POLL_INTERVAL)  # the others look at the board before it goes
@@ -349,11 +349,16 @@ def end_run(reason: str, status: int) -> NoReturn:
     if member is None:
         _say(reason)
     else:
-        board, number = member.board, member.board.latest() + 1
-        board.claim(number, Failure(member.rank, f"rank {member.rank}: {reason}\n", status=status))
+        board, number = member.board, member.board.latest()
+        said = board.failure(number)
+        if said is None or said.status != status:
+            number += 1
+            board.post(f"place_{number}_{member.rank}", place_of_main_thread())
+            board.claim(number, Failure(member.rank, f"rank {member.rank}: {reason}\n", hangs=True, status=status))
+            board.post(f"final_{number}")
+            if member.speaks:
+                report(board, number, member.ranks)
         board.post(f"failed_{number}_{member.rank}")
-        board.post(f"final_{number}")
-        report(board, number, member.ranks)
         if member.launches:
             time.sleep(GRACE_STUCK + 1)  # the others see it, and end before they would miss this process
             board.remove()

@@ -153,6 +153,8 @@ def _headline(failure: Failure, absent: Sequence[int]) -> str:
         who = f"Rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))} did not take part in it."
     else:
         who = "All ranks were in collectives, but not in the same one."
+    if failure.status != 1:  # it was ended, whatever it was doing
+        return "Where each rank was:\n"
     if not _TIMED_OUT.search(failure.summary):
         return f"\nA collective failed. {who} Where each rank was:\n"
     found = _SET_TIMEOUT.search(failure.summary)

@@ -36,6 +36,7 @@ from treadle_fabric.launchers.failures import (
     report,
 )
 from treadle_fabric.launchers.launcher import Launcher, limit_threads, threads_per_process
+from treadle_fabric.launchers.listener import SignalListener
 
 __all__ = ["SubprocessLauncher", "in_notebook", "launched_here", "settle"]
 
@@ -107,7 +108,7 @@ class _Children:
         self._environ_before = environ_before
         self._main_is_done = threading.Event()
         self._over = threading.Event()
-        self._signals = _SignalListener()
+        self._interrupts = _Interrupts()
         self._test = _test_runner_name()
         self._explained: set[int] = set()
         self.owner = os.getpid()
@@ -199,7 +200,7 @@ class _Children:
             running = self._running()
             if (
                 self._member.interrupted.is_set()
-                or self._signals.saw_interrupt()
+                or self._interrupts.seen()
                 or any(
                     process.poll() in _SIGINT_STATUS and rank not in self._explained
                     for rank, process in self._processes.items()
@@ -295,7 +296,7 @@ class _Children:
                 for rank, process in running.items():
                     if not self._board.has(f"interrupted_{rank}"):
                         process.send_signal(signal.SIGINT)
-                if not (self._member.interrupted.is_set() or self._signals.heard or self._main_is_done.is_set()):
+                if not (self._member.interrupted.is_set() or self._interrupts.heard or self._main_is_done.is_set()):
                     _thread.interrupt_main()
             if told and not self._board.has("final_interrupt") and not self._main_is_done.is_set():
                 if self._member.interrupted.is_set():
@@ -311,7 +312,7 @@ class _Children:
             time.sleep(POLL_INTERVAL)
         self._explained |= {rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS}
         self._member.interrupted.clear()
-        self._signals.heard = False
+        self._interrupts.heard = False
 
     def _finish(self) -> None:
         for name, value in self._environ_before.items():
@@ -323,6 +324,7 @@ class _Children:
         failed_here = failure is not None and failure.rank == self._member.rank
         if self._main_is_done.is_set() or not (failed_here or torch.distributed.is_initialized()):
             self.forget()
+        self._interrupts.close()
         self._over.set()
 
     def forget(self) -> None:
@@ -332,40 +334,30 @@ class _Children:
         self._board.remove()
 
 
-class _SignalListener:
+class _Interrupts:
     """Hears of an interrupt while the main thread, whose business it is, waits in a collective."""
-
-    _pipe: tuple[int, int] | None = None  # one for all launches: only the main thread could take it back
 
     def __init__(self) -> None:
         self.heard = False
         self._since: float | None = None
-        if _SignalListener._pipe is None and threading.current_thread() is threading.main_thread():
-            reading, writing = os.pipe()
-            os.set_blocking(reading, False)
-            os.set_blocking(writing, False)
-            before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-            if before == -1:
-                _SignalListener._pipe = (reading, writing)
-            else:  # an event loop listens
-                signal.set_wakeup_fd(before)
-                os.close(reading)
-                os.close(writing)
+        self._listener = SignalListener(self._note)
 
-    def saw_interrupt(self) -> bool:
-        """Whether SIGINT came a while ago and nothing has come of it. A handler of the user's is left alone."""
-        if self._pipe is not None:
-            try:
-                came = signal.SIGINT in os.read(self._pipe[0], 64)
-            except OSError:
-                came = False
-            if came and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                self._since = time.monotonic()
+    def _note(self, number: int) -> None:
+        # A handler of the user's is left alone
+        if number == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._since = time.monotonic()
+
+    def seen(self) -> bool:
+        """Whether SIGINT came a while ago and nothing has come of it."""
         if self._since is None or time.monotonic() - self._since < 1:
             return False
         self._since = None
         self.heard = True
         return True
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._listener.close()
 
 
 _children: _Children | None = None

@@ -1,0 +1,21 @@
+"""One of two ranks fails in every way at every place: all processes end in time, and the failing one is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.trainer.failing import HOWS, PLACES, check, run
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("how", HOWS)
+def test_all_end_in_time_and_say_who_failed(how: str, where: str, rank: int, record_property: Any) -> None:
+    result = run(how, where, rank)
+    check(result, how, where, rank)
+    record_property("failures", 1)
+    record_property(f"ended after {how}", 1)
+    print(f"{how} in {where} on rank {rank}: {result.seconds:.1f} s, status {result.status}")
