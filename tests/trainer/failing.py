@@ -66,7 +66,7 @@ class Model(L.LightningModule):
         super().__init__()
         self.layer = torch.nn.Linear(4, 2)
     def setup(self, stage):
-        here("setup", self.fabric)
+        here("setup", self.trainer.fabric)
     def training_step(self, batch, batch_idx):
         if batch_idx == 3:
             here("fit", self.fabric)
@@ -87,10 +87,12 @@ class Strategy(DDPStrategy):
 
 if __name__ == "__main__":
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=Strategy(timeout=timedelta(seconds=60), start_method=start), max_epochs=1,
-        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=4,
+        accelerator="cpu", devices=2, strategy=Strategy(timeout=timedelta(seconds=60), start_method=start),
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, max_epochs=1,
+        val_check_interval=4,
     )
-    train = DataLoader(Samples("data" if where != "worker" else "worker"), 2, num_workers=2 if where == "worker" else 0)
+    workers = 2 if where == "worker" else 0
+    train = DataLoader(Samples("worker" if workers else "data"), 2, num_workers=workers)
     trainer.fit(Model(), train, DataLoader(Samples("none"), 4, num_workers=1 if where == "validation" else 0))
 """.replace("TIMEOUT)", f"{TIMEOUT_S})")
 
@@ -167,7 +169,8 @@ def check(result: Result, how: str, where: str, rank: int) -> None:
     assert result.status != 0, told
     assert result.seconds <= ALLOWED_S + (TIMEOUT_S if how == "skip" else 0), told
     err = result.err
-    tracebacks = err.count("Traceback (most recent call last)") - err.count("Original Traceback")
+    parts = ("Original Traceback", "direct cause of the following", "another exception occurred")
+    tracebacks = err.count("Traceback (most recent call last)") - sum(err.count(part) for part in parts)
     other = 1 - rank
     if how == "raise" or (where == "worker" and how != "skip"):
         words = {

@@ -8,6 +8,7 @@ Each note is written once, whole, by whoever comes first. N counts the failures 
     place_N_R        where rank R was when a collective failed
     final_N          a process goes down because of it, so the others must as well
     reported_N       somebody printed it
+    told_N           it has been printed
     stopped_N_R      rank R said that it stops because of it
     ended_R          rank R has nothing left to do
     interrupted_R    rank R saw a KeyboardInterrupt

@@ -63,6 +63,7 @@ GRACE_FAILING = 7.0  # for one that has, and is busy with its own clean-up
 LOST_PEER_WAIT = 2.0  # how long a connection error waits for the failure that caused it
 POLL_INTERVAL = 0.2
 ENDED = "had come to its end, without an error"
+TELLING_WAIT = 1.0  # how long a rank that stops waits for the one that failed to print its traceback
 PLACES_WAIT = 1.0  # how long the one who reports a failed collective waits for the others to say where they are
 
 
@@ -178,8 +179,15 @@ class Member:
             _say(f"rank {self.rank} failed:")
             self._previous_hook(kind, exc, tb)
             _say(whereabouts(self.board, number, self.ranks))
+            self.board.post(f"told_{number}")
         elif not won:
             self.say_stopped(number)
+        failure = self.board.failure(number)
+        if failure is not None and failure.status != 1:  # it is not for this exception that the run ends
+            if self.launches:
+                time.sleep(GRACE_STUCK + 1)
+                self.board.remove()
+            end_process(failure.status)
 
     def finish(self, exc: BaseException) -> None:
         """Go down with an exception that the launching process reports."""
@@ -191,9 +199,13 @@ class Member:
                 self.say_stopped(number)
 
     def say_stopped(self, number: int) -> None:
-        """Say once in a line that this rank stopped because another failed."""
+        """Say once in a line that this rank stopped because another failed; what failed comes first."""
         failure = self.board.failure(number)
-        if failure is not None and self.board.post(f"stopped_{number}_{self.rank}"):
+        if failure is not None and self.board.post(f"stopped_{number}_{self.rank}") and self.speaks:
+            deadline = time.monotonic() + TELLING_WAIT
+            while not self.board.has(f"told_{number}") and time.monotonic() < deadline:
+                time.sleep(0.02)
+            report(self.board, number, self.ranks)  # it may be busy with its clean-up
             _say(f"rank {self.rank} stopped because rank {failure.rank} failed")
 
     def note_place(self) -> None:
@@ -322,6 +334,7 @@ def report(board: Board, number: int, ranks: Sequence[int]) -> None:
     failure = board.failure(number)
     if failure is not None and board.claim_report(number):
         _say(str(failure) + whereabouts(board, number, ranks))
+        board.post(f"told_{number}")
 
 
 def whereabouts(board: Board, number: int, ranks: Sequence[int]) -> str:
