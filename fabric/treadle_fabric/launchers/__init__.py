@@ -9,6 +9,7 @@ from treadle_fabric.launchers.failures import claim_failure, end_run, first_fail
 from treadle_fabric.launchers.launcher import Launcher
 from treadle_fabric.launchers.listener import SignalListener
 from treadle_fabric.launchers.spawn import SpawnLauncher
+from treadle_fabric.launchers.store_board import join_group, leave_group
 from treadle_fabric.launchers.subprocess import SubprocessLauncher, in_notebook, launched_here, settle
 
 __all__ = [
@@ -21,7 +22,9 @@ __all__ = [
     "end_run",
     "first_failure",
     "in_notebook",
+    "join_group",
     "launched_here",
+    "leave_group",
     "make_launcher",
     "settle",
 ]

@@ -50,6 +50,7 @@ __all__ = [
     "join_launch",
     "leave_launch",
     "report",
+    "report_death",
     "whereabouts",
 ]
 
@@ -76,6 +77,8 @@ class Member:
         ranks: The global ranks that this machine's launcher started.
         launcher_is_alive: Tells whether the launching process is there; None in that process itself.
         speaks: Whether an uncaught exception is printed here. Not so where the launching process raises it.
+        look: What else the thread that looks after the launch is to look for.
+        interval: Seconds between two looks.
     """
 
     def __init__(
@@ -85,12 +88,18 @@ class Member:
         ranks: Sequence[int],
         launcher_is_alive: Callable[[], bool] | None,
         speaks: bool = True,
+        look: Callable[[Member], None] | None = None,
+        interval: float = POLL_INTERVAL,
     ) -> None:
         self.board = board
         self.rank = rank
         self.ranks = tuple(ranks)
         self.pid = os.getpid()
         self.number = 0
+        self.interval = interval
+        self._look = look
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
         self._placed = 0
         self.interrupted = threading.Event()
         self._launcher_is_alive = launcher_is_alive
@@ -114,7 +123,8 @@ class Member:
             if self._crash_log is not None:
                 faulthandler.enable(self._crash_log)
         if self._launcher_is_alive is not None:
-            threading.Thread(target=self._watch, name="treadle-watch-launcher", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="treadle-watch-launcher", daemon=True)
+            self._thread.start()
 
     def leave(self) -> None:
         """Share them no longer."""
@@ -124,6 +134,9 @@ class Member:
             faulthandler.disable()
             self._crash_log.close()
             self._crash_log = None
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)  # in a store when the interpreter ends, it would abort the process
 
     def claim(self, exc: BaseException) -> bool:
         """Claim the exception as the first failure; False when another rank failed before."""
@@ -220,9 +233,11 @@ class Member:
     def _watch(self) -> None:
         assert self._launcher_is_alive is not None
         final_since: float | None = None
-        while True:
+        while not self._closed.is_set():
             if not self._launcher_is_alive():
                 self._launcher_died()
+            if self._look is not None:
+                self._look(self)
             self.note_place()
             number = self.board.latest()
             failure = self.board.failure(number) if number and self.board.is_final(number, self.ranks) else None
@@ -235,7 +250,7 @@ class Member:
                 if time.monotonic() - final_since > grace:
                     self.say_stopped(number)
                     end_process(failure.status)
-            time.sleep(POLL_INTERVAL)
+            self._closed.wait(self.interval)
 
     def _launcher_died(self) -> None:
         with self._ending:  # main and watching thread may both come here
@@ -335,6 +350,16 @@ def report(board: Board, number: int, ranks: Sequence[int]) -> None:
     if failure is not None and board.claim_report(number):
         _say(str(failure) + whereabouts(board, number, ranks))
         board.post(f"told_{number}")
+
+
+def report_death(member: Member, rank: int) -> None:
+    """Claim the failure of another rank that died without a word."""
+    board, number = member.board, member.board.latest() + 1
+    if number > 1 and board.is_final(number - 1, member.ranks):
+        return  # that is why
+    board.claim(number, failure_of_dead(board, rank, f"rank {rank} died and left no traceback\n"))
+    board.post(f"final_{number}")
+    report(board, number, member.ranks)
 
 
 def whereabouts(board: Board, number: int, ranks: Sequence[int]) -> str:

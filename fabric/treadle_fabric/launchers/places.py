@@ -34,6 +34,7 @@ _SET_TIMEOUT = re.compile(r"waiting (\d+) ?ms|Timeout\(ms\)=(\d+)|after (\d+)ms"
 _CRASH_LINE = re.compile(r'File "([^"]*)", line (\d+) in (.*)')
 _CRASH_THREADS = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
 
+_SHOWN = 16  # ranks; those that did not come are the first to be shown
 _INNERMOST = 2  # frames of libraries that are shown: what the rank was waiting in
 _WITHOUT_THE_USERS = 8  # as many where no frame is the user's
 
@@ -138,13 +139,16 @@ def describe_hang(board: Board, number: int, failure: Failure, ranks: Sequence[i
             notes[rank] = json.loads(_note(_place_of_crash(dump)))
     absent = [rank for rank in ranks if rank in ended or (rank in notes and not notes[rank]["waits"])]
     lines = [_headline(failure, absent)]
-    for rank in ranks:
+    shown = sorted(sorted(ranks, key=lambda rank: rank not in absent)[:_SHOWN])
+    for rank in shown:
         if rank in ended:
             lines.append(f"  rank {rank} {ended[rank]}\n")
         elif rank in notes:
             lines.append(f"  rank {rank}{', in a collective' if notes[rank]['waits'] else ''}:\n{notes[rank]['stack']}")
         else:
             lines.append(f"  rank {rank} did not answer\n")
+    if len(shown) < len(ranks):
+        lines.append(f"  and {len(ranks) - len(shown)} more\n")
     return "".join(lines)
 
 

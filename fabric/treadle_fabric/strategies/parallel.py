@@ -14,7 +14,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.launchers import make_launcher
+from treadle_fabric.launchers import join_group, leave_group, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
 from treadle_fabric.strategies.strategy import Strategy
@@ -187,6 +187,7 @@ class ParallelStrategy(Strategy):
             device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
         self._owns_group = True
+        join_group()
         atexit.register(_destroy_group, os.getpid())
 
     def leave_environment(self) -> None:
@@ -260,4 +261,5 @@ class _Gather(torch.autograd.Function):
 
 def _destroy_group(pid: int) -> None:
     if os.getpid() == pid and dist.is_initialized():  # a forked child inherits the exit handler, not the group
+        leave_group()
         dist.destroy_process_group()
