@@ -43,9 +43,19 @@ def lost_peer(exc: BaseException) -> bool:
     """Whether the exception looks like what a process gets when another one vanishes or does not come."""
     return any(
         isinstance(link, torch.distributed.DistError)
-        or (isinstance(link, (RuntimeError, OSError)) and _LOST_PEER.search(str(link)) is not None)
+        or (
+            isinstance(link, (RuntimeError, OSError))
+            and _LOST_PEER.search(str(link)) is not None
+            and not _is_of_a_worker(link)
+        )
         for link in chain(exc)
     )
+
+
+def _is_of_a_worker(exc: BaseException) -> bool:
+    # A data loader's worker that dies while it sends a batch resets a connection, too.
+    frames = traceback.extract_tb(exc.__traceback__)
+    return any(f"{os.sep}multiprocessing{os.sep}" in frame.filename for frame in frames[-6:])
 
 
 def timed_out(exc: BaseException) -> bool:
