@@ -81,9 +81,9 @@ class Board(ABC):
     def crash_log(self, rank: int) -> TextIO | None:
         """The note ``crash_R`` as a file, to be written while the process dies; None where that cannot be."""
 
+    @abstractmethod
     def has(self, name: str) -> bool:
         """Whether a note of this name was left."""
-        return self.read(name) is not None
 
     def claim(self, number: int, failure: Failure) -> bool:
         """Record a failure as the first of its number; False when another rank's is there already."""
@@ -157,6 +157,9 @@ class LaunchDirectory(Board):
             return (self.directory / name).read_text(encoding="utf-8")
         except OSError:
             return None
+
+    def has(self, name: str) -> bool:
+        return (self.directory / name).exists()
 
     def exists(self) -> bool:
         return self.directory.exists()
