@@ -20,12 +20,12 @@ class SignalListener:
         heard: what to call; it must be quick.
     """
 
-    _writing: int | None = None  # one pipe and one thread for all listeners: only the main thread could take them back
+    _writing: int | None = None  # one pipe and one thread for all listeners, made once
     _listeners: tuple[SignalListener, ...] = ()
 
     def __init__(self, heard: Callable[[int], None]) -> None:
         self._heard = heard
-        if SignalListener._writing is None and threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread():
             _start()
         SignalListener._listeners += (self,)
 
@@ -35,16 +35,13 @@ class SignalListener:
 
 
 def _start() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    if before != -1:
+    if SignalListener._writing is None:
+        reading, SignalListener._writing = os.pipe()
+        os.set_blocking(SignalListener._writing, False)
+        threading.Thread(target=_listen, args=(reading,), name="treadle-signals", daemon=True).start()
+    before = signal.set_wakeup_fd(SignalListener._writing, warn_on_full_buffer=False)
+    if before not in (-1, SignalListener._writing):  # an event loop listens
         signal.set_wakeup_fd(before)
-        os.close(reading)
-        os.close(writing)
-        return
-    SignalListener._writing = writing
-    threading.Thread(target=_listen, args=(reading,), name="treadle-signals", daemon=True).start()
 
 
 def _listen(reading: int) -> None:

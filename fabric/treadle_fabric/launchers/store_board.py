@@ -92,6 +92,8 @@ class _Peers:
 
     def check(self, member: Member) -> None:
         """Report the one that has died."""
+        if _is_hosted_by_a_rank() and member.board.has("ended_0"):
+            member.board.remove()  # before it goes: torch prints a warning where it asks a store in vain
         if self._here is None:
             return
         for rank in list(self._unknown):
@@ -144,6 +146,10 @@ def leave_group() -> None:
     if member is None or not isinstance(member.board, StoreBoard):
         return
     member.board.post(f"ended_{member.rank}", ENDED)
-    if member.rank == 0 and member.board.latest() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        time.sleep(min(GRACE_STUCK, 4 * member.interval))  # the store goes with this process
+    if member.rank == 0 and _is_hosted_by_a_rank():
+        time.sleep(min(GRACE_STUCK, 3 * member.interval))  # the store goes with this process: until the others know
     leave_launch()
+
+
+def _is_hosted_by_a_rank() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # or torchrun has it
