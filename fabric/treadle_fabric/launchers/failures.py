@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, TextIO, TypeVar
 
@@ -180,6 +181,10 @@ class Member:
         if current_member() is not self:
             self._previous_hook(kind, exc, tb)
             return
+        with _at_once():
+            self._go_down(kind, exc, tb)
+
+    def _go_down(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
         won = self.claim(exc)
         if isinstance(exc, KeyboardInterrupt):
             self.board.post("final_interrupt")
@@ -418,6 +423,19 @@ def _format(exc: BaseException, rank: int) -> str:
     if isinstance(exc, SystemExit):
         return f"rank {rank} called sys.exit({exc.code!r})\n"
     return "".join(traceback.format_exception(exc))
+
+
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    # Torch's hook, around this one, collects what is written, to put the rank before each line. It would come after
+    # what other ranks say of it, or not at all where another thread ends the process.
+    before = sys.stderr
+    if isinstance(before, io.StringIO) and sys.__stderr__ is not None:
+        sys.stderr = sys.__stderr__
+    try:
+        yield
+    finally:
+        sys.stderr = before
 
 
 def _say(text: str) -> None:
