@@ -54,9 +54,11 @@ from treadle_fabric.fabric import Fabric
 from treadle_fabric.launchers import (
     ExternalLauncher,
     Launcher,
+    SignalListener,
     SpawnLauncher,
     SubprocessLauncher,
     claim_failure,
+    end_run,
     first_failure,
 )
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, rank_zero_experiment
@@ -138,6 +140,7 @@ __all__ = [
     "ProcessFailedError",
     "SLURMEnvironment",
     "ShardedSampler",
+    "SignalListener",
     "SingleDeviceStrategy",
     "SpawnLauncher",
     "Stateful",
@@ -155,6 +158,7 @@ __all__ = [
     "claim_failure",
     "collect_rng_states",
     "detect_environment",
+    "end_run",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",

@@ -80,6 +80,13 @@ def test_a_users_strategy_can_be_registered() -> None:
 # One device
 
 
+def test_one_device_refuses_the_reductions_that_several_refuse() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    assert fabric.all_reduce(torch.tensor(2.0), reduce_op="sum").item() == 2.0
+    with pytest.raises(MisconfigurationException, match="Did you mean 'avg'|mean"):
+        fabric.all_reduce(torch.tensor(2.0), reduce_op="avrage")
+
+
 def test_single_device() -> None:
     strategy = Fabric(accelerator="cpu", devices=1).strategy
     assert isinstance(strategy, SingleDeviceStrategy)

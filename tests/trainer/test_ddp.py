@@ -465,6 +465,34 @@ trainer(folder, devices=2, num_sanity_val_steps=0).fit(
 """
 
 
+class Lopsided(Net):
+    """One rank logs with callables, the other does not."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if self.global_rank == 1:
+            self.log("median", batch.mean(), on_step=False, on_epoch=True, reduce_fx=torch.median)
+            self.log("largest", batch.max(), on_step=False, on_epoch=True, reduce_fx=torch.amax)
+        return self.loss(batch)
+
+    def on_train_end(self) -> None:
+        if self.global_rank == 1:
+            torch.save(dict(self.trainer.callback_metrics), "logged.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*was not logged on rank")
+def test_a_save_in_mid_epoch_does_not_wait_for_names_that_one_rank_lacks(tmp_path: Path) -> None:
+    def fit(**kwargs: Any) -> dict[str, Any]:
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+        run = trainer(tmp_path, strategy="ddp_fork", devices=2, enable_checkpointing=True, callbacks=saving)
+        run.fit(Lopsided(), loader(16, 2), **kwargs)
+        return torch.load("logged.pt")
+
+    whole = fit()
+    assert whole.keys() == {"median", "largest"}
+    resumed = fit(ckpt_path=tmp_path / "step=3.ckpt")
+    assert resumed == whole
+
+
 def test_a_rank_that_raises_ends_all_with_its_traceback(tmp_path: Path) -> None:
     processes = {where: start(tmp_path / where, FAILING) for where in ("fit", "validation", "loader")}
     for where, process in processes.items():

@@ -6,17 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tests.trainer.failing import session
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
 import treadle as L
+from treadle_fabric import find_free_port
 
 SCRIPT = r"""
-import os, signal, sys, time
+import os, signal, sys, threading, time
+from pathlib import Path
 import torch
 import treadle as L
 from torch.utils.data import DataLoader, TensorDataset
@@ -33,6 +37,13 @@ class Model(L.LightningModule):
             self.trainer.should_stop = True
         if self.global_rank == 1 and self.global_step == 5 and mode == "term":
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.global_rank == 1 and self.global_step == 5 and mode == "announce":
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if self.global_rank == 1 and self.global_step == 5 and mode == "stuck":
+            Path("stuck").touch()
+            time.sleep(60)  # the other waits for the gradients
+        if self.global_step == 5 and mode == "killed":
+            os.kill(os.getpid(), signal.SIGTERM)
         if mode == "everybody" and self.global_step == 5:
             self.trainer.should_stop = True
         return self.layer(batch[0]).square().mean()
@@ -46,6 +57,11 @@ class Model(L.LightningModule):
         if batch_idx % 10 == 0:
             os.write(1, f"validated {self.global_rank} {batch_idx}\n".encode())
 
+    def on_save_checkpoint(self, checkpoint):
+        if mode == "killed" and self.global_step == 6:
+            checkpoint["large"] = torch.zeros(50_000_000)
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
 
@@ -58,8 +74,9 @@ class Ending(L.Callback):
 
 torch.manual_seed(0)
 trainer = L.Trainer(
-    accelerator="cpu", devices=2, max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=Ending(), num_sanity_val_steps=0,
+    accelerator="cpu", devices=1 if mode == "killed" else 2, max_epochs=3, logger=False, enable_progress_bar=False,
+    enable_model_summary=False, num_sanity_val_steps=0,
+    callbacks=[Ending(), L.callbacks.ModelCheckpoint(every_n_train_steps=5, save_last=True)],
 )
 data = TensorDataset(torch.randn(80, 4))
 val = DataLoader(TensorDataset(torch.randn(1200, 4)), 2) if mode.startswith("validation") else None
@@ -147,3 +164,60 @@ def test_sigterm_in_validation_in_one_process(tmp_path: Path) -> None:
     assert model.validated == 2 + 20 + 20
     assert run.callback_metrics == whole.callback_metrics
     assert torch.equal(model.layer.weight, expected.layer.weight)
+
+
+def start(mode: str, **environ: str) -> subprocess.Popen[str]:
+    path = Path("victim.py")
+    path.write_text(SCRIPT)
+    return subprocess.Popen(
+        [sys.executable, str(path), mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("to", ["waiting", "all"])
+def test_sigterm_ends_a_run_that_is_stuck_and_says_where_each_rank_was(to: str) -> None:
+    process = start("stuck", TREADLE_SIGTERM_GRACE="2")
+    until = time.monotonic() + 60
+    while not Path("stuck").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)  # until the other waits
+    told = time.monotonic()
+    if to == "all":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    stdout, stderr = process.communicate(timeout=40)
+    assert time.monotonic() - told < 2 + 10
+    assert process.returncode == 143, stderr
+    assert not session(process.pid)
+    assert stderr.count("SIGTERM came, and the batch did not end within 2 s") == 1
+    assert "time.sleep(60)" in stderr[stderr.index("Where each rank was:") :]
+    assert "Traceback" not in stderr
+    assert torch.load(Path("checkpoints") / "last.ckpt", weights_only=True)["global_step"] == 5
+    assert not (Path("checkpoints") / "preempted.ckpt").exists()
+
+
+def test_a_save_that_sigkill_cuts_off_leaves_the_last_good_checkpoint() -> None:
+    process = start("killed")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, stderr
+    assert torch.load(Path("checkpoints") / "last.ckpt", weights_only=True)["global_step"] == 5
+    if (preempted := Path("checkpoints") / "preempted.ckpt").exists():  # whole, or not at all
+        torch.load(preempted, weights_only=True)
+
+
+def test_slurms_announcement_of_the_end_saves_and_ends_all_with_143() -> None:
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    job |= {"SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    ranks = [start("announce", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in (0, 1)]
+    ends = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [143, 143], ends
+    saved = torch.load(Path("checkpoints") / "preempted.ckpt", weights_only=True)
+    for stdout, stderr in ends:
+        assert f" {saved['global_step']} SIGTERMException" in stdout
+        assert "Traceback" not in stderr

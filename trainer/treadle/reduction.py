@@ -13,7 +13,7 @@ from treadle_fabric import rank_zero_warn
 if TYPE_CHECKING:
     from treadle_fabric import Fabric
 
-__all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "gather_values", "reduce_over_ranks"]
+__all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "reduce_over_ranks"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
 Row: TypeAlias = tuple[str, Reduction | Literal["gather", "count"], Any, float]
@@ -24,7 +24,7 @@ REDUCTIONS: Final[dict[Any, Reduction]] = {
 _PACKET: Final = 130  # doubles in the packed collective: a checksum, a count and 64 pairs; more slots need a second one
 
 
-def gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
+def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
     """The values of all ranks, in their order."""
     mine = [float(v) for v in values]
     return [v for rank in range(fabric.world_size) for v in fabric.broadcast(mine, src=rank)]
@@ -84,7 +84,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
             case "count":
                 out[name] = int(weights.sum().item())
             case "gather":
-                out[name] = gather_values(fabric, total)
+                out[name] = _gather_values(fabric, total)
             case "min":
                 out[name] = totals.amin()
             case _:

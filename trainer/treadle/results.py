@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from treadle.reduction import REDUCTIONS, Reduction, Row, compute_alone, gather_values, reduce_over_ranks
+from treadle.reduction import REDUCTIONS, Reduction, Row, compute_alone, reduce_over_ranks
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 from treadle_fabric.data import infer_batch_size
 
@@ -313,17 +313,27 @@ class Results:
         Of a callable reduction its result so far is kept, which counts until the callable is passed again.
         """
         slots = []
+        everywhere = self._gathered()
         for (hook, name, loader), slot in self.slots.items():
             path = next((n for m in self._roots for n, child in m.named_modules() if child is slot.metric), None)
             entry = {"key": (hook, name, loader), "metric": path, **{k: getattr(slot, k) for k in _KEPT}}
             reduction: Any = slot.reduce
             if callable(slot.reduce):
-                values = slot.values + slot.pending
-                if self._fabric.world_size > 1 and not slot.rank_zero_only:
-                    values = gather_values(self._fabric, values)
+                values = everywhere.get(f"{slot.name}{slot.suffix} in {hook}", slot.values + slot.pending)
                 reduction, entry["reduced"] = "", slot.reduce(_stack(values)) if values else None
             slots.append({**entry, "options": (*slot.options[:4], reduction, *slot.options[5:])})
         return {"slots": slots, "samples": self._samples()}
+
+    def _gathered(self) -> dict[str, Any]:
+        """The values of all ranks for callable reductions; the ranks may have logged different names."""
+        if self._fabric.world_size == 1:
+            return {}
+        rows: list[Row] = [
+            (f"{slot.name}{slot.suffix} in {hook}", "gather", slot.values + slot.pending, 0.0)
+            for (hook, _, _), slot in self.slots.items()
+            if callable(slot.reduce) and not slot.rank_zero_only
+        ]
+        return reduce_over_ranks(self._fabric, rows)
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Put back what :meth:`state_dict` gave; ``metrics`` are the module's torchmetrics objects by path."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from treadle_fabric import TreadleError
+from treadle_fabric import MisconfigurationException, SignalListener, SLURMEnvironment, Strategy, TreadleError, end_run
 
-__all__ = ["SIGTERMException", "Signals"]
+__all__ = ["SIGTERMException", "Signals", "announcing_signal", "during_a_save"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+GRACE_VARIABLE: Final = "TREADLE_SIGTERM_GRACE"
+GRACE_S: Final = 20.0  # SLURM and Kubernetes kill after 30 by default, and the other ranks need some seconds, too
+_AFTER_A_SAVE_S: Final = 2.0  # to come to the end of the batch
 
 
 class SIGTERMException(SystemExit, TreadleError):
@@ -17,25 +28,45 @@ class SIGTERMException(SystemExit, TreadleError):
 
 
 class Signals:
-    """Notes SIGTERM while it is entered, in the main thread; elsewhere it does nothing."""
+    """Notes SIGTERM while it is entered, in the main thread; elsewhere it does nothing.
 
-    def __init__(self) -> None:
+    The main thread runs no handler while it waits in a collective. If it does not come to the end of a batch within
+    ``TREADLE_SIGTERM_GRACE`` seconds (default: 20), and is not saving, another thread ends the process.
+
+    Args:
+        also: The number of a signal that means the same but sets no such limit; 0: none.
+    """
+
+    def __init__(self, also: int = 0) -> None:
         self.received: int = 0
         """The signal's number, 0 while none came."""
-        self._before: Any = None
-        self._installed = False
+        self.saving = 0
+        """How many saves are under way, one inside the other."""
+        self._also = also
+        self._before: dict[int, Any] = {}
+        self._listener: SignalListener | None = None
+        self._heeded: threading.Event | None = None  # made on entry: the trainer is pickled before
+        self._grace = GRACE_S
 
     def __enter__(self) -> Signals:
-        self.received = 0
+        self.received, self.saving = 0, 0
+        self._heeded = threading.Event()
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
-            self._installed = True
+            self._grace = _grace()
+            self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._note)}
+            if self._also and signal.getsignal(self._also) is signal.SIG_DFL:  # a handler of the user's is left alone
+                self._before[self._also] = signal.signal(self._also, self._note)
+            self._listener = SignalListener(self._hear)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
-            self._installed = False
+        self._heed()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for number, before in self._before.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+        self._before = {}
         if self.received and exc[0] is None:  # it came after the last batch
             self.raise_received()
 
@@ -44,4 +75,70 @@ class Signals:
 
     def raise_received(self) -> None:
         """End the run: called between two batches."""
-        raise SIGTERMException(128 + (self.received or signal.SIGTERM))  # another rank may have got it
+        self._heed()
+        raise SIGTERMException(128 + signal.SIGTERM)
+
+    def _heed(self) -> None:
+        if self._heeded is not None:
+            self._heeded.set()
+
+    def _hear(self, number: int) -> None:
+        if number == signal.SIGTERM and self._heeded is not None and not self._heeded.is_set():
+            threading.Thread(target=self._limit, args=(self._heeded,), name="treadle-sigterm", daemon=True).start()
+
+    def _limit(self, heeded: threading.Event) -> None:
+        wait = self._grace
+        while not heeded.wait(wait):
+            if not self.saving:
+                end_run(
+                    f"SIGTERM came, and the batch did not end within {self._grace:g} s ({GRACE_VARIABLE}): the run "
+                    "ends without another save, and the last checkpoint stands.",
+                    status=128 + signal.SIGTERM,
+                )
+            while self.saving:
+                time.sleep(0.1)
+            wait = _AFTER_A_SAVE_S
+
+
+def _grace() -> float:
+    value = os.environ.get(GRACE_VARIABLE, "")
+    try:
+        seconds = float(value) if value else GRACE_S
+        if seconds >= 0:
+            return seconds
+    except ValueError:
+        pass
+    raise MisconfigurationException(
+        f"{GRACE_VARIABLE}={value!r}: this is the number of seconds, 0 or more, that a batch may still take after "
+        f"SIGTERM. Leave it out for {GRACE_S:g}."
+    )
+
+
+def announcing_signal(strategy: Strategy) -> int:
+    """The signal with which the cluster announces the end of a job: SLURM's ``--signal=USR1@60``; 0: none."""
+    environment = getattr(strategy, "cluster_environment", None)
+    if environment is None and SLURMEnvironment.detect():  # one task
+        environment = SLURMEnvironment()
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+        return environment.requeue_signal
+    return 0
+
+
+class _HasSignals(Protocol):
+    _signals: Signals
+
+
+S = TypeVar("S", bound=_HasSignals)
+
+
+def during_a_save(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """Let SIGTERM's limit wait for a method that saves."""
+
+    def saving(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self._signals.saving += 1
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._signals.saving -= 1
+
+    return functools.update_wrapper(saving, method)

@@ -27,7 +27,7 @@ from treadle.outcome import Outcome, adopt, run_and_capture
 from treadle.results import Results, to_floats
 from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
-from treadle.signals import Signals, SIGTERMException
+from treadle.signals import Signals, SIGTERMException, announcing_signal, during_a_save
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
 from treadle.view import TrainerView
@@ -168,7 +168,7 @@ class Trainer(TrainerView):
         self.should_stop = False
         self.fit_progress = FitProgress()
         self._metrics = Metrics()
-        self._signals = Signals()
+        self._signals = Signals(announcing_signal(self.fabric.strategy))
         self._run: Run | None = None
         self._module: LightningModule | None = None
         self._datamodule: LightningDataModule | None = None
@@ -288,6 +288,7 @@ class Trainer(TrainerView):
         found = self._launch(self._predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep)
         return cast("list[Any] | None", found)
 
+    @during_a_save
     def save_checkpoint(
         self, filepath: PathLike, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:

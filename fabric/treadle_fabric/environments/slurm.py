@@ -20,8 +20,8 @@ class SLURMEnvironment(ClusterEnvironment):
     """Processes started by ``srun``, one for each device.
 
     Args:
-        auto_requeue: Save a checkpoint and put the job back into the queue when its time is nearly up. (Needs a
-            signal before the end: ``#SBATCH --signal=SIGUSR1@90``.)
+        auto_requeue: Save a checkpoint and stop, with exit status 143, when the job's time is nearly up, so that it
+            can be queued again. (Needs a signal before the end: ``#SBATCH --signal=SIGUSR1@90``.)
         requeue_signal: The signal that announces the end; SIGUSR1 by default.
     """
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers.external import ExternalLauncher
-from treadle_fabric.launchers.failures import claim_failure, first_failure
+from treadle_fabric.launchers.failures import claim_failure, end_run, first_failure
 from treadle_fabric.launchers.launcher import Launcher
+from treadle_fabric.launchers.listener import SignalListener
 from treadle_fabric.launchers.spawn import SpawnLauncher
+from treadle_fabric.launchers.store_board import join_group, leave_group
 from treadle_fabric.launchers.subprocess import SubprocessLauncher, in_notebook, launched_here, settle
 
 __all__ = [
     "ExternalLauncher",
     "Launcher",
+    "SignalListener",
     "SpawnLauncher",
     "SubprocessLauncher",
     "claim_failure",
+    "end_run",
     "first_failure",
     "in_notebook",
+    "join_group",
     "launched_here",
+    "leave_group",
     "make_launcher",
     "settle",
 ]

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.launchers.board import LaunchDirectory
 from treadle_fabric.launchers.failures import (
     LAUNCH_DIR_VARIABLE,
-    FailureBoard,
     Member,
     call_guarded,
     current_member,
@@ -52,7 +52,7 @@ def join_launch_of_parent(environment: ClusterEnvironment) -> None:
     directory = os.environ.get(LAUNCH_DIR_VARIABLE)
     if directory is None or current_member() is not None:
         return
-    board = FailureBoard(directory)
+    board = LaunchDirectory(directory)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A new process imports the script, to find the function in it, and reached the launch on the way.
         rank = environment.global_rank()

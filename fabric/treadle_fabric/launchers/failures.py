@@ -1,58 +1,58 @@
 """One process fails, all stop, and say why.
 
-The processes that a launcher started on one machine share a private folder, the launch directory. Each failure that
-leaves a launched function, or a script, is claimed there; whoever claims first owns the failure, and only that
-traceback is shown. The files, where N counts the failures of a process and R is a global rank:
-
-    launch.json      the launching process and the ranks it started
-    joined_R         rank R reached the launch
-    failure_N        rank and traceback of the first to fail; created whole, and once
-    failed_N_R       rank R failed too, so nobody has to wait for it
-    final_N          a process goes down because of it, so the others must as well
-    reported_N       somebody printed it
-    interrupted_R    rank R saw a KeyboardInterrupt
-
-When every rank claims the same failure and none goes down, the scripts caught the exception and go on; the next one has
-the next number.
+Each failure that leaves a launched function, or a script, is claimed on the board that the processes share; whoever
+claims first owns the failure, and only that traceback is shown.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import faulthandler
+import io
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
-
-import torch.distributed
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from treadle_fabric.errors import ProcessFailedError
+from treadle_fabric.launchers.board import Board, Failure
+from treadle_fabric.launchers.places import (
+    chain,
+    crashed_in_collective,
+    describe_crash,
+    describe_hang,
+    lost_peer,
+    place_of,
+    place_of_main_thread,
+    timed_out,
+)
 
 __all__ = [
+    "ENDED",
+    "GRACE_FAILING",
+    "GRACE_STUCK",
     "LAUNCH_DIR_VARIABLE",
-    "Failure",
-    "FailureBoard",
+    "POLL_INTERVAL",
     "Member",
     "call_guarded",
     "claim_failure",
     "current_member",
     "describe_exit",
     "end_process",
+    "end_run",
+    "failure_of_dead",
     "first_failure",
     "join_launch",
     "leave_launch",
+    "report",
+    "report_death",
+    "whereabouts",
 ]
 
 T = TypeVar("T")
@@ -64,168 +64,86 @@ GRACE_STUCK = 2.0  # for a process that has not failed by itself, for example be
 GRACE_FAILING = 7.0  # for one that has, and is busy with its own clean-up
 LOST_PEER_WAIT = 2.0  # how long a connection error waits for the failure that caused it
 POLL_INTERVAL = 0.2
-
-_LOST_PEER = re.compile(
-    r"gloo|nccl|tcpstore|socket|recvvalue|connection (closed|reset|refused)|broken pipe", re.IGNORECASE
-)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """The first failure of a launch: whose it is, and its traceback or a sentence in place of one."""
-
-    rank: int
-    text: str
-
-    @property
-    def summary(self) -> str:
-        """The last line of the traceback, which names the exception."""
-        lines = [line for line in self.text.strip().splitlines() if line.strip()]
-        return lines[-1] if lines else ""
-
-    def __str__(self) -> str:
-        is_traceback = "Traceback (most recent call last)" in self.text
-        return f"rank {self.rank} failed:\n{self.text}" if is_traceback else self.text
-
-
-class FailureBoard:
-    """The launch directory, read and written.
-
-    Args:
-        directory: An existing folder that the processes of one machine share.
-    """
-
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
-
-    @classmethod
-    def create(cls, ranks: Sequence[int]) -> FailureBoard:
-        """A new board for these global ranks, launched by the calling process."""
-        board = cls(tempfile.mkdtemp(prefix="treadle-launch-"))
-        board._write_once("launch.json", json.dumps({"pid": os.getpid(), "ranks": list(ranks)}))
-        return board
-
-    def launch_info(self) -> tuple[int, list[int]]:
-        """The launching process and the ranks on this machine."""
-        info = json.loads((self.directory / "launch.json").read_text())
-        return int(info["pid"]), [int(rank) for rank in info["ranks"]]
-
-    def _write_once(self, name: str, text: str) -> bool:
-        # A link appears with its whole content or not at all, and only if nobody was faster.
-        try:
-            descriptor, draft = tempfile.mkstemp(dir=self.directory, prefix=".draft-")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-        except OSError:
-            return False  # the folder is gone: the launch is over
-        try:
-            os.link(draft, self.directory / name)
-        except OSError:
-            return False
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
-        return True
-
-    def touch(self, name: str) -> bool:
-        """Create an empty file; True for the one who did."""
-        try:
-            os.close(os.open(self.directory / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except OSError:
-            return False
-        return True
-
-    def has(self, name: str) -> bool:
-        """Whether a note of this name was left."""
-        return (self.directory / name).exists()
-
-    def claim(self, number: int, failure: Failure) -> bool:
-        """Record a failure as the first of its number; False when another rank's is there already."""
-        return self._write_once(f"failure_{number}", json.dumps({"rank": failure.rank, "text": failure.text}))
-
-    def failure(self, number: int) -> Failure | None:
-        """The failure that claimed this number, if any."""
-        try:
-            return Failure(**json.loads((self.directory / f"failure_{number}").read_text(encoding="utf-8")))
-        except OSError:
-            return None
-
-    def latest(self) -> int:
-        """The number of the newest failure, 0 without any."""
-        with contextlib.suppress(OSError):
-            names = [name for name in os.listdir(self.directory) if name.startswith("failure_")]
-            return max((int(name.removeprefix("failure_")) for name in names), default=0)
-        return 0
-
-    def is_final(self, number: int, ranks: Sequence[int]) -> bool:
-        """Whether the other processes must stop: one goes down, or some did not fail and wait for those that did."""
-        return self.has(f"final_{number}") or any(
-            self.has(f"joined_{rank}") and not self.has(f"failed_{number}_{rank}") for rank in ranks
-        )
-
-    def claim_report(self, number: int) -> bool:
-        """True once per failure, for the one who is to print it."""
-        return self.touch(f"reported_{number}") or not self.directory.exists()
-
-    def report(self, number: int) -> None:
-        """Print the failure, unless somebody did."""
-        failure = self.failure(number)
-        if failure is not None and self.claim_report(number):
-            _say(str(failure))
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+ENDED = "had come to its end, without an error"
+TELLING_WAIT = 1.0  # how long a rank that stops waits for the one that failed to print its traceback
+PLACES_WAIT = 1.0  # how long the one who reports a failed collective waits for the others to say where they are
 
 
 class Member:
     """This process's part in a launch.
 
     Args:
-        board: The launch directory.
+        board: The launch's.
         rank: Global rank of this process.
         ranks: The global ranks that this machine's launcher started.
         launcher_is_alive: Tells whether the launching process is there; None in that process itself.
         speaks: Whether an uncaught exception is printed here. Not so where the launching process raises it.
+        look: What else the thread that looks after the launch is to look for.
+        interval: Seconds between two looks.
     """
 
     def __init__(
         self,
-        board: FailureBoard,
+        board: Board,
         rank: int,
         ranks: Sequence[int],
         launcher_is_alive: Callable[[], bool] | None,
         speaks: bool = True,
+        look: Callable[[Member], None] | None = None,
+        interval: float = POLL_INTERVAL,
     ) -> None:
         self.board = board
         self.rank = rank
         self.ranks = tuple(ranks)
         self.pid = os.getpid()
         self.number = 0
+        self.interval = interval
+        self._look = look
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._placed = 0
         self.interrupted = threading.Event()
         self._launcher_is_alive = launcher_is_alive
         self._ending = threading.Lock()
-        self._speaks = speaks
+        self.speaks = speaks
         self._previous_hook = sys.excepthook
         self._hook = self._excepthook  # one object, so that leave() recognizes it
+        self._crash_log: TextIO | None = None
+
+    @property
+    def launches(self) -> bool:
+        """Whether this is the launching process."""
+        return self._launcher_is_alive is None
 
     def join(self) -> None:
         """Share failures from now on."""
-        self.board.touch(f"joined_{self.rank}")
+        self.board.post(f"joined_{self.rank}", str(self.pid))
         sys.excepthook = self._hook
+        if not faulthandler.is_enabled():
+            self._crash_log = self.board.crash_log(self.rank)
+            if self._crash_log is not None:
+                faulthandler.enable(self._crash_log)
         if self._launcher_is_alive is not None:
-            threading.Thread(target=self._watch, name="treadle-watch-launcher", daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, name="treadle-watch-launcher", daemon=True)
+            self._thread.start()
 
     def leave(self) -> None:
         """Share them no longer."""
         if sys.excepthook is self._hook:
             sys.excepthook = self._previous_hook
+        if self._crash_log is not None:
+            faulthandler.disable()
+            self._crash_log.close()
+            self._crash_log = None
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=10)  # in a store when the interpreter ends, it would abort the process
 
     def claim(self, exc: BaseException) -> bool:
         """Claim the exception as the first failure; False when another rank failed before."""
         if isinstance(exc, KeyboardInterrupt):
             self.interrupted.set()
-            self.board.touch(f"interrupted_{self.rank}")
+            self.board.post(f"interrupted_{self.rank}")
             return True
         if isinstance(exc, GeneratorExit) or (isinstance(exc, SystemExit) and exc.code in (None, 0)):
             return True
@@ -234,17 +152,20 @@ class Member:
         return failure is None or failure.rank == self.rank
 
     def _number_of(self, exc: BaseException) -> int:
-        for link in _chain(exc):
+        for link in chain(exc):
             claimed = getattr(link, "_treadle_failure", None)
             if claimed is not None and claimed[0] == self.pid:
                 return int(claimed[1])
         number = self.number + 1
-        if lost_peer(exc):
-            self._await_cause(number)
+        hangs = lost_peer(exc)
+        if hangs:
+            self.board.post(f"place_{number}_{self.rank}", place_of(exc))
+            if not timed_out(exc):
+                self._await_cause(number)
         self.number = number
         exc._treadle_failure = (self.pid, number)  # type: ignore[attr-defined]
-        self.board.claim(number, Failure(self.rank, _format(exc, self.rank)))
-        self.board.touch(f"failed_{number}_{self.rank}")
+        self.board.claim(number, Failure(self.rank, _format(exc, self.rank), hangs))
+        self.board.post(f"failed_{number}_{self.rank}")
         return number
 
     def _await_cause(self, number: int) -> None:
@@ -260,41 +181,69 @@ class Member:
         if current_member() is not self:
             self._previous_hook(kind, exc, tb)
             return
+        with _at_once():
+            self._go_down(kind, exc, tb)
+
+    def _go_down(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
         won = self.claim(exc)
         if isinstance(exc, KeyboardInterrupt):
-            self.board.touch("final_interrupt")
+            self.board.post("final_interrupt")
             if self._launcher_is_alive is None:
                 self._previous_hook(kind, exc, tb)
             return
         number = self._number_of(exc)
-        self.board.touch(f"final_{number}")
+        self.board.post(f"final_{number}")
         if won and self.board.claim_report(number):
             _say(f"rank {self.rank} failed:")
             self._previous_hook(kind, exc, tb)
+            _say(whereabouts(self.board, number, self.ranks))
+            self.board.post(f"told_{number}")
         elif not won:
             self.say_stopped(number)
+        failure = self.board.failure(number)
+        if failure is not None and failure.status != 1:  # it is not for this exception that the run ends
+            if self.launches:
+                time.sleep(GRACE_STUCK + 1)
+                self.board.remove()
+            end_process(failure.status)
 
     def finish(self, exc: BaseException) -> None:
         """Go down with an exception that the launching process reports."""
         won = self.claim(exc)
         if not isinstance(exc, KeyboardInterrupt):
             number = self._number_of(exc)
-            self.board.touch(f"final_{number}")
+            self.board.post(f"final_{number}")
             if not won:
                 self.say_stopped(number)
 
     def say_stopped(self, number: int) -> None:
-        """Say once in a line that this rank stopped because another failed."""
+        """Say once in a line that this rank stopped because another failed; what failed comes first."""
         failure = self.board.failure(number)
-        if failure is not None and self.board.touch(f"stopped_{number}_{self.rank}"):
+        if failure is not None and self.board.post(f"stopped_{number}_{self.rank}") and self.speaks:
+            deadline = time.monotonic() + TELLING_WAIT
+            while not self.board.has(f"told_{number}") and time.monotonic() < deadline:
+                time.sleep(0.02)
+            report(self.board, number, self.ranks)  # it may be busy with its clean-up
             _say(f"rank {self.rank} stopped because rank {failure.rank} failed")
+
+    def note_place(self) -> None:
+        """Where a collective failed on another rank, say where this one is; for a thread that looks out for it."""
+        number = self.board.latest()
+        if number == self._placed or (failure := self.board.failure(number)) is None:
+            return
+        self._placed = number
+        if failure.hangs:
+            self.board.post(f"place_{number}_{self.rank}", place_of_main_thread())
 
     def _watch(self) -> None:
         assert self._launcher_is_alive is not None
         final_since: float | None = None
-        while True:
+        while not self._closed.is_set():
             if not self._launcher_is_alive():
                 self._launcher_died()
+            if self._look is not None:
+                self._look(self)
+            self.note_place()
             number = self.board.latest()
             failure = self.board.failure(number) if number and self.board.is_final(number, self.ranks) else None
             if failure is None or failure.rank == self.rank:
@@ -305,15 +254,20 @@ class Member:
                 grace = GRACE_FAILING if self.board.has(f"failed_{number}_{self.rank}") else GRACE_STUCK
                 if time.monotonic() - final_since > grace:
                     self.say_stopped(number)
-                    end_process(1)
-            time.sleep(POLL_INTERVAL)
+                    end_process(failure.status)
+            self._closed.wait(self.interval)
 
     def _launcher_died(self) -> None:
         with self._ending:  # main and watching thread may both come here
-            if self.board.touch("launcher_died"):
-                who = f"rank {self.ranks[0]}, the launching process," if self._speaks else "the launching process"
-                _say(f"{who} died without a traceback; rank {self.rank} and the others stop")
-                time.sleep(3 * POLL_INTERVAL)  # the others look at the folder before it goes
+            number, launcher = self.board.latest() + 1, self.ranks[0]
+            self.board.post(f"place_{number}_{self.rank}", place_of_main_thread())
+            if self.board.post("launcher_died"):
+                who = f"rank {launcher}, the launching process," if self.speaks else "the launching process"
+                sentence = f"{who} died without a traceback; rank {self.rank} and the others stop\n"
+                failure = failure_of_dead(self.board, launcher, sentence) if self.speaks else Failure(-1, sentence)
+                self.board.claim(number, failure)
+                report(self.board, number, self.ranks)
+                time.sleep(3 * POLL_INTERVAL)  # the others look at the board before it goes
                 self.board.remove()
             end_process(1)
 
@@ -375,15 +329,6 @@ def call_guarded(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         raise ProcessFailedError(f"rank {failure.rank} failed first: {failure.summary}") from exc
 
 
-def lost_peer(exc: BaseException) -> bool:
-    """Whether the exception looks like what a process gets when another one vanishes."""
-    return any(
-        isinstance(link, torch.distributed.DistError)
-        or (isinstance(link, (RuntimeError, OSError)) and _LOST_PEER.search(str(link)) is not None)
-        for link in _chain(exc)
-    )
-
-
 def describe_exit(rank: int, status: int, joined: bool) -> str:
     """A sentence for a process that died without a traceback; ``status`` as in ``Popen.returncode``."""
     if status < 0:
@@ -398,7 +343,72 @@ def describe_exit(rank: int, status: int, joined: bool) -> str:
     return f"rank {rank} ended with exit status {status} before it reached the launch, where the others wait for it"
 
 
-def end_process(status: int) -> None:
+def failure_of_dead(board: Board, rank: int, sentence: str) -> Failure:
+    """The failure of a process that died: what it left behind where a signal like SIGABRT ended it, and a sentence."""
+    dump = board.read(f"crash_{rank}")
+    return Failure(rank, describe_crash(dump) + sentence, hangs=crashed_in_collective(dump))
+
+
+def report(board: Board, number: int, ranks: Sequence[int]) -> None:
+    """Print a failure, unless somebody did."""
+    failure = board.failure(number)
+    if failure is not None and board.claim_report(number):
+        _say(str(failure) + whereabouts(board, number, ranks))
+        board.post(f"told_{number}")
+
+
+def report_death(member: Member, rank: int) -> None:
+    """Claim the failure of another rank that died without a word."""
+    board, number = member.board, member.board.latest() + 1
+    if number > 1 and board.is_final(number - 1, member.ranks):
+        return  # that is why
+    board.claim(number, failure_of_dead(board, rank, f"rank {rank} died and left no traceback\n"))
+    board.post(f"final_{number}")
+    report(board, number, member.ranks)
+
+
+def whereabouts(board: Board, number: int, ranks: Sequence[int]) -> str:
+    """Where each rank was when a collective failed; empty for other failures."""
+    failure = board.failure(number)
+    if failure is None or not failure.hangs:
+        return ""
+    deadline = time.monotonic() + PLACES_WAIT
+    while time.monotonic() < deadline and not all(
+        board.has(f"place_{number}_{rank}") or board.has(f"ended_{rank}") or board.read(f"crash_{rank}")
+        for rank in ranks
+    ):
+        time.sleep(0.05)
+    return describe_hang(board, number, failure, ranks)
+
+
+def end_run(reason: str, status: int) -> NoReturn:
+    """End this process and the others of its launch now, from any thread.
+
+    Args:
+        reason: What is said about it, a sentence; once, whichever ranks end.
+        status: The exit status of all of them.
+    """
+    member = current_member()
+    if member is None:
+        _say(reason)
+    else:
+        board, number = member.board, member.board.latest()
+        said = board.failure(number)
+        if said is None or said.status != status:
+            number += 1
+            board.post(f"place_{number}_{member.rank}", place_of_main_thread())
+            board.claim(number, Failure(member.rank, f"rank {member.rank}: {reason}\n", hangs=True, status=status))
+            board.post(f"final_{number}")
+            if member.speaks:
+                report(board, number, member.ranks)
+        board.post(f"failed_{number}_{member.rank}")
+        if member.launches:
+            time.sleep(GRACE_STUCK + 1)  # the others see it, and end before they would miss this process
+            board.remove()
+    end_process(status)
+
+
+def end_process(status: int) -> NoReturn:
     """End this process now, from any thread, and take its worker processes along."""
     for child in multiprocessing.active_children():
         with contextlib.suppress(Exception):
@@ -415,16 +425,23 @@ def _format(exc: BaseException, rank: int) -> str:
     return "".join(traceback.format_exception(exc))
 
 
-def _chain(exc: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while exc is not None and id(exc) not in seen:
-        seen.add(id(exc))
-        yield exc
-        exc = exc.__cause__ or exc.__context__
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    # Torch's hook, around this one, collects what is written, to put the rank before each line. It would come after
+    # what other ranks say of it, or not at all where another thread ends the process.
+    before = sys.stderr
+    if isinstance(before, io.StringIO) and sys.__stderr__ is not None:
+        sys.stderr = sys.__stderr__
+    try:
+        yield
+    finally:
+        sys.stderr = before
 
 
 def _say(text: str) -> None:
     # One write, so that lines of several processes do not mix.
+    if not text:
+        return
     with contextlib.suppress(Exception):
         sys.stderr.write(text if text.endswith("\n") else text + "\n")
         sys.stderr.flush()

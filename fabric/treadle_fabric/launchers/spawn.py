@@ -22,15 +22,17 @@ import torch
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
+from treadle_fabric.launchers.board import Failure, LaunchDirectory
 from treadle_fabric.launchers.failures import (
+    ENDED,
     GRACE_FAILING,
     GRACE_STUCK,
     LAUNCH_DIR_VARIABLE,
-    Failure,
-    FailureBoard,
     Member,
     describe_exit,
+    failure_of_dead,
     join_launch,
+    whereabouts,
 )
 from treadle_fabric.launchers.launcher import Launcher, threads_per_process
 from treadle_fabric.seed import collect_rng_states, set_rng_states
@@ -89,7 +91,7 @@ class SpawnLauncher(Launcher):
         elif "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(threads_per_process(self._num_processes))
         ranks = list(range(self._num_processes))
-        board = FailureBoard.create(ranks)
+        board = LaunchDirectory.create(ranks)
         variables[LAUNCH_DIR_VARIABLE] = str(board.directory)
         context = multiprocessing.get_context(self._start_method)
         # A fork shares its memory by itself; everything else goes through a pickle.
@@ -108,7 +110,7 @@ class SpawnLauncher(Launcher):
                 self._processes[rank] = process
             failure = self._wait(board, ranks)
             if failure is not None:
-                raise ProcessFailedError(str(failure))
+                raise ProcessFailedError(str(failure) + whereabouts(board, board.latest(), ranks))
             result: T = torch.load(board.directory / _RESULT, map_location="cpu", weights_only=False)
             return result
         finally:
@@ -128,7 +130,7 @@ class SpawnLauncher(Launcher):
                 "strategy='ddp' or 'ddp_spawn'."
             )
 
-    def _wait(self, board: FailureBoard, ranks: list[int]) -> Failure | None:
+    def _wait(self, board: LaunchDirectory, ranks: list[int]) -> Failure | None:
         """Until all have ended; the first failure if there was one."""
         final_since: float | None = None
         explained: set[int] = set()
@@ -136,6 +138,8 @@ class SpawnLauncher(Launcher):
             running = {rank: process for rank, process in self._processes.items() if process.is_alive()}
             for rank, process in self._processes.items():
                 status = process.exitcode
+                if status == 0:
+                    board.post(f"ended_{rank}", ENDED)
                 if status not in (None, 0) and rank not in explained:
                     explained.add(rank)
                     number = board.latest()
@@ -143,8 +147,9 @@ class SpawnLauncher(Launcher):
                         board.is_final(number, ranks) or (status > 0 and board.has(f"failed_{number}_{rank}"))
                     ):
                         number += 1
-                        board.claim(number, Failure(rank, describe_exit(rank, status, board.has(f"joined_{rank}"))))
-                    board.touch(f"final_{number}")
+                        sentence = describe_exit(rank, status, board.has(f"joined_{rank}"))
+                        board.claim(number, failure_of_dead(board, rank, sentence))
+                    board.post(f"final_{number}")
             number = board.latest()
             failure = board.failure(number)
             final = failure is not None and board.is_final(number, ranks)
@@ -216,7 +221,7 @@ def _run(
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     launcher = multiprocessing.parent_process()
     assert launcher is not None
-    member = join_launch(Member(FailureBoard(directory), rank, ranks, launcher.is_alive, speaks=False))
+    member = join_launch(Member(LaunchDirectory(directory), rank, ranks, launcher.is_alive, speaks=False))
     function, args, kwargs = task
     set_states, states, _ = seed
     try:

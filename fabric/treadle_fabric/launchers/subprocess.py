@@ -18,22 +18,25 @@ import torch.distributed
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.launchers.board import Failure, LaunchDirectory
 from treadle_fabric.launchers.failures import (
+    ENDED,
     GRACE_FAILING,
     GRACE_STUCK,
     LAUNCH_DIR_VARIABLE,
     POLL_INTERVAL,
-    Failure,
-    FailureBoard,
     Member,
     call_guarded,
     current_member,
     describe_exit,
     end_process,
+    failure_of_dead,
     join_launch,
     leave_launch,
+    report,
 )
 from treadle_fabric.launchers.launcher import Launcher, limit_threads, threads_per_process
+from treadle_fabric.launchers.listener import SignalListener
 
 __all__ = ["SubprocessLauncher", "in_notebook", "launched_here", "settle"]
 
@@ -71,6 +74,7 @@ class SubprocessLauncher(Launcher):
             global _children
             if _children is not None and _children.is_over():
                 _children.check_relaunch()
+                _children.forget()
                 _children = None
             if _children is None:
                 if current_member() is not None:
@@ -104,7 +108,7 @@ class _Children:
         self._environ_before = environ_before
         self._main_is_done = threading.Event()
         self._over = threading.Event()
-        self._signals = _SignalListener()
+        self._interrupts = _Interrupts()
         self._test = _test_runner_name()
         self._explained: set[int] = set()
         self.owner = os.getpid()
@@ -128,7 +132,7 @@ class _Children:
         child_environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
         child_environ.pop("PYTEST_CURRENT_TEST", None)
         child_environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(num_processes)))
-        board = FailureBoard.create(ranks)
+        board = LaunchDirectory.create(ranks)
         child_environ |= variables | {LAUNCH_DIR_VARIABLE: str(board.directory)}
         processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
@@ -178,9 +182,13 @@ class _Children:
         return {rank: process for rank, process in self._processes.items() if process.poll() is None}
 
     def _wait_at_exit(self) -> None:
-        if os.getpid() != self.owner or self._over.is_set():
+        if os.getpid() != self.owner:
+            return
+        if self._over.is_set():
+            self.forget()
             return
         self._main_is_done.set()
+        self._board.post(f"ended_{self._member.rank}", ENDED)
         dist = torch.distributed
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # whoever still waits for this rank learns that it does not come
@@ -192,7 +200,7 @@ class _Children:
             running = self._running()
             if (
                 self._member.interrupted.is_set()
-                or self._signals.saw_interrupt()
+                or self._interrupts.seen()
                 or any(
                     process.poll() in _SIGINT_STATUS and rank not in self._explained
                     for rank, process in self._processes.items()
@@ -201,6 +209,7 @@ class _Children:
                 self._interrupt()
                 continue
             self._claim_deaths()
+            self._member.note_place()
             number = self._board.latest()
             failure = self._board.failure(number)
             if failure is not None and self._board.is_final(number, self._member.ranks):
@@ -222,6 +231,7 @@ class _Children:
             self._explained.add(rank)
             joined = self._board.has(f"joined_{rank}")
             if status == 0 and joined:
+                self._board.post(f"ended_{rank}", ENDED)
                 continue
             number = self._board.latest()
             failure = self._board.failure(number)
@@ -231,18 +241,20 @@ class _Children:
                 or (status > 0 and self._board.has(f"failed_{number}_{rank}"))
                 or self._board.is_final(number, self._member.ranks)
             ):
-                self._board.touch(f"final_{number}")
+                self._board.post(f"final_{number}")
                 continue
-            self._board.claim(number + 1, Failure(rank, describe_exit(rank, status, joined) + "\n"))
-            self._board.touch(f"final_{number + 1}")
-            self._board.report(number + 1)
+            self._board.claim(
+                number + 1, failure_of_dead(self._board, rank, describe_exit(rank, status, joined) + "\n")
+            )
+            self._board.post(f"final_{number + 1}")
+            report(self._board, number + 1, self._member.ranks)
 
     def _stop(self, number: int, failure: Failure, seconds: float) -> bool:
         """End what has not ended by itself; True when nothing is left to do."""
         running = self._running()
         here = self._member.rank
         if failure.rank != here and (failure.rank not in running or seconds > 1):
-            self._board.report(number)
+            report(self._board, number, self._member.ranks)
         for rank, process in running.items():
             failed_too = self._board.has(f"failed_{number}_{rank}")
             grace = (GRACE_FAILING if failed_too else GRACE_STUCK) + 0.6  # it ends itself before that, and says so
@@ -264,10 +276,11 @@ class _Children:
         return False
 
     def _end(self, number: int) -> None:
-        self._board.report(number)
+        report(self._board, number, self._member.ranks)
         self._member.say_stopped(number)
+        failure = self._board.failure(number)
         self._board.remove()
-        end_process(1)
+        end_process(1 if failure is None else failure.status)
 
     def _interrupt(self) -> None:
         """Pass an interrupt on to the processes, this one included, that have not seen it."""
@@ -283,7 +296,7 @@ class _Children:
                 for rank, process in running.items():
                     if not self._board.has(f"interrupted_{rank}"):
                         process.send_signal(signal.SIGINT)
-                if not (self._member.interrupted.is_set() or self._signals.heard or self._main_is_done.is_set()):
+                if not (self._member.interrupted.is_set() or self._interrupts.heard or self._main_is_done.is_set()):
                     _thread.interrupt_main()
             if told and not self._board.has("final_interrupt") and not self._main_is_done.is_set():
                 if self._member.interrupted.is_set():
@@ -299,7 +312,7 @@ class _Children:
             time.sleep(POLL_INTERVAL)
         self._explained |= {rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS}
         self._member.interrupted.clear()
-        self._signals.heard = False
+        self._interrupts.heard = False
 
     def _finish(self) -> None:
         for name, value in self._environ_before.items():
@@ -307,45 +320,44 @@ class _Children:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        leave_launch()
-        self._board.remove()
+        failure = self._board.failure(self._board.latest())
+        failed_here = failure is not None and failure.rank == self._member.rank
+        if self._main_is_done.is_set() or not (failed_here or torch.distributed.is_initialized()):
+            self.forget()
+        self._interrupts.close()
         self._over.set()
 
+    def forget(self) -> None:
+        """Take the board away; as long as a collective may still fail here, it tells who had ended."""
+        if current_member() is self._member:
+            leave_launch()
+        self._board.remove()
 
-class _SignalListener:
+
+class _Interrupts:
     """Hears of an interrupt while the main thread, whose business it is, waits in a collective."""
-
-    _pipe: tuple[int, int] | None = None  # one for all launches: only the main thread could take it back
 
     def __init__(self) -> None:
         self.heard = False
         self._since: float | None = None
-        if _SignalListener._pipe is None and threading.current_thread() is threading.main_thread():
-            reading, writing = os.pipe()
-            os.set_blocking(reading, False)
-            os.set_blocking(writing, False)
-            before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-            if before == -1:
-                _SignalListener._pipe = (reading, writing)
-            else:  # an event loop listens
-                signal.set_wakeup_fd(before)
-                os.close(reading)
-                os.close(writing)
+        self._listener = SignalListener(self._note)
 
-    def saw_interrupt(self) -> bool:
-        """Whether SIGINT came a while ago and nothing has come of it. A handler of the user's is left alone."""
-        if self._pipe is not None:
-            try:
-                came = signal.SIGINT in os.read(self._pipe[0], 64)
-            except OSError:
-                came = False
-            if came and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                self._since = time.monotonic()
+    def _note(self, number: int) -> None:
+        # A handler of the user's is left alone
+        if number == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            self._since = time.monotonic()
+
+    def seen(self) -> bool:
+        """Whether SIGINT came a while ago and nothing has come of it."""
         if self._since is None or time.monotonic() - self._since < 1:
             return False
         self._since = None
         self.heard = True
         return True
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._listener.close()
 
 
 _children: _Children | None = None

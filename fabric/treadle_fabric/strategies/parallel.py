@@ -14,10 +14,10 @@ from torch.distributed.constants import default_pg_timeout
 
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.launchers import make_launcher
+from treadle_fabric.launchers import join_group, leave_group, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
-from treadle_fabric.strategies.strategy import Strategy
+from treadle_fabric.strategies.strategy import Strategy, check_reduce_op
 
 if TYPE_CHECKING:
     from treadle_fabric.accelerators import Accelerator
@@ -187,6 +187,7 @@ class ParallelStrategy(Strategy):
             device_id=self.root_device if self.root_device.type == "cuda" else None,
         )
         self._owns_group = True
+        join_group()
         atexit.register(_destroy_group, os.getpid())
 
     def leave_environment(self) -> None:
@@ -201,12 +202,11 @@ class ParallelStrategy(Strategy):
         return tensor.to(self.root_device) if dist.get_backend() == "nccl" else tensor
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        check_reduce_op(reduce_op)
+        if isinstance(reduce_op, str):
+            reduce_op = reduce_op.lower()
         mean = reduce_op in ("mean", "avg", dist.ReduceOp.AVG)
-        if not mean and isinstance(reduce_op, str) and reduce_op.lower() not in _REDUCE_OPS:
-            raise MisconfigurationException(
-                f"reduce_op={reduce_op!r} is unknown. {near_names(reduce_op, ('mean', 'avg', *_REDUCE_OPS))}"
-            )
-        op = dist.ReduceOp.SUM if mean else _REDUCE_OPS[reduce_op.lower()] if isinstance(reduce_op, str) else reduce_op
+        op = dist.ReduceOp.SUM if mean else _REDUCE_OPS[reduce_op] if isinstance(reduce_op, str) else reduce_op
         result = self._on_device(tensor.detach()).clone(memory_format=torch.contiguous_format)
         if mean and not result.is_floating_point() and not result.is_complex():
             result = result.to(torch.get_default_dtype())
@@ -260,4 +260,5 @@ class _Gather(torch.autograd.Function):
 
 def _destroy_group(pid: int) -> None:
     if os.getpid() == pid and dist.is_initialized():  # a forked child inherits the exit handler, not the group
+        leave_group()
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.strategy import Strategy
+from treadle_fabric.strategies.strategy import Strategy, check_reduce_op
 from treadle_fabric.strategies.whole_file import load_whole_file, save_whole_file
 from treadle_fabric.types import PathLike
 
@@ -96,6 +96,7 @@ class SingleDeviceStrategy(Strategy):
         return nullcontext()
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
+        check_reduce_op(reduce_op)
         return tensor
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:

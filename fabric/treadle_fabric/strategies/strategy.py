@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
 from treadle_fabric.data import move_data_to_device
+from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.precision import Precision
 from treadle_fabric.types import PathLike
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from treadle_fabric.environments import ClusterEnvironment
     from treadle_fabric.launchers.launcher import Launcher
 
-__all__ = ["METHOD_KEYWORD", "Strategy"]
+__all__ = ["METHOD_KEYWORD", "Strategy", "check_reduce_op"]
+
+_REDUCE_OPS = ("mean", "avg", "sum", "max", "min", "product")
 
 METHOD_KEYWORD = "treadle_method"
 """Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: which method of the
@@ -419,6 +422,16 @@ class Strategy(ABC):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""
+
+
+def check_reduce_op(reduce_op: Any) -> None:
+    """Refuse the name of a reduction that there is not; the same on one device as on several.
+
+    Raises:
+        MisconfigurationException: with the names that are near.
+    """
+    if isinstance(reduce_op, str) and reduce_op.lower() not in _REDUCE_OPS:
+        raise MisconfigurationException(f"reduce_op={reduce_op!r} is unknown. {near_names(reduce_op, _REDUCE_OPS)}")
 
 
 class _NoInit(TorchFunctionMode):

@@ -1,0 +1,63 @@
+"""Hearing of a signal while the main thread, which runs Python's handlers, waits in a collective."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+__all__ = ["SignalListener"]
+
+
+class SignalListener:
+    """Calls a function, in a thread of its own, with the number of each signal that has a Python handler.
+
+    Where the main thread did not make it, or an event loop listens already, it hears nothing.
+
+    Args:
+        heard: what to call; it must be quick.
+    """
+
+    _writing: int | None = None  # one pipe and one thread for all listeners, made once
+    _listeners: tuple[SignalListener, ...] = ()
+
+    def __init__(self, heard: Callable[[int], None]) -> None:
+        self._heard = heard
+        if threading.current_thread() is threading.main_thread():
+            _start()
+        SignalListener._listeners += (self,)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        SignalListener._listeners = tuple(other for other in self._listeners if other is not self)
+
+
+def _start() -> None:
+    if SignalListener._writing is None:
+        reading, SignalListener._writing = os.pipe()
+        os.set_blocking(SignalListener._writing, False)
+        threading.Thread(target=_listen, args=(reading,), name="treadle-signals", daemon=True).start()
+    before = signal.set_wakeup_fd(SignalListener._writing, warn_on_full_buffer=False)
+    if before not in (-1, SignalListener._writing):  # an event loop listens
+        signal.set_wakeup_fd(before)
+
+
+def _listen(reading: int) -> None:
+    while True:
+        for number in os.read(reading, 64):
+            for listener in SignalListener._listeners:
+                listener._heard(number)
+
+
+def _forget() -> None:
+    # A forked process writes to the same pipe: its signals would count as the parent's.
+    if SignalListener._writing is not None:
+        with contextlib.suppress(ValueError):
+            signal.set_wakeup_fd(-1)
+    SignalListener._writing, SignalListener._listeners = None, ()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
