@@ -50,19 +50,21 @@ class ForkServer:
         ckpt_path: str | None = None,
         *,
         die_at: int = 0,
+        die_by: int = signal.SIGKILL,
         meanwhile: Callable[[int], None] | None = None,
         **trainer: Any,
     ) -> int:
         """Train ``case`` in ``folder`` and return the exit status, negative for a signal.
 
         Args:
-            die_at: the Python call at which the process sends itself SIGKILL; 0: none.
+            die_at: the Python call at which the process sends itself a signal; 0: none.
+            die_by: the signal.
             meanwhile: is called with the process's id while it runs.
         """
         folder.mkdir(parents=True, exist_ok=True)
         job = {"case": asdict(case), "folder": str(folder), "name": name, "ckpt_path": ckpt_path}
         assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({**job, "die_at": die_at, "trainer": trainer}) + "\n")
+        self._server.stdin.write(json.dumps({**job, "die": [die_at, die_by], "trainer": trainer}) + "\n")
         self._server.stdin.flush()
         pid = int(self._answer())
         if meanwhile is not None:
@@ -100,13 +102,13 @@ def _members(session: int) -> list[psutil.Process]:
     return found
 
 
-def die_at(call: int) -> None:
-    """Let this process kill itself at its n-th Python call or return; 0: count them only."""
+def die(call: int, by: int) -> None:
+    """Let this process send itself a signal at its n-th Python call or return; 0: count them only."""
 
     def count(frame: Any, what: str, arg: Any) -> None:
         COUNT[0] += 1
         if COUNT[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
 
     os.register_at_fork(after_in_child=lambda: sys.setprofile(None))
     sys.setprofile(count)
@@ -136,11 +138,14 @@ def run_job(job: dict[str, Any]) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(folder)
-        die_at(job["die_at"])
+        die(*job["die"])
         train(Case(**job["case"]), folder, job["name"], job["ckpt_path"], **job["trainer"])
         sys.setprofile(None)
         (folder / "calls").write_text(str(COUNT[0]))
         code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+        traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:

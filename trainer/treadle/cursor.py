@@ -78,6 +78,8 @@ class Cursor:
         Args:
             position: how many batches of the epoch are done with.
         """
+        if self._resumed:  # and not iterated yet
+            return self._resumed
         state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
         state["generators"] = self._drawn_from
         state["generators_now"] = [g.get_state() for g in self._generators]
@@ -99,7 +101,8 @@ class Cursor:
             return
         for generator, before in zip(self._generators, state["generators_now"]):
             generator.set_state(before)
-        self._seeded = bool(state["rng"])  # workers that persist have their seed since the first epoch
+        self._rng = state["rng"]
+        self._seeded = bool(self._rng)  # workers that persist have their seed since the first epoch
         if self._stateful:
             self._end_by_itself(state, ended=whole, whole=whole)
 
