@@ -27,8 +27,6 @@ import treadle as L
 from treadle.callbacks import Checkpoint, ModelCheckpoint
 from treadle_fabric.loggers import CSVLogger
 
-pytestmark = pytest.mark.faults
-
 Point = tuple[str, int, int]  # hook, epoch, batches of it that are done
 
 
@@ -64,19 +62,23 @@ class Saver(Checkpoint):
 
 def run(case: Case, folder: Path, name: str, ckpt_path: Any = None, points: list[Point] | None = None) -> Saver:
     saver = Saver(folder, Trace(folder / name), points or [])
+    run_with(saver, case, folder, name, ckpt_path)
+    return saver
+
+
+def run_with(callback: L.Callback, case: Case, folder: Path, name: str, ckpt_path: Any = None) -> None:
     build = victim.build
 
-    def with_saver(*args: Any, **kwargs: Any) -> L.Trainer:
+    def with_callback(*args: Any, **kwargs: Any) -> L.Trainer:
         made = build(*args, **kwargs)
-        made.callbacks.append(saver)
+        made.callbacks.append(callback)
         return made
 
-    victim.build = with_saver
+    victim.build = with_callback
     try:
         victim.train(case, folder, name, ckpt_path)
     finally:
         victim.build = build
-    return saver
 
 
 CASES = [
@@ -121,6 +123,54 @@ def test_to_the_last_bit(tmp_path: Path, case: Case, points: list[str]) -> None:
             assert {event[0] for event in whole[start:at]} <= {"row"} and start <= at, point
         else:  # a run that is at its end has nothing to train
             assert start >= at and {event[0] for event in whole[at:start]} <= {"trained"}, point
+
+
+class Preempted(L.Callback):
+    """Is asked to terminate, and before that to save, at the start or in a batch."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.batches:
+            trainer.save_checkpoint("early.ckpt")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.fit_progress.batches == self.batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("case", "batches"),
+    [
+        (Case(workers=1, loader="persistent", every=1, lr_monitor=True, accumulate=2), 3),
+        (Case(loader="stateful", validate="every 3 batches", scheduler="plateau", metric=True), 10),
+        (Case(max_steps=5, scheduler="epoch", metric=True), 5),
+        (Case(patience=1, epochs=5, validate="half", monitor="val"), 8),
+    ],
+    ids=str,
+)
+def test_preempted_again_before_the_next_batch(tmp_path: Path, case: Case, batches: int) -> None:
+    """Whoever saves before the first batch of a resumed run saves the place where that begins."""
+    (tmp_path / "whole").mkdir()
+    run(case, tmp_path / "whole", "whole")
+    whole = read(tmp_path / "whole" / "whole")
+    for name, after in (("first", batches), ("second", 0)):
+        with pytest.raises(SystemExit) as ended:
+            run_with(Preempted(after), case, tmp_path, name, "last")
+        assert ended.value.code == 128 + signal.SIGTERM
+    first, second = read(tmp_path / "first"), read(tmp_path / "second")
+    assert first == whole[: len(first)]
+    shutil.copytree("ckpt", "kept", symlinks=True)
+    for name, ckpt_path in (("third", "last"), ("fourth", "early.ckpt")):
+        shutil.rmtree("ckpt")
+        shutil.copytree("kept", "ckpt", symlinks=True)
+        run(case, tmp_path, name, ckpt_path)
+        assert second[1:] + read(tmp_path / name)[1:] == whole[len(first) :]
 
 
 @pytest.fixture(scope="module")
