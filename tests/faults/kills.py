@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,7 +16,6 @@ from tests.faults.forkserver import ForkServer
 from tests.faults.victim import LOADERS, Case, find, read
 
 NO_WORKERS = ("custom", "list", "stateful", "unsized stateful", "distributed")
-PREEMPTED = 128 + signal.SIGTERM
 
 
 def draw(rng: random.Random) -> Case:
@@ -68,22 +68,48 @@ def draw(rng: random.Random) -> Case:
 
 
 class Sender:
-    """Sends a signal to a victim after a while: SIGKILL also to one of its workers or ranks, SIGTERM to a rank."""
+    """Sends a signal to a victim after a while: SIGKILL also to one of its workers or ranks, SIGTERM to a rank.
 
-    def __init__(self, rng: random.Random, seconds: float, by: int) -> None:
-        self.delay, self.choice, self.by = rng.uniform(0, 0.9 * seconds), rng.random(), by
+    Args:
+        rng: when, and to whom.
+        by: the signal.
+        trace: which is there when training begins.
+        seconds: that training may take; None: it ends before.
+    """
+
+    def __init__(self, rng: random.Random, by: int, trace: Path, seconds: float | None) -> None:
+        self.by, self.trace, self.training = by, trace, seconds is not None
+        self.delay, self.choice = rng.uniform(0, seconds or 1), rng.random()
 
     def __call__(self, pid: int) -> None:
-        time.sleep(self.delay)
         try:
             process = psutil.Process(pid)
+            wait_for(self.trace, process if self.training else None)
+            time.sleep(self.delay)
             ranks = process.children()
             targets = [process, *process.children(recursive=True)]
             if self.by == signal.SIGTERM:
-                targets = [p for p in ranks if p.children() or len(ranks) > 1] or [process]
+                targets = ranks if len(ranks) > 1 else [process]
             targets[int(self.choice * len(targets))].send_signal(self.by)
         except psutil.NoSuchProcess:
             pass
+
+
+class Stopwatch:
+    """Sees how long a victim trains."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace, self.began = trace, 0.0
+
+    def __call__(self, pid: int) -> None:
+        wait_for(self.trace, psutil.Process(pid))
+        self.began = time.monotonic()
+
+
+def wait_for(trace: Path, process: psutil.Process | None) -> None:
+    """Until a trace is there, as long as its process is."""
+    while process is not None and not trace.exists() and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.002)
 
 
 class Endurance:
@@ -98,10 +124,10 @@ class Endurance:
     def __init__(self, server: ForkServer, case: Case, folder: Path) -> None:
         self.server, self.case, self.folder = server, case, folder
         self.counts: Counter[str] = Counter(pairs=0, kills=0, preempted=0, resumed=0)
-        began = time.monotonic()
-        assert server.run(case, folder / "whole", "whole") == 0, self.output(folder / "whole")
-        self.seconds = time.monotonic() - began
-        self.calls = int((folder / "whole" / "calls").read_text())
+        watch = Stopwatch(folder / "whole" / "whole")
+        assert server.run(case, folder / "whole", "whole", meanwhile=watch) == 0, self.output(folder / "whole")
+        self.seconds = time.monotonic() - watch.began
+        self.calls, self.calls_before = json.loads((folder / "whole" / "calls").read_text())
         self.names = ["", *(f".rank{rank}" for rank in range(1, case.devices))]
         self.whole = [read(folder / "whole" / f"whole{suffix}") for suffix in self.names]
 
@@ -113,21 +139,23 @@ class Endurance:
         lives = rng.choice([1, 1, 2, 3])
         for life in range(lives + 1):
             saved = any(os.path.lexists(folder / "ckpt" / f"{name}.ckpt") for name in ("last", "preempted"))
-            status = self.live(folder, f"life{life}", self.death(rng) if life < lives else {})
+            preempted = written(folder / "ckpt" / "preempted.ckpt")
+            death = self.death(rng, folder / f"life{life}") if life < lives else {}
+            status = self.live(folder, f"life{life}", death)
             assert status == 0 or life < lives, f"{self.case}: {self.output(folder)}"
             reached = self.compare(folder, f"life{life}", reached, saved=saved, exact=exact, ended=status == 0)
-            fresh = folder / "ckpt" / "preempted.ckpt"
-            exact = status != 0 and fresh.exists() and newest(folder / "ckpt") == fresh
+            exact = written(folder / "ckpt" / "preempted.ckpt") != preempted
             self.counts["kills"] += status != 0
             self.counts["preempted"] += exact
         self.counts["pairs"] += 1
 
-    def death(self, rng: random.Random) -> dict[str, Any]:
-        """When and by what the next life ends."""
+    def death(self, rng: random.Random, trace: Path) -> dict[str, Any]:
+        """When and by what the next life ends: mostly while it trains."""
         by = rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
+        training = rng.random() < 0.85
         if self.case.devices > 1 or rng.random() < 0.3:
-            return {"meanwhile": Sender(rng, self.seconds, by)}
-        return {"die_at": rng.randint(1, self.calls), "die_by": by}
+            return {"meanwhile": Sender(rng, by, trace, self.seconds if training else None)}
+        return {"die_at": rng.randint(self.calls_before if training else 1, self.calls), "die_by": by}
 
     def live(self, folder: Path, name: str, death: dict[str, Any]) -> int:
         """Start, or go on."""
@@ -178,6 +206,6 @@ class Endurance:
         return texts[-1].read_text()[-3000:] if texts else ""
 
 
-def newest(folder: Path) -> Path:
-    """The checkpoint that was written last."""
-    return max((p for p in folder.glob("*.ckpt") if p.exists()), key=lambda p: p.stat().st_mtime_ns)
+def written(file: Path) -> int:
+    """When a file was; 0 if it is not there."""
+    return file.stat().st_mtime_ns if file.exists() else 0

@@ -75,6 +75,8 @@ class FitLoop:
         try:
             self._train()
         finally:
+            if self.epoch is not None:
+                self.epoch.close()
             if self.agreement is not None:
                 self.agreement.close()
 
@@ -108,7 +110,6 @@ class FitLoop:
                 self._end_epoch(epoch)
                 progress.begin_epoch()
             dispatch.call("on_train_end")
-            epoch.close()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:
