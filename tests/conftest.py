@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what the long tests counted, summed over all processes that ran them; only this file is read by the first."""
+    """Print what the long tests counted, summed over all processes that ran them."""
     counts: Counter[str] = Counter()
     for report in terminalreporter.getreports("passed"):
         if report.when == "call":
@@ -45,6 +46,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if counts:
         terminalreporter.section("faults")
         terminalreporter.write_line(", ".join(f"{name}: {count}" for name, count in counts.items()))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Any]:
+    """Runs the victims of kills; starting it takes seconds."""
+    from tests.faults.forkserver import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +103,8 @@ def no_process_left(isolated: None) -> Iterator[None]:
 def _end(processes: list[psutil.Process]) -> None:
     """Kill processes without a trace in this one.
 
-    A test that failed keeps its loader alive, in its traceback. When a worker of a loader dies, torch's handler of SIGCHLD
-    raises an error wherever the main thread is, and that would break another test, or pytest itself.
+    A test that failed keeps its loader alive, in its traceback. When a worker of a loader dies, torch's handler of
+    SIGCHLD raises an error wherever the main thread is, and that would break another test, or pytest itself.
     """
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:

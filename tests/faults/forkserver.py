@@ -144,7 +144,11 @@ def serve() -> None:
     torch.set_num_threads(1)
     worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds until a worker sees that its parent is gone: 5
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
-        train(Case(samples=3, epochs=1, every=1, log_every=1), Path(folder), "imports what is only imported when it is used")
+        train(
+            Case(samples=3, epochs=1, every=1, log_every=1),
+            Path(folder),
+            "imports what is only imported when it is used",
+        )
     print("ready", flush=True)
     for line in sys.stdin:
         pid = os.fork()
@@ -184,3 +188,4 @@ def run_job(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # the interpreter would take seconds to put away all that was imported

@@ -144,9 +144,10 @@ class Endurance:
             status = self.live(folder, f"life{life}", death)
             assert status == 0 or life < lives, f"{self.case}: {self.output(folder)}"
             reached = self.compare(folder, f"life{life}", reached, saved=saved, exact=exact, ended=status == 0)
-            exact = written(folder / "ckpt" / "preempted.ckpt") != preempted
+            trained = all(len(read(folder / f"life{life}{suffix}")) > 1 for suffix in self.names)
+            exact = trained and written(folder / "ckpt" / "preempted.ckpt") != preempted
             self.counts["kills"] += status != 0
-            self.counts["preempted"] += exact
+            self.counts["preempted"] += written(folder / "ckpt" / "preempted.ckpt") != preempted
         self.counts["pairs"] += 1
 
     def death(self, rng: random.Random, trace: Path) -> dict[str, Any]:

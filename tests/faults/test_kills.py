@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from tests.faults.victim import Case
 SEED = os.environ.get("TREADLE_FAULTS_SEED", "0")
 GROUPS = 52
 PAIRS = 4  # kill points of each configuration
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.mark.faults

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +172,6 @@ def test_preempted_again_before_the_next_batch(tmp_path: Path, case: Case, batch
         assert second[1:] + read(tmp_path / name)[1:] == whole[len(first) :]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
-
-
 class KillAfter:
     """Sends SIGKILL to a process, or a child of it, once its trace has so many events."""
 
@@ -198,12 +190,11 @@ class KillAfter:
 @pytest.mark.parametrize(
     ("case", "child"),
     [
-        (Case(loader="shuffled", samples=60, accumulate=2, metric=True, lr_monitor=True), None),
-        (Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"), 0),
-        (Case(loader="shuffled", samples=80, devices=2, metric=True, accumulate=2, patience=3), 0),
-        (Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"), 1),
+        pytest.param(Case(samples=60, accumulate=2, metric=True, lr_monitor=True), None, id="one process"),
+        pytest.param(Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"), 0, id="a worker"),
+        pytest.param(Case(samples=80, devices=2, metric=True, accumulate=2, patience=3), 0, id="rank 0"),
+        pytest.param(Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"), 1, id="rank 1"),
     ],
-    ids=["one process", "a worker", "rank 0", "rank 1"],
 )
 def test_killed_in_the_middle(tmp_path: Path, server: ForkServer, case: Case, child: int | None) -> None:
     assert server.run(case, tmp_path / "whole", "whole") == 0

@@ -99,12 +99,15 @@ class Cursor:
         if within:
             self._resumed = state
             return
-        for generator, before in zip(self._generators, state["generators_now"]):
-            generator.set_state(before)
-        self._rng = state["rng"]
-        self._seeded = bool(self._rng)  # workers that persist have their seed since the first epoch
+        self._follow(state)
         if self._stateful:
             self._end_by_itself(state, ended=whole, whole=whole)
+
+    def _follow(self, state: dict[str, Any]) -> None:
+        for generator, now in zip(self._generators, state["generators_now"]):
+            generator.set_state(now)
+        self._rng = state["rng"]
+        self._seeded = bool(self._rng)  # workers that persist have their seed since the first epoch
 
     def finish(self, epoch: int, skip: int, *, drain: bool, whole: bool) -> None:
         """Nothing is left of the epoch to continue but what samplers draw at its end, where it is iterated so far."""
@@ -112,6 +115,8 @@ class Cursor:
             self._end_by_itself(self._resumed, ended=False, whole=whole)
         elif self._resumed and drain:
             next(self.iterate(epoch, skip), None)
+        elif self._resumed:
+            self._follow(self._resumed)
         self._resumed = {}
 
     def close(self) -> None:

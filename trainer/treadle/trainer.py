@@ -174,7 +174,9 @@ class Trainer(TrainerView):
         self._log_dir: str | None = None
         self._make_training_data: Callable[[], TrainingData | None] | None = None
         self._sigterm = False
-        self._unrestored: dict[str, Any] = {}  # what a checkpoint keeps so that a run goes on exactly, until that is done
+        self._unrestored: dict[
+            str, Any
+        ] = {}  # what a checkpoint keeps so that a run goes on exactly, until that is done
 
     # ------------------------------------------------------------------------------------------------ entry points
 
