@@ -193,6 +193,13 @@ class KillAfter:
         pytest.param(Case(samples=60, accumulate=2, metric=True, lr_monitor=True), None, id="one process"),
         pytest.param(Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"), 0, id="a worker"),
         pytest.param(Case(samples=80, devices=2, metric=True, accumulate=2, patience=3), 0, id="rank 0"),
+        pytest.param(
+            Case(
+                loader="drop last", samples=80, devices=2, norm=True, optimization="several", validate="every 3 batches"
+            ),
+            0,
+            id="buffers",
+        ),
         pytest.param(Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"), 1, id="rank 1"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -265,6 +265,13 @@ class Strategy(ABC):
 
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
+
+    def engine_state(self) -> dict[str, Any]:
+        """What the engine of the last module keeps from one step to the next; a run that is resumed exactly needs it."""
+        return {}
+
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`engine_state` returned."""
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""
