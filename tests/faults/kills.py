@@ -68,17 +68,18 @@ def draw(rng: random.Random) -> Case:
 
 
 class Sender:
-    """Sends a signal to a victim after a while: SIGKILL also to one of its workers or ranks, SIGTERM to a rank.
+    """Sends a signal to a victim after a while: SIGKILL to it or one of its workers or ranks, SIGTERM to it or a rank.
 
     Args:
         rng: when, and to whom.
         by: the signal.
+        ranks: whether it has any.
         trace: which is there when training begins.
         seconds: that training may take; None: it ends before.
     """
 
-    def __init__(self, rng: random.Random, by: int, trace: Path, seconds: float | None) -> None:
-        self.by, self.trace, self.training = by, trace, seconds is not None
+    def __init__(self, rng: random.Random, by: int, ranks: bool, trace: Path, seconds: float | None) -> None:
+        self.by, self.ranks, self.trace, self.training = by, ranks, trace, seconds is not None
         self.delay, self.choice = rng.uniform(0, seconds or 1), rng.random()
 
     def __call__(self, pid: int) -> None:
@@ -86,10 +87,8 @@ class Sender:
             process = psutil.Process(pid)
             wait_for(self.trace, process if self.training else None)
             time.sleep(self.delay)
-            ranks = process.children()
-            targets = [process, *process.children(recursive=True)]
-            if self.by == signal.SIGTERM:
-                targets = ranks if len(ranks) > 1 else [process]
+            several = self.ranks or self.by == signal.SIGKILL
+            targets = [process, *(process.children(recursive=self.by == signal.SIGKILL) if several else [])]
             targets[int(self.choice * len(targets))].send_signal(self.by)
         except psutil.NoSuchProcess:
             pass
@@ -155,7 +154,7 @@ class Endurance:
         by = rng.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
         training = rng.random() < 0.85
         if self.case.devices > 1 or rng.random() < 0.3:
-            return {"meanwhile": Sender(rng, by, trace, self.seconds if training else None)}
+            return {"meanwhile": Sender(rng, by, self.case.devices > 1, trace, self.seconds if training else None)}
         return {"die_at": rng.randint(self.calls_before if training else 1, self.calls), "die_by": by}
 
     def live(self, folder: Path, name: str, death: dict[str, Any]) -> int:

@@ -267,7 +267,7 @@ class Strategy(ABC):
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
 
     def engine_state(self) -> dict[str, Any]:
-        """What the engine of the last module keeps from one step to the next; a run that is resumed exactly needs it."""
+        """What the last module's engine keeps from one step to the next: a run resumed exactly needs it."""
         return {}
 
     def load_engine_state(self, state: Mapping[str, Any]) -> None:
