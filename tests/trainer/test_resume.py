@@ -191,7 +191,12 @@ class KillAfter:
     ("case", "child"),
     [
         pytest.param(Case(samples=60, accumulate=2, metric=True, lr_monitor=True), None, id="one process"),
-        pytest.param(Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"), 0, id="a worker"),
+        pytest.param(
+            Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"),
+            0,
+            id="a worker",
+            marks=pytest.mark.faults,
+        ),
         pytest.param(Case(samples=80, devices=2, metric=True, accumulate=2, patience=3), 0, id="rank 0"),
         pytest.param(
             Case(
@@ -200,7 +205,12 @@ class KillAfter:
             0,
             id="buffers",
         ),
-        pytest.param(Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"), 1, id="rank 1"),
+        pytest.param(
+            Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"),
+            1,
+            id="rank 1",
+            marks=pytest.mark.faults,
+        ),
     ],
 )
 def test_killed_in_the_middle(tmp_path: Path, server: ForkServer, case: Case, child: int | None) -> None:
