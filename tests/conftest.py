@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -32,6 +35,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the long tests counted, summed over all processes that ran them."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call":
+            counts.update({k: v for k, v in report.user_properties if isinstance(v, int)})
+    if counts:
+        terminalreporter.section("faults")
+        terminalreporter.write_line(", ".join(f"{name}: {count}" for name, count in counts.items()))
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Any]:
+    """Runs the victims of kills; starting it takes seconds."""
+    from tests.faults.forkserver import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +94,28 @@ def no_process_left(isolated: None) -> Iterator[None]:
     while left and time.monotonic() < until:
         time.sleep(0.05)
         left = _children()
-    for process, _ in left:
-        process.kill()
+    if left:
+        _end([process for process, _ in left])
     assert not left, f"the test left processes behind: {[name for _, name in left]}"
     assert not grouped, "the test left a process group behind; end it with the strategy's teardown or fabric's"
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Kill processes without a trace in this one.
+
+    A test that failed keeps its loader alive, in its traceback. When a worker of a loader dies, torch's handler of
+    SIGCHLD raises an error wherever the main thread is, and that would break another test, or pytest itself.
+    """
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for process in processes:
+            process.kill()
+        until = time.monotonic() + 5
+        while _children() and time.monotonic() < until:
+            time.sleep(0.01)
+        multiprocessing.active_children()  # takes notice of those that are dead, so that the handler does not
+    finally:
+        signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
 
 
 def _children() -> list[tuple[psutil.Process, str]]:

@@ -5,11 +5,14 @@ As a program it is the server: it reads one job a line and writes the pid, then 
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -19,10 +22,14 @@ from typing import Any
 
 import psutil
 import torch
-from tests.faults.victim import Case, Trace, build, train
+from tests.faults.victim import Case, train
+from torch.utils.data._utils import worker
+
+from treadle.loops.fit import FitLoop
 
 ROOT = Path(__file__).parent.parent.parent
-COUNT = [0]
+COUNT = [0, 0]
+"""Python calls and returns so far, and those before training began."""
 
 
 class ForkServer:
@@ -50,35 +57,36 @@ class ForkServer:
         ckpt_path: str | None = None,
         *,
         die_at: int = 0,
+        die_by: int = signal.SIGKILL,
         meanwhile: Callable[[int], None] | None = None,
         **trainer: Any,
     ) -> int:
         """Train ``case`` in ``folder`` and return the exit status, negative for a signal.
 
         Args:
-            die_at: the Python call at which the process sends itself SIGKILL; 0: none.
+            die_at: the Python call at which the process sends itself a signal; 0: none.
+            die_by: the signal.
             meanwhile: is called with the process's id while it runs.
         """
         folder.mkdir(parents=True, exist_ok=True)
         job = {"case": asdict(case), "folder": str(folder), "name": name, "ckpt_path": ckpt_path}
         assert self._server.stdin is not None
-        self._server.stdin.write(json.dumps({**job, "die_at": die_at, "trainer": trainer}) + "\n")
+        self._server.stdin.write(json.dumps({**job, "die": [die_at, die_by], "trainer": trainer}) + "\n")
         self._server.stdin.flush()
         pid = int(self._answer())
         if meanwhile is not None:
             meanwhile(pid)
         status = int(self._answer())
-        self._wait_for_the_rest(pid)
+        self._wait_for_the_rest(pid, folder / f"{name}.txt")
         return status
 
-    def _wait_for_the_rest(self, session: int) -> None:
+    def _wait_for_the_rest(self, session: int, output: Path) -> None:
         """Workers and ranks see that their parent has gone, and go too."""
-        until = time.monotonic() + 15
+        until = time.monotonic() + 20
         while left := _members(session):
             if time.monotonic() > until:
-                for process in left:
-                    process.kill()
-                raise AssertionError(f"processes that outlived theirs: {[' '.join(p.cmdline()) for p in left]}")
+                _end(left, output)
+                return
             time.sleep(0.01)
 
     def close(self) -> None:
@@ -100,13 +108,32 @@ def _members(session: int) -> list[psutil.Process]:
     return found
 
 
-def die_at(call: int) -> None:
-    """Let this process kill itself at its n-th Python call or return; 0: count them only."""
+def _end(left: list[psutil.Process], output: Path) -> None:
+    """Kill processes that outlived theirs and say what they were doing.
+
+    A data loader's worker asks torch's watchdog for its parent. One whose parent dies before it has asked for the first
+    time takes the wrong process for it and stays for ever; that is torch's.
+    """
+    for process in left:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(1)
+    for process in left:
+        process.kill()
+    stacks = output.read_text()[-10000:]
+    assert "in _worker_loop" in stacks and len(left) == 1, f"{len(left)} processes outlived theirs: {stacks}"
+
+
+def die(call: int, by: int) -> None:
+    """Let this process send itself a signal at its n-th Python call or return; 0: count them only."""
+
+    begin = FitLoop._train.__code__
 
     def count(frame: Any, what: str, arg: Any) -> None:
         COUNT[0] += 1
         if COUNT[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
+        if frame.f_code is begin and what == "call":
+            COUNT[1] = COUNT[0]
 
     os.register_at_fork(after_in_child=lambda: sys.setprofile(None))
     sys.setprofile(count)
@@ -115,7 +142,13 @@ def die_at(call: int) -> None:
 def serve() -> None:
     """Run jobs until there are no more."""
     torch.set_num_threads(1)
-    build(Case(), Path(), Trace(Path()))  # imports what is only imported when it is used
+    worker.MP_STATUS_CHECK_INTERVAL = 0.2  # seconds until a worker sees that its parent is gone: 5
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        train(
+            Case(samples=3, epochs=1, every=1, log_every=1),
+            Path(folder),
+            "imports what is only imported when it is used",
+        )
     print("ready", flush=True)
     for line in sys.stdin:
         pid = os.fork()
@@ -135,12 +168,16 @@ def run_job(job: dict[str, Any]) -> None:
         output = os.open(folder / f"{job['name']}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         os.chdir(folder)
-        die_at(job["die_at"])
+        die(*job["die"])
         train(Case(**job["case"]), folder, job["name"], job["ckpt_path"], **job["trainer"])
         sys.setprofile(None)
-        (folder / "calls").write_text(str(COUNT[0]))
+        (folder / "calls").write_text(json.dumps(COUNT))
         code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+        traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:
@@ -151,3 +188,4 @@ def run_job(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # the interpreter would take seconds to put away all that was imported

@@ -69,6 +69,8 @@ class Case:
     norm: bool = False
     reload_every: int = 0
     devices: int = 1
+    auto_resume: bool = False
+    """instead of ckpt_path="last" """
     seed: int = 1
 
     def __str__(self) -> str:
@@ -522,6 +524,7 @@ def build(case: Case, folder: Path, trace: Trace, **kwargs: Any) -> L.Trainer:
         "reload_dataloaders_every_n_epochs": case.reload_every,
         "callbacks": callbacks,
         "logger": Rows(trace),
+        "auto_resume": case.auto_resume,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 import treadle as L
 from treadle_fabric.data import ShardedSampler
 
-pytestmark = pytest.mark.faults
+SEVERAL = pytest.param(2, marks=pytest.mark.faults)
 
 
 class Watcher(L.LightningModule):
@@ -91,7 +91,7 @@ class Counted(Dataset[Tensor]):
         return torch.tensor([float(index)])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, SEVERAL])
 @pytest.mark.parametrize("batched", [True, False])
 def test_what_is_skipped_is_not_read(tmp_path: Path, workers: int, batched: bool) -> None:
     dataset = Counted(24 if batched else 8)
@@ -107,6 +107,7 @@ def test_what_is_skipped_is_not_read(tmp_path: Path, workers: int, batched: bool
     assert dataset.read.value == (6 if batched else 2)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batch_100000_is_reached_within_a_second(tmp_path: Path, workers: int) -> None:
     dataset = Counted(200_050)
@@ -138,7 +139,7 @@ def test_batch_100000_is_reached_within_a_second(tmp_path: Path, workers: int) -
     assert dataset.read.value <= 10  # with what a worker fetches ahead
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, 1, SEVERAL])
 @pytest.mark.parametrize(
     "kind",
     """plain shuffled generator weighted persistent batch_sampler lazy_sampler unbatched sampled stream sized_stream
@@ -146,8 +147,8 @@ def test_batch_100000_is_reached_within_a_second(tmp_path: Path, workers: int) -
 )
 def test_order_and_augmentation(tmp_path: Path, kind: str, workers: int) -> None:
     kind = kind.replace("_", " ")
-    points = ((0, 1), (1, 2), (1, 4)) if workers < 2 else ((1, 2),)
-    assert_goes_on(tmp_path, lambda: make_loader(kind, 15, workers), points, max_epochs=2 + (workers < 2))
+    points = ((0, 1), (1, 4)) if workers < 2 else ((1, 2),)
+    assert_goes_on(tmp_path, lambda: make_loader(kind, 15, workers), points, max_epochs=2 + (workers == 0))
 
 
 @pytest.mark.parametrize(
@@ -279,3 +280,9 @@ def test_a_changed_limit_of_batches(tmp_path: Path) -> None:
     """An epoch that was cut short is followed by a new one, with a loader's own state as well."""
     for kind in ("shuffled", "stateful"):
         assert_goes_on(tmp_path, lambda kind=kind: make_loader(kind, 15, 0), ((0, 2), (1, 1)), limit_train_batches=3)
+
+
+@pytest.mark.parametrize("kind", ["generator", "persistent"])
+def test_what_workers_fetched_beyond_the_limit(tmp_path: Path, kind: str) -> None:
+    """After the last batch within it nothing is loaded any more, but the loader has drawn as if it were."""
+    assert_goes_on(tmp_path, lambda: make_loader(kind, 15, 1), ((0, 2), (0, 1)), limit_train_batches=3, max_epochs=2)

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from tests.trainer.models import Net, loader, trainer
 import treadle as L
 from treadle.callbacks import Checkpoint, ModelCheckpoint
 from treadle_fabric.loggers import CSVLogger
-
-pytestmark = pytest.mark.faults
 
 Point = tuple[str, int, int]  # hook, epoch, batches of it that are done
 
@@ -64,19 +61,23 @@ class Saver(Checkpoint):
 
 def run(case: Case, folder: Path, name: str, ckpt_path: Any = None, points: list[Point] | None = None) -> Saver:
     saver = Saver(folder, Trace(folder / name), points or [])
+    run_with(saver, case, folder, name, ckpt_path)
+    return saver
+
+
+def run_with(callback: L.Callback, case: Case, folder: Path, name: str, ckpt_path: Any = None) -> None:
     build = victim.build
 
-    def with_saver(*args: Any, **kwargs: Any) -> L.Trainer:
+    def with_callback(*args: Any, **kwargs: Any) -> L.Trainer:
         made = build(*args, **kwargs)
-        made.callbacks.append(saver)
+        made.callbacks.append(callback)
         return made
 
-    victim.build = with_saver
+    victim.build = with_callback
     try:
         victim.train(case, folder, name, ckpt_path)
     finally:
         victim.build = build
-    return saver
 
 
 CASES = [
@@ -123,11 +124,52 @@ def test_to_the_last_bit(tmp_path: Path, case: Case, points: list[str]) -> None:
             assert start >= at and {event[0] for event in whole[at:start]} <= {"trained"}, point
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
+class Preempted(L.Callback):
+    """Is asked to terminate, and before that to save, at the start or in a batch."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.batches:
+            trainer.save_checkpoint("early.ckpt")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.fit_progress.batches == self.batches:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("case", "batches"),
+    [
+        (Case(workers=1, loader="persistent", every=1, lr_monitor=True, accumulate=2), 3),
+        (Case(loader="stateful", validate="every 3 batches", scheduler="plateau", metric=True), 10),
+        (Case(max_steps=5, scheduler="epoch", metric=True), 5),
+        (Case(patience=1, epochs=5, validate="half", monitor="val"), 8),
+    ],
+    ids=str,
+)
+def test_preempted_again_before_the_next_batch(tmp_path: Path, case: Case, batches: int) -> None:
+    """Whoever saves before the first batch of a resumed run saves the place where that begins."""
+    (tmp_path / "whole").mkdir()
+    run(case, tmp_path / "whole", "whole")
+    whole = read(tmp_path / "whole" / "whole")
+    for name, after in (("first", batches), ("second", 0)):
+        with pytest.raises(SystemExit) as ended:
+            run_with(Preempted(after), case, tmp_path, name, "last")
+        assert ended.value.code == 128 + signal.SIGTERM
+    first, second = read(tmp_path / "first"), read(tmp_path / "second")
+    assert first == whole[: len(first)]
+    shutil.copytree("ckpt", "kept", symlinks=True)
+    for name, ckpt_path in (("third", "last"), ("fourth", "early.ckpt")):
+        shutil.rmtree("ckpt")
+        shutil.copytree("kept", "ckpt", symlinks=True)
+        run(case, tmp_path, name, ckpt_path)
+        assert second[1:] + read(tmp_path / name)[1:] == whole[len(first) :]
 
 
 class KillAfter:
@@ -148,12 +190,28 @@ class KillAfter:
 @pytest.mark.parametrize(
     ("case", "child"),
     [
-        (Case(loader="shuffled", samples=60, accumulate=2, metric=True, lr_monitor=True), None),
-        (Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"), 0),
-        (Case(loader="shuffled", samples=80, devices=2, metric=True, accumulate=2, patience=3), 0),
-        (Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"), 1),
+        pytest.param(Case(samples=60, accumulate=2, metric=True, lr_monitor=True), None, id="one process"),
+        pytest.param(
+            Case(loader="persistent", workers=2, samples=60, validate="every 3 batches"),
+            0,
+            id="a worker",
+            marks=pytest.mark.faults,
+        ),
+        pytest.param(Case(samples=80, devices=2, metric=True, accumulate=2, patience=3), 0, id="rank 0"),
+        pytest.param(
+            Case(
+                loader="drop last", samples=80, devices=2, norm=True, optimization="several", validate="every 3 batches"
+            ),
+            0,
+            id="buffers",
+        ),
+        pytest.param(
+            Case(loader="distributed", samples=80, devices=2, validate="every 3 batches"),
+            1,
+            id="rank 1",
+            marks=pytest.mark.faults,
+        ),
     ],
-    ids=["one process", "a worker", "rank 0", "rank 1"],
 )
 def test_killed_in_the_middle(tmp_path: Path, server: ForkServer, case: Case, child: int | None) -> None:
     assert server.run(case, tmp_path / "whole", "whole") == 0

@@ -95,6 +95,8 @@ class Cursor:
         Args:
             position: how many batches of the epoch are done with.
         """
+        if self._resumed:  # and not iterated yet
+            return self._resumed
         state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
         state["generators"] = self._drawn_from
         state["generators_now"] = [g.get_state() for g in self._generators]
@@ -114,10 +116,14 @@ class Cursor:
         if within:
             self._resumed = state
             return
-        self.take_generators(state, within=False)
-        self._seeded = bool(state["rng"])  # workers that persist have their seed since the first epoch
+        self._follow(state)
         if self._stateful:
             self._end_by_itself(state, ended=whole, whole=whole)
+
+    def _follow(self, state: dict[str, Any]) -> None:
+        self.take_generators(state, within=False)
+        self._rng = state["rng"]
+        self._seeded = bool(self._rng)  # workers that persist have their seed since the first epoch
 
     def finish(self, epoch: int, skip: int, *, drain: bool, whole: bool) -> None:
         """Nothing is left of the epoch to continue but what samplers draw at its end, where it is iterated so far."""
@@ -125,6 +131,8 @@ class Cursor:
             self._end_by_itself(self._resumed, ended=False, whole=whole)
         elif self._resumed and drain:
             next(self.iterate(epoch, skip), None)
+        elif self._resumed:
+            self._follow(self._resumed)
         self._resumed = {}
 
     def close(self) -> None:

@@ -241,6 +241,8 @@ class TrainingData:
     def state_dict(self, position: int) -> dict[str, Any]:
         """What is needed to draw this epoch's order again, when ``position`` batches of it are done with."""
         state = self._cursor.state_dict(position - self._order.base)
+        if "order" in state:  # resumed, and not iterated yet
+            return state
         return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
 
     def resume(self, state: dict[str, Any], *, within: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from treadle.elastic import part_of_rank
 from treadle.state import Phase
@@ -48,9 +49,14 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
     if within or not module.automatic_optimization:
         mine["gradients"] = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
     fabric = run.fabric
-    return {
-        "ranks": [mine if fabric.world_size == 1 else fabric.broadcast(mine, src=r) for r in range(fabric.world_size)]
-    }
+    if fabric.world_size == 1:
+        return {"ranks": [mine]}
+    mine |= {"buffers": _buffers(module), "engine": fabric.strategy.engine_state()}
+    ranks = [fabric.broadcast(mine, src=r) for r in range(fabric.world_size)]
+    first = ranks[0].pop("buffers")  # the state dict has them
+    for other in ranks[1:]:
+        other["buffers"] = {n: b for n, b in other["buffers"].items() if not torch.equal(b, first[n].to(b.device))}
+    return {"ranks": ranks}
 
 
 def moment(run: Run) -> dict[str, Any]:
@@ -92,6 +98,10 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     for name, gradient in mine.get("gradients", {}).items():
         parameters[name].grad = gradient.to(parameters[name].device)
     run.weights.load_state_dict(mine.get("weights", {}))
+    buffers = _buffers(module)
+    for name, buffer in mine.get("buffers", {}).items():
+        buffers[name].copy_(buffer)
+    fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     if not elsewhere:
         data.resume(mine["data"], within=bool(progress.batch))
@@ -105,6 +115,16 @@ def restore_metrics(run: Run, states: dict[str, Any]) -> None:
     for name, state in states.items():
         if name in metrics:
             _restore_metric(metrics[name], state)
+
+
+def _buffers(module: Module) -> dict[str, Tensor]:
+    """Those that are saved. Each rank has its own until a forward takes over rank 0's, and validates with them."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        for prefix, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
 
 
 def _metric_state(metric: Any) -> dict[str, Any]:

@@ -179,6 +179,7 @@ class Trainer(TrainerView):
         self._log_dir: str | None = None
         self._make_training_data: Callable[[], TrainingData | None] | None = None
         self._sigterm = False
+        self._unrestored: dict[str, Any] = {}  # what a run needs from its checkpoint to go on exactly, until it has it
 
     # ------------------------------------------------------------------------------------------------ entry points
 
@@ -305,7 +306,9 @@ class Trainer(TrainerView):
             )
         checkpoint = dump_checkpoint(self._run, self.callbacks, weights_only=bool(weights_only))
         if not weights_only and self.state.fn is TrainerFn.FITTING:
-            exact = capture_exact(self._run, self._train_data, accumulate=self.accumulate_grad_batches)
+            exact = self._unrestored or capture_exact(
+                self._run, self._train_data, accumulate=self.accumulate_grad_batches
+            )
             checkpoint["treadle"] |= {**exact, "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
@@ -334,7 +337,7 @@ class Trainer(TrainerView):
         self._module, self._datamodule, self._metrics = module, datamodule, Metrics()
         self._eval_data, self._sigterm = {}, False
         if fn is TrainerFn.FITTING:
-            self.fit_progress, self._fit_loop, self._train_data = FitProgress(), None, None
+            self.fit_progress, self._fit_loop, self._train_data, self._unrestored = FitProgress(), None, None, {}
         results = Results(training=fn is TrainerFn.FITTING, fabric=self.fabric)
         results.belongs_to(module)
         if datamodule is not None:
@@ -465,11 +468,10 @@ class Trainer(TrainerView):
             assembly.set_up_optimizers(run, self._settings)
             run.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(run, self._settings)
-            exact: dict[str, Any] = {}
             if checkpoint is not None:
                 restore_training(run, checkpoint)
-                exact = checkpoint.get("treadle", {})
-                self.should_stop |= bool(exact.get("should_stop", False))
+                self._unrestored = checkpoint.get("treadle", {})
+                self.should_stop |= bool(self._unrestored.get("should_stop", False))
                 del checkpoint
             validation = self._make_validation(run, val)
             self._fit_loop = loop = FitLoop(
@@ -480,7 +482,7 @@ class Trainer(TrainerView):
                 validation=validation,
                 make_epoch=partial(self._make_epoch, run),
                 make_validation=partial(self._make_validation, run, val),
-                restore=partial(self._restore_exact, run, exact),
+                restore=partial(self._restore_exact, run),
                 reload_every=self._settings.reload_dataloaders_every_n_epochs,
             )
             try:
@@ -490,12 +492,12 @@ class Trainer(TrainerView):
                     self.save_checkpoint(preempted_path(self.callbacks, self.default_root_dir))
                 raise
 
-    def _restore_exact(self, run: Run, saved: dict[str, Any]) -> None:
-        """What a resumed run had in the middle of things; ``saved`` is empty once that is done."""
-        if saved:
+    def _restore_exact(self, run: Run) -> None:
+        """What a resumed run had in the middle of things, once."""
+        if self._unrestored:
             assert self._train_data is not None
-            restore_exact(run, saved, self._train_data, accumulate=self.accumulate_grad_batches)
-            saved.clear()
+            restore_exact(run, self._unrestored, self._train_data, accumulate=self.accumulate_grad_batches)
+            self._unrestored = {}
 
     def _make_epoch(self, run: Run, loop: FitLoop) -> TrainingEpoch | None:
         if loop.epoch is not None or self._train_data is None:  # the first may have been asked for already

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,6 +142,16 @@ class DDPStrategy(ParallelStrategy):
             if store.add(key, 0) == self.world_size:
                 for p in trained:
                     p.grad = None
+
+    def engine_state(self) -> dict[str, Any]:
+        engine = self._engines[-1]() if self._engines else None
+        # whether the next forward takes over the buffers of rank 0
+        return {} if engine is None else {"synchronizes": engine.require_forward_param_sync}
+
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        engine = self._engines[-1]() if self._engines else None
+        if engine is not None and "synchronizes" in state:
+            engine.require_forward_param_sync = state["synchronizes"]
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """On the first step: a parameter without gradient would leave others unreduced, without a word."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -279,6 +279,13 @@ class Strategy(ABC):
             module: The engine, which ran the forward pass.
             label: The same for this backward pass on every process, and for no other one.
         """
+
+    def engine_state(self) -> dict[str, Any]:
+        """What the last module's engine keeps from one step to the next: a run resumed exactly needs it."""
+        return {}
+
+    def load_engine_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`engine_state` returned."""
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""

@@ -149,12 +149,13 @@ class TrainingEpoch:
                 if not self._run_validation():
                     self._signals.raise_received()
                 stop = self.agree_to_stop() and self._may_stop()
+        if terminated:  # the run that goes on does the rest of this batch, and ends where this one would have
+            progress.phase = max(progress.phase, Phase.LOGGED)
+            self._signals.raise_received()
         if self._schedulers and stepping:
             self._step_schedulers("step", progress.step, plateau=True)
         progress.phase = Phase.BETWEEN
         progress.validation_due = False
-        if terminated:
-            self._signals.raise_received()
         return stop or progress.step == self._max_steps
 
     def _stops_here(self) -> tuple[bool, bool]:

@@ -69,6 +69,8 @@ class FitLoop:
         try:
             self._train()
         finally:
+            if self.epoch is not None:
+                self.epoch.close()
             if self.agreement is not None:
                 self.agreement.close()
 
@@ -102,7 +104,6 @@ class FitLoop:
                 self._end_epoch(epoch)
                 progress.begin_epoch()
             dispatch.call("on_train_end")
-            epoch.close()
         if run.watch is not None:
             run.watch.report()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
