@@ -11,7 +11,6 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -30,8 +29,6 @@ from torch.distributed.checkpoint.metadata import (
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
 
 __all__ = ["failures_of", "read_tensors", "write_tensors"]
-
-_OVERLAPS = 1024 * 1024  # bytes of a write from which on a thread for its checksum pays
 
 
 def write_tensors(
@@ -86,6 +83,14 @@ class _Writer(FileSystemWriter):
         self.fs = self.files = _Files()
         self.places: dict[str, Any] = {}
 
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        checked = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # one checksum of every byte is enough, and ours is of the file
+        try:
+            return super().write_data(plan, planner)
+        finally:
+            torch.serialization.set_crc32_options(checked)
+
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(save_id=self.save_id)  # not the path, which is temporary
 
@@ -120,8 +125,8 @@ class _Files(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with ThreadPoolExecutor(1) as thread, open(path, mode) as file:
-            stream = _Checksummed(file, thread)
+        with open(path, mode) as file:
+            stream = _Checksummed(file)
             try:
                 yield stream
             except Exception as e:
@@ -131,31 +136,21 @@ class _Files(FileSystem):
 
 
 class _Checksummed(io.RawIOBase):
-    def __init__(self, file: Any, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, file: Any) -> None:
         super().__init__()
-        self._file, self._thread = file, thread
+        self._file = file
         self.size = self.crc = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if len(data) < _OVERLAPS:
-            self.crc = zlib.crc32(data, self.crc)
-            self._put(data)
-        else:
-            crc = self._thread.submit(zlib.crc32, data, self.crc)
-            try:
-                self._put(data)
-            finally:
-                self.crc = crc.result()  # the bytes are torch's, and gone when this returns
-        self.size += len(data)
-        return len(data)
-
-    def _put(self, data: Any) -> None:
+        self.crc = zlib.crc32(data, self.crc)
         try:
             self._file.write(data)
         except OSError as e:
             self.error = self.error or e
             raise
+        self.size += len(data)
+        return len(data)
 
     def tell(self) -> int:
         return self.size
