@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -25,10 +25,20 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
+from treadle_fabric.errors import CheckpointUnsafeError
 
-__all__ = ["failures_of", "read_tensors", "write_tensors"]
+__all__ = ["RanksFailedError", "read_tensors", "write_tensors"]
+
+
+class RanksFailedError(Exception):
+    """What all ranks raise where some of them failed; ``failures`` has the errors by rank."""
+
+    def __init__(self, failures: Mapping[int, BaseException]) -> None:
+        super().__init__(str(failures))
+        self.failures = dict(failures)
 
 
 def write_tensors(
@@ -39,11 +49,13 @@ def write_tensors(
     Returns:
         Size and CRC-32 of the files that this rank wrote; and for rank 0 where in the files of all ranks the tensors
         lie, as the manifest has it.
+
+    Raises:
+        RanksFailedError: On all ranks.
     """
     writer = _Writer(folder)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
-        dcp.save(
+    with _failing_together():
+        save(
             tensors,
             storage_writer=writer,
             planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
@@ -56,23 +68,34 @@ def write_tensors(
 def read_tensors(
     tensors: dict[str, Any], folder: str, manifest: Mapping[str, Any], process_group: Any | None, alone: bool
 ) -> None:
-    """Fill tensors in place, each rank those parts that it has."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(
+    """Fill tensors in place, each rank those parts that it has.
+
+    Raises:
+        RanksFailedError: On all ranks.
+    """
+    with _failing_together():
+        load(
             tensors,
-            storage_reader=_Reader(folder, manifest["tensors"]),
+            storage_reader=_Reader(folder, {name: manifest["tensors"][name] for name in tensors}),
             planner=_Planner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=process_group,
             no_dist=alone,
         )
 
 
-def failures_of(error: BaseException) -> dict[int, BaseException]:
-    """What failed on which rank, if ``error`` is what torch.distributed.checkpoint raises on all of them."""
-    if isinstance(error, dcp.api.CheckpointException):
-        return {rank: wrapped[0] for rank, wrapped in error.failures.items()}
-    return {}
+@contextlib.contextmanager
+def _failing_together() -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # a damaged tensor is an error anyway
+            yield
+    except CheckpointException as e:  # no Exception, so that nothing else would catch it
+        failures = {rank: wrapped[0] for rank, wrapped in e.failures.items()}
+        for failure in failures.values():
+            if isinstance(failure, KeyboardInterrupt | SystemExit | MemoryError):
+                raise failure from e
+        raise RanksFailedError(failures) from e
 
 
 class _Writer(FileSystemWriter):
@@ -184,9 +207,7 @@ def _index(tensors: Mapping[str, Any]) -> Metadata:
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     for name, entry in tensors.items():
-        dtype = getattr(torch, str(entry["dtype"]), None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointCorruptError(f"The manifest has {name!r} as {entry['dtype']!r}, which is no dtype.")
+        dtype = getattr(torch, entry["dtype"])
         chunks = [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]]
         entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
         for place, chunk in enumerate(entry["chunks"]):

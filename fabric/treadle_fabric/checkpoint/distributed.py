@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -34,7 +36,7 @@ from treadle_fabric.checkpoint.folder import (
     write_manifest,
 )
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO, reason_of, remedy_for
+from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO, reason_of, why_not_written, write_file
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -109,7 +111,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     Raises:
         CheckpointError: A rank could not write its part. All raise, and what lay at ``path`` before is still there.
     """
-    ranks = _Ranks(process_group, f"The checkpoint {str(path)!r} was not written")
+    ranks = _Ranks(process_group, f"The checkpoint {str(path)!r} was not written", state)
     where = _local(path)
     temporary, lock = "", None
 
@@ -118,7 +120,9 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
         split = _Split(state)
         if ranks.rank == 0:
             if os.path.isdir(where) and not is_sharded(where) and os.listdir(where):
-                raise CheckpointError("a folder is in the way that is no checkpoint. Remove it, or choose another name")
+                raise CheckpointError(
+                    "a folder is in the way that is no checkpoint. Remove it, or choose another name."
+                )
             temporary = make_temporary(where)
             lock = lock_folder(temporary)
         parts.append(split)
@@ -128,7 +132,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
         if ranks.rank == 0:
             file = os.path.join(folder, PLAIN)
-            TorchCheckpointIO().save_checkpoint(parts[0].content(), file)
+            write_file(parts[0].content(), file)
             files[PLAIN] = checksum(file)
         return files, places
 
@@ -159,15 +163,12 @@ def _write(
     mine = {**split.sharded, **{n: split.replicated[n] for n, r in _share_out(summaries).items() if r == ranks.rank}}
     if not summaries[0] and not split.sharded:  # DTensors are on all ranks or on none
         return {}, {}
-    from treadle_fabric.checkpoint.dcp import failures_of, write_tensors
+    from treadle_fabric.checkpoint.dcp import RanksFailedError, write_tensors
 
     try:
         return write_tensors(mine, folder, ranks.group, ranks.size == 1)
-    except Exception as e:
-        failures = failures_of(e)
-        if not failures:
-            raise
-        raise ranks.error({rank: _reason(error) for rank, error in failures.items()}) from e
+    except RanksFailedError as e:
+        raise ranks.error({rank: ranks.told(error) for rank, error in e.failures.items()}) from e
 
 
 def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
@@ -203,16 +204,16 @@ def _check_seen(folder: str, files: Mapping[str, tuple[int, int]]) -> None:
         if not os.path.isfile(file) or os.path.getsize(file) != size:
             raise CheckpointError(
                 f"another rank wrote {name!r}, and here it is not to be seen. Save to a file system that all machines "
-                "share"
+                "share."
             )
 
 
 class _Ranks:
     """The processes that act together, and fail together."""
 
-    def __init__(self, group: Any | None, failure: str) -> None:
+    def __init__(self, group: Any | None, failure: str, state: Any = None) -> None:
         self.group = group
-        self._failure = failure
+        self._failure, self._state = failure, state
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
 
@@ -224,7 +225,7 @@ class _Ranks:
             result = action()
         except Exception as e:
             error = e
-        outcome = (result, None if error is None else _reason(error))
+        outcome = (result, None if error is None else self.told(error))
         outcomes: list[Any] = [None] * self.size
         if self.size == 1:
             outcomes = [outcome]
@@ -237,16 +238,14 @@ class _Ranks:
 
     def error(self, reasons: Mapping[int, str]) -> CheckpointError:
         """What all ranks raise."""
-        told = "; ".join(f"rank {rank}: {reason}" if self.size > 1 else reason for rank, reason in reasons.items())
-        return CheckpointError(f"{self._failure}: {told}. An earlier checkpoint of that name is untouched.")
+        told = " ".join(f"rank {rank}: {reason}" if self.size > 1 else reason for rank, reason in reasons.items())
+        return CheckpointError(f"{self._failure}: {told}")
 
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointError):
-        return str(error).rstrip(". ")
-    if isinstance(error, OSError):
-        return f"{reason_of(error)}. {remedy_for(error)}".rstrip(". ")
-    return reason_of(error)
+    def told(self, error: BaseException) -> str:
+        """What went wrong, in sentences."""
+        if isinstance(error, CheckpointError):
+            return str(error)
+        return f"{reason_of(error)}." if self._state is None else why_not_written(error, self._state)
 
 
 def _local(path: PathLike) -> str:
@@ -486,6 +485,8 @@ def _read_plain(
         entry = manifest["tensors"].get(name)
         if entry is None or entry["shape"] != list(tensor.shape) or f"torch.{entry['dtype']}" != str(tensor.dtype):
             raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and the manifest differ on {name!r}.")
+        if sum(math.prod(chunk["sizes"]) for chunk in entry["chunks"]) != tensor.numel():
+            raise CheckpointCorruptError(f"{path!r} is not whole: the manifest does not have all of {name!r}.")
     return dict(content)
 
 
@@ -494,16 +495,14 @@ def _read(
 ) -> None:
     if not tensors:
         return
-    from treadle_fabric.checkpoint.dcp import failures_of, read_tensors
+    from treadle_fabric.checkpoint.dcp import RanksFailedError, read_tensors
 
     group, alone = (None, True) if ranks is None or ranks.size == 1 else (ranks.group, False)
     try:
         read_tensors(tensors, where, manifest, group, alone)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:
-        failures = failures_of(e) or {0: e}
-        first = next((f for f in failures.values() if isinstance(f, CheckpointUnsafeError)), None)
-        kind = CheckpointError if first is None else CheckpointUnsafeError
-        told = "; ".join(f"rank {rank}: {_reason(error)}" for rank, error in failures.items())
-        raise kind(f"The checkpoint {str(path)!r} could not be restored: {told}.") from e
+    except RanksFailedError as e:
+        refused = any(isinstance(f, CheckpointUnsafeError | pickle.UnpicklingError) for f in e.failures.values())
+        told = "; ".join(f"rank {rank}: {reason_of(error)}" for rank, error in e.failures.items())
+        raise (CheckpointUnsafeError if refused else CheckpointError)(
+            f"The checkpoint {str(path)!r} could not be restored: {told}."
+        ) from e

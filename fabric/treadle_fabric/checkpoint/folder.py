@@ -123,9 +123,9 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
         with open(os.path.join(folder, MANIFEST), "rb") as file:
             raw = file.read()
     except FileNotFoundError:
-        what = "no sharded checkpoint that Treadle wrote to the end" if is_sharded(folder) else "no checkpoint"
         raise CheckpointCorruptError(
-            f"The folder {path!r} is {what}: {MANIFEST!r} is missing in it. Use another checkpoint."
+            f"{path!r} is a folder, and no sharded checkpoint of Treadle that was written to the end: {MANIFEST!r} is "
+            "missing in it. Give a checkpoint in it, or use another one."
         ) from None
     except OSError as e:
         raise CheckpointError(f"{MANIFEST!r} of {path!r} could not be read: {e.strerror}.") from e
@@ -138,7 +138,10 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
     try:
         content = json.loads(raw)
         known = content["format"] == "treadle-sharded" and content["version"] == _VERSION
-        names = [*content["files"], *(chunk["file"] for t in content["tensors"].values() for chunk in t["chunks"])]
+        chunks = [chunk for tensor in content["tensors"].values() for chunk in tensor["chunks"]]
+        whole = {"offsets", "sizes", "file", "start", "length"}
+        known &= all(chunk.keys() >= whole for chunk in chunks)
+        names = [*content["files"], *(chunk["file"] for chunk in chunks)]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointCorruptError(f"{MANIFEST!r} of {path!r} is no manifest ({e!r}). Use another checkpoint.") from e
     if not known:
@@ -242,7 +245,8 @@ def put_in_place(fresh: str, at: str) -> None:
     for attempt in range(5):
         try:
             if os.path.lexists(at) and (os.path.isdir(at) or os.path.isdir(fresh)):
-                _exchange(fresh, at) or _move_aside(fresh, at)
+                if not _exchange(fresh, at):
+                    _move_aside(fresh, at)
             else:
                 os.replace(fresh, at)
             break

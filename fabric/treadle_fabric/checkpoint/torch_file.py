@@ -37,7 +37,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["TorchCheckpointIO", "reason_of", "remedy_for"]
+__all__ = ["TorchCheckpointIO", "reason_of", "why_not_written", "write_file"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -191,7 +191,12 @@ def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
                 # src_dir_fd is only there to make Python follow the link
                 os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
                 return
-    with open(name, "x+b") as file:
+    write_file(checkpoint, name)
+
+
+def write_file(checkpoint: dict[str, Any], path: str) -> None:
+    """Write a new file straight to its name, and flush it to the disk."""
+    with open(path, "x+b") as file:
         _dump(checkpoint, file)
 
 
@@ -223,17 +228,19 @@ def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
 
 
 def _save_error(error: Exception, checkpoint: Mapping[str, Any], path: PathLike) -> CheckpointError:
-    head = f"The checkpoint {str(path)!r} was not written"
+    return CheckpointError(f"The checkpoint {str(path)!r} was not written: {why_not_written(error, checkpoint)}")
+
+
+def why_not_written(error: BaseException, checkpoint: Any) -> str:
+    """What went wrong in a save, and the remedy, in sentences."""
+    stands = "An earlier one of that name is untouched."
     cause = _first_os_error(error)
     if cause is not None:
-        told = f"{reason_of(cause)}. An earlier file of that name is untouched. {remedy_for(cause)}"
-        return CheckpointError(f"{head}: {told}")
+        return f"{reason_of(cause)}. {stands} {_REMEDIES.get(cause.errno or 0, 'Save elsewhere.')}"
     if isinstance(error, pickle.PicklingError | AttributeError | TypeError):
         where = state_path_of(checkpoint)
-        return CheckpointError(
-            f"{head}: {where} cannot be pickled ({error}). Save its state_dict() or plain values, or leave it out."
-        )
-    return CheckpointError(f"{head}: {reason_of(error)}. An earlier file of that name is untouched.")
+        return f"{where} cannot be pickled ({error}). Save its state_dict() or plain values, or leave it out."
+    return f"{reason_of(error)}. {stands}"
 
 
 def _first_os_error(error: BaseException) -> OSError | None:
@@ -244,11 +251,6 @@ def _first_os_error(error: BaseException) -> OSError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
-
-
-def remedy_for(error: OSError) -> str:
-    """What to do where a file could not be written."""
-    return _REMEDIES.get(error.errno or 0, "Save elsewhere.")
 
 
 def reason_of(error: BaseException) -> str:
