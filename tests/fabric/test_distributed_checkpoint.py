@@ -8,6 +8,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import time
 import zlib
 from collections import OrderedDict
@@ -33,9 +34,11 @@ from treadle_fabric import (
     DistributedCheckpointIO,
     Fabric,
     MisconfigurationException,
+    ProcessFailedError,
     TorchCheckpointIO,
     newest_good,
 )
+from treadle_fabric.checkpoint import dcp
 from treadle_fabric.checkpoint import folder as folders
 from treadle_fabric.checkpoint.distributed import load_sharded_into, save_sharded
 from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
@@ -132,6 +135,9 @@ def test_a_checkpoint_is_replaced_and_another_folder_is_not(tmp_path: Path) -> N
     for step in (1, 2):
         IO.save_checkpoint({"w": torch.full((5000,), float(step))}, path)
         assert IO.load_checkpoint(path)["w"][0] == step and os.listdir(tmp_path) == ["a.ckpt"]
+    TorchCheckpointIO().save_checkpoint({"step": 3}, path)
+    assert path.is_file() and os.listdir(tmp_path) == ["a.ckpt"]
+    IO.save_checkpoint({"step": 4}, path)
     IO.remove_checkpoint(path)
     IO.remove_checkpoint(path)
     assert os.listdir(tmp_path) == []
@@ -264,6 +270,28 @@ def test_where_one_rank_cannot_write_all_raise_and_the_old_one_stands(failing: i
         assert f"rank {failing}: File too large [EFBIG]" in later and "ulimit" in later and "untouched" in later
         assert f"rank {1 - failing}" not in later
     assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert all(t.eq(1).all() for t in IO.load_checkpoint(path).values())
+
+
+def die_on_one(fabric: Fabric, path: str, dying: int) -> None:
+    IO.save_checkpoint({f"w{i}": torch.full((50_000,), 1.0) for i in range(4)}, path)
+    if dist.get_rank() == dying:
+        write_data = dcp._Writer.write_data
+
+        def dies(*args: Any) -> Any:
+            write_data(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        dcp._Writer.write_data = dies  # type: ignore[method-assign]
+    IO.save_checkpoint({f"w{i}": torch.full((50_000,), 2.0) for i in range(4)}, path)
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_where_one_rank_is_killed_the_old_one_stands(dying: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    with pytest.raises(ProcessFailedError):
+        launch(2, die_on_one, str(path), dying)
+    assert [found for found, _ in checkpoints_in(tmp_path)] == [path]
     assert all(t.eq(1).all() for t in IO.load_checkpoint(path).values())
 
 
@@ -460,6 +488,8 @@ def test_ended_at_any_rename_the_old_or_the_new_one_loads(
     assert IO.load_checkpoint(saved)["step"] in ((5, 6) if status == 9 else (6,))
     IO.save_checkpoint({"step": 7}, saved)
     assert IO.load_checkpoint(saved)["step"] == 7
+    IO.remove_checkpoint(saved)
+    assert checkpoints_in(saved.parent) == []  # and nothing that was moved aside comes back
 
 
 def test_what_killed_processes_left_is_removed_once_nobody_writes_it(tmp_path: Path) -> None:

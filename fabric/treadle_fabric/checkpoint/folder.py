@@ -244,7 +244,7 @@ def put_in_place(fresh: str, at: str) -> None:
     """
     for attempt in range(5):
         try:
-            if os.path.lexists(at) and (os.path.isdir(at) or os.path.isdir(fresh)):
+            if os.path.lexists(at) and (_is_folder(at) or _is_folder(fresh)):  # else one rename does it
                 if not _exchange(fresh, at):
                     _move_aside(fresh, at)
             else:
@@ -256,6 +256,7 @@ def put_in_place(fresh: str, at: str) -> None:
     sync_folder(os.path.dirname(at))
     if os.path.lexists(fresh):  # the old one
         _delete(fresh)
+        _forget_asides(at)
 
 
 def _exchange(a: str, b: str) -> bool:
@@ -278,7 +279,7 @@ def _move_aside(fresh: str, at: str) -> None:
         with contextlib.suppress(OSError):
             os.rename(aside, at)
         raise
-    _delete(aside)
+    _forget_asides(at)
 
 
 def bring_back(parent: str | os.PathLike[str]) -> None:
@@ -297,12 +298,26 @@ def remove_folder(path: str) -> None:
     """Delete a folder; from the first moment on nothing lies at ``path`` any more, rather than a part of it."""
     parent, name = os.path.split(os.path.abspath(path))
     aside = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    _forget_asides(os.path.join(parent, name))
     os.rename(path, aside)
     shutil.rmtree(aside)
 
 
+def _forget_asides(path: str) -> None:
+    """Remove what a killed process had moved aside for a ``path`` that came: it must not come back."""
+    parent, name = os.path.split(path)
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(parent):
+            if (found := _ASIDE.fullmatch(entry)) and found[1] == name:
+                _delete(os.path.join(parent, entry))
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
 def _delete(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
+    if _is_folder(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -25,7 +25,7 @@ from treadle_fabric.checkpoint.archive import (
     state_path_of,
     weights_only_reason,
 )
-from treadle_fabric.checkpoint.folder import bring_back, remove_folder, sync_folder
+from treadle_fabric.checkpoint.folder import bring_back, is_sharded, put_in_place, remove_folder
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.manifest import seal
 from treadle_fabric.errors import (
@@ -160,7 +160,7 @@ def _file_system(path: PathLike, storage_options: Any | None) -> tuple[Any | Non
 
 
 def _save_local(checkpoint: dict[str, Any], path: str) -> None:
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not is_sharded(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
@@ -168,12 +168,11 @@ def _save_local(checkpoint: dict[str, Any], path: str) -> None:
     temporary = os.path.join(folder, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
     try:
         _write(checkpoint, folder, temporary)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
-    sync_folder(folder)
 
 
 def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
