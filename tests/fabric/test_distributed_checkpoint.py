@@ -38,12 +38,18 @@ from treadle_fabric import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checkpoint import dcp
+from treadle_fabric.checkpoint import dcp, distributed
 from treadle_fabric.checkpoint import folder as folders
 from treadle_fabric.checkpoint.distributed import load_sharded_into, save_sharded
 from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
 
 IO = DistributedCheckpointIO()
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the tests need not write much."""
+    monkeypatch.setattr(distributed, "_LARGE", 4096)
 
 
 def launch(processes: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

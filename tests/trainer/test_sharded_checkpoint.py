@@ -30,8 +30,8 @@ class Wide(L.LightningModule):
     def __init__(self, width: int = 300) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.layers = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, 20))
-        self.register_buffer("seen", torch.zeros(5000))
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, 40))
+        self.register_buffer("seen", torch.zeros(10_000))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self.seen += batch.sum() / 1000

@@ -50,7 +50,7 @@ from treadle_fabric.types import PathLike
 __all__ = ["DistributedCheckpointIO", "load_sharded_into", "save_sharded"]
 
 T = TypeVar("T")
-_LARGE = 4096  # bytes; smaller tensors cost more to write one by one than they take
+_LARGE = 32 * 1024  # bytes; to write a smaller tensor by itself takes longer than to write its bytes
 
 
 class DistributedCheckpointIO(CheckpointIO):
