@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import math
 import os
 import pickle
@@ -114,10 +115,13 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     ranks = _Ranks(process_group, f"The checkpoint {str(path)!r} was not written", state)
     where = _local(path)
     temporary, lock = "", None
+    files: dict[str, tuple[int, int]] = {}
+    places: dict[str, Any] = {}
 
-    def begin() -> tuple[str, dict[str, Any]]:
+    def begin() -> tuple[str, dict[str, Any], bool]:
         nonlocal temporary, lock
         split = _Split(state)
+        ranks.state = split.structure
         if ranks.rank == 0:
             if os.path.isdir(where) and not is_sharded(where) and os.listdir(where):
                 raise CheckpointError(
@@ -127,7 +131,8 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
             lock = lock_folder(temporary)
         parts.append(split)
         alone = ranks.size == 1
-        return temporary, {n: (t.nbytes, 0 if alone else _fingerprint(t)) for n, t in split.replicated.items()}
+        summary = {n: (t.nbytes, "" if alone else _fingerprint(t)) for n, t in split.replicated.items()}
+        return temporary, summary, bool(split.sharded)
 
     def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
         if ranks.rank == 0:
@@ -146,8 +151,9 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     parts: list[_Split] = []
     try:
         begun = ranks.together(begin)
-        folder, summaries = begun[0][0], [summary for _, summary in begun]
-        files, places = _write(ranks, parts[0], summaries, folder)
+        folder = begun[0][0]
+        if begun[0][1] or any(sharded for _, _, sharded in begun):
+            files, places = _write(ranks, parts[0], [summary for _, summary, _ in begun], folder)
         results = ranks.together(finish)
         ranks.together(publish)
     finally:
@@ -161,8 +167,6 @@ def _write(
     ranks: _Ranks, split: _Split, summaries: list[dict[str, Any]], folder: str
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
     mine = {**split.sharded, **{n: split.replicated[n] for n, r in _share_out(summaries).items() if r == ranks.rank}}
-    if not summaries[0] and not split.sharded:  # DTensors are on all ranks or on none
-        return {}, {}
     from treadle_fabric.checkpoint.dcp import RanksFailedError, write_tensors
 
     try:
@@ -182,8 +186,8 @@ def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
     return owners
 
 
-def _fingerprint(tensor: Tensor) -> int:
-    """A number that differs where the bytes of two tensors do; computed on their device, from sums of rows and columns.
+def _fingerprint(tensor: Tensor) -> str:
+    """What differs where the bytes of two tensors do; computed on their device, from sums of rows and columns.
 
     Only what all ranks have alike may be shared out: the buffers of a module, say, need not be.
     """
@@ -191,11 +195,14 @@ def _fingerprint(tensor: Tensor) -> int:
     if values.is_complex():
         values = torch.view_as_real(values).flatten()
     values = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-    width = 4096
-    whole = len(values) // width * width
-    rows = values[:whole].view(-1, width)
-    sums = torch.cat([rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), values[whole:].to(torch.int64)])
-    return hash((str(tensor.dtype), tuple(tensor.shape), *sums.tolist()))
+    width = 2048
+    sums: list[Tensor] = []
+    for part in torch.split(values, width * width):  # a sum makes a copy of eight bytes a value
+        whole = len(part) // width * width
+        rows = part[:whole].view(-1, width)
+        sums += rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), part[whole:].to(torch.int64)
+    told = f"{tensor.dtype} {tuple(tensor.shape)} {torch.cat(sums).tolist()}"
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()  # hash() differs from process to process
 
 
 def _check_seen(folder: str, files: Mapping[str, tuple[int, int]]) -> None:
@@ -213,7 +220,8 @@ class _Ranks:
 
     def __init__(self, group: Any | None, failure: str, state: Any = None) -> None:
         self.group = group
-        self._failure, self._state = failure, state
+        self.state = state
+        self._failure = failure
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
 
@@ -245,7 +253,7 @@ class _Ranks:
         """What went wrong, in sentences."""
         if isinstance(error, CheckpointError):
             return str(error)
-        return f"{reason_of(error)}." if self._state is None else why_not_written(error, self._state)
+        return f"{reason_of(error)}." if self.state is None else why_not_written(error, self.state)
 
 
 def _local(path: PathLike) -> str:
@@ -269,11 +277,11 @@ class _Split:
         self.sharded: dict[str, Any] = {}
         self._stand_ins: dict[str, Tensor] = {}
         self._known: dict[Any, Tensor] = {}
-        self._structure = _mapped(state, self._replace, "")
+        self.structure = _mapped(state, self._replace, "")
 
     def content(self) -> dict[str, Any]:
         """What goes into ``meta.pt``; the names of the stand-ins survive there, because each is one object."""
-        return {"state": self._structure, "tensors": self._stand_ins}
+        return {"state": self.structure, "tensors": self._stand_ins}
 
     def _replace(self, value: Any, name: str) -> Any:
         sharded = _is_sharded_tensor(value)
