@@ -151,10 +151,10 @@ def test_a_checkpoint_is_replaced_and_another_folder_is_not(tmp_path: Path) -> N
     IO.save_checkpoint({"step": 3}, path)
     shutil.rmtree(path)
     path.mkdir()
-    (path / "thesis.tex").touch()
+    (path / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint"):
         IO.save_checkpoint({"step": 4}, path)
-    assert os.listdir(tmp_path) == ["a.ckpt"] and os.listdir(path) == ["thesis.tex"]
+    assert os.listdir(tmp_path) == ["a.ckpt"] and os.listdir(path) == ["manifest.json"]
 
 
 def test_what_is_refused() -> None:
@@ -514,6 +514,7 @@ def test_the_newest_good_one_is_found_among_files_and_folders(saved: Path, tmp_p
     io.save_checkpoint({"step": 1}, tmp_path / "file.ckpt")
     os.utime(tmp_path / "file.ckpt", (1, 1))
     torch.save({}, saved / "inner.ckpt")  # not descended into
+    (tmp_path / "manifest.json").write_text("{}")  # of another program
     folders.link_folder(str(saved), str(tmp_path / "last.ckpt"))
     (tmp_path / "linked.ckpt").symlink_to(saved)
     assert [path.name for path, _ in checkpoints_in(tmp_path)] == ["last.ckpt", "file.ckpt"]  # each once

@@ -57,8 +57,14 @@ _STALE_S: Final = 60.0
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
-    """Whether a local path is a folder that is, or was, one checkpoint; the manifest may be missing."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in (MANIFEST, PLAIN, _INDEX))
+    """Whether a local path is a folder that is, or was, one checkpoint; parts of it may be missing."""
+    if any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX)):
+        return True
+    try:
+        with open(os.path.join(path, MANIFEST), "rb") as file:  # many a folder has a file of that name
+            return _HEAD.match(file.read(32)) is not None
+    except OSError:
+        return False
 
 
 def representative(path: str | os.PathLike[str]) -> str:
