@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from treadle_fabric import AsyncCheckpointIO, TorchCheckpointIO
+from treadle_fabric import AsyncCheckpointIO, DistributedCheckpointIO, TorchCheckpointIO
 
 SYNCHRONOUS = 1.15
 ASYNCHRONOUS = 1.3
@@ -48,35 +48,37 @@ def main() -> int:
     given = parser.parse_args()
     values = given.megabytes * 10**6 // 4 // TENSORS
     state = {f"layer{i}.weight": torch.randn(values, device=given.device) for i in range(TENSORS)}
-    now, later = TorchCheckpointIO(), AsyncCheckpointIO()
+    now, later, sharded = TorchCheckpointIO(), AsyncCheckpointIO(), DistributedCheckpointIO()
     contestants: dict[str, Callable[[dict[str, torch.Tensor], Path], None]] = {
         "torch.save + fsync": plain,
         "TorchCheckpointIO": now.save_checkpoint,
         "one copy": copy,
         "AsyncCheckpointIO": later.save_checkpoint,
+        "DistributedCheckpointIO": sharded.save_checkpoint,
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         for turn in range(-2, given.rounds):  # two rounds to warm up
-            order = list(contestants)[turn % 4 :] + list(contestants)[: turn % 4]
+            order = list(contestants)[turn % 5 :] + list(contestants)[: turn % 5]
             for name in order:
                 path = Path(folder, f"{order.index(name)}.ckpt")
                 start = time.perf_counter()
                 contestants[name](state, path)
                 seconds = time.perf_counter() - start
                 later.wait()
-                path.unlink(missing_ok=True)
+                now.remove_checkpoint(path)
                 if turn >= 0:
                     times[name].append(seconds)
         later.teardown()
     print(f"{given.megabytes} MB in {TENSORS} tensors on {state['layer0.weight'].device}, {given.rounds} rounds")
-    print(f"{'':<20} {'best':>8} {'median':>8}")
+    print(f"{'':<24} {'best':>8} {'median':>8}")
     for name, taken in times.items():
-        print(f"{name:<20} {min(taken):7.3f}s {statistics.median(taken):7.3f}s")
+        print(f"{name:<24} {min(taken):7.3f}s {statistics.median(taken):7.3f}s")
     good = True
     for name, base, bar in (
         ("TorchCheckpointIO", "torch.save + fsync", SYNCHRONOUS),
         ("AsyncCheckpointIO", "one copy", ASYNCHRONOUS),
+        ("DistributedCheckpointIO", "torch.save + fsync", SYNCHRONOUS),
     ):
         ratio = statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
         best = min(times[name]) / min(times[base])

@@ -10,7 +10,13 @@ from treadle_fabric.accelerators import (
 )
 from treadle_fabric.agreement import StopAgreement
 from treadle_fabric.attribute_dict import AttributeDict
-from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO, newest_good
+from treadle_fabric.checkpoint import (
+    AsyncCheckpointIO,
+    CheckpointIO,
+    DistributedCheckpointIO,
+    TorchCheckpointIO,
+    newest_good,
+)
 from treadle_fabric.data import (
     ShardedSampler,
     batch_mover,
@@ -114,6 +120,7 @@ __all__ = [
     "ClusterEnvironment",
     "DDPStrategy",
     "DeviceUnavailableError",
+    "DistributedCheckpointIO",
     "DoublePrecision",
     "DummyLogger",
     "ExternalLauncher",

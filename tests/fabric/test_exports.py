@@ -31,8 +31,9 @@ MODULES = [
 # What users of the runtime are told to import.
 PROMISED = """
     Accelerator AttributeDict CheckpointIO ClusterEnvironment CPUAccelerator CSVLogger CUDAAccelerator DDPStrategy
-    DoublePrecision Fabric HalfPrecision KubeflowEnvironment LightningEnvironment Logger LSFEnvironment
-    MisconfigurationException MixedPrecision MPIEnvironment MPSAccelerator Precision SingleDeviceStrategy
+    DistributedCheckpointIO DoublePrecision Fabric HalfPrecision KubeflowEnvironment LightningEnvironment Logger
+    LSFEnvironment MisconfigurationException MixedPrecision MPIEnvironment MPSAccelerator Precision
+    SingleDeviceStrategy
     SLURMEnvironment Strategy TensorBoardLogger TorchCheckpointIO TorchElasticEnvironment TreadleError
     find_usable_cuda_devices is_wrapped isolate_rng move_data_to_device rank_zero_info rank_zero_only rank_zero_warn
     seed_everything

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.timeout(1200)
-def test_killed_at_200_random_moments_during_saving(tmp_path: Path) -> None:
-    saves = kill_at_random_moments(tmp_path, kills=200, seed=2026)
+@pytest.mark.parametrize("ways", [("file", "background"), ("folder",)], ids=["file", "folder"])
+def test_killed_at_200_random_moments_during_saving(ways: tuple[str, ...], tmp_path: Path) -> None:
+    saves = kill_at_random_moments(tmp_path, kills=200, seed=2026, ways=ways)
     print(f"200 kills among {saves} saves: last.ckpt loaded after each")

@@ -6,6 +6,7 @@ imported already. A job ends only by being killed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
-from treadle_fabric import AsyncCheckpointIO, TorchCheckpointIO, newest_good
+from treadle_fabric import AsyncCheckpointIO, DistributedCheckpointIO, TorchCheckpointIO, newest_good
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,21 +44,33 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-def train(folder: str, save_last: bool | str, asynchronous: bool, values: int) -> None:
+WAYS = {"file": TorchCheckpointIO, "background": AsyncCheckpointIO, "folder": DistributedCheckpointIO}
+
+
+def train(folder: str, save_last: bool | str, way: str, values: int) -> None:
     """Save at each step for as long as it takes."""
     warnings.simplefilter("ignore")
     saver = ModelCheckpoint(folder, "{step}", "loss", save_last=save_last, every_n_train_steps=1)  # type: ignore[arg-type]
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_epochs=-1, logger=False, callbacks=saver, enable_progress_bar=False,
-        enable_model_summary=False, plugins=AsyncCheckpointIO() if asynchronous else TorchCheckpointIO(),
+        enable_model_summary=False, plugins=WAYS[way](),
     )  # fmt: skip
     last = os.path.join(folder, "last.ckpt")
     resume = last if os.path.lexists(last) else None
     trainer.fit(Model(values), torch.utils.data.DataLoader(torch.zeros(1000, 1)), ckpt_path=resume)
 
 
-def kill_at_random_moments(folder: Path, kills: int, seed: int, *, values: int = 200_000) -> int:
+def kill_at_random_moments(
+    folder: Path, kills: int, seed: int, *, values: int = 200_000, ways: Sequence[str] = ("file", "background")
+) -> int:
     """Kill runs, each going on from the one before, and check the checkpoints after each.
+
+    Args:
+        folder: For their checkpoints.
+        kills: How many.
+        seed: Of the moments.
+        values: Weights of the model.
+        ways: Of saving, keys of ``WAYS``.
 
     Returns:
         How many saves all runs made together.
@@ -70,7 +84,7 @@ def kill_at_random_moments(folder: Path, kills: int, seed: int, *, values: int =
         assert server.stdin is not None and server.stdout is not None
         try:
             for kill in range(kills):
-                job: dict[str, Any] = {"save_last": (True, "link")[kill % 2], "asynchronous": kill % 4 > 1}
+                job: dict[str, Any] = {"save_last": (True, "link")[kill % 2], "way": ways[kill // 2 % len(ways)]}
                 at = folder / "-".join(str(v) for v in job.values())
                 server.stdin.write(json.dumps({"folder": str(at), "values": values, **job}) + "\n")
                 server.stdin.flush()
@@ -80,11 +94,11 @@ def kill_at_random_moments(folder: Path, kills: int, seed: int, *, values: int =
                 while _mark(at) == before:  # until it saves
                     assert time.monotonic() < deadline, "the run saves nothing"
                     time.sleep(0.001)
-                time.sleep(draw.uniform(0, 0.05))
+                time.sleep(draw.uniform(0, 0.2 if job["way"] == "folder" else 0.05))  # about as long as two saves
                 os.kill(child, signal.SIGKILL)
                 status = int(server.stdout.readline())
                 assert os.WIFSIGNALED(status), f"the run ended by itself, with status {status}"
-                step[at.name] = _check(at, job, step.get(at.name, 0), kill // 4 + 1)
+                step[at.name] = _check(at, job, step.get(at.name, 0), kill // (2 * len(ways)) + 1)
         finally:
             server.stdin.close()
     return sum(step.values())
@@ -117,12 +131,13 @@ def _check(folder: Path, job: dict[str, Any], before: int, kills: int) -> int:
 def serve() -> None:
     """Run the jobs on stdin; write the process of each, and when it ended its status."""
     torch.set_num_threads(1)
+    importlib.import_module("treadle_fabric.checkpoint.dcp")  # what a fork would import first
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             job = json.loads(line)
-            train(job["folder"], job["save_last"], job["asynchronous"], job["values"])
+            train(**job)
             os._exit(0)
         print(child, flush=True)
         print(os.waitpid(child, 0)[1], flush=True)

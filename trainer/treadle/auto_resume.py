@@ -8,6 +8,7 @@ from pathlib import Path
 
 from treadle.callbacks.callback import Callback
 from treadle_fabric import newest_good
+from treadle_fabric.checkpoint.folder import representative
 from treadle_fabric.loggers import Logger
 
 __all__ = ["find_newest"]
@@ -29,7 +30,7 @@ def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: 
     folders.append(Path(root, "checkpoints"))
     found = [newest_good(folders, holds=_NEEDED), newest_good(root, recursive=False, holds=_NEEDED)]
     paths = [path for path in found if path is not None]
-    return str(max(paths, key=os.path.getmtime)) if paths else None
+    return str(max(paths, key=lambda p: os.path.getmtime(representative(p)))) if paths else None
 
 
 _NEEDED = ("state_dict", "optimizer_states")

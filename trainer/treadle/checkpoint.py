@@ -7,6 +7,7 @@ is one entry, ``treadle``, for what Lightning does not keep.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from treadle.callbacks.callback import Callback
 from treadle.dispatch import overrides
 from treadle.state import FitProgress, Phase
 from treadle_fabric import CheckpointMismatchError, MisconfigurationException, rank_zero_warn
+from treadle_fabric.checkpoint.folder import bring_back, representative
 
 if TYPE_CHECKING:
     from treadle.run import Run
@@ -309,10 +311,11 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
         for saver in savers:
             folder = Path(saver.dirpath) if saver.dirpath else None
             if folder is not None and folder.is_dir():
+                bring_back(folder)
                 paths += [*folder.glob("*last*.ckpt"), folder / PREEMPTED]
         paths = [p for p in paths if p.exists()]
         if paths:
-            return str(max(paths, key=lambda p: p.stat().st_mtime))
+            return str(max(paths, key=lambda p: os.stat(representative(p)).st_mtime))
         if fitting:
             rank_zero_warn("ckpt_path='last' found no checkpoint: training starts from the beginning.")
             return None

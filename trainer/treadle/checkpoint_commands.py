@@ -1,4 +1,4 @@
-"""``treadle checkpoint verify|inspect|diff|prune``. Nothing that a file holds is ever run."""
+"""``treadle checkpoint verify|inspect|diff|prune``, for files and folders. Nothing that they hold is ever run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle_fabric.checkpoint import TorchCheckpointIO
+from treadle_fabric.checkpoint.folder import representative, size_of
 from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
@@ -22,7 +23,7 @@ __all__ = ["add_checkpoint_commands"]
 
 def add_checkpoint_commands(commands: Any) -> None:
     """Add ``checkpoint`` and what it can do to the subparsers of a command line."""
-    parser = commands.add_parser("checkpoint", help="look at checkpoint files, check them, tidy them up")
+    parser = commands.add_parser("checkpoint", help="look at checkpoints, check them, tidy them up")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
 
     verify = actions.add_parser("verify", help="read every byte; exit status 1 if something is wrong")
@@ -60,7 +61,7 @@ def _verify(given: argparse.Namespace) -> int:
     for path in given.paths:
         found = [p for p, _ in checkpoints_in(path)] if os.path.isdir(path) else [Path(path)]
         if not found:
-            print(f"{path}: no .ckpt file in this folder")
+            print(f"{path}: no checkpoint in this folder")
             bad += 1
         for each in found:
             try:
@@ -69,7 +70,7 @@ def _verify(given: argparse.Namespace) -> int:
                 print(f"{each}: BAD. {e}")
                 bad += 1
             else:
-                print(f"{each}: good, {_size(each.stat().st_size)}")
+                print(f"{each}: good, {_size(size_of(each))}")
     return 1 if bad else 0
 
 
@@ -78,8 +79,9 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _inspect(given: argparse.Namespace) -> int:
     outline = read_outline(given.path)
-    status = os.stat(given.path)
-    _line("file", f"{given.path}, {_size(status.st_size)}, {datetime.fromtimestamp(status.st_mtime):%Y-%m-%d %H:%M:%S}")
+    written = datetime.fromtimestamp(os.stat(representative(given.path)).st_mtime)
+    kind = "folder" if os.path.isdir(given.path) else "file"
+    _line(kind, f"{given.path}, {_size(size_of(given.path))}, {written:%Y-%m-%d %H:%M:%S}")
     for name, key in (("epoch", "epoch"), ("global step", "global_step")):
         if key in outline:
             _line(name, outline[key])
@@ -198,8 +200,10 @@ def _prune(given: argparse.Namespace) -> int:
 
 
 def _names_of(path: Path) -> list[Path]:
-    """All names of a file in its folder, links first, so that none of them is left to dangle."""
-    same = [p for p in path.parent.iterdir() if p.suffix == path.suffix and p.exists() and p.samefile(path)]
+    """All names of a checkpoint in its folder, links first, so that none of them is left to dangle."""
+    at = Path(representative(path))
+    same = [p for p in path.parent.iterdir() if p.exists() and Path(representative(p)).samefile(at)]
+    same = [p for p in same if p.suffix == path.suffix and not p.name.startswith(".")]
     return sorted(same, key=lambda p: not p.is_symlink())
 
 

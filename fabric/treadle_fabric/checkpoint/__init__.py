@@ -1,8 +1,9 @@
 """Where checkpoints are stored, and how."""
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
+from treadle_fabric.checkpoint.distributed import DistributedCheckpointIO
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import newest_good
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
 
-__all__ = ["AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "newest_good"]
+__all__ = ["AsyncCheckpointIO", "CheckpointIO", "DistributedCheckpointIO", "TorchCheckpointIO", "newest_good"]

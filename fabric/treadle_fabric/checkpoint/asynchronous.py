@@ -38,7 +38,8 @@ class AsyncCheckpointIO(CheckpointIO):
         checkpoint_io: Does the writing. Default: :class:`TorchCheckpointIO`.
 
     Raises:
-        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, or writes in the background itself.
+        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, writes in the background itself, or is one to
+            which all ranks write (:class:`DistributedCheckpointIO`).
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
@@ -50,6 +51,12 @@ class AsyncCheckpointIO(CheckpointIO):
             raise MisconfigurationException(
                 f"AsyncCheckpointIO(checkpoint_io={type(checkpoint_io).__name__}): that one writes in the background "
                 "already. Use it alone."
+            )
+        if checkpoint_io is not None and checkpoint_io.sharded:
+            raise MisconfigurationException(
+                f"AsyncCheckpointIO(checkpoint_io={type(checkpoint_io).__name__}): there all ranks write together, and "
+                "agree on how it ended, which a background thread cannot while training uses the process group. Use it "
+                "alone, or AsyncCheckpointIO with TorchCheckpointIO."
             )
         self._checkpoint_io = checkpoint_io or TorchCheckpointIO()
         self._start_anew()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from treadle_fabric.types import PathLike
 
@@ -13,6 +13,9 @@ __all__ = ["CheckpointIO"]
 
 class CheckpointIO(ABC):
     """Stores a checkpoint under a path, and gets it back."""
+
+    sharded: ClassVar[bool] = False
+    """Every rank calls :meth:`save_checkpoint`, with its part, and all learn whether all could; else rank 0 does."""
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from treadle_fabric.checkpoint.folder import bring_back, is_sharded, representative
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -15,6 +17,7 @@ from treadle_fabric.types import PathLike
 __all__ = ["checkpoints_in", "newest_good", "read_outline"]
 
 EXTENSION = ".ckpt"
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")
 
 
 def newest_good(
@@ -28,8 +31,8 @@ def newest_good(
         holds: Keys that the checkpoint must have; one without them is passed over.
 
     Returns:
-        The path of a ``.ckpt`` file; None where there is no good one. Of those written at the same time it is the one
-        with the greatest ``global_step``.
+        The path of a ``.ckpt`` file, or of the folder of a sharded checkpoint; None where there is no good one. Of
+        those written at the same time it is the one with the greatest ``global_step``.
     """
     best: tuple[int, Path] | None = None
     time = 0
@@ -51,16 +54,17 @@ def newest_good(
 
 
 def checkpoints_in(folders: PathLike | Iterable[PathLike], *, recursive: bool = True) -> list[tuple[Path, int]]:
-    """The ``.ckpt`` files in local folders and the times of their last change in ns since 1970, the newest first.
+    """The checkpoints in local folders and the times of their last change in ns since 1970, the newest first.
 
-    A file that has several names, links included, is listed once.
+    They are the ``.ckpt`` files, and the folders that are sharded checkpoints. One that has several names, links
+    included, is listed once.
     """
     given = [folders] if isinstance(folders, str | os.PathLike) else folders
     found: dict[tuple[int, int], tuple[int, str]] = {}
     for folder in given:
         for path in _files(os.path.abspath(os.fspath(folder)), recursive):
             try:
-                status = os.stat(path)
+                status = os.stat(representative(path))
             except OSError:  # gone meanwhile, or a link to nothing
                 continue
             key, entry = (status.st_dev, status.st_ino), (status.st_mtime_ns, path)
@@ -70,8 +74,27 @@ def checkpoints_in(folders: PathLike | Iterable[PathLike], *, recursive: bool = 
 
 
 def _files(folder: str, recursive: bool) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
-        yield from (os.path.join(parent, n) for n in names if n.endswith(EXTENSION) and not n.startswith("."))
+    if is_sharded(folder):
+        yield folder
+        return
+    for parent, folders, _ in os.walk(folder):
+        bring_back(parent)
+        try:
+            entries = sorted(os.listdir(parent))
+        except OSError:  # gone meanwhile
+            continue
+        for name in entries:
+            path = os.path.join(parent, name)
+            if name.startswith("."):  # what is being written, or was when its process was killed
+                if name in folders and _TEMPORARY.fullmatch(name):
+                    folders.remove(name)
+            elif os.path.isdir(path):
+                if is_sharded(path):
+                    yield path
+                    if name in folders:
+                        folders.remove(name)
+            elif name.endswith(EXTENSION):
+                yield path
         if not recursive:
             folders.clear()
 

@@ -1,4 +1,7 @@
-"""One checkpoint, one file: a ``torch.save`` archive that appears under its name whole or not at all."""
+"""One checkpoint, one file: a ``torch.save`` archive that appears under its name whole or not at all.
+
+Checkpoints that are folders are read here too, so that whoever loads need not know which kind it is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import errno
 import io
 import os
 import pickle
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -23,6 +25,7 @@ from treadle_fabric.checkpoint.archive import (
     state_path_of,
     weights_only_reason,
 )
+from treadle_fabric.checkpoint.folder import bring_back, is_sharded, put_in_place, remove_folder
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.manifest import seal
 from treadle_fabric.errors import (
@@ -34,7 +37,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["TorchCheckpointIO"]
+__all__ = ["TorchCheckpointIO", "reason_of", "why_not_written", "write_file"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -87,7 +90,7 @@ class TorchCheckpointIO(CheckpointIO):
         """Read the checkpoint at ``path``, after making sure that it is whole.
 
         Args:
-            path: A local path or an fsspec URL.
+            path: A local path or an fsspec URL. A folder that :class:`DistributedCheckpointIO` wrote is read whole.
             map_location: As in :func:`torch.load`; by default everything comes to the CPU.
             weights_only: Only an explicit False lets the file run code of its own; None means True.
 
@@ -100,6 +103,13 @@ class TorchCheckpointIO(CheckpointIO):
         fs, where = _file_system(path, None)
         target: Any = "cpu" if map_location is None else map_location
         safe = weights_only is None or bool(weights_only)
+        if fs is None:
+            if not os.path.lexists(where):
+                bring_back(os.path.dirname(os.path.abspath(where)))
+            if os.path.isdir(where):
+                from treadle_fabric.checkpoint.distributed import load_sharded
+
+                return load_sharded(where, path, map_location, weights_only)
         with _opened(fs, where, path) as file:
             is_zip = check_archive(file, str(path))
             mapped = is_zip and fs is None and _leaves_the_host(target)
@@ -122,12 +132,12 @@ class TorchCheckpointIO(CheckpointIO):
                 if fs.exists(where):
                     fs.rm(where, recursive=True)
             elif os.path.isdir(where) and not os.path.islink(where):
-                shutil.rmtree(where)
+                remove_folder(where)
             else:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(where)
         except OSError as e:
-            raise CheckpointError(f"The checkpoint {str(path)!r} could not be removed: {_reason(e)}.") from e
+            raise CheckpointError(f"The checkpoint {str(path)!r} could not be removed: {reason_of(e)}.") from e
 
 
 def _file_system(path: PathLike, storage_options: Any | None) -> tuple[Any | None, str]:
@@ -150,7 +160,7 @@ def _file_system(path: PathLike, storage_options: Any | None) -> tuple[Any | Non
 
 
 def _save_local(checkpoint: dict[str, Any], path: str) -> None:
-    if os.path.isdir(path):
+    if os.path.isdir(path) and not is_sharded(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
@@ -158,12 +168,11 @@ def _save_local(checkpoint: dict[str, Any], path: str) -> None:
     temporary = os.path.join(folder, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
     try:
         _write(checkpoint, folder, temporary)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
-    _sync_folder(folder)
 
 
 def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
@@ -181,7 +190,12 @@ def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
                 # src_dir_fd is only there to make Python follow the link
                 os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
                 return
-    with open(name, "x+b") as file:
+    write_file(checkpoint, name)
+
+
+def write_file(checkpoint: dict[str, Any], path: str) -> None:
+    """Write a new file straight to its name, and flush it to the disk."""
+    with open(path, "x+b") as file:
         _dump(checkpoint, file)
 
 
@@ -190,16 +204,6 @@ def _dump(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
     seal(file)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: str) -> None:
-    """Make the rename itself survive a power cut, where the system lets us."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
@@ -223,17 +227,19 @@ def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
 
 
 def _save_error(error: Exception, checkpoint: Mapping[str, Any], path: PathLike) -> CheckpointError:
-    head = f"The checkpoint {str(path)!r} was not written"
+    return CheckpointError(f"The checkpoint {str(path)!r} was not written: {why_not_written(error, checkpoint)}")
+
+
+def why_not_written(error: BaseException, checkpoint: Any) -> str:
+    """What went wrong in a save, and the remedy, in sentences."""
+    stands = "An earlier one of that name is untouched."
     cause = _first_os_error(error)
     if cause is not None:
-        remedy = _REMEDIES.get(cause.errno or 0, "Save elsewhere.")
-        return CheckpointError(f"{head}: {_reason(cause)}. An earlier file of that name is untouched. {remedy}")
+        return f"{reason_of(cause)}. {stands} {_REMEDIES.get(cause.errno or 0, 'Save elsewhere.')}"
     if isinstance(error, pickle.PicklingError | AttributeError | TypeError):
         where = state_path_of(checkpoint)
-        return CheckpointError(
-            f"{head}: {where} cannot be pickled ({error}). Save its state_dict() or plain values, or leave it out."
-        )
-    return CheckpointError(f"{head}: {_reason(error)}. An earlier file of that name is untouched.")
+        return f"{where} cannot be pickled ({error}). Save its state_dict() or plain values, or leave it out."
+    return f"{reason_of(error)}. {stands}"
 
 
 def _first_os_error(error: BaseException) -> OSError | None:
@@ -246,7 +252,8 @@ def _first_os_error(error: BaseException) -> OSError | None:
     return None
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """An error in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} [{errno.errorcode.get(error.errno or 0, error.errno)}]"
     return f"{type(error).__name__}: {error}".strip().rstrip(":. ")
@@ -259,21 +266,16 @@ def _reason(error: BaseException) -> str:
 def _opened(fs: Any | None, where: str, path: PathLike) -> Iterator[IO[bytes]]:
     """The file, open and seekable."""
     try:
-        if fs is None and os.path.isdir(where):
-            raise CheckpointError(
-                f"{str(path)!r} is a folder, and a checkpoint of this kind is one file. "
-                "Give a file in it; a sharded checkpoint needs the strategy that wrote it, or `consolidate`."
-            )
         file = open(where, "rb") if fs is None else io.BytesIO(fs.cat_file(where))  # noqa: SIM115 closed below
     except FileNotFoundError as e:
         raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {_neighbours(fs, where)}") from e
     except OSError as e:
-        raise CheckpointError(f"The checkpoint {str(path)!r} cannot be opened: {_reason(e)}.") from e
+        raise CheckpointError(f"The checkpoint {str(path)!r} cannot be opened: {reason_of(e)}.") from e
     with file:
         try:
             yield file
         except OSError as e:
-            raise CheckpointError(f"The checkpoint {str(path)!r} could not be read: {_reason(e)}.") from e
+            raise CheckpointError(f"The checkpoint {str(path)!r} could not be read: {reason_of(e)}.") from e
 
 
 def _leaves_the_host(target: Any) -> bool:
@@ -332,5 +334,5 @@ def _load_error(error: Exception, file: IO[bytes], path: PathLike, is_zip: bool,
             f"{str(path)!r} begins like a checkpoint of PyTorch before 1.6, but is truncated or damaged "
             f"({type(error).__name__}). Use another checkpoint."
         )
-    reason = _reason(error)
+    reason = reason_of(error)
     return CheckpointError(f"The checkpoint {str(path)!r} is whole, but could not be restored. {reason}.")

@@ -1,4 +1,4 @@
-"""Checkpoints that one process writes as a single file."""
+"""Checkpoints of states that every process has whole: rank 0 writes a file, or all share out a folder."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ def save_whole_file(
     storage_options: Any | None,
     filters: Mapping[str, Filter] | None,
 ) -> None:
-    """Rank 0 writes; all ranks learn whether it could."""
+    """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
     _check_state(path, state)
     _check_filters(state, filters or {})
     content = {key: _plain(strategy, value) for key, value in state.items()}
     for key, keep in (filters or {}).items():
         content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
     io = strategy.checkpoint_io
+    if io.sharded:
+        io.save_checkpoint(content, path, storage_options)
+        return
     _on_rank_zero(
         strategy,
         lambda: io.save_checkpoint(content, path, storage_options),

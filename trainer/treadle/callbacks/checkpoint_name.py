@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from treadle_fabric.checkpoint.folder import link_folder, put_in_place
 from treadle_fabric.errors import CheckpointError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 
@@ -128,7 +129,8 @@ def link_checkpoint(
     Args:
         target: the checkpoint.
         link: the second name.
-        symbolic: make a relative symbolic link, else a hard link, which stays when ``target`` is removed.
+        symbolic: make a relative symbolic link, else a hard link, which stays when ``target`` is removed. Of a folder
+            each file is linked.
         after_saves: runs a function when ``target`` is written, as :attr:`CheckpointIO.after_saves`; None: it is.
 
     Raises:
@@ -142,9 +144,12 @@ def link_checkpoint(
         fresh.unlink(missing_ok=True)
         if symbolic:
             fresh.symlink_to(os.path.relpath(target, fresh.parent))
+        elif os.path.isdir(target):
+            link_folder(target, link)
+            return True
         elif after_saves is None:
             os.link(target, fresh)
-    except OSError:  # a file system without links, or a checkpoint that is a folder
+    except OSError:  # a file system without links
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         return False
@@ -163,7 +168,7 @@ def _put_in_place(target: str, fresh: Path, at: Path, symbolic: bool) -> None:
             except OSError:
                 import shutil
 
-                (shutil.copytree if os.path.isdir(target) else shutil.copyfile)(target, fresh)
+                shutil.copyfile(target, fresh)
     except OSError as error:
         raise CheckpointError(f"{target!r} could not get the second name {str(at)!r}: {error}.") from error
     _replace(fresh, at)
@@ -171,11 +176,7 @@ def _put_in_place(target: str, fresh: Path, at: Path, symbolic: bool) -> None:
 
 def _replace(fresh: Path, at: Path) -> None:
     try:
-        if at.is_dir() and not at.is_symlink():  # a sharded checkpoint of an earlier save; rename cannot replace it
-            import shutil
-
-            shutil.rmtree(at)
-        fresh.replace(at)
+        put_in_place(str(fresh), str(at))
     except OSError as error:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)

@@ -56,8 +56,9 @@ class ModelCheckpoint(Checkpoint):
             format: ``"{epoch:02d}-{val_loss:.2f}"``. Default: ``"{epoch}-{step}"``.
         monitor: the logged metric that ranks checkpoints; None keeps the newest.
         verbose: say what is saved and what is not.
-        save_last: True also makes ``last.ckpt`` at each save, as a second name (hard link) of the file just saved, or
-            as a file of its own where none was saved or links cannot be; "link" makes it a symbolic link. Default: no.
+        save_last: True also makes ``last.ckpt`` at each save, as a second name (hard link) of the checkpoint just
+            saved, or as one of its own where none was saved or links cannot be; "link" makes it a symbolic link.
+            Default: no.
         save_top_k: how many to keep; -1 all, 0 none. More than 1 needs a ``monitor``.
         save_on_exception: also save when an exception (Ctrl+C included) ends training.
         save_weights_only: leave optimizers, schedulers and progress out.

@@ -1,0 +1,362 @@
+"""A checkpoint that is a folder: its manifest, and how it takes its name whole or not at all.
+
+The manifest is written last. It has the size and the CRC-32 of every other file, and where in them each piece of each
+tensor lies, so that no index that would have to be unpickled is ever read; its own CRC-32 stands in its first line.
+
+A folder is written under a hidden name and renamed. Where one bears the name already the two change places in one
+system call; a system that cannot do that moves the old one aside first, and whoever looks for a checkpoint moves it
+back if the new one never came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
+
+__all__ = [
+    "MANIFEST",
+    "PLAIN",
+    "bring_back",
+    "checksum",
+    "is_sharded",
+    "link_folder",
+    "lock_folder",
+    "make_temporary",
+    "put_in_place",
+    "read_manifest",
+    "remove_folder",
+    "representative",
+    "size_of",
+    "sync_folder",
+    "verify",
+    "write_manifest",
+]
+
+MANIFEST: Final = "manifest.json"
+PLAIN: Final = "meta.pt"
+"""The file of everything but the large tensors."""
+_INDEX: Final = ".metadata"
+"""What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
+_VERSION: Final = 1
+_CHUNK: Final = 4 * 1024 * 1024
+_HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
+_ASIDE: Final = re.compile(r"\.(.+)\.[0-9a-f]{32}\.old")
+_STALE_S: Final = 60.0
+
+
+def is_sharded(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is a folder that is, or was, one checkpoint; parts of it may be missing."""
+    if any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX)):
+        return True
+    try:
+        with open(os.path.join(path, MANIFEST), "rb") as file:  # many a folder has a file of that name
+            return _HEAD.match(file.read(32)) is not None
+    except OSError:
+        return False
+
+
+def representative(path: str | os.PathLike[str]) -> str:
+    """The file whose identity and time count as those of the checkpoint at ``path``: itself, or its manifest."""
+    manifest = os.path.join(path, MANIFEST)
+    return manifest if os.path.isfile(manifest) else os.fspath(path)
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint, be it a file or a folder."""
+    if not os.path.isdir(path):
+        return os.stat(path).st_size
+    return sum(entry.stat().st_size for entry in os.scandir(path))
+
+
+# --- the manifest ---
+
+
+def checksum(path: str) -> tuple[int, int]:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+    return size, crc
+
+
+def write_manifest(
+    folder: str, world_size: int, files: Mapping[str, tuple[int, int]], tensors: Mapping[str, Any]
+) -> None:
+    """Write the manifest of a folder in which all else is written, and flush it.
+
+    Args:
+        folder: Where.
+        world_size: How many processes wrote.
+        files: Size and CRC-32 of every file.
+        tensors: For each tensor its ``dtype``, ``shape`` and ``chunks``; a chunk has ``offsets`` and ``sizes`` in the
+            tensor, and lies in ``file`` from byte ``start`` on, for ``length`` bytes.
+    """
+    content = {
+        "format": "treadle-sharded",
+        "version": _VERSION,
+        "world_size": world_size,
+        "files": {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())},
+        "tensors": tensors,
+    }
+    body = json.dumps(content, separators=(",", ":"))[1:].encode()
+    with open(os.path.join(folder, MANIFEST), "xb") as file:
+        file.write(b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_manifest(folder: str, path: str) -> dict[str, Any]:
+    """The manifest of a folder; ``path`` is what the user calls it.
+
+    Raises:
+        CheckpointCorruptError: It is missing, damaged, or of a format that is not known.
+    """
+    try:
+        with open(os.path.join(folder, MANIFEST), "rb") as file:
+            raw = file.read()
+    except FileNotFoundError:
+        raise CheckpointCorruptError(
+            f"{path!r} is a folder, and no sharded checkpoint of Treadle that was written to the end: {MANIFEST!r} is "
+            "missing in it. Give a checkpoint in it, or use another one."
+        ) from None
+    except OSError as e:
+        raise CheckpointError(f"{MANIFEST!r} of {path!r} could not be read: {e.strerror}.") from e
+    head = _HEAD.match(raw)
+    if head is None or zlib.crc32(raw[head.end() :]) != int(head[1], 16):
+        raise CheckpointCorruptError(
+            f"{path!r} is damaged: the checksum of {MANIFEST!r} is wrong. The disk or a copy changed it, or another "
+            "program wrote it. Use another checkpoint."
+        )
+    try:
+        content = json.loads(raw)
+        known = content["format"] == "treadle-sharded" and content["version"] == _VERSION
+        chunks = [chunk for tensor in content["tensors"].values() for chunk in tensor["chunks"]]
+        whole = {"offsets", "sizes", "file", "start", "length"}
+        known &= all(chunk.keys() >= whole for chunk in chunks)
+        names = [*content["files"], *(chunk["file"] for chunk in chunks)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise CheckpointCorruptError(f"{MANIFEST!r} of {path!r} is no manifest ({e!r}). Use another checkpoint.") from e
+    if not known:
+        raise CheckpointCorruptError(
+            f"{path!r} has version {content['version']!r} of the format {content['format']!r}, and version {_VERSION} "
+            "of 'treadle-sharded' is known here. Load it with the release that wrote it."
+        )
+    foreign = [name for name in names if name not in content["files"] or os.path.basename(name) != name]
+    if foreign or PLAIN not in content["files"]:
+        raise CheckpointCorruptError(
+            f"{MANIFEST!r} of {path!r} is no manifest: {foreign[0] if foreign else PLAIN!r} is not one of its files."
+        )
+    return dict(content)
+
+
+def verify(folder: str, path: str, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:
+    """Read every byte of the files in a manifest, or of those named.
+
+    Raises:
+        CheckpointCorruptError: One of them is missing, has another size, or is damaged; it is named.
+    """
+    for name, expected in manifest["files"].items():
+        if names is not None and name not in names:
+            continue
+        file = os.path.join(folder, name)
+        try:
+            size = os.stat(file).st_size
+            if size != expected["size"]:
+                raise CheckpointCorruptError(
+                    f"{path!r} is damaged: its file {name!r} has {size} bytes instead of {expected['size']}. The copy "
+                    "was cut off, or another program wrote to it. Use another checkpoint."
+                )
+            good = checksum(file)[1] == int(expected["crc32"], 16)
+        except FileNotFoundError:
+            raise CheckpointCorruptError(
+                f"{path!r} is not whole: its file {name!r} is missing. Copy the whole folder, or use another "
+                "checkpoint."
+            ) from None
+        except OSError as e:
+            raise CheckpointError(f"The file {name!r} of {path!r} could not be read: {e.strerror}.") from e
+        if not good:
+            raise CheckpointCorruptError(
+                f"{path!r} is damaged: the checksum of its file {name!r} is wrong. The disk or a copy changed it. Use "
+                "another checkpoint."
+            )
+
+
+# --- taking a name ---
+
+
+def make_temporary(path: str) -> str:
+    """Make an empty folder beside ``path``, hidden, for what is to be put in its place."""
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    _remove_stale(parent)
+    temporary = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    os.mkdir(temporary)
+    return temporary
+
+
+def lock_folder(folder: str) -> int | None:
+    """Mark a temporary folder as one that is being written, for as long as this process lives.
+
+    Returns:
+        A file descriptor, to be closed at the end; None where the system has no such locks.
+    """
+    descriptor = None
+    try:
+        import fcntl  # not on Windows
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale(parent: str) -> None:
+    """Remove what killed processes left half written: temporary folders that nobody holds a lock on any more."""
+    with contextlib.suppress(OSError):
+        left = [e.path for e in os.scandir(parent) if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", e.name) and e.is_dir()]
+        for folder in left:
+            if time.time() - os.stat(folder).st_mtime < _STALE_S:  # made this moment, and not locked yet
+                continue
+            descriptor = lock_folder(folder)
+            if descriptor is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(descriptor)
+
+
+def put_in_place(fresh: str, at: str) -> None:
+    """Give what lies at ``fresh`` the name ``at``; what bore it before, file or folder, is removed.
+
+    Whenever the process is killed, ``at`` is the old one or the new one, or :func:`bring_back` makes it the old one.
+
+    Raises:
+        OSError: It cannot be done. ``at`` is what it was.
+    """
+    for attempt in range(5):
+        try:
+            if os.path.lexists(at) and (_is_folder(at) or _is_folder(fresh)):  # else one rename does it
+                if not _exchange(fresh, at):
+                    _move_aside(fresh, at)
+            else:
+                os.replace(fresh, at)
+            break
+        except OSError as e:  # somebody else's bring_back came between
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 4:
+                raise
+    sync_folder(os.path.dirname(at))
+    if os.path.lexists(fresh):  # the old one
+        _delete(fresh)
+        _forget_asides(at)
+
+
+def _exchange(a: str, b: str) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux; a file system may lack it (NFS does)
+    except (OSError, TypeError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(swap(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
+def _move_aside(fresh: str, at: str) -> None:
+    parent, name = os.path.split(at)
+    aside = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.old")
+    os.rename(at, aside)
+    try:
+        os.rename(fresh, at)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(aside, at)
+        raise
+    _forget_asides(at)
+
+
+def bring_back(parent: str | os.PathLike[str]) -> None:
+    """Where a process was killed while it replaced a checkpoint in ``parent``, give the old one its name again."""
+    try:
+        entries = os.listdir(parent)
+    except OSError:
+        return
+    for entry in entries:
+        if (found := _ASIDE.fullmatch(entry)) and found[1] not in entries:
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(os.path.join(parent, entry), os.path.join(parent, found[1]))
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder; from the first moment on nothing lies at ``path`` any more, rather than a part of it."""
+    parent, name = os.path.split(os.path.abspath(path))
+    aside = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    _forget_asides(os.path.join(parent, name))
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
+def _forget_asides(path: str) -> None:
+    """Remove what a killed process had moved aside for a ``path`` that came: it must not come back."""
+    parent, name = os.path.split(path)
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(parent):
+            if (found := _ASIDE.fullmatch(entry)) and found[1] == name:
+                _delete(os.path.join(parent, entry))
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def _delete(path: str) -> None:
+    if _is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def link_folder(target: str, link: str) -> None:
+    """Make ``link`` a folder of its own with the files of ``target``, hard links that take no room.
+
+    Raises:
+        OSError: Links cannot be made there. ``link`` is what it was.
+    """
+    fresh = make_temporary(os.path.abspath(link))
+    lock = lock_folder(fresh)
+    try:
+        names = sorted(os.listdir(target), key=lambda name: name == MANIFEST)
+        for name in names:
+            os.link(os.path.join(target, name), os.path.join(fresh, name))
+        sync_folder(fresh)
+        put_in_place(fresh, os.path.abspath(link))
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder survive a power cut, where the system lets us."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
