@@ -85,9 +85,10 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
             " goes on where it stood."
         )
         mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
-        stood, progress.batch = progress.batch, data.take_over(mine["data"], progress.batch, accumulate)
-        if progress.batch != stood:
-            mine["gradients"] = {}
+        ended = progress.is_last_batch  # nothing is left of the epoch but the end of its last batch
+        there = data.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
+        if not ended and there != progress.batch:
+            progress.batch, mine["gradients"] = there, {}
     else:
         mine = ranks[fabric.global_rank]
     run.results.load_state_dict(mine["results"], metrics)

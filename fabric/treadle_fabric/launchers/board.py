@@ -171,4 +171,7 @@ class LaunchDirectory(Board):
             return None
 
     def remove(self) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        gone = self.directory.with_name(f"{self.directory.name}-over")
+        with contextlib.suppress(OSError):
+            self.directory.rename(gone)  # or a note that is left meanwhile would keep the folder from being removed
+        shutil.rmtree(gone, ignore_errors=True)
