@@ -35,8 +35,10 @@ class Model(L.LightningModule):
     def training_step(self, batch, batch_idx):
         if self.global_rank == 1 and self.global_step == 5 and mode == "stop":
             self.trainer.should_stop = True
-        if self.global_rank == 1 and self.global_step == 5 and mode == "term":
+        if self.global_rank == 1 and self.global_step == 5 and mode in ("term", "term of a fork"):
             os.kill(os.getpid(), signal.SIGTERM)
+        if self.global_rank == 1 and self.global_step == 5 and mode == "term of the parent of forks":
+            os.kill(os.getppid(), signal.SIGTERM)
         if self.global_rank == 1 and self.global_step == 5 and mode == "announce":
             os.kill(os.getpid(), signal.SIGUSR1)
         if self.global_rank == 1 and self.global_step == 5 and mode == "stuck":
@@ -74,6 +76,7 @@ class Ending(L.Callback):
 
 torch.manual_seed(0)
 trainer = L.Trainer(
+    strategy="ddp_fork" if "fork" in mode else "auto",
     accelerator="cpu", devices=1 if mode == "killed" else 2, max_epochs=3, logger=False, enable_progress_bar=False,
     enable_model_summary=False, num_sanity_val_steps=0,
     callbacks=[Ending(), L.callbacks.ModelCheckpoint(every_n_train_steps=5, save_last=True)],
@@ -124,6 +127,16 @@ def test_sigterm_to_one_rank_saves_and_ends_all_with_143_and_the_run_goes_on_fro
     assert status == 0, stderr
     assert "preempted.ckpt" in stderr
     assert lines == ["ended 0 30", "ended 1 30"]
+
+
+@pytest.mark.parametrize("mode", ["term of a fork", "term of the parent of forks"])
+def test_sigterm_to_forked_processes_or_to_the_one_that_waits_for_them(mode: str) -> None:
+    status, lines, stderr, _ = launch(mode)
+    assert status == 143, stderr
+    assert len({line.split()[2] for line in lines}) == 1 and len(lines) == 2
+    assert "Traceback" not in stderr
+    saved = torch.load(Path("checkpoints") / "preempted.ckpt", weights_only=True)
+    assert saved["global_step"] == int(lines[0].split()[2])
 
 
 def test_sigterm_in_a_long_validation_ends_it_on_all_ranks_and_it_begins_anew() -> None:

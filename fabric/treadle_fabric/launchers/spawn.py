@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
@@ -32,6 +33,7 @@ from treadle_fabric.launchers.failures import (
     describe_exit,
     failure_of_dead,
     join_launch,
+    report,
     whereabouts,
 )
 from treadle_fabric.launchers.launcher import Launcher, threads_per_process
@@ -44,6 +46,7 @@ StartMethod = Literal["spawn", "fork", "forkserver"]
 
 _Call: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
 _RESULT = "result.pt"
+_TERMINATED = 128 + signal.SIGTERM
 
 
 class SpawnLauncher(Launcher):
@@ -108,8 +111,13 @@ class SpawnLauncher(Launcher):
                 with _environ(rank_variables):  # fresh interpreters import the script before they get to _run
                     process.start()
                 self._processes[rank] = process
-            failure = self._wait(board, ranks)
+            with self._passing_on_sigterm():
+                failure = self._wait(board, ranks)
             if failure is not None:
+                if {process.exitcode for process in self._processes.values()} == {_TERMINATED}:
+                    if failure.hangs:
+                        report(board, board.latest(), ranks)
+                    raise SystemExit(_TERMINATED)
                 raise ProcessFailedError(str(failure) + whereabouts(board, board.latest(), ranks))
             result: T = torch.load(board.directory / _RESULT, map_location="cpu", weights_only=False)
             return result
@@ -121,6 +129,21 @@ class SpawnLauncher(Launcher):
         for process in self._processes.values():
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signum)
+
+    @contextlib.contextmanager
+    def _passing_on_sigterm(self) -> Iterator[None]:
+        """The processes end as SIGTERM asks for, a trainer in them after a checkpoint, and then this one does."""
+        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) not in (
+            signal.SIG_DFL,
+            None,
+        ):
+            yield
+            return
+        signal.signal(signal.SIGTERM, lambda number, frame: self.kill(number))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _check_start(self) -> None:
         if self._start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
