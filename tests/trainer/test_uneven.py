@@ -74,6 +74,7 @@ def ranks(folder: Path) -> None:
         "one is empty": DataLoader(Stream((6, 0)[rank]), 2),
         "list": [torch.ones(2, 4)] * (6, 4)[rank],
         "wrong length": DataLoader(Promising((10, 12)[rank], 6), 2),
+        "of two kinds": [torch.ones(2, 4)] * 5 if rank else DataLoader(Stream(6), 2),
     }
     for name, batches in cases.items():
         model = Counting()
@@ -96,7 +97,7 @@ def test_ranks_that_run_out_at_different_times_end_together(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-3000:]
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     mean = (sum(range(10)) + sum(range(3))) / 13  # evaluation counts each sample once
-    for name, batches in {"stream": 7, "one is empty": 0, "list": 4, "wrong length": 5}.items():
+    for name, batches in {"stream": 7, "one is empty": 0, "list": 4, "wrong length": 5, "of two kinds": 3}.items():
         assert zero[name][0] == one[name][0] == [batches] * 2
         assert zero[name][1] == one[name][1] == 2 * -(-batches // 3)
         assert zero[name][3] == one[name][3], "the same weights on both"

@@ -199,16 +199,18 @@ class TrainingData:
 
     def _agree_on_length(self) -> None:
         """All ranks train on as many batches: as those that have least, found out batch by batch for streams."""
-        mine = torch.tensor([self.num_batches, float(self.exact)], dtype=torch.float32, device=self._fabric.device)
+        known = -1 if self.num_batches == math.inf else int(self.num_batches)
+        mine = torch.tensor([known, self.exact], device=self._fabric.device)
         lengths, exact = self._fabric.all_gather(mine).T.tolist()
-        self._agrees = not all(exact)
-        if not self._agrees and min(lengths) != max(lengths):
+        if not all(exact):
+            self._agrees, self.exact = True, False
+        elif min(lengths) != max(lengths):
             rank_zero_warn(
-                f"The ranks have {', '.join(f'{n:.0f}' for n in lengths)} training batches: an epoch ends after"
-                f" {min(lengths):.0f}, for all. Give each rank as many samples, or leave sharing them out to the"
+                f"The ranks have {', '.join(map(str, lengths))} training batches: an epoch ends after"
+                f" {min(lengths)}, for all. Give each rank as many samples, or leave sharing them out to the"
                 " Trainer (use_distributed_sampler=True)."
             )
-            self.num_batches, self.whole = int(min(lengths)), False
+            self.num_batches, self.whole = min(lengths), False
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
         """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on.
@@ -416,7 +418,8 @@ class Lookahead:
             except StopIteration:
                 return
             except Exception as error:
-                raise self._located(error, index)  # noqa: B904 - it is the same exception
+                self._locate(error, index)
+                raise
             yield index, batch, index == last
             index += 1
         if self._drain:
@@ -442,11 +445,11 @@ class Lookahead:
         except StopIteration:
             return False, None
         except Exception as error:
-            raise self._located(error, index)  # noqa: B904 - it is the same exception
+            self._locate(error, index)
+            raise
 
-    def _located(self, error: Exception, index: int) -> Exception:
+    def _locate(self, error: Exception, index: int) -> None:
         error.add_note(f"This came while batch {index} {self._what} was loaded.")
-        return error
 
 
 def stay(batch: Any, dataloader_idx: int) -> Any:

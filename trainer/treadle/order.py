@@ -82,7 +82,7 @@ class SampleOrder:
     def load_state_dict(self, state: Mapping[str, Any], *, within: bool) -> None:
         """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
         self._continues = within
-        if within and self._samplers:
+        if within and self._samplers and "base" in state:
             self._set(state["base"], list(state["start"]), state["source"])
 
     def take_over(self, state: Mapping[str, Any], position: int, aligned: int) -> int:
