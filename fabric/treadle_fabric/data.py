@@ -282,9 +282,13 @@ class ShardedSampler(Sampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         head: list[Any] = []
         row: list[Any] = []  # what the ranks get at one position
+        skip = self.start
         for item in self._order():
             if len(head) < self.num_replicas:
                 head.append(item)
+            if skip:
+                skip -= 1
+                continue
             row.append(item)
             if len(row) == self.num_replicas:
                 yield row[self.rank]
@@ -297,11 +301,9 @@ class ShardedSampler(Sampler[Any]):
 
     def _order(self) -> Iterator[Any]:
         randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
-        skip = self.start
         iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
         while chunk:
-            yield from chunk[skip:] if skip else chunk
-            skip = max(skip - len(chunk), 0)
+            yield from chunk
             iterator, chunk = randomness.take(iterator, self._CHUNK)
 
     def __len__(self) -> int:
