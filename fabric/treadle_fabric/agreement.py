@@ -32,8 +32,6 @@ class StopAgreement:
         self._closed = threading.Event()
         self._seen = False  # the request; from then on no step is begun before the decision
         self._committed = 0  # the step that was begun last
-        self.asked = ""
-        """What some rank wishes, as soon as this one knows of it; looking costs nothing."""
         self._rank, self._world_size = 0, 1
         self._store: Any = None
         self._thread: threading.Thread | None = None
@@ -68,17 +66,6 @@ class StopAgreement:
         last = self._decide()
         return "" if step < last else str(self._store.get(self._key).decode())
 
-    def ask(self, wish: str) -> None:
-        """Tell the others what this rank wishes, in between two boundaries; it does not wait for them."""
-        if self._store is None or self.asked:
-            self.asked = self.asked or wish
-            return
-        with self._lock:
-            first, self._seen, self.asked = not self._seen, True, wish
-        self._store.compare_set(self._key, "", wish)
-        if first:
-            self._post(self._store, self._committed)
-
     def close(self) -> None:
         """The run is over for this rank; others that are still deciding need not wait for it."""
         if self._store is None or self._closed.is_set():
@@ -111,7 +98,6 @@ class StopAgreement:
                 if self._seen:
                     return
                 if store.check([self._key]):
-                    self.asked = store.get(self._key).decode()
                     with self._lock:
                         if self._seen:
                             return

@@ -76,15 +76,19 @@ def live(folder: Path, life: str, devices: int, stop: int, accumulate: int, batc
 Seen = dict[Any, list[float]]
 
 
-def lives(folder: Path, plan: list[tuple[int, int]], accumulate: int = 1, batch_size: int = 0) -> Seen:
-    """Run lives of (devices, last batch) one after the other; returns the samples of every global batch."""
+def lives(folder: Path, plan: list[tuple[int, int]], accumulate: int = 1, batch_size: int = 0, apart: int = 0) -> Seen:
+    """Run lives of (devices, last batch) one after the other; returns the samples of every global batch.
+
+    Args:
+        apart: what to add to the numbers of batches for each life, where they may be the same.
+    """
     folder.mkdir()
     found: dict[Any, list[float]] = {}
     for number, (devices, stop) in enumerate(plan):
         arguments = [str(folder), f"life{number}", str(devices), str(stop), str(accumulate), str(batch_size)]
         if devices == 1 and stop == -1:
             live(folder, f"life{number}", *map(int, arguments[2:]))
-            found |= read(folder, number, devices, found)
+            found |= read(folder, number, devices, found, number * apart)
             continue
         root = str(Path(__file__).parents[2])
         done = subprocess.run(
@@ -95,17 +99,17 @@ def lives(folder: Path, plan: list[tuple[int, int]], accumulate: int = 1, batch_
             env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        found |= read(folder, number, devices, found)
+        found |= read(folder, number, devices, found, number * apart)
     return {key: sorted(samples) for key, samples in found.items()}
 
 
-def read(folder: Path, number: int, devices: int, before: dict[Any, list[float]]) -> dict[Any, list[float]]:
+def read(folder: Path, number: int, devices: int, before: Seen, apart: int) -> Seen:
     """The samples of the global batches of one life; none of them was there ``before``."""
     found: dict[Any, list[float]] = {}
     for rank in range(devices):
         for line in (folder / f"life{number}-{rank}.jsonl").read_text().splitlines():
             epoch, batch, samples = json.loads(line)
-            found.setdefault((epoch, batch), []).extend(samples)
+            found.setdefault((epoch, batch + apart), []).extend(samples)
     assert not found.keys() & before.keys(), "a batch came twice"
     return found
 
@@ -153,6 +157,20 @@ def test_with_another_global_batch(tmp_path: Path) -> None:
         assert samples == Counter(range(SAMPLES))
     assert [len(batch) for (e, _), batch in sorted(seen.items()) if e == 0] == [12] * 4 + [6] * 4
     assert max(batch for e, batch in seen if e == 0) == SAMPLES // 6 - 1  # the epoch ends with its last number
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("again", [False, True])
+def test_with_another_global_batch_in_an_accumulation(tmp_path: Path, again: bool) -> None:
+    """What no optimizer has stepped for is trained on again, and the steps are of whole accumulations."""
+    plan = [(2, 5), (1, 8), (3, -1)] if again else [(2, 5), (3, -1)]
+    seen = lives(tmp_path / "run", plan, accumulate=2, batch_size=6, apart=100)
+    samples = Counter(s for (e, _), batch in seen.items() if e == 0 for s in batch)
+    assert set(samples) == set(range(SAMPLES))
+    # the fifth batch of the two processes came twice, and so did the eighth of all
+    assert sum(samples.values()) == SAMPLES + 12 + (6 if again else 0)
+    for epoch in range(1, EPOCHS):
+        assert Counter(s for (e, _), b in seen.items() if e == epoch for s in b) == Counter(range(SAMPLES))
 
 
 if __name__ == "__main__":

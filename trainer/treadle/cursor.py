@@ -28,6 +28,7 @@ from treadle_fabric.seed import collect_rng_states, set_rng_states
 __all__ = ["Cursor"]
 
 _CHUNK = 16
+_AHEAD = 4  # positions that whoever iterates may be ahead of where training stands, and one more
 _KNOWN = ("torch.utils.data", "treadle_fabric.data")
 """Where samplers are from that draw their order when iteration begins, or from a generator."""
 
@@ -42,8 +43,9 @@ class Cursor:
     """
 
     def __init__(self, loader: Any, rank: int, *, exact: bool = True) -> None:
-        self._loader, self._rank, self._exact = loader, rank, exact
-        self._ahead: tuple[int, Any] | None = None
+        self._loader, self._rank = loader, rank
+        self._ahead: deque[tuple[int, Any]] = deque(maxlen=_AHEAD)
+        self._looks_ahead = not exact
         self._stateful = (
             hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") and not _is_combined(loader)
         )
@@ -84,6 +86,10 @@ class Cursor:
         torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws its workers' seed first
         return {**self._rng, "torch": generator.get_state()}
 
+    def look_ahead(self) -> None:
+        """Whoever iterates draws batches before training comes to them."""
+        self._looks_ahead = True
+
     def take_generators(self, state: dict[str, Any], *, within: bool) -> None:
         """Give the user's generators what they had when the epoch of ``state`` began, or after it."""
         for generator, before in zip(self._generators, state["generators" if within else "generators_now"]):
@@ -101,8 +107,8 @@ class Cursor:
         state["generators"] = self._drawn_from
         state["generators_now"] = [g.get_state() for g in self._generators]
         if self._stateful:
-            ahead = self._ahead
-            state["loader"] = ahead[1] if ahead and ahead[0] == position else self._loader.state_dict()
+            known = [at for count, at in self._ahead if count == position]
+            state["loader"] = known[0] if known else self._loader.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None:
@@ -202,20 +208,20 @@ class Cursor:
         batches = iter(loader)
         if resumed:
             set_rng_states(now)
-        if self._exact:
+        if not self._looks_ahead:
             return batches if "loader" in resumed else islice(batches, skip, None)
         return self._one_ahead(batches, skip)
 
     def _one_ahead(self, batches: Iterator[Any], count: int) -> Iterator[Any]:
         """For who looks one batch ahead: keeps the state before that one."""
+        self._ahead.clear()
         while True:
-            state = self._loader.state_dict()
+            self._ahead.append((count, self._loader.state_dict()))
             try:
                 batch = next(batches)
             except StopIteration:
-                self._ahead = None
+                self._ahead.pop()
                 return
-            self._ahead = count, state
             count += 1
             yield batch
 

@@ -162,7 +162,7 @@ class TrainingData:
             check_loader(part, "train_dataloaders")
         if overfit:
             parts = [_sequential(part, "the training loader") for part in parts]
-        self._fabric, self._inject = fabric, inject
+        self._fabric, self._inject, self._looks_ahead = fabric, inject, False
         self.combined = combined
         self._share_out(parts)
         length = sized_len(self.loader)
@@ -181,9 +181,17 @@ class TrainingData:
         self._agrees = self._told = False
         if fabric.world_size > 1:
             self._agree_on_length()
-        self.stop = math.inf if self.whole and not self.exact else self.num_batches
-        """No epoch has more batches than this."""
+        self._stop = math.inf if not self.exact and _unlimited(limit, length) else self.num_batches
         self._begin_order()
+
+    @property
+    def stop(self) -> float:
+        """No epoch, and not the one that is iterated, has more batches than this."""
+        return self._stop if self._order.end is None else self._order.end
+
+    def has_ended(self, position: int) -> bool:
+        """Whether nothing is left of an epoch that was resumed with another number of processes."""
+        return self._order.end is not None and 0 < self._order.end <= position
 
     def _share_out(self, parts: list[Any], *, alone: bool = False) -> None:
         """Take each part's share of this rank."""
@@ -194,7 +202,7 @@ class TrainingData:
         self.parts = parts
 
     def _begin_order(self) -> None:
-        self._cursor = Cursor(self.loader, self._fabric.global_rank, exact=self.exact)
+        self._cursor = Cursor(self.loader, self._fabric.global_rank, exact=self.exact and not self._looks_ahead)
         self._order = SampleOrder(self.parts, self._fabric.world_size, self.num_batches)
 
     def _agree_on_length(self) -> None:
@@ -204,6 +212,7 @@ class TrainingData:
         lengths, exact = self._fabric.all_gather(mine).T.tolist()
         if not all(exact):
             self._agrees, self.exact = True, False
+            self.num_batches = math.inf if min(lengths) < 0 else min(lengths)
         elif min(lengths) != max(lengths):
             rank_zero_warn(
                 f"The ranks have {', '.join(map(str, lengths))} training batches: an epoch ends after"
@@ -211,6 +220,11 @@ class TrainingData:
                 " Trainer (use_distributed_sampler=True)."
             )
             self.num_batches, self.whole = min(lengths), False
+
+    def look_ahead(self) -> None:
+        """Batches are drawn before training comes to them, by a step that takes the iterator."""
+        self._looks_ahead = True
+        self._cursor.look_ahead()
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
         """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on.
@@ -249,13 +263,21 @@ class TrainingData:
 
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
+        if not state:  # saved before there was a loader
+            return
         order = state.get("order", {})
         self._draw_from(order.get("seed"))
         self._order.load_state_dict(order, within=within)
         self._cursor.load_state_dict(state, within=within, whole=self.whole)
 
-    def take_over(self, state: dict[str, Any], position: int, accumulate: int) -> int:
-        """Go on where another number of processes stood, after ``position`` batches; returns where that is here."""
+    def take_over(self, state: dict[str, Any], position: int, accumulate: int) -> int | None:
+        """Go on where another number of processes stood, after ``position`` batches.
+
+        Returns:
+            The batch to go on from; None where the epoch begins anew.
+        """
+        if not state:
+            return None
         order = state.get("order", {})
         self._draw_from(order.get("seed"))
         self._cursor.take_generators(state, within=bool(position))
@@ -264,8 +286,8 @@ class TrainingData:
             return 0
         if "per_step" not in order:  # saved before that was kept
             rank_zero_warn("The checkpoint does not tell the order of its samples: the epoch begins anew.")
-            return 0
-        return self._order.take_over(order, position, position - position % accumulate)
+            return None
+        return self._order.take_over(order, position, accumulate)
 
     def follow(self, before: TrainingData) -> None:
         """Go on with the orders of loaders that these ones replace."""
@@ -289,7 +311,7 @@ class TrainingData:
         for part in self.parts:
             set_epoch(part, epoch)
         skip -= self._order.base
-        self._order.end()
+        self._order.forget()
         self._cursor.finish(epoch, skip, drain=drain and self.whole and self.exact, whole=self.whole)
 
 
@@ -307,6 +329,11 @@ def _is_batch_list(loader: Any) -> bool:
     if isinstance(first, torch.Tensor) or first is None:
         return True
     return isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], torch.Tensor)
+
+
+def _unlimited(limit: float, length: int | None) -> bool:
+    """Whether a limit lets all batches through; an int that is as large as the length promised is meant as a limit."""
+    return limit == 1.0 if isinstance(limit, float) else length is not None and limit > length
 
 
 def _has_exact_length(loader: Any) -> bool:
@@ -355,7 +382,7 @@ class EvaluationData:
             turns = name.startswith("predict")  # the outputs of whole batches are put in order again
             self.loaders = [_shard(p, fabric, inject=inject, training=False, whole_batches=turns) for p in found]
         self.num_batches: list[float] = []
-        self._name = name
+        self._name, self._limit = name, limit
         for i, loader in enumerate(self.loaders):
             length = sized_len(loader)
             if length == 0 and fabric.world_size == 1:
@@ -372,7 +399,8 @@ class EvaluationData:
         for part in self.combined.flattened if self.combined is not None else [loader]:
             set_epoch(part, epoch)
         batches = _first(iter(loader)) if self.combined is not None else iter(loader)
-        if limit == sized_len(loader) and not _has_exact_length(loader):
+        length = sized_len(loader)
+        if limit == length and not _has_exact_length(loader) and _unlimited(self._limit, length):
             limit = math.inf  # what a stream says of its length is only a promise
         return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})", exact=True))
 
@@ -474,10 +502,9 @@ class BatchIterator:
 
     def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
         """One item a step, as :class:`Lookahead` gives them; the step itself draws the batches."""
-        index = 0
         while self._ahead is not None:
-            yield index, self, self._ahead[2]  # a step draws one batch: the one ahead tells whether it is the last
-            index += 1
+            index, _, is_last = self._ahead  # a step draws one batch: the one ahead tells whether it is the last
+            yield index, self, is_last
 
     def __iter__(self) -> BatchIterator:
         return self

@@ -35,7 +35,8 @@ def part_of_rank(
     """
     first = ranks[0]
     mine = {**first, "rng": ranks[rank]["rng"] if rank < len(ranks) else _new_random_state(first["rng"], rank)}
-    mine["results"] = {**first["results"], "slots": _merged_slots(ranks) if rank == 0 else _emptied(first)}
+    slots = _merged_slots(ranks)
+    mine["results"] = {**first["results"], "slots": slots if rank == 0 else _emptied(slots)}
     mine["metric_objects"] = {
         name: _merged_metric(name, metrics[name], [r["metric_objects"][name] for r in ranks] if rank == 0 else [])
         for name in first["metric_objects"]
@@ -69,16 +70,23 @@ def _new_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
 
 def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     merged: dict[Any, dict[str, Any]] = {}
+    counts: dict[Any, int] = {}
     for part in ranks:
         for entry in part["results"]["slots"]:
             key = tuple(entry["key"])
             known = merged.get(key)
             if known is None or not known["has_value"]:
-                merged[key] = dict(entry)
+                merged[key], counts[key] = dict(entry), 1
             elif entry["has_value"]:
+                how = REDUCTIONS.get(entry["options"][4])
+                counts[key] += 1
+                one, other = known["value"], entry["value"]
+                if isinstance(one, int | float | Tensor) and isinstance(other, int | float | Tensor):
+                    mean = one + (other - one) / counts[key]
+                    known["value"] = mean if how in ("mean", None) else _merged_total(how, one, other)
                 for name in ("pending", "weights", "values"):
                     known[name] = [*known[name], *entry[name]]
-                known["total"] = _merged_total(REDUCTIONS.get(entry["options"][4]), known["total"], entry["total"])
+                known["total"] = _merged_total(how, known["total"], entry["total"])
                 known["weight"] += entry["weight"]
     return list(merged.values())
 
@@ -92,11 +100,14 @@ def _merged_total(how: str | None, one: Any, other: Any) -> Any:
     return one + other
 
 
-def _emptied(part: dict[str, Any]) -> list[dict[str, Any]]:
-    def nothing() -> dict[str, Any]:
-        return {"pending": [], "weights": [], "values": [], "total": None, "weight": 0.0}
+def _emptied(slots: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what counts for the epoch; the last value stays, for a step that is still to be logged."""
 
-    return [{**e, **nothing(), "has_value": False, "fresh": False} for e in part["results"]["slots"]]
+    def nothing(entry: dict[str, Any]) -> dict[str, Any]:
+        value = 0.0 if REDUCTIONS.get(entry["options"][4]) == "sum" else entry["value"]
+        return {"value": value, "pending": [], "weights": [], "values": [], "total": None, "weight": 0.0}
+
+    return [{**entry, **nothing(entry), "has_value": False} for entry in slots]
 
 
 def _merged_metric(name: str, metric: Any, states: Sequence[dict[str, Any]]) -> dict[str, Any]:

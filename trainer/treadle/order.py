@@ -33,6 +33,8 @@ class SampleOrder:
         self._samplers = [sampler for part in parts if (sampler := _sharded(part)) is not None]
         self.base = 0
         """Batches of this epoch that this loader's iteration does not count: other ranks have trained on them."""
+        self.end: int | None = None
+        """The number that this epoch ends before, where that is not the number of batches of any other."""
         self._start: list[int] = [0] * len(self._samplers)
         self._source: Any = None
         self._continues = False
@@ -40,15 +42,18 @@ class SampleOrder:
     def begin(self) -> None:
         """An epoch begins, from the front unless it is the one that was resumed."""
         if not self._continues:
-            self._set(0, [0] * len(self._samplers), None)
+            self._begin_anew()
         self._continues = False
 
-    def end(self) -> None:
+    def forget(self) -> None:
         """Nothing is left of the epoch that was resumed."""
         self._continues = False
 
-    def _set(self, base: int, start: list[int], source: Any) -> None:
-        self.base, self._start, self._source = base, start, source
+    def _begin_anew(self) -> None:
+        self._set(0, [0] * len(self._samplers), None)
+
+    def _set(self, base: int, start: list[int], source: Any, end: int | None = None) -> None:
+        self.base, self.end, self._start, self._source = base, end, start, source
         for sampler, first in zip(self._samplers, start):
             sampler.go_on(first, source)
 
@@ -74,6 +79,7 @@ class SampleOrder:
             "seed": self.seed,
             "source": drawn_from if alone else self._source,
             "base": self.base,
+            "end": self.end,
             "start": self._start or [0] * len(self._parts),
             "per_step": [_per_step(part, self._world_size) for part in self._parts],
             "num_batches": self._num_batches,
@@ -83,18 +89,18 @@ class SampleOrder:
         """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
         self._continues = within
         if within and self._samplers and "base" in state:
-            self._set(state["base"], list(state["start"]), state["source"])
+            self._set(state["base"], list(state["start"]), state["source"], state.get("end"))
 
-    def take_over(self, state: Mapping[str, Any], position: int, aligned: int) -> int:
+    def take_over(self, state: Mapping[str, Any], position: int, accumulate: int) -> int | None:
         """Go on with another number of processes in the middle of an epoch.
 
         Args:
             state: of :meth:`state_dict`, from any rank.
             position: the batches of the epoch that are done with.
-            aligned: those of them that an optimizer has stepped for.
+            accumulate: batches of an optimizer step.
 
         Returns:
-            The batch of the epoch to go on from.
+            The batch of the epoch to go on from; None where the epoch begins anew.
         """
         self.load_state_dict(state, within=True)
         per_step = [_per_step(part, self._world_size) for part in self._parts]
@@ -105,8 +111,8 @@ class SampleOrder:
                 " process drew from: another number of processes cannot go on in the middle of the epoch, which begins"
                 " anew."
             )
-            self._set(0, [0] * len(self._samplers), None)
-            return 0
+            self._begin_anew()
+            return None
         if per_step == state["per_step"]:
             return position
         if len(self._parts) > 1:
@@ -114,19 +120,30 @@ class SampleOrder:
                 "The batch of all ranks together has another size than in the checkpoint, and there are several"
                 " training loaders: the epoch begins anew. Keep batch_size times the number of processes as it was."
             )
-            self._set(0, [0] * len(self._samplers), None)
-            return 0
+            self._begin_anew()
+            return None
         before, now = state["per_step"][0], per_step[0]
         assert now is not None
-        done = state["start"][0] + (aligned - state["base"]) * before
-        limit = state["num_batches"]
-        left = math.inf if limit == math.inf else math.ceil((limit * before - done) / now)
+        stepped = max(position - position % accumulate, state["base"])  # gradients after it are of another size
+        done = state["start"][0] + (stepped - state["base"]) * before
         self._set(0, [done], self._source)
-        left = min(left, sized_len(self._parts[0]) or math.inf)
-        self.base = int(max(self._num_batches - left, 0)) if left != math.inf else aligned
+        limit, size = state["end"] or state["num_batches"], sized_len(self._parts[0])
+        left = math.inf if limit == math.inf else max(math.ceil((limit - stepped) * before / now), 0)
+        left = left if size is None else min(left, size)
+        if left == math.inf:
+            self.base = stepped
+        else:
+            base = int(max(self._num_batches - left, 0))
+            self.base = base - base % accumulate if left else base  # an optimizer step begins here
+            self.end = int(self.base + left)
+        again = (
+            f" What the last {position - stepped} batches logged, for which no optimizer has stepped, is logged again."
+            if position > stepped
+            else ""
+        )
         rank_zero_warn(
             f"All ranks together have {now} samples a batch, and had {before}: the epoch goes on at sample {done}, as"
-            f" batch {self.base}. Keep batch_size times the number of processes as it was for the same batches."
+            f" batch {self.base}. Keep batch_size times the number of processes as it was for the same batches.{again}"
         )
         return self.base
 

@@ -78,22 +78,23 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
         return
     fabric, module = run.fabric, run.module
     metrics, progress = run.metric_objects[1], run.progress
-    elsewhere = len(ranks) != fabric.world_size
+    elsewhere, begins = len(ranks) != fabric.world_size, not progress.batch
     if elsewhere:
         rank_zero_info(
             f"The checkpoint is of {len(ranks)} processes, there are {fabric.world_size} now: the order of the samples"
             " goes on where it stood."
         )
         mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
-        ended = progress.is_last_batch  # nothing is left of the epoch but the end of its last batch
+        ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
         there = data.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
         if not ended and there != progress.batch:
-            progress.batch, mine["gradients"] = there, {}
+            progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
+            mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
     else:
         mine = ranks[fabric.global_rank]
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
-    if not progress.batch:
+    if begins:
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in mine.get("gradients", {}).items():

@@ -26,6 +26,9 @@ _AFTER_A_SAVE_S: Final = 2.0  # to come to the end of the batch
 class SIGTERMException(SystemExit, TreadleError):
     """The process was asked to terminate; its exit status is 143 (128 + SIGTERM)."""
 
+    together = False
+    """Whether all ranks end at the same place."""
+
 
 class Signals:
     """Notes SIGTERM while it is entered, in the main thread; elsewhere it does nothing.
@@ -73,10 +76,12 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
-    def raise_received(self) -> None:
-        """End the run: called between two batches."""
+    def raise_received(self, *, together: bool = False) -> None:
+        """End the run; ``together``: between two batches, which are the same on all ranks."""
         self._heed()
-        raise SIGTERMException(128 + signal.SIGTERM)
+        raised = SIGTERMException(128 + signal.SIGTERM)
+        raised.together = together
+        raise raised
 
     def _heed(self) -> None:
         if self._heeded is not None:

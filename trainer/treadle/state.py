@@ -84,6 +84,10 @@ class FitProgress:
     scheduler_steps_in_epoch: int = 0
     is_last_batch: bool = False
     """Whether the current batch is the epoch's last."""
+    stepping: bool = True
+    """Whether the current batch ends an accumulation."""
+    stepped: bool = True
+    """Whether an optimizer stepped at the current batch."""
     validation_due: bool = False
     """Whether validation follows the current batch."""
     phase: Phase = Phase.BETWEEN

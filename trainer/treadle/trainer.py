@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -273,7 +273,8 @@ class Trainer(TrainerView):
         Returns:
             What ``predict_step`` returned for each batch, on the CPU, in the order of the loader; a list of such lists
             with several loaders; None where predictions are not kept. Ranks take turns with the batches, and each gets
-            the whole; only of a loader that shares itself out (a stream, say) a rank gets its own part.
+            the whole; only of a loader that shares itself out (a stream, say), or a `CombinedLoader` that runs side by side,
+            a rank gets its own part.
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._module, "predict")
@@ -374,8 +375,9 @@ class Trainer(TrainerView):
             self._sigterm = isinstance(error, SIGTERMException)
             if not self._sigterm or self.is_global_zero:
                 claim_failure(error)
-            if self._sigterm:  # all ranks are here: rank 0's exit status is the run's
-                self.strategy.barrier("terminated")
+            if getattr(error, "together", False):  # rank 0's exit status is the run's: it goes last
+                with suppress(RuntimeError):  # another rank has gone
+                    self.strategy.barrier("terminated")
             self.state.status = TrainerStatus.INTERRUPTED
             self._failed(error)
             raise
@@ -488,8 +490,9 @@ class Trainer(TrainerView):
             try:
                 loop.run()
             except SIGTERMException:
-                if self._settings.enable_checkpointing:
-                    self.save_checkpoint(preempted_path(self.callbacks, self.default_root_dir))
+                with tolerated(self, always=True):
+                    if self._settings.enable_checkpointing:
+                        self.save_checkpoint(preempted_path(self.callbacks, self.default_root_dir))
                 raise
 
     def _restore_exact(self, run: Run) -> None:

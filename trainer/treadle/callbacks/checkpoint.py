@@ -36,4 +36,4 @@ def tolerated(trainer: Trainer, always: bool = False) -> Generator[None]:
     except (CheckpointError, OSError) as error:
         if not always and getattr(trainer, "on_save_error", "raise") == "raise":
             raise
-        rank_zero_warn(f"{error} Training goes on without this checkpoint; earlier ones stand.")
+        rank_zero_warn(f"{error} The run goes on without this checkpoint; earlier ones stand.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from treadle.data import BatchIterator, TrainingData, stay
 from treadle.dispatch import overrides
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from treadle.run import Run
 
 __all__ = ["Controls", "TrainingEpoch"]
+
+_BETWEEN: Final = 2**32  # boundaries from one training batch to the next: room for those of a validation
 
 
 class Controls(Protocol):
@@ -40,7 +42,7 @@ class TrainingEpoch:
         controls: Controls,
         *,
         schedule: ValidationSchedule | None,
-        validate: Callable[[Callable[[], bool]], bool],
+        validate: Callable[[Callable[[int], bool]], bool],
         may_stop: Callable[[], bool],
         max_steps: int,
         log_every_n_steps: int,
@@ -61,6 +63,8 @@ class TrainingEpoch:
         self._step_scheduler = self._scheduler_hook if own else run.module.lr_scheduler_step
         self._last_validation = time.monotonic()
         self._told_idle = False
+        if step.wants_iterator:
+            data.look_ahead()
 
     @property
     def val_check_batch(self) -> float:
@@ -73,14 +77,15 @@ class TrainingEpoch:
         step, transfer, begin_batch = self._step, run.transfer, results.begin_batch
         accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
         step.accumulate(accumulate)
-        total = self._data.stop
+        if self._data.has_ended(progress.batch):  # with the batches of another number of processes
+            self._end_resumed()
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
-            stepping = progress.is_last_batch or progress.batch % accumulate == 0
-            stop = self._finish_batch(stepping)
+            stop = self._finish_batch()
             if stop or progress.is_last_batch:
                 self._data.finish(progress.epoch, progress.batch, drain=not stop)
                 return
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
+        total = self._data.stop
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
@@ -101,7 +106,8 @@ class TrainingEpoch:
             outputs = step(batch, batch_idx, window, stepping)
             progress.batch = batch_idx + 1
             progress.batches += 1
-            if stepped := progress.optimizer_steps != before:
+            progress.stepping, progress.stepped = stepping, (stepped := progress.optimizer_steps != before)
+            if stepped:
                 progress.step += 1
                 progress.step_in_epoch += 1
             if schedulers and stepping:
@@ -122,11 +128,21 @@ class TrainingEpoch:
                     progress.step += 1
                     progress.step_in_epoch += 1
             results.hook = ""
-            if self._finish_batch(stepping):
+            if self._finish_batch():
                 break
         begin_batch(None)
         if step.idle:
             self._tell_of_idleness(progress.batch - begun)
+
+    def _end_resumed(self) -> None:
+        """What follows the last batch of an epoch, where the one that was resumed turns out to be over."""
+        progress = self._run.progress
+        progress.is_last_batch, progress.phase = True, Phase.BATCH_END
+        progress.stepping = progress.stepped = False
+        if self._schedulers:
+            self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
+        if self._schedule is not None:
+            progress.validation_due = self._is_due(self._schedule, True)
 
     def _tell_of_idleness(self, batches: int) -> None:
         if self._step.idle == batches and not self._told_idle:
@@ -136,10 +152,10 @@ class TrainingEpoch:
                 " that nothing was learned: return the loss."
             )
 
-    def _finish_batch(self, stepping: bool) -> bool:
+    def _finish_batch(self) -> bool:
         """What follows ``on_train_batch_end``, from wherever the progress stands; returns whether to stop."""
         run, progress, schedule = self._run, self._run.progress, self._schedule
-        if stepping and progress.phase is Phase.BATCH_END and progress.logging_step % self._log_every == 0:
+        if progress.stepping and progress.phase is Phase.BATCH_END and progress.logging_step % self._log_every == 0:
             if run.loggers:
                 run.write(run.results.take_step_metrics(), progress.logging_step - 1)
         stop, terminated = self._stops_here()
@@ -147,12 +163,12 @@ class TrainingEpoch:
             progress.phase = Phase.LOGGED
             if progress.validation_due or (stop and self._epoch_validates(schedule)):
                 if not self._run_validation():
-                    self._signals.raise_received()
+                    self._signals.raise_received(together=True)
                 stop = self.agree_to_stop() and self._may_stop()
         if terminated:  # the run that goes on does the rest of this batch, and ends where this one would have
             progress.phase = max(progress.phase, Phase.LOGGED)
-            self._signals.raise_received()
-        if self._schedulers and stepping:
+            self._signals.raise_received(together=True)
+        if self._schedulers and progress.stepped:
             self._step_schedulers("step", progress.step, plateau=True)
         progress.phase = Phase.BETWEEN
         progress.validation_due = False
@@ -164,7 +180,7 @@ class TrainingEpoch:
         if self._agreement is None:
             return stop, bool(self._signals.received)
         wish = "signal" if self._signals.received else "stop" if stop else ""
-        reason = self._agreement.at_boundary(self._run.progress.batches, wish)
+        reason = self._agreement.at_boundary(self._run.progress.batches * _BETWEEN, wish)
         if reason == "stop":
             self._controls.should_stop = True
         return reason == "stop", reason == "signal"
@@ -202,12 +218,12 @@ class TrainingEpoch:
     def _epoch_validates(self, schedule: ValidationSchedule) -> bool:
         return schedule.every_n_epochs is None or (self._run.progress.epoch + 1) % schedule.every_n_epochs == 0
 
-    def _terminated(self) -> bool:
-        """Whether this rank was asked to terminate, or another was."""
-        agreement = self._agreement
-        if self._signals.received and agreement is not None:
-            agreement.ask("signal")
-        return bool(self._signals.received) or (agreement is not None and agreement.asked == "signal")
+    def _terminated(self, batch: int) -> bool:
+        """Whether to end before this batch of a validation, on all ranks alike, because one was asked to terminate."""
+        if self._agreement is None:
+            return bool(self._signals.received)
+        wish = "signal" if self._signals.received else ""
+        return self._agreement.at_boundary(self._run.progress.batches * _BETWEEN + batch + 1, wish) == "signal"
 
     def _run_validation(self) -> bool:
         """Whether it came to its end."""

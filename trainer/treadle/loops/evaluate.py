@@ -46,6 +46,7 @@ class Evaluation:
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
+        self._asked = 0  # batches before which somebody was asked whether to go on
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
 
     def __call__(
@@ -53,14 +54,14 @@ class Evaluation:
         num_batches: list[float] | None = None,
         *,
         silent: bool = False,
-        interrupted: Callable[[], bool] | None = None,
+        interrupted: Callable[[int], bool] | None = None,
     ) -> list[dict[str, Any]] | None:
         """Evaluate.
 
         Args:
             num_batches: of each loader; default: the limits of the data.
             silent: write nothing to the loggers, as in the sanity check.
-            interrupted: asked before every batch whether to end there, on all ranks.
+            interrupted: asked before every batch, with its number over all loaders, whether to end there.
 
         Returns:
             For every loader the logged names and values; None if it was interrupted.
@@ -77,7 +78,7 @@ class Evaluation:
                     run.module.eval()
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
-                ended = True
+                ended, self._asked = True, 0
                 for loader_idx, limit in enumerate(limits):
                     ended = ended and (not limit or self._loader(loader_idx, limit, silent, interrupted))
                 if interrupted is not None and run.fabric.world_size > 1:
@@ -105,7 +106,7 @@ class Evaluation:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
-    def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[], bool] | None) -> bool:
+    def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> bool:
         """Evaluate on one loader; whether that came to its end."""
         run, results, step, takes = self._run, self._results, self._step, self._takes
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
@@ -122,9 +123,11 @@ class Evaluation:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
         ended = True
         for batch_idx, batch, _ in batches:
-            if interrupted is not None and interrupted():
-                ended = False
-                break
+            if interrupted is not None:
+                if interrupted(self._asked):
+                    ended = False
+                    break
+                self._asked += 1
             batch = transfer(batch, loader_idx)
             begin_batch(batch)
             if on_batch_start:

@@ -133,7 +133,7 @@ class FitLoop:
             run.dispatch.call("on_sanity_check_end")
         run.metrics.clear()
 
-    def validate(self, interrupted: Callable[[], bool]) -> bool:
+    def validate(self, interrupted: Callable[[int], bool]) -> bool:
         """A validation in the middle of training, which ends between two batches where ``interrupted`` says so.
 
         Returns:
