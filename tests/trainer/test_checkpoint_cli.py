@@ -140,3 +140,23 @@ def test_prune_leaves_what_it_cannot_judge() -> None:
     torch.save({"own": argparse.Namespace()}, "d/3.ckpt")  # loads with weights_only=False alone
     assert checkpoint("prune", "d", "--keep", "1") == 0
     assert sorted(os.listdir("d")) == ["2.ckpt", "3.ckpt"]
+
+
+def test_prune_counts_only_what_training_can_go_on_from() -> None:
+    for step in (1, 2, 3):
+        save(f"d/{step}.ckpt", step, state_dict={}, optimizer_states=[])
+    save("d/4.ckpt", 4, state_dict={})  # weights only
+    Path("d/5.ckpt").write_text("hello")  # somebody else's
+    Path("d/6.ckpt").write_bytes(Path("d/1.ckpt").read_bytes()[:100])  # cut off
+    assert checkpoint("prune", "d", "--keep", "2") == 0
+    assert sorted(os.listdir("d")) == ["2.ckpt", "3.ckpt", "4.ckpt", "5.ckpt"]
+
+
+def test_diff_says_first_what_matters(capsys: pytest.CaptureFixture[str]) -> None:
+    save("a.ckpt", 1, loops={"n": 1}, treadle={"ranks": [1, 2]})
+    save("b.ckpt", 2, loops={"n": 2}, treadle={"ranks": [1, 3]})
+    assert checkpoint("diff", "a.ckpt", "b.ckpt") == 1
+    short = capsys.readouterr().out
+    assert "w: 50 of 50 values differ" in short and "2 more in treadle., loops." in short and "ranks.1" not in short
+    assert checkpoint("diff", "--all", "a.ckpt", "b.ckpt") == 1
+    assert "treadle.ranks.1: 2 -> 3" in capsys.readouterr().out

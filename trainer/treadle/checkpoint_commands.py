@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["add_checkpoint_commands"]
+
+_INTERNAL: Final = ("treadle.", "loops.")
 
 
 def add_checkpoint_commands(commands: Any) -> None:
@@ -37,11 +39,14 @@ def add_checkpoint_commands(commands: Any) -> None:
     diff = actions.add_parser("diff", help="where two checkpoints differ; exit status 1 if they do")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
+    diff.add_argument("--all", action="store_true", help="also list what is kept only for going on exactly")
     diff.set_defaults(run=_diff)
 
-    prune = actions.add_parser("prune", help="remove all checkpoints of a folder but the newest good ones")
+    prune = actions.add_parser(
+        "prune", help="remove all checkpoints of a folder but the newest that training can go on from"
+    )
     prune.add_argument("folder", metavar="DIR")
-    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many good ones stay, from 1")
+    prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many of them stay, from 1")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     prune.set_defaults(run=_prune)
 
@@ -121,7 +126,7 @@ def _line(name: str, value: object) -> None:
 def _diff(given: argparse.Namespace) -> int:
     io = TorchCheckpointIO()
     a, b = (dict(_leaves(io.load_checkpoint(path))) for path in (given.a, given.b))
-    different = 0
+    different = hidden = 0
     for key in [*a, *(key for key in b if key not in a)]:
         if key not in b:
             text = f"only in {given.a}"
@@ -131,7 +136,12 @@ def _diff(given: argparse.Namespace) -> int:
             text = _difference(a[key], b[key])
         if text:
             different += 1
-            print(f"{key}: {text}")
+            if key.startswith(_INTERNAL) and not given.all:
+                hidden += 1
+            else:
+                print(f"{key}: {text}")
+    if hidden:
+        print(f"{hidden} more in {', '.join(_INTERNAL)}, which a run keeps for going on exactly: --all lists them.")
     print(f"{different} of {len(a.keys() | b.keys())} entries differ." if different else "No difference.")
     return 1 if different else 0
 
@@ -177,19 +187,29 @@ def _prune(given: argparse.Namespace) -> int:
     surplus: list[Path] = []
     for path, _ in checkpoints_in(given.folder, recursive=False):
         try:
-            if good < given.keep:
-                read_outline(path)
-                good += 1
-                print(f"keep    {path}")
-                continue
+            outline = read_outline(path)
         except CheckpointCorruptError as e:
-            print(f"BAD     {e}")
+            if _was_checkpoint(path):
+                print(f"BAD     {e}")
+                surplus.append(path)
+            else:
+                print(f"keep    {path}: {e}")
+            continue
         except CheckpointError as e:  # whole perhaps, but not ours to judge
             print(f"keep    {path}: {e}")
             continue
-        surplus.append(path)
+        if "state_dict" in outline and "optimizer_states" not in outline:
+            print(f"keep    {path}: it holds weights only, training cannot go on from it, so it does not count")
+        elif good < given.keep:
+            good += 1
+            print(f"keep    {path}")
+        else:
+            surplus.append(path)
     if not good:
-        print("No good checkpoint is left in this folder, so nothing was removed.", file=sys.stderr)
+        print(
+            "There is no good checkpoint in this folder that training can go on from, so nothing was removed.",
+            file=sys.stderr,
+        )
         return 1
     for path in surplus:
         for name in _names_of(path):
@@ -197,6 +217,15 @@ def _prune(given: argparse.Namespace) -> int:
             if not given.dry_run:
                 TorchCheckpointIO().remove_checkpoint(name)
     return 0
+
+
+def _was_checkpoint(path: Path) -> bool:
+    """Whether what cannot be read is the remains of a checkpoint, and not a file of somebody else's."""
+    if path.is_dir():
+        return True
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head == b"PK\x03\x04" or not head.strip(b"\0")
 
 
 def _names_of(path: Path) -> list[Path]:

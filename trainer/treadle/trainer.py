@@ -273,8 +273,8 @@ class Trainer(TrainerView):
         Returns:
             What ``predict_step`` returned for each batch, on the CPU, in the order of the loader; a list of such lists
             with several loaders; None where predictions are not kept. Ranks take turns with the batches, and each gets
-            the whole; only of a loader that shares itself out (a stream, say), or a `CombinedLoader` that runs side by side,
-            a rank gets its own part.
+            the whole. Of a loader that shares itself out (a stream, say), and of a ``CombinedLoader`` that runs side by
+            side, a rank gets its own part.
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._module, "predict")
