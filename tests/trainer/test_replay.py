@@ -42,7 +42,7 @@ class Net(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.log("batch", float(batch_idx))
-        assert (self.trainer.training, self.global_step) == (True, batch_idx)
+        assert self.trainer.training and self.global_step <= batch_idx
         x = batch["x"] + torch.rand(()) * self.current_epoch
         y = self.far(self.drop(self.norm(self.near(x))), batch["scale"])
         return {"loss": y.square().mean(), "weight": len(x)} if batch["weighted"] else y.square().mean()
@@ -64,10 +64,10 @@ class Other(Net):
 class Late(Net):
     def __init__(self):
         super().__init__(3)
-        del self.near
+        del self.norm
 
     def setup(self, stage):
-        self.near = nn.Linear(4, 3)
+        self.norm = nn.BatchNorm1d(3)
 
 
 class Early(Late):

@@ -142,6 +142,7 @@ def test_an_optimizer_that_searches_along_a_line_sees_the_loss_of_its_gradients(
     assert searches(Weighted()) == pytest.approx(searches(Unweighted()), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The weights of an optimizer step are 0")
 @pytest.mark.parametrize("nothing", [None, {"weight": 0}])
 def test_an_optimizer_that_evaluates_several_times_needs_a_loss_for_every_batch(tmp_path: Path, nothing: Any) -> None:
     class Skips(Weighted):

@@ -142,8 +142,8 @@ class NonFiniteWatch:
         records, self._records = self._records, []
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
-        only_losses = optimizer is None or strategy.precision.requires_fabric_backward
-        gradients = [] if only_losses else _gradients(optimizer)
+        scaled = strategy.precision.requires_fabric_backward
+        gradients = [] if optimizer is None or scaled else _gradients(optimizer)
         flags = torch.stack([_any_nonfinite(each, strategy.root_device) for each in (losses, gradients)])
         if strategy.world_size > 1:
             flags = strategy.all_reduce(flags, reduce_op="sum")
