@@ -17,8 +17,6 @@ from treadle.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, Prog
 from treadle_fabric import CSVLogger, MisconfigurationException
 from treadle_fabric.loggers import TensorBoardLogger
 
-pytestmark = pytest.mark.filterwarnings("ignore:`max_epochs` was not set:UserWarning")
-
 
 def made(**arguments: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", devices=1, **arguments)
