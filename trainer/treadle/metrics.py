@@ -16,7 +16,8 @@ __all__ = ["Metrics"]
 class Metrics:
     """What was logged in a run, as callbacks, loggers and the progress bar see it.
 
-    Values of stages that are over are kept here; those of the active stage are looked up in its slots when asked for.
+    Epoch values, and the last step values of stages that are over, are kept here. Step values of the active stage are
+    looked up in its slots when somebody asks.
     """
 
     def __init__(self) -> None:
