@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,6 @@ import treadle as L
 from treadle.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
 from treadle_fabric import CSVLogger, MisconfigurationException
 from treadle_fabric.loggers import TensorBoardLogger
-
-pytestmark = pytest.mark.filterwarnings("ignore:`max_epochs` was not set:UserWarning")
 
 
 def made(**arguments: Any) -> L.Trainer:
@@ -117,9 +116,21 @@ def test_a_trial_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_an_endless_default_is_pointed_out() -> None:
-    with pytest.warns(UserWarning, match="`max_epochs` was not set: training for 1000 epochs"):
-        made()
+def test_an_endless_default_is_pointed_out_where_it_matters(tmp_path: Path) -> None:
+    class Ends(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.trainer.should_stop = True
+
+    run = trainer(tmp_path, max_epochs=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.validate(Net(), loader(2), verbose=False)
+    with pytest.warns(UserWarning, match="`max_epochs` was not set: training for 1000 epochs") as told:
+        run.fit(Ends(), loader(2))
+    assert sum("max_epochs" in str(w.message) for w in told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer(tmp_path, max_epochs=None, max_steps=1).fit(Net(), loader(2))
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ def test_best_and_last(tmp_path: Path) -> None:
     assert torch.equal(model.layer.weight, after)
     with pytest.raises(L.MisconfigurationException, match="ckpt_path='best' needs a ModelCheckpoint"):
         trainer(tmp_path).validate(model, loader(2), ckpt_path="best")
+    for word, near in (("bestt", "best"), ("lst", "last"), ("LAST", "last")):
+        with pytest.raises(L.MisconfigurationException, match=f"Did you mean '{near}'"):
+            trainer(tmp_path).validate(model, loader(2), ckpt_path=word)
     with pytest.warns(UserWarning, match="found no checkpoint"):
         trainer(tmp_path / "empty").fit(Net(), loader(2), ckpt_path="last")
 

@@ -126,8 +126,10 @@ def test_prune_keeps_the_newest_good_ones(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_prune_never_takes_the_last_good_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        checkpoint("prune", ".", "--keep", "0")
+    for keep in ("0", "x"):
+        with pytest.raises(SystemExit):
+            checkpoint("prune", ".", "--keep", keep)
+        assert f"--keep: '{keep}' must be an integer of at least 1" in capsys.readouterr().err
     spoil(save("d/bad.ckpt", 1))
     assert checkpoint("prune", "d", "--keep", "1") == 1
     assert os.listdir("d") == ["bad.ckpt"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -238,6 +239,79 @@ def test_a_loss_that_is_not_learned_from_is_not_looked_at(tmp_path: Path) -> Non
 
     with pytest.warns(UserWarning, match="0 in total"):
         assert fit(tmp_path, Nothing(), batches(), "raise").global_step == BATCHES - 1
+
+
+class Marked(Tensor):
+    """A tensor that can be found again."""
+
+
+@pytest.mark.parametrize("why", ["weights of 0", "no optimizer"])
+def test_batches_that_no_optimizer_steps_for_are_not_kept(tmp_path: Path, why: str) -> None:
+    class Idle(Net):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            if batch_idx == 25:
+                gc.collect()
+                self.kept = sum(type(o) is Marked for o in gc.get_objects())
+            loss = self.loss(batch.as_subclass(Tensor))
+            return {"loss": loss, "weight": 0} if why == "weights of 0" else loss
+
+        def configure_optimizers(self) -> Any:
+            return super().configure_optimizers() if why == "weights of 0" else None
+
+    model = Idle()
+    with pytest.warns(UserWarning):
+        fit(tmp_path, model, (b.as_subclass(Marked) for b in batches(n=30)), "skip")
+    assert model.kept < 12
+
+
+def test_buffers_are_put_back_as_they_were_before_this_step(tmp_path: Path) -> None:
+    """Also after a step whose weights are all 0."""
+
+    class Counts(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            self.mean += batch.abs().sum()
+            return {"loss": self.loss(batch), "weight": int(batch_idx > 1)}
+
+    model, data = Counts(), batches(2, n=3)
+    with pytest.warns(UserWarning):
+        run = fit(tmp_path, model, data, "skip")
+    assert run.global_step == 0
+    assert model.mean == data[0].abs().sum() + data[1].abs().sum()
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_fit_without_optimizers_looks_at_losses(tmp_path: Path, automatic: bool) -> None:
+    class Own(Net):
+        automatic_optimization = automatic
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            if not automatic:
+                self.manual_backward(loss)
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return None
+
+    with pytest.warns(UserWarning, match="without an optimizer"):
+        message = raised(tmp_path, Own(), batches(BAD))
+    assert "The loss is inf at epoch 0, batch_idx 3, global_step 0." in message
+    assert message.endswith("on_nonfinite='warn' would go on.")
+    assert ("layer.weight" in message) == ("treadle replay" in message) == automatic
+    if automatic:
+        name = str(tmp_path / "nonfinite" / files(tmp_path)[0])
+        assert main(["replay", name, "--module", "tests.trainer.models:Net"]) == 0
+    model = Own()
+    with pytest.warns(UserWarning) as told:
+        fit(tmp_path, model, batches(BAD), "skip")
+    said = [str(w.message) for w in told]
+    assert sum("no optimizer that could be held back" in text for text in said) == 1
+    assert sum("1 time(s) a loss was not finite" in text for text in said) == 1
+    assert not automatic or bool(model.layer.weight.grad.isfinite().all())
 
 
 class Manual(Net):

@@ -42,6 +42,7 @@ class Net(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.log("batch", float(batch_idx))
+        assert self.trainer.training and self.global_step <= batch_idx
         x = batch["x"] + torch.rand(()) * self.current_epoch
         y = self.far(self.drop(self.norm(self.near(x))), batch["scale"])
         return {"loss": y.square().mean(), "weight": len(x)} if batch["weighted"] else y.square().mean()
@@ -58,6 +59,20 @@ class Far(nn.Module):
 class Other(Net):
     def __init__(self):
         super().__init__(3)
+
+
+class Late(Net):
+    def __init__(self):
+        super().__init__(3)
+        del self.norm
+
+    def setup(self, stage):
+        self.norm = nn.BatchNorm1d(3)
+
+
+class Early(Late):
+    def configure_model(self):
+        self.setup("fit")
 
 
 def batches(weighted=False):
@@ -258,6 +273,16 @@ def test_code_elsewhere_is_imported_where_it_is_named(
     assert main(["replay", str(bundle), "--module", f"{source.name}.models:Net"]) == 0
     assert main(["replay", str(bundle), "--module", f"{source.name}.models:Other"]) == 0
     assert sysconfig.get_path("purelib") not in str(source)
+
+
+def test_layers_of_setup_need_a_subclass_that_makes_them(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = f"{next(tmp_path.glob('net_*')).name}.models"
+    assert main(["replay", str(bundle), "--module", f"{models}:Late"]) == 2
+    told = capsys.readouterr().err
+    assert "does not call `Late.setup`" in told and "configure_model" in told
+    assert main(["replay", str(bundle), "--module", f"{models}:Early"]) == 0
 
 
 def test_misuse_is_told(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,8 +102,9 @@ def test_total_steps(max_epochs: int, max_steps: int, batches: float, accumulate
     assert total_steps(Durations(max_epochs, max_steps, None, None, None), batches, accumulate) == steps
 
 
-def test_the_default_is_1000_epochs_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="1000 epochs"):
-        assert resolve_durations(None, None, -1, None, None).max_epochs == 1000
+def test_the_default_is_1000_epochs() -> None:
+    default = resolve_durations(None, None, -1, None, None)
+    assert (default.max_epochs, default.max_epochs_assumed) == (1000, True)
+    assert not resolve_durations(1000, None, -1, None, None).max_epochs_assumed
     assert resolve_durations(None, None, 5, None, None).max_epochs == -1
     assert resolve_durations(None, None, -1, None, "00:00:00:01").max_epochs == -1

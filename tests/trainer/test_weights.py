@@ -142,6 +142,21 @@ def test_an_optimizer_that_searches_along_a_line_sees_the_loss_of_its_gradients(
     assert searches(Weighted()) == pytest.approx(searches(Unweighted()), rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The weights of an optimizer step are 0")
+@pytest.mark.parametrize("nothing", [None, {"weight": 0}])
+def test_an_optimizer_that_evaluates_several_times_needs_a_loss_for_every_batch(tmp_path: Path, nothing: Any) -> None:
+    class Skips(Weighted):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            output = super().training_step(batch, batch_idx)
+            return output if batch_idx != 1 else nothing and output | nothing
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(MisconfigurationException, match="at batch_idx 1 .* LBFGS evaluates the loss several times"):
+        fit(tmp_path, Skips(), batches())
+
+
 class Zeroes(Weighted):
     """Batches of no tokens that count, whose mean is 0 / 0."""
 

@@ -7,6 +7,7 @@ is one entry, ``treadle``, for what Lightning does not keep.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import re
 from argparse import Namespace
@@ -332,4 +333,9 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
     path = str(ckpt_path)
     if not path:
         raise MisconfigurationException("ckpt_path is empty: pass a path, 'best' or 'last', or leave it out.")
+    near = difflib.get_close_matches(path.lower(), ("best", "last", "hpc"), n=1) if path == PurePath(path).stem else []
+    if near and not os.path.exists(path):
+        raise MisconfigurationException(
+            f"ckpt_path={path!r} is no file, and none of the words 'best', 'last' and 'hpc'. Did you mean {near[0]!r}?"
+        )
     return path

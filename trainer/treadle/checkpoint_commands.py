@@ -52,9 +52,14 @@ def add_checkpoint_commands(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1: the newest good checkpoint always stays.")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be an integer of at least 1: the newest good checkpoint always stays."
+        )
     return number
 
 

@@ -1,4 +1,4 @@
-"""What was logged in a run, as callbacks, loggers and the progress bar see it."""
+"""The newest value of every logged name, from the slots of all stages of a run (:mod:`treadle.results`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ __all__ = ["Metrics"]
 
 
 class Metrics:
-    """What was logged in a run, as callbacks, loggers and the progress bar see it."""
+    """What was logged in a run, as callbacks, loggers and the progress bar see it.
+
+    Epoch values, and the last step values of stages that are over, are kept here. Step values of the active stage are
+    looked up in its slots when somebody asks.
+    """
 
     def __init__(self) -> None:
         self._callback: dict[str, Any] = {}
@@ -71,10 +75,20 @@ class Metrics:
     def close_epoch(
         self, results: Results, *, local: bool = False, loaders: int = 1
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Take the epoch values of a stage that are not taken yet; ``local``: of this rank alone.
+        """Take the epoch values of a stage: of every slot with ``on_epoch`` and a value that was not taken before.
+
+        A slot counts as taken once this has reduced it, until the next epoch empties it; so a second call gives only
+        what was logged first in between. Without ``local`` it is a collective: every rank calls it, also one without
+        values.
+
+        Args:
+            results: of the stage.
+            local: take this rank's own values, without a collective.
+            loaders: of the evaluation; 1 in training.
 
         Returns:
-            What goes to the loggers, and for every dataloader its names and values.
+            What goes to the loggers, and for every dataloader its names and values. A name has the suffix ``_epoch``
+            where step values are logged under it too.
         """
         if not results.slots and (local or results.alone):
             return {}, [{} for _ in range(loaders)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from treadle.checkpoint import plain
 from treadle.dispatch import overrides
 from treadle.module import LightningModule
-from treadle.results import is_metric
+from treadle.results import NOWHERE, is_metric
 from treadle.resume import moment, restore_metrics
 from treadle_fabric import NonFiniteError, TorchCheckpointIO, map_tensors, move_data_to_device
 from treadle_fabric.errors import CheckpointError
@@ -122,13 +122,16 @@ class NonFiniteWatch:
         record.taken, record.exact, record.loss = True, loss is record.loss, record.loss.detach()
 
     def forget(self) -> None:
-        """An accumulation was left unfinished."""
+        """An accumulation was left unfinished, or ended with nothing to look at."""
         self._records = []
 
-    def allows(self, optimizer: Optimizer) -> bool:
+    def allows(self, optimizer: Optimizer | None) -> bool:
         """Look at the losses since the last step, and at the gradients; every rank calls it.
 
         Under a gradient scaler, infinite gradients are its own affair, and only losses are looked at.
+
+        Args:
+            optimizer: about to step; None in a fit without optimizers, where only losses are looked at.
 
         Returns:
             Whether the optimizer may step.
@@ -139,7 +142,8 @@ class NonFiniteWatch:
         records, self._records = self._records, []
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
-        gradients = [] if strategy.precision.requires_fabric_backward else _gradients(optimizer)
+        scaled = strategy.precision.requires_fabric_backward
+        gradients = [] if optimizer is None or scaled else _gradients(optimizer)
         flags = torch.stack([_any_nonfinite(each, strategy.root_device) for each in (losses, gradients)])
         if strategy.world_size > 1:
             flags = strategy.all_reduce(flags, reduce_op="sum")
@@ -149,8 +153,11 @@ class NonFiniteWatch:
         if self._mode == "raise" or self._count <= _MAX_TOLD:
             message = self._explain(records, optimizer)
             if self._mode == "raise":
-                raise NonFiniteError(f"{message} on_nonfinite='skip' would leave such steps out.")
+                other = "'skip' would leave such steps out" if optimizer is not None else "'warn' would go on"
+                raise NonFiniteError(f"{message} on_nonfinite={other}.")
             what = "The step is skipped." if self._mode == "skip" else "The optimizer steps all the same."
+            if optimizer is None:
+                what = "`configure_optimizers` returned no optimizer that could be held back."
             if strategy.is_global_zero:
                 warnings.warn(f"{message} {what}", stacklevel=2)
         if self._mode == "warn":
@@ -164,13 +171,14 @@ class NonFiniteWatch:
         """The end of fit: how often it was."""
         if self._count and self._run.fabric.is_global_zero:
             what = "were skipped" if self._mode == "skip" else "were taken all the same"
-            warnings.warn(
-                f"{self._count} optimizer step(s) with a loss or gradients that were not finite {what}.", stacklevel=2
-            )
+            text = f"{self._count} optimizer step(s) with a loss or gradients that were not finite {what}."
+            if not self._run.optimizers:
+                text = f"{self._count} time(s) a loss was not finite."
+            warnings.warn(text, stacklevel=2)
 
     # ------------------------------------------------------------------------------------------------ what it was
 
-    def _explain(self, records: list[_Record], optimizer: Optimizer) -> str:
+    def _explain(self, records: list[_Record], optimizer: Optimizer | None) -> str:
         """What is known of it, on all ranks the same text: the ranks in which it began say so."""
         fabric = self._run.fabric
         mine = self._diagnose(records, optimizer)
@@ -179,7 +187,7 @@ class NonFiniteWatch:
             mine = " ".join(text for text in everyone if text)
         return mine or f"Gradients are not finite {self._where()}: {_listed(self._named(optimizer))}."
 
-    def _diagnose(self, records: list[_Record], optimizer: Optimizer) -> str:
+    def _diagnose(self, records: list[_Record], optimizer: Optimizer | None) -> str:
         """Find the micro-batch, and the layer; empty where all is well on this rank."""
         fabric = self._run.fabric
         bad = [r for r in records if r.taken and r.loss is not None and not bool(r.loss.isfinite().all())]
@@ -195,7 +203,8 @@ class NonFiniteWatch:
                         break
         if culprit is None:
             return ""
-        names = self._named(optimizer) if fabric.world_size == 1 else found.gradients
+        alone = fabric.world_size == 1 and optimizer is not None  # without one, gradients of earlier batches stay
+        names = self._named(optimizer) if alone else found.gradients
         loss = float("nan") if culprit.loss is None else culprit.loss.float().item()
         what = "The loss is" if bad else "Gradients are not finite, with a loss of"
         text = f"{what} {loss} {self._where(culprit.batch_idx)}."
@@ -208,9 +217,9 @@ class NonFiniteWatch:
         else:
             text += f" {found.layer or 'No layer has an output that is not finite: it began in training_step itself.'}"
         if self._count <= _MAX_TOLD:
-            exact = culprit.exact and fabric.world_size == 1 and len(records) == 1 and not self._touched
+            exact = culprit.exact and alone and len(records) == 1 and not self._touched
             exact = exact and not fabric.strategy.precision.requires_fabric_backward
-            digest = _digest(self._run.module, {n: p.grad for n, p in _trained(self._run.module)}) if exact else ""
+            digest = _digest({n: p.grad for n, p in _trained(self._run.module)}) if exact else ""
             text += f" {self._save(culprit, found, names, digest)}"
         return text
 
@@ -220,7 +229,9 @@ class NonFiniteWatch:
         rank = f", rank {fabric.global_rank}" if fabric.world_size > 1 else ""
         return f"at epoch {progress.epoch}, batch_idx {batch}, global_step {progress.step}{rank}"
 
-    def _named(self, optimizer: Optimizer) -> list[str]:
+    def _named(self, optimizer: Optimizer | None) -> list[str]:
+        if optimizer is None:
+            return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [
             f"{name} {tuple(p.shape)}"
@@ -320,7 +331,7 @@ def examine(module: LightningModule, precision: Precision, batch: Any, *rest: An
     found.gradients = [
         f"{name} {tuple(g.shape)}" for name, g in gradients.items() if g is not None and not _is_finite(g)
     ]
-    found.digest = _digest(module, gradients)
+    found.digest = _digest(gradients)
     return found
 
 
@@ -364,18 +375,11 @@ def _layers(module: nn.Module, found: Findings) -> Generator[None]:
             handle.remove()
 
 
-class _Nowhere:
-    """Where values are logged when a batch runs again."""
-
-    def log(self, *args: Any) -> None:
-        pass
-
-
 @contextmanager
 def _silence(modules: Iterable[LightningModule]) -> Generator[None]:
     before = [(module, module.__dict__["_metrics"]) for module in modules]
     for module, _ in before:
-        module.attach_metrics(_Nowhere())
+        module.attach_metrics(NOWHERE)
     try:
         yield
     finally:
@@ -466,7 +470,7 @@ def _bytes(tensor: Tensor) -> bytes:
     return ctypes.string_at(values.data_ptr(), values.nbytes) if values.nbytes else b""
 
 
-def _digest(module: nn.Module, gradients: Mapping[str, Tensor | None]) -> str:
+def _digest(gradients: Mapping[str, Tensor | None]) -> str:
     whole = hashlib.sha256()
     for name, gradient in gradients.items():
         whole.update(name.encode())

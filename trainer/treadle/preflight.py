@@ -158,6 +158,11 @@ def check_fit(
                 f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
                 " in `training_step` instead."
             )
+    if settings.durations.max_epochs_assumed:
+        rank_zero_warn(
+            f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
+            " train without end."
+        )
 
 
 def check_evaluation(

@@ -25,11 +25,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from treadle.dispatch import overrides
 from treadle.loading import instantiate
 from treadle.loops.step import step_arguments
+from treadle.metrics import Metrics
 from treadle.module import LightningModule
 from treadle.nonfinite import Findings, examine, same_values
-from treadle.results import MetricSink
+from treadle.results import NOWHERE
+from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState
 from treadle.trainer import Trainer
 from treadle_fabric import MisconfigurationException, TorchCheckpointIO, isolate_rng, move_data_to_device, near_names
 from treadle_fabric.errors import CheckpointMismatchError
@@ -142,10 +145,11 @@ def _replay(bundle: dict[str, Any], where: str | None) -> Replay:
             trainer = Trainer(
                 accelerator=kind if here else "cpu", devices=1, precision=bundle.get("precision"), logger=False,
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                max_epochs=1,
             )  # fmt: skip
-            trainer.fit_progress.epoch, trainer.fit_progress.step = bundle["epoch"], bundle["step"]
-            module.attach(trainer, _Nowhere())
+            state = TrainerState(TrainerFn.FITTING, RunningStage.TRAINING)
+            progress = FitProgress(epoch=bundle["epoch"], batch=bundle["batch_idx"], step=bundle["step"])
+            trainer.take_outcome(module, state, progress, Metrics(), should_stop=False)
+            module.attach(trainer, NOWHERE)
             with trainer.fabric.init_module():
                 module.configure_model()
             trainer.fabric.setup_module(module)
@@ -170,13 +174,6 @@ def _replay(bundle: dict[str, Any], where: str | None) -> Replay:
     )
 
 
-class _Nowhere(MetricSink):
-    """Where values are logged in a replay."""
-
-    def log(self, *args: Any) -> None:
-        pass
-
-
 @contextmanager
 def _flags(bundle: dict[str, Any]) -> Generator[None]:
     """Threads and determinism of the run, for as long as the replay takes; what is imported is found so long too."""
@@ -199,11 +196,16 @@ def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
     for kind, mine in (("parameters", module.named_parameters()), ("buffers", module.named_buffers())):
         saved, own = bundle[kind], dict(mine)
         if saved.keys() != own.keys():
-            name = min(saved.keys() ^ own.keys())
+            name, kind_of = min(saved.keys() ^ own.keys()), type(module).__qualname__
+            remedy = "Check out the code of the run, or give the class with --module."
+            if name in saved and overrides(module, "setup", LightningModule):
+                remedy = (
+                    f"A replay does not call `{kind_of}.setup`: if that makes layers, give with --module a subclass"
+                    " whose `configure_model` makes them. If not, check out the code of the run."
+                )
             raise CheckpointMismatchError(
-                f"{type(module).__qualname__} is not what ran: {name!r} is only {'there' if name in saved else 'here'}."
-                f" {near_names(name, own if name in saved else saved)} Check out the code of the run, or give the class"
-                " with --module."
+                f"{kind_of} is not what ran: {name!r} is only {'there' if name in saved else 'here'}."
+                f" {near_names(name, own if name in saved else saved)} {remedy}"
             )
         with torch.no_grad():
             for name, tensor in own.items():

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from treadle.module import LightningModule
     from treadle_fabric import Fabric
 
-__all__ = ["NOT_LOGGING", "MetricSink", "Results", "flatten_metrics", "to_floats"]
+__all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink", "Results", "flatten_metrics", "to_floats"]
 
 # prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only
 LogOptions: TypeAlias = tuple[
@@ -71,6 +71,16 @@ class _NotLogging:
 
 
 NOT_LOGGING: Final = _NotLogging()
+
+
+class _Nowhere:
+    """Where values go when a batch runs again."""
+
+    def log(self, *args: Any) -> None:
+        pass
+
+
+NOWHERE: Final = _Nowhere()
 
 
 def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric import MisconfigurationException
 
 __all__ = [
     "Durations",
@@ -59,6 +59,8 @@ class Durations:
     min_epochs: int | None
     min_steps: int | None
     max_time: timedelta | None
+    max_epochs_assumed: bool = False
+    """Whether nothing was said, and ``max_epochs`` is the default."""
 
 
 def _count(value: Any, name: str, lowest: int) -> None:
@@ -78,18 +80,14 @@ def resolve_durations(
     for value, name in ((min_epochs, "min_epochs"), (min_steps, "min_steps")):
         if value is not None:
             _count(value, name, 0)
+    assumed = max_epochs is None and max_steps == -1 and time is None
     if max_epochs is None:
-        unbounded = max_steps == -1 and time is None
-        if unbounded:
-            rank_zero_warn(
-                "`max_epochs` was not set: training for 1000 epochs. Set `max_epochs=-1` to train without end."
-            )
-        max_epochs = 1000 if unbounded else -1
+        max_epochs = 1000 if assumed else -1
     if min_epochs is not None and max_epochs != -1 and min_epochs > max_epochs:
         raise MisconfigurationException(f"min_epochs={min_epochs} is more than max_epochs={max_epochs}: lower it.")
     if min_steps is not None and max_steps != -1 and min_steps > max_steps:
         raise MisconfigurationException(f"min_steps={min_steps} is more than max_steps={max_steps}: lower it.")
-    return Durations(max_epochs, max_steps, min_epochs, min_steps, time)
+    return Durations(max_epochs, max_steps, min_epochs, min_steps, time, assumed)
 
 
 def check_limit(value: Any, name: str) -> None:

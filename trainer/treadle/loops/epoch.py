@@ -147,9 +147,10 @@ class TrainingEpoch:
     def _tell_of_idleness(self, batches: int) -> None:
         if self._step.idle == batches and not self._told_idle:
             self._told_idle = True
+            where = " on rank 0" if self._run.fabric.world_size > 1 else ""  # each rank counts its own
             rank_zero_warn(
-                f"`training_step` had no loss for any of the {batches} batches of epoch {self._run.progress.epoch}, so"
-                " that nothing was learned: return the loss."
+                f"`training_step` had no loss for any of the {batches} batches of epoch"
+                f" {self._run.progress.epoch}{where}, so that nothing was learned from them: return the loss."
             )
 
     def _finish_batch(self) -> bool:

@@ -141,6 +141,7 @@ class AutomaticStep:
         self._closure_step: Any = (
             module.optimizer_step if raw is not None and (own_step or needs_closure(raw)) else None
         )
+        self._needs_loss = raw is not None and needs_closure(raw)
         self._outputs: Any = None
         self._last_loss: Tensor | None = None
         self._accumulate = 1
@@ -211,8 +212,11 @@ class AutomaticStep:
         if stepping and optimizer is not None:
             if window > 1 and weights.off:
                 self._rescale(window, batch_idx % self._accumulate + 1)
-            may_step = weights.off or weights.normalize(optimizer, self._strategy)
-            if not may_step or not (self._watch is None or self._watch.allows(optimizer)):
+            if not (weights.off or weights.normalize(optimizer, self._strategy)):
+                if self._watch is not None:  # nothing to look at
+                    self._watch.forget()
+                self._leave_out(optimizer)
+            elif self._watch is not None and not self._watch.allows(optimizer):
                 self._leave_out(optimizer)
             elif self._before_step or self._clipping is not None:
                 self._precision.unscale_gradients(optimizer)
@@ -221,6 +225,8 @@ class AutomaticStep:
                     listener(optimizer)
                 if self._clipping is not None:
                     self._clipping(optimizer)
+        elif stepping and self._watch is not None and not self._watch.allows(None):
+            self._module.zero_grad()
         if self._closure_step is not None:
             self._last_loss = loss if weights.off or loss is None or mean is None else mean / window
         if not self._gives_outputs:
@@ -310,6 +316,13 @@ class AutomaticStep:
         def closure() -> Any:
             with torch.enable_grad():
                 self._outputs = self._gradients(batch, batch_idx, window, True)
+            if self._last_loss is None and self._needs_loss:
+                raise MisconfigurationException(
+                    f"`training_step` gave nothing to learn from at batch_idx {batch_idx} (None, a weight of 0, or a"
+                    f" batch of 0 samples), but {type(self._optimizer).__name__} evaluates the loss several times a"
+                    " step, and needs one for every batch: leave such batches out of the loader, or use an optimizer"
+                    " without a closure."
+                )
             return self._last_loss
 
         self._dispatch.run(
@@ -382,6 +395,7 @@ class ManualStep:
         self._training_step = run.wrapped.method("training_step")
         self._takes, self.wants_iterator = step_arguments(run.module.training_step, ("batch", "batch_idx"))
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
+        self._watch = None if run.optimizers else run.watch  # those of `configure_optimizers` ask before they step
         self.idle = 0
 
     def accumulate(self, batches: int) -> None:
@@ -390,6 +404,8 @@ class ManualStep:
     def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
         self._results.hook = "training_step"
         output = self._training_step(batch, batch_idx) if self._takes == 2 else self._training_step(batch)
+        if self._watch is not None:
+            self._watch.allows(None)
         if not self._gives_outputs or output is None:
             return {} if self._gives_outputs else None
         if isinstance(output, Tensor):
