@@ -107,8 +107,8 @@ class SampleOrder:
         unshared = not self._samplers or len(self._samplers) != len(self._parts) or None in per_step
         if unshared or (len(self._parts) > 1 and state["seed"] is None):
             rank_zero_warn(
-                "The training loader does not share out its samples by index, or there are several of them that one"
-                " process drew from: another number of processes cannot go on in the middle of the epoch, which begins"
+                "The number of processes has changed, and the position in this training loader has a meaning for the"
+                " old number only (a stream, an iterable of one's own, or several loaders at once): the epoch begins"
                 " anew."
             )
             self._begin_anew()

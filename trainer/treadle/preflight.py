@@ -90,7 +90,8 @@ def check_idle(state: TrainerState, fn: TrainerFn) -> None:
     """Refuse a run inside a run: there is one set of loops and progress."""
     if state.status is TrainerStatus.RUNNING:
         raise MisconfigurationException(
-            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it."
+            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it. (A stream of predictions"
+            " that is not gone through ends with its `close()`.)"
         )
 
 

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink", "Results", "flatten_metrics", "to_floats"]
 
-# prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only
+_OPTIONS: Final = (
+    "prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "enable_graph", "sync_dist", "add_dataloader_idx",
+    "rank_zero_only",
+)  # fmt: skip
 LogOptions: TypeAlias = tuple[
     bool, bool | None, bool | None, bool | None, str | Callable[[Any], Any], bool, bool, bool, bool
 ]
@@ -392,9 +395,11 @@ class Results:
             slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
             return slot
         if key in self.slots:
+            both = zip(_OPTIONS, self.slots[key].options, options, strict=True)
+            differ = ", ".join(f"{option}={one!r} and {option}={two!r}" for option, one, two in both if one != two)
             raise MisconfigurationException(
-                f"`self.log({name!r}, ...)` was called twice in `{hook}` with different options "
-                f"({self.slots[key].options} and {options}): use the same options, or another name."
+                f"`self.log({name!r}, ...)` was called twice in `{hook}` with different options, {differ}: use the same"
+                " options, or another name."
             )
         if add_idx and "/dataloader_idx_" in name:
             raise MisconfigurationException(

@@ -80,16 +80,17 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     metrics, progress = run.metric_objects[1], run.progress
     elsewhere, begins = len(ranks) != fabric.world_size, not progress.batch
     if elsewhere:
-        rank_zero_info(
-            f"The checkpoint is of {len(ranks)} processes, there are {fabric.world_size} now: the order of the samples"
-            " goes on where it stood."
-        )
         mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
         ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
         there = data.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
         if not ended and there != progress.batch:
             progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
             mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
+        if not begins:
+            rank_zero_info(
+                f"Number of processes: {fabric.world_size}, in the checkpoint: {len(ranks)}. The order of the samples"
+                " goes on where it stood."
+            )
     else:
         mine = ranks[fabric.global_rank]
     run.results.load_state_dict(mine["results"], metrics)

@@ -370,6 +370,9 @@ class Trainer(TrainerView):
             self._failed(interrupt)
             rank_zero_info(
                 "Interrupted: fit has ended, its state is intact, and your script goes on; `trainer.interrupted` tells."
+                if self.world_size == 1
+                else "Interrupted: fit has ended, and your script goes on; `trainer.interrupted` tells. The ranks may"
+                " stand at different batches, so do not save now; SIGTERM saves, and ends all after the same batch."
             )
         except BaseException as error:
             self._sigterm = isinstance(error, SIGTERMException)
@@ -492,7 +495,8 @@ class Trainer(TrainerView):
             except SIGTERMException:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
-                        self.save_checkpoint(preempted_path(self.callbacks, self.default_root_dir))
+                        self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
+                        rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
                 raise
 
     def _restore_exact(self, run: Run) -> None:
