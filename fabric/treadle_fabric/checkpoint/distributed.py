@@ -33,6 +33,7 @@ from treadle_fabric.checkpoint.folder import (
     make_temporary,
     put_in_place,
     read_manifest,
+    refuse_foreign,
     verify,
     write_manifest,
 )
@@ -127,6 +128,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
                 raise CheckpointError(
                     "a folder is in the way that is no checkpoint. Remove it, or choose another name."
                 )
+            refuse_foreign(where)
             temporary = make_temporary(where)
             lock = lock_folder(temporary)
         parts.append(split)

@@ -30,12 +30,15 @@ __all__ = [
     "PLAIN",
     "bring_back",
     "checksum",
+    "forget_asides",
+    "has_manifest",
     "is_sharded",
     "link_folder",
     "lock_folder",
     "make_temporary",
     "put_in_place",
     "read_manifest",
+    "refuse_foreign",
     "remove_folder",
     "representative",
     "size_of",
@@ -49,22 +52,66 @@ PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
 _INDEX: Final = ".metadata"
 """What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
+_PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp")
 _VERSION: Final = 1
 _CHUNK: Final = 4 * 1024 * 1024
 _HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 _ASIDE: Final = re.compile(r"\.(.+)\.[0-9a-f]{32}\.old")
-_STALE_S: Final = 60.0
+_STALE_S: Final = 6 * 3600.0
+"""Long, because other machines do not see the lock on every file system."""
+_TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
     """Whether a local path is a folder that is, or was, one checkpoint; parts of it may be missing."""
-    if any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX)):
+    if has_manifest(path):
         return True
+    try:
+        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX))
+        return marked and _foreign_in(path) is None  # a user's own folder may have files of such names
+    except OSError:  # gone meanwhile, or not to be listed
+        return False
+
+
+def has_manifest(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is a folder with a manifest of ours, be it damaged."""
     try:
         with open(os.path.join(path, MANIFEST), "rb") as file:  # many a folder has a file of that name
             return _HEAD.match(file.read(32)) is not None
     except OSError:
         return False
+
+
+def refuse_foreign(path: str) -> None:
+    """Make sure that no more than a checkpoint is lost when what lies at ``path`` is replaced or removed.
+
+    Raises:
+        CheckpointError: It is a folder that is no checkpoint, or that holds other things, too.
+    """
+    if not _is_folder(path):
+        return
+    try:
+        foreign = _foreign_in(path)
+        empty = foreign is None and not os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):  # gone meanwhile
+        return
+    if foreign is not None:
+        raise CheckpointError(
+            f"{path!r} is a folder that holds {foreign!r}, which is no part of a checkpoint, so nothing in it was "
+            "replaced or removed. Move that elsewhere, or choose another name."
+        )
+    if not empty and not is_sharded(path):
+        raise CheckpointError(
+            f"{path!r} is a folder that is no checkpoint, so nothing in it was replaced or removed. Remove it, or "
+            "choose another name."
+        )
+
+
+def _foreign_in(path: str | os.PathLike[str]) -> str | None:
+    """Something in a folder that is no part of a checkpoint."""
+    with os.scandir(path) as entries:
+        strange = (e.name for e in entries if e.is_dir(follow_symlinks=False) or not _PART.fullmatch(e.name))
+        return next(strange, None)
 
 
 def representative(path: str | os.PathLike[str]) -> str:
@@ -232,7 +279,8 @@ def _remove_stale(parent: str) -> None:
     with contextlib.suppress(OSError):
         left = [e.path for e in os.scandir(parent) if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", e.name) and e.is_dir()]
         for folder in left:
-            if time.time() - os.stat(folder).st_mtime < _STALE_S:  # made this moment, and not locked yet
+            changed = max(os.stat(each).st_mtime for each in (folder, *(e.path for e in os.scandir(folder))))
+            if time.time() - changed < _STALE_S:
                 continue
             descriptor = lock_folder(folder)
             if descriptor is not None:
@@ -246,9 +294,11 @@ def put_in_place(fresh: str, at: str) -> None:
     Whenever the process is killed, ``at`` is the old one or the new one, or :func:`bring_back` makes it the old one.
 
     Raises:
+        CheckpointError: ``at`` is a folder with more in it than a checkpoint, and stays as it is.
         OSError: It cannot be done. ``at`` is what it was.
     """
     for attempt in range(5):
+        refuse_foreign(at)
         try:
             if os.path.lexists(at) and (_is_folder(at) or _is_folder(fresh)):  # else one rename does it
                 if not _exchange(fresh, at):
@@ -257,12 +307,12 @@ def put_in_place(fresh: str, at: str) -> None:
                 os.replace(fresh, at)
             break
         except OSError as e:  # somebody else's bring_back came between
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 4:
+            if e.errno not in _TAKEN or attempt == 4:
                 raise
     sync_folder(os.path.dirname(at))
     if os.path.lexists(fresh):  # the old one
         _delete(fresh)
-        _forget_asides(at)
+    forget_asides(at)
 
 
 def _exchange(a: str, b: str) -> bool:
@@ -285,7 +335,6 @@ def _move_aside(fresh: str, at: str) -> None:
         with contextlib.suppress(OSError):
             os.rename(aside, at)
         raise
-    _forget_asides(at)
 
 
 def bring_back(parent: str | os.PathLike[str]) -> None:
@@ -301,17 +350,26 @@ def bring_back(parent: str | os.PathLike[str]) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Delete a folder; from the first moment on nothing lies at ``path`` any more, rather than a part of it."""
+    """Delete the folder of a checkpoint; from the first moment on nothing lies at ``path``, rather than a part of it.
+
+    Raises:
+        CheckpointError: It holds more than a checkpoint, or is none. Nothing was deleted.
+        OSError: It cannot be done.
+    """
+    refuse_foreign(path)
     parent, name = os.path.split(os.path.abspath(path))
     aside = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
-    _forget_asides(os.path.join(parent, name))
+    forget_asides(path)
     os.rename(path, aside)
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except FileNotFoundError:  # another process found it stale, and removes it, too
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _forget_asides(path: str) -> None:
-    """Remove what a killed process had moved aside for a ``path`` that came: it must not come back."""
-    parent, name = os.path.split(path)
+def forget_asides(path: str) -> None:
+    """Remove what a killed process had moved aside for ``path``, which came or is to go: it must not come back."""
+    parent, name = os.path.split(os.path.abspath(path))
     with contextlib.suppress(OSError):
         for entry in os.listdir(parent):
             if (found := _ASIDE.fullmatch(entry)) and found[1] == name:
@@ -334,12 +392,13 @@ def link_folder(target: str, link: str) -> None:
     """Make ``link`` a folder of its own with the files of ``target``, hard links that take no room.
 
     Raises:
+        CheckpointError: ``link`` is a folder with more in it than a checkpoint, and stays as it is.
         OSError: Links cannot be made there. ``link`` is what it was.
     """
     fresh = make_temporary(os.path.abspath(link))
     lock = lock_folder(fresh)
     try:
-        names = sorted(os.listdir(target), key=lambda name: name == MANIFEST)
+        names = sorted(filter(_PART.fullmatch, os.listdir(target)), key=lambda name: name == MANIFEST)
         for name in names:
             os.link(os.path.join(target, name), os.path.join(fresh, name))
         sync_folder(fresh)
