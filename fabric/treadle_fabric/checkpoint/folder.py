@@ -14,14 +14,15 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
@@ -43,10 +44,12 @@ __all__ = [
     "representative",
     "size_of",
     "sync_folder",
+    "unmixed",
     "verify",
     "write_manifest",
 ]
 
+T = TypeVar("T")
 MANIFEST: Final = "manifest.json"
 PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
@@ -54,6 +57,7 @@ _INDEX: Final = ".metadata"
 """What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
 _PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp")
 _VERSION: Final = 1
+_READS: Final = 5
 _CHUNK: Final = 4 * 1024 * 1024
 _HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 _ASIDE: Final = re.compile(r"\.(.+)\.[0-9a-f]{32}\.old")
@@ -118,6 +122,46 @@ def representative(path: str | os.PathLike[str]) -> str:
     """The file whose identity and time count as those of the checkpoint at ``path``: itself, or its manifest."""
     manifest = os.path.join(path, MANIFEST)
     return manifest if os.path.isfile(manifest) else os.fspath(path)
+
+
+def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[bool], bool] = bool) -> T:
+    """What ``read`` finds in the folder ``path``, all of it from one checkpoint.
+
+    If another one took the name meanwhile, what was read, or what was found to be damaged, may be a part of this and a
+    part of that; so it is read again.
+
+    Args:
+        path: Where.
+        name: What the user calls it.
+        read: Reads all of it.
+        anywhere: Where several processes read together: makes their answers one, True if any is.
+
+    Raises:
+        CheckpointError: What ``read`` raised, or time and again another one took the name.
+    """
+    for _ in range(_READS):
+        before = _identity(path)
+        try:
+            found = read()
+        except CheckpointError:
+            if not anywhere(_identity(path) != before):
+                raise
+        else:
+            if not anywhere(_identity(path) != before):
+                return found
+    raise CheckpointError(
+        f"{name!r} could not be read: another checkpoint took its place {_READS} times meanwhile. Load it when nobody "
+        "saves to it, or another one."
+    )
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """Differs where another checkpoint has the name; a second name for this one does not change it."""
+    try:
+        status = os.stat(representative(path))
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
@@ -191,23 +235,68 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
     try:
         content = json.loads(raw)
         known = content["format"] == "treadle-sharded" and content["version"] == _VERSION
-        chunks = [chunk for tensor in content["tensors"].values() for chunk in tensor["chunks"]]
-        whole = {"offsets", "sizes", "file", "start", "length"}
-        known &= all(chunk.keys() >= whole for chunk in chunks)
-        names = [*content["files"], *(chunk["file"] for chunk in chunks)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointCorruptError(f"{MANIFEST!r} of {path!r} is no manifest ({e!r}). Use another checkpoint.") from e
+        if known:
+            _check_content(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        reason = str(e) if isinstance(e, ValueError) else repr(e)
+        raise CheckpointCorruptError(
+            f"{MANIFEST!r} of {path!r} is no manifest: {reason}. Use another checkpoint."
+        ) from e
     if not known:
         raise CheckpointCorruptError(
             f"{path!r} has version {content['version']!r} of the format {content['format']!r}, and version {_VERSION} "
             "of 'treadle-sharded' is known here. Load it with the release that wrote it."
         )
-    foreign = [name for name in names if name not in content["files"] or os.path.basename(name) != name]
-    if foreign or PLAIN not in content["files"]:
-        raise CheckpointCorruptError(
-            f"{MANIFEST!r} of {path!r} is no manifest: {foreign[0] if foreign else PLAIN!r} is not one of its files."
-        )
     return dict(content)
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Raises one of the errors of what is not there, or not what it should be, where a manifest cannot be followed."""
+    files, tensors = content["files"], content["tensors"]
+    for name, file in files.items():
+        if not _PART.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"{name!r} is not one of its files")
+        if not _are_sizes([file["size"]]) or not re.fullmatch("[0-9a-f]{8}", file["crc32"]):
+            raise ValueError(f"size and checksum of {name!r} are {file!r}")
+    if PLAIN not in files:
+        raise ValueError(f"{PLAIN!r} is not one of its files")
+    for name, tensor in tensors.items():
+        shape, chunks = tensor["shape"], tensor["chunks"]
+        if not isinstance(tensor["dtype"], str) or not isinstance(shape, list) or not _are_sizes(shape):
+            raise ValueError(f"dtype and shape of {name!r} are {tensor['dtype']!r} and {shape!r}")
+        for chunk in chunks:
+            offsets, sizes, start, length = (chunk[key] for key in ("offsets", "sizes", "start", "length"))
+            if not (len(offsets) == len(sizes) == len(shape) and _are_sizes([*offsets, *sizes, start, length])):
+                raise ValueError(f"a part of {name!r} is {chunk!r}")
+            if chunk["file"] not in files or start + length > files[chunk["file"]]["size"]:
+                raise ValueError(f"a part of {name!r} lies outside of {chunk['file']!r}")
+            if any(offset + size > whole for offset, size, whole in zip(offsets, sizes, shape, strict=True)):
+                raise ValueError(f"a part of {name!r} lies outside of it")
+        if sum(math.prod(chunk["sizes"]) for chunk in chunks) != math.prod(shape) or _overlap(chunks):
+            raise ValueError(f"the parts of {name!r} are not all of it, each once")
+
+
+def _are_sizes(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two pieces have an element in common."""
+    boxes = [tuple(zip(c["offsets"], c["sizes"], strict=True)) for c in chunks if math.prod(c["sizes"])]
+    if len(boxes) < 2:
+        return False
+    if not boxes[0]:  # a tensor of one value
+        return True
+    # in the order of the dimension that is cut most often few pieces lie side by side
+    dim = max(range(len(boxes[0])), key=lambda d: len({box[d] for box in boxes}))
+    beside: list[tuple[tuple[int, int], ...]] = []
+    for box in sorted(boxes, key=lambda box: box[dim]):
+        beside = [other for other in beside if sum(other[dim]) > box[dim][0]]
+        for other in beside:
+            if all(a < b + m and b < a + n for (a, n), (b, m) in zip(box, other, strict=True)):
+                return True
+        beside.append(box)
+    return False
 
 
 def verify(folder: str, path: str, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:

@@ -44,7 +44,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["TorchCheckpointIO", "reason_of", "why_not_written", "write_file"]
+__all__ = ["TorchCheckpointIO", "neighbours", "reason_of", "why_not_written", "write_file"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -284,7 +284,7 @@ def _opened(fs: Any | None, where: str, path: PathLike) -> Iterator[IO[bytes]]:
     try:
         file = open(where, "rb") if fs is None else io.BytesIO(fs.cat_file(where))  # noqa: SIM115 closed below
     except FileNotFoundError as e:
-        raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {_neighbours(fs, where)}") from e
+        raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {neighbours(fs, where)}") from e
     except OSError as e:
         raise CheckpointError(f"The checkpoint {str(path)!r} cannot be opened: {reason_of(e)}.") from e
     with file:
@@ -302,7 +302,7 @@ def _leaves_the_host(target: Any) -> bool:
     return isinstance(target, str | torch.device) and not str(target).startswith("cpu")
 
 
-def _neighbours(fs: Any | None, where: str) -> str:
+def neighbours(fs: Any | None, where: str) -> str:
     """What lies where the missing file was looked for."""
     if fs is not None:
         return "Check the path."
