@@ -23,7 +23,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
-from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
+from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, TorchCheckpointIO
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -125,8 +125,7 @@ def test_loaded_tensors_do_not_hang_on_the_file(io: TorchCheckpointIO, tmp_path:
 
 def test_remove_takes_files_folders_and_what_is_not_there(io: TorchCheckpointIO, tmp_path: Path) -> None:
     io.save_checkpoint(STATE, tmp_path / "a")
-    (tmp_path / "sharded").mkdir()
-    (tmp_path / "sharded" / "part").touch()
+    DistributedCheckpointIO().save_checkpoint(STATE, tmp_path / "sharded")
     (tmp_path / "link").symlink_to("sharded")
     for name in ("a", "link", "sharded", "never"):
         io.remove_checkpoint(tmp_path / name)
@@ -496,6 +495,10 @@ def test_a_url_works_like_a_path(io: TorchCheckpointIO, tmp_path: Path, memory: 
         io.remove_checkpoint(f"{base}/run/a.ckpt")
         with pytest.raises(CheckpointNotFoundError, match=r"a\.ckpt"):
             io.load_checkpoint(f"{base}/run/a.ckpt")
+    io.save_checkpoint(STATE, "memory://bucket/run/a.ckpt")
+    with pytest.raises(CheckpointError, match=r"'memory://bucket/run' is a folder"):
+        io.remove_checkpoint("memory://bucket/run")
+    assert memory.exists("/bucket/run/a.ckpt")
     memory.pipe_file("/bucket/b", saved()[:5000])
     with pytest.raises(CheckpointCorruptError, match="truncated"):
         io.load_checkpoint("memory://bucket/b")

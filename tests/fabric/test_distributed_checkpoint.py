@@ -209,6 +209,7 @@ def write_with_two(fabric: Fabric, path: str) -> Any:
         "rows": distribute_tensor(full, mesh, [Shard(0)]),
         "columns": distribute_tensor(full, mesh, [Shard(1)]),
         "copies": distribute_tensor(full, mesh, [Replicate()]),
+        "one row": distribute_tensor(full.view(1, -1), mesh, [Shard(0)]),  # of which rank 1 has none
         "own": torch.full((10_000,), float(dist.get_rank())),  # as the buffers of a module may differ
         "shuffled": torch.randperm(10_000, generator=torch.Generator().manual_seed(dist.get_rank())),
         "rank": dist.get_rank(),
@@ -227,10 +228,16 @@ def read_with_three(fabric: Fabric, path: str) -> Any:
     load_sharded_into(state, path)
     for name in ("rows", "columns"):
         assert isinstance(state[name], DTensor) and torch.equal(state[name].full_tensor(), full)
+    group = dist.new_group([1, 2])
+    if dist.get_rank() > 0:
+        mine = {"w": torch.full((10_000,), 7.0), "v": torch.ones(10_000)}
+        save_sharded(mine, f"{path}.group", group)
+        into = {"w": torch.zeros(10_000), "v": torch.zeros(10_000)}
+        load_sharded_into(into, f"{path}.group", group)
+        assert same(into, mine)
+        manifest = json.loads(Path(f"{path}.group", "manifest.json").read_bytes())
+        assert manifest["world_size"] == 2 and "__1_0.distcp" in manifest["files"]
     assert torch.equal(state["copies"], full) and torch.equal(state["w3"], torch.full((10_000,), 3.0))
-    if dist.get_rank() == 1:
-        load_sharded_into({"w4": (alone := torch.zeros(10_000))}, path, no_dist=True)
-        assert alone[0] == 4
     return gather(True)
 
 
@@ -240,6 +247,7 @@ def test_two_write_and_one_and_three_read(tmp_path: Path) -> None:
     full = torch.arange(30_000.0).view(100, 300)
     found = IO.load_checkpoint(path)
     assert all(torch.equal(found[name], full) for name in ("rows", "columns", "copies")) and found["rank"] == 0
+    assert torch.equal(found["one row"], full.view(1, -1))
     assert all(found[f"w{i}"].eq(i).all() for i in range(10))
     assert found["own"].eq(0).all()  # rank 0's counts
     assert torch.equal(found["shuffled"], torch.randperm(10_000, generator=torch.Generator().manual_seed(0)))
@@ -371,7 +379,7 @@ def test_foreign_and_contradictory_folders(saved: Path, tmp_path: Path) -> None:
         ({"format": "other"}, "other"),
         ({"files": []}, "no manifest"),
         ({"tensors": {}}, "contradicts"),
-        ({"tensors": {"w": {**manifest["tensors"]["w"], "shape": [3]}}}, "contradicts"),
+        ({"tensors": {"w": {**manifest["tensors"]["w"], "dtype": "int32"}}}, "contradicts"),
         ({"files": {**manifest["files"], "../b": {}}}, "no manifest"),
     ):
         seal(saved, {**manifest, **change})
@@ -499,14 +507,16 @@ def test_ended_at_any_rename_the_old_or_the_new_one_loads(
 
 
 def test_what_killed_processes_left_is_removed_once_nobody_writes_it(tmp_path: Path) -> None:
-    left, busy, fresh = (folders.make_temporary(str(tmp_path / "a.ckpt")) for _ in range(3))
+    left, busy, slow, fresh = (folders.make_temporary(str(tmp_path / "a.ckpt")) for _ in range(4))
+    Path(slow, "meta.pt").touch()  # written to just now, by a machine whose lock is not seen here
     lock = folders.lock_folder(busy)
     assert lock is not None
-    for path in (left, busy):
-        os.utime(path, (time.time() - 1000,) * 2)
+    for path in (left, busy, slow):
+        os.utime(path, (time.time() - 100_000,) * 2)
     IO.save_checkpoint({}, tmp_path / "b.ckpt")
     os.close(lock)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["b.ckpt", *map(os.path.basename, (busy, fresh))])
+    stay = ["b.ckpt", *map(os.path.basename, (busy, slow, fresh))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(stay)
 
 
 def test_the_newest_good_one_is_found_among_files_and_folders(saved: Path, tmp_path: Path) -> None:

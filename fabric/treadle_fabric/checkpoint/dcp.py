@@ -11,6 +11,7 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,10 +28,17 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils.serialization import config
 
 from treadle_fabric.errors import CheckpointUnsafeError
 
 __all__ = ["RanksFailedError", "read_tensors", "write_tensors"]
+
+
+_option = getattr(config, "_config", {}).get("save.compute_crc32")
+_OWN_OPTIONS = isinstance(getattr(_option, "user_override", None), ContextVar)
+"""Whether each thread has options of its own. In older releases of torch all share them, and a checkpoint that another
+thread writes at the same time would be left without checksums, too."""
 
 
 class RanksFailedError(Exception):
@@ -107,6 +115,8 @@ class _Writer(FileSystemWriter):
         self.places: dict[str, Any] = {}
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        if not _OWN_OPTIONS:
+            return super().write_data(plan, planner)
         checked = torch.serialization.get_crc32_options()
         torch.serialization.set_crc32_options(False)  # one checksum of every byte is enough, and ours is of the file
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-import math
 import os
 import pickle
 import shutil
@@ -33,15 +32,18 @@ from treadle_fabric.checkpoint.folder import (
     make_temporary,
     put_in_place,
     read_manifest,
+    refuse_foreign,
+    unmixed,
     verify,
     write_manifest,
 )
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO, reason_of, why_not_written, write_file
+from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO, neighbours, reason_of, why_not_written, write_file
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     CheckpointUnsafeError,
     MisconfigurationException,
     near_names,
@@ -103,6 +105,8 @@ class DistributedCheckpointIO(CheckpointIO):
 def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
     """Write a state to the folder ``path``; every rank of the group calls this.
 
+    :class:`DistributedCheckpointIO` is this with all ranks; a strategy that shards can name the group that does.
+
     Args:
         state: Tensors, DTensors and ShardedTensors, and plain values, in dicts, lists and tuples nested as you like.
             Its structure, and what is no tensor, is rank 0's.
@@ -127,6 +131,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
                 raise CheckpointError(
                     "a folder is in the way that is no checkpoint. Remove it, or choose another name."
                 )
+            refuse_foreign(where)
             temporary = make_temporary(where)
             lock = lock_folder(temporary)
         parts.append(split)
@@ -187,22 +192,31 @@ def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _fingerprint(tensor: Tensor) -> str:
-    """What differs where the bytes of two tensors do; computed on their device, from sums of rows and columns.
+    """A hash of the bytes of a tensor, computed on its device: sums modulo 2**64, with a random weight for each place.
 
-    Only what all ranks have alike may be shared out: the buffers of a module, say, need not be.
+    Only what all ranks have alike may be shared out: the buffers of a module, say, need not be. Two tensors that
+    differ have the same fingerprint with a probability of 2**-33 at most, were the weights drawn for them.
     """
     values = tensor.detach().contiguous().flatten()
     if values.is_complex():
         values = torch.view_as_real(values).flatten()
-    values = values.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
-    width = 2048
+    # no value of eight bytes: where only their highest bits differ, half of the weights would make no difference
+    values = values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
+    weights = _weights().to(values.device)
+    width = len(weights)
+    rows = 16 if values.device.type == "cpu" else 2048  # the products, eight bytes a value, fit into its cache
     sums: list[Tensor] = []
-    for part in torch.split(values, width * width):  # a sum makes a copy of eight bytes a value
+    for part in torch.split(values, width * rows):
         whole = len(part) // width * width
-        rows = part[:whole].view(-1, width)
-        sums += rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), part[whole:].to(torch.int64)
+        sums += (part[:whole].view(-1, width) * weights).sum(1), part[whole:].to(torch.int64)
     told = f"{tensor.dtype} {tuple(tensor.shape)} {torch.cat(sums).tolist()}"
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()  # hash() differs from process to process
+
+
+@functools.cache
+def _weights() -> Tensor:
+    """The same in every process."""
+    return torch.randint(-(2**63), 2**63 - 1, (2048,), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _check_seen(folder: str, files: Mapping[str, tuple[int, int]]) -> None:
@@ -345,6 +359,16 @@ def load_sharded(
     where: str, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
 ) -> dict[str, Any]:
     """Read all of a folder, in this process alone; arguments and errors as in :class:`TorchCheckpointIO`."""
+
+    def read() -> dict[str, Any]:
+        if os.path.isdir(where):
+            return _load_all(where, path, map_location, weights_only)
+        return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)  # a file took its place
+
+    return unmixed(where, str(path), read)
+
+
+def _load_all(where: str, path: PathLike, map_location: Any | None, weights_only: bool | None) -> dict[str, Any]:
     manifest = read_manifest(where, str(path))
     verify(where, str(path), manifest)
     content = _read_plain(where, path, manifest, map_location, weights_only)
@@ -360,45 +384,60 @@ def load_sharded(
     return state
 
 
-def load_sharded_into(
-    state: dict[str, Any], path: PathLike, process_group: Any | None = None, no_dist: bool = False
-) -> None:
+def load_sharded_into(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
     """Read a folder into ``state``: tensors in place, each rank what it holds of them; other values are replaced.
 
     Every rank of the group calls this, with the same keys. How many ranks wrote, and what each held, does not matter.
+    It is for strategies that shard, whose ranks have no room for all of a checkpoint.
 
     Args:
         state: As for :func:`save_sharded`. What the folder has beyond it is left out.
         path: Local.
         process_group: Whose ranks read, sharing out the check of the files. Default: all.
-        no_dist: This process reads by itself, although there is a process group.
 
     Raises:
+        CheckpointNotFoundError: Nothing lies at ``path``.
         CheckpointMismatchError: The folder has no such entry, or one of another shape. Nothing was changed.
-        CheckpointError: It is not whole, or it would have to unpickle other things than plain ones.
+        CheckpointError: It is a file, or not whole, or it would have to unpickle other things than plain ones.
     """
     ranks = _Ranks(process_group, f"The checkpoint {str(path)!r} was not loaded")
-    if no_dist:
-        ranks.rank, ranks.size = 0, 1
     where = _local(path)
-    if ranks.rank == 0:
-        bring_back(os.path.dirname(where))
+    ranks.together(lambda: bring_back(os.path.dirname(where)) if ranks.rank == 0 else None)  # before any rank looks
+
+    def changed(here: bool) -> bool:
+        return any(ranks.together(lambda: here))
+
+    later = unmixed(where, str(path), lambda: _read_into(state, where, path, ranks), changed)
+
+    def finish() -> None:
+        for action in later:
+            action()
+
+    _raising_alike(ranks, finish)
+
+
+def _read_into(state: dict[str, Any], where: str, path: PathLike, ranks: _Ranks) -> list[Callable[[], Any]]:
+    """Fill the large tensors; what remains to be done, when it is sure that all was of one checkpoint, is returned."""
     manifest: dict[str, Any] = {}
+    content: dict[str, Any] = {}
 
     def check() -> None:
+        if not os.path.isdir(where):
+            if os.path.lexists(where):
+                raise CheckpointError(f"{str(path)!r} is a file, and a folder is read here: use load_checkpoint.")
+            raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {neighbours(None, where)}")
         manifest.update(read_manifest(where, str(path)))
         names = [name for place, name in enumerate(manifest["files"]) if place % ranks.size == ranks.rank]
         verify(where, str(path), manifest, {*names, PLAIN})
 
     _raising_alike(ranks, check)
-    content = _read_plain(where, path, manifest, None, None)
+    _raising_alike(ranks, lambda: content.update(_read_plain(where, path, manifest, None, None)))
     names = {id(stand_in): name for name, stand_in in content["tensors"].items()}
     large: dict[str, Any] = {}
     later: list[Callable[[], Any]] = []
     _raising_alike(ranks, lambda: _pair(state, content["state"], "", str(path), names, large, later))
     _read(large, where, path, manifest, ranks)
-    for action in later:
-        action()
+    return later
 
 
 def _raising_alike(ranks: _Ranks, action: Callable[[], None]) -> None:
@@ -491,10 +530,13 @@ def _read_plain(
         raise CheckpointCorruptError(f"{PLAIN!r} of {str(path)!r} is a checkpoint of its own, and no part of one.")
     for name, tensor in tensors.items():
         entry = manifest["tensors"].get(name)
-        if entry is None or entry["shape"] != list(tensor.shape) or f"torch.{entry['dtype']}" != str(tensor.dtype):
+        if (
+            not isinstance(tensor, Tensor)
+            or entry is None
+            or entry["shape"] != list(tensor.shape)
+            or f"torch.{entry['dtype']}" != str(tensor.dtype)
+        ):
             raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and the manifest differ on {name!r}.")
-        if sum(math.prod(chunk["sizes"]) for chunk in entry["chunks"]) != tensor.numel():
-            raise CheckpointCorruptError(f"{path!r} is not whole: the manifest does not have all of {name!r}.")
     return dict(content)
 
 

@@ -14,14 +14,15 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import time
 import uuid
 import zlib
-from collections.abc import Collection, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
@@ -30,36 +31,54 @@ __all__ = [
     "PLAIN",
     "bring_back",
     "checksum",
+    "forget_asides",
+    "has_manifest",
     "is_sharded",
     "link_folder",
     "lock_folder",
     "make_temporary",
     "put_in_place",
     "read_manifest",
+    "refuse_foreign",
     "remove_folder",
     "representative",
     "size_of",
     "sync_folder",
+    "unmixed",
     "verify",
     "write_manifest",
 ]
 
+T = TypeVar("T")
 MANIFEST: Final = "manifest.json"
 PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
 _INDEX: Final = ".metadata"
 """What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
+_PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp")
 _VERSION: Final = 1
+_READS: Final = 5
 _CHUNK: Final = 4 * 1024 * 1024
 _HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 _ASIDE: Final = re.compile(r"\.(.+)\.[0-9a-f]{32}\.old")
-_STALE_S: Final = 60.0
+_STALE_S: Final = 6 * 3600.0
+"""Long, because other machines do not see the lock on every file system."""
+_TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
     """Whether a local path is a folder that is, or was, one checkpoint; parts of it may be missing."""
-    if any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX)):
+    if has_manifest(path):
         return True
+    try:
+        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX))
+        return marked and _foreign_in(path) is None  # a user's own folder may have files of such names
+    except OSError:  # gone meanwhile, or not to be listed
+        return False
+
+
+def has_manifest(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is a folder with a manifest of ours, be it damaged."""
     try:
         with open(os.path.join(path, MANIFEST), "rb") as file:  # many a folder has a file of that name
             return _HEAD.match(file.read(32)) is not None
@@ -67,10 +86,82 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def refuse_foreign(path: str) -> None:
+    """Make sure that no more than a checkpoint is lost when what lies at ``path`` is replaced or removed.
+
+    Raises:
+        CheckpointError: It is a folder that is no checkpoint, or that holds other things, too.
+    """
+    if not _is_folder(path):
+        return
+    try:
+        foreign = _foreign_in(path)
+        empty = foreign is None and not os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):  # gone meanwhile
+        return
+    if foreign is not None:
+        raise CheckpointError(
+            f"{path!r} is a folder that holds {foreign!r}, which is no part of a checkpoint, so nothing in it was "
+            "replaced or removed. Move that elsewhere, or choose another name."
+        )
+    if not empty and not is_sharded(path):
+        raise CheckpointError(
+            f"{path!r} is a folder that is no checkpoint, so nothing in it was replaced or removed. Remove it, or "
+            "choose another name."
+        )
+
+
+def _foreign_in(path: str | os.PathLike[str]) -> str | None:
+    """Something in a folder that is no part of a checkpoint."""
+    with os.scandir(path) as entries:
+        strange = (e.name for e in entries if e.is_dir(follow_symlinks=False) or not _PART.fullmatch(e.name))
+        return next(strange, None)
+
+
 def representative(path: str | os.PathLike[str]) -> str:
     """The file whose identity and time count as those of the checkpoint at ``path``: itself, or its manifest."""
     manifest = os.path.join(path, MANIFEST)
     return manifest if os.path.isfile(manifest) else os.fspath(path)
+
+
+def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[bool], bool] = bool) -> T:
+    """What ``read`` finds in the folder ``path``, all of it from one checkpoint.
+
+    If another one took the name meanwhile, what was read, or what was found to be damaged, may be a part of this and a
+    part of that; so it is read again.
+
+    Args:
+        path: Where.
+        name: What the user calls it.
+        read: Reads all of it.
+        anywhere: Where several processes read together: makes their answers one, True if any is.
+
+    Raises:
+        CheckpointError: What ``read`` raised, or time and again another one took the name.
+    """
+    for _ in range(_READS):
+        before = _identity(path)
+        try:
+            found = read()
+        except CheckpointError:
+            if not anywhere(_identity(path) != before):
+                raise
+        else:
+            if not anywhere(_identity(path) != before):
+                return found
+    raise CheckpointError(
+        f"{name!r} could not be read: another checkpoint took its place {_READS} times meanwhile. Load it when nobody "
+        "saves to it, or another one."
+    )
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """Differs where another checkpoint has the name; a second name for this one does not change it."""
+    try:
+        status = os.stat(representative(path))
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def size_of(path: str | os.PathLike[str]) -> int:
@@ -144,23 +235,68 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
     try:
         content = json.loads(raw)
         known = content["format"] == "treadle-sharded" and content["version"] == _VERSION
-        chunks = [chunk for tensor in content["tensors"].values() for chunk in tensor["chunks"]]
-        whole = {"offsets", "sizes", "file", "start", "length"}
-        known &= all(chunk.keys() >= whole for chunk in chunks)
-        names = [*content["files"], *(chunk["file"] for chunk in chunks)]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise CheckpointCorruptError(f"{MANIFEST!r} of {path!r} is no manifest ({e!r}). Use another checkpoint.") from e
+        if known:
+            _check_content(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
+        reason = str(e) if isinstance(e, ValueError) else repr(e)
+        raise CheckpointCorruptError(
+            f"{MANIFEST!r} of {path!r} is no manifest: {reason}. Use another checkpoint."
+        ) from e
     if not known:
         raise CheckpointCorruptError(
             f"{path!r} has version {content['version']!r} of the format {content['format']!r}, and version {_VERSION} "
             "of 'treadle-sharded' is known here. Load it with the release that wrote it."
         )
-    foreign = [name for name in names if name not in content["files"] or os.path.basename(name) != name]
-    if foreign or PLAIN not in content["files"]:
-        raise CheckpointCorruptError(
-            f"{MANIFEST!r} of {path!r} is no manifest: {foreign[0] if foreign else PLAIN!r} is not one of its files."
-        )
     return dict(content)
+
+
+def _check_content(content: Mapping[str, Any]) -> None:
+    """Raises one of the errors of what is not there, or not what it should be, where a manifest cannot be followed."""
+    files, tensors = content["files"], content["tensors"]
+    for name, file in files.items():
+        if not _PART.fullmatch(name) or name == MANIFEST:
+            raise ValueError(f"{name!r} is not one of its files")
+        if not _are_sizes([file["size"]]) or not re.fullmatch("[0-9a-f]{8}", file["crc32"]):
+            raise ValueError(f"size and checksum of {name!r} are {file!r}")
+    if PLAIN not in files:
+        raise ValueError(f"{PLAIN!r} is not one of its files")
+    for name, tensor in tensors.items():
+        shape, chunks = tensor["shape"], tensor["chunks"]
+        if not isinstance(tensor["dtype"], str) or not isinstance(shape, list) or not _are_sizes(shape):
+            raise ValueError(f"dtype and shape of {name!r} are {tensor['dtype']!r} and {shape!r}")
+        for chunk in chunks:
+            offsets, sizes, start, length = (chunk[key] for key in ("offsets", "sizes", "start", "length"))
+            if not (len(offsets) == len(sizes) == len(shape) and _are_sizes([*offsets, *sizes, start, length])):
+                raise ValueError(f"a part of {name!r} is {chunk!r}")
+            if chunk["file"] not in files or start + length > files[chunk["file"]]["size"]:
+                raise ValueError(f"a part of {name!r} lies outside of {chunk['file']!r}")
+            if any(offset + size > whole for offset, size, whole in zip(offsets, sizes, shape, strict=True)):
+                raise ValueError(f"a part of {name!r} lies outside of it")
+        if sum(math.prod(chunk["sizes"]) for chunk in chunks) != math.prod(shape) or _overlap(chunks):
+            raise ValueError(f"the parts of {name!r} are not all of it, each once")
+
+
+def _are_sizes(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether two pieces have an element in common."""
+    boxes = [tuple(zip(c["offsets"], c["sizes"], strict=True)) for c in chunks if math.prod(c["sizes"])]
+    if len(boxes) < 2:
+        return False
+    if not boxes[0]:  # a tensor of one value
+        return True
+    # in the order of the dimension that is cut most often few pieces lie side by side
+    dim = max(range(len(boxes[0])), key=lambda d: len({box[d] for box in boxes}))
+    beside: list[tuple[tuple[int, int], ...]] = []
+    for box in sorted(boxes, key=lambda box: box[dim]):
+        beside = [other for other in beside if sum(other[dim]) > box[dim][0]]
+        for other in beside:
+            if all(a < b + m and b < a + n for (a, n), (b, m) in zip(box, other, strict=True)):
+                return True
+        beside.append(box)
+    return False
 
 
 def verify(folder: str, path: str, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:
@@ -232,7 +368,8 @@ def _remove_stale(parent: str) -> None:
     with contextlib.suppress(OSError):
         left = [e.path for e in os.scandir(parent) if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", e.name) and e.is_dir()]
         for folder in left:
-            if time.time() - os.stat(folder).st_mtime < _STALE_S:  # made this moment, and not locked yet
+            changed = max(os.stat(each).st_mtime for each in (folder, *(e.path for e in os.scandir(folder))))
+            if time.time() - changed < _STALE_S:
                 continue
             descriptor = lock_folder(folder)
             if descriptor is not None:
@@ -246,9 +383,11 @@ def put_in_place(fresh: str, at: str) -> None:
     Whenever the process is killed, ``at`` is the old one or the new one, or :func:`bring_back` makes it the old one.
 
     Raises:
+        CheckpointError: ``at`` is a folder with more in it than a checkpoint, and stays as it is.
         OSError: It cannot be done. ``at`` is what it was.
     """
     for attempt in range(5):
+        refuse_foreign(at)
         try:
             if os.path.lexists(at) and (_is_folder(at) or _is_folder(fresh)):  # else one rename does it
                 if not _exchange(fresh, at):
@@ -257,12 +396,12 @@ def put_in_place(fresh: str, at: str) -> None:
                 os.replace(fresh, at)
             break
         except OSError as e:  # somebody else's bring_back came between
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == 4:
+            if e.errno not in _TAKEN or attempt == 4:
                 raise
     sync_folder(os.path.dirname(at))
     if os.path.lexists(fresh):  # the old one
         _delete(fresh)
-        _forget_asides(at)
+    forget_asides(at)
 
 
 def _exchange(a: str, b: str) -> bool:
@@ -285,7 +424,6 @@ def _move_aside(fresh: str, at: str) -> None:
         with contextlib.suppress(OSError):
             os.rename(aside, at)
         raise
-    _forget_asides(at)
 
 
 def bring_back(parent: str | os.PathLike[str]) -> None:
@@ -301,17 +439,26 @@ def bring_back(parent: str | os.PathLike[str]) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Delete a folder; from the first moment on nothing lies at ``path`` any more, rather than a part of it."""
+    """Delete the folder of a checkpoint; from the first moment on nothing lies at ``path``, rather than a part of it.
+
+    Raises:
+        CheckpointError: It holds more than a checkpoint, or is none. Nothing was deleted.
+        OSError: It cannot be done.
+    """
+    refuse_foreign(path)
     parent, name = os.path.split(os.path.abspath(path))
     aside = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
-    _forget_asides(os.path.join(parent, name))
+    forget_asides(path)
     os.rename(path, aside)
-    shutil.rmtree(aside)
+    try:
+        shutil.rmtree(aside)
+    except FileNotFoundError:  # another process found it stale, and removes it, too
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _forget_asides(path: str) -> None:
-    """Remove what a killed process had moved aside for a ``path`` that came: it must not come back."""
-    parent, name = os.path.split(path)
+def forget_asides(path: str) -> None:
+    """Remove what a killed process had moved aside for ``path``, which came or is to go: it must not come back."""
+    parent, name = os.path.split(os.path.abspath(path))
     with contextlib.suppress(OSError):
         for entry in os.listdir(parent):
             if (found := _ASIDE.fullmatch(entry)) and found[1] == name:
@@ -334,12 +481,13 @@ def link_folder(target: str, link: str) -> None:
     """Make ``link`` a folder of its own with the files of ``target``, hard links that take no room.
 
     Raises:
+        CheckpointError: ``link`` is a folder with more in it than a checkpoint, and stays as it is.
         OSError: Links cannot be made there. ``link`` is what it was.
     """
     fresh = make_temporary(os.path.abspath(link))
     lock = lock_folder(fresh)
     try:
-        names = sorted(os.listdir(target), key=lambda name: name == MANIFEST)
+        names = sorted(filter(_PART.fullmatch, os.listdir(target)), key=lambda name: name == MANIFEST)
         for name in names:
             os.link(os.path.join(target, name), os.path.join(fresh, name))
         sync_folder(fresh)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from treadle_fabric.checkpoint.folder import bring_back, is_sharded, representative
+from treadle_fabric.checkpoint.folder import bring_back, has_manifest, is_sharded, representative
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -74,7 +74,7 @@ def checkpoints_in(folders: PathLike | Iterable[PathLike], *, recursive: bool = 
 
 
 def _files(folder: str, recursive: bool) -> Iterator[str]:
-    if is_sharded(folder):
+    if has_manifest(folder):  # what was given may be a folder of checkpoints with a `meta.pt` beside them
         yield folder
         return
     for parent, folders, _ in os.walk(folder):

@@ -25,7 +25,14 @@ from treadle_fabric.checkpoint.archive import (
     state_path_of,
     weights_only_reason,
 )
-from treadle_fabric.checkpoint.folder import bring_back, is_sharded, put_in_place, remove_folder
+from treadle_fabric.checkpoint.folder import (
+    bring_back,
+    forget_asides,
+    is_sharded,
+    put_in_place,
+    refuse_foreign,
+    remove_folder,
+)
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.manifest import seal
 from treadle_fabric.errors import (
@@ -37,7 +44,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["TorchCheckpointIO", "reason_of", "why_not_written", "write_file"]
+__all__ = ["TorchCheckpointIO", "neighbours", "reason_of", "why_not_written", "write_file"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -124,16 +131,22 @@ class TorchCheckpointIO(CheckpointIO):
         """Delete the file, or the folder of a sharded checkpoint, at ``path``; nothing happens if there is none.
 
         Raises:
-            CheckpointError: It is there and cannot be deleted.
+            CheckpointError: It is there and cannot be deleted, or it is a folder with more in it than a checkpoint.
         """
         fs, where = _file_system(path, None)
         try:
             if fs is not None:
+                if fs.isdir(where):
+                    raise CheckpointError(
+                        f"{str(path)!r} is a folder, and a remote checkpoint is a file, so nothing in it was removed. "
+                        "Remove it with the tools of its file system."
+                    )
                 if fs.exists(where):
-                    fs.rm(where, recursive=True)
+                    fs.rm(where)
             elif os.path.isdir(where) and not os.path.islink(where):
                 remove_folder(where)
             else:
+                forget_asides(where)
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(where)
         except OSError as e:
@@ -163,6 +176,7 @@ def _save_local(checkpoint: dict[str, Any], path: str) -> None:
     if os.path.isdir(path) and not is_sharded(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     path = os.path.abspath(path)
+    refuse_foreign(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
@@ -232,6 +246,8 @@ def _save_error(error: Exception, checkpoint: Mapping[str, Any], path: PathLike)
 
 def why_not_written(error: BaseException, checkpoint: Any) -> str:
     """What went wrong in a save, and the remedy, in sentences."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     stands = "An earlier one of that name is untouched."
     cause = _first_os_error(error)
     if cause is not None:
@@ -268,7 +284,7 @@ def _opened(fs: Any | None, where: str, path: PathLike) -> Iterator[IO[bytes]]:
     try:
         file = open(where, "rb") if fs is None else io.BytesIO(fs.cat_file(where))  # noqa: SIM115 closed below
     except FileNotFoundError as e:
-        raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {_neighbours(fs, where)}") from e
+        raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {neighbours(fs, where)}") from e
     except OSError as e:
         raise CheckpointError(f"The checkpoint {str(path)!r} cannot be opened: {reason_of(e)}.") from e
     with file:
@@ -286,7 +302,7 @@ def _leaves_the_host(target: Any) -> bool:
     return isinstance(target, str | torch.device) and not str(target).startswith("cpu")
 
 
-def _neighbours(fs: Any | None, where: str) -> str:
+def neighbours(fs: Any | None, where: str) -> str:
     """What lies where the missing file was looked for."""
     if fs is not None:
         return "Check the path."
