@@ -214,6 +214,8 @@ class Member:
             return
         with _at_once():
             self._go_down(kind, exc, tb)
+        with self._ending:  # the thread that tells of the launcher's death has a board to take away, and ends all
+            pass
 
     def _go_down(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
         self._free_descriptor()
