@@ -41,6 +41,10 @@ fabric.barrier()
 time.sleep(1)
 if how == "destroy":
     dist.destroy_process_group()
+    time.sleep(0.5 * (1 - rank))  # the store of the new group is not the old one's
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
     time.sleep(3 * rank)
 elif how == "ends" and rank == 0:
     sys.exit(0)

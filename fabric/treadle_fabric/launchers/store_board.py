@@ -27,6 +27,7 @@ from treadle_fabric.launchers.failures import (
 
 __all__ = ["StoreBoard", "join_group", "leave_group"]
 
+_MEETING = timedelta(seconds=30)  # until rank 0 has a store for the notes
 _PATIENCE = timedelta(seconds=5)  # with a store that does not answer
 _OVER_WAIT = 30.0  # for a rank that has yet to learn that the store goes, or it would take the host for dead
 _RANKS_PER_SECOND = 500  # that may ask the store; more of them ask less often
@@ -40,7 +41,7 @@ class StoreBoard(Board):
     note each for itself.
 
     Args:
-        store: the process group's.
+        store: where the ranks meet.
         key: what the notes' names begin with.
         rank: this process's.
     """
@@ -48,7 +49,7 @@ class StoreBoard(Board):
     has_launcher = False
 
     def __init__(self, store: Any, key: str, rank: int) -> None:
-        self._origin = store  # where this process hosts it: it stays, though the script destroy its process group
+        self._origin = store  # where this process hosts it, it goes with the last reference
         self._connect(store)
         self._key = key
         self._rank = rank
@@ -141,7 +142,7 @@ class _Peers:
     def check(self, member: Member) -> None:
         """Report the one that has died."""
         board = member.board
-        if member.rank != 0 and board.has("over") and not _stands(member):
+        if member.rank != 0 and _is_hosted_by_a_rank() and board.has("over") and not _stands(member):
             board.post(f"released_{member.rank}")
             board.remove()  # before it goes: torch prints a warning where it asks a store in vain
         if self._here is None:
@@ -182,8 +183,9 @@ def join_group() -> None:
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store: Any = dist.distributed_c10d._get_default_store()
+    key = f"treadle/failures/{next(_made)}"
     try:
-        board = StoreBoard(store, f"treadle/failures/{next(_made)}", rank)
+        board = StoreBoard(_store_for_notes(store, key, rank), key, rank)
     except RuntimeError:  # the rank that hosts the store has ended already
         return
     peers = _Peers(rank, world_size)
@@ -191,6 +193,22 @@ def join_group() -> None:
     member = Member(board, rank, range(world_size), lambda: True, look=peers.check, interval=interval)
     board.post(f"peer_{rank}", f"{os.getpid()} {_machine()}")
     join_launch(member)
+
+
+def _store_for_notes(store: Any, key: str, rank: int) -> Any:
+    """One of its own where a rank hosts the rendezvous store, which goes when the script destroys its process group."""
+    c10d: Any = dist
+    inner = store
+    while isinstance(inner, c10d.PrefixStore):
+        inner = inner.underlying_store
+    if not _is_hosted_by_a_rank() or not isinstance(inner, c10d.TCPStore):
+        return store
+    if rank == 0:
+        own = c10d.TCPStore(inner.host, 0, None, True, _MEETING, wait_for_workers=False)
+        store.set(f"{key}/port", str(own.port))
+        return own
+    store.wait([f"{key}/port"], _MEETING)
+    return c10d.TCPStore(inner.host, int(store.get(f"{key}/port")), None, False, _MEETING)
 
 
 def leave_group() -> None:
