@@ -13,6 +13,8 @@ Each note is written once, whole, by whoever comes first. N counts the failures 
     ended_R          rank R has nothing left to do
     interrupted_R    rank R saw a KeyboardInterrupt
     crash_R          where rank R was when a signal like SIGABRT or SIGSEGV ended it
+    over             the process with which the board goes is about to end
+    released_R       rank R needs the board no longer
 
 When every rank claims the same failure and none goes down, the scripts caught the exception and go on; the next one has
 the next number.
@@ -59,6 +61,10 @@ class Failure:
 class Board(ABC):
     """Where the notes are left."""
 
+    has_launcher = True
+    """Whether a launcher of ours started the processes and looks after them."""
+    goes_with_process = False
+    """Whether this process keeps the notes, so that none are left once it has ended."""
     _latest = 0
 
     @abstractmethod
@@ -96,9 +102,11 @@ class Board(ABC):
 
     def latest(self) -> int:
         """The number of the newest failure, 0 without any."""
-        while self.has(f"failure_{self._latest + 1}"):
-            self._latest += 1
-        return self._latest
+        latest = self._latest  # another thread may count, too
+        while self.has(f"failure_{latest + 1}"):
+            latest += 1
+        self._latest = latest
+        return latest
 
     def is_final(self, number: int, ranks: Sequence[int]) -> bool:
         """Whether the other processes must stop: one goes down, or some did not fail and wait for those that did."""
@@ -107,8 +115,8 @@ class Board(ABC):
         )
 
     def claim_report(self, number: int) -> bool:
-        """True once per failure, for the one who is to print it."""
-        return self.post(f"reported_{number}") or not self.exists()
+        """True once per failure, for the one who is to print it; and where no note can be left, or it would be lost."""
+        return self.post(f"reported_{number}") or not self.has(f"reported_{number}")
 
 
 class LaunchDirectory(Board):
@@ -139,11 +147,11 @@ class LaunchDirectory(Board):
         # A link appears with its whole content or not at all, and only if nobody was faster.
         try:
             descriptor, draft = tempfile.mkstemp(dir=self.directory, prefix=".draft-")
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
         except OSError:
             return False  # the folder is gone: the launch is over
         try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
             os.link(draft, self.directory / name)
         except OSError:
             return False
@@ -172,6 +180,8 @@ class LaunchDirectory(Board):
 
     def remove(self) -> None:
         gone = self.directory.with_name(f"{self.directory.name}-over")
-        with contextlib.suppress(OSError):
+        try:
             self.directory.rename(gone)  # or a note that is left meanwhile would keep the folder from being removed
+        except OSError:
+            gone = self.directory
         shutil.rmtree(gone, ignore_errors=True)

@@ -109,6 +109,12 @@ class Member:
         self._previous_hook = sys.excepthook
         self._hook = self._excepthook  # one object, so that leave() recognizes it
         self._crash_log: TextIO | None = None
+        self._spare: int | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process claimed a failure or was interrupted, even if the script caught it."""
+        return self.number > 0 or self.interrupted.is_set()
 
     @property
     def launches(self) -> bool:
@@ -118,6 +124,7 @@ class Member:
     def join(self) -> None:
         """Share failures from now on."""
         self.board.post(f"joined_{self.rank}", str(self.pid))
+        self._hold_descriptor()
         sys.excepthook = self._hook
         if not faulthandler.is_enabled():
             self._crash_log = self.board.crash_log(self.rank)
@@ -131,16 +138,40 @@ class Member:
         """Share them no longer."""
         if sys.excepthook is self._hook:
             sys.excepthook = self._previous_hook
+        self.drop_crash_log()
+        self._free_descriptor()
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=20)  # in a store when the interpreter ends, it would abort the process
+
+    def drop_crash_log(self) -> None:
+        """Write no note any more when a signal like SIGABRT ends this process."""
         if self._crash_log is not None:
             faulthandler.disable()
             self._crash_log.close()
             self._crash_log = None
-        self._closed.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)  # in a store when the interpreter ends, it would abort the process
+
+    def _hold_descriptor(self) -> None:
+        # One that a note can be written with when "Too many open files" is the failure.
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
+    def _free_descriptor(self) -> bool:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
+        return spare is not None
 
     def claim(self, exc: BaseException) -> bool:
         """Claim the exception as the first failure; False when another rank failed before."""
+        freed = self._free_descriptor()
+        try:
+            return self._claim(exc)
+        finally:
+            if freed:
+                self._hold_descriptor()
+
+    def _claim(self, exc: BaseException) -> bool:
         if isinstance(exc, KeyboardInterrupt):
             self.interrupted.set()
             self.board.post(f"interrupted_{self.rank}")
@@ -183,12 +214,17 @@ class Member:
             return
         with _at_once():
             self._go_down(kind, exc, tb)
+        with self._ending:  # the thread that tells of the launcher's death has a board to take away, and ends all
+            pass
 
     def _go_down(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
+        self._free_descriptor()
         won = self.claim(exc)
         if isinstance(exc, KeyboardInterrupt):
             self.board.post("final_interrupt")
-            if self._launcher_is_alive is None:
+            if not self.board.has_launcher:
+                self._tell_of_interrupt(kind, exc, tb)
+            elif self.launches:
                 self._previous_hook(kind, exc, tb)
             return
         number = self._number_of(exc)
@@ -202,19 +238,56 @@ class Member:
             self.say_stopped(number)
         failure = self.board.failure(number)
         if failure is not None and failure.status != 1:  # it is not for this exception that the run ends
-            if self.launches:
-                time.sleep(GRACE_STUCK + 1)
-                self.board.remove()
-            end_process(failure.status)
+            self.end(failure.status)
+
+    def _tell_of_interrupt(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
+        # No launcher passes the interrupt on: it ends the others as a failure does.
+        number = self.number + 1
+        self.number = number
+        interrupted = Failure(self.rank, f"rank {self.rank} was interrupted\n", status=128 + signal.SIGINT)
+        won = self.board.claim(number, interrupted)
+        self.board.post(f"failed_{number}_{self.rank}")
+        self.board.post(f"final_{number}")
+        failure = self.board.failure(number)
+        if (won or failure is None) and self.board.claim_report(number):
+            self._previous_hook(kind, exc, tb)
+            self.board.post(f"told_{number}")
+        elif not won:
+            self.say_stopped(number)
 
     def finish(self, exc: BaseException) -> None:
         """Go down with an exception that the launching process reports."""
+        self._free_descriptor()
         won = self.claim(exc)
         if not isinstance(exc, KeyboardInterrupt):
             number = self._number_of(exc)
             self.board.post(f"final_{number}")
             if not won:
                 self.say_stopped(number)
+            elif self.board.failure(number) is None:  # no note could be left, and it would be lost
+                _say(f"rank {self.rank} failed:\n{_format(exc, self.rank)}")
+
+    def end(self, status: int) -> NoReturn:
+        """End this process for a failure that stands; where the board goes with it, the others see it first."""
+        self.board.post(f"released_{self.rank}")
+        if self.launches:
+            time.sleep(GRACE_STUCK + 1)  # the others see it, and end before they would miss this process
+            self.board.remove()
+        elif self.board.goes_with_process:
+            self.await_release(GRACE_STUCK + 1)
+        end_process(status)
+
+    def await_release(self, seconds: float) -> None:
+        """Wait until the others need the board no longer, but no longer than this."""
+        start = time.monotonic()
+        waiting = [rank for rank in self.ranks if rank != self.rank]
+        while waiting := [rank for rank in waiting if not self.board.has(f"released_{rank}")]:
+            waited = time.monotonic() - start
+            if waited > GRACE_STUCK:  # one that has not come by now does not
+                waiting = [rank for rank in waiting if self.board.has(f"joined_{rank}")]
+            if waited > seconds:
+                return
+            time.sleep(0.05)
 
     def say_stopped(self, number: int) -> None:
         """Say once in a line that this rank stopped because another failed; what failed comes first."""
@@ -224,7 +297,8 @@ class Member:
             while not self.board.has(f"told_{number}") and time.monotonic() < deadline:
                 time.sleep(0.02)
             report(self.board, number, self.ranks)  # it may be busy with its clean-up
-            _say(f"rank {self.rank} stopped because rank {failure.rank} failed")
+            what = "was interrupted" if failure.status == 128 + signal.SIGINT else "failed"
+            _say(f"rank {self.rank} stopped because rank {failure.rank} {what}")
 
     def note_place(self) -> None:
         """Where a collective failed on another rank, say where this one is; for a thread that looks out for it."""
@@ -254,7 +328,7 @@ class Member:
                 grace = GRACE_FAILING if self.board.has(f"failed_{number}_{self.rank}") else GRACE_STUCK
                 if time.monotonic() - final_since > grace:
                     self.say_stopped(number)
-                    end_process(failure.status)
+                    self.end(failure.status)
             self._closed.wait(self.interval)
 
     def _launcher_died(self) -> None:
@@ -278,6 +352,16 @@ _member: Member | None = None
 def current_member() -> Member | None:
     """This process's part in a launch, None outside of one (and in processes forked from one that has)."""
     return _member if _member is not None and _member.pid == os.getpid() else None
+
+
+def _forget_crash_log() -> None:
+    # A forked worker's abort would stand in the note of its rank.
+    if _member is not None:
+        _member.drop_crash_log()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_crash_log)
 
 
 def join_launch(member: Member) -> Member:
@@ -402,9 +486,7 @@ def end_run(reason: str, status: int) -> NoReturn:
             if member.speaks:
                 report(board, number, member.ranks)
         board.post(f"failed_{number}_{member.rank}")
-        if member.launches:
-            time.sleep(GRACE_STUCK + 1)  # the others see it, and end before they would miss this process
-            board.remove()
+        member.end(status)
     end_process(status)
 
 

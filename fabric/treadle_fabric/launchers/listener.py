@@ -22,16 +22,19 @@ class SignalListener:
 
     _writing: int | None = None  # one pipe and one thread for all listeners, made once
     _listeners: tuple[SignalListener, ...] = ()
+    _changing = threading.RLock()  # a signal handler may make or close one, too
 
     def __init__(self, heard: Callable[[int], None]) -> None:
         self._heard = heard
         if threading.current_thread() is threading.main_thread():
             _start()
-        SignalListener._listeners += (self,)
+        with SignalListener._changing:
+            SignalListener._listeners += (self,)
 
     def close(self) -> None:
         """Listen no longer."""
-        SignalListener._listeners = tuple(other for other in self._listeners if other is not self)
+        with SignalListener._changing:
+            SignalListener._listeners = tuple(other for other in self._listeners if other is not self)
 
 
 def _start() -> None:
@@ -57,6 +60,7 @@ def _forget() -> None:
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(-1)
     SignalListener._writing, SignalListener._listeners = None, ()
+    SignalListener._changing = threading.RLock()  # the parent's may be held by a thread that is not here
 
 
 if hasattr(os, "register_at_fork"):

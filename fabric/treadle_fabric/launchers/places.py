@@ -29,6 +29,7 @@ __all__ = [
 _LOST_PEER = re.compile(
     r"gloo|nccl|tcpstore|socket|recvvalue|connection (closed|reset|refused)|broken pipe", re.IGNORECASE
 )
+_OF_THE_LIBRARY = re.compile(r"gloo/|\[gloo\]|ProcessGroup(Gloo|NCCL)|NCCL error|nccl(Remote|System)Error")
 _TIMED_OUT = re.compile(r"timed? ?out|timeout", re.IGNORECASE)
 _SET_TIMEOUT = re.compile(r"waiting (\d+) ?ms|Timeout\(ms\)=(\d+)|after (\d+)ms", re.IGNORECASE)
 _CRASH_LINE = re.compile(r'File "([^"]*)", line (\d+) in (.*)')
@@ -37,6 +38,7 @@ _CRASH_THREADS = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
 _SHOWN = 16  # ranks; those that did not come are the first to be shown
 _INNERMOST = 2  # frames of libraries that are shown: what the rank was waiting in
 _WITHOUT_THE_USERS = 8  # as many where no frame is the user's
+_DEPTH = 8  # of the innermost frames, one is torch.distributed's where a collective waits
 
 
 def lost_peer(exc: BaseException) -> bool:
@@ -46,16 +48,15 @@ def lost_peer(exc: BaseException) -> bool:
         or (
             isinstance(link, (RuntimeError, OSError))
             and _LOST_PEER.search(str(link)) is not None
-            and not _is_of_a_worker(link)
+            and (_OF_THE_LIBRARY.search(str(link)) is not None or _was_in_collective(link))
         )
         for link in chain(exc)
     )
 
 
-def _is_of_a_worker(exc: BaseException) -> bool:
-    # A data loader's worker that dies while it sends a batch resets a connection, too.
-    frames = traceback.extract_tb(exc.__traceback__)
-    return any(f"{os.sep}multiprocessing{os.sep}" in frame.filename for frame in frames[-6:])
+def _was_in_collective(exc: BaseException) -> bool:
+    # A download, or a data loader's worker that dies while it sends a batch, resets a connection, too.
+    return any(_is_collective(frame) for frame in traceback.extract_tb(exc.__traceback__)[-_DEPTH:])
 
 
 def timed_out(exc: BaseException) -> bool:
@@ -85,7 +86,7 @@ def place_of(exc: BaseException) -> str:
 
 
 def _note(frames: Sequence[traceback.FrameSummary]) -> str:
-    waits = any(_is_collective(frame) for frame in frames[-8:])
+    waits = any(_is_collective(frame) for frame in frames[-_DEPTH:])
     return json.dumps({"waits": waits, "stack": "".join(_shortened(frames))})
 
 
@@ -137,7 +138,7 @@ def describe_crash(dump: str | None) -> str:
 
 def crashed_in_collective(dump: str | None) -> bool:
     """Whether the process was in a collective when a signal like SIGABRT ended it."""
-    return any(_is_collective(frame) for frame in _place_of_crash(dump)[-8:]) if dump else False
+    return any(_is_collective(frame) for frame in _place_of_crash(dump)[-_DEPTH:]) if dump else False
 
 
 def describe_hang(board: Board, number: int, failure: Failure, ranks: Sequence[int]) -> str:
@@ -148,25 +149,27 @@ def describe_hang(board: Board, number: int, failure: Failure, ranks: Sequence[i
         if rank not in notes and (dump := board.read(f"crash_{rank}")):
             notes[rank] = json.loads(_note(_place_of_crash(dump)))
     absent = [rank for rank in ranks if rank in ended or (rank in notes and not notes[rank]["waits"])]
-    lines = [_headline(failure, absent)]
-    shown = sorted(sorted(ranks, key=lambda rank: rank not in absent)[:_SHOWN])
+    failed = {rank for rank in ranks if rank not in notes and board.has(f"failed_{number}_{rank}")}
+    silent = [rank for rank in ranks if rank not in ended and rank not in notes and rank not in failed]
+    lines = [_headline(failure, absent, silent)]
+    shown = sorted(sorted(ranks, key=lambda rank: (rank not in absent, rank not in silent))[:_SHOWN])
     for rank in shown:
         if rank in ended:
             lines.append(f"  rank {rank} {ended[rank]}\n")
         elif rank in notes:
             lines.append(f"  rank {rank}{', in a collective' if notes[rank]['waits'] else ''}:\n{notes[rank]['stack']}")
         else:
-            lines.append(f"  rank {rank} did not answer\n")
+            lines.append(f"  rank {rank} {'failed, too' if rank in failed else 'did not answer'}\n")
     if len(shown) < len(ranks):
         lines.append(f"  and {len(ranks) - len(shown)} more\n")
     return "".join(lines)
 
 
-def _headline(failure: Failure, absent: Sequence[int]) -> str:
-    if absent:
-        who = f"Rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))} did not take part in it."
-    else:
-        who = "All ranks were in collectives, but not in the same one."
+def _headline(failure: Failure, absent: Sequence[int], silent: Sequence[int]) -> str:
+    parts = [f"{_ranks(absent)} did not take part in it."] if absent else []
+    if silent:
+        parts.append(f"{_ranks(silent)} did not answer.")
+    who = " ".join(parts) or "All ranks were in collectives, but not in the same one."
     if failure.status != 1:  # it was ended, whatever it was doing
         return "Where each rank was:\n"
     if not _TIMED_OUT.search(failure.summary):
@@ -177,3 +180,7 @@ def _headline(failure: Failure, absent: Sequence[int]) -> str:
         f"\nA collective ran into the timeout{seconds}. {who} Every rank has to call each collective; if one only "
         "needs longer, raise the timeout: strategy=DDPStrategy(timeout=timedelta(minutes=...)).\nWhere each rank was:\n"
     )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"Rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

@@ -133,10 +133,9 @@ class SpawnLauncher(Launcher):
     @contextlib.contextmanager
     def _passing_on_sigterm(self) -> Iterator[None]:
         """The processes end as SIGTERM asks for, a trainer in them after a checkpoint, and then this one does."""
-        if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) not in (
-            signal.SIG_DFL,
-            None,
-        ):
+        in_main = threading.current_thread() is threading.main_thread()
+        # Another handler may be one that Python cannot put back.
+        if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             yield
             return
         signal.signal(signal.SIGTERM, lambda number, frame: self.kill(number))
@@ -161,10 +160,12 @@ class SpawnLauncher(Launcher):
             running = {rank: process for rank, process in self._processes.items() if process.is_alive()}
             for rank, process in self._processes.items():
                 status = process.exitcode
+                if status is None or rank in explained:
+                    continue
+                explained.add(rank)
                 if status == 0:
                     board.post(f"ended_{rank}", ENDED)
-                if status not in (None, 0) and rank not in explained:
-                    explained.add(rank)
+                else:
                     number = board.latest()
                     if number == 0 or not (
                         board.is_final(number, ranks) or (status > 0 and board.has(f"failed_{number}_{rank}"))

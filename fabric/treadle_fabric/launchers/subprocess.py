@@ -188,7 +188,8 @@ class _Children:
             self.forget()
             return
         self._main_is_done.set()
-        self._board.post(f"ended_{self._member.rank}", ENDED)
+        if not self._member.failed:
+            self._board.post(f"ended_{self._member.rank}", ENDED)
         dist = torch.distributed
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()  # whoever still waits for this rank learns that it does not come

@@ -259,6 +259,8 @@ class _Gather(torch.autograd.Function):
 
 
 def _destroy_group(pid: int) -> None:
-    if os.getpid() == pid and dist.is_initialized():  # a forked child inherits the exit handler, not the group
-        leave_group()
+    if os.getpid() != pid:  # a forked child inherits the exit handler, not the group
+        return
+    leave_group()  # also where the user destroyed the group: the others would take this rank for dead
+    if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,331 @@
+"""How ranks tell one another of a failure: the notes, what counts as a lost peer, and a store that a rank hosts."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from treadle_fabric.launchers.board import Failure, LaunchDirectory
+from treadle_fabric.launchers.failures import Member, failure_of_dead, join_launch, leave_launch
+from treadle_fabric.launchers.listener import SignalListener
+from treadle_fabric.launchers.places import describe_hang, lost_peer
+from treadle_fabric.launchers.store_board import StoreBoard, leave_group
+
+pytestmark = pytest.mark.timeout(120)
+
+RANK = """
+import os, signal, sys, time
+import torch.distributed as dist
+from treadle_fabric import Fabric
+
+how, rank = sys.argv[1], int(os.environ["RANK"])
+fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+fabric.launch()
+fabric.barrier()
+time.sleep(1)
+if how == "destroy":
+    dist.destroy_process_group()
+    time.sleep(0.5 * (1 - rank))  # the store of the new group is not the old one's
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+    time.sleep(3 * rank)
+elif how == "ends" and rank == 0:
+    sys.exit(0)
+elif rank == 0:
+    open("failed_at", "w").write(str(time.time()))
+    if how == "raise":
+        raise ValueError("the loom is broken")
+    if how == "interrupt":
+        signal.raise_signal(signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGKILL)
+else:
+    time.sleep(4 if how == "ends" else 60)
+print("done")
+"""
+
+
+def run_by_hand(how: str) -> list[tuple[int, str, str]]:
+    """Two ranks without a launcher, as SLURM or MPI starts them; status, stdout and stderr of each."""
+    Path("rank.py").write_text(textwrap.dedent(RANK))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE", "TORCHELASTIC"))}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "rank.py", how],
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "GROUP_RANK": "0"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=60) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("raise", "ValueError: the loom is broken"), ("kill", "died and left no traceback"), ("interrupt", "interrupted")],
+)
+def test_the_rank_that_hosts_the_store_fails_and_the_other_stops(how: str, told: str) -> None:
+    (status0, out0, err0), (status1, out1, err1) = run_by_hand(how)
+    said = f"{err0}\n----\n{err1}"
+    assert time.time() - float(Path("failed_at").read_text()) < 10, said
+    assert status0 not in (0, -signal.SIGABRT), said
+    assert status1 == (130 if how == "interrupt" else 1), said
+    assert out0 == out1 == "", said
+    assert told in err0 + err1, said
+    assert err0.count("Traceback") == (how != "kill"), said
+    assert "Traceback" not in err1, said
+    assert f"rank 1 stopped because rank 0 {'was interrupted' if how == 'interrupt' else 'failed'}" in err1, said
+
+
+@pytest.mark.parametrize("how", ["destroy", "ends"])
+def test_a_healthy_end_of_the_hosting_rank_is_no_failure(how: str) -> None:
+    for status, _out, err in run_by_hand(how):
+        assert status == 0, err
+        assert "rank" not in err, err
+        assert "terminate" not in err, err
+
+
+@pytest.fixture
+def board() -> Iterator[LaunchDirectory]:
+    board = LaunchDirectory.create([0, 1])
+    yield board
+    leave_launch()
+    board.remove()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    yield dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=10))
+    leave_launch()
+
+
+class TestBoard:
+    def test_two_threads_count_no_failure_twice(self, board: LaunchDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+        board.claim(1, Failure(0, "x"))
+        both = threading.Barrier(2)
+        ask = board.has
+
+        def asked_at_once(name: str) -> bool:
+            found = ask(name)
+            if name == "failure_1":
+                both.wait()
+            return found
+
+        monkeypatch.setattr(board, "has", asked_at_once)
+        threads = [threading.Thread(target=board.latest) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert board.latest() == 1
+
+    def test_who_cannot_leave_a_note_prints_the_failure(self, board: LaunchDirectory) -> None:
+        held, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            assert not board.claim(1, Failure(1, "x"))
+            assert board.claim_report(1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for descriptor in held:
+                os.close(descriptor)
+        assert board.claim_report(1)
+        assert not board.claim_report(1)
+
+    def test_too_many_open_files_are_told_to_the_others(self, board: LaunchDirectory) -> None:
+        member = join_launch(Member(board, 1, [0, 1], None))
+        held, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+            try:
+                while True:
+                    held.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError as exc:
+                assert member.claim(exc)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for descriptor in held:
+                os.close(descriptor)
+        failure = board.failure(1)
+        assert failure is not None
+        assert "Too many open files" in failure.text
+
+    def test_a_note_that_does_not_fit_leaves_no_draft(
+        self, board: LaunchDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(source: str, target: Path) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "link", full)
+        assert not board.claim(1, Failure(0, "x"))
+        assert [path.name for path in board.directory.iterdir()] == ["launch.json"]
+
+    def test_it_goes_also_where_it_cannot_be_renamed(
+        self, board: LaunchDirectory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path(f"{board.directory}-over").mkdir()
+        (Path(f"{board.directory}-over") / "file").touch()
+        board.remove()
+        assert not board.directory.exists()
+        board.directory = Path(f"{board.directory}-over")  # the fixture takes it away
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_a_forked_workers_abort_is_not_the_ranks(self, board: LaunchDirectory) -> None:
+        script = f"""
+            import multiprocessing, os
+            from treadle_fabric.launchers.board import LaunchDirectory
+            from treadle_fabric.launchers.failures import Member, join_launch
+            join_launch(Member(LaunchDirectory({str(board.directory)!r}), 0, [0, 1], None))
+            worker = multiprocessing.get_context("fork").Process(target=os.abort)
+            worker.start()
+            worker.join()
+            assert worker.exitcode == -6
+        """
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environ, check=True, timeout=60)
+        assert failure_of_dead(board, 0, "it died\n").text == "it died\n"
+
+
+class TestPlaces:
+    @pytest.mark.parametrize(
+        "exc",
+        [
+            ConnectionRefusedError(111, "Connection refused"),
+            RuntimeError("cannot open socket of the tokenizer server"),
+            BrokenPipeError(32, "Broken pipe"),
+        ],
+    )
+    def test_an_ordinary_network_error_is_no_lost_peer(self, exc: Exception) -> None:
+        with pytest.raises(type(exc)) as caught:
+            raise exc
+        assert not lost_peer(caught.value)
+
+    def test_a_collectives_is(self) -> None:
+        assert lost_peer(dist.DistNetworkError("x"))
+        assert lost_peer(RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+        collective = compile("def f(error):\n    raise error\n", torch.distributed.__file__, "exec")
+        names: dict[str, Any] = {}
+        exec(collective, names)
+        with pytest.raises(ConnectionResetError) as caught:
+            names["f"](ConnectionResetError(104, "Connection reset by peer"))
+        assert lost_peer(caught.value)
+
+    def test_a_rank_that_does_not_answer_is_named(self, board: LaunchDirectory) -> None:
+        failure = Failure(0, "RuntimeError: [gloo] Timed out waiting 3000ms for recv\n", hangs=True)
+        board.post("place_1_0", json.dumps({"waits": True, "stack": "  x\n"}))
+        board.post("failed_1_2")
+        said = describe_hang(board, 1, failure, [0, 1, 2, 3])
+        assert "Ranks 1, 3 did not answer." in said
+        assert "All ranks" not in said
+        assert "rank 2 failed, too" in said
+
+
+class TestStoreBoard:
+    def test_a_failed_rank_does_not_say_that_it_ended_well(self, store: Any) -> None:
+        member = join_launch(Member(StoreBoard(store, "k", 1), 1, range(2), lambda: True))
+        member.claim(ValueError("x"))
+        leave_group()
+        board = StoreBoard(store, "k", 0)
+        assert board.has("released_1")
+        assert not board.has("ended_1")
+
+    def test_one_late_answer_does_not_end_it(self, store: Any) -> None:
+        board = StoreBoard(store, "k", 1)
+
+        class Late:
+            def __init__(self, store: Any) -> None:
+                self.clone = store.clone
+
+            def compare_set(self, *args: str) -> bytes:
+                raise dist.DistStoreError("wait timeout after 5000ms")
+
+        board._store = Late(store)
+        assert board.claim(1, Failure(1, "x"))
+        assert StoreBoard(store, "k", 0).latest() == 1
+
+    def test_a_failure_that_was_seen_outlives_the_store(self, store: Any) -> None:
+        board, other = StoreBoard(store, "k", 1), StoreBoard(store, "k", 0)
+        other.claim(1, Failure(0, "x"))
+        other.post("final_1")
+        assert board.is_final(board.latest(), [0, 1])
+        assert board.failure(1) is not None
+
+        def closed(*question: Any) -> Any:
+            raise dist.DistNetworkError("Connection was likely closed")
+
+        board._store = type("Closed", (), {"check": closed, "compare_set": closed, "get": closed})()
+        assert not board.has("place_1_0")
+        assert not board.exists()
+        failure = board.failure(board.latest())
+        assert failure is not None
+        assert failure.text == "x"
+        assert board.is_final(1, [0, 1])
+        assert board.claim_report(1)
+        assert not board.claim_report(1)
+
+
+class TestSignalListener:
+    def test_one_that_is_made_while_another_closes_is_kept(self) -> None:
+        before = SignalListener._listeners
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(50):
+                old = [SignalListener(lambda number: None) for _ in range(3)]
+                thread = threading.Thread(target=lambda old=old: [one.close() for one in old])
+                thread.start()
+                new = [SignalListener(lambda number: None) for _ in range(3)]
+                thread.join()
+                assert SignalListener._listeners == (*before, *new)
+                for one in new:
+                    one.close()
+        finally:
+            sys.setswitchinterval(interval)
+            SignalListener._listeners = before
+            signal.set_wakeup_fd(-1)
+
+    def test_it_hears(self) -> None:
+        heard = threading.Event()
+        listener = SignalListener(lambda number: heard.set() if number == signal.SIGUSR2 else None)
+        handler = signal.signal(signal.SIGUSR2, lambda number, frame: None)
+        try:
+            signal.raise_signal(signal.SIGUSR2)
+            assert heard.wait(5)
+        finally:
+            signal.signal(signal.SIGUSR2, handler)
+            listener.close()
+            signal.set_wakeup_fd(-1)
