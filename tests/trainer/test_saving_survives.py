@@ -101,7 +101,7 @@ def test_a_save_that_fails_stops_the_run_or_not_as_the_user_says(wrap: Any, erro
     assert torch.load("stops/last.ckpt", weights_only=True)["global_step"] == 4
 
     saver = ModelCheckpoint("goes-on", "{step}", save_last=True)
-    with pytest.warns(UserWarning, match="No space left.* Training goes on"):
+    with pytest.warns(UserWarning, match="No space left.* The run goes on"):
         trainer = fit(saver, plugins=wrap(FailsOnce(error)), on_save_error="warn")
     assert trainer.global_step == 12
     assert sorted(os.listdir("goes-on")) == ["last.ckpt", "step=12.ckpt"]
@@ -112,7 +112,7 @@ def test_a_save_that_fails_stops_the_run_or_not_as_the_user_says(wrap: Any, erro
 def test_the_last_save_of_a_run_may_fail_too(asynchronous: bool) -> None:
     io = FailsOnce(CheckpointError("No space left"))
     saver = ModelCheckpoint("c", "{step}")
-    with pytest.warns(UserWarning, match="No space left.* Training goes on"):
+    with pytest.warns(UserWarning, match="No space left.* The run goes on"):
         fit(saver, plugins=AsyncCheckpointIO(io) if asynchronous else io, on_save_error="warn", max_epochs=2)
     assert saver.best_model_path.endswith("step=4.ckpt") and os.listdir("c") == ["step=4.ckpt"]
 
@@ -141,7 +141,7 @@ def test_a_folder_that_vanishes_is_survived(how: str, asynchronous: bool) -> Non
     if how == "vanished":
         trainer = fit(saver, Wrecks(how), plugins=plugins)
     else:
-        with pytest.warns(UserWarning, match="Training goes on"):
+        with pytest.warns(UserWarning, match="The run goes on"):
             trainer = fit(saver, Wrecks(how), plugins=plugins, on_save_error="warn")
     assert trainer.global_step == 12
     assert sorted(os.listdir("c")) == ["last.ckpt", "step=12.ckpt"]

@@ -478,9 +478,10 @@ def end_run(reason: str, status: int) -> NoReturn:
     else:
         board, number = member.board, member.board.latest()
         said = board.failure(number)
-        if said is None or said.status != status:
-            number += 1
-            board.post(f"place_{number}_{member.rank}", place_of_main_thread())
+        first = said is None or said.status != status
+        number += first
+        board.post(f"place_{number}_{member.rank}", place_of_main_thread())
+        if first:
             board.claim(number, Failure(member.rank, f"rank {member.rank}: {reason}\n", hangs=True, status=status))
             board.post(f"final_{number}")
             if member.speaks:
