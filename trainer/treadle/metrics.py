@@ -94,6 +94,8 @@ class Metrics:
             return {}, [{} for _ in range(loaders)]
         if local or not results.training:  # the last time: until then they are looked up where they are
             self.keep(results)
+        if not results.open and (local or results.alone):
+            return {}, [{} for _ in range(loaders)]
         logged: dict[str, Any] = {}
         shared: dict[str, Any] = {}
         per_loader: dict[int, dict[str, Any]] = {}

@@ -248,6 +248,8 @@ class Results:
         self.batch_size: int | None = None
         self.dataloader_idx: int | None = None
         self.slots: dict[tuple[str, str, int | None], Slot] = {}
+        self.open = False
+        """Whether something was logged since epoch values were taken the last time."""
         self._resumed_samples = 1.0  # of the batch that a checkpoint was saved in the end of
         self._names: dict[str, str] = {}  # a final name -> the hook that logs it
         self._fabric = fabric
@@ -285,12 +287,13 @@ class Results:
             if is_metric(value):
                 slot.metric = value
                 slot.value = _step_value(value) if slot.on_step else None
-                slot.has_value = slot.fresh = True
+                slot.has_value = slot.fresh = self.open = True
                 return
             value = _number(name, value)
         slot.value = value
         slot.has_value = slot.fresh = True
         if slot.on_epoch:
+            self.open = True
             if batch_size is None:
                 batch_size = self.batch_size
                 if batch_size is None:
@@ -360,7 +363,7 @@ class Results:
             for key in _KEPT:
                 setattr(slot, key, entry[key])
             slot.metric = metrics.get(entry["metric"]) if entry["metric"] is not None else None
-        self.hook, self.dataloader_idx = "", None
+        self.hook, self.dataloader_idx, self.open = "", None, True
         self._resumed_samples = state.get("samples", 1.0)
 
     def _new_slot(self, name: str, options: LogOptions) -> Slot:
@@ -469,6 +472,7 @@ class Results:
 
         They are reduced over the ranks unless ``local``; every rank has to ask then, with or without values.
         """
+        self.open = False
         found: list[tuple[Slot, Any]] = []
         rows: list[Row] = []
         distributed = self._fabric.world_size > 1 and not local
