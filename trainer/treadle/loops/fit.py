@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from treadle.run import Run
 
 __all__ = ["FitLoop"]
+
+
+_VALIDATION_HOOKS = [
+    f"on_validation_{at}" for at in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
+]
+_SHORT_S = 1.0
 
 
 class FitLoop:
@@ -56,6 +63,8 @@ class FitLoop:
         self._restore = restore
         self._started = time.monotonic()
         self._told_min = False
+        self._validation_s = math.inf  # how long the last one took
+        self._may_save_in_validation = any(map(run.dispatch.listeners, _VALIDATION_HOOKS))
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
         """How several ranks stop after the same batch."""
@@ -142,8 +151,12 @@ class FitLoop:
         assert self.validation is not None
         run, state = self._run, self._run.state
         state.stage = RunningStage.VALIDATING
-        run.before_validation = moment(run)
-        completed = self.validation(interrupted=interrupted) is not None
+        # a short one is waited for; several ranks do not know alike whether it is
+        watched = run.fabric.world_size > 1 or self._validation_s > _SHORT_S
+        run.before_validation = moment(run) if watched or self._may_save_in_validation else {}
+        began = time.monotonic()
+        completed = self.validation(interrupted=interrupted if watched else None) is not None
+        self._validation_s = time.monotonic() - began
         state.stage = RunningStage.TRAINING
         if completed:
             run.before_validation = {}
