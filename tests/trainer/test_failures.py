@@ -16,7 +16,9 @@ def test_a_killed_worker_ends_all_with_its_ranks_traceback() -> None:
     check(run("kill", "worker", 1), "kill", "worker", 1)
 
 
-@pytest.mark.parametrize(("how", "where", "rank"), [("skip", "fit", 0), ("kill", "validation", 1)])
+@pytest.mark.parametrize(
+    ("how", "where", "rank"), [("skip", "fit", 0), pytest.param("kill", "validation", 1, marks=pytest.mark.faults)]
+)
 def test_under_torchrun_ranks_share_failures_through_the_store(how: str, where: str, rank: int) -> None:
     check(run(how, where, rank, launcher=TORCHRUN), how, where, rank)
 
