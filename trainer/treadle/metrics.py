@@ -90,8 +90,6 @@ class Metrics:
             What goes to the loggers, and for every dataloader its names and values. A name has the suffix ``_epoch``
             where step values are logged under it too.
         """
-        if not results.slots and (local or results.alone):
-            return {}, [{} for _ in range(loaders)]
         if local or not results.training:  # the last time: until then they are looked up where they are
             self.keep(results)
         if not results.open and (local or results.alone):

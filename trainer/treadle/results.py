@@ -320,6 +320,7 @@ class Results:
             if slot.metric is not None and slot.on_epoch:
                 slot.metric.reset()
         self.slots.clear()
+        self.open = False
         self._names.clear()
         self.begin_batch(None)
 

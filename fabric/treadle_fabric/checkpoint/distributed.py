@@ -27,7 +27,6 @@ from treadle_fabric.checkpoint.folder import (
     PLAIN,
     bring_back,
     checksum,
-    is_sharded,
     lock_folder,
     make_temporary,
     put_in_place,
@@ -127,10 +126,6 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
         split = _Split(state)
         ranks.state = split.structure
         if ranks.rank == 0:
-            if os.path.isdir(where) and not is_sharded(where) and os.listdir(where):
-                raise CheckpointError(
-                    "a folder is in the way that is no checkpoint. Remove it, or choose another name."
-                )
             refuse_foreign(where)
             temporary = make_temporary(where)
             lock = lock_folder(temporary)

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["FitLoop"]
 
 
-_VALIDATION_HOOKS = [
-    f"on_validation_{at}" for at in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")
+_MAY_SAVE = [
+    *(f"on_validation_{at}" for at in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")),
+    "on_exception",
 ]
+"""In which somebody may save while a validation runs."""
 _SHORT_S = 1.0
 
 
@@ -64,7 +66,7 @@ class FitLoop:
         self._started = time.monotonic()
         self._told_min = False
         self._validation_s = math.inf  # how long the last one took
-        self._may_save_in_validation = any(map(run.dispatch.listeners, _VALIDATION_HOOKS))
+        self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
         """How several ranks stop after the same batch."""
