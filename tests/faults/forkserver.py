@@ -23,11 +23,12 @@ from typing import Any
 import psutil
 import torch
 from tests.faults.victim import Case, train
+from tests.processes import ROOT
+from tests.processes import session as processes_of
 from torch.utils.data._utils import worker
 
 from treadle.loops.fit import FitLoop
 
-ROOT = Path(__file__).parent.parent.parent
 COUNT = [0, 0]
 """Python calls and returns so far, and those before training began."""
 
@@ -83,7 +84,7 @@ class ForkServer:
     def _wait_for_the_rest(self, session: int, output: Path) -> None:
         """Workers and ranks see that their parent has gone, and go too."""
         until = time.monotonic() + 20
-        while left := _members(session):
+        while left := processes_of(session):
             if time.monotonic() > until:
                 _end(left, output)
                 return
@@ -95,17 +96,6 @@ class ForkServer:
         self._server.stdin.close()
         self._server.wait(30)
         self._server.stdout.close()
-
-
-def _members(session: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
 
 
 def _end(left: list[psutil.Process], output: Path) -> None:

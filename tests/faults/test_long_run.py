@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tests.processes import run_as_program
 from tests.trainer.models import Net, Samples
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -85,20 +85,11 @@ def long_run(folder: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_200_000_steps(tmp_path: Path, record_property: Any) -> None:
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     with open(tmp_path / "output.txt", "wb") as output:
-        subprocess.run(
-            [sys.executable, __file__, str(tmp_path)],
-            timeout=850,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+        run_as_program(__file__, tmp_path, timeout=850, stdout=output, stderr=subprocess.STDOUT)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found[-1]["step"] == STEPS
     first, last = found[2], found[-1]  # both at the end of an epoch
-    print(found[0], first, last, sep="\n")
     assert last["files"] == first["files"]
     assert last["threads"] == first["threads"]
     assert last["objects"] - first["objects"] < 500

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from tests.processes import session
 
 TIMEOUT_S = 3.0  # of the collectives, where one is skipped
 ALLOWED_S = 10.0
@@ -150,18 +150,6 @@ def run(how: str, where: str, rank: int, start: str = "popen", *, launcher: tupl
     status = process.wait()
     text = Path("failed_at").read_text() if Path("failed_at").exists() else "nan"
     return Result(status, ended - float(text), Path("out").read_text(), Path("err").read_text(), orphans)
-
-
-def session(leader: int) -> list[psutil.Process]:
-    """The processes of a session that run."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
 
 
 def check(result: Result, how: str, where: str, rank: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_as_program
 from tests.trainer.models import Samples, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -90,15 +90,7 @@ def lives(folder: Path, plan: list[tuple[int, int]], accumulate: int = 1, batch_
             live(folder, f"life{number}", *map(int, arguments[2:]))
             found |= read(folder, number, devices, found, number * apart)
             continue
-        root = str(Path(__file__).parents[2])
-        done = subprocess.run(
-            [sys.executable, __file__, *arguments],
-            timeout=60,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_as_program(__file__, *arguments, timeout=60)
         found |= read(folder, number, devices, found, number * apart)
     return {key: sorted(samples) for key, samples in found.items()}
 

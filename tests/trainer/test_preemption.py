@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.trainer.failing import session
+from tests.processes import session
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_as_program
 from tests.trainer.models import Net, Samples, loader, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -86,15 +86,7 @@ def ranks(folder: Path) -> None:
 
 
 def test_ranks_that_run_out_at_different_times_end_together(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        timeout=90,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    said = run_as_program(__file__, tmp_path)
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     mean = (sum(range(10)) + sum(range(3))) / 13  # evaluation counts each sample once
     for name, batches in {"stream": 7, "one is empty": 0, "list": 4, "wrong length": 5, "of two kinds": 3}.items():
@@ -103,8 +95,8 @@ def test_ranks_that_run_out_at_different_times_end_together(tmp_path: Path) -> N
         assert zero[name][3] == one[name][3], "the same weights on both"
         if batches:
             assert zero[name][2] == one[name][2] == pytest.approx(mean)
-    assert done.stderr.count("1 of 2 ranks had no more than 7 training batches in epoch") == 1
-    assert "The ranks have 6, 4 training batches: an epoch ends after 4, for all" in done.stderr
+    assert said.count("1 of 2 ranks had no more than 7 training batches in epoch") == 1
+    assert "The ranks have 6, 4 training batches: an epoch ends after 4, for all" in said
 
 
 @pytest.mark.parametrize(("promised", "n"), [(6, 10), (10, 6)])
@@ -157,9 +149,7 @@ def test_a_loader_that_raises_once_loses_nothing(tmp_path: Path) -> None:
     assert "batch 1 of val_dataloaders (0) was loaded" in "".join(caught.value.__notes__)
 
 
-def test_every_rank_counts_where_the_order_is_drawn_anew_each_epoch(tmp_path: Path) -> None:
-    """A sampler with a ``set_epoch`` of its own hears of every epoch in validation too."""
-
+def test_samplers_of_validation_hear_of_every_epoch(tmp_path: Path) -> None:
     class Telling(torch.utils.data.Sampler[int]):
         def __init__(self) -> None:
             self.epochs: list[int] = []

@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["ParallelStrategy"]
 
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
-_REDUCE_OPS = {
-    "sum": dist.ReduceOp.SUM,
-    "max": dist.ReduceOp.MAX,
-    "min": dist.ReduceOp.MIN,
-    "product": dist.ReduceOp.PRODUCT,
-}
 
 
 class ParallelStrategy(Strategy):
@@ -206,7 +200,8 @@ class ParallelStrategy(Strategy):
         if isinstance(reduce_op, str):
             reduce_op = reduce_op.lower()
         mean = reduce_op in ("mean", "avg", dist.ReduceOp.AVG)
-        op = dist.ReduceOp.SUM if mean else _REDUCE_OPS[reduce_op] if isinstance(reduce_op, str) else reduce_op
+        named = "sum" if mean else reduce_op
+        op = getattr(dist.ReduceOp, named.upper()) if isinstance(named, str) else named
         result = self._on_device(tensor.detach()).clone(memory_format=torch.contiguous_format)
         if mean and not result.is_floating_point() and not result.is_complex():
             result = result.to(torch.get_default_dtype())
