@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -450,3 +452,34 @@ def test_teardown_ends_the_process_group() -> None:
     assert fabric.all_reduce(torch.ones(1)).item() == 1.0
     fabric.strategy.teardown()
     assert not dist.is_initialized()
+
+
+LATE_THREAD = """
+import hashlib, os, sys, threading, time
+from treadle_fabric import Fabric
+
+fabric = Fabric(accelerator="cpu", devices=2)
+fabric.launch()
+
+def hold_tensors():
+    # as the backend's own thread does when it comes to the processor late
+    with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as file:
+        file.write("pt_gloo_runloop")
+    started.set()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2_000_000)
+    os.write(1, f"rank {fabric.global_rank} let go\\n".encode())
+
+started = threading.Event()
+threading.Thread(target=hold_tensors, daemon=True).start()
+started.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads' names cannot be seen")
+def test_the_end_waits_for_the_threads_of_the_backend(tmp_path: Path) -> None:
+    # They need the interpreter to let go of tensors; one that does so when it ends would abort the process.
+    (tmp_path / "late.py").write_text(LATE_THREAD)
+    done = subprocess.run(
+        [sys.executable, "late.py"], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=True
+    )
+    assert sorted(done.stdout.split("\n")) == ["", "rank 0 let go", "rank 1 let go"]

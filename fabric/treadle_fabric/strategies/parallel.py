@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -182,7 +185,7 @@ class ParallelStrategy(Strategy):
         )
         self._owns_group = True
         join_group()
-        atexit.register(_destroy_group, os.getpid())
+        atexit.register(_end_group, os.getpid())
 
     def leave_environment(self) -> None:
         if self._owns_group:
@@ -259,3 +262,38 @@ def _destroy_group(pid: int) -> None:
     leave_group()  # also where the user destroyed the group: the others would take this rank for dead
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _end_group(pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    _destroy_group(pid)
+    _await_backend_threads()
+
+
+def _await_backend_threads() -> None:
+    """Wait until gloo's threads have let go of the last tensors, for which they need the interpreter.
+
+    One that comes too late ends the process with "terminate called without an active exception". Their group joins them
+    when it goes, but a wrapped model keeps it.
+    """
+    idle = 0
+    for _ in range(5000):
+        time.sleep(0.001)
+        idle = 0 if "R" in _states_of_backend_threads() else idle + 1
+        if idle == 2:  # in one look, a thread could be waiting for this one
+            return
+
+
+def _states_of_backend_threads() -> Iterator[str]:
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:  # not on this system
+        time.sleep(0.01)
+        return
+    for task in tasks:
+        with contextlib.suppress(OSError):  # it has ended
+            with open(f"/proc/self/task/{task}/stat", encoding="utf-8", errors="replace") as file:
+                _, name, state = file.read().replace("(", ")").split(")", 2)
+            if name == "pt_gloo_runloop":
+                yield state.split()[0]
