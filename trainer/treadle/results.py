@@ -194,6 +194,8 @@ class Slot:
         if callable(self.reduce):
             self.values += values
             return
+        if self.reduce in ("mean", "sum") and all(map(_is_at_hand, values)):
+            values = [v.item() if isinstance(v, Tensor) else v for v in values]
         if any(isinstance(v, Tensor) for v in values):
             stacked = _stack(values)
             if self.reduce == "mean":
@@ -223,6 +225,11 @@ class Slot:
         if self.total is None:  # a mean over no samples
             return float("nan")
         return self.total / self.weight if self.reduce == "mean" else self.total
+
+
+def _is_at_hand(value: Any) -> bool:
+    """Whether it costs nothing to have it as a Python number, which is as exact as float64."""
+    return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad)
 
 
 def _stack(values: list[Any]) -> Tensor:
@@ -500,7 +507,9 @@ class Results:
                 slot.values, value = value, None
             if value is None:
                 value = slot.compute()
-            if isinstance(value, Tensor) and value.numel() == 1:
+            if isinstance(value, int | float) and isinstance(slot.value, Tensor):
+                value = torch.tensor(float(value))
+            elif isinstance(value, Tensor) and value.numel() == 1:
                 value = value.reshape(())
                 if value.dtype == torch.float64 and slot.metric is None:
                     value = value.to(torch.get_default_dtype())
