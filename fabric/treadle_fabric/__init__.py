@@ -67,6 +67,7 @@ from treadle_fabric.launchers import (
     end_run,
     first_failure,
 )
+from treadle_fabric.loaders import FabricDataLoader
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, rank_zero_experiment
 from treadle_fabric.precision import (
     DoublePrecision,
@@ -84,6 +85,7 @@ from treadle_fabric.rank_zero import (
     rank_zero_warn,
 )
 from treadle_fabric.resolve import Plan, resolve
+from treadle_fabric.resumable import ResumableDataLoader
 from treadle_fabric.seed import (
     collect_rng_states,
     isolate_rng,
@@ -100,7 +102,7 @@ from treadle_fabric.strategies import (
     Strategy,
 )
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
-from treadle_fabric.wrappers import FabricDataLoader, FabricModule, FabricOptimizer, is_wrapped
+from treadle_fabric.wrappers import FabricModule, FabricOptimizer, is_wrapped
 
 __all__ = [
     "ACCELERATOR_REGISTRY",
@@ -145,6 +147,7 @@ __all__ = [
     "Plan",
     "Precision",
     "ProcessFailedError",
+    "ResumableDataLoader",
     "SLURMEnvironment",
     "ShardedSampler",
     "SignalListener",

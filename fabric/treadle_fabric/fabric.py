@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,15 +14,15 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.data import map_tensors, seed_workers, shard_dataloader
+from treadle_fabric.data import map_tensors
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, resolve
+from treadle_fabric.resumable import wrap_loader
 from treadle_fabric.seed import seed_everything as _seed_everything
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
 from treadle_fabric.wrappers import (
-    FabricDataLoader,
     FabricModule,
     FabricOptimizer,
     check_loader,
@@ -301,7 +300,11 @@ class Fabric:
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+        self,
+        *dataloaders: Any,
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        resumable: bool = False,
     ) -> Any:
         """Prepare loaders: each rank gets its share of the samples, on its device.
 
@@ -309,6 +312,8 @@ class Fabric:
             *dataloaders: ``DataLoader`` objects, or any iterables of batches (which must share out samples themselves).
             use_distributed_sampler: Share out a ``DataLoader``'s samples. Their order is the loader's own sampler's.
             move_to_device: Move batches to :attr:`device`.
+            resumable: Make it a part of the state that :meth:`save` and :meth:`load` get: see
+                :class:`ResumableDataLoader`.
 
         Returns:
             The wrapped loader, or a list of several.
@@ -318,7 +323,11 @@ class Fabric:
             raise MisconfigurationException("setup_dataloaders() got no loader.")
         for loader in dataloaders:
             check_loader(loader)
-        wrapped = [self._wrap_loader(loader, use_distributed_sampler, move_to_device) for loader in dataloaders]
+        where = self.device if move_to_device else None
+        wrap = functools.partial(
+            wrap_loader, strategy=self._strategy, share=use_distributed_sampler, device=where, resumable=resumable
+        )
+        wrapped = [wrap(loader) for loader in dataloaders]
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _prepare(self, module: Module, move_to_device: bool) -> Module:
@@ -345,13 +354,6 @@ class Fabric:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         self.call("on_after_optimizer_step", strategy=self._strategy, optimizer=optimizer)
-
-    def _wrap_loader(self, loader: Any, share: bool, move: bool) -> FabricDataLoader:
-        kwargs = self._strategy.distributed_sampler_kwargs
-        if share and kwargs is not None:
-            loader = shard_dataloader(loader, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), **kwargs)
-        loader = seed_workers(self._strategy.process_dataloader(loader), self.global_rank)
-        return FabricDataLoader(loader, device=self.device if move else None)
 
     # The step
 

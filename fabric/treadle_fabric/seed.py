@@ -7,7 +7,8 @@ import hashlib
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ __all__ = [
     "collect_rng_states",
     "isolate_rng",
     "reset_seed",
+    "rng_states_of",
     "seed_everything",
     "set_rng_states",
     "worker_init_function",
@@ -173,3 +175,19 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
         yield
     finally:
         set_rng_states(states)
+
+
+def rng_states_of(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """What :func:`collect_rng_states` returned on a rank; for one that was not there, states made of the first's."""
+    if rank < len(ranks):
+        return ranks[rank]
+    first = ranks[0]
+    with isolate_rng():
+        seed = zlib.crc32(b"%d" % rank + first["torch"].numpy().tobytes())
+        torch.manual_seed(seed)
+        random.seed(seed)
+        new = collect_rng_states()
+    if "numpy" in first:
+        name, words, *rest = first["numpy"]
+        new["numpy"] = (name, words ^ seed, *rest)
+    return new

@@ -1,4 +1,4 @@
-"""What ``Fabric.setup`` returns: the user's module, optimizer and loaders, with device and precision taken care of."""
+"""What ``Fabric.setup`` returns: the user's module and optimizer, with device and precision taken care of."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from treadle_fabric.data import batch_mover, sampler_epoch, set_epoch
 from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.loaders import WrappedLoader
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
 
 __all__ = [
-    "FabricDataLoader",
     "FabricModule",
     "FabricOptimizer",
     "check_loader",
@@ -385,61 +384,9 @@ def _also(wrapper: type, cls: type) -> type:
     return type(f"Fabric{cls.__name__}", (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})
 
 
-class FabricDataLoader:
-    """A loader whose batches arrive on the device.
-
-    Each iteration is an epoch: samplers that have a ``set_epoch`` are told which. Whoever sets a sampler's epoch
-    keeps the say: counting goes on from there.
-
-    Args:
-        dataloader: Any iterable of batches.
-        device: Where batches go. ``None``: they stay where they are.
-    """
-
-    def __init__(self, dataloader: Any, device: torch.device | None = None) -> None:
-        self._dataloader = dataloader
-        self._device = device
-        self._epoch = 0
-        self._known_epoch = sampler_epoch(dataloader)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where batches go; ``None``: they stay where they are."""
-        return self._device
-
-    @property
-    def dataloader(self) -> Any:
-        """The loader inside."""
-        return self._dataloader
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is, counted from 0."""
-        self._epoch = epoch
-        set_epoch(self._dataloader, epoch)
-        self._known_epoch = sampler_epoch(self._dataloader)
-
-    def __len__(self) -> int:
-        return len(self._dataloader)
-
-    def __iter__(self) -> Iterator[Any]:
-        current = sampler_epoch(self._dataloader)
-        if current is not None and current != self._known_epoch:
-            self._epoch = current
-        self.set_epoch(self._epoch)
-        self._epoch += 1
-        if self._device is None:
-            return iter(self._dataloader)
-        return map(batch_mover(self._device), self._dataloader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataloader":  # not there yet: being copied or unpickled
-            raise AttributeError(name)
-        return getattr(self._dataloader, name)
-
-
 def is_wrapped(obj: object) -> bool:
     """Whether an object is what ``Fabric.setup`` or ``setup_dataloaders`` returned."""
-    return isinstance(obj, (FabricModule, FabricOptimizer, FabricDataLoader))
+    return isinstance(obj, (FabricModule, FabricOptimizer, WrappedLoader))
 
 
 def engine_of(module: Any, what: str) -> Module:
@@ -458,8 +405,8 @@ def unwrap(state: Any) -> Any:
         return state.forward_module
     if isinstance(state, FabricOptimizer):
         return state.optimizer
-    if isinstance(state, FabricDataLoader):
-        return state.dataloader
+    if isinstance(state, WrappedLoader):
+        return _saveable(state)
     if isinstance(state, dict):
         new = {key: unwrap(value) for key, value in state.items()}
         return state if all(new[key] is value for key, value in state.items()) else new
@@ -467,6 +414,17 @@ def unwrap(state: Any) -> Any:
         items = [unwrap(value) for value in state]
         return state if all(a is b for a, b in zip(items, state, strict=True)) else type(state)(items)
     return state
+
+
+def _saveable(loader: WrappedLoader) -> Any:
+    """What a checkpoint gets of a loader: its own state, or that of the loader inside."""
+    for candidate in (loader, loader.dataloader):
+        if callable(getattr(type(candidate), "state_dict", None)):
+            return candidate
+    raise MisconfigurationException(
+        f"The state holds a loader ({type(loader.dataloader).__name__}) that does not keep its position. Set it up "
+        "with fabric.setup_dataloaders(loader, resumable=True), or leave it out."
+    )
 
 
 def put_back(state: dict[str, Any], loaded: dict[str, Any]) -> None:

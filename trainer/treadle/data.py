@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,8 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.combined_loader import CombinedLoader
-from treadle.cursor import Cursor
 from treadle.dispatch import check_signature, overrides
 from treadle.hooks import DataHooks
-from treadle.order import SampleOrder
 from treadle.schedule import limit_batches
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 from treadle_fabric.data import (
@@ -27,6 +25,7 @@ from treadle_fabric.data import (
     shard_dataloader,
     sized_len,
 )
+from treadle_fabric.epochs import Epochs
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
@@ -162,18 +161,18 @@ class TrainingData:
             check_loader(part, "train_dataloaders")
         if overfit:
             parts = [_sequential(part, "the training loader") for part in parts]
-        self._fabric, self._inject, self._looks_ahead = fabric, inject, False
+        self._fabric, self._inject = fabric, inject
         self.combined = combined
-        self._share_out(parts)
-        length = sized_len(self.loader)
+        loader, parts = self._share_out(parts)
+        length = sized_len(loader)
         if length == 0:
             raise MisconfigurationException(
-                f"train_dataloaders is empty: {_describe(self.parts[0])} gives no batch on rank {fabric.global_rank}."
+                f"train_dataloaders is empty: {_describe(parts[0])} gives no batch on rank {fabric.global_rank}."
                 " Give it more samples, a smaller batch_size, or drop_last=False."
             )
         name = "overfit_batches" if overfit else "limit_train_batches"
         self.num_batches = limit_batches(length, limit, name)
-        self.exact = length is not None and all(_has_exact_length(p) for p in self.parts)
+        self.exact = length is not None and all(_has_exact_length(p) for p in parts)
         """Whether the length can be relied on; a stream's is only a promise."""
 
         self.whole = self.num_batches in (length, math.inf)
@@ -182,28 +181,42 @@ class TrainingData:
         if fabric.world_size > 1:
             self._agree_on_length()
         self._stop = math.inf if not self.exact and _unlimited(limit, length) else self.num_batches
-        self._begin_order()
+        self.epochs = Epochs(
+            loader,
+            parts,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            num_batches=self.num_batches,
+            exact=self.exact,
+            whole=self.whole,
+            share_alone=self._share_alone,
+        )
+        """Where an epoch is drawn from, and from which position on."""
+
+    @property
+    def loader(self) -> Any:
+        """This rank's share."""
+        return self.epochs.loader
 
     @property
     def stop(self) -> float:
         """No epoch, and not the one that is iterated, has more batches than this."""
-        return self._stop if self._order.end is None else self._order.end
+        return self._stop if self.epochs.end is None else self.epochs.end
 
     def has_ended(self, position: int) -> bool:
         """Whether nothing is left of an epoch that was resumed with another number of processes."""
-        return self._order.end is not None and 0 < self._order.end <= position
+        return self.epochs.end is not None and 0 < self.epochs.end <= position
 
-    def _share_out(self, parts: list[Any], *, alone: bool = False) -> None:
+    def _share_out(self, parts: Sequence[Any], *, alone: bool = False) -> tuple[Any, list[Any]]:
         """Take each part's share of this rank."""
-        parts = [_shard(p, self._fabric, inject=self._inject, training=True, alone=alone) for p in parts]
-        if self.combined is not None:
-            self.combined.flattened = parts
-        self.loader = self.combined if self.combined is not None else parts[0]
-        self.parts = parts
+        shares = [_shard(p, self._fabric, inject=self._inject, training=True, alone=alone) for p in parts]
+        if self.combined is None:
+            return shares[0], shares
+        self.combined.flattened = shares
+        return self.combined, shares
 
-    def _begin_order(self) -> None:
-        self._cursor = Cursor(self.loader, self._fabric.global_rank, exact=self.exact and not self._looks_ahead)
-        self._order = SampleOrder(self.parts, self._fabric.world_size, self.num_batches)
+    def _share_alone(self) -> tuple[Any, list[Any]]:
+        return self._share_out(self.epochs.parts, alone=True)
 
     def _agree_on_length(self) -> None:
         """All ranks train on as many batches: as those that have least, found out batch by batch for streams."""
@@ -221,25 +234,17 @@ class TrainingData:
             )
             self.num_batches, self.whole = min(lengths), False
 
-    def look_ahead(self) -> None:
-        """Batches are drawn before training comes to them, by a step that takes the iterator."""
-        self._looks_ahead = True
-        self._cursor.look_ahead()
-
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
         """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on.
 
         Each comes with its number and whether it is the epoch's last, on all ranks.
         """
-        for part in self.parts:
-            set_epoch(part, epoch)
-        self._order.begin()
-        batches = self._cursor.iterate(epoch, skip - self._order.base)
+        batches = self.epochs.iterate(epoch, skip)
         if self.combined is not None:
             batches = _first(batches)
         agree = partial(self._all_have_more, epoch) if self._agrees else None
-        what = f"of epoch {epoch} from the training loader"
-        return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=self.whole, agree=agree))
+        what, drain = f"of epoch {epoch} from the training loader", self.whole and not self.epochs.ends_without_drawing
+        return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=drain, agree=agree))
 
     def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
         """Whether every rank has a batch number ``index``; every rank asks."""
@@ -253,66 +258,6 @@ class TrainingData:
                 " epochs."
             )
         return having == world_size
-
-    def state_dict(self, position: int) -> dict[str, Any]:
-        """What is needed to draw this epoch's order again, when ``position`` batches of it are done with."""
-        state = self._cursor.state_dict(position - self._order.base)
-        if "order" in state:  # resumed, and not iterated yet
-            return state
-        return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
-
-    def resume(self, state: dict[str, Any], *, within: bool) -> None:
-        """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
-        if not state:  # saved before there was a loader
-            return
-        order = state.get("order", {})
-        self._draw_from(order.get("seed"))
-        self._order.load_state_dict(order, within=within)
-        self._cursor.load_state_dict(state, within=within, whole=self.whole)
-
-    def take_over(self, state: dict[str, Any], position: int, accumulate: int) -> int | None:
-        """Go on where another number of processes stood, after ``position`` batches.
-
-        Returns:
-            The batch to go on from; None where the epoch begins anew.
-        """
-        if not state:
-            return None
-        order = state.get("order", {})
-        self._draw_from(order.get("seed"))
-        self._cursor.take_generators(state, within=bool(position))
-        if not position:
-            self._order.load_state_dict(order, within=False)
-            return 0
-        if "per_step" not in order:  # saved before that was kept
-            rank_zero_warn("The checkpoint does not tell the order of its samples: the epoch begins anew.")
-            return None
-        return self._order.take_over(order, position, accumulate)
-
-    def follow(self, before: TrainingData) -> None:
-        """Go on with the orders of loaders that these ones replace."""
-        self._draw_from(before._order.seed)
-
-    def _draw_from(self, seed: int | None) -> None:
-        """Draw orders from the seed that several processes drew them from, also where there is one now."""
-        if seed is None:
-            return
-        if self._fabric.world_size == 1:
-            self._share_out(self.parts, alone=True)
-            self._begin_order()
-        self._order.seed = seed
-
-    def close(self) -> None:
-        """No epoch follows."""
-        self._cursor.close()
-
-    def finish(self, epoch: int, skip: int, *, drain: bool) -> None:
-        """Nothing is left of a resumed epoch but what its samplers draw at its end."""
-        for part in self.parts:
-            set_epoch(part, epoch)
-        skip -= self._order.base
-        self._order.forget()
-        self._cursor.finish(epoch, skip, drain=drain and self.whole and self.exact, whole=self.whole)
 
 
 def _first(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -11,8 +9,8 @@ import torch
 from torch import Tensor
 
 from treadle.reduction import REDUCTIONS
-from treadle_fabric import isolate_rng, rank_zero_warn
-from treadle_fabric.seed import collect_rng_states
+from treadle_fabric import rank_zero_warn
+from treadle_fabric.seed import rng_states_of
 
 __all__ = ["part_of_rank"]
 
@@ -34,7 +32,7 @@ def part_of_rank(
         metrics: the module's torchmetrics objects by path.
     """
     first = ranks[0]
-    mine = {**first, "rng": ranks[rank]["rng"] if rank < len(ranks) else _new_random_state(first["rng"], rank)}
+    mine = {**first, "rng": rng_states_of([part["rng"] for part in ranks], rank)}
     slots = _merged_slots(ranks)
     mine["results"] = {**first["results"], "slots": slots if rank == 0 else _emptied(slots)}
     mine["metric_objects"] = {
@@ -54,18 +52,6 @@ def part_of_rank(
         sums = {key: sum(part[key] for part in weights) if rank == 0 else 0 for key in ("total", "count")}
         mine["weights"] = {**weights[0], **sums}
     return mine
-
-
-def _new_random_state(state: dict[str, Any], rank: int) -> dict[str, Any]:
-    with isolate_rng():
-        seed = zlib.crc32(b"%d" % rank + state["torch"].numpy().tobytes())
-        torch.manual_seed(seed)
-        random.seed(seed)
-        new = collect_rng_states()
-    if "numpy" in state:
-        name, words, *rest = state["numpy"]
-        new["numpy"] = (name, words ^ seed, *rest)
-    return new
 
 
 def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

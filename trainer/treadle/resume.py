@@ -40,7 +40,7 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
     validating = run.before_validation if run.progress.phase is Phase.LOGGED else {}
     mine: dict[str, Any] = {
         **(validating or moment(run)),
-        "data": data.state_dict(run.progress.batch) if data is not None else {},
+        "data": data.epochs.state_dict(run.progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
         "weights": run.weights.state_dict(),
@@ -82,7 +82,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     if elsewhere:
         mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
         ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
-        there = data.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
+        there = data.epochs.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
         if not ended and there != progress.batch:
             progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
             mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
@@ -107,7 +107,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     if not elsewhere:
-        data.resume(mine["data"], within=bool(progress.batch))
+        data.epochs.resume(mine["data"], within=bool(progress.batch))
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
 

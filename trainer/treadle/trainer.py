@@ -511,7 +511,7 @@ class Trainer(TrainerView):
             assert self._make_training_data is not None
             before, self._train_data = self._train_data, self._make_training_data()
             if before is not None and self._train_data is not None:
-                self._train_data.follow(before)
+                self._train_data.epochs.follow(before.epochs)
         data = self._train_data
         return None if data is None else assembly.make_epoch(run, self._settings, data, loop, self, self._signals)
 

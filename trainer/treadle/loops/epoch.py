@@ -64,7 +64,7 @@ class TrainingEpoch:
         self._last_validation = time.monotonic()
         self._told_idle = False
         if step.wants_iterator:
-            data.look_ahead()
+            data.epochs.look_ahead()
 
     @property
     def val_check_batch(self) -> float:
@@ -82,7 +82,7 @@ class TrainingEpoch:
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
             stop = self._finish_batch()
             if stop or progress.is_last_batch:
-                self._data.finish(progress.epoch, progress.batch, drain=not stop)
+                self._data.epochs.finish(progress.epoch, progress.batch, drain=not stop)
                 return
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
         total = self._data.stop
@@ -195,7 +195,7 @@ class TrainingEpoch:
 
     def close(self) -> None:
         """Let go of the loader's workers; the loop is used no more."""
-        self._data.close()
+        self._data.epochs.close()
 
     def end(self) -> None:
         """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""

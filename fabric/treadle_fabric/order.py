@@ -13,8 +13,8 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
-from treadle_fabric import rank_zero_warn
 from treadle_fabric.data import ShardedSampler, is_indexed, samplers, sized_len
+from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["SampleOrder"]
 

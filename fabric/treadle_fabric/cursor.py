@@ -69,6 +69,7 @@ class Cursor:
             self._numbers = _Numbered(_index_sampler(loader), batched=loader.batch_sampler is not None)
             self._loader = _with_sampler(loader, self._numbers, _SeededByBatch(loader.dataset))
         self._generators = _generators(loader)
+        self._draws_by_torch = self._indexed and self._private is None
         self._key, self._warm, self._seeded = 0, False, False
         self._rng: dict[str, Any] = {}
         self._drawn_from: list[Tensor] = []
@@ -85,6 +86,11 @@ class Cursor:
         generator.set_state(self._rng["torch"])
         torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws its workers' seed first
         return {**self._rng, "torch": generator.get_state()}
+
+    @property
+    def ends_without_drawing(self) -> bool:
+        """Whether nothing happens at an epoch's end: no sampler draws once more, and no worker is to be told."""
+        return self._draws_by_torch and not self._generators and not self._loader.num_workers
 
     def look_ahead(self) -> None:
         """Whoever iterates draws batches before training comes to them."""
@@ -165,7 +171,7 @@ class Cursor:
             skip: how many to leave out at the beginning.
         """
         resumed, self._resumed = self._resumed, {}
-        now = collect_rng_states()
+        now = {"torch": torch.get_rng_state()} if self._draws_by_torch else collect_rng_states()
         if resumed:
             self._key, self._rng, self._warm = resumed["key"], resumed["rng"], resumed["warm"]
             self._drawn_from = resumed["generators"]

@@ -1,0 +1,137 @@
+"""The epochs of training loaders, each from any position on, also where another number of processes goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from treadle_fabric.cursor import Cursor
+from treadle_fabric.data import set_epoch
+from treadle_fabric.order import SampleOrder
+from treadle_fabric.rank_zero import rank_zero_warn
+
+__all__ = ["Epochs"]
+
+
+class Epochs:
+    """Iterates this rank's share of a loader, and knows what a position in it means.
+
+    Args:
+        loader: what is iterated.
+        parts: the loaders that it combines; itself where it is only one.
+        rank: this process.
+        world_size: processes that share the samples out.
+        num_batches: of an epoch; infinity where that is unknown.
+        exact: whether who iterates relies on that number; else it looks one batch ahead.
+        whole: whether an epoch is all of the loader.
+        share_alone: gives loader and parts that one process alone iterates in the order that several have.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        parts: Sequence[Any],
+        *,
+        rank: int,
+        world_size: int,
+        num_batches: float,
+        exact: bool,
+        whole: bool,
+        share_alone: Callable[[], tuple[Any, Sequence[Any]]],
+    ) -> None:
+        self.loader, self.parts = loader, parts
+        self._rank, self._world_size, self._num_batches = rank, world_size, num_batches
+        self._exact, self._whole, self._share_alone = exact, whole, share_alone
+        self._looks_ahead = not exact
+        self._begin_order()
+
+    def _begin_order(self) -> None:
+        self._cursor = Cursor(self.loader, self._rank, exact=not self._looks_ahead)
+        self._order = SampleOrder(self.parts, self._world_size, self._num_batches)
+
+    @property
+    def end(self) -> int | None:
+        """The number that this epoch ends before, where that is not the number of batches of any other."""
+        return self._order.end
+
+    @property
+    def ends_without_drawing(self) -> bool:
+        """Whether it makes no difference that the end of an epoch is asked for a batch in vain."""
+        return self._cursor.ends_without_drawing
+
+    def look_ahead(self) -> None:
+        """Whoever iterates draws batches before training comes to them."""
+        self._looks_ahead = True
+        self._cursor.look_ahead()
+
+    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """The batches of an epoch, in its order, from the one after the first ``skip`` on."""
+        for part in self.parts:
+            set_epoch(part, epoch)
+        self._order.begin()
+        return self._cursor.iterate(epoch, skip - self._order.base)
+
+    def finish(self, epoch: int, skip: int, *, drain: bool) -> None:
+        """Nothing is left of a resumed epoch but what its samplers draw at its end."""
+        for part in self.parts:
+            set_epoch(part, epoch)
+        skip -= self._order.base
+        self._order.forget()
+        self._cursor.finish(epoch, skip, drain=drain and self._whole and self._exact, whole=self._whole)
+
+    def close(self) -> None:
+        """No epoch follows."""
+        self._cursor.close()
+
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """What is needed to draw this epoch's order again, when ``position`` batches of it are done with."""
+        state = self._cursor.state_dict(position - self._order.base)
+        if "order" in state:  # resumed, and not iterated yet
+            return state
+        return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
+
+    def resume(self, state: dict[str, Any], *, within: bool) -> None:
+        """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
+        if not state:  # saved before there was a loader
+            return
+        order = state.get("order", {})
+        self._draw_from(order.get("seed"))
+        self._order.load_state_dict(order, within=within)
+        self._cursor.load_state_dict(state, within=within, whole=self._whole)
+
+    def take_over(self, state: dict[str, Any], position: int, accumulate: int = 1) -> int | None:
+        """Go on where another number of processes stood, after ``position`` batches.
+
+        Args:
+            state: of :meth:`state_dict`, from any of them.
+            position: the batches of the epoch that are done with.
+            accumulate: batches of an optimizer step.
+
+        Returns:
+            The batch to go on from; None where the epoch begins anew.
+        """
+        if not state:
+            return None
+        order = state.get("order", {})
+        self._draw_from(order.get("seed"))
+        self._cursor.take_generators(state, within=bool(position))
+        if not position:
+            self._order.load_state_dict(order, within=False)
+            return 0
+        if "per_step" not in order:  # saved before that was kept
+            rank_zero_warn("The checkpoint does not tell the order of its samples: the epoch begins anew.")
+            return None
+        return self._order.take_over(order, position, accumulate)
+
+    def follow(self, before: Epochs) -> None:
+        """Go on with the orders of loaders that these ones replace."""
+        self._draw_from(before._order.seed)
+
+    def _draw_from(self, seed: int | None) -> None:
+        """Draw orders from the seed that several processes drew them from, also where there is one now."""
+        if seed is None:
+            return
+        if self._world_size == 1:
+            self.loader, self.parts = self._share_alone()
+            self._begin_order()
+        self._order.seed = seed

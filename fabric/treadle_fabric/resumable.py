@@ -1,0 +1,135 @@
+"""Setting up loaders, also ones whose position belongs into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from treadle_fabric.data import batch_mover, sampler_epoch, seed_workers, shard_dataloader, sized_len
+from treadle_fabric.epochs import Epochs
+from treadle_fabric.loaders import FabricDataLoader, WrappedLoader
+from treadle_fabric.seed import collect_rng_states, rng_states_of, set_rng_states
+from treadle_fabric.strategies import Strategy
+
+__all__ = ["ResumableDataLoader", "wrap_loader"]
+
+
+def wrap_loader(
+    loader: Any, strategy: Strategy, *, share: bool, device: torch.device | None, resumable: bool
+) -> WrappedLoader:
+    """This rank's share of a loader.
+
+    Args:
+        loader: the user's.
+        strategy: knows the ranks.
+        share: whether samples are shared out.
+        device: where batches go; None: they stay where they are.
+        resumable: whether it can be saved in the middle of an epoch.
+    """
+
+    def prepare(alone: bool = False) -> Any:
+        ranks = strategy.distributed_sampler_kwargs or ({"num_replicas": 1, "rank": 0} if alone else None)
+        mine = loader
+        if share and ranks is not None:
+            mine = shard_dataloader(mine, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), alone=alone, **ranks)
+        return seed_workers(strategy.process_dataloader(mine), strategy.global_rank)
+
+    if resumable:
+        return ResumableDataLoader(prepare(), device, strategy, share_alone=lambda: prepare(alone=True))
+    return FabricDataLoader(prepare(), device)
+
+
+class ResumableDataLoader(WrappedLoader):
+    """A loader that goes on after a restart at the batch where the saved one stood, with the same random numbers.
+
+    Put it into the state that ``Fabric.save`` and ``Fabric.load`` get, and save after the step: the batch that was
+    handed out last counts as done. Its state holds the position, what the order of the epoch was drawn from, and the
+    random state of every rank, which is put back before the next batch. Resuming skips by index arithmetic where the
+    dataset is indexed; a loader with a ``state_dict`` of its own is asked, and a stream is iterated up to the position.
+    Another number of processes goes on in the same order of samples.
+
+    An epoch that was left with ``break`` counts as unfinished until the next one begins, or ``set_epoch`` names it.
+
+    Args:
+        dataloader: This rank's share of a loader.
+        device: Where batches go. ``None``: they stay where they are.
+        strategy: Knows the ranks.
+        share_alone: Gives the loader that one process alone iterates in the order that several have.
+    """
+
+    def __init__(
+        self, dataloader: Any, device: torch.device | None, strategy: Strategy, share_alone: Callable[[], Any]
+    ) -> None:
+        super().__init__(dataloader, device)
+        self._strategy = strategy
+        self._epochs = Epochs(
+            dataloader,
+            [dataloader],
+            rank=strategy.global_rank,
+            world_size=strategy.world_size,
+            num_batches=math.inf if (length := sized_len(dataloader)) is None else length,
+            exact=True,
+            whole=True,
+            share_alone=lambda: (loader := share_alone(), [loader]),
+        )
+        self._position = 0
+        self._begun = self._continues = False
+        self._random: dict[str, Any] = {}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was begun last, or the next one where that has come to its end."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """The batches of :attr:`epoch` that were handed out."""
+        return self._position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is, counted from 0; one that was resumed keeps its position."""
+        if not (self._continues and epoch == self._epoch):
+            self._position, self._begun, self._continues = 0, False, False
+        self._tell_samplers(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        if (told := self._told_epoch()) is not None:
+            self.set_epoch(told)
+        elif self._begun and not self._continues:  # it was left before its end
+            self.set_epoch(self._epoch + 1)
+        self._begun, self._continues = True, False
+        if self._random:
+            set_rng_states(self._random)
+            self._random = {}
+        batches = self._epochs.iterate(self._epoch, self._position)
+        self._known_epoch = sampler_epoch(self._dataloader)
+        move = None if self._device is None else batch_mover(self._device)
+        for batch in batches:
+            self._position += 1
+            yield batch if move is None else move(batch)
+        self._epoch, self._position, self._begun = self._epoch + 1, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, what it means and the random states, of every rank; every rank must call this."""
+        strategy = self._strategy
+        mine = {"random": self._random or collect_rng_states(), "data": self._epochs.state_dict(self._position)}
+        ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
+        return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration continues where ``state`` was taken, on as many ranks or on others."""
+        ranks, rank = state["ranks"], self._strategy.global_rank
+        position = state["position"]
+        if len(ranks) == self._strategy.world_size:
+            self._epochs.resume(ranks[rank]["data"], within=bool(position))
+        else:
+            position = self._epochs.take_over(ranks[0]["data"], position) or 0
+        self._dataloader = self._epochs.loader
+        self._random = rng_states_of([part["random"] for part in ranks], rank)
+        self._epoch, self._position, self._begun = state["epoch"], position, False
+        self._continues = position > 0
+        self._known_epoch = sampler_epoch(self._dataloader)
