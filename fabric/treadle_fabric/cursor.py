@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from treadle_fabric.data import PrivateRandomness, samplers
+from treadle_fabric.errors import CheckpointMismatchError
 from treadle_fabric.seed import collect_rng_states, set_rng_states
 
 __all__ = ["Cursor"]
@@ -40,10 +41,11 @@ class Cursor:
         loader: any iterable of batches.
         rank: this process; workers of different ranks draw different numbers.
         exact: whether who iterates knows the number of batches; else it looks one batch ahead.
+        among_others: whether others draw random numbers between the beginning of an epoch and its first batch.
     """
 
-    def __init__(self, loader: Any, rank: int, *, exact: bool = True) -> None:
-        self._loader, self._rank = loader, rank
+    def __init__(self, loader: Any, rank: int, *, exact: bool = True, among_others: bool = False) -> None:
+        self._loader, self._rank, self._among_others = loader, rank, among_others
         self._ahead: deque[tuple[int, Any]] = deque(maxlen=_AHEAD)
         self._looks_ahead = not exact
         self._stateful = (
@@ -88,13 +90,14 @@ class Cursor:
         return {**self._rng, "torch": generator.get_state()}
 
     @property
+    def skips_by_index(self) -> bool:
+        """Whether going to a position loads nothing, and a pass over the loader is all that it takes to continue it."""
+        return self._indexed or self._plain
+
+    @property
     def ends_without_drawing(self) -> bool:
         """Whether nothing happens at an epoch's end: no sampler draws once more, and no worker is to be told."""
         return self._draws_by_torch and not self._generators and not self._loader.num_workers
-
-    def look_ahead(self) -> None:
-        """Whoever iterates draws batches before training comes to them."""
-        self._looks_ahead = True
 
     def take_generators(self, state: dict[str, Any], *, within: bool) -> None:
         """Give the user's generators what they had when the epoch of ``state`` began, or after it."""
@@ -125,6 +128,11 @@ class Cursor:
             within: False: it follows that epoch.
             whole: whether an epoch is all that the loader has.
         """
+        if "key" not in state:
+            raise CheckpointMismatchError(
+                "The checkpoint was saved with several training loaders combined, and here is one. Resume with the"
+                " loaders that it was saved with."
+            )
         if within:
             self._resumed = state
             return
@@ -197,7 +205,7 @@ class Cursor:
         if numbers is not None:
             numbers.begin(self._key, skip)
             iterator = self._from_workers(now is not None)
-        elif skip or now is not None:
+        elif skip or now is not None or self._among_others:
             rest = _Rest(_index_sampler(loader), skip)
             iterator = iter(_with_sampler(loader, rest, loader.dataset))
             rest.begin()  # draws the order before the random state goes on
@@ -301,9 +309,10 @@ class _Rest:
         self._iterator: Iterator[Any] | None = None
 
     def begin(self) -> None:
-        """Draw the order now."""
-        self._iterator = iter(self._sampler)
-        deque(islice(self._iterator, self._skip), maxlen=0)
+        """Draw the order now, which samplers do with the first item."""
+        iterator = iter(self._sampler)
+        deque(islice(iterator, self._skip), maxlen=0)
+        self._iterator = iterator if self._skip else chain(list(islice(iterator, 1)), iterator)
 
     def __iter__(self) -> Iterator[Any]:
         if self._iterator is None:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from treadle_fabric.cursor import Cursor
 from treadle_fabric.data import set_epoch
 from treadle_fabric.order import SampleOrder
 from treadle_fabric.rank_zero import rank_zero_warn
 
-__all__ = ["Epochs"]
+__all__ = ["EpochCursor", "Epochs"]
+
+
+class EpochCursor(Protocol):
+    """Iterates the epochs of a loader from a position: :class:`treadle_fabric.cursor.Cursor`, or one like it."""
+
+    @property
+    def drawn_from(self) -> int | dict[str, Any]: ...
+
+    @property
+    def ends_without_drawing(self) -> bool: ...
+
+    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]: ...
+
+    def finish(self, epoch: int, skip: int, *, drain: bool, whole: bool) -> None: ...
+
+    def close(self) -> None: ...
+
+    def state_dict(self, position: int) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None: ...
+
+    def take_generators(self, state: dict[str, Any], *, within: bool) -> None: ...
 
 
 class Epochs:
@@ -25,6 +47,7 @@ class Epochs:
         exact: whether who iterates relies on that number; else it looks one batch ahead.
         whole: whether an epoch is all of the loader.
         share_alone: gives loader and parts that one process alone iterates in the order that several have.
+        make_cursor: gives what iterates the loader.
     """
 
     def __init__(
@@ -38,15 +61,16 @@ class Epochs:
         exact: bool,
         whole: bool,
         share_alone: Callable[[], tuple[Any, Sequence[Any]]],
+        make_cursor: Callable[..., EpochCursor] = Cursor,
     ) -> None:
         self.loader, self.parts = loader, parts
         self._rank, self._world_size, self._num_batches = rank, world_size, num_batches
         self._exact, self._whole, self._share_alone = exact, whole, share_alone
-        self._looks_ahead = not exact
+        self._looks_ahead, self._make_cursor = not exact, make_cursor
         self._begin_order()
 
     def _begin_order(self) -> None:
-        self._cursor = Cursor(self.loader, self._rank, exact=not self._looks_ahead)
+        self._cursor: EpochCursor = self._make_cursor(self.loader, self._rank, exact=not self._looks_ahead)
         self._order = SampleOrder(self.parts, self._world_size, self._num_batches)
 
     @property
@@ -60,9 +84,9 @@ class Epochs:
         return self._cursor.ends_without_drawing
 
     def look_ahead(self) -> None:
-        """Whoever iterates draws batches before training comes to them."""
+        """Whoever iterates draws batches before training comes to them; to be said before anything is resumed."""
         self._looks_ahead = True
-        self._cursor.look_ahead()
+        self._begin_order()
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch, in its order, from the one after the first ``skip`` on."""
@@ -77,7 +101,8 @@ class Epochs:
             set_epoch(part, epoch)
         skip -= self._order.base
         self._order.forget()
-        self._cursor.finish(epoch, skip, drain=drain and self._whole and self._exact, whole=self._whole)
+        drain = drain and self._whole and self._exact and not self.ends_without_drawing
+        self._cursor.finish(epoch, skip, drain=drain, whole=self._whole)
 
     def close(self) -> None:
         """No epoch follows."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler
 
 import treadle as L
+from treadle_fabric import CheckpointMismatchError
 from treadle_fabric.data import ShardedSampler
 
 SEVERAL = pytest.param(2, marks=pytest.mark.faults)
@@ -107,11 +108,73 @@ def test_what_is_skipped_is_not_read(tmp_path: Path, workers: int, batched: bool
     assert dataset.read.value == (6 if batched else 2)
 
 
+def combined(mode: Any, n: int, workers: int) -> L.CombinedLoader:
+    """One loader of ``n // 3`` batches with others of half and two thirds as many, of different kinds."""
+    kinds = ("persistent" if workers else "shuffled", n, workers), ("generator", n // 2, 0), ("weighted", 2 * n // 3, 0)
+    return L.CombinedLoader([make_loader(*kind) for kind in kinds], mode)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.faults)])
+def test_combined_loaders_at_every_position(tmp_path: Path, mode: str, workers: int) -> None:
+    length = len(combined(mode, 18, 0))
+    points = [(epoch, index) for epoch in (0, 1) for index in range(length)]
+    assert_goes_on(tmp_path, lambda: combined(mode, 18, workers), points, max_epochs=3)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle", "sequential"])
+def test_what_combined_loaders_skip_is_not_read(tmp_path: Path, mode: Any) -> None:
+    parts = Counted(24), Counted(9)
+
+    def loader() -> L.CombinedLoader:
+        return L.CombinedLoader([DataLoader(part, 3, shuffle=True) for part in parts], mode)
+
+    last = len(loader()) - 2
+    whole = watch(tmp_path, loader, save_after=[(0, last)], max_epochs=1)
+    for part in parts:
+        part.read.value = 0
+    assert same(watch(tmp_path, loader, tmp_path / f"0-{last}.ckpt", max_epochs=1), whole[-1:])
+    assert sum(part.read.value for part in parts) <= 6
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_saved_before_a_batch_is_trained_on(tmp_path: Path, several: bool) -> None:
+    class Early(Watcher):
+        saves = False
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            if self.saves:
+                self.trainer.save_checkpoint(self.folder / f"{batch_idx}.ckpt")
+
+    def fit(save: bool, ckpt_path: Any = None) -> list[Any]:
+        L.seed_everything(11, verbose=False)
+        model = Early(tmp_path)
+        model.saves = save
+        loader = {name: DataLoader(Counted(n), 3, shuffle=True) for name, n in (("a", 24), ("b", 9))}
+        trainer(tmp_path, max_epochs=1).fit(model, loader if several else loader["a"], ckpt_path=ckpt_path)
+        return model.seen
+
+    whole = fit(True)
+    for index in range(8):
+        assert same(fit(False, tmp_path / f"{index}.ckpt"), whole[index:]), index
+
+
+def test_other_loaders_than_in_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    one, two = (lambda: make_loader("shuffled", 9, 0)), (lambda: make_loader("cycle", 9, 0))
+    for before, after in ((one, two), (two, one), (two, lambda: [*two().values(), one()])):
+        watch(tmp_path, before, save_after=[(0, 1)], max_epochs=1)
+        with pytest.raises(CheckpointMismatchError, match="Resume with the loaders that it was saved with"):
+            watch(tmp_path, after, tmp_path / "0-1.ckpt", max_epochs=1)
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batch_100000_is_reached_within_a_second(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_batch_100000_is_reached_within_a_second(tmp_path: Path, workers: int, several: bool) -> None:
     dataset = Counted(200_050)
-    loader = DataLoader(dataset, 2, shuffle=True, num_workers=workers)
+    loader: Any = DataLoader(dataset, 2, shuffle=True, num_workers=workers)
+    if several:
+        loader = {"long": loader, "short": DataLoader(Counted(30), 2, shuffle=True)}
     path = tmp_path / "early.ckpt"
 
     class Early(L.Callback):

@@ -129,8 +129,47 @@ class CombinedLoader:
         return int(total)
 
     def __iter__(self) -> Iterator[Item]:
-        self._running = _WALKS[self._mode](self)
+        return self.iterate_from(0, [0] * len(self._flattened), lambda index, skip: iter(self._flattened[index]))
+
+    def iterate_from(
+        self, item: int, skips: Sequence[int], begin: Callable[[int, int], Iterator[Any]]
+    ) -> Iterator[Item]:
+        """A pass from an item on.
+
+        Args:
+            item: Items before it are left out.
+            skips: For each loader, the batches that its first iterator leaves out: see :meth:`places`.
+            begin: Gets the index of a loader and how many batches to leave out, and gives an iterator.
+        """
+        first = dict(enumerate(skips))
+
+        def start(index: int) -> Iterator[Any]:
+            skip = first.pop(index, 0)
+            limit = math.inf if self._limits is None else self._limits[index]
+            if limit == 0:
+                return iter(())  # starting the loader would start its workers
+            iterator = begin(index, skip)
+            return iterator if limit == math.inf else islice(iterator, int(limit) - skip)
+
+        self._running = _WALKS[self._mode](self, start, item)
         return self._running
+
+    def places(self, item: int) -> list[tuple[int, int] | None]:
+        """Where each loader stands before an item: its passes before, and the batches of this one; None: not begun.
+
+        Every loader needs a length.
+        """
+        found: list[tuple[int, int] | None] = []
+        for length in map(int, self._lengths()):
+            if self._mode == "sequential":
+                found.append((0, min(item, length)) if item > 0 or not found else None)
+                item -= length
+            elif self._mode == "max_size_cycle" and 0 < length < item:
+                passes = (item - 1) // length
+                found.append((passes, item - passes * length))
+            else:
+                found.append((0, min(item, length)))
+        return found
 
     def reset(self) -> None:
         """End the pass that is under way and let go of the workers, persistent ones included."""
@@ -166,51 +205,50 @@ class CombinedLoader:
         limits = self._limits or [math.inf] * len(sizes)
         return [min(math.inf if size is None else size, limit) for size, limit in zip(sizes, limits, strict=True)]
 
-    def _start(self, index: int) -> Iterator[Any]:
-        limit = math.inf if self._limits is None else self._limits[index]
-        if limit == 0:
-            return iter(())  # starting the loader would start its workers
-        iterator = iter(self._flattened[index])
-        return iterator if limit == math.inf else islice(iterator, int(limit))
+
+Start: TypeAlias = Callable[[int], Iterator[Any]]
 
 
-def _sequential(combined: CombinedLoader) -> Generator[Item]:
-    for dataloader_idx in range(len(combined.flattened)):
-        for batch_idx, batch in enumerate(combined._start(dataloader_idx)):
+def _sequential(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
+    begun = [place for place in combined.places(item) if place is not None] if item else [(0, 0)]
+    current, (_, skipped) = len(begun) - 1, begun[-1]
+    for dataloader_idx in range(current, len(combined.flattened)):
+        for batch_idx, batch in enumerate(start(dataloader_idx), skipped):
             yield batch, batch_idx, dataloader_idx
+        skipped = 0
 
 
-def _min_size(combined: CombinedLoader) -> Generator[Item]:
-    iterators = [combined._start(i) for i in range(len(combined.flattened))]
-    for batch_idx, batches in enumerate(zip(*iterators)):
+def _min_size(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
+    iterators = [start(i) for i in range(len(combined.flattened))]
+    for batch_idx, batches in enumerate(zip(*iterators), item):
         yield _rebuild(combined.iterables, iter(batches)), batch_idx, 0
 
 
-def _max_size(combined: CombinedLoader) -> Generator[Item]:
-    iterators = [combined._start(i) for i in range(len(combined.flattened))]
-    for batch_idx in count():
+def _max_size(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
+    iterators = [start(i) for i in range(len(combined.flattened))]
+    for batch_idx in count(item):
         batches = [next(iterator, _END) for iterator in iterators]
         if all(batch is _END for batch in batches):
             return
         yield _rebuild(combined.iterables, (None if batch is _END else batch for batch in batches)), batch_idx, 0
 
 
-def _max_size_cycle(combined: CombinedLoader) -> Generator[Item]:
-    iterators = [combined._start(i) for i in range(len(combined.flattened))]
-    ended = [False] * len(iterators)
-    for batch_idx in count():
+def _max_size_cycle(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
+    iterators = [start(i) for i in range(len(combined.flattened))]
+    ended = [item > length for length in combined._lengths()] if item else [False] * len(iterators)
+    for batch_idx in count(item):
         batches = [next(iterator, _END) for iterator in iterators]
         ended = [before or batch is _END for before, batch in zip(ended, batches, strict=True)]
         if all(ended):
             return
         for i, batch in enumerate(batches):
             if batch is _END:
-                iterators[i] = combined._start(i)
+                iterators[i] = start(i)
                 batches[i] = next(iterators[i], None)
         yield _rebuild(combined.iterables, iter(batches)), batch_idx, 0
 
 
-_WALKS: dict[str, Callable[[CombinedLoader], Generator[Item]]] = {
+_WALKS: dict[str, Callable[[CombinedLoader, Start, int], Generator[Item]]] = {
     "min_size": _min_size,
     "max_size": _max_size,
     "max_size_cycle": _max_size_cycle,

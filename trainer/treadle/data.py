@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from treadle.combined_cursor import make_cursor
 from treadle.combined_loader import CombinedLoader
 from treadle.dispatch import check_signature, overrides
 from treadle.hooks import DataHooks
@@ -190,6 +191,7 @@ class TrainingData:
             exact=self.exact,
             whole=self.whole,
             share_alone=self._share_alone,
+            make_cursor=make_cursor,
         )
         """Where an epoch is drawn from, and from which position on."""
 

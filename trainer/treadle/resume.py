@@ -78,7 +78,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
         return
     fabric, module = run.fabric, run.module
     metrics, progress = run.metric_objects[1], run.progress
-    elsewhere, begins = len(ranks) != fabric.world_size, not progress.batch
+    elsewhere, begins = len(ranks) != fabric.world_size, not progress.begun
     if elsewhere:
         mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
         ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
@@ -107,7 +107,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     if not elsewhere:
-        data.epochs.resume(mine["data"], within=bool(progress.batch))
+        data.epochs.resume(mine["data"], within=progress.begun)
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
 

@@ -71,6 +71,8 @@ class FitProgress:
     """Completed epochs."""
     batch: int = 0
     """Batches trained on in this epoch."""
+    begun: bool = False
+    """Whether the first batch of this epoch was drawn."""
     batches: int = 0
     """Batches trained on in all epochs."""
     step: int = 0
@@ -98,7 +100,7 @@ class FitProgress:
     def begin_epoch(self) -> None:
         """Start counting an epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
-        self.is_last_batch = self.validation_due = self.epoch_ended = False
+        self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = False
         self.phase = Phase.BETWEEN
 
 

@@ -86,7 +86,7 @@ class LearningRateMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log at the start of an epoch."""
-        if self.logging_interval != "step" and not trainer.fit_progress.batch:  # else resumed in the epoch
+        if self.logging_interval != "step" and not trainer.fit_progress.begun:  # else resumed in the epoch
             self._log(trainer, pl_module, "epoch")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, interval: str) -> None:

@@ -91,6 +91,7 @@ class TrainingEpoch:
             transfer = stay
         on_batch_start, on_batch_end, schedulers = self._on_batch_start, self._on_batch_end, self._schedulers
         schedule, begun = self._schedule, progress.batch
+        progress.begun = True
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)

@@ -104,7 +104,7 @@ class FitLoop:
                     self.epoch = epoch = self._make_epoch(self)
                     assert epoch is not None
                 first = False
-                within = bool(progress.batch)
+                within = progress.begun
                 if not within:
                     self._restore()
                 dispatch.call("on_train_epoch_start")
