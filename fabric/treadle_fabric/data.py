@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
-from treadle_fabric.seed import set_rng_states, worker_init_function
+from treadle_fabric.seed import NumPyState, set_rng_states, worker_init_function
 
 __all__ = [
     "PrivateRandomness",
@@ -194,40 +194,50 @@ class PrivateRandomness:
 
     def __init__(self, begin: int | Mapping[str, Any]) -> None:
         self._begin = begin
-        self._inside: tuple[Any, ...] | None = None
+        self._inside: _RandomState | None = None
+        self._outside: _RandomState | None = None
 
     def take(self, items: Iterator[Any] | Callable[[], Iterator[Any]], n: int) -> tuple[Iterator[Any], list[Any]]:
         """The next ``n`` items; a function is called for the iterator, which may draw already."""
-        numpy = sys.modules.get("numpy")
-        outside = self._collect(numpy)
+        self._outside = outside = _RandomState(self._outside)
         if self._inside is not None:
-            self._restore(numpy, self._inside)
-        elif isinstance(self._begin, int):
-            seed = self._begin % 2**32  # numpy takes no more
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            if numpy is not None:
-                numpy.random.seed(seed)
+            self._inside.replace(outside)
         else:
-            set_rng_states({k: self._begin[k] for k in ("torch", "python", "numpy") if k in self._begin})
+            self._seed()
         try:
             iterator = items() if callable(items) else items
             return iterator, list(islice(iterator, n))
         finally:
-            self._inside = self._collect(numpy)
-            self._restore(numpy, outside)
+            self._inside = _RandomState(self._inside)
+            outside.replace(self._inside)
 
-    @staticmethod
-    def _collect(numpy: Any) -> tuple[Any, ...]:
-        state = torch.default_generator.get_state(), random.getstate()
-        return state if numpy is None else (*state, numpy.random.get_state())
+    def _seed(self) -> None:
+        if not isinstance(self._begin, int):
+            set_rng_states({k: self._begin[k] for k in ("torch", "python", "numpy") if k in self._begin})
+            return
+        seed = self._begin % 2**32  # numpy takes no more
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed)
 
-    @staticmethod
-    def _restore(numpy: Any, state: tuple[Any, ...]) -> None:
-        torch.default_generator.set_state(state[0])
-        random.setstate(state[1])
-        if numpy is not None and len(state) > 2:
-            numpy.random.set_state(state[2])
+
+class _RandomState:
+    """Torch's, Python's and NumPy's random state now; ``known`` is the last one of the same kind."""
+
+    def __init__(self, known: _RandomState | None) -> None:
+        self._torch = torch.default_generator.get_state()
+        self._python = random.getstate()
+        self._numpy: NumPyState | None = None
+        if "numpy" in sys.modules:
+            self._numpy = NumPyState.read(None if known is None else known._numpy)
+
+    def replace(self, current: _RandomState) -> None:
+        """Put this state back in the place of the current one."""
+        torch.default_generator.set_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None and current._numpy is not None:
+            self._numpy.replace(current._numpy)
 
 
 class ShardedSampler(Sampler[Any]):
@@ -247,7 +257,7 @@ class ShardedSampler(Sampler[Any]):
         drop_last: With ``pad``, leave out the samples at the end instead of repeating some.
     """
 
-    _CHUNK = 1024  # swapping the random state takes as long as drawing a few dozen indices
+    _CHUNK = 1024  # items drawn with one change of the random state
 
     def __init__(
         self,
@@ -281,29 +291,27 @@ class ShardedSampler(Sampler[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         head: list[Any] = []
-        row: list[Any] = []  # what the ranks get at one position
-        skip = self.start
-        for item in self._order():
-            if len(head) < self.num_replicas:
-                head.append(item)
-            if skip:
-                skip -= 1
-                continue
-            row.append(item)
-            if len(row) == self.num_replicas:
-                yield row[self.rank]
-                row.clear()
-        if row and self.pad and not self.drop_last:
-            row += islice(cycle(head), self.num_replicas - len(row))
-            yield row[self.rank]
-        elif row and not self.pad and self.rank < len(row):
-            yield row[self.rank]
+        rest: list[Any] = []  # what is not shared out yet
+        skip, ranks = self.start, self.num_replicas
+        for chunk in self._order():
+            head += chunk[: ranks - len(head)]
+            rest += chunk[skip:]
+            skip = max(skip - len(chunk), 0)
+            whole = len(rest) - len(rest) % ranks
+            yield from rest[self.rank : whole : ranks]
+            del rest[:whole]
+        if rest and self.pad and not self.drop_last:
+            rest += islice(cycle(head), ranks - len(rest))
+            yield rest[self.rank]
+        elif rest and not self.pad and self.rank < len(rest):
+            yield rest[self.rank]
 
-    def _order(self) -> Iterator[Any]:
+    def _order(self) -> Iterator[list[Any]]:
+        """What the sampler yields, in chunks."""
         randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
         iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
         while chunk:
-            yield from chunk
+            yield chunk
             iterator, chunk = randomness.take(iterator, self._CHUNK)
 
     def __len__(self) -> int:

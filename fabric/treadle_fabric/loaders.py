@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle_fabric.data import batch_mover, sampler_epoch, set_epoch
+from treadle_fabric.data import batch_mover, sampler_epoch, seed_workers, set_epoch, shard_dataloader
 
-__all__ = ["FabricDataLoader", "WrappedLoader"]
+if TYPE_CHECKING:
+    from treadle_fabric.strategies import Strategy
+
+__all__ = ["FabricDataLoader", "WrappedLoader", "share_loader"]
+
+
+def share_loader(
+    loader: Any,
+    strategy: Strategy,
+    *,
+    share: bool,
+    pad: bool = True,
+    whole_batches: bool = False,
+    alone: bool = False,
+) -> Any:
+    """This rank's share of a loader, as its strategy wants it, with seeds for its workers.
+
+    Args:
+        loader: the user's.
+        strategy: knows the ranks.
+        share: whether samples are shared out.
+        pad: as in :func:`shard_dataloader`, like the other two.
+        whole_batches: ranks take turns with whole batches.
+        alone: draw the order as several ranks would, also where there is one.
+    """
+    ranks = strategy.distributed_sampler_kwargs or ({"num_replicas": 1, "rank": 0} if alone else None)
+    if share and ranks is not None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        loader = shard_dataloader(loader, seed=seed, pad=pad, whole_batches=whole_batches, alone=alone, **ranks)
+    return seed_workers(strategy.process_dataloader(loader), strategy.global_rank)
 
 
 class WrappedLoader(ABC):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from treadle_fabric.data import batch_mover, sampler_epoch, seed_workers, shard_dataloader, sized_len
+from treadle_fabric.data import batch_mover, sampler_epoch, sized_len
 from treadle_fabric.epochs import Epochs
-from treadle_fabric.loaders import FabricDataLoader, WrappedLoader
+from treadle_fabric.loaders import FabricDataLoader, WrappedLoader, share_loader
 from treadle_fabric.seed import collect_rng_states, rng_states_of, set_rng_states
 from treadle_fabric.strategies import Strategy
 
@@ -30,17 +30,10 @@ def wrap_loader(
         device: where batches go; None: they stay where they are.
         resumable: whether it can be saved in the middle of an epoch.
     """
-
-    def prepare(alone: bool = False) -> Any:
-        ranks = strategy.distributed_sampler_kwargs or ({"num_replicas": 1, "rank": 0} if alone else None)
-        mine = loader
-        if share and ranks is not None:
-            mine = shard_dataloader(mine, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), alone=alone, **ranks)
-        return seed_workers(strategy.process_dataloader(mine), strategy.global_rank)
-
+    take_share = partial(share_loader, loader, strategy, share=share)
     if resumable:
-        return ResumableDataLoader(prepare(), device, strategy, share_alone=lambda: prepare(alone=True))
-    return FabricDataLoader(prepare(), device)
+        return ResumableDataLoader(take_share(), device, strategy, share_alone=partial(take_share, alone=True))
+    return FabricDataLoader(take_share(), device)
 
 
 class ResumableDataLoader(WrappedLoader):

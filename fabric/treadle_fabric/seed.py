@@ -19,6 +19,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 __all__ = [
+    "NumPyState",
     "collect_rng_states",
     "isolate_rng",
     "reset_seed",
@@ -126,6 +127,49 @@ def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
     return states
 
 
+_NUMPY_WORDS = 4 * 625  # bytes: 624 words and a position
+
+
+def _numpy_address(numpy: Any) -> int:
+    """Where NumPy's global generator keeps its words; 0 where that cannot be told."""
+    get_generator = getattr(numpy.random, "get_bit_generator", None)  # NumPy 1.24
+    generator: Any = get_generator() if get_generator is not None else None
+    return generator.ctypes.state_address if type(generator).__name__ == "MT19937" else 0
+
+
+def _numpy_words(numpy: Any) -> bytes:
+    address = _numpy_address(numpy)
+    return ctypes.string_at(address, _NUMPY_WORDS) if address else b""
+
+
+class NumPyState:
+    """NumPy's global random state at one moment, to be put back in microseconds where only its words differ."""
+
+    __slots__ = ("_full", "_has_gauss", "_words")
+
+    def __init__(self, words: bytes) -> None:
+        self._words = words
+        self._full = sys.modules["numpy"].random.get_state()
+        self._has_gauss = bool(self._full[3])
+
+    @staticmethod
+    def read(known: NumPyState | None = None) -> NumPyState:
+        """The state now; ``known``, the last one that was there, if it has not changed since."""
+        words = _numpy_words(sys.modules["numpy"])
+        unchanged = words and known is not None and known._words == words and not known._has_gauss
+        return known if unchanged and known is not None else NumPyState(words)
+
+    def replace(self, current: NumPyState) -> None:
+        """Put this state back in the place of the current one."""
+        if self is current and not self._has_gauss:
+            return
+        numpy = sys.modules["numpy"]
+        if self._words and current._words and not (self._has_gauss or current._has_gauss):
+            ctypes.memmove(_numpy_address(numpy), self._words, _NUMPY_WORDS)
+        else:
+            numpy.random.set_state(self._full)
+
+
 _last_numpy_state: tuple[bytes, tuple[Any, ...]] | None = None
 
 
@@ -136,13 +180,9 @@ def _numpy_state(numpy: Any) -> tuple[Any, ...]:
     with one is never taken for unchanged.
     """
     global _last_numpy_state
-    words = b""
-    get_generator = getattr(numpy.random, "get_bit_generator", None)  # NumPy 1.24
-    generator = get_generator() if get_generator is not None else None
-    if generator is not None and type(generator).__name__ == "MT19937":
-        words = ctypes.string_at(generator.ctypes.state_address, 4 * 625)  # 624 words and a position
-        if _last_numpy_state is not None and _last_numpy_state[0] == words:
-            return _last_numpy_state[1]
+    words = _numpy_words(numpy)
+    if words and _last_numpy_state is not None and _last_numpy_state[0] == words:
+        return _last_numpy_state[1]
     name, keys, position, has_gauss, gauss = numpy.random.get_state()
     # weights_only refuses NumPy arrays, so the words travel as a tensor
     state = (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss)

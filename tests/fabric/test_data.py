@@ -25,6 +25,7 @@ from treadle_fabric import (
     shard_dataloader,
     sized_len,
 )
+from treadle_fabric.data import PrivateRandomness
 
 Point = namedtuple("Point", "x y")
 META = torch.device("meta")  # a second device that every machine has
@@ -403,6 +404,37 @@ def test_seed_workers() -> None:
         assert loader.worker_init_fn is None
         values.append(torch.cat(list(seeded)).tolist())
     assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize("outside", ["nothing", "uniform", "normal", "two normals"])
+@pytest.mark.parametrize("inside", ["nothing", "uniform", "normal", "two normals"])
+def test_randomness_of_its_own(outside: str, inside: str) -> None:
+    def draw(how: str) -> list[float]:
+        if how == "nothing":
+            return []
+        if how == "uniform":
+            return [numpy.random.rand(), random.random(), torch.rand(()).item()]
+        return [numpy.random.randn() for _ in range(1 + how.startswith("two"))]  # one is kept for the next call
+
+    def inner() -> Iterator[list[float]]:
+        while True:
+            yield draw(inside)
+
+    def run(private: bool) -> tuple[list[Any], list[Any]]:
+        seed_everything(4, verbose=False)
+        mine, theirs, randomness, iterator = [], [], PrivateRandomness(9), inner()
+        for _ in range(4):
+            if private:
+                iterator, found = randomness.take(iterator, 1)
+                theirs += found
+            mine.append(draw(outside))
+        return mine, theirs
+
+    alone, _ = run(False)
+    mine, theirs = run(True)
+    assert mine == alone
+    seed_everything(9, verbose=False)
+    assert theirs == [draw(inside) for _ in range(4)]
 
 
 def test_lengths() -> None:

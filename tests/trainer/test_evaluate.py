@@ -10,7 +10,7 @@ import torch
 import torchmetrics
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import treadle as L
 from treadle.tables import results_table
@@ -266,3 +266,19 @@ def test_three_ranks_measure_on_1000_samples_what_one_does(tmp_path: Path) -> No
     whole = trainer(tmp_path).predict(model, batches)
     parts = run.predict(model, batches)
     assert [part.tolist() for part in parts] == [part.tolist() for part in whole]
+
+
+class Lot(Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.rand(4)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_workers_are_seeded_where_that_was_asked_for(tmp_path: Path, asked: bool) -> None:
+    L.seed_everything(3, workers=asked, verbose=False)
+    run = trainer(tmp_path)
+    run.validate(Watching(), DataLoader(Lot(), 4, num_workers=1))
+    assert (run.val_dataloaders.worker_init_fn is not None) == asked

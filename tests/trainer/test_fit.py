@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +207,6 @@ def test_validation_by_time(tmp_path: Path) -> None:
     class Timed(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if batch_idx == 2:
-                import time
-
                 time.sleep(1.1)
             return self.loss(batch)
 
@@ -216,6 +216,28 @@ def test_validation_by_time(tmp_path: Path) -> None:
     args = {"val_check_interval": "00:00:00:01", "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
     trainer(tmp_path, **args).fit(Timed(), loader(8), loader(4))
     assert seen == [3]
+
+
+def test_the_time_between_validations_goes_on_where_loaders_are_made_anew(tmp_path: Path) -> None:
+    epochs: list[int] = []
+
+    class Timed(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            time.sleep(0.06)
+            return self.loss(batch)
+
+        def on_validation_start(self) -> None:
+            epochs.append(self.current_epoch)
+
+    args = {"val_check_interval": timedelta(seconds=0.5), "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer(tmp_path, max_epochs=6, reload_dataloaders_every_n_epochs=1, **args).fit(Timed(), loader(8), loader(4))
+    assert epochs  # each takes half as long
+
+
+@pytest.mark.parametrize("batches", [0, 2.0, True])
+def test_an_accumulation_that_is_none_is_refused_when_a_callback_sets_it(tmp_path: Path, batches: Any) -> None:
+    with pytest.raises(L.MisconfigurationException, match="accumulate_grad_batches"):
+        trainer(tmp_path).accumulate_grad_batches = batches
 
 
 def test_the_shuffle_is_off_when_overfitting(tmp_path: Path) -> None:

@@ -163,7 +163,17 @@ def test_a_step_that_draws_its_batches_itself(tmp_path: Path) -> None:
             batch, batch_idx, _ = next(dataloader_iter)
             return batch_idx, batch[0, 0].item()
 
-    assert trainer(tmp_path).predict(Drawing(), loader(4)) == [(0, 0.0), (1, 2.0)]
+    class Counting(L.Callback):
+        def on_predict_batch_start(self, *args: Any) -> None:
+            seen.append("start")
+
+        def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+            seen.append(outputs)
+
+    seen: list[Any] = []
+    expected = [(0, 0.0), (1, 2.0)]
+    assert trainer(tmp_path, callbacks=Counting()).predict(Drawing(), loader(4)) == expected
+    assert seen == ["start", expected[0], "start", expected[1]]
 
 
 def test_the_data_module_and_the_last_model(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from treadle.schedule import Durations, check_limit, check_validation_arguments,
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
 from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 
-__all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
+__all__ = ["Settings", "check_integer", "choose_callbacks", "choose_loggers", "resolve_settings"]
 
 
 @dataclass
@@ -59,7 +59,8 @@ class Settings:
     on_nonfinite: str | None = None
 
 
-def _integer(value: Any, name: str, lowest: int) -> int:
+def check_integer(value: Any, name: str, lowest: int) -> int:
+    """The value, if it is an integer of at least ``lowest``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {lowest}.")
     return value
@@ -153,7 +154,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         _barebones(given)
     _check_flags(given)
     fast, algorithm = given["fast_dev_run"], given["gradient_clip_algorithm"]
-    fast = int(fast) if isinstance(fast, bool) else _integer(fast, "fast_dev_run", 0)
+    fast = int(fast) if isinstance(fast, bool) else check_integer(fast, "fast_dev_run", 0)
     limits: dict[str, int | float] = {}
     for stage in ("train", "val", "test", "predict"):
         name = f"limit_{stage}_batches"
@@ -169,10 +170,10 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     sanity = (
         2
         if given["num_sanity_val_steps"] is None
-        else _integer(given["num_sanity_val_steps"], "num_sanity_val_steps", -1)
+        else check_integer(given["num_sanity_val_steps"], "num_sanity_val_steps", -1)
     )
     log_every = (
-        50 if given["log_every_n_steps"] is None else _integer(given["log_every_n_steps"], "log_every_n_steps", 0)
+        50 if given["log_every_n_steps"] is None else check_integer(given["log_every_n_steps"], "log_every_n_steps", 0)
     )
     max_epochs, max_steps = given["max_epochs"], given["max_steps"]
     if fast:
@@ -190,7 +191,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
         num_sanity_val_steps=sanity,
         log_every_n_steps=log_every or (1 << 62),
-        accumulate_grad_batches=_integer(given["accumulate_grad_batches"], "accumulate_grad_batches", 1),
+        accumulate_grad_batches=check_integer(given["accumulate_grad_batches"], "accumulate_grad_batches", 1),
         gradient_clip_val=given["gradient_clip_val"],
         gradient_clip_algorithm=None if algorithm is None else str(algorithm).lower(),
         deterministic=given["deterministic"],
@@ -199,7 +200,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         use_distributed_sampler=given["use_distributed_sampler"],
         detect_anomaly=given["detect_anomaly"],
         sync_batchnorm=given["sync_batchnorm"],
-        reload_dataloaders_every_n_epochs=_integer(
+        reload_dataloaders_every_n_epochs=check_integer(
             given["reload_dataloaders_every_n_epochs"], "reload_dataloaders_every_n_epochs", 0
         ),
         default_root_dir=os.fspath(given["default_root_dir"]) if given["default_root_dir"] is not None else os.getcwd(),

@@ -137,6 +137,7 @@ def make_epoch(
         controls,
         schedule=schedule,
         validate=loop.validate,
+        elapsed=loop.validation_elapsed,
         may_stop=loop.may_stop,
         max_steps=settings.durations.max_steps,
         log_every_n_steps=settings.log_every_n_steps,

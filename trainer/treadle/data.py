@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,10 +22,10 @@ from treadle_fabric.data import (
     move_data_to_device,
     samplers,
     set_epoch,
-    shard_dataloader,
     sized_len,
 )
 from treadle_fabric.epochs import Epochs
+from treadle_fabric.loaders import share_loader
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
@@ -121,22 +120,6 @@ def make_transfer(
     return transfer
 
 
-def _shard(
-    loader: Any, fabric: Fabric, *, inject: bool, training: bool, whole_batches: bool = False, alone: bool = False
-) -> Any:
-    """This rank's share of a loader."""
-    sampling = fabric.strategy.distributed_sampler_kwargs if inject else None
-    return shard_dataloader(
-        loader,
-        num_replicas=1 if sampling is None else sampling["num_replicas"],
-        rank=0 if sampling is None else sampling["rank"],
-        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
-        pad=training,
-        whole_batches=whole_batches,
-        alone=alone,
-    )
-
-
 def _sequential(loader: Any, name: str) -> Any:
     """A loader whose shuffling is off, for overfitting on the same batches."""
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
@@ -211,7 +194,7 @@ class TrainingData:
 
     def _share_out(self, parts: Sequence[Any], *, alone: bool = False) -> tuple[Any, list[Any]]:
         """Take each part's share of this rank."""
-        shares = [_shard(p, self._fabric, inject=self._inject, training=True, alone=alone) for p in parts]
+        shares = [share_loader(p, self._fabric.strategy, share=self._inject, alone=alone) for p in parts]
         if self.combined is None:
             return shares[0], shares
         self.combined.flattened = shares
@@ -306,13 +289,14 @@ class EvaluationData:
     def __init__(
         self, loaders: Any, fabric: Fabric, *, limit: float, name: str, inject: bool, overfit: bool = False
     ) -> None:
+        share = partial(share_loader, strategy=fabric.strategy, share=inject, pad=False)
         self.combined: CombinedLoader | None = None
         if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
             self.combined = loaders = copy.copy(loaders)  # the user's stays as it is
             self.loaders = [loaders]
             for part in loaders.flattened:
                 check_loader(part, name)
-            loaders.flattened = [_shard(p, fabric, inject=inject, training=False) for p in loaders.flattened]
+            loaders.flattened = [share(p) for p in loaders.flattened]
         else:
             if isinstance(loaders, CombinedLoader):
                 found = list(loaders.flattened)
@@ -327,7 +311,7 @@ class EvaluationData:
             if overfit:
                 found = [_sequential(loader, "the validation loader") for loader in found]
             turns = name.startswith("predict")  # the outputs of whole batches are put in order again
-            self.loaders = [_shard(p, fabric, inject=inject, training=False, whole_batches=turns) for p in found]
+            self.loaders = [share(p, whole_batches=turns) for p in found]
         self.num_batches: list[float] = []
         self._name, self._limit = name, limit
         for i, loader in enumerate(self.loaders):

@@ -88,7 +88,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 child.fabric = fabric
 
     def attach(self, trainer: Trainer | None, metrics: MetricSink = NOT_LOGGING) -> None:
-        """Called by the trainer when a run begins and, with None, when it ends."""
+        """Called by the trainer when a run begins and, without ``metrics``, when it ends."""
         self.trainer = trainer
         for module in self.modules():
             if isinstance(module, LightningModule):
@@ -97,10 +97,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def attach_metrics(self, metrics: MetricSink) -> None:
         """Called by the trainer when a stage begins: where :meth:`log` goes."""
         self.__dict__["_metrics"] = metrics  # past nn.Module.__setattr__, which is slow
-
-    def detach_metrics(self) -> None:
-        """Called by the trainer when a run ends: the module stays attached to the trainer, but logs nowhere."""
-        self.__dict__["_metrics"] = NOT_LOGGING
 
     @property
     def current_epoch(self) -> int:
@@ -388,7 +384,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 rank_zero_only,
             ),
             batch_size,
-            sync_dist_group,
         )
 
     def log_dict(
@@ -411,7 +406,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
         )  # fmt: skip
         for name, value in flatten_metrics(dictionary):
-            self._metrics.log(self, name, value, options, batch_size, sync_dist_group)
+            self._metrics.log(self, name, value, options, batch_size)
 
     # ------------------------------------------------------------------------------------------------ other
 

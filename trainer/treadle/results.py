@@ -53,19 +53,19 @@ class MetricSink(Protocol):
     """What ``self.log`` writes to."""
 
     def log(
-        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
+        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None
     ) -> None: ...
 
 
 class _NotLogging:
     """Where values go without a trainer: to the Fabric that set the module up, if any."""
 
-    def log(
-        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
-    ) -> None:
+    def log(self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None) -> None:
         if module.fabric is None or module._trainer is not None:
+            where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
             rank_zero_warn(
-                f"`self.log({name!r}, ...)` was called without a Trainer or a Fabric; the value is dropped.",
+                f"`self.log({name!r}, ...)` was called {where}; the value is dropped. Log in a hook of a run, or after"
+                " `fabric.setup(module)`.",
                 stacklevel=4,
             )
         elif options[1] is not False:
@@ -144,7 +144,7 @@ class Slot:
 
     __slots__ = (
         "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step",
-        "options", "pending", "prog_bar", "rank_zero_only", "reduce", "suffix", "sync_dist", "total", "value", "values",
+        "options", "pending", "prog_bar", "rank_zero_only", "reduce", "suffix", "total", "value", "values",
         "weight", "weights",
     )  # fmt: skip
 
@@ -154,7 +154,7 @@ class Slot:
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
         self.prog_bar, self.logger = options[0], options[1] is not False
         self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options[4], options[4])  # type: ignore[arg-type]
-        self.sync_dist, self.rank_zero_only = options[6], options[8]
+        self.rank_zero_only = options[8]
         self.metric: Any = None
         self.loader: int | None = None
         self.reset()
@@ -199,7 +199,8 @@ class Slot:
         if any(isinstance(v, Tensor) for v in values):
             stacked = _stack(values)
             if self.reduce == "mean":
-                part: Any = stacked @ torch.tensor(weights, dtype=stacked.dtype, device=stacked.device)
+                alike = weights.count(weights[0]) == len(weights)  # to send several to the device would wait for it
+                part: Any = stacked.sum() * weights[0] if alike else stacked @ stacked.new_tensor(weights)
             else:
                 part = _ON_TENSORS[self.reduce](stacked)
         elif self.reduce == "mean":
@@ -269,15 +270,13 @@ class Results:
         """The module whose values are logged here."""
         self._roots = [module]
 
-    def log(
-        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None, group: Any
-    ) -> None:
+    def log(self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None) -> None:
         """Store a value; see :meth:`treadle.LightningModule.log`."""
         slot = self.slots.get((self.hook, name, self.dataloader_idx))
         if slot is None or slot.options != options:
             if isinstance(value, Mapping) or hasattr(value, "compute_groups"):
                 for key, item in flatten_metrics(value, f"{name}/"):
-                    self.log(module, key, item, options, batch_size, group)
+                    self.log(module, key, item, options, batch_size)
                 return
             slot = self._new_slot(name, options)
         if isinstance(value, Tensor):

@@ -389,9 +389,7 @@ class Trainer(TrainerView):
             self._metrics.keep(results)
             self._metrics.active = None
             self.strategy.precision.teardown()
-            for child in module.modules():
-                if isinstance(child, LightningModule):
-                    child.detach_metrics()
+            module.attach(self)
             self.fabric.callbacks[:] = [c for c in self.fabric.callbacks if c is not module]
 
     def _setup_hooks(self, run: Run) -> None:

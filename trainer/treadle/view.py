@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from treadle.arguments import Settings
+from treadle.arguments import Settings, check_integer
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.data import EvaluationData, TrainingData
 from treadle.loops.step import Clipping, manual_backward
@@ -387,7 +387,7 @@ class TrainerView:
 
     @accumulate_grad_batches.setter
     def accumulate_grad_batches(self, batches: int) -> None:
-        self._settings.accumulate_grad_batches = batches
+        self._settings.accumulate_grad_batches = check_integer(batches, "accumulate_grad_batches", 1)
 
     # ------------------------------------------------------------------------------------------------ loaders
 

@@ -25,7 +25,8 @@ from treadle.callbacks.checkpoint_name import (
     remove_link_and_empty_folders,
     yaml_number,
 )
-from treadle.callbacks.monitored_metric import MonitoredMetric, StepClock, from_rank_zero, validates_at_epoch_end
+from treadle.callbacks.monitored_metric import MonitoredMetric, from_rank_zero, validates_at_epoch_end
+from treadle.step_clock import StepClock
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
 from treadle_fabric.types import PathLike
@@ -220,7 +221,7 @@ class ModelCheckpoint(Checkpoint):
             self._pending, self._last_global_step_saved = False, 0
         self._plan_next_step(trainer.global_step)
         if self._train_time_interval is not None:
-            self._clock = StepClock(trainer)
+            self._clock = StepClock(trainer.fabric)
             self._next_time = time.monotonic() + self._train_time_interval.total_seconds()
 
     def on_train_batch_end(

@@ -8,9 +8,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.monitored_metric import StepClock, from_rank_zero
+from treadle.callbacks.monitored_metric import from_rank_zero
 from treadle.schedule import parse_duration
 from treadle.state import RunningStage
+from treadle.step_clock import StepClock
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info
 
@@ -94,7 +95,7 @@ class Timer(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Time may be up before training begins, after a resume."""
-        self._clock = StepClock(trainer)
+        self._clock = StepClock(trainer.fabric)
         self._check(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

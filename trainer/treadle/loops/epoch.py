@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from treadle.data import BatchIterator, TrainingData, stay
@@ -43,6 +43,7 @@ class TrainingEpoch:
         *,
         schedule: ValidationSchedule | None,
         validate: Callable[[Callable[[int], bool]], bool],
+        elapsed: Callable[[timedelta], bool],
         may_stop: Callable[[], bool],
         max_steps: int,
         log_every_n_steps: int,
@@ -52,7 +53,7 @@ class TrainingEpoch:
         from treadle.module import LightningModule
 
         self._run, self._data, self._step, self._controls = run, data, step, controls
-        self._schedule, self._validate, self._may_stop = schedule, validate, may_stop
+        self._schedule, self._validate, self._elapsed, self._may_stop = schedule, validate, elapsed, may_stop
         self._max_steps, self._log_every = max_steps, log_every_n_steps
         self._signals, self._agreement = signals, agreement
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
@@ -61,7 +62,6 @@ class TrainingEpoch:
         self._schedulers = run.schedulers if self._automatic else []
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
         self._step_scheduler = self._scheduler_hook if own else run.module.lr_scheduler_step
-        self._last_validation = time.monotonic()
         self._told_idle = False
         if step.wants_iterator:
             data.epochs.look_ahead()
@@ -208,14 +208,8 @@ class TrainingEpoch:
         if schedule.every is not None:
             return (
                 schedule.every_n_epochs is None or (progress.epoch + 1) % schedule.every_n_epochs == 0
-            ) and self._elapsed(schedule)
+            ) and self._elapsed(schedule.every)
         return schedule.due(progress.epoch, progress.batch, progress.batches, is_last=is_last)
-
-    def _elapsed(self, schedule: ValidationSchedule) -> bool:
-        assert schedule.every is not None
-        due = time.monotonic() - self._last_validation >= schedule.every.total_seconds()
-        fabric = self._run.fabric
-        return fabric.strategy.reduce_boolean_decision(due, all=False) if fabric.world_size > 1 else due
 
     def _epoch_validates(self, schedule: ValidationSchedule) -> bool:
         return schedule.every_n_epochs is None or (self._run.progress.epoch + 1) % schedule.every_n_epochs == 0
@@ -233,9 +227,7 @@ class TrainingEpoch:
         accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
         if progress.is_last_batch or progress.batch % accumulate == 0:
             self._run.dispatch.call("on_validation_model_zero_grad")
-        completed = self._validate(self._terminated)
-        self._last_validation = time.monotonic()
-        return completed
+        return self._validate(self._terminated)
 
     def _step_schedulers(self, interval: str, count: int, *, plateau: bool) -> None:
         progress = self._run.progress

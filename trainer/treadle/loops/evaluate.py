@@ -10,7 +10,7 @@ import torch
 from treadle.data import BatchIterator, EvaluationData, stay
 from treadle.dispatch import overrides
 from treadle.hooks import ModuleHooks
-from treadle.loops.step import must_have, step_arguments
+from treadle.loops.step import evaluation_arguments
 from treadle.results import Results
 from treadle.state import Phase, RunningStage, TrainerFn
 
@@ -37,17 +37,15 @@ class Evaluation:
         step_name = f"{name}_step"
         self._step_name = step_name
         self._step = run.wrapped.method(step_name)
-        several = len(data.loaders) > 1
-        given = ("batch", "batch_idx", "dataloader_idx")
-        self._takes, self._wants_iterator = step_arguments(getattr(run.module, step_name), given)
-        if not several and not must_have(getattr(run.module, step_name), "dataloader_idx"):
-            self._takes = min(self._takes, 2)
-        self._several = several
+        self._several = len(data.loaders) > 1
+        step = getattr(run.module, step_name)
+        self._takes, self._wants_iterator = evaluation_arguments(step, several=self._several)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
         self._asked = 0  # batches before which somebody was asked whether to go on
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
+        self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
 
     def __call__(
         self,
@@ -74,7 +72,7 @@ class Evaluation:
         try:
             with self._no_grad():
                 dispatch.call(f"{hook}_model_eval")
-                if not overrides(run.module, f"{hook}_model_eval", ModuleHooks):
+                if self._switches_modes:
                     run.module.eval()
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from treadle.loops.evaluate import Evaluation
 from treadle.resume import moment
 from treadle.schedule import Durations
 from treadle.state import Phase, RunningStage
+from treadle.step_clock import StepClock
 from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class FitLoop:
         self._sanity, self.validation = sanity, validation
         self._make_epoch, self._make_validation, self._reload_every = make_epoch, make_validation, reload_every
         self._restore = restore
-        self._started = time.monotonic()
+        self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
         self._validation_s = math.inf  # how long the last one took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
@@ -93,7 +95,7 @@ class FitLoop:
             return
         reason = ""
         run.module.train()
-        self._started = time.monotonic()
+        self._validated_at = time.monotonic()
         with torch.enable_grad():
             dispatch.call("on_train_start")
             first = True
@@ -158,11 +160,16 @@ class FitLoop:
         run.before_validation = moment(run) if watched or self._may_save_in_validation else {}
         began = time.monotonic()
         completed = self.validation(interrupted=interrupted if watched else None) is not None
-        self._validation_s = time.monotonic() - began
+        self._validated_at = time.monotonic()
+        self._validation_s = self._validated_at - began
         state.stage = RunningStage.TRAINING
         if completed:
             run.before_validation = {}
         return completed
+
+    def validation_elapsed(self, span: timedelta) -> bool:
+        """Whether the last validation is that long ago; every rank asks after each batch."""
+        return self._clock.over(span.total_seconds() - (time.monotonic() - self._validated_at))
 
     def may_stop(self) -> bool:
         """Whether ``should_stop`` is heeded: not before ``min_epochs`` and ``min_steps``."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.data import BatchIterator, EvaluationData
+from treadle.data import BatchIterator, EvaluationData, stay
 from treadle.loops.evaluate import module_modes, restore_modes
-from treadle.loops.step import must_have, step_arguments
+from treadle.loops.step import evaluation_arguments
 from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:
@@ -33,11 +33,8 @@ class Prediction:
         assert run.wrapped is not None
         self._run, self._data, self._keep = run, data, keep
         self._step = run.wrapped.method("predict_step")
-        self._takes, self._wants_iterator = step_arguments(
-            run.module.predict_step, ("batch", "batch_idx", "dataloader_idx")
-        )
-        if len(data.loaders) == 1 and not must_have(run.module.predict_step, "dataloader_idx"):
-            self._takes = min(self._takes, 2)
+        several = len(data.loaders) > 1
+        self._takes, self._wants_iterator = evaluation_arguments(run.module.predict_step, several=several)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
@@ -92,13 +89,9 @@ class Prediction:
         run, step, takes, keep = self._run, self._step, self._takes, self._keep
         results, transfer = run.results, run.transfer
         cpu = torch.device("cpu")
-        batches = self._data.iterate(loader_idx, run.progress.epoch, limit)
+        batches: Any = self._data.iterate(loader_idx, run.progress.epoch, limit)
         if self._wants_iterator:
-            for _, drawing, _ in BatchIterator(batches, transfer, loader_idx).steps():
-                with self._no_grad():
-                    output = step(drawing)
-                yield move_data_to_device(output, cpu) if keep else None
-            return
+            batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
         for batch_idx, batch, _ in batches:
             with self._no_grad():
                 batch = transfer(batch, loader_idx)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,10 +49,13 @@ def step_arguments(step: Callable[..., Any], given: tuple[str, ...]) -> tuple[in
     return min(len(known), len(given)), False
 
 
-def must_have(step: Callable[..., Any], name: str) -> bool:
-    """Whether a step has an argument of this name, without a default."""
-    parameter = inspect.signature(step).parameters.get(name)
-    return parameter is not None and parameter.default is parameter.empty
+def evaluation_arguments(step: Callable[..., Any], *, several: bool) -> tuple[int, bool]:
+    """As :func:`step_arguments`; ``dataloader_idx`` goes to a step that insists, or where there are several loaders."""
+    takes, wants_iterator = step_arguments(step, ("batch", "batch_idx", "dataloader_idx"))
+    if takes == 3 and not several:
+        parameter = inspect.signature(step).parameters.get("dataloader_idx")
+        takes = 3 if parameter is not None and parameter.default is parameter.empty else 2
+    return takes, wants_iterator
 
 
 class Clipping:
@@ -61,7 +65,8 @@ class Clipping:
         from treadle.module import LightningModule
 
         module = run.module
-        self._strategy, self._wrapped = run.fabric.strategy, run.wrapped
+        assert run.wrapped is not None
+        self._strategy, self._engine = run.fabric.strategy, run.wrapped.forward_module
         self._value, self._algorithm = value, algorithm
         self._dispatch = run.dispatch
         self._hook = (
@@ -92,12 +97,10 @@ class Clipping:
         if not value:
             return
         raw = getattr(optimizer, "optimizer", optimizer)
-        assert self._wrapped is not None
-        self._strategy.precision.unscale_gradients(raw)
         if algorithm == "value":
-            self._strategy.clip_gradients_value(self._wrapped, raw, value)
+            self._strategy.clip_gradients_value(self._engine, raw, value)
         else:
-            self._strategy.clip_gradients_norm(self._wrapped, raw, value, error_if_nonfinite=False)
+            self._strategy.clip_gradients_norm(self._engine, raw, value, error_if_nonfinite=False)
 
 
 class AutomaticStep:
@@ -112,7 +115,9 @@ class AutomaticStep:
         self._dispatch = run.dispatch
         self._training_step = wrapped.method("training_step")
         self._takes, self.wants_iterator = step_arguments(module.training_step, ("batch", "batch_idx"))
-        self._strategy, self._wrapped = run.fabric.strategy, wrapped
+        self._strategy, self._engine = run.fabric.strategy, wrapped.forward_module
+        several = self._strategy.world_size > 1
+        self._no_sync = partial(run.fabric.no_backward_sync, wrapped) if several else nullcontext
         self._precision = run.fabric.strategy.precision
         self._wrapped_optimizer = run.optimizers[0] if run.optimizers else None
         raw = self._wrapped_optimizer.optimizer if self._wrapped_optimizer is not None else None
@@ -248,23 +253,17 @@ class AutomaticStep:
         if self._watch is not None:
             self._watch.forget()
 
-    def _no_sync(self) -> AbstractContextManager[Any]:
-        if self._run.fabric.world_size == 1:
-            return nullcontext()
-        assert self._run.wrapped is not None
-        return self._run.fabric.no_backward_sync(self._run.wrapped)
-
     def _backward(self, loss: Tensor) -> None:
         if self._backward_hook is None:
             try:
-                self._strategy.backward(loss, self._wrapped)
+                self._strategy.backward(loss, self._engine)
             except RuntimeError:
                 _check_loss(loss)
                 raise
         else:
-            self._precision.pre_backward(loss, self._wrapped)
+            self._precision.pre_backward(loss, self._engine)
             self._dispatch.run("backward", self._precision.backward_by, self._backward_hook, loss)
-            self._precision.post_backward(loss, self._wrapped)
+            self._precision.post_backward(loss, self._engine)
 
     def _finite_loss(self, loss: Tensor, batch_idx: int) -> Tensor | None:
         """The loss of a batch of 0 samples; a mean over nothing is none."""
@@ -284,7 +283,7 @@ class AutomaticStep:
         """There is no loss; other ranks may have one, and wait for this one in their backward pass."""
         self.idle += 1
         if stepping and self._strategy.world_size > 1:
-            self._strategy.join_backward(self._wrapped.forward_module, str(self._progress.batches))
+            self._strategy.join_backward(self._engine, str(self._progress.batches))
 
     def _leave_out(self, optimizer: Optimizer) -> None:
         """The optimizer must not step at this batch. One that is in its step already finds no gradients."""
@@ -427,12 +426,14 @@ def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     if run.watch is not None:
         run.watch.take(loss)
     strategy.expect_backward(loss)
+    assert run.wrapped is not None
+    engine = run.wrapped.forward_module
     if overrides(module, "backward", LightningModule):
         precision = strategy.precision
-        precision.pre_backward(loss, run.wrapped)
+        precision.pre_backward(loss, engine)
         dispatch.run("backward", precision.backward_by, module.backward, loss, *args, **kwargs)
-        precision.post_backward(loss, run.wrapped)
+        precision.post_backward(loss, engine)
     else:
-        strategy.backward(loss, run.wrapped, *args, **kwargs)
+        strategy.backward(loss, engine, *args, **kwargs)
     dispatch.call("on_after_backward")
     run.results.hook = "training_step"
