@@ -291,11 +291,6 @@ class Fabric:
             raise MisconfigurationException("setup_optimizers() got no optimizer.")
         for optimizer in optimizers:
             check_optimizer(optimizer)
-        if self._strategy.joint_setup:
-            raise MisconfigurationException(
-                f"{type(self._strategy).__name__} sets up a model together with its optimizers. "
-                "Use fabric.setup(model, optimizer)."
-            )
         wrapped = tuple(self._wrap_optimizer(self._strategy.setup_optimizer(optimizer)) for optimizer in optimizers)
         return wrapped[0] if len(wrapped) == 1 else wrapped
 

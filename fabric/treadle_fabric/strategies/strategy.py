@@ -45,14 +45,6 @@ class Strategy(ABC):
         precision: Default: ``32-true``.
     """
 
-    handles_gradient_accumulation: ClassVar[bool] = False
-    """The engine counts micro-batches itself."""
-    restores_after_setup: ClassVar[bool] = False
-    """Weights are loaded into the engine, not into the module before it is set up."""
-    saves_sharded: ClassVar[bool] = False
-    """Checkpoints are folders that all ranks write to."""
-    joint_setup: ClassVar[bool] = False
-    """Module and optimizers must be set up in one call."""
     requires_forward_redirect: ClassVar[bool] = False
     """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
     launches_function: bool = False
