@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from itertools import count
 from typing import Any
 
 from lightning_utilities.core.rank_zero import (
@@ -15,7 +17,6 @@ from lightning_utilities.core.rank_zero import (
     rank_prefixed_message,
     rank_zero_deprecation,
     rank_zero_only,
-    rank_zero_warn,
 )
 
 __all__ = [
@@ -26,8 +27,10 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
+    "warn_user",
 ]
 
+_LIBRARIES = ("treadle", "treadle_fabric", "lightning_utilities", "torch", "contextlib")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
@@ -61,6 +64,25 @@ _log = _console_logger("treadle_fabric")
 # Lightning shares this function object: a rank that it has set already is right for us too
 if getattr(rank_zero_only, "rank", None) is None:
     rank_zero_only.rank = _rank_from_environment()  # type: ignore[attr-defined]
+
+
+def warn_user(message: str | Warning, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning at the line of the user's that led to it."""
+    for stacklevel in count(2):
+        try:
+            module = str(sys._getframe(stacklevel - 1).f_globals.get("__name__", ""))
+        except ValueError:  # no such frame: a thread of ours
+            stacklevel = 2
+            break
+        if module.partition(".")[0] not in _LIBRARIES:
+            break
+    warnings.warn(message, category, stacklevel=stacklevel)
+
+
+@rank_zero_only
+def rank_zero_warn(message: str | Warning, category: type[Warning] = UserWarning, stacklevel: int = 0) -> None:
+    """Issue a warning on rank 0, at the line of the user's that led to it; ``stacklevel`` is not needed."""
+    warn_user(message, category)
 
 
 @rank_zero_only

@@ -9,11 +9,13 @@ import sys
 
 import pytest
 
+from treadle_fabric import Fabric
 from treadle_fabric.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_only, rank_zero_warn
 
 RANKS = {"RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"}
 SCRIPT = """
 import logging
+from treadle_fabric import Fabric
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_only
 print(rank_zero_only.rank, rank_zero_only(lambda: "ran")())
 rank_zero_info("first %s", "message")
@@ -56,3 +58,13 @@ def test_messages_name_the_line_that_sent_them(caplog: pytest.LogCaptureFixture)
 def test_other_ranks_do_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 2)
     rank_zero_warn("a warning is an error in the tests, so this would raise")
+
+
+def test_warnings_show_the_line_of_the_users_that_led_to_them() -> None:
+    with pytest.warns(UserWarning, match="careful") as issued:
+        rank_zero_warn("careful")
+    assert issued[0].filename == __file__
+    fabric = Fabric(accelerator="cpu", devices=1, callbacks=[type("Odd", (), {"on_odd": 1})()])
+    with pytest.warns(UserWarning, match="not callable") as issued:
+        fabric.call("on_odd")
+    assert issued[0].filename == __file__

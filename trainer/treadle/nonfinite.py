@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import os
 import shlex
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from treadle.results import NOWHERE, is_metric
 from treadle.resume import moment, restore_metrics
 from treadle_fabric import NonFiniteError, TorchCheckpointIO, map_tensors, move_data_to_device
 from treadle_fabric.errors import CheckpointError
+from treadle_fabric.rank_zero import warn_user
 from treadle_fabric.seed import collect_rng_states, isolate_rng, set_rng_states
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class NonFiniteWatch:
             if optimizer is None:
                 what = "`configure_optimizers` returned no optimizer that could be held back."
             if strategy.is_global_zero:
-                warnings.warn(f"{message} {what}", stacklevel=2)
+                warn_user(f"{message} {what}")
         if self._mode == "warn":
             return True
         buffers = dict(self._run.module.named_buffers())  # running statistics would keep the values for good
@@ -174,7 +174,7 @@ class NonFiniteWatch:
             text = f"{self._count} optimizer step(s) with a loss or gradients that were not finite {what}."
             if not self._run.optimizers:
                 text = f"{self._count} time(s) a loss was not finite."
-            warnings.warn(text, stacklevel=2)
+            warn_user(text)
 
     # ------------------------------------------------------------------------------------------------ what it was
 

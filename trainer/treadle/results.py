@@ -65,8 +65,7 @@ class _NotLogging:
             where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
             rank_zero_warn(
                 f"`self.log({name!r}, ...)` was called {where}; the value is dropped. Log in a hook of a run, or after"
-                " `fabric.setup(module)`.",
-                stacklevel=4,
+                " `fabric.setup(module)`."
             )
         elif options[1] is not False:
             for key, scalar in flatten_metrics({name: value}):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor
 from treadle.dispatch import overrides
 from treadle.optimizers import needs_closure
 from treadle_fabric import MisconfigurationException
+from treadle_fabric.rank_zero import warn_user
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -272,10 +272,9 @@ class AutomaticStep:
         if not self._told_empty:
             self._told_empty = True
             of_rank = f" on rank {self._strategy.global_rank}" if self._strategy.world_size > 1 else ""
-            warnings.warn(
+            warn_user(
                 f"A batch of 0 samples in the training loader{of_rank}, epoch {self._progress.epoch}, batch"
-                f" {batch_idx}: its loss is {loss.mean().item()}, and it is skipped, as others like it will be.",
-                stacklevel=2,
+                f" {batch_idx}: its loss is {loss.mean().item()}, and it is skipped, as others like it will be."
             )
         return None
 
