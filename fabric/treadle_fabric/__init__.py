@@ -104,6 +104,8 @@ from treadle_fabric.strategies import (
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 from treadle_fabric.wrappers import FabricModule, FabricOptimizer, is_wrapped
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ACCELERATOR_REGISTRY",
     "STRATEGY_REGISTRY",

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+import treadle
 import treadle_fabric
 
 MODULES = [
     "accelerators",
     "attribute_dict",
     "checkpoint",
+    "cursor",
     "data",
     "environments",
+    "epochs",
     "errors",
     "fabric",
     "launchers",
+    "loaders",
     "loggers",
+    "order",
     "precision",
     "rank_zero",
     "resolve",
+    "resumable",
     "seed",
     "strategies",
     "types",
@@ -33,7 +40,7 @@ PROMISED = """
     Accelerator AttributeDict CheckpointIO ClusterEnvironment CPUAccelerator CSVLogger CUDAAccelerator DDPStrategy
     DistributedCheckpointIO DoublePrecision Fabric HalfPrecision KubeflowEnvironment LightningEnvironment Logger
     LSFEnvironment MisconfigurationException MixedPrecision MPIEnvironment MPSAccelerator Precision
-    SingleDeviceStrategy
+    ResumableDataLoader SingleDeviceStrategy
     SLURMEnvironment Strategy TensorBoardLogger TorchCheckpointIO TorchElasticEnvironment TreadleError
     find_usable_cuda_devices is_wrapped isolate_rng move_data_to_device rank_zero_info rank_zero_only rank_zero_warn
     seed_everything
@@ -60,6 +67,11 @@ def test_every_module_says_what_is_public(module: str) -> None:
         assert hasattr(home, name)
         if name in treadle_fabric.__all__:
             assert getattr(treadle_fabric, name) is getattr(home, name)
+
+
+def test_both_packages_have_one_version() -> None:
+    assert treadle.__version__ == treadle_fabric.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", treadle.__version__)
 
 
 def test_errors_are_all_exported() -> None:

@@ -5,7 +5,7 @@ from treadle.combined_loader import CombinedLoader
 from treadle.datamodule import LightningDataModule
 from treadle.module import LightningModule
 from treadle.trainer import Trainer
-from treadle_fabric import Fabric, MisconfigurationException, is_wrapped, seed_everything
+from treadle_fabric import Fabric, MisconfigurationException, __version__, is_wrapped, seed_everything
 
 __all__ = [
     "Callback",
@@ -15,6 +15,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "__version__",
     "is_wrapped",
     "seed_everything",
 ]
