@@ -36,12 +36,16 @@ class Seeing(L.LightningModule):
         self.folder, self.life, self.stop = folder, life, stop
         self.layer = nn.Linear(4, 1)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        samples = []
+        if isinstance(batch, dict):
+            batch, samples = batch["long"], [-1 - sample for sample in batch["short"][:, 0].tolist()]
+        samples += batch[:, 0].tolist()
         loss = (self.layer(batch / SAMPLES) - batch[:, :1] / 10).square().mean()
         self.log("mean", loss, on_step=False, on_epoch=True)
         self.log("count", float(len(batch)), on_step=False, on_epoch=True, reduce_fx="sum")
         with open(self.folder / f"{self.life}-{self.global_rank}.jsonl", "a") as file:
-            file.write(json.dumps([self.current_epoch, batch_idx, batch[:, 0].tolist()]) + "\n")
+            file.write(json.dumps([self.current_epoch, batch_idx, samples]) + "\n")
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -62,30 +66,42 @@ class Seeing(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def live(folder: Path, life: str, devices: int, stop: int, accumulate: int, batch_size: int) -> None:
+def live(folder: Path, life: str, devices: int, stop: int, accumulate: int, batch_size: int, several: int) -> None:
     """Train in ``devices`` processes until batch ``stop``, from the checkpoint where there is one."""
     L.seed_everything(3, verbose=False)
     last = folder / "last.ckpt"
     strategy = "ddp" if devices > 1 else "auto"
     counts = {"max_epochs": EPOCHS, "accumulate_grad_batches": accumulate, "reload_dataloaders_every_n_epochs": 1}
     run = trainer(folder, devices=devices, strategy=strategy, **counts)
-    loader = DataLoader(Samples(SAMPLES), batch_size or GLOBAL_BATCH // devices, shuffle=True)
+    size = batch_size or GLOBAL_BATCH // devices
+    loader: Any = DataLoader(Samples(SAMPLES), size, shuffle=True)
+    if several:
+        loader = {"long": loader, "short": DataLoader(Samples(SAMPLES // 3), size, shuffle=True)}
     run.fit(Seeing(folder, life, stop), loader, ckpt_path=last if last.exists() else None)
 
 
 Seen = dict[Any, list[float]]
 
 
-def lives(folder: Path, plan: list[tuple[int, int]], accumulate: int = 1, batch_size: int = 0, apart: int = 0) -> Seen:
+def lives(
+    folder: Path,
+    plan: list[tuple[int, int]],
+    accumulate: int = 1,
+    batch_size: int = 0,
+    apart: int = 0,
+    several: bool = False,
+) -> Seen:
     """Run lives of (devices, last batch) one after the other; returns the samples of every global batch.
 
     Args:
         apart: what to add to the numbers of batches for each life, where they may be the same.
+        several: combine the loader with a shorter one, whose samples count as negative.
     """
     folder.mkdir()
     found: dict[Any, list[float]] = {}
     for number, (devices, stop) in enumerate(plan):
         arguments = [str(folder), f"life{number}", str(devices), str(stop), str(accumulate), str(batch_size)]
+        arguments.append(str(int(several)))
         if devices == 1 and stop == -1:
             live(folder, f"life{number}", *map(int, arguments[2:]))
             found |= read(folder, number, devices, found, number * apart)
@@ -128,6 +144,15 @@ def test_from_two_processes_to_one_to_three(whole: Any, tmp_path: Path) -> None:
     assert lives(tmp_path / "run", [(2, 3), (1, 10), (3, -1)], accumulate=2) == seen
     for value, other in zip(results(tmp_path / "run"), expected, strict=True):
         assert value == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.faults
+def test_combined_loaders(tmp_path: Path) -> None:
+    seen = lives(tmp_path / "whole", [(2, -1)], several=True)
+    for epoch in range(EPOCHS):
+        every = Counter(s for (e, _), samples in seen.items() if e == epoch for s in samples)
+        assert every == Counter({**dict.fromkeys(range(SAMPLES), 1), **dict.fromkeys(range(-SAMPLES // 3, 0), 3)})
+    assert lives(tmp_path / "run", [(2, 3), (1, 10), (3, -1)], several=True) == seen
 
 
 def test_from_one_process_to_two(tmp_path: Path) -> None:
