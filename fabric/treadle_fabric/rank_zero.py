@@ -80,8 +80,8 @@ def warn_user(message: str | Warning, category: type[Warning] = UserWarning) -> 
 
 
 @rank_zero_only
-def rank_zero_warn(message: str | Warning, category: type[Warning] = UserWarning, stacklevel: int = 0) -> None:
-    """Issue a warning on rank 0, at the line of the user's that led to it; ``stacklevel`` is not needed."""
+def rank_zero_warn(message: str | Warning, stacklevel: int = 4, category: type[Warning] = UserWarning) -> None:
+    """Issue a warning on rank 0, at the line of the user's that led to it: ``stacklevel`` is not needed for that."""
     warn_user(message, category)
 
 
