@@ -159,6 +159,18 @@ def test_saved_before_a_batch_is_trained_on(tmp_path: Path, several: bool) -> No
         assert same(fit(False, tmp_path / f"{index}.ckpt"), whole[index:]), index
 
 
+def test_combined_with_a_loader_that_does_not_know_its_length(tmp_path: Path) -> None:
+    class Endless(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            while True:
+                yield int(torch.randint(9, ()))
+
+    def loader() -> L.CombinedLoader:
+        return L.CombinedLoader([make_loader("shuffled", 12, 0), DataLoader(Counted(9), 2, sampler=Endless())])
+
+    assert_goes_on(tmp_path, loader, ((0, 1), (1, 2)))
+
+
 def test_other_loaders_than_in_the_checkpoint_are_refused(tmp_path: Path) -> None:
     one, two = (lambda: make_loader("shuffled", 9, 0)), (lambda: make_loader("cycle", 9, 0))
     for before, after in ((one, two), (two, one), (two, lambda: [*two().values(), one()])):

@@ -15,7 +15,7 @@ __all__ = ["CombinedCursor", "make_cursor"]
 
 def make_cursor(loader: Any, rank: int, *, exact: bool) -> Cursor | CombinedCursor:
     """What iterates a training loader; the arguments are those of :class:`treadle_fabric.cursor.Cursor`."""
-    if exact and isinstance(loader, CombinedLoader) and sized_len(loader) is not None:
+    if exact and isinstance(loader, CombinedLoader) and None not in map(sized_len, loader.flattened):
         parts = [Cursor(part, rank, among_others=True) for part in loader.flattened]
         if all(part.skips_by_index for part in parts):
             return CombinedCursor(loader, parts)
