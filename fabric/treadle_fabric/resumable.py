@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from treadle_fabric.data import batch_mover, sampler_epoch, seed_workers, shard_dataloader, sized_len
 from treadle_fabric.epochs import Epochs
 from treadle_fabric.loaders import FabricDataLoader, WrappedLoader
-from treadle_fabric.seed import collect_rng_states, rng_states_of, set_rng_states
+from treadle_fabric.seed import collect_rng_states, global_seed, rng_states_of, set_rng_states
 from treadle_fabric.strategies import Strategy
 
 __all__ = ["ResumableDataLoader", "wrap_loader"]
@@ -35,7 +34,7 @@ def wrap_loader(
         ranks = strategy.distributed_sampler_kwargs or ({"num_replicas": 1, "rank": 0} if alone else None)
         mine = loader
         if share and ranks is not None:
-            mine = shard_dataloader(mine, seed=int(os.environ.get("PL_GLOBAL_SEED", 0)), alone=alone, **ranks)
+            mine = shard_dataloader(mine, seed=global_seed(), alone=alone, **ranks)
         return seed_workers(strategy.process_dataloader(mine), strategy.global_rank)
 
     if resumable:

@@ -173,6 +173,31 @@ def test_a_missing_variable_is_named(kind: Any, call: str) -> None:
         getattr(use(kind, {}), call)()
 
 
+@pytest.mark.parametrize(
+    ("kind", "environ", "name", "call"),
+    [
+        (TorchElasticEnvironment, TORCHRUN, "WORLD_SIZE", "world_size"),
+        (TorchElasticEnvironment, TORCHRUN, "LOCAL_WORLD_SIZE", "processes_per_node"),
+        (SLURMEnvironment, SLURM, "SLURM_PROCID", "global_rank"),
+        (LSFEnvironment, LSF, "JSM_NAMESPACE_LOCAL_RANK", "local_rank"),
+        (MPIEnvironment, OPEN_MPI, "OMPI_COMM_WORLD_RANK", "global_rank"),
+        (KubeflowEnvironment, KUBEFLOW, "RANK", "node_rank"),
+        (LightningEnvironment, {}, "GROUP_RANK", "node_rank"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(kind: Any, environ: dict[str, str], name: str, call: str) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"{name}='two' is no whole number.* set it to one"):
+        getattr(use(kind, {**environ, name: "two"}), call)()
+
+
+def test_a_port_that_is_no_number_is_named() -> None:
+    for kind in (LightningEnvironment, TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment):
+        with pytest.raises(MisconfigurationException, match="MASTER_PORT='http' is no whole number"):
+            _ = use(kind, {"MASTER_PORT": "http"}).main_port
+    with pytest.raises(MisconfigurationException, match="PMI_SIZE='' is no whole number"):
+        detect_environment({"PMI_SIZE": ""})
+
+
 class TestLocal:
     def test_alone(self) -> None:
         environment = use(LightningEnvironment, {})

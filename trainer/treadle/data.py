@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from treadle_fabric.data import (
     sized_len,
 )
 from treadle_fabric.epochs import Epochs
+from treadle_fabric.seed import global_seed
 
 if TYPE_CHECKING:
     from treadle.datamodule import LightningDataModule
@@ -130,7 +130,7 @@ def _shard(
         loader,
         num_replicas=1 if sampling is None else sampling["num_replicas"],
         rank=0 if sampling is None else sampling["rank"],
-        seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        seed=global_seed(),
         pad=training,
         whole_batches=whole_batches,
         alone=alone,

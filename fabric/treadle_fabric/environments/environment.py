@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["ClusterEnvironment", "require_variable"]
+__all__ = ["ClusterEnvironment", "require_number", "require_variable"]
 
 
 class ClusterEnvironment(ABC):
@@ -103,3 +103,25 @@ def require_variable(name: str, environ: Mapping[str, str]) -> str:
             "choose another environment: Fabric(plugins=LightningEnvironment())."
         )
     return value
+
+
+def require_number(name: str, environ: Mapping[str, str], default: int | None = None) -> int:
+    """The value of an environment variable that holds a rank, a count or a port.
+
+    Args:
+        name: Of the variable.
+        environ: The environment variables to go by.
+        default: Taken where the variable is not set; None: it must be.
+
+    Raises:
+        MisconfigurationException: if it is no whole number, or not set and without a default.
+    """
+    if default is not None and name not in environ:
+        return default
+    value = require_variable(name, environ)
+    try:
+        return int(value)
+    except ValueError:
+        raise MisconfigurationException(
+            f"{name}={value!r} is no whole number. Whoever starts the processes has to set it to one."
+        ) from None

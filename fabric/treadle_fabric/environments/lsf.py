@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.environments.environment import ClusterEnvironment, require_number, require_variable
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_only
 
@@ -41,28 +41,28 @@ class LSFEnvironment(ClusterEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return int(self.variables["MASTER_PORT"])
+            return require_number("MASTER_PORT", self.variables)
         # All ranks know the job's number, and two jobs on one machine differ in it.
-        return 10000 + int(require_variable("LSB_JOBID", self.variables)) % 1000
+        return 10000 + require_number("LSB_JOBID", self.variables) % 1000
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return all(name in (os.environ if environ is None else environ) for name in _REQUIRED)
 
     def world_size(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_SIZE", self.variables))
+        return require_number("JSM_NAMESPACE_SIZE", self.variables)
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_RANK", self.variables))
+        return require_number("JSM_NAMESPACE_RANK", self.variables)
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_LOCAL_RANK", self.variables))
+        return require_number("JSM_NAMESPACE_LOCAL_RANK", self.variables)
 
     def node_rank(self) -> int:
         host = socket.gethostname()

@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, cast
 
-from treadle_fabric.environments.environment import ClusterEnvironment
+from treadle_fabric.environments.environment import ClusterEnvironment, require_number
 from treadle_fabric.environments.local import find_free_port
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_only
@@ -50,36 +50,36 @@ class MPIEnvironment(ClusterEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return int(self.variables["MASTER_PORT"])
-        job = _variable(_JOB, self.variables)
+            return require_number("MASTER_PORT", self.variables)
+        job = _first(_JOB, self.variables)
         if self._is_on_one_node() and job is not None:
-            return 12000 + zlib.crc32(job.encode()) % 16000  # all ranks know the job's name
+            return 12000 + zlib.crc32(self.variables[job].encode()) % 16000  # all ranks know the job's name
         if self._port is None:
             self._port = cast(int, self._world.bcast(find_free_port(), root=0))
         return self._port
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
-        size = _variable(_SIZE, os.environ if environ is None else environ)
-        return size is not None and int(size) > 1
+        size = _number(_SIZE, os.environ if environ is None else environ)
+        return size is not None and size > 1
 
     def world_size(self) -> int:
-        size = _variable(_SIZE, self.variables)
-        return int(size) if size is not None else cast(int, self._world.Get_size())
+        size = _number(_SIZE, self.variables)
+        return size if size is not None else cast(int, self._world.Get_size())
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        rank = _variable(_RANK, self.variables)
-        return int(rank) if rank is not None else cast(int, self._world.Get_rank())
+        rank = _number(_RANK, self.variables)
+        return rank if rank is not None else cast(int, self._world.Get_rank())
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        rank = _variable(_LOCAL_RANK, self.variables)
-        return int(rank) if rank is not None else self._places[self.global_rank()][1]
+        rank = _number(_LOCAL_RANK, self.variables)
+        return rank if rank is not None else self._places[self.global_rank()][1]
 
     def node_rank(self) -> int:
         return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
@@ -92,8 +92,7 @@ class MPIEnvironment(ClusterEnvironment):
             )
 
     def processes_per_node(self) -> int | None:
-        size = _variable(_LOCAL_SIZE, self.variables)
-        return None if size is None else int(size)
+        return _number(_LOCAL_SIZE, self.variables)
 
     def _is_on_one_node(self) -> bool:
         return self.processes_per_node() == self.world_size()
@@ -117,5 +116,11 @@ class MPIEnvironment(ClusterEnvironment):
         return [(nodes.index(host), hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
 
 
-def _variable(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
-    return next((environ[name] for name in names if name in environ), None)
+def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
+    """The first of the names that is set."""
+    return next((name for name in names if name in environ), None)
+
+
+def _number(names: tuple[str, ...], environ: Mapping[str, str]) -> int | None:
+    name = _first(names, environ)
+    return None if name is None else require_number(name, environ)

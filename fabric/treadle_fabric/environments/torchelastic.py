@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.environments.environment import ClusterEnvironment, require_number, require_variable
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_only
 
@@ -25,29 +25,29 @@ class TorchElasticEnvironment(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        return int(require_variable("MASTER_PORT", self.variables))
+        return require_number("MASTER_PORT", self.variables)
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return "TORCHELASTIC_RUN_ID" in (os.environ if environ is None else environ)
 
     def world_size(self) -> int:
-        return int(require_variable("WORLD_SIZE", self.variables))
+        return require_number("WORLD_SIZE", self.variables)
 
     def set_world_size(self, size: int) -> None:
         pass
 
     def global_rank(self) -> int:
-        return int(require_variable("RANK", self.variables))
+        return require_number("RANK", self.variables)
 
     def set_global_rank(self, rank: int) -> None:
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(require_variable("LOCAL_RANK", self.variables))
+        return require_number("LOCAL_RANK", self.variables)
 
     def node_rank(self) -> int:
-        return int(self.variables.get("GROUP_RANK", "0"))
+        return require_number("GROUP_RANK", self.variables, default=0)
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         if num_devices * num_nodes != self.world_size():
@@ -58,5 +58,6 @@ class TorchElasticEnvironment(ClusterEnvironment):
             )
 
     def processes_per_node(self) -> int | None:
-        value = self.variables.get("LOCAL_WORLD_SIZE")
-        return None if value is None else int(value)
+        if "LOCAL_WORLD_SIZE" not in self.variables:
+            return None
+        return require_number("LOCAL_WORLD_SIZE", self.variables)
