@@ -38,9 +38,6 @@ class LightningDataModule(HyperparametersMixin):
         ...         return DataLoader(self.val, batch_size=64)
     """
 
-    CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
-    CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
-
     trainer: Trainer | None = None
     """The trainer of the current run; ``None`` before the first."""
     prepare_data_per_node: bool = True

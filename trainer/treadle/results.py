@@ -350,7 +350,7 @@ class Results:
 
     def _gathered(self) -> dict[str, Any]:
         """The values of all ranks for callable reductions; the ranks may have logged different names."""
-        if self._fabric.world_size == 1:
+        if self.alone:
             return {}
         rows: list[Row] = [
             (f"{slot.name}{slot.suffix} in {hook}", "gather", slot.values + slot.pending, 0.0)
@@ -460,7 +460,7 @@ class Results:
         for slot in self.slots.values():
             if slot.on_step and slot.fresh and slot.logger:
                 slot.fresh = False
-                entries = list(slot.entries(slot.value, "_step"))
+                entries = slot.entries(slot.value, "_step")
                 out.update(entries)
                 if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
                     weight = samples if slot.reduce == "mean" else 1.0
@@ -483,7 +483,7 @@ class Results:
         self.open = False
         found: list[tuple[Slot, Any]] = []
         rows: list[Row] = []
-        distributed = self._fabric.world_size > 1 and not local
+        distributed = not self.alone and not local
         slots = {k: s for k, s in self.slots.items() if s.on_epoch and s.has_value and not s.closed}
         for (hook, _, _), slot in slots.items():
             if distributed and not slot.rank_zero_only:

@@ -63,7 +63,6 @@ class FitLoop:
         self._sanity, self.validation = sanity, validation
         self._make_epoch, self._make_validation, self._reload_every = make_epoch, make_validation, reload_every
         self._restore = restore
-        self._started = time.monotonic()
         self._told_min = False
         self._validation_s = math.inf  # how long the last one took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
@@ -93,7 +92,6 @@ class FitLoop:
             return
         reason = ""
         run.module.train()
-        self._started = time.monotonic()
         with torch.enable_grad():
             dispatch.call("on_train_start")
             first = True
