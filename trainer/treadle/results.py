@@ -16,6 +16,7 @@ from torch import Tensor
 from treadle.reduction import REDUCTIONS, Reduction, Row, compute_alone, reduce_over_ranks
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 from treadle_fabric.data import infer_batch_size
+from treadle_fabric.loggers.scalars import to_numbers
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -105,27 +106,8 @@ def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Bring scalars to the host: one transfer for every device and dtype among them.
-
-    Args:
-        metrics: names and numbers or tensors of one element.
-
-    Returns:
-        The same names in the same order, and Python numbers.
-    """
-    out: dict[str, float] = {}
-    remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, value in metrics.items():
-        if not isinstance(value, Tensor):
-            out[name] = float(value)
-        elif value.device.type == "cpu":
-            out[name] = float(value.item())
-        else:
-            out[name] = 0.0  # keeps the order
-            remote.setdefault((value.device, value.dtype), []).append(name)
-    for names in remote.values():
-        out.update(zip(names, map(float, torch.stack([metrics[n].reshape(()) for n in names]).tolist()), strict=True))
-    return out
+    """The same names and floats, in one transfer to the host for every device and dtype among the tensors."""
+    return {name: float(value) for name, value in to_numbers(metrics).items()}
 
 
 def is_metric(value: Any) -> bool:
