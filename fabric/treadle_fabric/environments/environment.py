@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["ClusterEnvironment", "require_number", "require_variable"]
+__all__ = ["ClusterEnvironment", "StartedEnvironment", "require_number", "require_variable"]
 
 
 class ClusterEnvironment(ABC):
@@ -88,6 +88,32 @@ class ClusterEnvironment(ABC):
 
     def teardown(self) -> None:
         """Undo what the environment changed. Nothing, unless a subclass changes something."""
+
+
+class StartedEnvironment(ClusterEnvironment):
+    """Processes that somebody else has started, and that find their ranks in what was set for them."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def check_count(self, num_devices: int, num_nodes: int, who: str, remedy: str) -> None:
+        """Compare the number of processes that the user asked for with those that ``who`` started.
+
+        Raises:
+            MisconfigurationException: if they differ, with the remedy.
+        """
+        if num_devices * num_nodes != self.world_size():
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
+                f"{who} started {self.world_size()}. {remedy}"
+            )
 
 
 def require_variable(name: str, environ: Mapping[str, str]) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from treadle_fabric.environments.environment import ClusterEnvironment, require_number
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["LightningEnvironment", "find_free_port"]
 
@@ -63,7 +62,6 @@ class LightningEnvironment(ClusterEnvironment):
 
     def set_global_rank(self, rank: int) -> None:
         self._global_rank = rank
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
         return require_number("LOCAL_RANK", self.variables, default=0)

@@ -10,10 +10,9 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, cast
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_number
+from treadle_fabric.environments.environment import StartedEnvironment, require_number
 from treadle_fabric.environments.local import find_free_port
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["MPIEnvironment"]
 
@@ -25,7 +24,7 @@ _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_
 _JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVSNAME")
 
 
-class MPIEnvironment(ClusterEnvironment):
+class MPIEnvironment(StartedEnvironment):
     """Processes started by ``mpirun`` or ``mpiexec``.
 
     Ranks come from the variables that the MPI launcher sets. On several machines, mpi4py is asked for what they leave
@@ -34,10 +33,6 @@ class MPIEnvironment(ClusterEnvironment):
 
     def __init__(self) -> None:
         self._port: int | None = None
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     def main_address(self) -> str:
@@ -67,15 +62,9 @@ class MPIEnvironment(ClusterEnvironment):
         size = _number(_SIZE, self.variables)
         return size if size is not None else cast(int, self._world.Get_size())
 
-    def set_world_size(self, size: int) -> None:
-        pass
-
     def global_rank(self) -> int:
         rank = _number(_RANK, self.variables)
         return rank if rank is not None else cast(int, self._world.Get_rank())
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
         rank = _number(_LOCAL_RANK, self.variables)
@@ -85,11 +74,8 @@ class MPIEnvironment(ClusterEnvironment):
         return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        if num_devices * num_nodes != self.world_size():
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
-                f"MPI started {self.world_size()}. Make them equal; devices='auto' takes what runs on a machine."
-            )
+        remedy = "Make them equal; devices='auto' takes what runs on a machine."
+        self.check_count(num_devices, num_nodes, "MPI", remedy)
 
     def processes_per_node(self) -> int | None:
         return _number(_LOCAL_SIZE, self.variables)

@@ -7,16 +7,15 @@ import re
 import signal
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_number
+from treadle_fabric.environments.environment import StartedEnvironment, require_number
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["SLURMEnvironment"]
 
 _INTERACTIVE_JOB_NAMES = ("bash", "interactive")
 
 
-class SLURMEnvironment(ClusterEnvironment):
+class SLURMEnvironment(StartedEnvironment):
     """Processes started by ``srun``, one for each device.
 
     Args:
@@ -30,10 +29,6 @@ class SLURMEnvironment(ClusterEnvironment):
         if requeue_signal is None and hasattr(signal, "SIGUSR1"):
             requeue_signal = signal.SIGUSR1
         self.requeue_signal = requeue_signal
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     def main_address(self) -> str:
@@ -75,14 +70,8 @@ class SLURMEnvironment(ClusterEnvironment):
     def world_size(self) -> int:
         return require_number("SLURM_NTASKS", self.variables)
 
-    def set_world_size(self, size: int) -> None:
-        pass
-
     def global_rank(self) -> int:
         return require_number("SLURM_PROCID", self.variables)
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
         return require_number("SLURM_LOCALID", self.variables)
@@ -103,12 +92,9 @@ class SLURMEnvironment(ClusterEnvironment):
             "Give `#SBATCH --ntasks-per-node` the number of devices and `--nodes` the number of nodes, and start the "
             "script with srun; or, to let Treadle start the processes, pass plugins=LightningEnvironment()."
         )
-        if per_node is None and self.world_size() != num_devices * num_nodes:
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
-                f"SLURM started {self.world_size()} tasks. {remedy}"
-            )
-        if per_node is not None and per_node != num_devices:
+        if per_node is None:
+            self.check_count(num_devices, num_nodes, "SLURM", remedy)
+        elif per_node != num_devices:
             raise MisconfigurationException(
                 f"devices={num_devices}, but SLURM started {per_node} tasks on each node. {remedy}"
             )
