@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle_fabric.data import batch_mover, sampler_epoch, seed_workers, set_epoch, shard_dataloader
+from treadle_fabric.seed import global_seed
 
 if TYPE_CHECKING:
     from treadle_fabric.strategies import Strategy
@@ -38,8 +38,9 @@ def share_loader(
     """
     ranks = strategy.distributed_sampler_kwargs or ({"num_replicas": 1, "rank": 0} if alone else None)
     if share and ranks is not None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        loader = shard_dataloader(loader, seed=seed, pad=pad, whole_batches=whole_batches, alone=alone, **ranks)
+        loader = shard_dataloader(
+            loader, seed=global_seed(), pad=pad, whole_batches=whole_batches, alone=alone, **ranks
+        )
     return seed_workers(strategy.process_dataloader(loader), strategy.global_rank)
 
 

@@ -21,6 +21,7 @@ from treadle_fabric.rank_zero import rank_zero_info, rank_zero_only, rank_zero_w
 __all__ = [
     "NumPyState",
     "collect_rng_states",
+    "global_seed",
     "isolate_rng",
     "reset_seed",
     "rng_states_of",
@@ -57,18 +58,12 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     Raises:
         MisconfigurationException: The seed is no integer, or out of range.
     """
-    value: Any = seed
-    source = "seed"
-    if value is None:
-        value, source = os.environ.get("PL_GLOBAL_SEED"), "PL_GLOBAL_SEED"
-    if value is None:
-        value = 0
-        if verbose:
+    if seed is None:
+        source, number = "PL_GLOBAL_SEED", global_seed()
+        if verbose and "PL_GLOBAL_SEED" not in os.environ:
             rank_zero_warn("No seed was given and PL_GLOBAL_SEED is not set: the seed is 0.")
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        raise MisconfigurationException(f"{source}={value!r} is no integer. Give one from 0 to {_MAX_SEED}.") from None
+    else:
+        source, number = "seed", _integer("seed", seed)
     if not 0 <= number <= _MAX_SEED:
         raise MisconfigurationException(f"{source}={number} is out of range. Give one from 0 to {_MAX_SEED}.")
     if verbose:
@@ -80,6 +75,22 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     if (numpy := _numpy()) is not None:
         numpy.random.seed(number)
     return number
+
+
+def global_seed() -> int:
+    """The seed in ``PL_GLOBAL_SEED``, which :func:`seed_everything` sets; 0 where it is not set.
+
+    Raises:
+        MisconfigurationException: It is no integer.
+    """
+    return _integer("PL_GLOBAL_SEED", os.environ.get("PL_GLOBAL_SEED", 0))
+
+
+def _integer(source: str, value: Any) -> int:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise MisconfigurationException(f"{source}={value!r} is no integer. Give one from 0 to {_MAX_SEED}.") from None
 
 
 def reset_seed() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 
-__all__ = ["LRScheduler", "PathLike", "Stateful", "StepClosure", "TensorTree"]
+__all__ = ["LRScheduler", "PathLike", "Stateful"]
 
 PathLike: TypeAlias = str | os.PathLike[str] | Path
-TensorTree: TypeAlias = Any  # a Tensor, or lists, tuples, mappings and dataclasses that hold some
-StepClosure: TypeAlias = Callable[[], Any]
 
 
 @runtime_checkable
@@ -36,9 +34,3 @@ class LRScheduler(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
-
-
-class Loader(Protocol):
-    """An iterable of batches."""
-
-    def __iter__(self) -> Iterator[Any]: ...

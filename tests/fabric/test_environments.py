@@ -21,7 +21,6 @@ from treadle_fabric.environments import (
     find_free_port,
 )
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "x",
@@ -120,8 +119,6 @@ def test_ranks_and_meeting_point(
     environment.set_world_size(99)
     environment.set_global_rank(99)
     assert (environment.world_size(), environment.global_rank()) == (world, rank)  # the cluster knows
-    assert rank_zero_only.rank == 99
-    rank_zero_only.rank = 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +127,7 @@ def test_ranks_and_meeting_point(
         (TorchElasticEnvironment, TORCHRUN, 8, 2, "torchrun started 8"),
         (SLURMEnvironment, SLURM, 8, 1, "4 tasks on each node"),
         (SLURMEnvironment, SLURM, 4, 1, "has 2 nodes"),
-        (SLURMEnvironment, {"SLURM_NTASKS": "1"}, 4, 1, "started 1 tasks"),
+        (SLURMEnvironment, {"SLURM_NTASKS": "1"}, 4, 1, "SLURM started 1"),
         (LSFEnvironment, LSF, 4, 1, "jsrun started 8"),
         (MPIEnvironment, OPEN_MPI, 2, 1, "MPI started 4"),
         (KubeflowEnvironment, KUBEFLOW, 4, 1, "devices=1"),
@@ -173,6 +170,31 @@ def test_a_missing_variable_is_named(kind: Any, call: str) -> None:
         getattr(use(kind, {}), call)()
 
 
+@pytest.mark.parametrize(
+    ("kind", "environ", "name", "call"),
+    [
+        (TorchElasticEnvironment, TORCHRUN, "WORLD_SIZE", "world_size"),
+        (TorchElasticEnvironment, TORCHRUN, "LOCAL_WORLD_SIZE", "processes_per_node"),
+        (SLURMEnvironment, SLURM, "SLURM_PROCID", "global_rank"),
+        (LSFEnvironment, LSF, "JSM_NAMESPACE_LOCAL_RANK", "local_rank"),
+        (MPIEnvironment, OPEN_MPI, "OMPI_COMM_WORLD_RANK", "global_rank"),
+        (KubeflowEnvironment, KUBEFLOW, "RANK", "node_rank"),
+        (LightningEnvironment, {}, "GROUP_RANK", "node_rank"),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(kind: Any, environ: dict[str, str], name: str, call: str) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"{name}='two' is no whole number.* set it to one"):
+        getattr(use(kind, {**environ, name: "two"}), call)()
+
+
+def test_a_port_that_is_no_number_is_named() -> None:
+    for kind in (LightningEnvironment, TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment):
+        with pytest.raises(MisconfigurationException, match="MASTER_PORT='http' is no whole number"):
+            _ = use(kind, {"MASTER_PORT": "http"}).main_port
+    with pytest.raises(MisconfigurationException, match="PMI_SIZE='' is no whole number"):
+        detect_environment({"PMI_SIZE": ""})
+
+
 class TestLocal:
     def test_alone(self) -> None:
         environment = use(LightningEnvironment, {})
@@ -196,10 +218,9 @@ class TestLocal:
         assert (environment.main_address, environment.main_port) == ("a", 7)
         assert (environment.world_size(), environment.local_rank(), environment.node_rank()) == (8, 2, 1)
         environment.set_global_rank(6)
-        assert environment.global_rank() == rank_zero_only.rank == 6
+        assert environment.global_rank() == 6
         environment.set_world_size(9)
         assert environment.world_size() == 9
-        rank_zero_only.rank = 0
 
     def test_launched_processes_compute_their_rank(self) -> None:
         environment = use(LightningEnvironment, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "NODE_RANK": "2"})

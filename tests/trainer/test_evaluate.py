@@ -148,6 +148,20 @@ def test_modes_gradients_and_weights_are_left_as_they_were(tmp_path: Path) -> No
         assert torch.equal(model.layer.weight, before)
 
 
+@pytest.mark.parametrize("stage", ["validate", "predict"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_a_scripted_layer_drops_out_again_after_it(tmp_path: Path, stage: str) -> None:
+    class Scripted(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = torch.jit.script(nn.Dropout(0.5))
+
+    model = Scripted()
+    getattr(trainer(tmp_path), stage)(model, loader(4))
+    assert model.drop.training
+    assert (model.drop(torch.ones(100)) == 0).any()  # which asks a flag that is no Python attribute
+
+
 def test_modes_are_restored_after_an_error(tmp_path: Path) -> None:
     class Broken(Net):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -88,10 +88,6 @@ def make_transfer(
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         for owner in (datamodule, module):
             if owner is not None and overrides(owner, name, DataHooks):
-                from treadle.datamodule import LightningDataModule
-
-                if isinstance(owner, LightningDataModule) and not overrides(owner, name, LightningDataModule):
-                    continue
                 chosen[name] = getattr(owner, name)
                 arguments = (
                     ("batch", "device", "dataloader_idx")

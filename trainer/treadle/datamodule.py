@@ -10,9 +10,10 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from treadle.hooks import DataHooks
 from treadle.hparams import HyperparametersMixin
 from treadle.loading import class_only, load_datamodule_from_checkpoint
-from treadle_fabric.data import move_data_to_device, sized_len
+from treadle_fabric.data import sized_len
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.types import PathLike
 
@@ -25,7 +26,7 @@ D = TypeVar("D", bound="LightningDataModule")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 
 
-class LightningDataModule(HyperparametersMixin):
+class LightningDataModule(HyperparametersMixin, DataHooks):
     """Everything about the data of a run in one place: fetching, splitting, loading and transfer.
 
     Example:
@@ -38,22 +39,10 @@ class LightningDataModule(HyperparametersMixin):
         ...         return DataLoader(self.val, batch_size=64)
     """
 
-    CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
-    CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
-
     trainer: Trainer | None = None
     """The trainer of the current run; ``None`` before the first."""
     prepare_data_per_node: bool = True
     """Whether :meth:`prepare_data` runs once on every node or once in all (where nodes share a file system)."""
-
-    def prepare_data(self) -> None:
-        """Download and preprocess to disk. Runs in one process (of each node), so keep no state on ``self``."""
-
-    def setup(self, stage: str) -> None:
-        """Make the datasets, in every process. ``stage``: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``."""
-
-    def teardown(self, stage: str) -> None:
-        """The fit, validate, test or predict has ended."""
 
     def train_dataloader(self) -> Any:
         """The training data: a loader, or a list or dictionary of loaders."""
@@ -70,18 +59,6 @@ class LightningDataModule(HyperparametersMixin):
     def predict_dataloader(self) -> Any:
         """The data to predict on: a loader or a list of loaders."""
         raise _missing(self, "predict_dataloader")
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch before it goes to the device. Default: as it is."""
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch. Override for containers of your own; tensors in lists, tuples, dictionaries are moved."""
-        return move_data_to_device(batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch on the device. Default: as it is."""
-        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""

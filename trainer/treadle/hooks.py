@@ -128,10 +128,10 @@ class DataHooks:
     """Where batches come from and how they reach the device; a module and a data module share these."""
 
     def prepare_data(self) -> None:
-        """Download or prepare once a node, in one process. Assign nothing here: other processes would not see it."""
+        """Download and preprocess to disk, in one process (of each node): the others do not see what it assigns."""
 
     def setup(self, stage: str) -> None:
-        """A fit, validate, test or predict begins, in every process."""
+        """A fit, validate, test or predict begins, in every process; ``stage`` is its name."""
 
     def teardown(self, stage: str) -> None:
         """It has ended."""
@@ -141,7 +141,9 @@ class DataHooks:
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch of your own type to ``device``; returns the batch."""
+        """Move a batch to ``device``; returns the batch. Override it for types of your own: tensors in lists, tuples
+        and dictionaries are moved.
+        """
         return move_data_to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

@@ -17,7 +17,7 @@ from treadle_fabric.types import LRScheduler
 if TYPE_CHECKING:
     from treadle.module import LightningModule
 
-__all__ = ["needs_closure", "parse_optimizers", "step_schedulers"]
+__all__ = ["parse_optimizers", "step_schedulers"]
 
 _SHAPES = (
     "an optimizer, a list of optimizers, a list of optimizers and a list of schedulers, a dict with 'optimizer' and "
@@ -151,16 +151,6 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (shapes {shapes}) that are not"
             f" this {type(module).__qualname__}'s: make it with `self.parameters()`."
         )
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether ``step`` of the optimizer evaluates the loss again, as LBFGS does."""
-    import inspect
-
-    kind: Any = type(getattr(optimizer, "optimizer", optimizer))
-    step = kind.step
-    parameter = inspect.signature(inspect.unwrap(step)).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def step_schedulers(

@@ -95,7 +95,7 @@ def check_idle(state: TrainerState, fn: TrainerFn) -> None:
         )
 
 
-def check_loaders(datamodule: LightningDataModule | None, **loaders: Any) -> None:
+def check_loaders(**loaders: Any) -> None:
     """Refuse loaders that cannot be iterated."""
     from treadle.combined_loader import CombinedLoader
 

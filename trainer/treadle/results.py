@@ -16,6 +16,7 @@ from torch import Tensor
 from treadle.reduction import REDUCTIONS, Reduction, Row, compute_alone, reduce_over_ranks
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 from treadle_fabric.data import infer_batch_size
+from treadle_fabric.loggers.scalars import to_numbers
 
 if TYPE_CHECKING:
     from treadle.module import LightningModule
@@ -104,27 +105,8 @@ def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Bring scalars to the host: one transfer for every device and dtype among them.
-
-    Args:
-        metrics: names and numbers or tensors of one element.
-
-    Returns:
-        The same names in the same order, and Python numbers.
-    """
-    out: dict[str, float] = {}
-    remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
-    for name, value in metrics.items():
-        if not isinstance(value, Tensor):
-            out[name] = float(value)
-        elif value.device.type == "cpu":
-            out[name] = float(value.item())
-        else:
-            out[name] = 0.0  # keeps the order
-            remote.setdefault((value.device, value.dtype), []).append(name)
-    for names in remote.values():
-        out.update(zip(names, map(float, torch.stack([metrics[n].reshape(()) for n in names]).tolist()), strict=True))
-    return out
+    """The same names and floats, in one transfer to the host for every device and dtype among the tensors."""
+    return {name: float(value) for name, value in to_numbers(metrics).items()}
 
 
 def is_metric(value: Any) -> bool:
@@ -348,7 +330,7 @@ class Results:
 
     def _gathered(self) -> dict[str, Any]:
         """The values of all ranks for callable reductions; the ranks may have logged different names."""
-        if self._fabric.world_size == 1:
+        if self.alone:
             return {}
         rows: list[Row] = [
             (f"{slot.name}{slot.suffix} in {hook}", "gather", slot.values + slot.pending, 0.0)
@@ -458,7 +440,7 @@ class Results:
         for slot in self.slots.values():
             if slot.on_step and slot.fresh and slot.logger:
                 slot.fresh = False
-                entries = list(slot.entries(slot.value, "_step"))
+                entries = slot.entries(slot.value, "_step")
                 out.update(entries)
                 if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
                     weight = samples if slot.reduce == "mean" else 1.0
@@ -481,7 +463,7 @@ class Results:
         self.open = False
         found: list[tuple[Slot, Any]] = []
         rows: list[Row] = []
-        distributed = self._fabric.world_size > 1 and not local
+        distributed = not self.alone and not local
         slots = {k: s for k, s in self.slots.items() if s.on_epoch and s.has_value and not s.closed}
         for (hook, _, _), slot in slots.items():
             if distributed and not slot.rank_zero_only:

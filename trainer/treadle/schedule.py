@@ -183,8 +183,12 @@ class ValidationSchedule:
             return cls(math.inf, every_n_epochs)
         return cls(max(1, int(num_batches * interval)), every_n_epochs, at_epoch_end=interval == 1.0)
 
+    def in_epoch(self, epoch: int) -> bool:
+        """Whether validation runs at all in the epoch after ``epoch`` completed ones."""
+        return self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs == 0
+
     def due(self, epoch: int, batch: int, batches: int, *, is_last: bool) -> bool:
-        """Whether validation follows the batch that has just been trained on (time is not looked at here).
+        """Whether validation follows the batch that has just been trained on, where batches decide and not time.
 
         Args:
             epoch: completed epochs.
@@ -192,10 +196,10 @@ class ValidationSchedule:
             batches: batches of all epochs so far, this one included.
             is_last: whether it is the epoch's last.
         """
-        if self.every_n_epochs is not None and (epoch + 1) % self.every_n_epochs:
+        if not self.in_epoch(epoch):
             return False
         if self.at_epoch_end or self.every_n_batches == math.inf:
-            return is_last and self.every is None
+            return is_last
         count = batches if self.every_n_epochs is None else batch
         return count % self.every_n_batches == 0
 

@@ -208,7 +208,7 @@ class Trainer(TrainerView):
         """
         train_dataloaders, datamodule = preflight.split_datamodule(train_dataloaders, datamodule)
         preflight.check_model(model, "fit")
-        preflight.check_loaders(datamodule, train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
+        preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
         self.should_stop = False
         self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only))
@@ -278,7 +278,7 @@ class Trainer(TrainerView):
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._module, "predict")
-        preflight.check_loaders(datamodule, dataloaders=dataloaders)
+        preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule)
         preflight.check_return_predictions(return_predictions, self.strategy)
         if return_predictions == "stream":
@@ -532,7 +532,7 @@ class Trainer(TrainerView):
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._module, fn.value)
-        preflight.check_loaders(datamodule, dataloaders=dataloaders)
+        preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule)
         result: list[dict[str, float]] = self._launch(
             self._evaluate_stage, module, datamodule, fn, dataloaders, source, verbose

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["ClusterEnvironment", "require_variable"]
+__all__ = ["ClusterEnvironment", "StartedEnvironment", "require_number", "require_variable"]
 
 
 class ClusterEnvironment(ABC):
@@ -90,6 +90,32 @@ class ClusterEnvironment(ABC):
         """Undo what the environment changed. Nothing, unless a subclass changes something."""
 
 
+class StartedEnvironment(ClusterEnvironment):
+    """Processes that somebody else has started, and that find their ranks in what was set for them."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def check_count(self, num_devices: int, num_nodes: int, who: str, remedy: str) -> None:
+        """Compare the number of processes that the user asked for with those that ``who`` started.
+
+        Raises:
+            MisconfigurationException: if they differ, with the remedy.
+        """
+        if num_devices * num_nodes != self.world_size():
+            raise MisconfigurationException(
+                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
+                f"{who} started {self.world_size()}. {remedy}"
+            )
+
+
 def require_variable(name: str, environ: Mapping[str, str]) -> str:
     """The value of an environment variable that the environment must have set.
 
@@ -103,3 +129,25 @@ def require_variable(name: str, environ: Mapping[str, str]) -> str:
             "choose another environment: Fabric(plugins=LightningEnvironment())."
         )
     return value
+
+
+def require_number(name: str, environ: Mapping[str, str], default: int | None = None) -> int:
+    """The value of an environment variable that holds a rank, a count or a port.
+
+    Args:
+        name: Of the variable.
+        environ: The environment variables to go by.
+        default: Taken where the variable is not set; None: it must be.
+
+    Raises:
+        MisconfigurationException: if it is no whole number, or not set and without a default.
+    """
+    if default is not None and name not in environ:
+        return default
+    value = require_variable(name, environ)
+    try:
+        return int(value)
+    except ValueError:
+        raise MisconfigurationException(
+            f"{name}={value!r} is no whole number. Whoever starts the processes has to set it to one."
+        ) from None

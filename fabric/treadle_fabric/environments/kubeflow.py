@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.environments.environment import StartedEnvironment, require_number, require_variable
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["KubeflowEnvironment"]
 
 
-class KubeflowEnvironment(ClusterEnvironment):
+class KubeflowEnvironment(StartedEnvironment):
     """Pods of a Kubeflow PyTorchJob, one process in each: ``Fabric(plugins=KubeflowEnvironment())``.
 
     Never detected, because its variables are also those of other set-ups.
     """
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     def main_address(self) -> str:
@@ -25,23 +20,17 @@ class KubeflowEnvironment(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        return int(require_variable("MASTER_PORT", self.variables))
+        return require_number("MASTER_PORT", self.variables)
 
     @staticmethod
     def detect() -> bool:
         return False
 
     def world_size(self) -> int:
-        return int(require_variable("WORLD_SIZE", self.variables))
-
-    def set_world_size(self, size: int) -> None:
-        pass
+        return require_number("WORLD_SIZE", self.variables)
 
     def global_rank(self) -> int:
-        return int(require_variable("RANK", self.variables))
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        return require_number("RANK", self.variables)
 
     def local_rank(self) -> int:
         return 0

@@ -6,9 +6,8 @@ import random
 import socket
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment
+from treadle_fabric.environments.environment import ClusterEnvironment, require_number
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["LightningEnvironment", "find_free_port"]
 
@@ -36,7 +35,7 @@ class LightningEnvironment(ClusterEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return int(self.variables["MASTER_PORT"])
+            return require_number("MASTER_PORT", self.variables)
         if self._port is None:
             self._port = find_free_port()
         return self._port
@@ -48,7 +47,7 @@ class LightningEnvironment(ClusterEnvironment):
     def world_size(self) -> int:
         if self._world_size is not None:
             return self._world_size
-        return int(self.variables.get("WORLD_SIZE", "1"))
+        return require_number("WORLD_SIZE", self.variables, default=1)
 
     def set_world_size(self, size: int) -> None:
         self._world_size = size
@@ -56,29 +55,29 @@ class LightningEnvironment(ClusterEnvironment):
     def global_rank(self) -> int:
         # What a launched process finds in its environment is right; what was set may come from another process.
         if "LOCAL_WORLD_SIZE" in self.variables and "LOCAL_RANK" in self.variables:
-            return self.node_rank() * int(self.variables["LOCAL_WORLD_SIZE"]) + self.local_rank()
+            return self.node_rank() * require_number("LOCAL_WORLD_SIZE", self.variables) + self.local_rank()
         if self._global_rank is not None:
             return self._global_rank
         return self.local_rank()
 
     def set_global_rank(self, rank: int) -> None:
         self._global_rank = rank
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
     def local_rank(self) -> int:
-        return int(self.variables.get("LOCAL_RANK", "0"))
+        return require_number("LOCAL_RANK", self.variables, default=0)
 
     def node_rank(self) -> int:
-        return int(self.variables.get("NODE_RANK", self.variables.get("GROUP_RANK", "0")))
+        return require_number("NODE_RANK" if "NODE_RANK" in self.variables else "GROUP_RANK", self.variables, default=0)
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        started = int(self.variables.get("LOCAL_WORLD_SIZE", num_devices)) if self.creates_processes_externally else 1
-        if self.creates_processes_externally and num_devices not in (1, started):
-            raise MisconfigurationException(
-                f"devices={num_devices}, but this script runs in {started} processes on this machine. Use the same "
-                "number of devices throughout a script."
-            )
-        if num_nodes > 1 and not self.creates_processes_externally:
+        if self.creates_processes_externally:
+            started = require_number("LOCAL_WORLD_SIZE", self.variables, default=num_devices)
+            if num_devices not in (1, started):
+                raise MisconfigurationException(
+                    f"devices={num_devices}, but this script runs in {started} processes on this machine. Use the "
+                    "same number of devices throughout a script."
+                )
+        elif num_nodes > 1:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in self.variables]
             if missing:
                 raise MisconfigurationException(

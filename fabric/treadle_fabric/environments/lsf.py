@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.environments.environment import StartedEnvironment, require_number, require_variable
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["LSFEnvironment"]
 
 _REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
 
 
-class LSFEnvironment(ClusterEnvironment):
+class LSFEnvironment(StartedEnvironment):
     """Processes started by ``jsrun``, one for each device.
 
     The rank file that LSF names in LSB_DJOB_RANKFILE lists the hosts: the launch node first, then one line a slot.
@@ -31,38 +30,28 @@ class LSFEnvironment(ClusterEnvironment):
         return _compute_hosts(require_variable("LSB_DJOB_RANKFILE", self.variables))
 
     @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
     def main_address(self) -> str:
         return self._hosts[0]
 
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return int(self.variables["MASTER_PORT"])
+            return require_number("MASTER_PORT", self.variables)
         # All ranks know the job's number, and two jobs on one machine differ in it.
-        return 10000 + int(require_variable("LSB_JOBID", self.variables)) % 1000
+        return 10000 + require_number("LSB_JOBID", self.variables) % 1000
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return all(name in (os.environ if environ is None else environ) for name in _REQUIRED)
 
     def world_size(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_SIZE", self.variables))
-
-    def set_world_size(self, size: int) -> None:
-        pass
+        return require_number("JSM_NAMESPACE_SIZE", self.variables)
 
     def global_rank(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_RANK", self.variables))
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        return require_number("JSM_NAMESPACE_RANK", self.variables)
 
     def local_rank(self) -> int:
-        return int(require_variable("JSM_NAMESPACE_LOCAL_RANK", self.variables))
+        return require_number("JSM_NAMESPACE_LOCAL_RANK", self.variables)
 
     def node_rank(self) -> int:
         host = socket.gethostname()
@@ -75,11 +64,7 @@ class LSFEnvironment(ClusterEnvironment):
         )
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        if num_devices * num_nodes != self.world_size():
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
-                f"jsrun started {self.world_size()}. Make them equal."
-            )
+        self.check_count(num_devices, num_nodes, "jsrun", "Make them equal.")
 
 
 def _compute_hosts(rank_file: str) -> list[str]:

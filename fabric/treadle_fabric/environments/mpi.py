@@ -10,10 +10,9 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, cast
 
-from treadle_fabric.environments.environment import ClusterEnvironment
+from treadle_fabric.environments.environment import StartedEnvironment, require_number
 from treadle_fabric.environments.local import find_free_port
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["MPIEnvironment"]
 
@@ -25,7 +24,7 @@ _LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_
 _JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVSNAME")
 
 
-class MPIEnvironment(ClusterEnvironment):
+class MPIEnvironment(StartedEnvironment):
     """Processes started by ``mpirun`` or ``mpiexec``.
 
     Ranks come from the variables that the MPI launcher sets. On several machines, mpi4py is asked for what they leave
@@ -34,10 +33,6 @@ class MPIEnvironment(ClusterEnvironment):
 
     def __init__(self) -> None:
         self._port: int | None = None
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     def main_address(self) -> str:
@@ -50,50 +45,40 @@ class MPIEnvironment(ClusterEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return int(self.variables["MASTER_PORT"])
-        job = _variable(_JOB, self.variables)
+            return require_number("MASTER_PORT", self.variables)
+        job = _first(_JOB, self.variables)
         if self._is_on_one_node() and job is not None:
-            return 12000 + zlib.crc32(job.encode()) % 16000  # all ranks know the job's name
+            return 12000 + zlib.crc32(self.variables[job].encode()) % 16000  # all ranks know the job's name
         if self._port is None:
             self._port = cast(int, self._world.bcast(find_free_port(), root=0))
         return self._port
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
-        size = _variable(_SIZE, os.environ if environ is None else environ)
-        return size is not None and int(size) > 1
+        size = _number(_SIZE, os.environ if environ is None else environ)
+        return size is not None and size > 1
 
     def world_size(self) -> int:
-        size = _variable(_SIZE, self.variables)
-        return int(size) if size is not None else cast(int, self._world.Get_size())
-
-    def set_world_size(self, size: int) -> None:
-        pass
+        size = _number(_SIZE, self.variables)
+        return size if size is not None else cast(int, self._world.Get_size())
 
     def global_rank(self) -> int:
-        rank = _variable(_RANK, self.variables)
-        return int(rank) if rank is not None else cast(int, self._world.Get_rank())
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        rank = _number(_RANK, self.variables)
+        return rank if rank is not None else cast(int, self._world.Get_rank())
 
     def local_rank(self) -> int:
-        rank = _variable(_LOCAL_RANK, self.variables)
-        return int(rank) if rank is not None else self._places[self.global_rank()][1]
+        rank = _number(_LOCAL_RANK, self.variables)
+        return rank if rank is not None else self._places[self.global_rank()][1]
 
     def node_rank(self) -> int:
         return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        if num_devices * num_nodes != self.world_size():
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
-                f"MPI started {self.world_size()}. Make them equal; devices='auto' takes what runs on a machine."
-            )
+        remedy = "Make them equal; devices='auto' takes what runs on a machine."
+        self.check_count(num_devices, num_nodes, "MPI", remedy)
 
     def processes_per_node(self) -> int | None:
-        size = _variable(_LOCAL_SIZE, self.variables)
-        return None if size is None else int(size)
+        return _number(_LOCAL_SIZE, self.variables)
 
     def _is_on_one_node(self) -> bool:
         return self.processes_per_node() == self.world_size()
@@ -117,5 +102,11 @@ class MPIEnvironment(ClusterEnvironment):
         return [(nodes.index(host), hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
 
 
-def _variable(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
-    return next((environ[name] for name in names if name in environ), None)
+def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
+    """The first of the names that is set."""
+    return next((name for name in names if name in environ), None)
+
+
+def _number(names: tuple[str, ...], environ: Mapping[str, str]) -> int | None:
+    name = _first(names, environ)
+    return None if name is None else require_number(name, environ)

@@ -7,16 +7,15 @@ import re
 import signal
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
+from treadle_fabric.environments.environment import StartedEnvironment, require_number
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["SLURMEnvironment"]
 
 _INTERACTIVE_JOB_NAMES = ("bash", "interactive")
 
 
-class SLURMEnvironment(ClusterEnvironment):
+class SLURMEnvironment(StartedEnvironment):
     """Processes started by ``srun``, one for each device.
 
     Args:
@@ -32,10 +31,6 @@ class SLURMEnvironment(ClusterEnvironment):
         self.requeue_signal = requeue_signal
 
     @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
     def main_address(self) -> str:
         address = self.variables.get("MASTER_ADDR")
         if address is None:
@@ -47,7 +42,7 @@ class SLURMEnvironment(ClusterEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return int(self.variables["MASTER_PORT"])
+            return require_number("MASTER_PORT", self.variables)
         # All ranks know the job's number, and two jobs on one machine differ in it.
         job = self.variables.get("SLURM_JOB_ID", "")
         return 15000 + int(job) % 10000 if job.isdecimal() else 29500
@@ -73,22 +68,16 @@ class SLURMEnvironment(ClusterEnvironment):
             return None
 
     def world_size(self) -> int:
-        return int(require_variable("SLURM_NTASKS", self.variables))
-
-    def set_world_size(self, size: int) -> None:
-        pass
+        return require_number("SLURM_NTASKS", self.variables)
 
     def global_rank(self) -> int:
-        return int(require_variable("SLURM_PROCID", self.variables))
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        return require_number("SLURM_PROCID", self.variables)
 
     def local_rank(self) -> int:
-        return int(require_variable("SLURM_LOCALID", self.variables))
+        return require_number("SLURM_LOCALID", self.variables)
 
     def node_rank(self) -> int:
-        return int(require_variable("SLURM_NODEID", self.variables))
+        return require_number("SLURM_NODEID", self.variables)
 
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
@@ -97,21 +86,19 @@ class SLURMEnvironment(ClusterEnvironment):
         return re.split(r"[\s,]", nodes.strip(), maxsplit=1)[0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        per_node, nodes = self.processes_per_node(), self.variables.get("SLURM_NNODES")
+        per_node = self.processes_per_node()
+        nodes = require_number("SLURM_NNODES", self.variables, default=num_nodes)
         remedy = (
             "Give `#SBATCH --ntasks-per-node` the number of devices and `--nodes` the number of nodes, and start the "
             "script with srun; or, to let Treadle start the processes, pass plugins=LightningEnvironment()."
         )
-        if per_node is None and self.world_size() != num_devices * num_nodes:
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
-                f"SLURM started {self.world_size()} tasks. {remedy}"
-            )
-        if per_node is not None and per_node != num_devices:
+        if per_node is None:
+            self.check_count(num_devices, num_nodes, "SLURM", remedy)
+        elif per_node != num_devices:
             raise MisconfigurationException(
                 f"devices={num_devices}, but SLURM started {per_node} tasks on each node. {remedy}"
             )
-        if nodes is not None and int(nodes) != num_nodes:
+        if nodes != num_nodes:
             raise MisconfigurationException(f"num_nodes={num_nodes}, but the SLURM job has {nodes} nodes. {remedy}")
 
     def processes_per_node(self) -> int | None:

@@ -5,19 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_variable
-from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_only
+from treadle_fabric.environments.environment import StartedEnvironment, require_number, require_variable
 
 __all__ = ["TorchElasticEnvironment"]
 
 
-class TorchElasticEnvironment(ClusterEnvironment):
+class TorchElasticEnvironment(StartedEnvironment):
     """Processes started by ``torchrun``, which may also restart them."""
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     def main_address(self) -> str:
@@ -25,38 +19,32 @@ class TorchElasticEnvironment(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        return int(require_variable("MASTER_PORT", self.variables))
+        return require_number("MASTER_PORT", self.variables)
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return "TORCHELASTIC_RUN_ID" in (os.environ if environ is None else environ)
 
     def world_size(self) -> int:
-        return int(require_variable("WORLD_SIZE", self.variables))
-
-    def set_world_size(self, size: int) -> None:
-        pass
+        return require_number("WORLD_SIZE", self.variables)
 
     def global_rank(self) -> int:
-        return int(require_variable("RANK", self.variables))
-
-    def set_global_rank(self, rank: int) -> None:
-        rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        return require_number("RANK", self.variables)
 
     def local_rank(self) -> int:
-        return int(require_variable("LOCAL_RANK", self.variables))
+        return require_number("LOCAL_RANK", self.variables)
 
     def node_rank(self) -> int:
-        return int(self.variables.get("GROUP_RANK", "0"))
+        return require_number("GROUP_RANK", self.variables, default=0)
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        if num_devices * num_nodes != self.world_size():
-            raise MisconfigurationException(
-                f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
-                f"torchrun started {self.world_size()}. Make devices equal to --nproc-per-node and num_nodes to "
-                "--nnodes; devices='auto' takes what torchrun started on a machine."
-            )
+        remedy = (
+            "Make devices equal to --nproc-per-node and num_nodes to --nnodes; devices='auto' takes what torchrun "
+            "started on a machine."
+        )
+        self.check_count(num_devices, num_nodes, "torchrun", remedy)
 
     def processes_per_node(self) -> int | None:
-        value = self.variables.get("LOCAL_WORLD_SIZE")
-        return None if value is None else int(value)
+        if "LOCAL_WORLD_SIZE" not in self.variables:
+            return None
+        return require_number("LOCAL_WORLD_SIZE", self.variables)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from treadle_fabric.environments.environment import ClusterEnvironment
-from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers.external import ExternalLauncher
 from treadle_fabric.launchers.failures import claim_failure, end_run, first_failure
 from treadle_fabric.launchers.launcher import Launcher
@@ -31,7 +32,10 @@ __all__ = [
 
 
 def make_launcher(
-    environment: ClusterEnvironment, num_processes: int, num_nodes: int = 1, start_method: str = "popen"
+    environment: ClusterEnvironment,
+    num_processes: int,
+    num_nodes: int = 1,
+    start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
 ) -> Launcher:
     """The launcher for this environment.
 
@@ -39,23 +43,12 @@ def make_launcher(
         environment: If it creates the processes itself, they are only called.
         num_processes: Processes on this machine.
         num_nodes: Machines.
-        start_method: ``"popen"`` starts the script again; ``"spawn"``, ``"fork"`` or ``"forkserver"``.
-
-    Raises:
-        MisconfigurationException: for another start method.
+        start_method: ``"popen"`` starts the script again; the others run a function, on one machine.
     """
-    if start_method not in ("popen", "spawn", "fork", "forkserver"):
-        raise MisconfigurationException(
-            f"start_method={start_method!r}: choose 'popen', 'spawn', 'fork' or 'forkserver'."
-        )
     if launched_here():  # in the launching process it looks as if somebody else had created the processes
         return SubprocessLauncher(environment, num_processes, num_nodes)
     if environment.creates_processes_externally:
         return ExternalLauncher(environment)
     if start_method == "popen":
         return SubprocessLauncher(environment, num_processes, num_nodes)
-    if num_nodes > 1:
-        raise MisconfigurationException(
-            f"start_method={start_method!r} works on one machine, and num_nodes={num_nodes}. Use strategy='ddp'."
-        )
-    return SpawnLauncher(environment, num_processes, start_method)  # type: ignore[arg-type]
+    return SpawnLauncher(environment, num_processes, start_method)

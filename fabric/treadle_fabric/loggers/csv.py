@@ -15,8 +15,8 @@ from typing import IO, Any
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.hyperparameters import to_dict, to_yaml
-from treadle_fabric.loggers.logger import Logger, rank_zero_experiment
-from treadle_fabric.loggers.run_folder import RunFolder
+from treadle_fabric.loggers.logger import rank_zero_experiment
+from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
 from treadle_fabric.types import PathLike
@@ -24,7 +24,7 @@ from treadle_fabric.types import PathLike
 __all__ = ["CSVLogger", "ExperimentWriter"]
 
 
-class CSVLogger(Logger):
+class CSVLogger(FolderLogger):
     """Writes ``metrics.csv`` and ``hparams.yaml`` into ``root_dir/name/version_n``.
 
     What is logged at one step shares a row. A ``metrics.csv`` that an earlier run has left in the folder gets another
@@ -42,6 +42,8 @@ class CSVLogger(Logger):
         MisconfigurationException: No folder is given, or ``flush_logs_every_n_steps`` is below 1.
     """
 
+    _experiment: ExperimentWriter | None
+
     def __init__(
         self,
         root_dir: PathLike | None = None,
@@ -56,28 +58,11 @@ class CSVLogger(Logger):
             raise MisconfigurationException(
                 f"flush_logs_every_n_steps={flush_logs_every_n_steps} must be 1 or more. 1 writes at every step."
             )
-        self._folder = RunFolder(root_dir, name, version, save_dir=save_dir)
+        super().__init__(RunFolder(root_dir, name, version, save_dir=save_dir))
         self._prefix = prefix
         self._flush_every = flush_logs_every_n_steps
-        self._experiment: ExperimentWriter | None = None
         self._calls = 0
         self._flushed_at = 0
-
-    @property
-    def name(self) -> str:
-        return self._folder.name
-
-    @property
-    def version(self) -> int | str:
-        return self._folder.version
-
-    @property
-    def root_dir(self) -> str:
-        return self._folder.root
-
-    @property
-    def log_dir(self) -> str:
-        return self._folder.path
 
     @property
     @rank_zero_experiment
@@ -108,9 +93,6 @@ class CSVLogger(Logger):
     @rank_zero_only
     def finalize(self, status: str) -> None:
         self.save()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_experiment": None}
 
 
 class ExperimentWriter:

@@ -11,9 +11,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.loggers.logger import Logger
 from treadle_fabric.types import PathLike
 
-__all__ = ["RunFolder"]
+__all__ = ["FolderLogger", "RunFolder"]
 
 
 class RunFolder:
@@ -126,6 +127,37 @@ class RunFolder:
     def _file_system(path: str) -> tuple[Any, str]:
         fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have come since
         return fs, where
+
+
+class FolderLogger(Logger):
+    """A logger that writes into a folder of its run, through an object that stays in its process.
+
+    Args:
+        folder: Where the files go.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._experiment: Any = None  # what writes the files; made when it is first needed
+
+    @property
+    def name(self) -> str:
+        return self._folder.name
+
+    @property
+    def version(self) -> int | str:
+        return self._folder.version
+
+    @property
+    def root_dir(self) -> str:
+        return self._folder.root
+
+    @property
+    def log_dir(self) -> str:
+        return self._folder.path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_experiment": None}
 
 
 def _join(*parts: str) -> str:

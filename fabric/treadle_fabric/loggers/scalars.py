@@ -19,13 +19,14 @@ def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mappi
 
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Every tensor as a Python number, in one transfer for each device; other values, and the order, as they are.
+    """Every tensor as a Python number, in one transfer for each device and dtype; other values, and the order, as they
+    are.
 
     Raises:
         MisconfigurationException: A tensor has more or less than one element.
     """
     numbers = dict(metrics)
-    remote: dict[torch.device, list[str]] = {}
+    remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, value in metrics.items():
         if isinstance(value, Tensor):
             if value.numel() != 1:
@@ -36,11 +37,10 @@ def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
             if value.device.type == "cpu":
                 numbers[name] = value.item()
             else:
-                remote.setdefault(value.device, []).append(name)
+                remote.setdefault((value.device, value.dtype), []).append(name)
         elif isinstance(value, Mapping):
             numbers[name] = to_numbers(value)
-    for device, names in remote.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no doubles
-        stacked = torch.stack([metrics[name].detach().reshape(()).to(wide) for name in names])
-        numbers.update(zip(names, stacked.tolist()))
+    for names in remote.values():
+        stacked = torch.stack([metrics[name].detach().reshape(()) for name in names])
+        numbers.update(zip(names, map(float, stacked.tolist())))
     return numbers

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict, to_yaml
-from treadle_fabric.loggers.logger import Logger, rank_zero_experiment
-from treadle_fabric.loggers.run_folder import RunFolder
+from treadle_fabric.loggers.logger import rank_zero_experiment
+from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
 from treadle_fabric.types import PathLike
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorBoardLogger"]
 
 
-class TensorBoardLogger(Logger):
+class TensorBoardLogger(FolderLogger):
     """Writes event files and ``hparams.yaml`` into ``root_dir/name/version_n``.
 
     Args:
@@ -45,6 +45,8 @@ class TensorBoardLogger(Logger):
         ModuleNotFoundError: Neither tensorboard nor tensorboardX is installed.
         MisconfigurationException: No folder is given.
     """
+
+    _experiment: SummaryWriter | None
 
     def __init__(
         self,
@@ -64,31 +66,14 @@ class TensorBoardLogger(Logger):
                 "TensorBoardLogger needs tensorboard (or tensorboardX), and neither is installed. Install it with "
                 "`pip install treadle[trainer]`, or use CSVLogger."
             )
-        self._folder = RunFolder(root_dir, name, version, sub_dir, save_dir=save_dir)
+        super().__init__(RunFolder(root_dir, name, version, sub_dir, save_dir=save_dir))
         self._prefix = prefix
         self._default_hp_metric = default_hp_metric
         self._log_graph = log_graph
         self._kwargs = kwargs
-        self._experiment: SummaryWriter | None = None
         self._hparams: dict[str, Any] = {}
         self._hparams_changed = False
         self._hp_metric_logged = False
-
-    @property
-    def name(self) -> str:
-        return self._folder.name
-
-    @property
-    def version(self) -> int | str:
-        return self._folder.version
-
-    @property
-    def root_dir(self) -> str:
-        return self._folder.root
-
-    @property
-    def log_dir(self) -> str:
-        return self._folder.path
 
     @property
     def sub_dir(self) -> str | None:
@@ -215,9 +200,6 @@ class TensorBoardLogger(Logger):
         if self._experiment is not None:
             self._experiment.close()
             self._experiment = None  # logging more opens another event file in the same folder
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_experiment": None}
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.precision.autocast import MixedPrecision
 from treadle_fabric.precision.double import DoublePrecision
 from treadle_fabric.precision.half import HalfPrecision
-from treadle_fabric.precision.precision import Precision
+from treadle_fabric.precision.precision import Precision, needs_closure
 
 __all__ = [
     "DoublePrecision",
@@ -15,6 +15,7 @@ __all__ = [
     "Precision",
     "canonical_precision",
     "make_precision",
+    "needs_closure",
 ]
 
 _CANONICAL = ("64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")

@@ -11,12 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from treadle_fabric.data import map_tensors
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["Precision", "cast_floating", "default_dtype"]
+__all__ = ["Precision", "cast_floating", "default_dtype", "needs_closure"]
 
 
 class Precision:
@@ -120,8 +120,12 @@ class Precision:
         Raises:
             MisconfigurationException: It evaluates its closure by itself, and gradients are scaled.
         """
-        if self._scaling.scaler is not None:
-            _refuse_closure_optimizer(optimizer, self.precision)
+        if self._scaling.scaler is not None and needs_closure(optimizer):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} evaluates its closure several times in one step, and "
+                f"precision={self.precision!r} scales gradients once per step. Use precision='bf16-mixed' or "
+                "'32-true', or another optimizer."
+            )
 
     def guard_module(self, module: Module) -> None:
         """Under a scaler, make an unscaled backward pass into the module's parameters an error.
@@ -232,14 +236,14 @@ def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
-def _refuse_closure_optimizer(optimizer: Optimizer, precision: str) -> None:
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-    if isinstance(optimizer, LBFGS) or needs_closure:
-        raise MisconfigurationException(
-            f"{type(optimizer).__name__} evaluates its closure several times in one step, and precision={precision!r} "
-            "scales gradients once per step. Use precision='bf16-mixed' or '32-true', or another optimizer."
-        )
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether ``step`` of the optimizer, or of one that it wraps, evaluates the loss again, as that of LBFGS does."""
+    for one in (optimizer, getattr(optimizer, "optimizer", None)):
+        if isinstance(one, Optimizer):
+            closure = inspect.signature(type(one).step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                return True
+    return False
 
 
 def cast_floating(data: Any, dtype: torch.dtype) -> Any:

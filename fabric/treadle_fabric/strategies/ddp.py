@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,8 +24,7 @@ from treadle_fabric.errors import UnknownArgumentError, UnusedParametersError, n
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
-from treadle_fabric.strategies.whole_file import load_whole_file, save_whole_file
-from treadle_fabric.types import PathLike
+from treadle_fabric.strategies.whole_file import WholeStateStrategy
 
 if TYPE_CHECKING:
     from treadle_fabric.accelerators import Accelerator
@@ -38,7 +37,7 @@ _made = itertools.count()  # every process sets up as many modules, in the same 
 _ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
 
-class DDPStrategy(ParallelStrategy):
+class DDPStrategy(ParallelStrategy, WholeStateStrategy):
     """Gradients are averaged over the processes during the backward pass.
 
     Args:
@@ -95,6 +94,11 @@ class DDPStrategy(ParallelStrategy):
         if not engine.find_unused_parameters and not engine.static_graph:
             self._unchecked.append(weakref.ref(engine))
         return engine
+
+    def original(self, module: Module) -> Module:
+        if isinstance(module, DistributedDataParallel):
+            module = module.module
+        return module.module if isinstance(module, _MethodForward) else module
 
     def module_to_device(self, module: Module) -> None:
         module.to(self.root_device)
@@ -161,7 +165,9 @@ class DDPStrategy(ParallelStrategy):
         for reference in tuple(self._unchecked):
             engine = reference()
             named = (
-                [] if engine is None else [(n, p) for n, p in _original(engine).named_parameters() if p.requires_grad]
+                []
+                if engine is None
+                else [(n, p) for n, p in self.original(engine).named_parameters() if p.requires_grad]
             )
             if engine is not None and not any(id(p) in stepped and p.grad is not None for _, p in named):
                 continue
@@ -190,33 +196,6 @@ class DDPStrategy(ParallelStrategy):
             "before it averages them. Make the loss depend on these parameters, freeze them with requires_grad_(False) "
             "before setup, or use strategy='ddp_find_unused_parameters_true'."
         )
-
-    def save_checkpoint(
-        self,
-        path: PathLike,
-        state: dict[str, Any],
-        storage_options: Any | None = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        save_whole_file(self, path, state, storage_options, filter)
-
-    def load_checkpoint(
-        self,
-        path: PathLike,
-        state: Module | Optimizer | dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        return load_whole_file(self, path, state, strict, weights_only)
-
-    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        return _original(module).state_dict()
-
-    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        _original(module).load_state_dict(state_dict, strict=strict)
-
-    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
@@ -267,10 +246,3 @@ def _put_back_sync(engine: Any, inputs: Any, output: Any) -> None:
     if engine.module.backward_inside:
         engine.module.backward_inside = False
         engine.require_backward_grad_sync = True
-
-
-def _original(module: Module) -> Module:
-    """The user's module in an engine."""
-    if isinstance(module, DistributedDataParallel):
-        module = module.module
-    return module.module if isinstance(module, _MethodForward) else module

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.strategy import Strategy, check_reduce_op
-from treadle_fabric.strategies.whole_file import load_whole_file, save_whole_file
-from treadle_fabric.types import PathLike
+from treadle_fabric.strategies.strategy import check_reduce_op
+from treadle_fabric.strategies.whole_file import WholeStateStrategy
 
 if TYPE_CHECKING:
     from treadle_fabric.accelerators import Accelerator
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["SingleDeviceStrategy"]
 
 
-class SingleDeviceStrategy(Strategy):
+class SingleDeviceStrategy(WholeStateStrategy):
     """Runs everything on one device.
 
     Args:
@@ -89,6 +86,9 @@ class SingleDeviceStrategy(Strategy):
     def setup_module(self, module: Module) -> Module:
         return module
 
+    def original(self, module: Module) -> Module:
+        return module
+
     def module_to_device(self, module: Module) -> None:
         module.to(self._device)
 
@@ -107,33 +107,6 @@ class SingleDeviceStrategy(Strategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
-
-    def save_checkpoint(
-        self,
-        path: PathLike,
-        state: dict[str, Any],
-        storage_options: Any | None = None,
-        filter: dict[str, Callable[[str, Any], bool]] | None = None,
-    ) -> None:
-        save_whole_file(self, path, state, storage_options, filter)
-
-    def load_checkpoint(
-        self,
-        path: PathLike,
-        state: Module | Optimizer | dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        return load_whole_file(self, path, state, strict, weights_only)
-
-    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        return module.state_dict()
-
-    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        module.load_state_dict(state_dict, strict=strict)
-
-    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

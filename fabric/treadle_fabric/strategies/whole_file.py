@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,33 +18,87 @@ from treadle_fabric.errors import (
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.types import PathLike
 
-__all__ = ["load_whole_file", "save_whole_file"]
+__all__ = ["WholeStateStrategy"]
 
 Filter = Callable[[str, Any], bool]
 
 
-def save_whole_file(
-    strategy: Strategy,
-    path: PathLike,
-    state: Mapping[str, Any],
-    storage_options: Any | None,
-    filters: Mapping[str, Filter] | None,
-) -> None:
-    """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
-    _check_state(path, state)
-    _check_filters(state, filters or {})
-    content = {key: _plain(strategy, value) for key, value in state.items()}
-    for key, keep in (filters or {}).items():
-        content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
-    io = strategy.checkpoint_io
-    if io.sharded:
-        io.save_checkpoint(content, path, storage_options)
-        return
-    _on_rank_zero(
-        strategy,
-        lambda: io.save_checkpoint(content, path, storage_options),
-        f"could not write {str(path)!r}",
-    )
+class WholeStateStrategy(Strategy):
+    """A strategy where every process has the whole state."""
+
+    @abstractmethod
+    def original(self, module: Module) -> Module:
+        """The user's module in the engine that :meth:`setup_module` made; without one, the module itself."""
+
+    def save_checkpoint(
+        self,
+        path: PathLike,
+        state: dict[str, Any],
+        storage_options: Any | None = None,
+        filter: dict[str, Filter] | None = None,
+    ) -> None:
+        """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
+        filters = filter or {}
+        _check_state(path, state)
+        _check_filters(state, filters)
+        content = {key: _plain(self, value) for key, value in state.items()}
+        for key, keep in filters.items():
+            content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
+        io = self.checkpoint_io
+        if io.sharded:
+            io.save_checkpoint(content, path, storage_options)
+            return
+        _on_rank_zero(
+            self,
+            lambda: io.save_checkpoint(content, path, storage_options),
+            f"could not write {str(path)!r}",
+        )
+
+    def load_checkpoint(
+        self,
+        path: PathLike,
+        state: Module | Optimizer | dict[str, Any] | None = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Every rank reads the file."""
+        if isinstance(state, Mapping) and not state:
+            raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
+        if state is not None and not isinstance(state, (Module, Optimizer)):
+            _check_state(path, state)
+        if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
+            _on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
+        content: Any = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        if state is None:
+            return dict(content) if isinstance(content, dict) else content
+        if isinstance(state, (Module, Optimizer)):
+            _restore(self, path, "", state, content, strict)
+            return {}
+        if not isinstance(content, dict):
+            raise CheckpointMismatchError(
+                f"{str(path)!r} holds an object {_kind(content)}, not a dict with the keys "
+                f"{', '.join(map(repr, state))}. Use load_raw for it."
+            )
+        missing = [key for key in state if key not in content]
+        if missing and strict:
+            raise CheckpointMismatchError(
+                f"{str(path)!r} has no {', '.join(map(repr, missing))}. {near_names(missing[0], content)} "
+                "Correct the key, or pass strict=False to leave what is missing as it is."
+            )
+        remainder = dict(content)
+        # Modules first: they are what does not fit, and plain values are not to be touched before that is known
+        for key in sorted((key for key in state if key in content), key=lambda k: not isinstance(state[k], Module)):
+            state[key] = _restore(self, path, key, state[key], remainder.pop(key), strict)
+        return remainder
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        return self.original(module).state_dict()
+
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        self.original(module).load_state_dict(state_dict, strict=strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
 
 
 def _on_rank_zero(strategy: Strategy, action: Callable[[], None], failure: str) -> None:
@@ -126,44 +181,6 @@ def _plain(strategy: Strategy, value: Any) -> Any:
 
 def _is_builtin(value: dict[Any, Any]) -> bool:
     return type(value).__module__ in ("builtins", "collections")
-
-
-def load_whole_file(
-    strategy: Strategy,
-    path: PathLike,
-    state: Module | Optimizer | dict[str, Any] | None,
-    strict: bool,
-    weights_only: bool | None,
-) -> dict[str, Any]:
-    """Every rank reads the file."""
-    if isinstance(state, Mapping) and not state:
-        raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
-    if state is not None and not isinstance(state, (Module, Optimizer)):
-        _check_state(path, state)
-    if strategy.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
-        _on_rank_zero(strategy, strategy.checkpoint_io.wait, "could not write an earlier checkpoint")
-    content: Any = strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
-    if state is None:
-        return dict(content) if isinstance(content, dict) else content
-    if isinstance(state, (Module, Optimizer)):
-        _restore(strategy, path, "", state, content, strict)
-        return {}
-    if not isinstance(content, dict):
-        raise CheckpointMismatchError(
-            f"{str(path)!r} holds an object {_kind(content)}, not a dict with the keys {', '.join(map(repr, state))}. "
-            "Use load_raw for it."
-        )
-    missing = [key for key in state if key not in content]
-    if missing and strict:
-        raise CheckpointMismatchError(
-            f"{str(path)!r} has no {', '.join(map(repr, missing))}. {near_names(missing[0], content)} "
-            "Correct the key, or pass strict=False to leave what is missing as it is."
-        )
-    remainder = dict(content)
-    # Modules first: they are what does not fit, and plain values are not to be touched before that is known
-    for key in sorted((key for key in state if key in content), key=lambda k: not isinstance(state[k], Module)):
-        state[key] = _restore(strategy, path, key, state[key], remainder.pop(key), strict)
-    return remainder
 
 
 def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: Any, strict: bool) -> Any:

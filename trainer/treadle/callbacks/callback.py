@@ -17,12 +17,13 @@ __all__ = ["Callback"]
 class Callback:
     """Code that runs at the hooks of a run. Override what you need; a hook left alone costs nothing.
 
-    The order of the hooks is written out in :mod:`treadle.hooks`. Callbacks run before the module, in the order of
-    the list, tuner callbacks first and checkpoint callbacks last.
+    The order of the hooks is written out in :mod:`treadle.hooks`. Callbacks run before the module (but for those with
+    :attr:`monitors` in three hooks), in the order of the list, tuner callbacks first and checkpoint callbacks last.
     """
 
     monitors: ClassVar[bool] = False
-    """Decides by a metric: at ``on_train_epoch_end`` it runs after the module, so that it sees what the module logs."""
+    """Decides by a metric: at ``on_train_batch_end``, ``on_validation_end`` and ``on_train_epoch_end`` it runs after
+    the module, so that it sees what the module logs."""
     call_order: ClassVar[int] = 0
     """-1: before the ordinary callbacks, 1: after them."""
 

@@ -163,7 +163,7 @@ class TrainingEpoch:
         stop, terminated = self._stops_here()
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED
-            if progress.validation_due or (stop and self._epoch_validates(schedule)):
+            if progress.validation_due or (stop and schedule.in_epoch(progress.epoch)):
                 if not self._run_validation():
                     self._signals.raise_received(together=True)
                 stop = self.agree_to_stop() and self._may_stop()
@@ -206,13 +206,8 @@ class TrainingEpoch:
     def _is_due(self, schedule: ValidationSchedule, is_last: bool) -> bool:
         progress = self._run.progress
         if schedule.every is not None:
-            return (
-                schedule.every_n_epochs is None or (progress.epoch + 1) % schedule.every_n_epochs == 0
-            ) and self._elapsed(schedule.every)
+            return schedule.in_epoch(progress.epoch) and self._elapsed(schedule.every)
         return schedule.due(progress.epoch, progress.batch, progress.batches, is_last=is_last)
-
-    def _epoch_validates(self, schedule: ValidationSchedule) -> bool:
-        return schedule.every_n_epochs is None or (self._run.progress.epoch + 1) % schedule.every_n_epochs == 0
 
     def _terminated(self, batch: int) -> bool:
         """Whether to end before this batch of a validation, on all ranks alike, because one was asked to terminate."""

@@ -158,7 +158,11 @@ class Evaluation:
 def restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
     """Give submodules back the flags of :func:`module_modes`."""
     for module, mode in modes:
-        module.__dict__["training"] = mode  # past nn.Module.__setattr__, which is slow
+        own = module.__dict__
+        if "training" in own:
+            own["training"] = mode  # past nn.Module.__setattr__, which is slow
+        else:
+            module.training = mode  # a scripted module keeps it in C++
 
 
 def module_modes(module: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:

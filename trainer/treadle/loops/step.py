@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from treadle.dispatch import overrides
-from treadle.optimizers import needs_closure
 from treadle_fabric import MisconfigurationException
+from treadle_fabric.precision import needs_closure
 from treadle_fabric.rank_zero import warn_user
 
 if TYPE_CHECKING:
@@ -132,21 +132,9 @@ class AutomaticStep:
         self._after_backward = listeners("on_after_backward")
         self._before_step = listeners("on_before_optimizer_step")
         self._gives_outputs = bool(listeners("on_train_batch_end"))
-        own_step = overrides(module, "optimizer_step", LightningModule)
-        if (
-            raw is not None
-            and needs_closure(raw)
-            and not own_step
-            and run.fabric.strategy.precision.requires_fabric_backward
-        ):
-            raise MisconfigurationException(
-                f"{type(raw).__name__} evaluates the loss several times a step, which a gradient scaler cannot follow:"
-                " use precision 'bf16-mixed' or '32-true'."
-            )
-        self._closure_step: Any = (
-            module.optimizer_step if raw is not None and (own_step or needs_closure(raw)) else None
-        )
         self._needs_loss = raw is not None and needs_closure(raw)
+        own_step = raw is not None and overrides(module, "optimizer_step", LightningModule)
+        self._closure_step: Any = module.optimizer_step if own_step or self._needs_loss else None
         self._outputs: Any = None
         self._last_loss: Tensor | None = None
         self._accumulate = 1
@@ -243,7 +231,7 @@ class AutomaticStep:
 
     def accumulate(self, batches: int) -> None:
         """Set the accumulation of the epoch that begins."""
-        if batches > 1 and self._optimizer is not None and needs_closure(self._optimizer):
+        if batches > 1 and self._needs_loss:
             raise MisconfigurationException(
                 f"accumulate_grad_batches={batches}, but {type(self._optimizer).__name__} evaluates the loss several"
                 " times a step, of one batch only: use larger batches, or an optimizer without a closure."
