@@ -72,6 +72,8 @@ class Ending(L.Callback):
         os.write(1, f"ended {trainer.global_rank} {trainer.global_step}\n".encode())  # whole, whoever else writes
 
     def on_exception(self, trainer, pl_module, exception):
+        if mode in ("term", "announce") and trainer.global_rank == 1:
+            time.sleep(3)  # longer than a rank that is stuck would be left to live
         os.write(1, f"exception {trainer.global_rank} {trainer.global_step} {type(exception).__name__}\n".encode())
 
 torch.manual_seed(0)
