@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from treadle_fabric.environments import find_free_port
 from treadle_fabric.launchers.board import Failure, LaunchDirectory
 from treadle_fabric.launchers.failures import Member, failure_of_dead, join_launch, leave_launch
 from treadle_fabric.launchers.listener import SignalListener
@@ -64,11 +64,13 @@ print("done")
 def run_by_hand(how: str) -> list[tuple[int, str, str]]:
     """Two ranks without a launcher, as SLURM or MPI starts them; status, stdout and stderr of each."""
     Path("rank.py").write_text(textwrap.dedent(RANK))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE", "TORCHELASTIC"))}
-    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     processes = [
         subprocess.Popen(
