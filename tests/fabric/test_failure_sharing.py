@@ -117,6 +117,46 @@ def test_a_healthy_end_of_the_hosting_rank_is_no_failure(how: str) -> None:
         assert "terminate" not in err, err
 
 
+FORKED = """
+import multiprocessing, os, sys, time
+from treadle_fabric import Fabric, find_free_port
+
+def work(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    fabric.barrier()
+    if rank == 0:
+        time.sleep(4)
+    elif sys.argv[1] == "raises":
+        raise ValueError("the loom is broken")
+
+if __name__ == "__main__":
+    port = str(find_free_port())
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    print(*(process.exitcode for process in processes))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_a_forked_rank_ends_without_the_interpreters_exit_handlers(how: str) -> None:
+    Path("forked.py").write_text(FORKED)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE", "TORCHELASTIC"))}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "forked.py", how]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == ("0 0\n" if how == "ends" else "1 1\n"), done.stderr
+    assert done.stderr.count("ValueError: the loom is broken\n") == (how == "raises"), done.stderr
+    assert done.stderr.count("rank 0 stopped because rank 1 failed") == (how == "raises"), done.stderr
+    assert "died" not in done.stderr, done.stderr
+
+
 @pytest.fixture
 def board() -> Iterator[LaunchDirectory]:
     board = LaunchDirectory.create([0, 1])
