@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from treadle_fabric.environments import find_free_port
 from treadle_fabric.launchers.board import Failure, LaunchDirectory
 from treadle_fabric.launchers.failures import Member, failure_of_dead, join_launch, leave_launch
 from treadle_fabric.launchers.listener import SignalListener
@@ -64,11 +64,13 @@ print("done")
 def run_by_hand(how: str) -> list[tuple[int, str, str]]:
     """Two ranks without a launcher, as SLURM or MPI starts them; status, stdout and stderr of each."""
     Path("rank.py").write_text(textwrap.dedent(RANK))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE", "TORCHELASTIC"))}
-    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(find_free_port()),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     processes = [
         subprocess.Popen(
@@ -113,6 +115,46 @@ def test_a_healthy_end_of_the_hosting_rank_is_no_failure(how: str) -> None:
         assert status == 0, err
         assert "rank" not in err, err
         assert "terminate" not in err, err
+
+
+FORKED = """
+import multiprocessing, os, sys, time
+from treadle_fabric import Fabric, find_free_port
+
+def work(rank, port):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    fabric.barrier()
+    if rank == 0:
+        time.sleep(4)
+    elif sys.argv[1] == "raises":
+        raise ValueError("the loom is broken")
+
+if __name__ == "__main__":
+    port = str(find_free_port())
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    print(*(process.exitcode for process in processes))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("how", ["ends", "raises"])
+def test_a_forked_rank_ends_without_the_interpreters_exit_handlers(how: str) -> None:
+    Path("forked.py").write_text(FORKED)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE", "TORCHELASTIC"))}
+    environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "forked.py", how]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.stdout == ("0 0\n" if how == "ends" else "1 1\n"), done.stderr
+    assert done.stderr.count("ValueError: the loom is broken\n") == (how == "raises"), done.stderr
+    assert done.stderr.count("rank 0 stopped because rank 1 failed") == (how == "raises"), done.stderr
+    assert "died" not in done.stderr, done.stderr
 
 
 @pytest.fixture

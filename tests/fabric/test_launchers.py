@@ -430,6 +430,32 @@ class TestFailure:
         assert err.count("KeyboardInterrupt\n") <= 1
         assert " failed" not in err
 
+    def test_interrupt_of_one_that_needs_long_to_end(self, tmp_path: Path) -> None:
+        source = """
+        if env.local_rank() == 1:
+            atexit.register(time.sleep, 3)  # after the group has gone, which the others see at once
+
+        if __name__ == "__main__":
+            rank = launcher.launch(join)
+            try:
+                if rank == 1:
+                    signal.raise_signal(signal.SIGINT)
+                dist.all_reduce(torch.ones(1))
+            finally:
+                print("cleaned", rank, flush=True)
+        """
+        script = Script(tmp_path, source, n=3)
+        script.start()
+        script.pid(2)
+        start = time.monotonic()
+        status, out, err = script.end()
+        assert time.monotonic() - start < 10
+        assert status != 0
+        assert sorted(out.split("\n")) == ["", "cleaned 0", "cleaned 1", "cleaned 2"]
+        assert err.count("KeyboardInterrupt\n") == err.count("Traceback") == 1, err
+        assert "rank" not in err.replace("rank == 1", ""), err
+        assert "Error" not in err, err
+
 
 def _double(x: int, tensor: torch.Tensor) -> dict[str, Any]:
     env = LightningEnvironment()

@@ -72,6 +72,8 @@ class Ending(L.Callback):
         os.write(1, f"ended {trainer.global_rank} {trainer.global_step}\n".encode())  # whole, whoever else writes
 
     def on_exception(self, trainer, pl_module, exception):
+        if mode in ("term", "announce") and trainer.global_rank == 1:
+            time.sleep(3)  # longer than a rank that is stuck would be left to live
         os.write(1, f"exception {trainer.global_rank} {trainer.global_step} {type(exception).__name__}\n".encode())
 
 torch.manual_seed(0)
@@ -192,6 +194,15 @@ def start(mode: str, **environ: str) -> subprocess.Popen[str]:
     )
 
 
+def communicate(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it says to its end; one that hangs is ended, and says where, if faulthandler is on."""
+    try:
+        return process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        return process.communicate()
+
+
 @pytest.mark.parametrize("to", ["waiting", "all"])
 def test_sigterm_ends_a_run_that_is_stuck_and_says_where_each_rank_was(to: str) -> None:
     process = start("stuck", TREADLE_SIGTERM_GRACE="2")
@@ -227,8 +238,9 @@ def test_a_save_that_sigkill_cuts_off_leaves_the_last_good_checkpoint() -> None:
 def test_slurms_announcement_of_the_end_saves_and_ends_all_with_143() -> None:
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
     job |= {"SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
+    job |= {"PYTHONFAULTHANDLER": "1"}
     ranks = [start("announce", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in (0, 1)]
-    ends = [process.communicate(timeout=60) for process in ranks]
+    ends = [communicate(process) for process in ranks]
     assert [process.returncode for process in ranks] == [143, 143], ends
     saved = torch.load(Path("checkpoints") / "preempted.ckpt", weights_only=True)
     for stdout, stderr in ends:

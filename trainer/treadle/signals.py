@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -11,9 +12,17 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from treadle_fabric import MisconfigurationException, SignalListener, SLURMEnvironment, Strategy, TreadleError, end_run
+from treadle_fabric import (
+    MisconfigurationException,
+    SignalListener,
+    SLURMEnvironment,
+    Strategy,
+    TreadleError,
+    claim_failure,
+    end_run,
+)
 
-__all__ = ["SIGTERMException", "Signals", "announcing_signal", "during_a_save"]
+__all__ = ["SIGTERMException", "Signals", "announcing_signal", "claim_together", "during_a_save", "meet"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -127,6 +136,24 @@ def announcing_signal(strategy: Strategy) -> int:
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         return environment.requeue_signal
     return 0
+
+
+def claim_together(error: BaseException, strategy: Strategy) -> None:
+    """Claim an end that all ranks come to, as rank 0's, whose exit status is the run's.
+
+    A rank that did not claim it would be taken for a stuck one, and be ended in the middle of its clean-up.
+    """
+    meet(strategy)  # one that has yet to come would be, too
+    if strategy.is_global_zero:
+        claim_failure(error)
+    meet(strategy)
+    claim_failure(error)
+
+
+def meet(strategy: Strategy) -> None:
+    """Wait for the other ranks, as long as they are there."""
+    with contextlib.suppress(RuntimeError):
+        strategy.barrier()
 
 
 class _HasSignals(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -27,7 +27,7 @@ from treadle.outcome import Outcome, adopt, run_and_capture
 from treadle.results import Results, to_floats
 from treadle.resume import capture_exact, restore_exact
 from treadle.run import Run
-from treadle.signals import Signals, SIGTERMException, announcing_signal, during_a_save
+from treadle.signals import Signals, SIGTERMException, announcing_signal, claim_together, during_a_save, meet
 from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.tables import print_results
 from treadle.view import TrainerView
@@ -375,14 +375,15 @@ class Trainer(TrainerView):
                 " stand at different batches, so do not save now; SIGTERM saves, and ends all after the same batch."
             )
         except BaseException as error:
-            self._sigterm = isinstance(error, SIGTERMException)
-            if not self._sigterm or self.is_global_zero:
+            self._sigterm, together = isinstance(error, SIGTERMException), getattr(error, "together", False)
+            if together:
+                claim_together(error, self.strategy)
+            elif not self._sigterm or self.is_global_zero:
                 claim_failure(error)
-            if getattr(error, "together", False):  # rank 0's exit status is the run's: it goes last
-                with suppress(RuntimeError):  # another rank has gone
-                    self.strategy.barrier("terminated")
             self.state.status = TrainerStatus.INTERRUPTED
             self._failed(error)
+            if together:  # who started the ranks may end the others, which still write, once the first is gone
+                meet(self.strategy)
             raise
         finally:
             self.state.stage = None

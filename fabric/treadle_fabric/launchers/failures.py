@@ -192,17 +192,21 @@ class Member:
         if hangs:
             self.board.post(f"place_{number}_{self.rank}", place_of(exc))
             if not timed_out(exc):
-                self._await_cause(number)
+                self._await_cause(number, exc)
         self.number = number
         exc._treadle_failure = (self.pid, number)  # type: ignore[attr-defined]
         self.board.claim(number, Failure(self.rank, _format(exc, self.rank), hangs))
         self.board.post(f"failed_{number}_{self.rank}")
         return number
 
-    def _await_cause(self, number: int) -> None:
+    def _await_cause(self, number: int, exc: BaseException) -> None:
         # Sockets close before anybody can see that their process died.
         deadline = time.monotonic() + LOST_PEER_WAIT
         while time.monotonic() < deadline and not self.board.has(f"failure_{number}"):
+            if self.board.has_launcher and self.board.has("final_interrupt"):  # which it has yet to pass on
+                interrupt = KeyboardInterrupt().with_traceback(exc.__traceback__)
+                self._claim(interrupt)
+                raise interrupt from None
             if self._launcher_is_alive is not None and not self._launcher_is_alive():
                 self._launcher_died()
             time.sleep(0.02)
@@ -213,7 +217,10 @@ class Member:
             self._previous_hook(kind, exc, tb)
             return
         with _at_once():
-            self._go_down(kind, exc, tb)
+            try:
+                self._go_down(kind, exc, tb)
+            except KeyboardInterrupt as interrupt:
+                self._go_down(KeyboardInterrupt, interrupt.with_traceback(tb), tb)
         with self._ending:  # the thread that tells of the launcher's death has a board to take away, and ends all
             pass
 

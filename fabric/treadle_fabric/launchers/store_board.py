@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import multiprocessing.util
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -193,6 +196,8 @@ def join_group() -> None:
     member = Member(board, rank, range(world_size), lambda: True, look=peers.check, interval=interval)
     board.post(f"peer_{rank}", f"{os.getpid()} {_machine()}")
     join_launch(member)
+    if multiprocessing.parent_process() is not None:  # one that was forked ends without the interpreter's exit handlers
+        multiprocessing.util.Finalize(None, _leave_at_the_end, exitpriority=-10)
 
 
 def _store_for_notes(store: Any, key: str, rank: int) -> Any:
@@ -209,6 +214,13 @@ def _store_for_notes(store: Any, key: str, rank: int) -> Any:
         return own
     store.wait([f"{key}/port"], _MEETING)
     return c10d.TCPStore(inner.host, int(store.get(f"{key}/port")), None, False, _MEETING)
+
+
+def _leave_at_the_end() -> None:
+    member, exc = current_member(), sys.exc_info()[1]
+    if member is not None and exc is not None and member.claim(exc) and not isinstance(exc, SystemExit):
+        member.board.claim_report(member.number)  # multiprocessing prints it, without the hook
+    leave_group()
 
 
 def leave_group() -> None:

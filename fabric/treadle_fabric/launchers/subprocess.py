@@ -311,7 +311,12 @@ class _Children:
             elif seconds > 4:
                 self.send(signal.SIGTERM)
             time.sleep(POLL_INTERVAL)
-        self._explained |= {rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS}
+        self._explained |= {
+            rank
+            for rank, process in self._processes.items()
+            if (status := process.poll()) in _SIGINT_STATUS
+            or (status is not None and self._board.has(f"interrupted_{rank}"))  # while it went down with an error
+        }
         self._member.interrupted.clear()
         self._interrupts.heard = False
 

@@ -88,7 +88,7 @@ def test_a_fit_leaves_one_bar(make: Any, terminal: Terminal) -> None:
     trainer(make()).fit(Validating(0.01), loader(), loader())
     bars = matching(terminal.lines(), "Epoch|Valid|Sanity")
     assert len(bars) == 1
-    assert re.search(r"Epoch 1/1.*10/10.*it/s.*loss_step=", bars[0])
+    assert re.search(r"Epoch 1/1.*10/10.*it/s.*loss_(step|epoch)=", bars[0])  # the one that was drawn first
     assert all(len(line) <= COLUMNS for line in terminal.lines())
     assert terminal.text().endswith(("\n", "\x1b[?25h"))
     assert not terminal.cursor_hidden()
@@ -271,7 +271,8 @@ def test_rich_theme_and_columns(terminal: Terminal) -> None:
     trainer(Mine(theme=theme), max_epochs=1).fit(Model(0.01), loader())
     (line,) = matching(terminal.lines(), "Epoch")
     assert line.startswith("mine Epoch 0/0")
-    assert "idx=9.0e+00 ;" in " ".join(terminal.lines())
+    text = " ".join(terminal.lines())
+    assert "idx=9.0e+00" in text and text.count(" ;") == 2  # which is the last depends on when the bar was drawn
 
 
 # ---------------------------------------------------------------------------------------------------- in a log file
