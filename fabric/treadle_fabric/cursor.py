@@ -147,6 +147,12 @@ class Cursor:
             self._follow(self._resumed)
         self._resumed = {}
 
+    def leave(self) -> None:
+        """An epoch that was resumed, and not iterated yet, is not continued."""
+        if self._resumed:
+            self.load_state_dict(self._resumed, within=False)
+            self._resumed = {}
+
     def close(self) -> None:
         """End workers that persist; garbage collection would wait five seconds for each."""
         own = self._numbers is not None or self._stream is not None
@@ -192,16 +198,20 @@ class Cursor:
 
     def _by_index(self, skip: int, now: dict[str, Any] | None) -> Iterator[Any]:
         loader, numbers = self._loader, self._numbers
-        if now is not None:
-            set_rng_states(self._rng)  # what the order is drawn from
+        if now is not None:  # put back what the order is drawn from, and nothing that would stay so
+            set_rng_states({kind: self._rng[kind] for kind in now if kind in self._rng})
         if numbers is not None:
             numbers.begin(self._key, skip)
             iterator = self._from_workers(now is not None)
         elif skip or now is not None:
             rest = _Rest(_index_sampler(loader), skip)
-            iterator = iter(_with_sampler(loader, rest, loader.dataset))
+            other = _with_sampler(loader, rest, loader.dataset)
+            if self._warm:  # there were workers that persist, which drew no seed in this epoch
+                other.__dict__["generator"] = torch.Generator()
+            iterator = iter(other)
             rest.begin()  # draws the order before the random state goes on
         else:
+            self._warm = False
             iterator = iter(loader)
         if now is not None:
             set_rng_states(now)

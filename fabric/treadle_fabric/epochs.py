@@ -79,6 +79,11 @@ class Epochs:
         self._order.forget()
         self._cursor.finish(epoch, skip, drain=drain and self._whole and self._exact, whole=self._whole)
 
+    def leave(self) -> None:
+        """An epoch that was resumed is not continued."""
+        self._order.forget()
+        self._cursor.leave()
+
     def close(self) -> None:
         """No epoch follows."""
         self._cursor.close()

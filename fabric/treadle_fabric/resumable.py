@@ -6,16 +6,21 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from treadle_fabric.data import batch_mover, sampler_epoch, seed_workers, shard_dataloader, sized_len
 from treadle_fabric.epochs import Epochs
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loaders import FabricDataLoader, WrappedLoader
 from treadle_fabric.seed import collect_rng_states, rng_states_of, set_rng_states
 from treadle_fabric.strategies import Strategy
 
 __all__ = ["ResumableDataLoader", "wrap_loader"]
+
+_put_back: WeakKeyDictionary[Strategy, dict[str, Any]] = WeakKeyDictionary()
+"""Random states that were loaded and wait for the next batch, of whichever loader: a process has them only once."""
 
 
 def wrap_loader(
@@ -78,7 +83,7 @@ class ResumableDataLoader(WrappedLoader):
         )
         self._position = 0
         self._begun = self._continues = False
-        self._random: dict[str, Any] = {}
+        self._iteration: object = None
 
     @property
     def epoch(self) -> int:
@@ -93,7 +98,9 @@ class ResumableDataLoader(WrappedLoader):
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is, counted from 0; one that was resumed keeps its position."""
         if not (self._continues and epoch == self._epoch):
-            self._position, self._begun, self._continues = 0, False, False
+            if self._continues:
+                self._epochs.leave()
+            self._position, self._begun, self._continues, self._iteration = 0, False, False, None
         self._tell_samplers(epoch)
 
     def __iter__(self) -> Iterator[Any]:
@@ -102,21 +109,29 @@ class ResumableDataLoader(WrappedLoader):
         elif self._begun and not self._continues:  # it was left before its end
             self.set_epoch(self._epoch + 1)
         self._begun, self._continues = True, False
-        if self._random:
-            set_rng_states(self._random)
-            self._random = {}
+        self._iteration = iteration = object()
+        if random := _put_back.pop(self._strategy, None):
+            set_rng_states(random)
         batches = self._epochs.iterate(self._epoch, self._position)
         self._known_epoch = sampler_epoch(self._dataloader)
         move = None if self._device is None else batch_mover(self._device)
         for batch in batches:
+            if self._iteration is not iteration:
+                raise MisconfigurationException(
+                    f"An iteration of a resumable loader goes on after epoch {self._epoch} was begun by another one, set"
+                    " or loaded; the loader has one position only. End it with `break` and iterate anew, or set up a"
+                    " loader for each."
+                )
             self._position += 1
             yield batch if move is None else move(batch)
-        self._epoch, self._position, self._begun = self._epoch + 1, 0, False
+        if self._iteration is iteration:
+            self._epoch, self._position, self._begun = self._epoch + 1, 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it means and the random states, of every rank; every rank must call this."""
         strategy = self._strategy
-        mine = {"random": self._random or collect_rng_states(), "data": self._epochs.state_dict(self._position)}
+        random = _put_back.get(strategy) or collect_rng_states()
+        mine = {"random": random, "data": self._epochs.state_dict(self._position)}
         ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
         return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
 
@@ -129,7 +144,7 @@ class ResumableDataLoader(WrappedLoader):
         else:
             position = self._epochs.take_over(ranks[0]["data"], position) or 0
         self._dataloader = self._epochs.loader
-        self._random = rng_states_of([part["random"] for part in ranks], rank)
-        self._epoch, self._position, self._begun = state["epoch"], position, False
+        _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
+        self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None
         self._continues = position > 0
         self._known_epoch = sampler_epoch(self._dataloader)

@@ -214,6 +214,92 @@ def test_skipping_loads_nothing(tmp_path: Path) -> None:
     assert data.loaded == 4
 
 
+def test_loaders_in_one_state_put_the_random_state_back_once(tmp_path: Path) -> None:
+    """Whether they are iterated together, or one of them only later."""
+
+    def life(seed: int) -> tuple[Fabric, dict[str, Any]]:
+        seed_everything(seed, verbose=False)
+        fabric = Fabric(accelerator="cpu", devices=1)
+        loaders = [DataLoader(Noisy(n), 4, shuffle=True) for n in (22, 14, 8)]
+        return fabric, dict(zip("abv", fabric.setup_dataloaders(*loaders, resumable=True)))
+
+    def train(loaders: dict[str, Any], after_step: Callable[[int], None] = lambda step: None) -> list[Any]:
+        a, b, v = loaders.values()
+        seen: list[Any] = []
+        others = iter(b)
+        for epoch in range(a.epoch, 3):
+            for batch in a:
+                if (other := next(others, None)) is None:
+                    other = next(others := iter(b))
+                seen.append([epoch, batch.tolist(), other.tolist(), torch.rand(()).item()])
+                if a.position == 3:
+                    seen[-1] += [validated.tolist() for validated in v]
+                after_step(epoch * len(a) + a.position)
+        return seen
+
+    fabric, state = life(1)
+    whole = train(state, lambda step: fabric.save(tmp_path / f"{step}.ckpt", state))
+    for step in (2, 4, 6, 11):  # in epochs of both, at the end of one of each, where validation follows
+        fabric, state = life(2)
+        fabric.load(tmp_path / f"{step}.ckpt", state)
+        assert train(state) == whole[step:]
+
+
+def test_workers_that_persisted_are_given_up(tmp_path: Path) -> None:
+    """In the second epoch they drew no seed before the order was drawn."""
+
+    def life(seed: int, workers: dict[str, Any]) -> Run:
+        seed_everything(seed, verbose=False)
+        return Run(Fabric(accelerator="cpu", devices=1), DataLoader(Noisy(), 4, shuffle=True, **workers))
+
+    def numbers(run: Run) -> list[list[float]]:
+        return [[sample[0] for sample in batch] for *_, batch in run.seen]
+
+    whole = life(1, {"num_workers": 1, "persistent_workers": True})
+    whole.train(lambda step: whole.fabric.save(tmp_path / "8.ckpt", whole.state) if step == 8 else None, epochs=2)
+    there = life(2, {})
+    there.fabric.load(tmp_path / "8.ckpt", there.state)
+    there.train(lambda step: there.fabric.save(tmp_path / "14.ckpt", there.state) if step == 14 else None)
+    assert numbers(there)[:4] == numbers(whole)[8:]
+    again = life(3, {})
+    again.fabric.load(tmp_path / "14.ckpt", again.state)
+    again.train()
+    assert numbers(again) == numbers(there)[6:]  # its own epoch
+
+
+def test_the_rest_of_a_resumed_epoch_is_skipped(tmp_path: Path) -> None:
+    def second_epoch(run: Run) -> list[Any]:
+        run.loader.set_epoch(1)
+        return [batch.tolist() for batch in run.loader]
+
+    for kind in ("shuffled", "generator", "own sampler", "stateful"):
+        whole = begin(kind, 1)
+        batches = iter(whole.loader)
+        next(batches)
+        whole.fabric.save(tmp_path / "first.ckpt", whole.state)
+        batches.close()  # type: ignore[attr-defined]
+        expected = second_epoch(whole)
+        again = begin(kind, 2)
+        again.fabric.load(tmp_path / "first.ckpt", again.state)
+        assert second_epoch(again) == expected
+
+
+def test_one_iteration_at_a_time(tmp_path: Path) -> None:
+    run = begin("shuffled", 1)
+    run.fabric.save(tmp_path / "begin.ckpt", run.state)
+    with pytest.raises(MisconfigurationException, match="goes on after epoch 1 was begun by another one"):
+        list(zip(run.loader, run.loader))
+    batches = iter(run.loader)
+    next(batches)
+    run.fabric.load(tmp_path / "begin.ckpt", run.state)
+    with pytest.raises(MisconfigurationException, match="goes on after epoch 0 was .* loaded"):
+        next(batches)
+    for _ in run.loader:
+        if run.loader.position == 6:
+            run.loader.set_epoch(5)  # as good as after the loop
+    assert (run.loader.epoch, run.loader.position) == (5, 0)
+
+
 def test_a_loader_without_a_position_is_refused(tmp_path: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     loader = fabric.setup_dataloaders(DataLoader(Noisy(), 4))
