@@ -118,8 +118,8 @@ class ResumableDataLoader(WrappedLoader):
         for batch in batches:
             if self._iteration is not iteration:
                 raise MisconfigurationException(
-                    f"An iteration of a resumable loader goes on after epoch {self._epoch} was begun by another one, set"
-                    " or loaded; the loader has one position only. End it with `break` and iterate anew, or set up a"
+                    f"An iteration of a resumable loader goes on after epoch {self._epoch} was begun by another one,"
+                    " set or loaded; the loader has one position only. End it with `break` and iterate anew, or set up a"
                     " loader for each."
                 )
             self._position += 1
