@@ -119,7 +119,7 @@ class ResumableDataLoader(WrappedLoader):
             if self._iteration is not iteration:
                 raise MisconfigurationException(
                     f"An iteration of a resumable loader goes on after epoch {self._epoch} was begun by another one,"
-                    " set or loaded; the loader has one position only. End it with `break` and iterate anew, or set up a"
+                    " set or loaded; the loader has one position only. End it with `break` and begin anew, or set up a"
                     " loader for each."
                 )
             self._position += 1

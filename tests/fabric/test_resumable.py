@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tests.processes import ROOT, run_as_program
@@ -59,6 +60,41 @@ class ByLot(Sampler[int]):
         return self.size
 
 
+class Deck(Sampler[int]):
+    """Draws from generators of its own, which go on from epoch to epoch."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.coin = size, random.Random(1)
+        self.by_torch = torch.Generator().manual_seed(2)
+        self.new, self.old = numpy.random.default_rng(3), numpy.random.RandomState(4)
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.size // 2, generator=self.by_torch).tolist()
+        for _ in range(self.size // 2):
+            yield [int(self.coin.random() * self.size), int(self.new.integers(self.size)), self.old.randint(self.size)][
+                self.coin.randrange(3)
+            ]
+
+    def __len__(self) -> int:
+        return self.size
+
+
+class Lent(Noisy):
+    """Draws from the generator that the order of its samples is drawn from, too."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __getitem__(self, index: int) -> Tensor:
+        return super().__getitem__(index) + torch.rand((), generator=self.generator)
+
+
+def lent() -> DataLoader[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return DataLoader(Lent(generator), 4, shuffle=True, generator=generator)
+
+
 class Stateful:
     """Keeps its position itself."""
 
@@ -86,6 +122,8 @@ KINDS: dict[str, Callable[[], Any]] = {
     "persistent": lambda: DataLoader(Noisy(), 4, shuffle=True, num_workers=1, persistent_workers=True),
     "batch sampler": lambda: DataLoader(Noisy(), batch_sampler=BatchSampler(RandomSampler(range(22)), 5, True)),
     "own sampler": lambda: DataLoader(Noisy(), 4, sampler=ByLot(22)),
+    "sampler's generators": lambda: DataLoader(Noisy(), 4, sampler=Deck(22)),
+    "shared generator": lent,
     "stream": lambda: DataLoader(Stream(), 4),
     "stateful": Stateful,
     "list": lambda: [torch.full((4, 4), float(i)) for i in range(6)],
