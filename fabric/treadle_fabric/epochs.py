@@ -95,6 +95,11 @@ class Epochs:
             return state
         return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
 
+    def steps_alike(self, state: dict[str, Any]) -> bool:
+        """Whether all ranks together take as much at a step as where ``state`` is of."""
+        before = state.get("order", {}).get("per_step")
+        return before is None or before == self._order.per_step
+
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
         if not state:  # saved before there was a loader
@@ -105,7 +110,7 @@ class Epochs:
         self._cursor.load_state_dict(state, within=within, whole=self._whole)
 
     def take_over(self, state: dict[str, Any], position: int, accumulate: int = 1) -> int | None:
-        """Go on where another number of processes stood, after ``position`` batches.
+        """Go on where another number of processes stood, or batches had another size, after ``position`` of them.
 
         Args:
             state: of :meth:`state_dict`, from any of them.
@@ -119,6 +124,8 @@ class Epochs:
             return None
         order = state.get("order", {})
         self._draw_from(order.get("seed"))
+        if position and self._order.seed is None and self._world_size == 1:
+            self._share()  # only a shared order has a position that is no multiple of the batch size
         self._cursor.take_generators(state, within=bool(position))
         if not position:
             self._order.load_state_dict(order, within=False)
@@ -137,6 +144,9 @@ class Epochs:
         if seed is None:
             return
         if self._world_size == 1:
-            self.loader, self.parts = self._share_alone()
-            self._begin_order()
+            self._share()
         self._order.seed = seed
+
+    def _share(self) -> None:
+        self.loader, self.parts = self._share_alone()
+        self._begin_order()

@@ -67,6 +67,11 @@ class SampleOrder:
         for sampler in self._samplers:
             sampler.seed = seed
 
+    @property
+    def per_step(self) -> list[int | None]:
+        """Items of each loader's order that all ranks together take at a step."""
+        return [_per_step(part, self._world_size) for part in self._parts]
+
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
 
@@ -81,7 +86,7 @@ class SampleOrder:
             "base": self.base,
             "end": self.end,
             "start": self._start or [0] * len(self._parts),
-            "per_step": [_per_step(part, self._world_size) for part in self._parts],
+            "per_step": self.per_step,
             "num_batches": self._num_batches,
         }
 
@@ -103,13 +108,13 @@ class SampleOrder:
             The batch of the epoch to go on from; None where the epoch begins anew.
         """
         self.load_state_dict(state, within=True)
-        per_step = [_per_step(part, self._world_size) for part in self._parts]
+        per_step = self.per_step
         unshared = not self._samplers or len(self._samplers) != len(self._parts) or None in per_step
         if unshared or (len(self._parts) > 1 and state["seed"] is None):
             rank_zero_warn(
-                "The number of processes has changed, and the position in this training loader has a meaning for the"
-                " old number only (a stream, an iterable of one's own, or several loaders at once): the epoch begins"
-                " anew."
+                "The number of processes or the batch size has changed, and the position in this training loader has a"
+                " meaning for the old one only (a stream, an iterable of one's own, or several loaders at once): the"
+                " epoch begins anew."
             )
             self._begin_anew()
             return None

@@ -19,7 +19,13 @@ from tests.processes import ROOT, run_as_program
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
-from treadle_fabric import Fabric, MisconfigurationException, ResumableDataLoader, seed_everything
+from treadle_fabric import (
+    CheckpointMismatchError,
+    Fabric,
+    MisconfigurationException,
+    ResumableDataLoader,
+    seed_everything,
+)
 
 EPOCHS = 3
 
@@ -290,9 +296,6 @@ def test_workers_that_persisted_are_given_up(tmp_path: Path) -> None:
         seed_everything(seed, verbose=False)
         return Run(Fabric(accelerator="cpu", devices=1), DataLoader(Noisy(), 4, shuffle=True, **workers))
 
-    def numbers(run: Run) -> list[list[float]]:
-        return [[sample[0] for sample in batch] for *_, batch in run.seen]
-
     whole = life(1, {"num_workers": 1, "persistent_workers": True})
     whole.train(lambda step: whole.fabric.save(tmp_path / "8.ckpt", whole.state) if step == 8 else None, epochs=2)
     there = life(2, {})
@@ -320,6 +323,78 @@ def test_the_rest_of_a_resumed_epoch_is_skipped(tmp_path: Path) -> None:
         again = begin(kind, 2)
         again.fabric.load(tmp_path / "first.ckpt", again.state)
         assert second_epoch(again) == expected
+
+
+def numbers(run: Run) -> list[list[float]]:
+    return [[sample[0] for sample in batch] for *_, batch in run.seen]
+
+
+def saved_in_mid_epoch(kind: str, path: Path) -> Run:
+    run = begin(kind, 1)
+    run.train(lambda step: run.fabric.save(path, run.state) if step == 8 else None)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "generator", "own sampler", "sampler's generators"])
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_another_batch_size_goes_on_at_the_next_sample(kind: str, batch_size: int, tmp_path: Path) -> None:
+    whole = saved_in_mid_epoch(kind, tmp_path / "8.ckpt")
+    steps = len(whole.loader)
+    rest = [number for batch in numbers(whole)[8 : 2 * steps] for number in batch]
+    again = begin(kind, 2)
+    inside = again.loader.dataloader
+    other = DataLoader(inside.dataset, batch_size, sampler=inside.sampler, generator=inside.generator)
+    again = Run(again.fabric, other)
+    with pytest.warns(
+        UserWarning, match=f"have {batch_size} samples a batch, and had 4: the epoch goes on at sample 8"
+    ):
+        again.fabric.load(tmp_path / "8.ckpt", again.state)
+    again.train()
+    epochs = [step[1] for step in again.seen]
+    found = numbers(again)[: epochs.count(1)]
+    assert [number for batch in found for number in batch] == rest
+    assert [len(batch) for batch in found[:-1]] == [batch_size] * (len(found) - 1)
+    assert epochs.count(2) == -(-22 // batch_size)
+
+
+OTHERS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "samples: 22, here 30": ("shuffled", lambda: DataLoader(Noisy(30), 4, shuffle=True)),
+    "sampler: RandomSampler, here SequentialSampler": ("shuffled", lambda: DataLoader(Noisy(), 4)),
+    "generators: 1, here 0": ("generator", lambda: DataLoader(Noisy(), 4, shuffle=True)),
+    "kind: indexed, here iterated": ("shuffled", lambda: DataLoader(Stream(), 4)),
+    "kind: one with a state_dict, here indexed": ("stateful", lambda: DataLoader(Noisy(), 4)),
+    "batch_size: 4, here 5": ("stream", lambda: DataLoader(Stream(), 5)),
+}
+
+
+@pytest.mark.parametrize("differs", OTHERS)
+def test_a_position_in_another_loader_is_refused(differs: str, tmp_path: Path) -> None:
+    kind, other = OTHERS[differs]
+    saved_in_mid_epoch(kind, tmp_path / "8.ckpt")
+    fabric = Fabric(accelerator="cpu", devices=1)
+    state = {"loader": fabric.setup_dataloaders(other(), resumable=True)}
+    with pytest.raises(
+        CheckpointMismatchError, match=f"'loader' of .* in epoch 1 of another .*{differs}.* Set the loader"
+    ):
+        fabric.load(tmp_path / "8.ckpt", state)
+
+
+def test_another_dataset_may_follow_between_epochs(tmp_path: Path) -> None:
+    run = begin("shuffled", 1)
+    run.train(epochs=1)
+    run.fabric.save(tmp_path / "between.ckpt", run.state)
+    again = Run(run.fabric, DataLoader(Noisy(30), 4, shuffle=True))
+    again.fabric.load(tmp_path / "between.ckpt", again.state)
+    again.train()
+    assert len(again.seen) == 2 * 8
+
+
+def test_what_no_resumable_loader_saved_is_refused(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "inner.ckpt", {"loader": fabric.setup_dataloaders(Stateful())})
+    state = {"loader": fabric.setup_dataloaders(Stateful(), resumable=True)}
+    with pytest.raises(CheckpointMismatchError, match="has 'at' in it, and must be what a resumable loader saved"):
+        fabric.load(tmp_path / "inner.ckpt", state)
 
 
 def test_one_iteration_at_a_time(tmp_path: Path) -> None:
