@@ -58,11 +58,11 @@ class ResumableDataLoader(WrappedLoader):
     dataset is indexed; a loader with a ``state_dict`` of its own is asked, and a stream is iterated up to the position.
     Another number of processes, or another batch size, goes on in the same order of samples.
 
-    An epoch that was left with ``break`` counts as unfinished until the next one begins, or ``set_epoch`` names it: also
-    one that was only peeked at, one that a shorter loader in a ``zip`` ended, and one of which a loop takes no more than
-    ``n`` batches (``n - loader.position`` where it is resumed). The random state is the process's: of several loaders
-    that are loaded, the one iterated first puts it back. An iteration begins with its first batch, not with ``iter``.
-    Generators that the dataset or the loop keeps, and gradients that were not stepped with, are not in the state.
+    An epoch that was left with ``break`` counts as unfinished until the next one begins, or ``set_epoch`` names it;
+    also one that was only peeked at, one that a shorter loader in a ``zip`` ended, and one of which a loop takes no
+    more than ``n`` batches (``n - loader.position`` where it is resumed). The random state is the process's: of several
+    loaders that are loaded, the one iterated first puts it back. An iteration begins with its first batch, not with
+    ``iter``. Generators that the dataset or the loop keeps, and gradients not stepped with yet, are not in the state.
 
     Args:
         dataloader: This rank's share of a loader.
@@ -166,16 +166,16 @@ class ResumableDataLoader(WrappedLoader):
         if not {"epoch", "position", "ranks"} <= set(state):
             found = ", ".join(map(repr, list(state)[:5])) or "nothing"
             raise CheckpointMismatchError(
-                f"It has {found} in it, and must be what a resumable loader saved: set the loader up with resumable=True"
-                " where it is saved, too, or leave it out of the state that is loaded."
+                f"It has {found} in it, and must be what a resumable loader saved: set the loader up with"
+                " resumable=True where it is saved, too, or leave it out of the state that is loaded."
             )
         before, now = state.get("loader", {}), _describe(self._dataloader, self._epochs.state_dict(self._position))
         names = before if state["position"] else ["kind"] if "kind" in before else []
         if differ := [f"{name}: {before[name]}, here {now[name]}" for name in names if before[name] != now[name]]:
             raise CheckpointMismatchError(
                 f"It is position {state['position']} in epoch {state['epoch']} of another loader ({'; '.join(differ)}),"
-                " which means something else in this one. Set the loader up as it was, or leave it out of the state that"
-                " is loaded and call loader.set_epoch to begin an epoch."
+                " which means something else in this one. Set the loader up as it was, or leave it out of the state"
+                " that is loaded and call loader.set_epoch to begin an epoch."
             )
 
 
