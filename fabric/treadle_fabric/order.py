@@ -72,6 +72,10 @@ class SampleOrder:
         """Items of each loader's order that all ranks together take at a step."""
         return [_per_step(part, self._world_size) for part in self._parts]
 
+    @property
+    def _samples(self) -> list[int | None]:
+        return [sized_len(part.dataset) if is_indexed(part) else None for part in self._parts]
+
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
 
@@ -87,12 +91,19 @@ class SampleOrder:
             "end": self.end,
             "start": self._start or [0] * len(self._parts),
             "per_step": self.per_step,
+            "samples": self._samples,
             "num_batches": self._num_batches,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, within: bool) -> None:
         """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
         self._continues = within
+        if within and state.get("samples", self._samples) != self._samples:
+            rank_zero_warn(
+                f"The checkpoint is of the middle of an epoch of {_listed(state['samples'])} samples, and the training"
+                f" data have {_listed(self._samples)} now: what is left of the epoch is in another order, so that some"
+                " samples come twice and others not at all. Change data between epochs."
+            )
         if within and self._samplers and "base" in state:
             self._set(state["base"], list(state["start"]), state["source"], state.get("end"))
 
@@ -151,6 +162,10 @@ class SampleOrder:
             f" batch {self.base}. Keep batch_size times the number of processes as it was for the same batches.{again}"
         )
         return self.base
+
+
+def _listed(numbers: Sequence[int | None]) -> str:
+    return ", ".join("an unknown number of" if n is None else str(n) for n in numbers)
 
 
 def _sharded(loader: Any) -> ShardedSampler | None:
