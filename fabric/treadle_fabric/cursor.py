@@ -133,8 +133,8 @@ class Cursor:
             within: False: it follows that epoch.
             whole: whether an epoch is all that the loader has.
         """
+        self._resumed = state if within else {}
         if within:
-            self._resumed = state
             return
         self._follow(state)
         if self._stateful:
@@ -159,7 +159,6 @@ class Cursor:
         """An epoch that was resumed, and not iterated yet, is not continued."""
         if self._resumed:
             self.load_state_dict(self._resumed, within=False)
-            self._resumed = {}
 
     def close(self) -> None:
         """End workers that persist; garbage collection would wait five seconds for each."""

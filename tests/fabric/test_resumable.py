@@ -211,6 +211,20 @@ def test_between_epochs_and_at_the_last_batch_of_one(tmp_path: Path) -> None:
         assert again.seen == whole.seen[steps:]
 
 
+def test_what_is_loaded_last_counts(tmp_path: Path) -> None:
+    whole = begin("shuffled", 1)
+    whole.train(lambda step: whole.fabric.save(tmp_path / f"{step}.ckpt", whole.state) if step in (3, 8) else None, 2)
+    whole.fabric.save(tmp_path / "12.ckpt", whole.state)
+    seen = len(whole.seen)
+    whole.train()
+    for first, second in [(3, 8), (8, 3), (8, seen)]:
+        again = begin("shuffled", 2)
+        for step in (first, second):
+            again.fabric.load(tmp_path / f"{step}.ckpt", again.state)
+        again.train()
+        assert again.seen == whole.seen[second:]
+
+
 def test_an_epoch_that_was_left_before_its_end(tmp_path: Path) -> None:
     def first_two(run: Run) -> list[Any]:
         found = []
