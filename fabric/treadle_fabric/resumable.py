@@ -136,10 +136,10 @@ class ResumableDataLoader(WrappedLoader):
         """The position, what it means and the random states, of every rank; every rank must call this."""
         strategy = self._strategy
         random = _put_back.get(strategy) or collect_rng_states()
-        mine = {"random": random, "data": self._epochs.state_dict(self._position)}
+        data = self._epochs.state_dict(self._position)
+        mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}
         ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
-        loader = _describe(self._dataloader, mine["data"])
-        return {"epoch": self._epoch, "position": self._position, "loader": loader, "ranks": ranks}
+        return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next iteration continues where ``state`` was taken, on as many ranks or on others.
@@ -169,8 +169,14 @@ class ResumableDataLoader(WrappedLoader):
                 f"It has {found} in it, and must be what a resumable loader saved: set the loader up with"
                 " resumable=True where it is saved, too, or leave it out of the state that is loaded."
             )
-        before, now = state.get("loader", {}), _describe(self._dataloader, self._epochs.state_dict(self._position))
-        names = before if state["position"] else ["kind"] if "kind" in before else []
+        ranks, data, world_size = state["ranks"], self._epochs.state_dict(self._position), self._strategy.world_size
+        alike = len(ranks) == world_size
+        before = ranks[self._strategy.global_rank if alike else 0].get("loader", {})
+        now = _describe(self._dataloader, data)
+        sides = (len(ranks), ranks[0]["data"]), (world_size, data)
+        shared = alike or all(number == 1 or part["order"]["seed"] is not None for number, part in sides)
+        # where the user shares out, another number of processes begins the epoch anew, which a warning says
+        names = before if state["position"] and shared else {"kind"} & set(before)
         if differ := [f"{name}: {before[name]}, here {now[name]}" for name in names if before[name] != now[name]]:
             raise CheckpointMismatchError(
                 f"It is position {state['position']} in epoch {state['epoch']} of another loader ({'; '.join(differ)}),"

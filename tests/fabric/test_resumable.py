@@ -438,10 +438,30 @@ def test_a_loader_without_a_position_is_refused(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ several processes
 
 
+def goes_on_with_shares_of_its_own(fabric: Fabric, path: Path) -> bool:
+    """Whether that holds for data that the user shares out, of which ranks have unequally many."""
+
+    def life(seed: int) -> ResumableDataLoader:
+        torch.manual_seed(seed)
+        mine = DataLoader(Noisy(8 + 4 * fabric.global_rank), 2, shuffle=True)
+        return fabric.setup_dataloaders(mine, use_distributed_sampler=False, resumable=True)
+
+    loader = life(1)
+    batches = iter(loader)
+    next(batches)
+    fabric.save(path, {"loader": loader})
+    expected = [batch.tolist() for batch in batches]
+    loader = life(2)
+    fabric.load(path, {"loader": loader})
+    return [batch.tolist() for batch in loader] == expected
+
+
 def main(folder: str, devices: int, batch_size: int, save_every: int, kill_at: int) -> None:
     """A program that is killed, and goes on when it is started again."""
     fabric = Fabric(accelerator="cpu", devices=devices)
     fabric.launch()
+    if not kill_at:
+        assert goes_on_with_shares_of_its_own(fabric, Path(folder) / "shares.ckpt")
     path = Path(folder) / "last.ckpt"
     resumes = path.exists()
     seed_everything(5 if not resumes else 6, verbose=False)
