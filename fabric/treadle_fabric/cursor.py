@@ -19,12 +19,17 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from treadle_fabric.data import PrivateRandomness, samplers
 from treadle_fabric.errors import CheckpointMismatchError
-from treadle_fabric.seed import collect_rng_states, set_rng_states
+from treadle_fabric.seed import (
+    collect_rng_states,
+    generator_state,
+    is_generator,
+    set_generator_state,
+    set_rng_states,
+)
 
 __all__ = ["Cursor"]
 
@@ -74,7 +79,7 @@ class Cursor:
         self._draws_by_torch = self._indexed and self._private is None
         self._key, self._warm, self._seeded = 0, False, False
         self._rng: dict[str, Any] = {}
-        self._drawn_from: list[Tensor] = []
+        self._drawn_from: list[Any] = []
         self._resumed: dict[str, Any] = {}
 
     @property
@@ -101,8 +106,11 @@ class Cursor:
 
     def take_generators(self, state: dict[str, Any], *, within: bool) -> None:
         """Give the user's generators what they had when the epoch of ``state`` began, or after it."""
-        for generator, before in zip(self._generators, state["generators" if within else "generators_now"]):
-            generator.set_state(before)
+        self._set_generators(state["generators" if within else "generators_now"])
+
+    def _set_generators(self, states: list[Any]) -> None:
+        for generator, state in zip(self._generators, states):
+            set_generator_state(generator, state)
 
     def state_dict(self, position: int) -> dict[str, Any]:
         """What the position in this epoch means: the random state that its order was drawn from.
@@ -114,7 +122,7 @@ class Cursor:
             return self._resumed
         state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
         state["generators"] = self._drawn_from
-        state["generators_now"] = [g.get_state() for g in self._generators]
+        state["generators_now"] = [generator_state(g) for g in self._generators]
         if self._stateful:
             known = [at for count, at in self._ahead if count == position]
             state["loader"] = known[0] if known else self._loader.state_dict()
@@ -133,8 +141,8 @@ class Cursor:
                 "The checkpoint was saved with several training loaders combined, and here is one. Resume with the"
                 " loaders that it was saved with."
             )
+        self._resumed = state if within else {}
         if within:
-            self._resumed = state
             return
         self._follow(state)
         if self._stateful:
@@ -154,6 +162,11 @@ class Cursor:
         elif self._resumed:
             self._follow(self._resumed)
         self._resumed = {}
+
+    def leave(self) -> None:
+        """An epoch that was resumed, and not iterated yet, is not continued."""
+        if self._resumed:
+            self.load_state_dict(self._resumed, within=False)
 
     def close(self) -> None:
         """End workers that persist; garbage collection would wait five seconds for each."""
@@ -183,11 +196,10 @@ class Cursor:
         if resumed:
             self._key, self._rng, self._warm = resumed["key"], resumed["rng"], resumed["warm"]
             self._drawn_from = resumed["generators"]
-            for generator, before in zip(self._generators, self._drawn_from):
-                generator.set_state(before)
+            self._set_generators(self._drawn_from)
         else:
             self._rng = now
-            self._drawn_from = [g.get_state() for g in self._generators]
+            self._drawn_from = [generator_state(g) for g in self._generators]
             self._key = zlib.crc32(b"%d" % epoch + now["torch"].numpy().tobytes()) * 4096 + self._rank
         for keyed in (self._private, self._stream):
             if keyed is not None:
@@ -195,19 +207,27 @@ class Cursor:
         if self._stateful:
             return self._by_itself(resumed, skip, now)
         if self._indexed:
-            return self._by_index(skip, now if resumed else None)
+            batches = self._by_index(skip, now if resumed else None)
+            if resumed and not self._looks_ahead:  # whoever else draws from the same generators has gone on
+                self._set_generators(resumed["generators_now"])
+            return batches
         return islice(self._loader, skip, None) if self._plain else self._replayed(skip)
 
     def _by_index(self, skip: int, now: dict[str, Any] | None) -> Iterator[Any]:
         loader, numbers = self._loader, self._numbers
-        if now is not None:
-            set_rng_states(self._rng)  # what the order is drawn from
+        if now is None and numbers is None:
+            self._warm = False
+        elif now is not None:  # put back what the order is drawn from, and nothing that would stay so
+            set_rng_states({kind: self._rng[kind] for kind in now if kind in self._rng})
         if numbers is not None:
             numbers.begin(self._key, skip)
             iterator = self._from_workers(now is not None)
         elif skip or now is not None or self._among_others:
             rest = _Rest(_index_sampler(loader), skip)
-            iterator = iter(_with_sampler(loader, rest, loader.dataset))
+            other = _with_sampler(loader, rest, loader.dataset)
+            if self._warm:  # there were workers that persist, which drew no seed in this epoch
+                other.__dict__["generator"] = torch.Generator()
+            iterator = iter(other)
             rest.begin()  # draws the order before the random state goes on
         else:
             iterator = iter(loader)
@@ -272,14 +292,14 @@ def _is_persistent_stream(loader: Any) -> bool:
     )
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Those that the user gave to the loaders and their samplers."""
-    found: dict[int, torch.Generator] = {}
+def _generators(loader: Any) -> list[Any]:
+    """Those that the user gave to the loaders and their samplers, or that samplers keep under any name."""
+    found: dict[int, Any] = {}
     for part in loader.flattened if _is_combined(loader) else [loader]:
         for owner in (part, *samplers(part)):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
+            for value in getattr(owner, "__dict__", {}).values():
+                if is_generator(value):
+                    found[id(value)] = value
     return list(found.values())
 
 

@@ -26,6 +26,8 @@ class EpochCursor(Protocol):
 
     def finish(self, epoch: int, skip: int, *, drain: bool, whole: bool) -> None: ...
 
+    def leave(self) -> None: ...
+
     def close(self) -> None: ...
 
     def state_dict(self, position: int) -> dict[str, Any]: ...
@@ -104,6 +106,11 @@ class Epochs:
         drain = drain and self._whole and self._exact and not self.ends_without_drawing
         self._cursor.finish(epoch, skip, drain=drain, whole=self._whole)
 
+    def leave(self) -> None:
+        """An epoch that was resumed is not continued."""
+        self._order.forget()
+        self._cursor.leave()
+
     def close(self) -> None:
         """No epoch follows."""
         self._cursor.close()
@@ -115,6 +122,11 @@ class Epochs:
             return state
         return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
 
+    def steps_alike(self, state: dict[str, Any]) -> bool:
+        """Whether all ranks together take as much at a step as where ``state`` is of."""
+        before = state.get("order", {}).get("per_step")
+        return before is None or before == self._order.per_step
+
     def resume(self, state: dict[str, Any], *, within: bool) -> None:
         """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
         if not state:  # saved before there was a loader
@@ -125,7 +137,7 @@ class Epochs:
         self._cursor.load_state_dict(state, within=within, whole=self._whole)
 
     def take_over(self, state: dict[str, Any], position: int, accumulate: int = 1) -> int | None:
-        """Go on where another number of processes stood, after ``position`` batches.
+        """Go on where another number of processes stood, or batches had another size, after ``position`` of them.
 
         Args:
             state: of :meth:`state_dict`, from any of them.
@@ -139,6 +151,8 @@ class Epochs:
             return None
         order = state.get("order", {})
         self._draw_from(order.get("seed"))
+        if position and self._order.seed is None and self._world_size == 1:
+            self._share()  # only a shared order has a position that is no multiple of the batch size
         self._cursor.take_generators(state, within=bool(position))
         if not position:
             self._order.load_state_dict(order, within=False)
@@ -157,6 +171,9 @@ class Epochs:
         if seed is None:
             return
         if self._world_size == 1:
-            self.loader, self.parts = self._share_alone()
-            self._begin_order()
+            self._share()
         self._order.seed = seed
+
+    def _share(self) -> None:
+        self.loader, self.parts = self._share_alone()
+        self._begin_order()

@@ -67,6 +67,15 @@ class SampleOrder:
         for sampler in self._samplers:
             sampler.seed = seed
 
+    @property
+    def per_step(self) -> list[int | None]:
+        """Items of each loader's order that all ranks together take at a step."""
+        return [_per_step(part, self._world_size) for part in self._parts]
+
+    @property
+    def _samples(self) -> list[int | None]:
+        return [sized_len(part.dataset) if is_indexed(part) else None for part in self._parts]
+
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
 
@@ -81,13 +90,20 @@ class SampleOrder:
             "base": self.base,
             "end": self.end,
             "start": self._start or [0] * len(self._parts),
-            "per_step": [_per_step(part, self._world_size) for part in self._parts],
+            "per_step": self.per_step,
+            "samples": self._samples,
             "num_batches": self._num_batches,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, within: bool) -> None:
         """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
         self._continues = within
+        if within and state.get("samples", self._samples) != self._samples:
+            rank_zero_warn(
+                f"The checkpoint is of the middle of an epoch of {_listed(state['samples'])} samples, and the training"
+                f" data have {_listed(self._samples)} now: what is left of the epoch is in another order, so that some"
+                " samples come twice and others not at all. Change data between epochs."
+            )
         if within and self._samplers and "base" in state:
             self._set(state["base"], list(state["start"]), state["source"], state.get("end"))
 
@@ -103,13 +119,13 @@ class SampleOrder:
             The batch of the epoch to go on from; None where the epoch begins anew.
         """
         self.load_state_dict(state, within=True)
-        per_step = [_per_step(part, self._world_size) for part in self._parts]
+        per_step = self.per_step
         unshared = not self._samplers or len(self._samplers) != len(self._parts) or None in per_step
         if unshared or (len(self._parts) > 1 and state["seed"] is None):
             rank_zero_warn(
-                "The number of processes has changed, and the position in this training loader has a meaning for the"
-                " old number only (a stream, an iterable of one's own, or several loaders at once): the epoch begins"
-                " anew."
+                "The number of processes or the batch size has changed, and the position in this training loader has a"
+                " meaning for the old one only (a stream, an iterable of one's own, or several loaders at once): the"
+                " epoch begins anew."
             )
             self._begin_anew()
             return None
@@ -146,6 +162,10 @@ class SampleOrder:
             f" batch {self.base}. Keep batch_size times the number of processes as it was for the same batches.{again}"
         )
         return self.base
+
+
+def _listed(numbers: Sequence[int | None]) -> str:
+    return ", ".join("an unknown number of" if n is None else str(n) for n in numbers)
 
 
 def _sharded(loader: Any) -> ShardedSampler | None:

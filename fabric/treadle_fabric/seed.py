@@ -218,6 +218,51 @@ def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(rng_state_dict["mps"])
 
 
+def is_generator(value: Any) -> bool:
+    """Whether it is a random generator of PyTorch's, Python's or NumPy's."""
+    if isinstance(value, (torch.Generator, random.Random)):
+        return not isinstance(value, random.SystemRandom)  # which has no state
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of a generator object, as tensors and plain containers."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "bit_generator"):
+        return _plain(generator.bit_generator.state)
+    return _plain(generator.get_state(legacy=False))
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put back what :func:`generator_state` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        version, words, gauss = state
+        generator.setstate((version, tuple(words), gauss))
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = _with_arrays(state)
+    else:
+        generator.set_state(_with_arrays(state))
+
+
+def _plain(state: Any) -> Any:
+    """NumPy's states are nested dictionaries with arrays of words, which weights_only refuses."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return state.tolist() if hasattr(state, "tolist") else state
+
+
+def _with_arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _with_arrays(value) for key, value in state.items()}
+    return sys.modules["numpy"].array(state, dtype="uint64") if isinstance(state, list) else state
+
+
 @contextmanager
 def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
     """Random numbers drawn inside leave no trace: on exit every global generator is as it was on entry."""

@@ -489,6 +489,15 @@ def test_values_of_any_kind(fit: Any, value: Any, expected: float) -> None:
         assert isinstance(value, Tensor) or tensor.dtype == torch.float32
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_tensors_and_numbers_in_one_epoch_are_written_alike(fit: Any, order: int) -> None:
+    """Whichever of them comes last: a logger gets what a tensor holds."""
+    values: list[Any] = [torch.tensor(0.7), 0.1][::order]
+    out = fit(net(train_logs=lambda self, b, i: self.log("x", values[i], on_step=False, on_epoch=True)), 2)
+    assert out.rows[-1][1]["x"] == torch.tensor(0.4).item()
+    assert out.rows[-1][1]["x"] != 0.4
+
+
 def test_not_a_number_stays_one(fit: Any) -> None:
     module = net(train_logs=lambda self, b, i: self.log("x", float("nan"), on_step=False, on_epoch=True))
     assert fit(module).trainer.callback_metrics["x"].isnan()

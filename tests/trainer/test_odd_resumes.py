@@ -74,6 +74,38 @@ def test_a_step_that_draws_goes_on_twice(tmp_path: Path, kind: str) -> None:
     assert fit(SaveAfter(0), "5.ckpt").seen == [(i, float(i)) for i in range(5, 8)]
 
 
+class Numbers(Net):
+    """Keeps the numbers of the samples that it trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.seen += batch[:, 0].tolist()
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_another_batch_size_goes_on_at_the_next_sample(tmp_path: Path, accumulate: int) -> None:
+    def fit(batch_size: int, callback: L.Callback, ckpt_path: str | None = None) -> list[float]:
+        model = Numbers()
+        run = trainer(tmp_path, callbacks=callback, accumulate_grad_batches=accumulate)
+        run.fit(model, loader(22, batch_size, shuffle=True), ckpt_path=ckpt_path)
+        return model.seen
+
+    whole = fit(4, SaveAfter(3))
+    with pytest.warns(UserWarning, match=f"had 4: the epoch goes on at sample {12 if accumulate == 1 else 8}"):
+        rest = fit(6, SaveAfter(0), "3.ckpt")
+    assert rest == whole[12 if accumulate == 1 else 8 :]  # gradients not stepped with are of another size
+
+
+def test_another_dataset_in_mid_epoch_is_told_of(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=SaveAfter(3)).fit(Net(), loader(22, 4))
+    with pytest.warns(UserWarning, match="of the middle of an epoch of 22 samples, and the training data have 30 now"):
+        trainer(tmp_path).fit(Net(), loader(30, 4), ckpt_path="3.ckpt")
+
+
 @pytest.mark.parametrize(
     "hook", ["on_fit_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start", "on_validation_end"]
 )

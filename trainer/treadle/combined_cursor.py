@@ -90,8 +90,13 @@ class CombinedCursor:
         """
         if self._resumed:  # and not iterated yet
             return self._resumed
-        parts = zip(self._parts, self._passes, strict=True)
-        return {"parts": [{**part.state_dict(0), "passes": list(passes.items())} for part, passes in parts]}
+        states = []
+        for part, passes, number in zip(self._parts, self._passes, self._next_pass, strict=True):
+            now, newest = part.state_dict(0), number - 1
+            if newest in passes:  # samplers may have drawn more since it began
+                passes[newest] = {**passes[newest], "generators_now": now["generators_now"]}
+            states.append({**now, "passes": list(passes.items())})
+        return {"parts": states}
 
     def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None:
         """The next iteration continues the epoch that ``state`` is of; as in ``Cursor``."""
@@ -100,8 +105,8 @@ class CombinedCursor:
                 f"The checkpoint was saved with {len(state.get('parts', ())) or 'one'} training loader(s), and here"
                 f" {len(self._parts)} are combined. Resume with the loaders that it was saved with."
             )
+        self._resumed = state if within else {}
         if within:
-            self._resumed = state
             return
         for part, its in zip(self._parts, state["parts"]):
             part.load_state_dict(its, within=False, whole=whole)
@@ -115,9 +120,12 @@ class CombinedCursor:
         """Nothing is left of the epoch to continue but what samplers draw at its end, where it is iterated so far."""
         if self._resumed and drain:
             next(self.iterate(epoch, skip), None)
-        elif self._resumed:
+        self.leave()
+
+    def leave(self) -> None:
+        """An epoch that was resumed, and not iterated yet, is not continued."""
+        if self._resumed:
             self.load_state_dict(self._resumed, within=False)
-        self._resumed = {}
 
     def close(self) -> None:
         """End workers that persist."""

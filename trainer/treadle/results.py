@@ -175,19 +175,8 @@ class Slot:
         if callable(self.reduce):
             self.values += values
             return
-        if self.reduce in ("mean", "sum") and all(map(_is_at_hand, values)):
-            values = [v.item() if isinstance(v, Tensor) else v for v in values]
-        if any(isinstance(v, Tensor) for v in values):
-            stacked = _stack(values)
-            if self.reduce == "mean":
-                alike = weights.count(weights[0]) == len(weights)  # to send several to the device would wait for it
-                part: Any = stacked.sum() * weights[0] if alike else stacked @ stacked.new_tensor(weights)
-            else:
-                part = _ON_TENSORS[self.reduce](stacked)
-        elif self.reduce == "mean":
-            part = sum(v * w for v, w in zip(values, weights, strict=True))
-        else:
-            part = _ON_NUMBERS[self.reduce](values)
+        among = any(isinstance(v, Tensor) for v in values)
+        part = self._of_tensors(values, weights) if among else self._of_numbers(values, weights)
         if self.total is None:
             self.total = part
         elif self.reduce in ("min", "max"):
@@ -196,6 +185,22 @@ class Slot:
         else:
             self.total = self.total + part
         self.weight += sum(weights)
+
+    def _of_numbers(self, values: list[Any], weights: list[float]) -> Any:
+        if self.reduce == "mean":
+            return sum(v * w for v, w in zip(values, weights, strict=True))
+        return _ON_NUMBERS[self.reduce](values)  # type: ignore[index]
+
+    def _of_tensors(self, values: list[Any], weights: list[float]) -> Tensor:
+        """With tensors among them it is one, whichever kind of value was logged last."""
+        if self.reduce in ("mean", "sum") and all(map(_is_at_hand, values)):
+            numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
+            return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64)
+        stacked = _stack(values)
+        if self.reduce == "mean":
+            alike = weights.count(weights[0]) == len(weights)  # to send several to the device would wait for it
+            return stacked.sum() * weights[0] if alike else stacked @ stacked.new_tensor(weights)
+        return _ON_TENSORS[self.reduce](stacked)  # type: ignore[index]
 
     def compute(self) -> Any:
         """The epoch's value on this rank."""
@@ -487,9 +492,7 @@ class Results:
                 slot.values, value = value, None
             if value is None:
                 value = slot.compute()
-            if isinstance(value, int | float) and isinstance(slot.value, Tensor):
-                value = torch.tensor(float(value))
-            elif isinstance(value, Tensor) and value.numel() == 1:
+            if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.reshape(())
                 if value.dtype == torch.float64 and slot.metric is None:
                     value = value.to(torch.get_default_dtype())

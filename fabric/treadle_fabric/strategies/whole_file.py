@@ -193,8 +193,11 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
                 current.load_state_dict(saved)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
             what = f"state[{key!r}]" if key else "the object"
+            unfit = f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}"
+            if isinstance(e, CheckpointMismatchError):  # says what to do
+                raise CheckpointMismatchError(unfit) from e
             raise CheckpointMismatchError(
-                f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}. "
+                f"{unfit}. "
                 "Build it as it was when the file was written" + (", or pass strict=False." if strict else ".")
             ) from e
         return current
