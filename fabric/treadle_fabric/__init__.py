@@ -165,6 +165,7 @@ __all__ = [
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
+    "__version__",
     "batch_mover",
     "canonical_precision",
     "claim_failure",

@@ -104,8 +104,16 @@ class Cursor:
         """Whether nothing happens at an epoch's end: no sampler draws once more, and no worker is to be told."""
         return self._draws_by_torch and not self._generators and not self._loader.num_workers
 
+    def _check(self, state: dict[str, Any]) -> None:
+        if "key" not in state:
+            raise CheckpointMismatchError(
+                "The checkpoint was saved with several training loaders combined, and here is one. Resume with the"
+                " loaders that it was saved with."
+            )
+
     def take_generators(self, state: dict[str, Any], *, within: bool) -> None:
         """Give the user's generators what they had when the epoch of ``state`` began, or after it."""
+        self._check(state)
         self._set_generators(state["generators" if within else "generators_now"])
 
     def _set_generators(self, states: list[Any]) -> None:
@@ -136,11 +144,7 @@ class Cursor:
             within: False: it follows that epoch.
             whole: whether an epoch is all that the loader has.
         """
-        if "key" not in state:
-            raise CheckpointMismatchError(
-                "The checkpoint was saved with several training loaders combined, and here is one. Resume with the"
-                " loaders that it was saved with."
-            )
+        self._check(state)
         self._resumed = state if within else {}
         if within:
             return

@@ -100,19 +100,23 @@ class CombinedCursor:
 
     def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None:
         """The next iteration continues the epoch that ``state`` is of; as in ``Cursor``."""
-        if len(state.get("parts", ())) != len(self._parts):
-            raise CheckpointMismatchError(
-                f"The checkpoint was saved with {len(state.get('parts', ())) or 'one'} training loader(s), and here"
-                f" {len(self._parts)} are combined. Resume with the loaders that it was saved with."
-            )
+        self._check(state)
         self._resumed = state if within else {}
         if within:
             return
         for part, its in zip(self._parts, state["parts"]):
             part.load_state_dict(its, within=False, whole=whole)
 
+    def _check(self, state: dict[str, Any]) -> None:
+        if len(state.get("parts", ())) != len(self._parts):
+            raise CheckpointMismatchError(
+                f"The checkpoint was saved with {len(state.get('parts', ())) or 'one'} training loader(s), and here"
+                f" {len(self._parts)} are combined. Resume with the loaders that it was saved with."
+            )
+
     def take_generators(self, state: dict[str, Any], *, within: bool) -> None:
         """Give the user's generators what they had when the epoch of ``state`` began, or after it."""
+        self._check(state)
         for part, its in zip(self._parts, state["parts"]):
             part.take_generators(its, within=within)
 

@@ -167,6 +167,8 @@ class CombinedLoader:
             elif self._mode == "max_size_cycle" and 0 < length < item:
                 passes = (item - 1) // length
                 found.append((passes, item - passes * length))
+            elif self._mode == "max_size" and item > length:
+                found.append((1, 0))
             else:
                 found.append((0, min(item, length)))
         return found
@@ -225,7 +227,8 @@ def _min_size(combined: CombinedLoader, start: Start, item: int) -> Generator[It
 
 
 def _max_size(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
-    iterators = [start(i) for i in range(len(combined.flattened))]
+    over = [item > length for length in combined._lengths()] if item else [False] * len(combined.flattened)
+    iterators = [iter(()) if ended else start(i) for i, ended in enumerate(over)]
     for batch_idx in count(item):
         batches = [next(iterator, _END) for iterator in iterators]
         if all(batch is _END for batch in batches):
