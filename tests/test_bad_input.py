@@ -150,12 +150,6 @@ def test_an_accelerator_that_is_not_there() -> None:
         check(lambda n=name: T(accelerator=n), DeviceUnavailableError, (f"accelerator='{name}'", "There is: cpu"))
 
 
-def test_a_seed_in_the_environment_that_is_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PL_GLOBAL_SEED", "abc")
-    words = ("PL_GLOBAL_SEED='abc'", "no integer", "Give one")
-    check(lambda: trainer(tmp_path).fit(Net(), loader()), MisconfigurationException, words)
-
-
 def test_the_check_for_misspelled_arguments_hides_no_signature() -> None:
     for kind, n in ((L.Trainer, 45), (Fabric, 9)):
         parameters = inspect.signature(kind.__init__).parameters
