@@ -24,6 +24,7 @@ __all__ = [
     "batch_mover",
     "has_len",
     "infer_batch_size",
+    "innermost_sampler",
     "is_indexed",
     "map_tensors",
     "move_data_to_device",
@@ -378,6 +379,15 @@ def samplers(loader: Any) -> Iterator[Any]:
         while sampler is not None:
             yield sampler
             sampler = getattr(sampler, "sampler", None)
+
+
+def innermost_sampler(loader: Any) -> Any:
+    """The sampler that decides the order, however many others share it out and batch it; None without one."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if sampler is None else sampler
+    while (inner := getattr(sampler, "sampler", None)) is not None:
+        sampler = inner
+    return sampler
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

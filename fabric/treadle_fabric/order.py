@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import BatchSampler
 
-from treadle_fabric.data import ShardedSampler, is_indexed, samplers, sized_len
+from treadle_fabric.data import ShardedSampler, innermost_sampler, is_indexed, samplers, sized_len
 from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["SampleOrder"]
@@ -76,6 +76,10 @@ class SampleOrder:
     def _samples(self) -> list[int | None]:
         return [sized_len(part.dataset) if is_indexed(part) else None for part in self._parts]
 
+    @property
+    def _kinds(self) -> list[str | None]:
+        return [type(innermost_sampler(part)).__name__ if is_indexed(part) else None for part in self._parts]
+
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
 
@@ -92,6 +96,7 @@ class SampleOrder:
             "start": self._start or [0] * len(self._parts),
             "per_step": self.per_step,
             "samples": self._samples,
+            "samplers": self._kinds,
             "num_batches": self._num_batches,
         }
 
@@ -103,6 +108,12 @@ class SampleOrder:
                 f"The checkpoint is of the middle of an epoch of {_listed(state['samples'])} samples, and the training"
                 f" data have {_listed(self._samples)} now: what is left of the epoch is in another order, so that some"
                 " samples come twice and others not at all. Change data between epochs."
+            )
+        if within and state.get("samplers", self._kinds) != self._kinds:
+            rank_zero_warn(
+                f"The checkpoint is of the middle of an epoch in the order of {_listed(state['samplers'])}, and now it"
+                f" is that of {_listed(self._kinds)}: some of the samples left come twice and others not at all. Change"
+                " samplers, and `shuffle`, between epochs."
             )
         if within and self._samplers and "base" in state:
             self._set(state["base"], list(state["start"]), state["source"], state.get("end"))
@@ -164,8 +175,8 @@ class SampleOrder:
         return self.base
 
 
-def _listed(numbers: Sequence[int | None]) -> str:
-    return ", ".join("an unknown number of" if n is None else str(n) for n in numbers)
+def _listed(items: Sequence[Any]) -> str:
+    return ", ".join("unknown" if item is None else str(item) for item in items)
 
 
 def _sharded(loader: Any) -> ShardedSampler | None:

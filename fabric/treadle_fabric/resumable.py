@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils.data import BatchSampler
 
-from treadle_fabric.data import batch_mover, is_indexed, sampler_epoch, sized_len
+from treadle_fabric.data import batch_mover, innermost_sampler, is_indexed, sampler_epoch, sized_len
 from treadle_fabric.epochs import Epochs
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
 from treadle_fabric.loaders import FabricDataLoader, WrappedLoader, share_loader
@@ -187,13 +187,10 @@ def _describe(loader: Any, state: dict[str, Any]) -> dict[str, Any]:
     """
     indexed, batches = is_indexed(loader), getattr(loader, "batch_sampler", None)
     sized = indexed and type(batches) is BatchSampler  # then another batch size can be gone on with
-    sampler = getattr(loader, "sampler", None) if batches is None else batches
-    while (inner := getattr(sampler, "sampler", None)) is not None:
-        sampler = inner
     return {
         "kind": "one with a state_dict" if "loader" in state else "indexed" if indexed else "iterated",
         "samples": sized_len(loader.dataset) if indexed else None,
         "batch_size": None if sized else getattr(loader if batches is None else batches, "batch_size", None),
-        "sampler": type(sampler).__name__ if indexed else None,
+        "sampler": type(innermost_sampler(loader)).__name__ if indexed else None,
         "generators": len(state["generators_now"]),
     }

@@ -847,3 +847,12 @@ def test_without_loader_names_the_second_loader_is_refused(evaluate: Any) -> Non
     module = net(eval_logs=lambda self, b, i, d: self.log("x", 1.0, add_dataloader_idx=False))
     with pytest.raises(L.MisconfigurationException, match="'x', add_dataloader_idx=False.*own name"):
         evaluate(module, [loader(2, 1), loader(2, 1)])
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_of_complex_numbers_the_real_part_counts(tmp_path: Path) -> None:
+    class Complex(Net):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("z", torch.tensor(2 + 1j))
+
+    assert trainer(tmp_path).validate(Complex(), loader(4)) == [{"z": 2.0}]

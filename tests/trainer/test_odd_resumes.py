@@ -106,6 +106,12 @@ def test_another_dataset_in_mid_epoch_is_told_of(tmp_path: Path) -> None:
         trainer(tmp_path).fit(Net(), loader(30, 4), ckpt_path="3.ckpt")
 
 
+def test_another_sampler_in_mid_epoch_is_told_of(tmp_path: Path) -> None:
+    trainer(tmp_path, callbacks=SaveAfter(3)).fit(Net(), loader(22, 4))
+    with pytest.warns(UserWarning, match="in the order of SequentialSampler, and now it is that of RandomSampler"):
+        trainer(tmp_path).fit(Net(), loader(22, 4, shuffle=True), ckpt_path="3.ckpt")
+
+
 @pytest.mark.parametrize(
     "hook", ["on_fit_start", "on_sanity_check_end", "on_train_start", "on_train_epoch_start", "on_validation_end"]
 )
