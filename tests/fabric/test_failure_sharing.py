@@ -41,7 +41,11 @@ fabric.barrier()
 time.sleep(1)
 if how == "destroy":
     dist.destroy_process_group()
-    time.sleep(0.5 * (1 - rank))  # the store of the new group is not the old one's
+    if rank == 0:  # the store of the new group is not the old one's, which nobody may find any more
+        open("destroyed", "w").close()
+        time.sleep(0.5)
+    while not os.path.exists("destroyed"):
+        time.sleep(0.01)
     dist.init_process_group("gloo")
     dist.barrier()
     dist.destroy_process_group()
