@@ -460,6 +460,9 @@ from treadle_fabric import Fabric
 
 fabric = Fabric(accelerator="cpu", devices=2)
 fabric.launch()
+fabric.barrier()
+names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+assert "pt_gloo_runloop" in names, names
 
 def hold_tensors():
     # as the backend's own thread does when it comes to the processor late

@@ -177,12 +177,11 @@ def _put_in_place(target: str, fresh: Path, at: Path, symbolic: bool) -> None:
 def _replace(fresh: Path, at: Path) -> None:
     try:
         put_in_place(str(fresh), str(at))
-    except (OSError, CheckpointError) as error:
+    except OSError as error:
+        raise CheckpointError(f"The checkpoint {str(at)!r} could not be replaced: {error}.") from error
+    finally:
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"The checkpoint {str(at)!r} could not be replaced: {error}.") from error
 
 
 def yaml_number(value: float) -> str:
