@@ -8,8 +8,8 @@ from treadle_fabric.accelerators import (
     MPSAccelerator,
     find_usable_cuda_devices,
 )
-from treadle_fabric.agreement import StopAgreement
 from treadle_fabric.attribute_dict import AttributeDict
+from treadle_fabric.batches import batch_mover, map_tensors, move_data_to_device
 from treadle_fabric.checkpoint import (
     AsyncCheckpointIO,
     CheckpointIO,
@@ -17,18 +17,11 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.data import (
-    ShardedSampler,
-    batch_mover,
-    has_len,
-    map_tensors,
-    move_data_to_device,
-    sampler_epoch,
-    seed_workers,
-    set_epoch,
-    shard_dataloader,
-    sized_len,
-)
+from treadle_fabric.coordination.stop_agreement import StopAgreement
+from treadle_fabric.data.loader import FabricDataLoader
+from treadle_fabric.data.resumable import ResumableDataLoader
+from treadle_fabric.data.samplers import has_len, sampler_epoch, seed_workers, set_epoch, sized_len
+from treadle_fabric.data.sharding import ShardedSampler, shard_dataloader
 from treadle_fabric.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -67,7 +60,6 @@ from treadle_fabric.launchers import (
     end_run,
     first_failure,
 )
-from treadle_fabric.loaders import FabricDataLoader
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, rank_zero_experiment
 from treadle_fabric.precision import (
     DoublePrecision,
@@ -77,6 +69,8 @@ from treadle_fabric.precision import (
     canonical_precision,
     make_precision,
 )
+from treadle_fabric.randomness.seeds import reset_seed, seed_everything, worker_init_function
+from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
 from treadle_fabric.rank_zero import (
     rank_zero_debug,
     rank_zero_deprecation,
@@ -85,15 +79,9 @@ from treadle_fabric.rank_zero import (
     rank_zero_warn,
 )
 from treadle_fabric.resolve import Plan, resolve
-from treadle_fabric.resumable import ResumableDataLoader
-from treadle_fabric.seed import (
-    collect_rng_states,
-    isolate_rng,
-    reset_seed,
-    seed_everything,
-    set_rng_states,
-    worker_init_function,
-)
+from treadle_fabric.setup.module import FabricModule
+from treadle_fabric.setup.optimizer import FabricOptimizer
+from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies import (
     STRATEGY_REGISTRY,
     DDPStrategy,
@@ -102,7 +90,6 @@ from treadle_fabric.strategies import (
     Strategy,
 )
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
-from treadle_fabric.wrappers import FabricModule, FabricOptimizer, is_wrapped
 
 __version__ = "0.1.0"
 

@@ -14,26 +14,18 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.data import map_tensors
+from treadle_fabric.batches import map_tensors
+from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
+from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, resolve
-from treadle_fabric.resumable import wrap_loader
-from treadle_fabric.seed import seed_everything as _seed_everything
+from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
+from treadle_fabric.setup.module import FabricModule
+from treadle_fabric.setup.optimizer import FabricOptimizer
+from treadle_fabric.setup.wrapped import engine_of, put_back, unwrap
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
-from treadle_fabric.wrappers import (
-    FabricModule,
-    FabricOptimizer,
-    check_loader,
-    check_loggers,
-    check_module,
-    check_optimizer,
-    check_ownership,
-    engine_of,
-    put_back,
-    unwrap,
-)
 
 if TYPE_CHECKING:
     from treadle_fabric.accelerators import Accelerator

@@ -27,9 +27,9 @@ from treadle_fabric import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checkpoint import distributed
-from treadle_fabric.checkpoint import folder as folders
-from treadle_fabric.checkpoint.distributed import load_sharded_into
+from treadle_fabric.checkpoint.distributed import saving as distributed
+from treadle_fabric.checkpoint.distributed.loading import load_sharded_into
+from treadle_fabric.checkpoint.folder import placing as folders
 from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
 
 SHARDED, FILE = DistributedCheckpointIO(), TorchCheckpointIO()

@@ -25,7 +25,7 @@ from treadle_fabric import (
     shard_dataloader,
     sized_len,
 )
-from treadle_fabric.data import PrivateRandomness
+from treadle_fabric.randomness.private import PrivateRandomness
 
 Point = namedtuple("Point", "x y")
 META = torch.device("meta")  # a second device that every machine has

@@ -15,15 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from treadle_fabric.checkpoint import TorchCheckpointIO
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.seed import (
-    collect_rng_states,
-    global_seed,
-    isolate_rng,
-    reset_seed,
-    seed_everything,
-    set_rng_states,
-    worker_init_function,
-)
+from treadle_fabric.randomness.seeds import global_seed, reset_seed, seed_everything, worker_init_function
+from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
 
 Draw = tuple[float, float, float]
 

@@ -92,7 +92,7 @@ def test_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = made(logger=[first, second])
     assert (run.loggers, run.logger) == ([first, second], first)
     assert made(logger=first).loggers == [first]
-    monkeypatch.setattr("treadle.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("treadle.trainer.settings.find_spec", lambda name: None)
     run = made(default_root_dir=tmp_path / "here")
     assert isinstance(run.logger, CSVLogger)
     assert str(run.log_dir).startswith(str(tmp_path / "here"))

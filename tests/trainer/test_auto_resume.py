@@ -11,8 +11,8 @@ import pytest
 from tests.trainer.models import Net, loader
 
 from treadle import Trainer
-from treadle.auto_resume import find_newest
 from treadle.callbacks import ModelCheckpoint
+from treadle.checkpoint.auto_resume import find_newest
 from treadle_fabric.loggers import CSVLogger
 
 

@@ -16,7 +16,7 @@ from tests.trainer.models import Net, loader
 
 from treadle import Trainer
 from treadle.callbacks import ModelCheckpoint
-from treadle.cli import main
+from treadle.cli.main import main
 from treadle_fabric import TorchCheckpointIO
 
 START = time.time() - 1000

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import treadle as L
 from treadle_fabric import CheckpointMismatchError
-from treadle_fabric.data import ShardedSampler
+from treadle_fabric.data.sharding import ShardedSampler
 
 SEVERAL = pytest.param(2, marks=pytest.mark.faults)
 

@@ -10,7 +10,7 @@ import torch
 from tests.trainer.models import Net, loader, trainer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
-from treadle.datamodule import LightningDataModule
+from treadle.module.datamodule import LightningDataModule
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies import SingleDeviceStrategy
 

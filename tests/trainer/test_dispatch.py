@@ -12,7 +12,7 @@ from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
 from treadle.callbacks import LambdaCallback, ModelCheckpoint
-from treadle.dispatch import Dispatch
+from treadle.run.dispatch import Dispatch
 
 STEPS = 4
 """The batches of `loader(8)`."""

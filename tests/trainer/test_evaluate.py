@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import treadle as L
-from treadle.tables import results_table
+from treadle.metrics.table import results_table
 from treadle_fabric import CSVLogger
 
 

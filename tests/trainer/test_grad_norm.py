@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from treadle.grad_norm import grad_norm
+from treadle.numbers.grad_norm import grad_norm
 from treadle_fabric.errors import MisconfigurationException
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
-from treadle.cli import main
+from treadle.cli.main import main
 from treadle.replay import replay
 from treadle_fabric import CheckpointError, Fabric, TreadleError
 from treadle_fabric.checkpoint import newest_good

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from treadle.hparams import HyperparametersMixin
+from treadle.module.hparams import HyperparametersMixin
 from treadle_fabric.attribute_dict import AttributeDict
 from treadle_fabric.errors import MisconfigurationException
 

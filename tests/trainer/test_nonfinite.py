@@ -16,7 +16,7 @@ import torch
 from tests.trainer.models import Net, trainer
 from torch import Tensor, nn
 
-from treadle.cli import main
+from treadle.cli.main import main
 from treadle_fabric import NonFiniteError
 
 pytestmark = pytest.mark.timeout(110)

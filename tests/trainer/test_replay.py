@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from treadle import MisconfigurationException, Trainer
-from treadle.cli import main
+from treadle.cli.main import main
 from treadle.replay import replay
 from treadle_fabric import NonFiniteError, TorchCheckpointIO
 

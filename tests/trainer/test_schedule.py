@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 
 import treadle as L
-from treadle.schedule import (
-    Durations,
-    ValidationSchedule,
-    limit_batches,
-    parse_duration,
-    resolve_durations,
-    total_steps,
-    window_size,
-)
+from treadle.data.limits import limit_batches
+from treadle.durations import parse_duration
+from treadle.loops.schedule import Durations, ValidationSchedule, resolve_durations, total_steps, window_size
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from treadle.cli import main
+from treadle.cli.main import main
 from treadle_fabric import CheckpointCorruptError, DistributedCheckpointIO
 
 pytestmark = [

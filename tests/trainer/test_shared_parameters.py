@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from treadle.shared_parameters import find_shared_parameters, set_shared_parameters
+from treadle.module.shared_parameters import find_shared_parameters, set_shared_parameters
 
 
 class Tied(nn.Module):

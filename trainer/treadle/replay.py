@@ -1,14 +1,7 @@
-"""``treadle replay``: one micro-batch that was not finite, run again as it was.
-
-A file that ``Trainer(on_nonfinite=...)`` left is read without running anything in it. The module's own code is another
-matter: importing it runs it. What is imported is printed first, and without ``--module`` only code is imported that is
-yours or installed: a file in or below the working directory, or in Python's ``site-packages``, that lies where the
-file says. A script is imported only if it has a main guard; and what comes out has to be a LightningModule.
-"""
+"""Run one micro-batch that was not finite again, as it was."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import importlib
 import importlib.util
@@ -25,21 +18,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from treadle.dispatch import overrides
-from treadle.loading import instantiate
-from treadle.loops.step import step_arguments
-from treadle.metrics import Metrics
-from treadle.module import LightningModule
-from treadle.nonfinite import Findings, examine, same_values
-from treadle.results import NOWHERE
-from treadle.state import FitProgress, RunningStage, TrainerFn, TrainerState
-from treadle.trainer import Trainer
+from treadle.checkpoint.loading import instantiate
+from treadle.loops.step.arguments import step_arguments
+from treadle.metrics.latest import Metrics
+from treadle.metrics.sinks import NOWHERE
+from treadle.module.module import LightningModule
+from treadle.numbers.examine import Findings, examine, same_values
+from treadle.run.dispatch import overrides
+from treadle.run.progress import FitProgress
+from treadle.stages import RunningStage, TrainerFn, TrainerState
+from treadle.trainer.trainer import Trainer
 from treadle_fabric import MisconfigurationException, TorchCheckpointIO, isolate_rng, move_data_to_device, near_names
 from treadle_fabric.errors import CheckpointMismatchError
-from treadle_fabric.seed import set_rng_states
+from treadle_fabric.randomness.state import set_rng_states
 from treadle_fabric.types import PathLike
 
-__all__ = ["Replay", "add_replay_command", "replay"]
+__all__ = ["Replay", "replay"]
 
 _KEYS: Final = {"batch", "batch_idx", "buffers", "class", "device", "epoch", "hyper_parameters", "parameters", "rng"}
 _REMEDY: Final = "Give --module path/to/file.py:Class, or --module package.module:Class, if you trust it."
@@ -76,52 +70,13 @@ def replay(path: PathLike, module: str | None = None) -> Replay:
         CheckpointError: the file is missing, damaged, unsafe or none of these, or does not fit the module.
         MisconfigurationException: the module cannot be found or made.
     """
-    return _replay(_read(path), module)
-
-
-def add_replay_command(commands: Any) -> None:
-    """Add ``replay`` to the subparsers of a command line."""
-    parser = commands.add_parser(
-        "replay",
-        help="run a batch that was not finite again; exit status 1 if it comes out differently",
-        description="Run the batch of a file that on_nonfinite left again. This imports the module's code.",
-    )
-    parser.add_argument("bundle", metavar="BUNDLE", help="such as nonfinite/epoch=0-step=12-batch=12-rank=0.replay")
-    parser.add_argument("--module", metavar="WHERE:CLASS", help="path/to/file.py:Class or package.module:Class")
-    parser.set_defaults(run=_command)
-
-
-def _command(given: argparse.Namespace) -> int:
-    bundle = _read(given.bundle)
-    _line("batch", f"epoch {bundle['epoch']}, batch_idx {bundle['batch_idx']}, global_step {bundle.get('step')}")
-    _line("process", f"rank {bundle.get('rank')} of {bundle.get('world_size')}")
-    done = _replay(bundle, given.module)
-    found = done.findings
-    _line("loss", f"{_number(found.loss)}, in the run {_number(done.recorded)}: {_verdict(done.same_loss)}")
-    _line("gradients", f"{', '.join(found.gradients) or 'none'} not finite: {_verdict(done.same_gradients)}")
-    _line("layer", found.layer or "no layer has an output that is not finite")
-    if bundle.get("torch") != str(torch.__version__):
-        _line("torch", f"{torch.__version__}, in the run {bundle.get('torch')}")
-    _line("result", "reproduced" if done.reproduced else "NOT reproduced")
-    return 0 if done.reproduced else 1
-
-
-def _line(name: str, text: str) -> None:
-    print(f"{name:<10} {text}", flush=True)
-
-
-def _verdict(same: bool | None) -> str:
-    return "not compared" if same is None else "identical" if same else "different"
-
-
-def _number(loss: Tensor | None) -> str:
-    return "none" if loss is None else repr(loss.double().item())
+    return run_bundle(read_bundle(path), module)
 
 
 # --- the file ---
 
 
-def _read(path: PathLike) -> dict[str, Any]:
+def read_bundle(path: PathLike) -> dict[str, Any]:
     bundle: Any = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
     origin = bundle.get("class") if isinstance(bundle, dict) else None
     whole = isinstance(origin, dict) and all(isinstance(origin.get(k), str) for k in ("module", "name", "file"))
@@ -130,7 +85,7 @@ def _read(path: PathLike) -> dict[str, Any]:
     return dict(bundle)
 
 
-def _replay(bundle: dict[str, Any], where: str | None) -> Replay:
+def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
     if foreign := bundle.get("foreign"):
         raise MisconfigurationException(
             f"The batch held a {foreign}, which no file can hold safely, so there is nothing to run: let the loader"

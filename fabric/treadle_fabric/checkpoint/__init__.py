@@ -1,7 +1,7 @@
 """Where checkpoints are stored, and how."""
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
-from treadle_fabric.checkpoint.distributed import DistributedCheckpointIO
+from treadle_fabric.checkpoint.distributed.folder_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import newest_good
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from treadle_fabric.checkpoint.manifest import seal_is_broken
+from treadle_fabric.checkpoint.seal import seal_is_broken
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
 
 __all__ = ["check_archive", "forbidden_globals", "numpy_allowed", "state_path_of", "weights_only_reason"]

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from treadle_fabric.checkpoint.folder import bring_back, has_manifest, is_sharded, representative
+from treadle_fabric.checkpoint.folder.layout import has_manifest, is_sharded, representative
+from treadle_fabric.checkpoint.folder.placing import bring_back
 from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.rank_zero import rank_zero_warn

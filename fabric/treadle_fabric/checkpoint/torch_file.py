@@ -25,16 +25,10 @@ from treadle_fabric.checkpoint.archive import (
     state_path_of,
     weights_only_reason,
 )
-from treadle_fabric.checkpoint.folder import (
-    bring_back,
-    forget_asides,
-    is_sharded,
-    put_in_place,
-    refuse_foreign,
-    remove_folder,
-)
+from treadle_fabric.checkpoint.folder.layout import is_sharded, refuse_foreign
+from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, put_in_place, remove_folder
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.manifest import seal
+from treadle_fabric.checkpoint.seal import seal
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -114,7 +108,7 @@ class TorchCheckpointIO(CheckpointIO):
             if not os.path.lexists(where):
                 bring_back(os.path.dirname(os.path.abspath(where)))
             if os.path.isdir(where):
-                from treadle_fabric.checkpoint.distributed import load_sharded
+                from treadle_fabric.checkpoint.distributed.loading import load_sharded
 
                 return load_sharded(where, path, map_location, weights_only)
         with _opened(fs, where, path) as file:

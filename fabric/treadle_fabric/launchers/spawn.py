@@ -37,7 +37,7 @@ from treadle_fabric.launchers.failures import (
     whereabouts,
 )
 from treadle_fabric.launchers.launcher import Launcher, threads_per_process
-from treadle_fabric.seed import collect_rng_states, set_rng_states
+from treadle_fabric.randomness.state import collect_rng_states, set_rng_states
 
 __all__ = ["SpawnLauncher", "StartMethod"]
 

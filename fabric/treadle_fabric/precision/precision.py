@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.data import map_tensors
+from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["Precision", "cast_floating", "default_dtype", "needs_closure"]

@@ -24,7 +24,7 @@ from treadle_fabric.errors import UnknownArgumentError, UnusedParametersError, n
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
-from treadle_fabric.strategies.whole_file import WholeStateStrategy
+from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 if TYPE_CHECKING:
     from treadle_fabric.accelerators import Accelerator

@@ -12,7 +12,7 @@ from torch.nn import Module
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.strategy import check_reduce_op
-from treadle_fabric.strategies.whole_file import WholeStateStrategy
+from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 if TYPE_CHECKING:
     from treadle_fabric.accelerators import Accelerator

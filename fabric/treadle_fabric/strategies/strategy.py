@@ -14,8 +14,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
-from treadle_fabric.data import move_data_to_device
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.precision import Precision
 from treadle_fabric.types import PathLike

@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from treadle.module import LightningModule
-    from treadle.trainer import Trainer
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
 
 __all__ = ["Callback"]
 
@@ -17,7 +17,7 @@ __all__ = ["Callback"]
 class Callback:
     """Code that runs at the hooks of a run. Override what you need; a hook left alone costs nothing.
 
-    The order of the hooks is written out in :mod:`treadle.hooks`. Callbacks run before the module (but for those with
+    The order of the hooks is written out in ``module/hooks.py``. Callbacks run before the module (but for those with
     :attr:`monitors` in three hooks), in the order of the list, tuner callbacks first and checkpoint callbacks last.
     """
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from treadle_fabric.checkpoint.folder import link_folder, put_in_place
+from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.errors import CheckpointError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.trainer import Trainer
+    from treadle.trainer.trainer import Trainer
 
 __all__ = [
     "absolute",

@@ -16,8 +16,8 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.module import LightningModule
-    from treadle.trainer import Trainer
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
 
 __all__ = ["EarlyStopping", "EarlyStoppingReason"]
 

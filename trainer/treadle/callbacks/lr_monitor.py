@@ -11,8 +11,8 @@ from treadle.callbacks.callback import Callback
 from treadle_fabric.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from treadle.module import LightningModule
-    from treadle.trainer import Trainer
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
 
 __all__ = ["LearningRateMonitor"]
 

@@ -26,14 +26,14 @@ from treadle.callbacks.checkpoint_name import (
     yaml_number,
 )
 from treadle.callbacks.monitored_metric import MonitoredMetric, from_rank_zero, validates_at_epoch_end
-from treadle.step_clock import StepClock
+from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
 from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
-    from treadle.module import LightningModule
-    from treadle.trainer import Trainer
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
 
 __all__ = ["ModelCheckpoint"]
 

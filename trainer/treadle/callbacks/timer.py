@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.monitored_metric import from_rank_zero
-from treadle.schedule import parse_duration
-from treadle.state import RunningStage
-from treadle.step_clock import StepClock
+from treadle.durations import parse_duration
+from treadle.stages import RunningStage
+from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
-    from treadle.module import LightningModule
-    from treadle.trainer import Trainer
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
 
 __all__ = ["Interval", "Timer"]
 

@@ -7,17 +7,20 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from treadle.data import BatchIterator, TrainingData, stay
-from treadle.dispatch import overrides
-from treadle.loops.step import AutomaticStep, ManualStep
-from treadle.optimizers import step_schedulers
-from treadle.schedule import ValidationSchedule, window_size
-from treadle.signals import Signals
-from treadle.state import Phase
+from treadle.data.lookahead import BatchIterator
+from treadle.data.training import TrainingData
+from treadle.data.transfer import stay
+from treadle.loops.optimizers import step_schedulers
+from treadle.loops.schedule import ValidationSchedule, window_size
+from treadle.loops.step.automatic import AutomaticStep
+from treadle.loops.step.manual import ManualStep
+from treadle.run.dispatch import overrides
+from treadle.run.progress import Phase
+from treadle.run.signals import Signals
 from treadle_fabric import StopAgreement, rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.run import Run
+    from treadle.run.run import Run
 
 __all__ = ["Controls", "TrainingEpoch"]
 
@@ -50,7 +53,7 @@ class TrainingEpoch:
         signals: Signals,
         agreement: StopAgreement | None,
     ) -> None:
-        from treadle.module import LightningModule
+        from treadle.module.module import LightningModule
 
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._schedule, self._validate, self._elapsed, self._may_stop = schedule, validate, elapsed, may_stop

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.data import BatchIterator, EvaluationData, stay
-from treadle.dispatch import overrides
-from treadle.hooks import ModuleHooks
-from treadle.loops.step import evaluation_arguments
-from treadle.results import Results
-from treadle.state import Phase, RunningStage, TrainerFn
+from treadle.data.evaluation import EvaluationData
+from treadle.data.lookahead import BatchIterator
+from treadle.data.transfer import stay
+from treadle.loops.step.arguments import evaluation_arguments
+from treadle.metrics.bus import Results
+from treadle.module.hooks import ModuleHooks
+from treadle.run.dispatch import overrides
+from treadle.run.progress import Phase
+from treadle.stages import RunningStage, TrainerFn
 
 if TYPE_CHECKING:
-    from treadle.run import Run
+    from treadle.run.run import Run
 
 __all__ = ["Evaluation", "module_modes"]
 

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from treadle.dispatch import MONITORS
+from treadle.checkpoint.exact import moment
 from treadle.loops.epoch import Controls, TrainingEpoch
 from treadle.loops.evaluate import Evaluation
-from treadle.resume import moment
-from treadle.schedule import Durations
-from treadle.state import Phase, RunningStage
-from treadle.step_clock import StepClock
+from treadle.loops.schedule import Durations
+from treadle.run.dispatch import MONITORS
+from treadle.run.progress import Phase
+from treadle.stages import RunningStage
 from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
+from treadle_fabric.coordination.step_clock import StepClock
 
 if TYPE_CHECKING:
-    from treadle.run import Run
+    from treadle.run.run import Run
 
 __all__ = ["FitLoop"]
 
@@ -34,7 +35,7 @@ _SHORT_S = 1.0
 
 
 class FitLoop:
-    """Runs training epochs; see :mod:`treadle.hooks` for the order of everything.
+    """Runs training epochs; see :mod:`treadle.module.hooks` for the order of everything.
 
     Args:
         run: the run.

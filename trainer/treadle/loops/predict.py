@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from treadle.data import BatchIterator, EvaluationData, stay
+from treadle.data.evaluation import EvaluationData
+from treadle.data.lookahead import BatchIterator
+from treadle.data.transfer import stay
 from treadle.loops.evaluate import module_modes, restore_modes
-from treadle.loops.step import evaluation_arguments
+from treadle.loops.step.arguments import evaluation_arguments
 from treadle_fabric import move_data_to_device
 
 if TYPE_CHECKING:
-    from treadle.run import Run
+    from treadle.run.run import Run
 
 __all__ = ["Prediction"]
 

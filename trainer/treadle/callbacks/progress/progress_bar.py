@@ -18,8 +18,8 @@ from treadle.callbacks.progress.display import Bar, Display, Stage
 from treadle_fabric.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from treadle.module import LightningModule
-    from treadle.trainer import Trainer
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
 
 __all__ = ["ProgressBar", "TimedProgressBar"]
 

@@ -1,0 +1,237 @@
+"""Read a checkpoint folder, whole in one process or each rank its part."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
+from treadle_fabric.checkpoint.folder.layout import PLAIN, unmixed
+from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
+from treadle_fabric.checkpoint.folder.placing import bring_back
+from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO, neighbours, reason_of
+from treadle_fabric.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CheckpointUnsafeError,
+    near_names,
+)
+from treadle_fabric.types import PathLike
+
+__all__ = ["load_sharded_into"]
+
+
+# --- loading ---
+
+
+def load_sharded(
+    where: str, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Read all of a folder, in this process alone; arguments and errors as in :class:`TorchCheckpointIO`."""
+
+    def read() -> dict[str, Any]:
+        if os.path.isdir(where):
+            return _load_all(where, path, map_location, weights_only)
+        return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)  # a file took its place
+
+    return unmixed(where, str(path), read)
+
+
+def _load_all(where: str, path: PathLike, map_location: Any | None, weights_only: bool | None) -> dict[str, Any]:
+    manifest = read_manifest(where, str(path))
+    verify(where, str(path), manifest)
+    content = _read_plain(where, path, manifest, map_location, weights_only)
+    stand_ins = content["tensors"]
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in stand_ins.items()}
+    if any(not tensor.is_meta for tensor in tensors.values()):
+        _read(tensors, where, path, manifest)
+    found: dict[int, Tensor] = {
+        id(t): Parameter(tensors[name], t.requires_grad) if isinstance(t, Parameter) else tensors[name]
+        for name, t in stand_ins.items()
+    }
+    state: dict[str, Any] = map_leaves(content["state"], lambda value, _: found.get(id(value), value), "")
+    return state
+
+
+def load_sharded_into(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
+    """Read a folder into ``state``: tensors in place, each rank what it holds of them; other values are replaced.
+
+    Every rank of the group calls this, with the same keys. How many ranks wrote, and what each held, does not matter.
+    It is for strategies that shard, whose ranks have no room for all of a checkpoint.
+
+    Args:
+        state: As for :func:`save_sharded`. What the folder has beyond it is left out.
+        path: Local.
+        process_group: Whose ranks read, sharing out the check of the files. Default: all.
+
+    Raises:
+        CheckpointNotFoundError: Nothing lies at ``path``.
+        CheckpointMismatchError: The folder has no such entry, or one of another shape. Nothing was changed.
+        CheckpointError: It is a file, or not whole, or it would have to unpickle other things than plain ones.
+    """
+    ranks = Ranks(process_group, f"The checkpoint {str(path)!r} was not loaded")
+    where = local_path(path)
+    ranks.together(lambda: bring_back(os.path.dirname(where)) if ranks.rank == 0 else None)  # before any rank looks
+
+    def changed(here: bool) -> bool:
+        return any(ranks.together(lambda: here))
+
+    later = unmixed(where, str(path), lambda: _read_into(state, where, path, ranks), changed)
+
+    def finish() -> None:
+        for action in later:
+            action()
+
+    _raising_alike(ranks, finish)
+
+
+def _read_into(state: dict[str, Any], where: str, path: PathLike, ranks: Ranks) -> list[Callable[[], Any]]:
+    """Fill the large tensors; what remains to be done, when it is sure that all was of one checkpoint, is returned."""
+    manifest: dict[str, Any] = {}
+    content: dict[str, Any] = {}
+
+    def check() -> None:
+        if not os.path.isdir(where):
+            if os.path.lexists(where):
+                raise CheckpointError(f"{str(path)!r} is a file, and a folder is read here: use load_checkpoint.")
+            raise CheckpointNotFoundError(f"There is no checkpoint at {str(path)!r}. {neighbours(None, where)}")
+        manifest.update(read_manifest(where, str(path)))
+        names = [name for place, name in enumerate(manifest["files"]) if place % ranks.size == ranks.rank]
+        verify(where, str(path), manifest, {*names, PLAIN})
+
+    _raising_alike(ranks, check)
+    _raising_alike(ranks, lambda: content.update(_read_plain(where, path, manifest, None, None)))
+    names = {id(stand_in): name for name, stand_in in content["tensors"].items()}
+    large: dict[str, Any] = {}
+    later: list[Callable[[], Any]] = []
+    _raising_alike(ranks, lambda: _pair(state, content["state"], "", str(path), names, large, later))
+    _read(large, where, path, manifest, ranks)
+    return later
+
+
+def _raising_alike(ranks: Ranks, action: Callable[[], None]) -> None:
+    """As ``together``, but the ranks on which it failed raise their own error."""
+    error: list[CheckpointError] = []
+
+    def noted() -> None:
+        try:
+            action()
+        except CheckpointError as e:
+            error.append(e)
+            raise
+
+    try:
+        ranks.together(noted)
+    except CheckpointError:
+        if error:
+            raise error[0] from None
+        raise
+
+
+def _pair(
+    state: Any,
+    saved: Any,
+    place: str,
+    path: str,
+    names: Mapping[int, str],
+    large: dict[str, Any],
+    later: list[Callable[[], Any]],
+) -> None:
+    """Find for each entry of ``state`` what was saved: ``large`` ones are still to be read, ``later`` sets the rest."""
+    keys = state if isinstance(state, dict) else range(len(state))
+    for key in keys:
+        at = f"{place}.{key}" if place else str(key)
+        if not (key in saved if isinstance(saved, dict) else isinstance(saved, list | tuple) and key < len(saved)):
+            known = saved if isinstance(saved, dict) else []
+            raise CheckpointMismatchError(f"{path!r} has no {at!r}. {near_names(str(key), known)}")
+        mine, theirs = state[key], saved[key]
+        if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+            if mine.shape != theirs.shape:
+                raise CheckpointMismatchError(
+                    f"{at!r} of {path!r} has the shape {list(theirs.shape)}, and state has {list(mine.shape)} there."
+                )
+            name = names.get(id(theirs))
+            if name is None:
+                later.append(functools.partial(_fill, mine, theirs))
+            elif name not in large:
+                large[name] = mine
+            elif large[name] is not mine:  # tied where it was saved
+                later.append(functools.partial(_fill, mine, large[name]))
+        elif isinstance(mine, Tensor):
+            raise CheckpointMismatchError(f"{at!r} of {path!r} is a {type(theirs).__name__}, and state has a tensor.")
+        elif isinstance(mine, dict | list | tuple) and isinstance(theirs, dict | list | tuple) and _has_tensor(mine):
+            _pair(mine, theirs, at, path, names, large, later)
+        elif _has_stand_in(theirs, names):
+            raise CheckpointMismatchError(f"{at!r} of {path!r} holds tensors, and state has none there to fill.")
+        elif not isinstance(state, tuple):
+            later.append(functools.partial(state.__setitem__, key, theirs))
+
+
+def _fill(target: Tensor, source: Tensor) -> None:
+    with torch.no_grad():
+        if is_sharded_tensor(target) and not is_sharded_tensor(source):
+            from torch.distributed.tensor import DTensor, distribute_tensor
+
+            assert isinstance(target, DTensor)
+            source = source.to(target.device)  # every rank has all of it: nothing is sent
+            source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+        target.copy_(source)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_has_tensor(each) for each in value.values())
+    return any(map(_has_tensor, value)) if isinstance(value, list | tuple) else isinstance(value, Tensor)
+
+
+def _has_stand_in(value: Any, names: Mapping[int, str]) -> bool:
+    if isinstance(value, dict):
+        return any(_has_stand_in(each, names) for each in value.values())
+    return any(_has_stand_in(v, names) for v in value) if isinstance(value, list | tuple) else id(value) in names
+
+
+def _read_plain(
+    where: str, path: PathLike, manifest: Mapping[str, Any], map_location: Any, weights_only: bool | None
+) -> dict[str, Any]:
+    content: Any = TorchCheckpointIO().load_checkpoint(os.path.join(where, PLAIN), map_location, weights_only)
+    tensors = content.get("tensors") if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or "state" not in content:
+        raise CheckpointCorruptError(f"{PLAIN!r} of {str(path)!r} is a checkpoint of its own, and no part of one.")
+    for name, tensor in tensors.items():
+        entry = manifest["tensors"].get(name)
+        if (
+            not isinstance(tensor, Tensor)
+            or entry is None
+            or entry["shape"] != list(tensor.shape)
+            or f"torch.{entry['dtype']}" != str(tensor.dtype)
+        ):
+            raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and the manifest differ on {name!r}.")
+    return dict(content)
+
+
+def _read(
+    tensors: dict[str, Any], where: str, path: PathLike, manifest: Mapping[str, Any], ranks: Ranks | None = None
+) -> None:
+    if not tensors:
+        return
+    from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, read_tensors
+
+    group, alone = (None, True) if ranks is None or ranks.size == 1 else (ranks.group, False)
+    try:
+        read_tensors(tensors, where, manifest, group, alone)
+    except RanksFailedError as e:
+        refused = any(isinstance(f, CheckpointUnsafeError | pickle.UnpicklingError) for f in e.failures.values())
+        told = "; ".join(f"rank {rank}: {reason_of(error)}" for rank, error in e.failures.items())
+        raise (CheckpointUnsafeError if refused else CheckpointError)(
+            f"The checkpoint {str(path)!r} could not be restored: {told}."
+        ) from e

@@ -1,0 +1,152 @@
+"""Write a state to one folder, each rank its part."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
+from treadle_fabric.checkpoint.distributed.split import Split
+from treadle_fabric.checkpoint.folder.layout import PLAIN, refuse_foreign
+from treadle_fabric.checkpoint.folder.manifest import checksum, write_manifest
+from treadle_fabric.checkpoint.folder.placing import lock_folder, make_temporary, put_in_place
+from treadle_fabric.checkpoint.torch_file import write_file
+from treadle_fabric.errors import (
+    CheckpointError,
+)
+from treadle_fabric.types import PathLike
+
+__all__ = ["save_sharded"]
+
+
+# --- saving ---
+
+
+def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
+    """Write a state to the folder ``path``; every rank of the group calls this.
+
+    :class:`DistributedCheckpointIO` is this with all ranks; a strategy that shards can name the group that does.
+
+    Args:
+        state: Tensors, DTensors and ShardedTensors, and plain values, in dicts, lists and tuples nested as you like.
+            Its structure, and what is no tensor, is rank 0's.
+        path: Local. Rank 0's counts.
+        process_group: Whose ranks write. Default: all; without a process group there is only this process.
+
+    Raises:
+        CheckpointError: A rank could not write its part. All raise, and what lay at ``path`` before is still there.
+    """
+    ranks = Ranks(process_group, f"The checkpoint {str(path)!r} was not written", state)
+    where = local_path(path)
+    temporary, lock = "", None
+    files: dict[str, tuple[int, int]] = {}
+    places: dict[str, Any] = {}
+
+    def begin() -> tuple[str, dict[str, Any], bool]:
+        nonlocal temporary, lock
+        split = Split(state)
+        ranks.state = split.structure
+        if ranks.rank == 0:
+            refuse_foreign(where)
+            temporary = make_temporary(where)
+            lock = lock_folder(temporary)
+        parts.append(split)
+        alone = ranks.size == 1
+        summary = {n: (t.nbytes, "" if alone else _fingerprint(t)) for n, t in split.replicated.items()}
+        return temporary, summary, bool(split.sharded)
+
+    def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+        if ranks.rank == 0:
+            file = os.path.join(folder, PLAIN)
+            write_file(parts[0].content(), file)
+            files[PLAIN] = checksum(file)
+        return files, places
+
+    def publish() -> None:
+        if ranks.rank == 0:
+            every = {name: sums for each, _ in results for name, sums in each.items()}
+            _check_seen(folder, every)
+            write_manifest(folder, ranks.size, every, places)
+            put_in_place(folder, where)
+
+    parts: list[Split] = []
+    try:
+        begun = ranks.together(begin)
+        folder = begun[0][0]
+        if begun[0][1] or any(sharded for _, _, sharded in begun):
+            files, places = _write(ranks, parts[0], [summary for _, summary, _ in begun], folder)
+        results = ranks.together(finish)
+        ranks.together(publish)
+    finally:
+        if temporary and os.path.isdir(temporary):
+            shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _write(
+    ranks: Ranks, split: Split, summaries: list[dict[str, Any]], folder: str
+) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+    mine = {**split.sharded, **{n: split.replicated[n] for n, r in _share_out(summaries).items() if r == ranks.rank}}
+    from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, write_tensors
+
+    try:
+        return write_tensors(mine, folder, ranks.group, ranks.size == 1)
+    except RanksFailedError as e:
+        raise ranks.error({rank: ranks.told(error) for rank, error in e.failures.items()}) from e
+
+
+def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
+    """Which rank writes which tensor: the one with the least so far if all have it alike, else rank 0."""
+    load = [0] * len(summaries)
+    owners: dict[str, int] = {}
+    for name, summary in summaries[0].items():
+        alike = all(other.get(name) == summary for other in summaries)
+        owners[name] = load.index(min(load)) if alike else 0
+        load[owners[name]] += summary[0]
+    return owners
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    """A hash of the bytes of a tensor, computed on its device: sums modulo 2**64, with a random weight for each place.
+
+    Only what all ranks have alike may be shared out: the buffers of a module, say, need not be. Two tensors that
+    differ have the same fingerprint with a probability of 2**-33 at most, were the weights drawn for them.
+    """
+    values = tensor.detach().contiguous().flatten()
+    if values.is_complex():
+        values = torch.view_as_real(values).flatten()
+    # no value of eight bytes: where only their highest bits differ, half of the weights would make no difference
+    values = values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
+    weights = _weights().to(values.device)
+    width = len(weights)
+    rows = 16 if values.device.type == "cpu" else 2048  # the products, eight bytes a value, fit into its cache
+    sums: list[Tensor] = []
+    for part in torch.split(values, width * rows):
+        whole = len(part) // width * width
+        sums += (part[:whole].view(-1, width) * weights).sum(1), part[whole:].to(torch.int64)
+    told = f"{tensor.dtype} {tuple(tensor.shape)} {torch.cat(sums).tolist()}"
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()  # hash() differs from process to process
+
+
+@functools.cache
+def _weights() -> Tensor:
+    """The same in every process."""
+    return torch.randint(-(2**63), 2**63 - 1, (2048,), generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+def _check_seen(folder: str, files: Mapping[str, tuple[int, int]]) -> None:
+    for name, (size, _) in files.items():
+        file = os.path.join(folder, name)
+        if not os.path.isfile(file) or os.path.getsize(file) != size:
+            raise CheckpointError(
+                f"another rank wrote {name!r}, and here it is not to be seen. Save to a file system that all machines "
+                "share."
+            )

@@ -1,0 +1,93 @@
+"""Take a state apart: large tensors by name, and the structure with stand-ins for them.
+
+Large tensors are written by torch.distributed.checkpoint, one file a process. Tensors that every rank has alike are
+shared out between the ranks; of a DTensor or ShardedTensor each rank writes what it holds. Everything else, and the
+structure, is rank 0's and goes into ``meta.pt``, with a tensor of one stored value in the place of each large one. The
+number of processes that read is free.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+__all__ = []
+_LARGE = 32 * 1024  # bytes; to write a smaller tensor by itself takes longer than to write its bytes
+
+
+# --- what is large, and what stands in its place ---
+
+
+class Split:
+    """A state taken apart: the large tensors by name, and the structure with stand-ins for them."""
+
+    def __init__(self, state: Any) -> None:
+        self.replicated: dict[str, Tensor] = {}
+        self.sharded: dict[str, Any] = {}
+        self._stand_ins: dict[str, Tensor] = {}
+        self._known: dict[Any, Tensor] = {}
+        self.structure = map_leaves(state, self._replace, "")
+
+    def content(self) -> dict[str, Any]:
+        """What goes into ``meta.pt``; the names of the stand-ins survive there, because each is one object."""
+        return {"state": self.structure, "tensors": self._stand_ins}
+
+    def _replace(self, value: Any, name: str) -> Any:
+        sharded = is_sharded_tensor(value)
+        if not sharded and not _is_large(value):
+            return value
+        # tied weights are several tensors with the same memory
+        memory = () if sharded else (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+        key = id(value) if sharded else (type(value), *memory)
+        if key in self._known:
+            return self._known[key]
+        while name in self._stand_ins:  # the keys "a.b" and "a", "b"
+            name += "'"
+        stand_in = torch.zeros((), dtype=value.dtype, device=value.device).expand(value.shape)
+        if isinstance(value, Parameter):
+            stand_in = Parameter(stand_in, requires_grad=value.requires_grad)
+        self._known[key] = self._stand_ins[name] = stand_in
+        (self.sharded if sharded else self.replicated)[name] = value
+        return stand_in
+
+
+def _is_large(value: Any) -> bool:
+    return (
+        type(value) in (Tensor, Parameter)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+        and not value.is_conj()
+        and not value.is_neg()
+        and value.nbytes >= _LARGE
+    )
+
+
+def is_sharded_tensor(value: Any) -> bool:
+    homes = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._shard.sharded_tensor", "ShardedTensor"))
+    for home, name in homes:
+        module = sys.modules.get(home)  # where nobody imported it there is none
+        if module is not None and isinstance(value, getattr(module, name)):
+            return True
+    return False
+
+
+def map_leaves(value: Any, change: Callable[[Any, str], Any], path: str) -> Any:
+    """``value`` with every leaf changed, given its path; containers are copied, with what they have as attributes."""
+    inner = f"{path}." if path else ""
+    if isinstance(value, dict):
+        new = copy.copy(value)
+        for key, each in value.items():
+            new[key] = map_leaves(each, change, f"{inner}{key}")
+        if attributes := getattr(value, "__dict__", None):  # a state dict has the versions of its modules there
+            vars(new).update(attributes)
+        return new
+    if type(value) in (list, tuple):
+        return type(value)(map_leaves(each, change, f"{inner}{i}") for i, each in enumerate(value))
+    return change(value, path)

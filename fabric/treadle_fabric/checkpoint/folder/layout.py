@@ -1,0 +1,131 @@
+"""The files that make up a checkpoint folder, and what else may lie at its path."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from treadle_fabric.errors import CheckpointError
+
+__all__ = ["MANIFEST", "PLAIN", "has_manifest", "is_sharded", "refuse_foreign", "representative", "size_of", "unmixed"]
+
+T = TypeVar("T")
+MANIFEST: Final = "manifest.json"
+PLAIN: Final = "meta.pt"
+"""The file of everything but the large tensors."""
+_INDEX: Final = ".metadata"
+"""What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
+PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp")
+_READS: Final = 5
+HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
+
+
+def is_sharded(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is a folder that is, or was, one checkpoint; parts of it may be missing."""
+    if has_manifest(path):
+        return True
+    try:
+        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX))
+        return marked and _foreign_in(path) is None  # a user's own folder may have files of such names
+    except OSError:  # gone meanwhile, or not to be listed
+        return False
+
+
+def has_manifest(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is a folder with a manifest of ours, be it damaged."""
+    try:
+        with open(os.path.join(path, MANIFEST), "rb") as file:  # many a folder has a file of that name
+            return HEAD.match(file.read(32)) is not None
+    except OSError:
+        return False
+
+
+def refuse_foreign(path: str) -> None:
+    """Make sure that no more than a checkpoint is lost when what lies at ``path`` is replaced or removed.
+
+    Raises:
+        CheckpointError: It is a folder that is no checkpoint, or that holds other things, too.
+    """
+    if not is_folder(path):
+        return
+    try:
+        foreign = _foreign_in(path)
+        empty = foreign is None and not os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):  # gone meanwhile
+        return
+    if foreign is not None:
+        raise CheckpointError(
+            f"{path!r} is a folder that holds {foreign!r}, which is no part of a checkpoint, so nothing in it was "
+            "replaced or removed. Move that elsewhere, or choose another name."
+        )
+    if not empty and not is_sharded(path):
+        raise CheckpointError(
+            f"{path!r} is a folder that is no checkpoint, so nothing in it was replaced or removed. Remove it, or "
+            "choose another name."
+        )
+
+
+def _foreign_in(path: str | os.PathLike[str]) -> str | None:
+    """Something in a folder that is no part of a checkpoint."""
+    with os.scandir(path) as entries:
+        strange = (e.name for e in entries if e.is_dir(follow_symlinks=False) or not PART.fullmatch(e.name))
+        return next(strange, None)
+
+
+def representative(path: str | os.PathLike[str]) -> str:
+    """The file whose identity and time count as those of the checkpoint at ``path``: itself, or its manifest."""
+    manifest = os.path.join(path, MANIFEST)
+    return manifest if os.path.isfile(manifest) else os.fspath(path)
+
+
+def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[bool], bool] = bool) -> T:
+    """What ``read`` finds in the folder ``path``, all of it from one checkpoint.
+
+    If another one took the name meanwhile, what was read, or what was found to be damaged, may be a part of this and a
+    part of that; so it is read again.
+
+    Args:
+        path: Where.
+        name: What the user calls it.
+        read: Reads all of it.
+        anywhere: Where several processes read together: makes their answers one, True if any is.
+
+    Raises:
+        CheckpointError: What ``read`` raised, or time and again another one took the name.
+    """
+    for _ in range(_READS):
+        before = _identity(path)
+        try:
+            found = read()
+        except CheckpointError:
+            if not anywhere(_identity(path) != before):
+                raise
+        else:
+            if not anywhere(_identity(path) != before):
+                return found
+    raise CheckpointError(
+        f"{name!r} could not be read: another checkpoint took its place {_READS} times meanwhile. Load it when nobody "
+        "saves to it, or another one."
+    )
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """Differs where another checkpoint has the name; a second name for this one does not change it."""
+    try:
+        status = os.stat(representative(path))
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def size_of(path: str | os.PathLike[str]) -> int:
+    """Bytes of a checkpoint, be it a file or a folder."""
+    if not os.path.isdir(path):
+        return os.stat(path).st_size
+    return sum(entry.stat().st_size for entry in os.scandir(path))
+
+
+def is_folder(path: str) -> bool:
+    return os.path.isdir(path) and not os.path.islink(path)

@@ -1,0 +1,200 @@
+"""How a checkpoint folder takes its name: whole or not at all.
+
+A folder is written under a hidden name and renamed. Where another checkpoint has the name already, the two change
+places in one system call; a system that cannot do that moves the old one aside first, and the next process that looks
+for a checkpoint moves the old one back if the new one never came.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+import time
+import uuid
+from typing import Final
+
+from treadle_fabric.checkpoint.folder.layout import MANIFEST, PART, is_folder, refuse_foreign
+from treadle_fabric.checkpoint.folder.manifest import sync_folder
+
+__all__ = [
+    "bring_back",
+    "forget_asides",
+    "link_folder",
+    "lock_folder",
+    "make_temporary",
+    "put_in_place",
+    "remove_folder",
+]
+_ASIDE: Final = re.compile(r"\.(.+)\.[0-9a-f]{32}\.old")
+_STALE_S: Final = 6 * 3600.0
+"""Long, because other machines do not see the lock on every file system."""
+_TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
+
+
+# --- taking a name ---
+
+
+def make_temporary(path: str) -> str:
+    """Make an empty folder beside ``path``, hidden, for what is to be put in its place."""
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    _remove_stale(parent)
+    temporary = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    os.mkdir(temporary)
+    return temporary
+
+
+def lock_folder(folder: str) -> int | None:
+    """Mark a temporary folder as one that is being written, for as long as this process lives.
+
+    Returns:
+        A file descriptor, to be closed at the end; None where the system has no such locks.
+    """
+    descriptor = None
+    try:
+        import fcntl  # not on Windows
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale(parent: str) -> None:
+    """Remove what killed processes left half written: temporary folders that nobody holds a lock on any more."""
+    with contextlib.suppress(OSError):
+        left = [e.path for e in os.scandir(parent) if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", e.name) and e.is_dir()]
+        for folder in left:
+            changed = max(os.stat(each).st_mtime for each in (folder, *(e.path for e in os.scandir(folder))))
+            if time.time() - changed < _STALE_S:
+                continue
+            descriptor = lock_folder(folder)
+            if descriptor is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(descriptor)
+
+
+def put_in_place(fresh: str, at: str) -> None:
+    """Give what lies at ``fresh`` the name ``at``; what bore it before, file or folder, is removed.
+
+    Whenever the process is killed, ``at`` is the old one or the new one, or :func:`bring_back` makes it the old one.
+
+    Raises:
+        CheckpointError: ``at`` is a folder with more in it than a checkpoint, and stays as it is.
+        OSError: It cannot be done. ``at`` is what it was.
+    """
+    for attempt in range(5):
+        refuse_foreign(at)
+        try:
+            if os.path.lexists(at) and (is_folder(at) or is_folder(fresh)):  # else one rename does it
+                if not _exchange(fresh, at):
+                    _move_aside(fresh, at)
+            else:
+                os.replace(fresh, at)
+            break
+        except OSError as e:  # somebody else's bring_back came between
+            if e.errno not in _TAKEN or attempt == 4:
+                raise
+    sync_folder(os.path.dirname(at))
+    if os.path.lexists(fresh):  # the old one
+        _delete(fresh)
+    forget_asides(at)
+
+
+def _exchange(a: str, b: str) -> bool:
+    """Swap two names in one step; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux; a file system may lack it (NFS does)
+    except (OSError, TypeError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(swap(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
+def _move_aside(fresh: str, at: str) -> None:
+    parent, name = os.path.split(at)
+    aside = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.old")
+    os.rename(at, aside)
+    try:
+        os.rename(fresh, at)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rename(aside, at)
+        raise
+
+
+def bring_back(parent: str | os.PathLike[str]) -> None:
+    """Where a process was killed while it replaced a checkpoint in ``parent``, give the old one its name again."""
+    try:
+        entries = os.listdir(parent)
+    except OSError:
+        return
+    for entry in entries:
+        if (found := _ASIDE.fullmatch(entry)) and found[1] not in entries:
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(os.path.join(parent, entry), os.path.join(parent, found[1]))
+
+
+def remove_folder(path: str) -> None:
+    """Delete the folder of a checkpoint; from the first moment on nothing lies at ``path``, rather than a part of it.
+
+    Raises:
+        CheckpointError: It holds more than a checkpoint, or is none. Nothing was deleted.
+        OSError: It cannot be done.
+    """
+    refuse_foreign(path)
+    parent, name = os.path.split(os.path.abspath(path))
+    aside = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    forget_asides(path)
+    os.rename(path, aside)
+    try:
+        shutil.rmtree(aside)
+    except FileNotFoundError:  # another process found it stale, and removes it, too
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def forget_asides(path: str) -> None:
+    """Remove what a killed process had moved aside for ``path``, which came or is to go: it must not come back."""
+    parent, name = os.path.split(os.path.abspath(path))
+    with contextlib.suppress(OSError):
+        for entry in os.listdir(parent):
+            if (found := _ASIDE.fullmatch(entry)) and found[1] == name:
+                _delete(os.path.join(parent, entry))
+
+
+def _delete(path: str) -> None:
+    if is_folder(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.remove(path)
+
+
+def link_folder(target: str, link: str) -> None:
+    """Make ``link`` a folder of its own with the files of ``target``, hard links that take no room.
+
+    Raises:
+        CheckpointError: ``link`` is a folder with more in it than a checkpoint, and stays as it is.
+        OSError: Links cannot be made there. ``link`` is what it was.
+    """
+    fresh = make_temporary(os.path.abspath(link))
+    lock = lock_folder(fresh)
+    try:
+        names = sorted(filter(PART.fullmatch, os.listdir(target)), key=lambda name: name == MANIFEST)
+        for name in names:
+            os.link(os.path.join(target, name), os.path.join(fresh, name))
+        sync_folder(fresh)
+        put_in_place(fresh, os.path.abspath(link))
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)

@@ -1,0 +1,197 @@
+"""Setting up loaders, also ones whose position belongs into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.utils.data import BatchSampler
+
+from treadle_fabric.batches import batch_mover
+from treadle_fabric.data.epochs import Epochs
+from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
+from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sampler_epoch, sized_len
+from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
+from treadle_fabric.randomness.state import collect_rng_states, rng_states_of, set_rng_states
+from treadle_fabric.strategies import Strategy
+
+__all__ = ["ResumableDataLoader", "wrap_loader"]
+
+_put_back: WeakKeyDictionary[Strategy, dict[str, Any]] = WeakKeyDictionary()
+"""Random states that were loaded and wait for the next batch, of whichever loader: a process has them only once."""
+
+
+def wrap_loader(
+    loader: Any, strategy: Strategy, *, share: bool, device: torch.device | None, resumable: bool
+) -> WrappedLoader:
+    """This rank's share of a loader.
+
+    Args:
+        loader: the user's.
+        strategy: knows the ranks.
+        share: whether samples are shared out.
+        device: where batches go; None: they stay where they are.
+        resumable: whether it can be saved in the middle of an epoch.
+    """
+    take_share = partial(share_loader, loader, strategy, share=share)
+    if resumable:
+        return ResumableDataLoader(take_share(), device, strategy, share_alone=partial(take_share, alone=True))
+    return FabricDataLoader(take_share(), device)
+
+
+class ResumableDataLoader(WrappedLoader):
+    """A loader that goes on after a restart at the batch where the saved one stood, with the same random numbers.
+
+    Put it into the state that ``Fabric.save`` and ``Fabric.load`` get, and save after the step: the batch that was
+    handed out last counts as done. Its state holds the position, what the order of the epoch was drawn from, and the
+    random state of every rank, which is put back before the next batch. Resuming skips by index arithmetic where the
+    dataset is indexed; a loader with a ``state_dict`` of its own is asked, and a stream is iterated up to the position.
+    Another number of processes, or another batch size, goes on in the same order of samples.
+
+    An epoch that was left with ``break`` counts as unfinished until the next one begins, or ``set_epoch`` names it;
+    also one that was only peeked at, one that a shorter loader in a ``zip`` ended, and one of which a loop takes no
+    more than ``n`` batches (``n - loader.position`` where it is resumed). The random state is the process's: of several
+    loaders that are loaded, the one iterated first puts it back. An iteration begins with its first batch, not with
+    ``iter``. Generators that the dataset or the loop keeps, and gradients not stepped with yet, are not in the state.
+
+    Args:
+        dataloader: This rank's share of a loader.
+        device: Where batches go. ``None``: they stay where they are.
+        strategy: Knows the ranks.
+        share_alone: Gives the loader that one process alone iterates in the order that several have.
+    """
+
+    def __init__(
+        self, dataloader: Any, device: torch.device | None, strategy: Strategy, share_alone: Callable[[], Any]
+    ) -> None:
+        super().__init__(dataloader, device)
+        self._strategy = strategy
+        self._epochs = Epochs(
+            dataloader,
+            [dataloader],
+            rank=strategy.global_rank,
+            world_size=strategy.world_size,
+            num_batches=math.inf if (length := sized_len(dataloader)) is None else length,
+            exact=True,
+            whole=True,
+            share_alone=lambda: (loader := share_alone(), [loader]),
+        )
+        self._position = 0
+        self._begun = self._continues = False
+        self._iteration: object = None
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was begun last, or the next one where that has come to its end."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """The batches of :attr:`epoch` that were handed out."""
+        return self._position
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is, counted from 0; one that was resumed keeps its position."""
+        if not (self._continues and epoch == self._epoch):
+            if self._continues:
+                self._epochs.leave()
+            self._position, self._begun, self._continues, self._iteration = 0, False, False, None
+        self._tell_samplers(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        if (told := self._told_epoch()) is not None:
+            self.set_epoch(told)
+        elif self._begun and not self._continues:  # it was left before its end
+            self.set_epoch(self._epoch + 1)
+        self._begun, self._continues = True, False
+        self._iteration = iteration = object()
+        if random := _put_back.pop(self._strategy, None):
+            set_rng_states(random)
+        batches = self._epochs.iterate(self._epoch, self._position)
+        self._known_epoch = sampler_epoch(self._dataloader)
+        move = None if self._device is None else batch_mover(self._device)
+        for batch in batches:
+            if self._iteration is not iteration:
+                raise MisconfigurationException(
+                    f"An iteration of a resumable loader goes on after epoch {self._epoch} was begun by another one,"
+                    " set or loaded; the loader has one position only. End it with `break` and begin anew, or set up a"
+                    " loader for each."
+                )
+            self._position += 1
+            yield batch if move is None else move(batch)
+        if self._iteration is iteration:
+            self._epoch, self._position, self._begun = self._epoch + 1, 0, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, what it means and the random states, of every rank; every rank must call this."""
+        strategy = self._strategy
+        random = _put_back.get(strategy) or collect_rng_states()
+        data = self._epochs.state_dict(self._position)
+        mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}
+        ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
+        return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The next iteration continues where ``state`` was taken, on as many ranks or on others.
+
+        Raises:
+            CheckpointMismatchError: It is of no such loader, or of one whose positions mean something else.
+        """
+        self._check(state)
+        ranks, rank = state["ranks"], self._strategy.global_rank
+        position = state["position"]
+        alike = not position or self._epochs.steps_alike(ranks[0]["data"])
+        if len(ranks) == self._strategy.world_size and alike:
+            self._epochs.resume(ranks[rank]["data"], within=bool(position))
+        else:
+            position = self._epochs.take_over(ranks[0]["data"], position) or 0
+        self._dataloader = self._epochs.loader
+        _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
+        self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None
+        self._continues = position > 0
+        self._known_epoch = sampler_epoch(self._dataloader)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuse what would continue at another place without a word."""
+        if not {"epoch", "position", "ranks"} <= set(state):
+            found = ", ".join(map(repr, list(state)[:5])) or "nothing"
+            raise CheckpointMismatchError(
+                f"It has {found} in it, and must be what a resumable loader saved: set the loader up with"
+                " resumable=True where it is saved, too, or leave it out of the state that is loaded."
+            )
+        ranks, data, world_size = state["ranks"], self._epochs.state_dict(self._position), self._strategy.world_size
+        alike = len(ranks) == world_size
+        before = ranks[self._strategy.global_rank if alike else 0].get("loader", {})
+        now = _describe(self._dataloader, data)
+        sides = (len(ranks), ranks[0]["data"]), (world_size, data)
+        shared = alike or all(number == 1 or part["order"]["seed"] is not None for number, part in sides)
+        # where the user shares out, another number of processes begins the epoch anew, which a warning says
+        names = before if state["position"] and shared else {"kind"} & set(before)
+        if differ := [f"{name}: {before[name]}, here {now[name]}" for name in names if before[name] != now[name]]:
+            raise CheckpointMismatchError(
+                f"It is position {state['position']} in epoch {state['epoch']} of another loader ({'; '.join(differ)}),"
+                " which means something else in this one. Set the loader up as it was, or leave it out of the state"
+                " that is loaded and call loader.set_epoch to begin an epoch."
+            )
+
+
+def _describe(loader: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """What gives a position in a loader its meaning.
+
+    Args:
+        loader: the one inside.
+        state: of its ``Epochs``.
+    """
+    indexed, batches = is_indexed(loader), getattr(loader, "batch_sampler", None)
+    sized = indexed and type(batches) is BatchSampler  # then another batch size can be gone on with
+    return {
+        "kind": "one with a state_dict" if "loader" in state else "indexed" if indexed else "iterated",
+        "samples": sized_len(loader.dataset) if indexed else None,
+        "batch_size": None if sized else getattr(loader if batches is None else batches, "batch_size", None),
+        "sampler": type(innermost_sampler(loader)).__name__ if indexed else None,
+        "generators": len(state["generators_now"]),
+    }

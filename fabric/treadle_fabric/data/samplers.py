@@ -1,0 +1,97 @@
+"""What is known of a loader's samplers, its length and the randomness of its workers."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from treadle_fabric.randomness.seeds import worker_init_function
+
+__all__ = [
+    "has_len",
+    "innermost_sampler",
+    "is_indexed",
+    "sampler_epoch",
+    "samplers_of",
+    "seed_workers",
+    "set_epoch",
+    "sized_len",
+]
+
+
+def is_indexed(loader: Any) -> bool:
+    """Whether it is a ``DataLoader`` whose samples have indices, which can be shared out."""
+    return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+
+
+def samplers_of(loader: Any) -> Iterator[Any]:
+    """A loader's samplers, and the samplers that those draw from."""
+    for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
+        while sampler is not None:
+            yield sampler
+            sampler = getattr(sampler, "sampler", None)
+
+
+def innermost_sampler(loader: Any) -> Any:
+    """The sampler that decides the order, however many others share it out and batch it; None without one."""
+    sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None) if sampler is None else sampler
+    while (inner := getattr(sampler, "sampler", None)) is not None:
+        sampler = inner
+    return sampler
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell every sampler of a loader that has a ``set_epoch`` which epoch comes."""
+    seen: set[int] = set()
+    for sampler in samplers_of(loader):
+        setter = getattr(sampler, "set_epoch", None)
+        if callable(setter) and id(sampler) not in seen:
+            seen.add(id(sampler))
+            setter(epoch)
+
+
+def sampler_epoch(loader: Any) -> int | None:
+    """The epoch that a loader's samplers stand at; ``None`` if none keeps count."""
+    for sampler in samplers_of(loader):
+        epoch = getattr(sampler, "epoch", None)
+        if callable(getattr(sampler, "set_epoch", None)) and isinstance(epoch, int):
+            return epoch
+    return None
+
+
+def seed_workers(loader: Any, rank: int) -> Any:
+    """Give a loader's workers their seeds, if ``seed_everything(workers=True)`` was called and the user has not.
+
+    Args:
+        loader: Any loader.
+        rank: This process among all; workers of different ranks get different seeds.
+
+    Returns:
+        The loader, or a shallow copy with a ``worker_init_fn``.
+    """
+    wanted = os.environ.get("PL_SEED_WORKERS", "0") == "1"
+    if not wanted or not isinstance(loader, DataLoader) or loader.worker_init_fn is not None or not loader.num_workers:
+        return loader
+    result = copy.copy(loader)
+    result.__dict__["_iterator"] = None
+    result.worker_init_fn = partial(worker_init_function, rank=rank)
+    return result
+
+
+def sized_len(loader: Any) -> int | None:
+    """The number of batches; ``None`` if the loader cannot tell."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def has_len(loader: Any) -> bool:
+    """Whether the loader can tell its number of batches."""
+    return sized_len(loader) is not None

@@ -1,0 +1,143 @@
+"""Share the samples of a loader out over the ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import cycle, islice
+from typing import Any
+
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
+
+from treadle_fabric.data.samplers import is_indexed, samplers_of
+from treadle_fabric.randomness.private import PrivateRandomness
+
+__all__ = ["ShardedSampler", "shard_dataloader"]
+
+
+class ShardedSampler(Sampler[Any]):
+    """One rank's share of what another sampler yields, indices or whole batches.
+
+    Every rank draws the whole order and takes each ``num_replicas``-th item, so that one step of all ranks sees the
+    samples of one step of a single process with that many times the batch. What the sampler draws from the global
+    random state it draws from a private one, seeded by ``seed + epoch``, which is alike on all ranks.
+
+    Args:
+        sampler: The user's sampler.
+        num_replicas: Number of ranks that share the samples.
+        rank: Which of them this is.
+        seed: The same on every rank.
+        pad: ``True``: every rank gets equally many, samples from the beginning being repeated at the end.
+            ``False``: every sample goes to exactly one rank.
+        drop_last: With ``pad``, leave out the samples at the end instead of repeating some.
+    """
+
+    _CHUNK = 1024  # items drawn with one change of the random state
+
+    def __init__(
+        self,
+        sampler: Iterable[Any],
+        *,
+        num_replicas: int,
+        rank: int,
+        seed: int = 0,
+        pad: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.sampler = sampler
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.seed = seed
+        self.pad = pad
+        self.drop_last = drop_last
+        self.epoch = 0
+        self.start = 0
+        """Items of the order, counted over all ranks, to leave out at its beginning."""
+        self.source: int | Mapping[str, Any] | None = None
+        """What the order is drawn from instead of ``seed + epoch``: a seed, or random states."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Seed the next order."""
+        self.epoch = epoch
+
+    def go_on(self, start: int, source: int | Mapping[str, Any] | None) -> None:
+        """The next orders go on where other ranks, perhaps another number of them, have come; 0 and None undo that."""
+        self.start, self.source = start, source
+
+    def __iter__(self) -> Iterator[Any]:
+        head: list[Any] = []
+        rest: list[Any] = []  # what is not shared out yet
+        skip, ranks = self.start, self.num_replicas
+        for chunk in self._order():
+            head += chunk[: ranks - len(head)]
+            rest += chunk[skip:]
+            skip = max(skip - len(chunk), 0)
+            whole = len(rest) - len(rest) % ranks
+            yield from rest[self.rank : whole : ranks]
+            del rest[:whole]
+        if rest and self.pad and not self.drop_last:
+            rest += islice(cycle(head), ranks - len(rest))
+            yield rest[self.rank]
+        elif rest and not self.pad and self.rank < len(rest):
+            yield rest[self.rank]
+
+    def _order(self) -> Iterator[list[Any]]:
+        """What the sampler yields, in chunks."""
+        randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
+        iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
+        while chunk:
+            yield chunk
+            iterator, chunk = randomness.take(iterator, self._CHUNK)
+
+    def __len__(self) -> int:
+        items = max(len(self.sampler) - self.start, 0)  # type: ignore[arg-type]
+        whole, rest = divmod(items, self.num_replicas)
+        if self.pad:
+            return whole + (rest > 0 and not self.drop_last)
+        return whole + (self.rank < rest)
+
+
+def shard_dataloader(
+    loader: Any,
+    *,
+    num_replicas: int,
+    rank: int,
+    seed: int = 0,
+    pad: bool = True,
+    whole_batches: bool = False,
+    alone: bool = False,
+) -> Any:
+    """Share a loader's samples out among the ranks, in the order of the user's own sampler.
+
+    Args:
+        loader: Left alone if it is no ``DataLoader``, reads an ``IterableDataset`` (which shards itself), or has a
+            ``DistributedSampler`` already.
+        num_replicas: Number of ranks. With one, the loader is returned as it is.
+        rank: This one.
+        seed: Seeds samplers that draw from the global random state; the same on every rank.
+        pad: ``True`` for training: all ranks get equally many batches. ``False`` for evaluation: every sample counts
+            once, and ranks may differ by a batch.
+        whole_batches: Ranks take turns with the batches of one process, instead of sharing each step's samples.
+        alone: Draw the order from ``seed`` also where there is only one rank, as several would.
+
+    Returns:
+        A shallow copy of the loader with other samplers; any subclass keeps its class and attributes.
+    """
+    if (num_replicas == 1 and not alone) or not is_indexed(loader):
+        return loader
+    if any(isinstance(s, (DistributedSampler, ShardedSampler)) for s in samplers_of(loader)):
+        return loader
+    share = partial(ShardedSampler, num_replicas=num_replicas, rank=rank, seed=seed, pad=pad)
+    result = copy.copy(loader)
+    fields = result.__dict__  # DataLoader's __setattr__ refuses these names
+    fields["_iterator"] = None  # persistent workers of the user's loader stay with it
+    batch_sampler = loader.batch_sampler
+    if batch_sampler is None:  # the samples are whole batches, or the user collates them
+        fields["sampler"] = share(loader.sampler)
+    elif type(batch_sampler) is BatchSampler and not whole_batches:
+        fields["sampler"] = share(batch_sampler.sampler, drop_last=batch_sampler.drop_last and pad)
+        fields["batch_sampler"] = BatchSampler(fields["sampler"], batch_sampler.batch_size, batch_sampler.drop_last)
+    else:
+        fields["batch_sampler"] = share(batch_sampler)
+    return result

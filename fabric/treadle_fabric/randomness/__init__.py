@@ -1,0 +1,26 @@
+"""Randomness: seeds, the random state of a process, and generators of one's own.
+
+Start with ``seeds.py`` (``seed_everything``). ``state.py`` reads and restores the state of Python's, NumPy's and
+PyTorch's global generators together, ``generators.py`` that of a single generator object, and ``private.py`` gives a
+loader randomness of its own. Imports only the foundation.
+"""
+
+from treadle_fabric.randomness.generators import generator_state, is_generator, set_generator_state
+from treadle_fabric.randomness.private import PrivateRandomness
+from treadle_fabric.randomness.seeds import global_seed, reset_seed, seed_everything, worker_init_function
+from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, rng_states_of, set_rng_states
+
+__all__ = [
+    "PrivateRandomness",
+    "collect_rng_states",
+    "generator_state",
+    "global_seed",
+    "is_generator",
+    "isolate_rng",
+    "reset_seed",
+    "rng_states_of",
+    "seed_everything",
+    "set_generator_state",
+    "set_rng_states",
+    "worker_init_function",
+]

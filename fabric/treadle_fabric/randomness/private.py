@@ -1,0 +1,70 @@
+"""Randomness of a loader's own, apart from the global generators."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+
+from treadle_fabric.randomness.state import NumPyState, set_rng_states
+
+__all__ = ["PrivateRandomness"]
+
+
+class PrivateRandomness:
+    """Random state of its own: what is drawn inside does not depend on the world outside, nor change it.
+
+    Args:
+        begin: A seed, or what ``collect_rng_states`` returned.
+    """
+
+    def __init__(self, begin: int | Mapping[str, Any]) -> None:
+        self._begin = begin
+        self._inside: _RandomState | None = None
+        self._outside: _RandomState | None = None
+
+    def take(self, items: Iterator[Any] | Callable[[], Iterator[Any]], n: int) -> tuple[Iterator[Any], list[Any]]:
+        """The next ``n`` items; a function is called for the iterator, which may draw already."""
+        self._outside = outside = _RandomState(self._outside)
+        if self._inside is not None:
+            self._inside.replace(outside)
+        else:
+            self._seed()
+        try:
+            iterator = items() if callable(items) else items
+            return iterator, list(islice(iterator, n))
+        finally:
+            self._inside = _RandomState(self._inside)
+            outside.replace(self._inside)
+
+    def _seed(self) -> None:
+        if not isinstance(self._begin, int):
+            set_rng_states({k: self._begin[k] for k in ("torch", "python", "numpy") if k in self._begin})
+            return
+        seed = self._begin % 2**32  # numpy takes no more
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed)
+
+
+class _RandomState:
+    """Torch's, Python's and NumPy's random state now; ``known`` is the last one of the same kind."""
+
+    def __init__(self, known: _RandomState | None) -> None:
+        self._torch = torch.default_generator.get_state()
+        self._python = random.getstate()
+        self._numpy: NumPyState | None = None
+        if "numpy" in sys.modules:
+            self._numpy = NumPyState.read(None if known is None else known._numpy)
+
+    def replace(self, current: _RandomState) -> None:
+        """Put this state back in the place of the current one."""
+        torch.default_generator.set_state(self._torch)
+        random.setstate(self._python)
+        if self._numpy is not None and current._numpy is not None:
+            self._numpy.replace(current._numpy)

@@ -1,0 +1,156 @@
+"""The random state of a process: Python's, NumPy's and PyTorch's generators together."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from treadle_fabric.randomness.seeds import numpy_if_imported
+
+__all__ = ["NumPyState", "collect_rng_states", "isolate_rng", "rng_states_of", "set_rng_states"]
+
+
+def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
+    """The state of every global random generator, as tensors and plain containers.
+
+    Args:
+        include_cuda: Also those of the devices that are in use, CUDA's or MPS's.
+
+    Returns:
+        Keys "torch", "python", "numpy" (where installed), "cuda" (a list, one a device) and "mps".
+    """
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if (numpy := numpy_if_imported()) is not None:
+        states["numpy"] = _numpy_state(numpy)
+    if include_cuda:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            states["cuda"] = torch.cuda.get_rng_state_all()
+        if torch.backends.mps.is_available():
+            states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+_NUMPY_WORDS = 4 * 625  # bytes: 624 words and a position
+
+
+def _numpy_address(numpy: Any) -> int:
+    """Where NumPy's global generator keeps its words; 0 where that cannot be told."""
+    get_generator = getattr(numpy.random, "get_bit_generator", None)  # NumPy 1.24
+    generator: Any = get_generator() if get_generator is not None else None
+    return generator.ctypes.state_address if type(generator).__name__ == "MT19937" else 0
+
+
+def _numpy_words(numpy: Any) -> bytes:
+    address = _numpy_address(numpy)
+    return ctypes.string_at(address, _NUMPY_WORDS) if address else b""
+
+
+class NumPyState:
+    """NumPy's global random state at one moment, to be put back in microseconds where only its words differ."""
+
+    __slots__ = ("_full", "_has_gauss", "_words")
+
+    def __init__(self, words: bytes) -> None:
+        self._words = words
+        self._full = sys.modules["numpy"].random.get_state()
+        self._has_gauss = bool(self._full[3])
+
+    @staticmethod
+    def read(known: NumPyState | None = None) -> NumPyState:
+        """The state now; ``known``, the last one that was there, if it has not changed since."""
+        words = _numpy_words(sys.modules["numpy"])
+        unchanged = words and known is not None and known._words == words and not known._has_gauss
+        return known if unchanged and known is not None else NumPyState(words)
+
+    def replace(self, current: NumPyState) -> None:
+        """Put this state back in the place of the current one."""
+        if self is current and not self._has_gauss:
+            return
+        numpy = sys.modules["numpy"]
+        if self._words and current._words and not (self._has_gauss or current._has_gauss):
+            ctypes.memmove(_numpy_address(numpy), self._words, _NUMPY_WORDS)
+        else:
+            numpy.random.set_state(self._full)
+
+
+_last_numpy_state: tuple[bytes, tuple[Any, ...]] | None = None
+
+
+def _numpy_state(numpy: Any) -> tuple[Any, ...]:
+    """NumPy takes 60 us to tell its state, which seldom changes: it is asked only where its words have moved.
+
+    A normal variate that is kept for the next call is part of the state and moves no words when it is used, so a state
+    with one is never taken for unchanged.
+    """
+    global _last_numpy_state
+    words = _numpy_words(numpy)
+    if words and _last_numpy_state is not None and _last_numpy_state[0] == words:
+        return _last_numpy_state[1]
+    name, keys, position, has_gauss, gauss = numpy.random.get_state()
+    # weights_only refuses NumPy arrays, so the words travel as a tensor
+    state = (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss)
+    _last_numpy_state = (words, state) if words and not has_gauss else None
+    return state
+
+
+def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
+    """Put back what :func:`collect_rng_states` returned; generators it does not hold stay as they are."""
+    if "torch" in rng_state_dict:
+        torch.set_rng_state(rng_state_dict["torch"])
+    if "python" in rng_state_dict:
+        version, words, gauss = rng_state_dict["python"]
+        random.setstate((version, tuple(words), gauss))
+    if "numpy" in rng_state_dict and (numpy := numpy_if_imported()) is not None:
+        name, keys, *rest = rng_state_dict["numpy"]
+        numpy.random.set_state((name, numpy.asarray(keys).astype("uint32"), *rest))
+    if "cuda" in rng_state_dict and torch.cuda.is_available():
+        for device, state in zip(range(torch.cuda.device_count()), rng_state_dict["cuda"]):
+            torch.cuda.set_rng_state(state, device)
+    if "mps" in rng_state_dict and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(rng_state_dict["mps"])
+
+
+def plain_state(state: Any) -> Any:
+    """NumPy's states are nested dictionaries with arrays of words, which weights_only refuses."""
+    if isinstance(state, dict):
+        return {key: plain_state(value) for key, value in state.items()}
+    return state.tolist() if hasattr(state, "tolist") else state
+
+
+def state_with_arrays(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: state_with_arrays(value) for key, value in state.items()}
+    return sys.modules["numpy"].array(state, dtype="uint64") if isinstance(state, list) else state
+
+
+@contextmanager
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
+    """Random numbers drawn inside leave no trace: on exit every global generator is as it was on entry."""
+    states = collect_rng_states(include_cuda)
+    try:
+        yield
+    finally:
+        set_rng_states(states)
+
+
+def rng_states_of(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
+    """What :func:`collect_rng_states` returned on a rank; for one that was not there, states made of the first's."""
+    if rank < len(ranks):
+        return ranks[rank]
+    first = ranks[0]
+    with isolate_rng():
+        seed = zlib.crc32(b"%d" % rank + first["torch"].numpy().tobytes())
+        torch.manual_seed(seed)
+        random.seed(seed)
+        new = collect_rng_states()
+    if "numpy" in first:
+        name, words, *rest = first["numpy"]
+        new["numpy"] = (name, words ^ seed, *rest)
+    return new

@@ -1,0 +1,103 @@
+"""Refuse what cannot be set up, before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.setup.wrapped import is_wrapped
+
+__all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "check_ownership"]
+
+
+# What cannot be set up is refused before any work
+
+
+def check_module(module: Any) -> None:
+    """Refuse what is no module, or is set up already."""
+    if not isinstance(module, Module):
+        raise MisconfigurationException(
+            f"The model is of type {type(module).__name__}, and must be a torch.nn.Module. Optimizers come after it: "
+            "fabric.setup(model, optimizer)."
+        )
+    inside = [] if is_wrapped(module) else [name for name, m in module.named_modules() if is_wrapped(m)]
+    inside += [name for name, m in getattr(module, "_modules", {}).items() if is_wrapped(m)]
+    if is_wrapped(module) or inside:
+        where = f" (in {inside[0]!r})" if inside else ""
+        raise MisconfigurationException(
+            f"This {type(module).__name__} is set up already{where}. Set up each model once, and use what setup "
+            "returned."
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no optimizer, or is set up already."""
+    if is_wrapped(optimizer):
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} is set up already. Set up each optimizer once, and use what setup returned."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise MisconfigurationException(
+            f"An optimizer is of type {type(optimizer).__name__}, and must be a torch.optim.Optimizer. Give several "
+            "one by one: fabric.setup(model, optimizer_1, optimizer_2)."
+        )
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what is no iterable, or is set up already."""
+    if is_wrapped(loader):
+        raise MisconfigurationException("A loader is set up already. Set up each once, and use what setup returned.")
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise MisconfigurationException(
+            f"A loader is of type {type(loader).__name__}, which cannot be iterated. Give a DataLoader, or any "
+            "iterable of batches."
+        )
+    if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
+        raise MisconfigurationException(
+            f"A loader is of type {type(loader).__name__}, a Dataset, whose items are samples and not batches. Give "
+            f"DataLoader({type(loader).__name__.lower()}, batch_size=...)."
+        )
+
+
+def check_loggers(loggers: list[Any]) -> list[Any]:
+    """Refuse what cannot log."""
+    for logger in loggers:
+        if isinstance(logger, type) or not callable(getattr(logger, "log_metrics", None)):
+            raise MisconfigurationException(
+                f"loggers has {logger!r}, which has no method log_metrics. Give Logger objects, such as "
+                "CSVLogger('logs')."
+            )
+    return loggers
+
+
+def check_ownership(module: Module, optimizer: Optimizer, others: Iterable[Module]) -> None:
+    """Refuse an optimizer with parameters of neither the model nor those set up before it."""
+    own = {id(p) for p in module.parameters()}
+    foreign = [(label, p) for label, p in _labelled(optimizer) if id(p) not in own]
+    if foreign:  # the rare case: look at the others too
+        known = {id(p) for other in others for p in other.parameters()}
+        foreign = [(label, p) for label, p in foreign if id(p) not in known]
+    if foreign:
+        listed = ", ".join(f"{label} of shape {tuple(p.shape)}" for label, p in foreign[:3])
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} holds {len(foreign)} parameter(s) that are not those of "
+            f"{type(module).__name__}: {listed}{', ...' if len(foreign) > 3 else ''}. Create the optimizer from this "
+            "model's parameters(). For one optimizer of several models, call setup_module on each, then "
+            "setup_optimizers."
+        )
+
+
+def _labelled(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    """Parameters with their names where the optimizer knows them, otherwise their places."""
+    labelled = []
+    for i, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names")
+        for j, parameter in enumerate(group["params"]):
+            labelled.append((repr(names[j]) if names else f"number {j} in group {i}", parameter))
+    return labelled

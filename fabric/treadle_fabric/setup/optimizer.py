@@ -1,0 +1,111 @@
+"""The wrapper around the user's optimizer: its step goes through strategy and precision."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from treadle_fabric.strategies import Strategy
+
+__all__ = ["FabricOptimizer"]
+
+
+class FabricOptimizer:
+    """An optimizer whose ``step`` goes through strategy and precision; everything else is the user's optimizer.
+
+    Instances also are of the class of the user's optimizer.
+
+    Args:
+        optimizer: The user's optimizer.
+        strategy: The strategy.
+        before_step: Called with the user's optimizer before each step.
+        after_step: The same after it.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        strategy: Strategy,
+        before_step: Callable[[Optimizer], None] | None = None,
+        after_step: Callable[[Optimizer], None] | None = None,
+    ) -> None:
+        fields = self.__dict__
+        self.optimizer: Optimizer = optimizer
+        fields["_strategy"] = strategy
+        fields["_before_step"] = before_step
+        fields["_after_step"] = after_step
+        fields["_plain_step"] = strategy.plain_step
+        cls = type(optimizer)
+        for name in dir(cls):
+            # Bound once: a method found on the class would run with the wrapper as its self
+            if name != "step" and not name.startswith("__") and callable(getattr(cls, name)):
+                fields[name] = getattr(optimizer, name)
+        self.__class__ = _also(type(self), cls)  # type: ignore[arg-type] # classes are hashable
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """Step the optimizer.
+
+        Args:
+            closure: Evaluates the loss anew and returns it, for optimizers that need that.
+            **kwargs: What else the optimizer's own ``step`` takes.
+        """
+        if self._before_step is not None:
+            self._before_step(self.optimizer)
+        if closure is not None:
+            kwargs["closure"] = closure
+        if self._plain_step:
+            result: Any = self.optimizer.step(**kwargs)
+        else:
+            result = self._strategy.optimizer_step(self.optimizer, **kwargs)
+        if self._after_step is not None:
+            self._after_step(self.optimizer)
+        return result
+
+    # Loading a state replaces these in the user's optimizer, so they are looked up each time
+
+    @property
+    def state(self) -> Any:
+        """The user's optimizer's."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The user's optimizer's."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The user's optimizer's."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not there yet: being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"Fabric{self.optimizer!r}"
+
+    def __reduce__(self) -> Any:
+        return FabricOptimizer, (self.optimizer, self._strategy, self._before_step, self._after_step)
+
+
+@functools.cache
+def _also(wrapper: type, cls: type) -> type:
+    """A class that is both; ``step`` and what it needs come from the wrapper."""
+    return type(f"Fabric{cls.__name__}", (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})

@@ -1,0 +1,190 @@
+"""What a checkpoint holds, in Lightning's keys."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from treadle.callbacks.callback import Callback
+from treadle.run.dispatch import overrides
+from treadle.run.progress import FitProgress, Phase
+from treadle_fabric import rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.run.run import Run
+
+__all__ = ["dump_checkpoint", "read_progress"]
+
+FORMAT: Final = "2.6.6"
+"""The Lightning release whose checkpoint format is written."""
+_PLAIN: Final = (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, type(None))
+
+
+def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bool = False) -> dict[str, Any]:
+    """The checkpoint of a run as it stands. Every rank calls it.
+
+    Args:
+        run: the run.
+        callbacks: whose states are kept, in their order.
+        weights_only: leave out optimizers, schedulers and callbacks.
+    """
+    from treadle.module.datamodule import LightningDataModule
+
+    strategy, module, progress = run.fabric.strategy, run.module, run.progress
+    assert run.wrapped is not None
+    checkpoint: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "global_step": progress.step,
+        "pytorch-lightning_version": FORMAT,
+        "state_dict": strategy.get_module_state_dict(module),
+        "loops": _loops(progress, automatic=module.automatic_optimization),
+        "treadle": {"progress": {**dataclasses.asdict(progress), "phase": int(progress.phase)}},
+    }
+    if not weights_only:
+        states = {c.state_key: c.state_dict() for c in callbacks if overrides(c, "state_dict", Callback)}
+        checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
+        checkpoint["optimizer_states"] = [strategy.get_optimizer_state(o.optimizer) for o in run.optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
+        if scaler := strategy.precision.state_dict():
+            checkpoint[type(strategy.precision).__qualname__] = scaler
+    for owner, prefix in ((module, ""), (run.datamodule, "datamodule_")):
+        hparams = owner.hparams if owner is not None else None
+        if hparams:
+            checkpoint[f"{prefix}hparams_name"] = getattr(owner, "_hparams_name", "kwargs")
+            checkpoint[f"{prefix}hyper_parameters"] = plain(dict(hparams), "hyper_parameters")
+    if run.datamodule is not None and not weights_only and overrides(run.datamodule, "state_dict", LightningDataModule):
+        if state := run.datamodule.state_dict():
+            checkpoint[type(run.datamodule).__qualname__] = state
+    if not weights_only:
+        for callback in callbacks:
+            run.dispatch.run("on_save_checkpoint", callback.on_save_checkpoint, module._trainer, module, checkpoint)
+    run.dispatch.run("on_save_checkpoint", module.on_save_checkpoint, checkpoint)
+    return checkpoint
+
+
+def plain(value: Any, where: str) -> Any:
+    """A copy of ``value`` in tensors and plain containers; what cannot be one is left out, with a warning."""
+    if isinstance(value, Enum):
+        return plain(value.value, where)
+    if type(value) in _PLAIN or isinstance(value, Tensor):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        found = {k if isinstance(k, _PLAIN) else str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {k: v for k, v in found.items() if v is not _LEFT_OUT}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [v for v in (plain(v, f"{where}[{i}]") for i, v in enumerate(value)) if v is not _LEFT_OUT]
+        return (
+            tuple(items) if isinstance(value, tuple) else set(items) if isinstance(value, (set, frozenset)) else items
+        )
+    for kind in (bool, int, float, str):  # subclasses and numpy scalars
+        if isinstance(value, kind):
+            return kind(value)
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        return value.item()
+    rank_zero_warn(
+        f"{where} is a {type(value).__qualname__}, which a checkpoint cannot hold safely; it is left out. Pass it to "
+        "`load_from_checkpoint` as an argument, or leave it out with `save_hyperparameters(ignore=...)`."
+    )
+    return _LEFT_OUT
+
+
+_LEFT_OUT: Final = object()
+
+
+def _counts(total: int, current: int, *, keys: Sequence[str] = ("ready", "started", "processed", "completed")) -> Any:
+    return {"total": dict.fromkeys(keys, total), "current": dict.fromkeys(keys, current)}
+
+
+def _loops(p: FitProgress, *, automatic: bool) -> dict[str, Any]:
+    """The progress in Lightning's structure."""
+    two = ("ready", "completed")
+    steps = _counts(p.optimizer_steps, p.step_in_epoch, keys=two)
+    none = _counts(0, 0, keys=two)
+    zero = {part: {**counts, "started": counts["ready"]} for part, counts in steps.items()}
+    no_zero = {part: {**counts, "started": 0} for part, counts in none.items()}
+    idle = {**_counts(0, 0), "is_last_batch": False}
+    epochs = _counts(p.epoch + 1, p.epoch + 1)
+    for part in epochs.values():
+        part["completed"] = p.epoch
+        part["processed"] = p.epoch + 1 if p.epoch_ended else p.epoch
+    evaluation = {"state_dict": {}, "batch_progress": idle}
+    return {
+        "fit_loop": {
+            "state_dict": {},
+            "epoch_loop.state_dict": {"_batches_that_stepped": p.logging_step},
+            "epoch_loop.batch_progress": {**_counts(p.batches, p.batch), "is_last_batch": p.is_last_batch},
+            "epoch_loop.scheduler_progress": _counts(p.scheduler_steps, p.scheduler_steps_in_epoch, keys=two),
+            "epoch_loop.automatic_optimization.state_dict": {},
+            "epoch_loop.automatic_optimization.optim_progress": {
+                "optimizer": {"step": steps if automatic else none, "zero_grad": zero if automatic else no_zero}
+            },
+            "epoch_loop.manual_optimization.state_dict": {},
+            "epoch_loop.manual_optimization.optim_step_progress": none if automatic else steps,
+            "epoch_loop.val_loop.state_dict": {},
+            "epoch_loop.val_loop.batch_progress": idle,
+            "epoch_progress": epochs,
+        },
+        "validate_loop": evaluation,
+        "test_loop": evaluation,
+        "predict_loop": evaluation,
+    }
+
+
+def read_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
+    """The progress in a checkpoint of this library, or of Lightning 2.x."""
+    own = checkpoint.get("treadle", {}).get("progress")
+    if own is not None:
+        known = {f.name for f in dataclasses.fields(FitProgress)}
+        progress = FitProgress(**{k: v for k, v in own.items() if k in known})
+        progress.phase = Phase(progress.phase)
+    else:
+        progress = _lightning_progress(checkpoint)
+    progress.begun |= progress.batch > 0  # in checkpoints that do not tell
+    if progress.epoch_ended:
+        progress.epoch += 1
+        progress.begin_epoch()
+    return progress
+
+
+def _lightning_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
+    fit = checkpoint.get("loops", {}).get("fit_loop")
+    step = int(checkpoint.get("global_step", 0))
+    if not fit:
+        return FitProgress(epoch=int(checkpoint.get("epoch", 0)), step=step, logging_step=step, optimizer_steps=step)
+    batches, epochs = fit["epoch_loop.batch_progress"], fit["epoch_progress"]["current"]
+    schedulers = fit.get("epoch_loop.scheduler_progress", _counts(0, 0))
+    optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    optimizer_steps = optimizer["total"]["completed"]
+    ended = epochs["processed"] > epochs["completed"]
+    finished = epochs["processed"] == epochs["completed"] == epochs["ready"]  # saved after an epoch, not in one
+    manual = not optimizer_steps and fit["epoch_loop.manual_optimization.optim_step_progress"]["total"]["completed"]
+    within = batches["current"]["processed"] > batches["current"]["completed"]  # saved in on_train_batch_end
+    progress = FitProgress(
+        epoch=epochs["completed"],
+        batch=0 if finished else batches["current"]["processed"],
+        batches=batches["total"]["processed"],
+        step=batches["total"]["processed"] if manual else step,
+        step_in_epoch=optimizer["current"]["completed"],
+        logging_step=fit["epoch_loop.state_dict"].get("_batches_that_stepped", step) + within,
+        optimizer_steps=optimizer_steps or step,
+        scheduler_steps=schedulers["total"]["completed"],
+        scheduler_steps_in_epoch=schedulers["current"]["completed"],
+        is_last_batch=bool(batches.get("is_last_batch", False)),
+        epoch_ended=ended,
+    )
+    if progress.is_last_batch and not ended and not finished:
+        progress.epoch_ended = True
+    return progress

@@ -1,0 +1,115 @@
+"""The states of the ranks of one run, made into those of another number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from treadle.metrics.reduction import REDUCTIONS
+from treadle_fabric import rank_zero_warn
+from treadle_fabric.randomness.state import rng_states_of
+
+__all__ = ["part_of_rank"]
+
+_MERGEABLE: Final = ("dim_zero_sum", "dim_zero_max", "dim_zero_min")  # other ranks' initial values change nothing
+
+
+def part_of_rank(
+    ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one of ``world_size`` ranks takes over of a run that had ``len(ranks)`` of them.
+
+    Rank 0 takes what was logged and accumulated by all; the others begin with nothing. A rank there was before keeps
+    its random state, a new one gets one of its own.
+
+    Args:
+        ranks: what each had.
+        rank: the new rank.
+        world_size: how many there are now.
+        metrics: the module's torchmetrics objects by path.
+    """
+    first = ranks[0]
+    mine = {**first, "rng": rng_states_of([part["rng"] for part in ranks], rank)}
+    slots = _merged_slots(ranks)
+    mine["results"] = {**first["results"], "slots": slots if rank == 0 else _emptied(slots)}
+    mine["metric_objects"] = {
+        name: _merged_metric(name, metrics[name], [r["metric_objects"][name] for r in ranks] if rank == 0 else [])
+        for name in first["metric_objects"]
+        if name in metrics
+    }
+    gradients: dict[str, Tensor] = {}
+    for part in ranks if rank == 0 else ():
+        for name, gradient in part.get("gradients", {}).items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    # without weights each rank's gradient counts 1 / ranks in the mean that a backward pass makes over them
+    weights = [part.get("weights", {}) for part in ranks]
+    factor = 1.0 if weights[0] else world_size / len(ranks)
+    mine["gradients"] = {name: g * factor for name, g in gradients.items()}
+    if weights[0]:
+        sums = {key: sum(part[key] for part in weights) if rank == 0 else 0 for key in ("total", "count")}
+        mine["weights"] = {**weights[0], **sums}
+    return mine
+
+
+def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: dict[Any, dict[str, Any]] = {}
+    counts: dict[Any, int] = {}
+    for part in ranks:
+        for entry in part["results"]["slots"]:
+            key = tuple(entry["key"])
+            known = merged.get(key)
+            if known is None or not known["has_value"]:
+                merged[key], counts[key] = dict(entry), 1
+            elif entry["has_value"]:
+                how = REDUCTIONS.get(entry["options"][4])
+                counts[key] += 1
+                one, other = known["value"], entry["value"]
+                if isinstance(one, int | float | Tensor) and isinstance(other, int | float | Tensor):
+                    mean = one + (other - one) / counts[key]
+                    known["value"] = mean if how in ("mean", None) else _merged_total(how, one, other)
+                for name in ("pending", "weights", "values"):
+                    known[name] = [*known[name], *entry[name]]
+                known["total"] = _merged_total(how, known["total"], entry["total"])
+                known["weight"] += entry["weight"]
+    return list(merged.values())
+
+
+def _merged_total(how: str | None, one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return other if one is None else one
+    if how in ("min", "max"):
+        smaller = bool(one < other)
+        return one if smaller == (how == "min") else other
+    return one + other
+
+
+def _emptied(slots: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without what counts for the epoch; the last value stays, for a step that is still to be logged."""
+
+    def nothing(entry: dict[str, Any]) -> dict[str, Any]:
+        value = 0.0 if REDUCTIONS.get(entry["options"][4]) == "sum" else entry["value"]
+        return {"value": value, "pending": [], "weights": [], "values": [], "total": None, "weight": 0.0}
+
+    return [{**entry, **nothing(entry), "has_value": False} for entry in slots]
+
+
+def _merged_metric(name: str, metric: Any, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A torchmetrics object's accumulators, reduced as it would reduce them over ranks."""
+    merged: dict[str, Any] = {}
+    for key in states[0]["states"] if states else ():
+        values = [state["states"][key] for state in states]
+        reduce: Any = getattr(metric, "_reductions", {}).get(key)
+        if all(isinstance(value, list) for value in values):
+            merged[key] = [item for value in values for item in value]
+        elif getattr(reduce, "__name__", "") in _MERGEABLE:
+            merged[key] = reduce(torch.stack(values))
+        else:
+            rank_zero_warn(
+                f"{key!r} of the metric {name!r} cannot be put together from {len(states)} processes: its epoch value"
+                " is of the batches from here on."
+            )
+            return {"states": {}, "update_count": 0}
+    return {"states": merged, "update_count": sum(state["update_count"] for state in states)}

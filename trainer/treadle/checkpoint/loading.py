@@ -1,0 +1,225 @@
+"""Making a module or a datamodule from a checkpoint."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import inspect
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+import fsspec
+import torch
+from torch import Tensor
+
+from treadle_fabric.attribute_dict import AttributeDict
+from treadle_fabric.checkpoint import TorchCheckpointIO
+from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException, near_names
+from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle.module.datamodule import LightningDataModule
+    from treadle.module.module import LightningModule
+
+    class_only = classmethod
+else:
+
+    class class_only(classmethod):
+        """A class method that refuses to be called on an instance, whose state it would silently leave alone."""
+
+        def __get__(self, instance, owner=None):
+            if instance is None:
+                return super().__get__(instance, owner)
+            return _refuse(f"{type(instance).__name__}.{self.__func__.__name__}")
+
+
+__all__ = ["class_only", "instantiate", "load_datamodule_from_checkpoint", "load_module_from_checkpoint"]
+
+T = TypeVar("T")
+M = TypeVar("M", bound="LightningModule")
+D = TypeVar("D", bound="LightningDataModule")
+
+
+def load_module_from_checkpoint(
+    cls: type[M],
+    checkpoint_path: PathLike | IO[bytes],
+    map_location: Any = None,
+    hparams_file: PathLike | None = None,
+    strict: bool | None = None,
+    weights_only: bool | None = None,
+    **kwargs: Any,
+) -> M:
+    """A module made with the hyperparameters in a checkpoint, with its weights.
+
+    Args:
+        cls: The class to make.
+        checkpoint_path: A path, a URL or an open file.
+        map_location: Where tensors go, as in :func:`torch.load`. Default: where they were saved from, or the CPU if
+            that device is not here.
+        hparams_file: ``.yaml`` or ``.csv`` with hyperparameters, for a checkpoint that has none.
+        strict: Whether the parameter names must match exactly. Default: the module's ``strict_loading``.
+        weights_only: ``False`` unpickles arbitrary objects: only for files you trust. Default: ``True``.
+        **kwargs: Arguments of ``__init__``; they win over the saved ones.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or holds no ``state_dict``.
+        MisconfigurationException: If ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
+    """
+    checkpoint = _read(checkpoint_path, map_location, weights_only)
+    hparams, name = _hparams_of(checkpoint, hparams_file, "hyper_parameters", "hparams_name")
+    module = instantiate(cls, hparams, name, kwargs)
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    if "state_dict" not in checkpoint:
+        raise CheckpointMismatchError(
+            f"{checkpoint_path} has no 'state_dict', so it is not a checkpoint of a LightningModule. "
+            + near_names("state_dict", checkpoint)
+        )
+    state = checkpoint["state_dict"]
+    strict = module.strict_loading if strict is None else strict
+    keys = module.load_state_dict(state, strict=strict)
+    if not strict:
+        for kind, names in (("does not have", keys.missing_keys), ("has, unused,", keys.unexpected_keys)):
+            if names:
+                rank_zero_warn(f"{checkpoint_path} {kind} {', '.join(names)}.")
+    device = next((value.device for value in state.values() if isinstance(value, Tensor)), None)
+    return module if device is None else module.to(device)
+
+
+def load_datamodule_from_checkpoint(
+    cls: type[D],
+    checkpoint_path: PathLike | IO[bytes],
+    map_location: Any = None,
+    hparams_file: PathLike | None = None,
+    weights_only: bool | None = None,
+    **kwargs: Any,
+) -> D:
+    """A datamodule made with the hyperparameters in a checkpoint, with its state if it has one there.
+
+    Args and errors as in :func:`load_module_from_checkpoint`.
+    """
+    checkpoint = _read(checkpoint_path, map_location, weights_only)
+    hparams, name = _hparams_of(checkpoint, hparams_file, "datamodule_hyper_parameters", "datamodule_hparams_name")
+    datamodule = instantiate(cls, hparams, name, kwargs)
+    if cls.__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[cls.__qualname__])
+    return datamodule
+
+
+def _refuse(name: str) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{name} makes a new object. Call it on the class, and use what it returns.")
+
+    return refuse
+
+
+def _read(path: PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+    location = _where_saved if map_location is None else map_location
+    if isinstance(path, str) or hasattr(path, "__fspath__"):
+        checkpoint: Any = TorchCheckpointIO().load_checkpoint(path, map_location=location, weights_only=weights_only)
+    else:
+        checkpoint = torch.load(path, map_location=location, weights_only=weights_only is not False)
+    if not isinstance(checkpoint, dict):
+        raise CheckpointMismatchError(
+            f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint."
+        )
+    return checkpoint
+
+
+def _where_saved(storage: Any, location: str) -> Any:
+    """``map_location``: the device it was saved from, or the CPU where that is not available."""
+    kind, _, index = location.partition(":")
+    here = {
+        "cuda": torch.cuda.device_count() if kind == "cuda" else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
+    absent = kind in here and int(index or 0) >= here[kind]
+    return storage if absent else None
+
+
+def _hparams_of(
+    checkpoint: Mapping[str, Any], hparams_file: PathLike | None, key: str, name_key: str
+) -> tuple[dict[str, Any], str | None]:
+    if hparams_file is not None:
+        return _read_hparams_file(str(hparams_file)), checkpoint.get(name_key)
+    hparams = checkpoint.get(key) or {}
+    return vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams), checkpoint.get(name_key)
+
+
+def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs: dict[str, Any]) -> T:
+    """A module or a datamodule made with saved hyperparameters and ``kwargs``, which win."""
+    if cls.__init__ is object.__init__:
+        parameters: dict[str, inspect.Parameter] = {}
+    else:
+        parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
+    any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if name != "kwargs" and name in parameters and name not in kwargs and hparams:  # one object: kwargs go into it
+        into = {key: value for key, value in kwargs.items() if key not in parameters}
+        arguments = {name: _as_declared(cls, name, hparams | into)}
+        arguments |= {key: value for key, value in kwargs.items() if key in parameters}
+    else:
+        unknown = [key for key in kwargs if key not in parameters and not any_name]
+        if unknown:
+            raise MisconfigurationException(
+                f"{cls.__name__}.__init__ takes no argument {unknown[0]!r}. {near_names(unknown[0], parameters)}"
+            )
+        arguments = {key: value for key, value in hparams.items() if any_name or key in parameters} | kwargs
+    missing = [
+        key
+        for key, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and key not in arguments
+    ]
+    if missing:
+        example = ", ".join(f"{key}=..." for key in missing)
+        raise MisconfigurationException(
+            f"{cls.__name__}.__init__ needs {', '.join(missing)}, which the checkpoint does not hold. Pass "
+            f"load_from_checkpoint(path, {example}), or call self.save_hyperparameters() in __init__ before saving."
+        )
+    return cls(**arguments)
+
+
+def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any]) -> Any:
+    """The saved object in the type that ``__init__`` declares for it."""
+    try:
+        declared = get_type_hints(cls.__init__).get(name)
+    except Exception:  # a name that only a type checker sees
+        declared = None
+    if declared is Namespace or (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
+        return declared(**hparams)
+    return AttributeDict(hparams)
+
+
+def _read_hparams_file(path: str) -> dict[str, Any]:
+    kind = path.rpartition(".")[2].lower()
+    if kind not in ("yaml", "yml", "csv"):
+        raise MisconfigurationException(f"hparams_file={path!r} is neither .yaml nor .csv.")
+    with fsspec.open(path, "r", newline="") as file:
+        text = file.read()
+    if kind == "csv":
+        rows = list(csv.DictReader(text.splitlines()))
+        return {row["key"]: _literal(row["value"]) for row in rows}
+    try:  # our own files: one `key: <json>` a line. A YAML reader would take 1e-05 in them for a string.
+        lines = (line.partition(":") for line in text.splitlines() if line.strip() and not line.startswith("#"))
+        return {key.strip(): json.loads(value) for key, _, value in lines}
+    except json.JSONDecodeError:
+        pass
+    try:
+        import yaml
+    except ImportError:
+        raise MisconfigurationException(
+            f"{path} has other YAML than the `key: <json>` lines of our loggers; `pip install pyyaml` to read it."
+        ) from None
+    return dict(yaml.safe_load(text) or {})
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,92 @@
+"""Put a checkpoint's content back into a run: weights first, optimizers and schedulers later."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from treadle.callbacks.callback import Callback
+from treadle.run.progress import FitProgress
+from treadle_fabric import CheckpointMismatchError, rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.run.run import Run
+from treadle.checkpoint.content import read_progress
+
+__all__ = ["restore_training", "restore_weights"]
+
+
+def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Callback], *, training: bool) -> None:
+    """Before the optimizers exist: module, data module, and callbacks (their states only when training)."""
+    module = run.module
+    trainer: Any = module._trainer
+    run.dispatch.run("on_load_checkpoint", module.on_load_checkpoint, checkpoint)
+    if "state_dict" not in checkpoint:
+        raise CheckpointMismatchError(
+            f"The checkpoint has no 'state_dict' but {sorted(checkpoint)[:8]}: it was not written by a Trainer. Load it"
+            " yourself with torch.load and `load_state_dict`."
+        )
+    run.fabric.strategy.precision.convert_module(module)  # loaded into single precision, double would lose digits
+    try:
+        run.fabric.strategy.load_module_state_dict(module, checkpoint["state_dict"], strict=module.strict_loading)
+    except RuntimeError as error:
+        raise CheckpointMismatchError(
+            f"The checkpoint's weights do not fit {type(module).__qualname__}: {error}\nUse the model that was saved,"
+            " or set `self.strict_loading = False` to load what fits."
+        ) from None
+    if not training:
+        for callback in callbacks:
+            run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
+        return
+    datamodule = run.datamodule
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    states = checkpoint.get("callbacks", {})
+    for callback in callbacks:
+        run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
+    known = {callback.state_key for callback in callbacks}
+    if missing := set(states) - known:
+        rank_zero_warn(
+            f"The checkpoint has the states of callbacks that this Trainer does not have: {sorted(missing)}. Add them"
+            " to go on as before."
+        )
+    for callback in callbacks:
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
+
+
+def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
+    """After they exist: optimizers, schedulers, precision and progress."""
+    if "optimizer_states" not in checkpoint:
+        raise CheckpointMismatchError(
+            "The checkpoint holds weights only, so training cannot go on from it: load the weights with "
+            "`load_from_checkpoint` and start a new fit, or save with `save_weights_only=False`."
+        )
+    for kind, have, saved in (
+        ("optimizer", run.optimizers, checkpoint["optimizer_states"]),
+        ("scheduler", run.schedulers, checkpoint.get("lr_schedulers", [])),
+    ):
+        if len(have) != len(saved):
+            raise CheckpointMismatchError(
+                f"The checkpoint has {len(saved)} {kind} states, `configure_optimizers` made {len(have)} {kind}s: make"
+                " the same ones to resume."
+            )
+    for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
+        try:
+            optimizer.optimizer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointMismatchError(
+                f"The checkpoint's state of {type(optimizer.optimizer).__name__} does not fit: {error}. Make the"
+                " optimizer with the same parameter groups to resume."
+            ) from None
+    for config, state in zip(run.schedulers, checkpoint.get("lr_schedulers", []), strict=True):
+        config.scheduler.load_state_dict(state)
+    precision = run.fabric.strategy.precision
+    for key in (type(precision).__qualname__, "MixedPrecision", "AMPGradScalerPlugin"):
+        if key in checkpoint:
+            precision.load_state_dict(checkpoint[key])
+            break
+    found = read_progress(checkpoint)
+    for field in dataclasses.fields(FitProgress):
+        setattr(run.progress, field.name, getattr(found, field.name))

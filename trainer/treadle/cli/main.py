@@ -1,0 +1,41 @@
+"""The command ``treadle``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from treadle.cli.checkpoint import add_checkpoint_commands
+from treadle.cli.replay import add_replay_command
+from treadle_fabric.errors import TreadleError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Args:
+        arguments: Default: those of the process.
+    """
+    parser = argparse.ArgumentParser("treadle", description="Tools for what Treadle's runs leave behind.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_checkpoint_commands(commands)
+    add_replay_command(commands)
+    given = parser.parse_args(arguments)
+    try:
+        status: int = given.run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has enough, `head` say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit would complain
+        return 1
+    except TreadleError as e:
+        print(f"treadle: {e}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The batches of an evaluation or a prediction: shared out over the ranks and limited."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from treadle.data.limits import limit_batches
+from treadle_fabric import rank_zero_warn
+from treadle_fabric.data.combined.loader import CombinedLoader
+from treadle_fabric.data.loader import share_loader
+from treadle_fabric.data.samplers import samplers_of, set_epoch, sized_len
+from treadle_fabric.data.sharding import ShardedSampler
+
+if TYPE_CHECKING:
+    from treadle_fabric import Fabric
+from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
+from treadle.data.lengths import describe, has_exact_length, unlimited
+from treadle.data.lookahead import Lookahead
+
+__all__ = ["EvaluationData"]
+
+
+class EvaluationData:
+    """The loaders of a validation, a test or a prediction, one after the other."""
+
+    def __init__(
+        self, loaders: Any, fabric: Fabric, *, limit: float, name: str, inject: bool, overfit: bool = False
+    ) -> None:
+        share = partial(share_loader, strategy=fabric.strategy, share=inject, pad=False)
+        self.combined: CombinedLoader | None = None
+        if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
+            self.combined = loaders = copy.copy(loaders)  # the user's stays as it is
+            self.loaders = [loaders]
+            for part in loaders.flattened:
+                check_loader(part, name)
+            loaders.flattened = [share(p) for p in loaders.flattened]
+        else:
+            if isinstance(loaders, CombinedLoader):
+                found = list(loaders.flattened)
+            elif isinstance(loaders, Mapping):
+                found = list(loaders.values())
+            elif isinstance(loaders, (list, tuple)) and not is_batch_list(loaders):
+                found = list(loaders)
+            else:
+                found = [loaders]
+            for loader in found:
+                check_loader(loader, name)
+            if overfit:
+                found = [sequential(loader, "the validation loader") for loader in found]
+            turns = name.startswith("predict")  # the outputs of whole batches are put in order again
+            self.loaders = [share(p, whole_batches=turns) for p in found]
+        self.num_batches: list[float] = []
+        self._name, self._limit = name, limit
+        for i, loader in enumerate(self.loaders):
+            length = sized_len(loader)
+            if length == 0 and fabric.world_size == 1:
+                rank_zero_warn(f"{name}: loader {i} is empty ({describe(loader)}); nothing is evaluated on it.")
+            self.num_batches.append(limit_batches(length, limit, f"limit_{name.split('_')[0]}_batches"))
+
+    def is_shared(self, loader_idx: int) -> bool:
+        """Whether each rank has other batches of it."""
+        return any(isinstance(s, ShardedSampler) for s in samplers_of(self.loaders[loader_idx]))
+
+    def iterate(self, loader_idx: int, epoch: int, limit: float) -> Iterator[tuple[int, Any, bool]]:
+        """The first ``limit`` batches of one loader, with their numbers and whether each is the last."""
+        loader = self.loaders[loader_idx]
+        for part in self.combined.flattened if self.combined is not None else [loader]:
+            set_epoch(part, epoch)
+        batches = first_loader(iter(loader)) if self.combined is not None else iter(loader)
+        length = sized_len(loader)
+        if limit == length and not has_exact_length(loader) and unlimited(self._limit, length):
+            limit = math.inf  # what a stream says of its length is only a promise
+        return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})", exact=True))

@@ -1,0 +1,84 @@
+"""Find the loaders of a run: given to the method, the data module's or the module's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from treadle.run.dispatch import overrides
+from treadle_fabric import MisconfigurationException, rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.module.datamodule import LightningDataModule
+    from treadle.module.module import LightningModule
+
+__all__ = ["check_loader", "find_loaders"]
+
+
+def find_loaders(given: Any, name: str, module: LightningModule, datamodule: LightningDataModule | None) -> Any:
+    """The loaders of a stage: what the user passed, else the data module's, else the module's; None without any."""
+    if given is not None:
+        return given
+    for owner in (datamodule, module):
+        if owner is not None and defines_loader(owner, name):
+            found = getattr(owner, name)()
+            if found is None and name == "train_dataloader":
+                raise MisconfigurationException(
+                    f"`{type(owner).__qualname__}.{name}` returned None: return an iterable of batches."
+                )
+            return found
+    return None
+
+
+def defines_loader(owner: Any, name: str) -> bool:
+    """Whether a module or data module has its own dataloader method."""
+    from treadle.module.datamodule import LightningDataModule
+    from treadle.module.module import LightningModule
+
+    return overrides(owner, name, LightningModule if isinstance(owner, LightningModule) else LightningDataModule)
+
+
+def check_loader(loader: Any, name: str) -> None:
+    """Refuse what cannot be iterated, and a dataset that was given without a loader."""
+    from torch.utils.data import Dataset
+
+    if isinstance(loader, Dataset) and not isinstance(loader, (Iterator, IterableDataset)):
+        raise MisconfigurationException(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
+    if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise MisconfigurationException(
+            f"{name} got {type(loader).__name__}, which cannot be iterated: pass a DataLoader or any iterable of"
+            " batches."
+        )
+
+
+def sequential(loader: Any, name: str) -> Any:
+    """A loader whose shuffling is off, for overfitting on the same batches."""
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
+        return loader
+    rank_zero_warn(f"`overfit_batches` turns off the shuffling of {name}, so that every epoch has the same batches.")
+    other = copy.copy(loader)
+    fields = other.__dict__
+    fields["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    if loader.batch_sampler is not None:
+        fields["batch_sampler"] = BatchSampler(fields["sampler"], loader.batch_size or 1, loader.drop_last)
+    return other
+
+
+def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
+    for batch, _, _ in triples:
+        yield batch
+
+
+def is_batch_list(loader: Any) -> bool:
+    """A plain list of batches (tensors, or tuples of them) is one loader, not several."""
+    items = loader.values() if isinstance(loader, Mapping) else loader
+    first = next(iter(items), None)
+    if isinstance(loader, Mapping):
+        return False
+    if isinstance(first, torch.Tensor) or first is None:
+        return True
+    return isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], torch.Tensor)

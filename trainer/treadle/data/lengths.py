@@ -1,0 +1,31 @@
+"""What is known of the length of a loader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = []
+
+
+def unlimited(limit: float, length: int | None) -> bool:
+    """Whether a limit lets all batches through; an int that is as large as the length promised is meant as a limit."""
+    return limit == 1.0 if isinstance(limit, float) else length is not None and limit > length
+
+
+def has_exact_length(loader: Any) -> bool:
+    """Whether ``len`` can be relied on: what a stream or an object of somebody's own says is only a promise."""
+    if isinstance(loader, DataLoader):
+        return not isinstance(loader.dataset, IterableDataset)
+    return isinstance(loader, (list, tuple))
+
+
+def describe(loader: Any) -> str:
+    if isinstance(loader, DataLoader):
+        try:
+            size = str(len(loader.dataset))  # type: ignore[arg-type]
+        except TypeError:
+            size = "?"
+        return f"a DataLoader of {size} samples, batch_size={loader.batch_size}, drop_last={loader.drop_last}"
+    return f"a {type(loader).__name__}"

@@ -1,0 +1,118 @@
+"""Fetch one batch ahead, so that the last batch is known as the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+__all__ = ["BatchIterator", "Lookahead", "Transfer"]
+
+Transfer = Callable[[Any, int], Any]
+
+
+class Lookahead:
+    """Batches together with whether each is the last one.
+
+    Where the length is known that costs a comparison; where it is not, one batch is fetched ahead.
+
+    Args:
+        batches: what to iterate.
+        start: the number of the first.
+        stop: the number to end before; infinity for none.
+        what: names the batches in errors.
+        exact: whether there are batches up to ``stop``.
+        drain: ask for one more in the end.
+        agree: with several ranks and no exact length: whether all have a batch of this number.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        start: int,
+        stop: float,
+        what: str,
+        *,
+        exact: bool,
+        drain: bool = False,
+        agree: Callable[[int, bool], bool] | None = None,
+    ) -> None:
+        self._batches, self._next, self._stop, self._exact, self._drain = batches, start, stop, exact, drain
+        self._what, self._agree = what, agree
+
+    def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
+        index, stop, batches = self._next, self._stop, self._batches
+        if not self._exact:
+            yield from self._one_ahead()
+            return
+        last = stop - 1
+        while index < stop:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                self._locate(error, index)
+                raise
+            yield index, batch, index == last
+            index += 1
+        if self._drain:
+            next(batches, None)
+
+    def _one_ahead(self) -> Iterator[tuple[int, Any, bool]]:
+        index, agree = self._next, self._agree
+        more, batch = self._fetch(index)
+        if agree is not None:
+            more = agree(index, more)
+        while more:
+            more, following = self._fetch(index + 1)
+            if agree is not None:
+                more = agree(index + 1, more)
+            yield index, batch, not more
+            batch, index = following, index + 1
+
+    def _fetch(self, index: int) -> tuple[bool, Any]:
+        if index >= self._stop:
+            return False, None
+        try:
+            return True, next(self._batches)
+        except StopIteration:
+            return False, None
+        except Exception as error:
+            self._locate(error, index)
+            raise
+
+    def _locate(self, error: Exception, index: int) -> None:
+        error.add_note(f"This came while batch {index} {self._what} was loaded.")
+
+
+class BatchIterator:
+    """What a step that asks for ``dataloader_iter`` gets: (batch, batch_idx, dataloader_idx), batches on the device."""
+
+    def __init__(self, batches: Iterable[tuple[int, Any, bool]], transfer: Transfer, dataloader_idx: int = 0) -> None:
+        self._batches = iter(batches)
+        self._transfer = transfer
+        self._dataloader_idx = dataloader_idx
+        self.batch: Any = None
+        self._ahead: tuple[int, Any, bool] | None = next(self._batches, None)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left."""
+        return self._ahead is None
+
+    def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
+        """One item a step, as :class:`Lookahead` gives them; the step itself draws the batches."""
+        while self._ahead is not None:
+            index, _, is_last = self._ahead  # a step draws one batch: the one ahead tells whether it is the last
+            yield index, self, is_last
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> tuple[Any, int, int]:
+        if self._ahead is None:
+            raise StopIteration
+        index, batch, _ = self._ahead
+        self._ahead = next(self._batches, None)
+        self.batch = self._transfer(batch, self._dataloader_idx)
+        return self.batch, index, self._dataloader_idx

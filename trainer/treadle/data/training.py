@@ -1,0 +1,139 @@
+"""The training batches of a run: shared out over the ranks, limited, from any position."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.data.limits import limit_batches
+from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric.data.combined.cursor import make_cursor
+from treadle_fabric.data.combined.loader import CombinedLoader
+from treadle_fabric.data.epochs import Epochs
+from treadle_fabric.data.loader import share_loader
+from treadle_fabric.data.samplers import sized_len
+
+if TYPE_CHECKING:
+    from treadle_fabric import Fabric
+from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
+from treadle.data.lengths import describe, has_exact_length, unlimited
+from treadle.data.lookahead import Lookahead
+
+__all__ = ["TrainingData"]
+
+
+class TrainingData:
+    """The training batches: a loader, or several combined."""
+
+    def __init__(self, loader: Any, fabric: Fabric, *, limit: float, overfit: bool, inject: bool) -> None:
+        several = isinstance(loader, (list, tuple, Mapping)) and not is_batch_list(loader)
+        combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else None  # the user's stays as it is
+        combined = CombinedLoader(loader, "max_size_cycle") if several else combined
+        parts = list(combined.flattened) if combined is not None else [loader]
+        for part in parts:
+            check_loader(part, "train_dataloaders")
+        if overfit:
+            parts = [sequential(part, "the training loader") for part in parts]
+        self._fabric, self._inject = fabric, inject
+        self.combined = combined
+        loader, parts = self._share_out(parts)
+        length = sized_len(loader)
+        if length == 0:
+            raise MisconfigurationException(
+                f"train_dataloaders is empty: {describe(parts[0])} gives no batch on rank {fabric.global_rank}."
+                " Give it more samples, a smaller batch_size, or drop_last=False."
+            )
+        name = "overfit_batches" if overfit else "limit_train_batches"
+        self.num_batches = limit_batches(length, limit, name)
+        self.exact = length is not None and all(has_exact_length(p) for p in parts)
+        """Whether the length can be relied on; a stream's is only a promise."""
+
+        self.whole = self.num_batches in (length, math.inf)
+        """Whether an epoch is all of it: then it is iterated to its end, where samplers may draw once more."""
+        self._agrees = self._told = False
+        if fabric.world_size > 1:
+            self._agree_on_length()
+        self._stop = math.inf if not self.exact and unlimited(limit, length) else self.num_batches
+        self.epochs = Epochs(
+            loader,
+            parts,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            num_batches=self.num_batches,
+            exact=self.exact,
+            whole=self.whole,
+            share_alone=self._share_alone,
+            make_cursor=make_cursor,
+        )
+        """Where an epoch is drawn from, and from which position on."""
+
+    @property
+    def loader(self) -> Any:
+        """This rank's share."""
+        return self.epochs.loader
+
+    @property
+    def stop(self) -> float:
+        """No epoch, and not the one that is iterated, has more batches than this."""
+        return self._stop if self.epochs.end is None else self.epochs.end
+
+    def has_ended(self, position: int) -> bool:
+        """Whether nothing is left of an epoch that was resumed with another number of processes."""
+        return self.epochs.end is not None and 0 < self.epochs.end <= position
+
+    def _share_out(self, parts: Sequence[Any], *, alone: bool = False) -> tuple[Any, list[Any]]:
+        """Take each part's share of this rank."""
+        shares = [share_loader(p, self._fabric.strategy, share=self._inject, alone=alone) for p in parts]
+        if self.combined is None:
+            return shares[0], shares
+        self.combined.flattened = shares
+        return self.combined, shares
+
+    def _share_alone(self) -> tuple[Any, list[Any]]:
+        return self._share_out(self.epochs.parts, alone=True)
+
+    def _agree_on_length(self) -> None:
+        """All ranks train on as many batches: as those that have least, found out batch by batch for streams."""
+        known = -1 if self.num_batches == math.inf else int(self.num_batches)
+        mine = torch.tensor([known, self.exact], device=self._fabric.device)
+        lengths, exact = self._fabric.all_gather(mine).T.tolist()
+        if not all(exact):
+            self._agrees, self.exact = True, False
+            self.num_batches = math.inf if min(lengths) < 0 else min(lengths)
+        elif min(lengths) != max(lengths):
+            rank_zero_warn(
+                f"The ranks have {', '.join(map(str, lengths))} training batches: an epoch ends after"
+                f" {min(lengths)}, for all. Give each rank as many samples, or leave sharing them out to the"
+                " Trainer (use_distributed_sampler=True)."
+            )
+            self.num_batches, self.whole = min(lengths), False
+
+    def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
+        """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on.
+
+        Each comes with its number and whether it is the epoch's last, on all ranks.
+        """
+        batches = self.epochs.iterate(epoch, skip)
+        if self.combined is not None:
+            batches = first_loader(batches)
+        agree = partial(self._all_have_more, epoch) if self._agrees else None
+        what, drain = f"of epoch {epoch} from the training loader", self.whole and not self.epochs.ends_without_drawing
+        return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=drain, agree=agree))
+
+    def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
+        """Whether every rank has a batch number ``index``; every rank asks."""
+        world_size = self._fabric.world_size
+        having = int(self._fabric.all_reduce(torch.tensor(int(more)), reduce_op="sum"))
+        if 0 < having < world_size and not self._told:
+            self._told = True
+            rank_zero_warn(
+                f"{world_size - having} of {world_size} ranks had no more than {index} training batches in epoch"
+                f" {epoch}: it ends there for all, and what the others have left is not used. The same goes for later"
+                " epochs."
+            )
+        return having == world_size

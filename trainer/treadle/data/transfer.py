@@ -1,0 +1,67 @@
+"""How a batch reaches the device: the transfer hooks of module or data module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.module.hooks import DataHooks
+from treadle.run.dispatch import check_signature, overrides
+from treadle_fabric.batches import move_data_to_device
+
+if TYPE_CHECKING:
+    from treadle.module.datamodule import LightningDataModule
+    from treadle.module.module import LightningModule
+from treadle.data.lookahead import Transfer
+
+__all__ = ["make_transfer"]
+
+
+def make_transfer(
+    module: LightningModule, datamodule: LightningDataModule | None, device: torch.device, run: Callable[..., Any]
+) -> Transfer:
+    """How a batch reaches the device: directly, or through the transfer hooks that somebody overrode.
+
+    Args:
+        module: may override the hooks.
+        datamodule: may override them too, and comes first.
+        device: where to.
+        run: calls a function under the name of its hook.
+    """
+    chosen: dict[str, Callable[..., Any]] = {}
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for owner in (datamodule, module):
+            if owner is not None and overrides(owner, name, DataHooks):
+                chosen[name] = getattr(owner, name)
+                arguments = (
+                    ("batch", "device", "dataloader_idx")
+                    if name.startswith("transfer")
+                    else ("batch", "dataloader_idx")
+                )
+                check_signature(chosen[name], name, arguments, type(owner).__qualname__)
+                break
+    if not chosen:
+        return lambda batch, dataloader_idx: move_data_to_device(batch, device)
+    before, move, after = (
+        chosen.get(n) for n in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    )
+
+    def transfer(batch: Any, dataloader_idx: int) -> Any:
+        if before is not None:
+            batch = run("on_before_batch_transfer", before, batch, dataloader_idx)
+        if move is not None:
+            batch = run("transfer_batch_to_device", move, batch, device, dataloader_idx)
+        else:
+            batch = move_data_to_device(batch, device)
+        if after is not None:
+            batch = run("on_after_batch_transfer", after, batch, dataloader_idx)
+        return batch
+
+    return transfer
+
+
+def stay(batch: Any, dataloader_idx: int) -> Any:
+    """The transfer of a batch that stays where it is."""
+    return batch

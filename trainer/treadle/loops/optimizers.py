@@ -1,0 +1,200 @@
+"""What ``configure_optimizers`` may return, made uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from treadle.run.progress import LRSchedulerConfig
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
+from treadle_fabric.types import LRScheduler
+
+if TYPE_CHECKING:
+    from treadle.module.module import LightningModule
+
+__all__ = ["parse_optimizers", "step_schedulers"]
+
+_SHAPES = (
+    "an optimizer, a list of optimizers, a list of optimizers and a list of schedulers, a dict with 'optimizer' and "
+    "'lr_scheduler', a list of such dicts, or None"
+)
+_KEYS = {"scheduler", "name", "interval", "frequency", "reduce_on_plateau", "monitor", "strict"}
+
+
+def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    """The optimizers and schedulers in whatever shape ``configure_optimizers`` returned them.
+
+    Raises:
+        MisconfigurationException: the shape is none that is known, a key is misspelled, an optimizer holds parameters
+            of another model, several optimizers without manual optimization, a plateau scheduler without a monitor, ...
+    """
+    if returned is None:
+        rank_zero_warn(
+            f"`{type(module).__qualname__}.configure_optimizers` returned None: this fit will run without an optimizer."
+        )
+        return [], []
+    optimizers, schedulers = _unpack(returned)
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise MisconfigurationException(
+                f"configure_optimizers returned {type(optimizer).__name__} as an optimizer; it may return {_SHAPES}."
+            )
+        _check_parameters(optimizer, module)
+    if len(optimizers) > 1 and module.automatic_optimization:
+        raise MisconfigurationException(
+            f"configure_optimizers returned {len(optimizers)} optimizers; several need manual optimization: set "
+            "`self.automatic_optimization = False` and step them in `training_step`."
+        )
+    configs = [_scheduler(s, module) for s in schedulers]
+    held = {id(getattr(o, "optimizer", o)) for o in optimizers}
+    for config in configs:
+        owner = getattr(config.scheduler, "optimizer", None)
+        if owner is not None and id(owner) not in held:
+            raise MisconfigurationException(
+                f"The scheduler {type(config.scheduler).__name__} belongs to an optimizer that configure_optimizers did"
+                " not return: return that optimizer too, or make the scheduler with one that is returned."
+            )
+    return optimizers, configs
+
+
+def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
+    if isinstance(returned, Optimizer):
+        return [returned], []
+    if isinstance(returned, Mapping):
+        return _from_dict(returned)
+    if isinstance(returned, (list, tuple)) and returned:
+        if len(returned) == 2 and isinstance(returned[0], (list, tuple)):
+            optimizers, schedulers = returned
+            return list(optimizers), list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
+        if all(isinstance(item, Mapping) for item in returned):
+            pairs = [_from_dict(item) for item in returned]
+            return [o for os, _ in pairs for o in os], [s for _, ss in pairs for s in ss]
+        if all(isinstance(item, Optimizer) for item in returned):
+            return list(returned), []
+    raise MisconfigurationException(f"configure_optimizers returned {returned!r:.200}; it may return {_SHAPES}.")
+
+
+def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
+    unknown = set(entry) - {"optimizer", "lr_scheduler", "monitor"}
+    if unknown:
+        name = min(unknown)
+        hint = near_names(name, ["optimizer", "lr_scheduler", "monitor"])
+        raise MisconfigurationException(f"configure_optimizers returned a dict with the unknown key {name!r}. {hint}")
+    if "optimizer" not in entry:
+        raise MisconfigurationException("configure_optimizers returned a dict without the key 'optimizer': add it.")
+    found = entry.get("lr_scheduler")
+    if found is None:
+        return [entry["optimizer"]], []
+    schedulers = list(found) if isinstance(found, (list, tuple)) else [found]
+    if "monitor" in entry:
+        schedulers = [
+            (
+                {"monitor": entry["monitor"], **s}
+                if isinstance(s, Mapping)
+                else {"scheduler": s, "monitor": entry["monitor"]}
+            )
+            for s in schedulers
+        ]
+    return [entry["optimizer"]], schedulers
+
+
+def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
+    given = dict(entry) if isinstance(entry, Mapping) else {"scheduler": entry}
+    unknown = set(given) - _KEYS
+    if unknown:
+        name = min(unknown)
+        raise MisconfigurationException(
+            f"A scheduler configuration has the unknown key {name!r}. {near_names(name, _KEYS)}"
+        )
+    if "scheduler" not in given:
+        raise MisconfigurationException("A scheduler configuration has no key 'scheduler': add it.")
+    config = LRSchedulerConfig(**given)
+    scheduler = config.scheduler
+    config.reduce_on_plateau = config.reduce_on_plateau or isinstance(scheduler, ReduceLROnPlateau)
+    if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
+        from treadle.module.module import LightningModule as Base
+
+        if type(module).lr_scheduler_step is Base.lr_scheduler_step:
+            raise MisconfigurationException(
+                f"{type(scheduler).__name__} is no learning-rate scheduler as torch knows it (step, state_dict,"
+                " optimizer): override `lr_scheduler_step` to step it yourself."
+            )
+    if config.interval not in ("step", "epoch"):
+        raise MisconfigurationException(
+            f"A scheduler has interval={config.interval!r}: it is 'step' or 'epoch'."
+            f" {near_names(str(config.interval), ['step', 'epoch'])}"
+        )
+    if isinstance(config.frequency, bool) or not isinstance(config.frequency, int) or config.frequency < 1:
+        raise MisconfigurationException(
+            f"A scheduler has frequency={config.frequency!r}: it is an integer of at least 1."
+        )
+    if config.reduce_on_plateau and config.monitor is None and module.automatic_optimization:
+        raise MisconfigurationException(
+            "ReduceLROnPlateau needs the name of a metric: return "
+            "{'optimizer': ..., 'lr_scheduler': {'scheduler': ..., 'monitor': 'val_loss'}}."
+        )
+    return config
+
+
+def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
+    mine = {id(p) for p in module.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    foreign = [p for p in held if id(p) not in mine]
+    if foreign:
+        shapes = ", ".join(str(tuple(p.shape)) for p in foreign[:3])
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (shapes {shapes}) that are not"
+            f" this {type(module).__qualname__}'s: make it with `self.parameters()`."
+        )
+
+
+def step_schedulers(
+    configs: Sequence[LRSchedulerConfig],
+    *,
+    interval: str,
+    count: int,
+    plateau: bool,
+    step: Callable[[Any, Any], None],
+    metrics: Callable[[], Mapping[str, torch.Tensor]],
+) -> int:
+    """Step the schedulers that are due.
+
+    Args:
+        configs: all of them.
+        interval: "step" or "epoch": what has just ended.
+        count: how many of those have ended.
+        plateau: whether the ones that monitor a metric are meant, or the others.
+        step: ``lr_scheduler_step(scheduler, metric)``.
+        metrics: gives the logged metrics.
+
+    Returns:
+        How many stepped.
+
+    Raises:
+        MisconfigurationException: a monitored metric was not logged (with ``strict``); names the near ones.
+    """
+    stepped = 0
+    for config in configs:
+        if config.interval != interval or config.reduce_on_plateau is not plateau or count % config.frequency:
+            continue
+        value = None
+        if config.reduce_on_plateau and config.monitor is not None:
+            found = metrics()
+            value = found.get(config.monitor)
+            if value is None:
+                message = (
+                    f"The scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody logged."
+                    f" {near_names(config.monitor, found)}"
+                )
+                if config.strict:
+                    raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")
+                rank_zero_warn(f"{message} The step is skipped.")
+                continue
+        step(config.scheduler, value)
+        stepped += 1
+    return stepped

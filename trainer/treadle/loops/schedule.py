@@ -1,0 +1,162 @@
+"""When things fall in a run, computed from the arguments by pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from treadle.durations import parse_duration
+from treadle_fabric import MisconfigurationException
+
+__all__ = ["Durations", "ValidationSchedule", "resolve_durations", "total_steps", "window_size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Durations:
+    """How long to train. ``max_epochs`` and ``max_steps`` are -1 where there is no bound."""
+
+    max_epochs: int
+    max_steps: int
+    min_epochs: int | None
+    min_steps: int | None
+    max_time: timedelta | None
+    max_epochs_assumed: bool = False
+    """Whether nothing was said, and ``max_epochs`` is the default."""
+
+
+def _count(value: Any, name: str, lowest: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        extra = ", or -1 for no bound" if lowest == -1 else ""
+        raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {max(lowest, 0)}{extra}.")
+
+
+def resolve_durations(
+    max_epochs: int | None, min_epochs: int | None, max_steps: int, min_steps: int | None, max_time: Any
+) -> Durations:
+    """Check the duration arguments and fill in the defaults: 1000 epochs where nothing bounds the run."""
+    time = parse_duration(max_time, "max_time")
+    if max_epochs is not None:
+        _count(max_epochs, "max_epochs", -1)
+    _count(max_steps, "max_steps", -1)
+    for value, name in ((min_epochs, "min_epochs"), (min_steps, "min_steps")):
+        if value is not None:
+            _count(value, name, 0)
+    assumed = max_epochs is None and max_steps == -1 and time is None
+    if max_epochs is None:
+        max_epochs = 1000 if assumed else -1
+    if min_epochs is not None and max_epochs != -1 and min_epochs > max_epochs:
+        raise MisconfigurationException(f"min_epochs={min_epochs} is more than max_epochs={max_epochs}: lower it.")
+    if min_steps is not None and max_steps != -1 and min_steps > max_steps:
+        raise MisconfigurationException(f"min_steps={min_steps} is more than max_steps={max_steps}: lower it.")
+    return Durations(max_epochs, max_steps, min_epochs, min_steps, time, assumed)
+
+
+def check_limit(value: Any, name: str) -> None:
+    """Refuse a ``limit_*_batches`` that is neither a count nor a fraction."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or value < 0
+        or (isinstance(value, float) and value > 1)
+    ):
+        raise MisconfigurationException(
+            f"{name}={value!r} must be a number of batches (an int of at least 0) or a fraction (a float from 0.0 to"
+            " 1.0)."
+        )
+
+
+def window_size(batch_idx: int, total: float, accumulate: int) -> int:
+    """How many batches the accumulation window of ``batch_idx`` has: fewer at the end of an epoch of known length."""
+    start = batch_idx - batch_idx % accumulate
+    return int(min(accumulate, total - start))
+
+
+def total_steps(durations: Durations, batches: float, accumulate: int) -> float:
+    """The optimizer steps of a fit with this many batches an epoch; infinity where nothing bounds them."""
+    bound = math.inf if durations.max_steps == -1 else durations.max_steps
+    if durations.max_epochs == -1:
+        return bound
+    if batches == math.inf and durations.max_epochs:
+        return bound
+    return min(math.ceil(batches / accumulate) * durations.max_epochs, bound)
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationSchedule:
+    """When validation runs in fit."""
+
+    every_n_batches: float
+    """Infinity: only at the end of an epoch of unknown length, or by time."""
+    every_n_epochs: int | None
+    """None: batches are counted across epochs."""
+    every: timedelta | None = None
+    at_epoch_end: bool = False
+    """After the epoch's last batch, whatever its number."""
+
+    @classmethod
+    def resolve(cls, interval: Any, every_n_epochs: int | None, num_batches: float) -> ValidationSchedule:
+        """Compute it from ``val_check_interval``, ``check_val_every_n_epoch`` and the number of training batches."""
+        if isinstance(interval, (str, dict, timedelta)):
+            return cls(math.inf, every_n_epochs, parse_duration(interval, "val_check_interval"))
+        if isinstance(interval, int):
+            if every_n_epochs is not None and interval > num_batches:
+                raise MisconfigurationException(
+                    f"val_check_interval={interval} is more than the {num_batches} training batches of an epoch, so"
+                    " validation would never run: lower it, or set check_val_every_n_epoch=None to count batches"
+                    " across epochs."
+                )
+            return cls(interval, every_n_epochs)
+        if num_batches == math.inf:
+            if interval != 1.0:
+                raise MisconfigurationException(
+                    f"val_check_interval={interval} is a fraction of a training loader whose length is unknown: give a"
+                    " number of batches (an int)."
+                )
+            return cls(math.inf, every_n_epochs)
+        return cls(max(1, int(num_batches * interval)), every_n_epochs, at_epoch_end=interval == 1.0)
+
+    def in_epoch(self, epoch: int) -> bool:
+        """Whether validation runs at all in the epoch after ``epoch`` completed ones."""
+        return self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs == 0
+
+    def due(self, epoch: int, batch: int, batches: int, *, is_last: bool) -> bool:
+        """Whether validation follows the batch that has just been trained on, where batches decide and not time.
+
+        Args:
+            epoch: completed epochs.
+            batch: batches of this epoch so far, this one included.
+            batches: batches of all epochs so far, this one included.
+            is_last: whether it is the epoch's last.
+        """
+        if not self.in_epoch(epoch):
+            return False
+        if self.at_epoch_end or self.every_n_batches == math.inf:
+            return is_last
+        count = batches if self.every_n_epochs is None else batch
+        return count % self.every_n_batches == 0
+
+
+def check_validation_arguments(interval: Any, every_n_epochs: Any) -> None:
+    """Refuse impossible ``val_check_interval`` and ``check_val_every_n_epoch`` before anything starts."""
+    if isinstance(interval, (str, dict, timedelta)):
+        parse_duration(interval, "val_check_interval")
+    elif isinstance(interval, bool) or not isinstance(interval, (int, float)):
+        raise MisconfigurationException(
+            f"val_check_interval={interval!r} must be an int (batches), a float (fraction of an epoch) or a duration."
+        )
+    elif (isinstance(interval, int) and interval < 1) or (isinstance(interval, float) and not 0.0 < interval <= 1.0):
+        raise MisconfigurationException(
+            f"val_check_interval={interval!r} must be at least 1 batch, or a fraction above 0.0 and up to 1.0."
+        )
+    if every_n_epochs is None:
+        if isinstance(interval, float):
+            raise MisconfigurationException(
+                f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={interval!r} must be"
+                " an int or a duration."
+            )
+    elif isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
+        raise MisconfigurationException(
+            f"check_val_every_n_epoch={every_n_epochs!r} must be an integer of at least 1, or None."
+        )

@@ -1,0 +1,60 @@
+"""Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from treadle.run.dispatch import overrides
+from treadle_fabric import MisconfigurationException
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from treadle.run.run import Run
+
+__all__ = ["Clipping"]
+
+
+class Clipping:
+    """Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
+
+    def __init__(self, run: Run, value: float | None, algorithm: str | None) -> None:
+        from treadle.module.module import LightningModule
+
+        module = run.module
+        assert run.wrapped is not None
+        self._strategy, self._engine = run.fabric.strategy, run.wrapped.forward_module
+        self._value, self._algorithm = value, algorithm
+        self._dispatch = run.dispatch
+        self._hook = (
+            module.configure_gradient_clipping
+            if overrides(module, "configure_gradient_clipping", LightningModule)
+            else None
+        )
+        self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else self.clip
+        self.active = bool(value) or self._hook is not None or self._clip != self.clip
+
+    def __call__(self, optimizer: Optimizer) -> None:
+        if self._hook is not None:
+            self._dispatch.run("configure_gradient_clipping", self._hook, optimizer, self._value, self._algorithm)
+        else:
+            self._dispatch.run("clip_gradients", self._clip, optimizer, self._value, self._algorithm)
+
+    def clip(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
+        """Clip the gradients of ``optimizer``; with the Trainer's own value or algorithm they must agree."""
+        if value is None:
+            value = self._value
+        elif self._value is not None and self._value != value:
+            raise MisconfigurationException(
+                f"clip_gradients got gradient_clip_val={value}, the Trainer has {self._value}: give it in one place."
+            )
+        algorithm = algorithm or self._algorithm or "norm"
+        if algorithm not in ("norm", "value"):
+            raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'.")
+        if not value:
+            return
+        raw = getattr(optimizer, "optimizer", optimizer)
+        if algorithm == "value":
+            self._strategy.clip_gradients_value(self._engine, raw, value)
+        else:
+            self._strategy.clip_gradients_norm(self._engine, raw, value, error_if_nonfinite=False)

@@ -1,0 +1,353 @@
+"""The metric bus behind ``self.log``: values go into slots, and leave them together.
+
+Logging a value stores it on its device and returns. Values come to the host in one transfer when a logger writes, the
+bar redraws or a callback asks. At the end of an epoch one packed collective reduces the scalars of all slots over the
+ranks, weighted by the number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from treadle.metrics.reduction import REDUCTIONS, Row, compute_alone, reduce_over_ranks
+from treadle_fabric import MisconfigurationException
+from treadle_fabric.batches import infer_batch_size
+
+if TYPE_CHECKING:
+    from treadle.module.module import LightningModule
+    from treadle_fabric import Fabric
+from treadle.metrics.options import OPTIONS, LogOptions
+from treadle.metrics.slot import Slot, stack
+from treadle.metrics.values import flatten_metrics, is_metric, step_value
+
+__all__ = ["Results"]
+
+_STEP_HOOKS: Final = frozenset(
+    """training_step on_train_batch_start on_train_batch_end on_before_zero_grad optimizer_zero_grad on_before_backward
+    backward on_after_backward on_before_optimizer_step optimizer_step configure_gradient_clipping clip_gradients
+    lr_scheduler_step""".split()
+)
+_EVAL_STEP_HOOKS: Final = frozenset(
+    """validation_step on_validation_batch_start on_validation_batch_end
+    test_step on_test_batch_start on_test_batch_end""".split()
+)
+_EPOCH_HOOKS: Final = frozenset(
+    """on_train_start on_train_epoch_start on_train_epoch_end on_validation_start on_validation_epoch_start
+    on_validation_epoch_end on_test_start on_test_epoch_start on_test_epoch_end""".split()
+)
+
+
+_KEPT: Final = ("value", "has_value", "fresh", "closed", "pending", "weights", "values", "total", "weight")
+
+
+class Results:
+    """The slots of one stage (training, or one evaluation), filled by :meth:`log`."""
+
+    def __init__(self, *, training: bool, fabric: Fabric) -> None:
+        self.training = training
+        self.hook = ""
+        """The hook that is running, set by whoever calls it: the defaults of ``log`` depend on it."""
+        self.batch: Any = None
+        self.batch_size: int | None = None
+        self.dataloader_idx: int | None = None
+        self.slots: dict[tuple[str, str, int | None], Slot] = {}
+        self.open = False
+        """Whether something was logged since epoch values were taken the last time."""
+        self._resumed_samples = 1.0  # of the batch that a checkpoint was saved in the end of
+        self._names: dict[str, str] = {}  # a final name -> the hook that logs it
+        self._fabric = fabric
+        self.alone = fabric.world_size == 1
+        """Whether there are no other ranks to reduce over."""
+        self._roots: list[LightningModule] = []
+        """Where torchmetrics objects are looked up by path."""
+
+    def belongs_to(self, module: LightningModule) -> None:
+        """The module whose values are logged here."""
+        self._roots = [module]
+
+    def log(self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None) -> None:
+        """Store a value; see :meth:`treadle.LightningModule.log`."""
+        slot = self.slots.get((self.hook, name, self.dataloader_idx))
+        if slot is None or slot.options != options:
+            if isinstance(value, Mapping) or hasattr(value, "compute_groups"):
+                for key, item in flatten_metrics(value, f"{name}/"):
+                    self.log(module, key, item, options, batch_size)
+                return
+            slot = self._new_slot(name, options)
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise MisconfigurationException(
+                    f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}; one number is logged under"
+                    " a name: reduce it first, with `.mean()` say."
+                )
+            if value.ndim:
+                value = value.reshape(())
+            if not options[5]:
+                value = value.detach().clone()  # the caller may go on to change it in place
+        elif not isinstance(value, (int, float)):
+            if is_metric(value):
+                slot.metric = value
+                slot.value = step_value(value) if slot.on_step else None
+                slot.has_value = slot.fresh = self.open = True
+                return
+            value = _number(name, value)
+        slot.value = value
+        slot.has_value = slot.fresh = True
+        if slot.on_epoch:
+            self.open = True
+            if batch_size is None:
+                batch_size = self.batch_size
+                if batch_size is None:
+                    batch_size = self.batch_size = self._infer_batch_size(slot)
+            slot.accumulate(value, batch_size)
+
+    def _infer_batch_size(self, slot: Slot) -> int:
+        size = 1 if self.batch is None else infer_batch_size(self.batch)
+        if size is None and slot.reduce == "mean":
+            raise MisconfigurationException(
+                f"`self.log({slot.name!r}, ...)` weights its mean over the epoch by the batch size, and the batch (a"
+                f" {type(self.batch).__name__}) has no tensor that would tell it: pass `batch_size`."
+            )
+        return 1 if size is None else size
+
+    def begin_batch(self, batch: Any) -> None:
+        """The batch that values logged from now on belong to; None outside batches."""
+        self.batch = batch
+        self.batch_size = None
+
+    def reset(self) -> None:
+        """Forget values and metric objects' states; the epoch is over."""
+        for slot in self.slots.values():
+            if slot.metric is not None and slot.on_epoch:
+                slot.metric.reset()
+        self.slots.clear()
+        self.open = False
+        self._names.clear()
+        self.begin_batch(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The slots of the unfinished epoch, as tensors and plain containers; every rank calls it.
+
+        Of a callable reduction its result so far is kept, which counts until the callable is passed again.
+        """
+        slots = []
+        everywhere = self._gathered()
+        for (hook, name, loader), slot in self.slots.items():
+            path = next((n for m in self._roots for n, child in m.named_modules() if child is slot.metric), None)
+            entry = {"key": (hook, name, loader), "metric": path, **{k: getattr(slot, k) for k in _KEPT}}
+            reduction: Any = slot.reduce
+            if callable(slot.reduce):
+                values = everywhere.get(f"{slot.name}{slot.suffix} in {hook}", slot.values + slot.pending)
+                reduction, entry["reduced"] = "", slot.reduce(stack(values)) if values else None
+            slots.append({**entry, "options": (*slot.options[:4], reduction, *slot.options[5:])})
+        return {"slots": slots, "samples": self._samples()}
+
+    def _gathered(self) -> dict[str, Any]:
+        """The values of all ranks for callable reductions; the ranks may have logged different names."""
+        if self.alone:
+            return {}
+        rows: list[Row] = [
+            (f"{slot.name}{slot.suffix} in {hook}", "gather", slot.values + slot.pending, 0.0)
+            for (hook, _, _), slot in self.slots.items()
+            if callable(slot.reduce) and not slot.rank_zero_only
+        ]
+        return reduce_over_ranks(self._fabric, rows)
+
+    def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave; ``metrics`` are the module's torchmetrics objects by path."""
+        self.reset()
+        for entry in state["slots"]:
+            self.hook, name, self.dataloader_idx = entry["key"]
+            options = tuple(entry["options"])
+            if "reduced" in entry:
+                options = (*options[:4], _Reduced(entry["reduced"]), *options[5:])
+            slot = self._new_slot(name, options)
+            for key in _KEPT:
+                setattr(slot, key, entry[key])
+            slot.metric = metrics.get(entry["metric"]) if entry["metric"] is not None else None
+        self.hook, self.dataloader_idx, self.open = "", None, True
+        self._resumed_samples = state.get("samples", 1.0)
+
+    def _new_slot(self, name: str, options: LogOptions) -> Slot:
+        hook = self.hook
+        _, _, on_step, on_epoch, reduce_fx, _, _, add_idx, _ = options
+        if not isinstance(name, str):
+            raise MisconfigurationException(f"`self.log` got the name {name!r}; a name is a string.")
+        if hook not in _STEP_HOOKS and hook not in _EVAL_STEP_HOOKS and hook not in _EPOCH_HOOKS:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, ...)` was called in `{hook or 'code outside the hooks of a run'}`, where nothing"
+                " can be logged: log in a step or an epoch hook, or use `self.logger` directly."
+            )
+        in_batch = hook not in _EPOCH_HOOKS
+        if on_step and not in_batch:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, on_step=True)` was called in `{hook}`, which has no steps: use on_epoch=True."
+            )
+        on_step = (self.training and in_batch) if on_step is None else on_step
+        on_epoch = (not (self.training and in_batch)) if on_epoch is None else on_epoch
+        if not on_step and not on_epoch:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing: set one of them."
+            )
+        if reduce_fx not in REDUCTIONS and not callable(reduce_fx):
+            raise MisconfigurationException(
+                f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a"
+                " callable."
+            )
+        key = (hook, name, self.dataloader_idx)
+        if key in self.slots and _same_code(self.slots[key].options, options):
+            slot = self.slots[key]
+            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
+            return slot
+        if key in self.slots:
+            both = zip(OPTIONS, self.slots[key].options, options, strict=True)
+            differ = ", ".join(f"{option}={one!r} and {option}={two!r}" for option, one, two in both if one != two)
+            raise MisconfigurationException(
+                f"`self.log({name!r}, ...)` was called twice in `{hook}` with different options, {differ}: use the same"
+                " options, or another name."
+            )
+        if add_idx and "/dataloader_idx_" in name:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, ...)`: add_dataloader_idx=True adds the loader to the name: leave it out."
+            )
+        several = self.dataloader_idx is not None and in_batch
+        suffix = f"/dataloader_idx_{self.dataloader_idx}" if several and add_idx else ""
+        final = name + suffix
+        if several and not add_idx and final in self._names:
+            raise MisconfigurationException(
+                f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own"
+                " name."
+            )
+        self._names.setdefault(final, hook)
+        slot = self.slots[key] = Slot(name, options, on_step, on_epoch)
+        slot.suffix = suffix
+        slot.loader = self.dataloader_idx
+        return slot
+
+    # ------------------------------------------------------------------------------------------------ what leaves
+
+    def latest(self, view: Literal["callback", "logged", "bar"]) -> dict[str, Any]:
+        """The last value of every step-logged name, as one of the three sees it in the middle of an epoch."""
+        out: dict[str, Any] = {}
+        for slot in self.slots.values():
+            if not (slot.on_step and slot.has_value):
+                continue
+            if view == "callback":
+                if not self.training:
+                    continue
+                if slot.forked and not slot.closed:
+                    out.update(slot.entries(slot.value))
+            elif not (slot.logger if view == "logged" else slot.prog_bar):
+                continue
+            out.update(slot.entries(slot.value, "_step"))
+        return out
+
+    def take_step_metrics(self) -> dict[str, Any]:
+        """For the loggers: what was logged on steps since the last call.
+
+        In training it is reduced over the ranks, weighted by the samples of the batch; every rank has to ask then.
+        """
+        out: dict[str, Any] = {}
+        rows: list[Row] = []
+        distributed = self.training and not self.alone  # evaluation may be uneven over ranks
+        samples = self._samples() if distributed else 1.0
+        for slot in self.slots.values():
+            if slot.on_step and slot.fresh and slot.logger:
+                slot.fresh = False
+                entries = slot.entries(slot.value, "_step")
+                out.update(entries)
+                if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
+                    weight = samples if slot.reduce == "mean" else 1.0
+                    rows += [(name, slot.reduce, value * weight if weight else 0.0, weight) for name, value in entries]
+        if distributed:
+            out.update(reduce_over_ranks(self._fabric, rows))
+        return out
+
+    def _samples(self) -> float:
+        if self.batch is None:
+            return self._resumed_samples
+        size = infer_batch_size(self.batch)
+        return 1.0 if size is None else float(size)
+
+    def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:
+        """The value of every epoch-logged slot that was not asked for yet: scalar tensors on the device, or numbers.
+
+        They are reduced over the ranks unless ``local``; every rank has to ask then, with or without values.
+        """
+        self.open = False
+        found: list[tuple[Slot, Any]] = []
+        rows: list[Row] = []
+        distributed = not self.alone and not local
+        slots = {k: s for k, s in self.slots.items() if s.on_epoch and s.has_value and not s.closed}
+        for (hook, _, _), slot in slots.items():
+            if distributed and not slot.rank_zero_only:
+                slot.fold()
+                name = f"{slot.name}{slot.suffix} in {hook}"
+                if slot.metric is not None:  # reduces over the ranks itself, if all have it
+                    rows.append((name, "count", None, 1.0))
+                elif callable(slot.reduce):
+                    rows.append((name, "gather", slot.values, 0.0))
+                else:
+                    rows.append((name, slot.reduce, 0.0 if slot.total is None else slot.total, slot.weight))
+        reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
+        for (hook, _, _), slot in slots.items():
+            slot.closed = True
+            value = reduced.get(f"{slot.name}{slot.suffix} in {hook}")
+            if slot.metric is not None:
+                value = (
+                    slot.metric.compute() if value in (None, self._fabric.world_size) else compute_alone(slot.metric)
+                )
+            elif isinstance(value, list):
+                slot.values, value = value, None
+            if value is None:
+                value = slot.compute()
+            if isinstance(value, Tensor) and value.numel() == 1:
+                value = value.reshape(())
+                if value.dtype == torch.float64 and slot.metric is None:
+                    value = value.to(torch.get_default_dtype())
+            found.append((slot, value))
+        mine = {row[0] for row in rows}
+        return found + [_elsewhere(n, v) for n, v in reduced.items() if n not in mine and isinstance(v, Tensor)]
+
+
+class _Reduced:
+    """Stands for a callable reduction that a checkpoint could not keep."""
+
+    def __init__(self, result: Any) -> None:
+        self.result = result
+
+    def __call__(self, values: Any) -> Any:
+        return self.result
+
+
+def _same_code(one: LogOptions, other: LogOptions) -> bool:
+    """Whether only ``reduce_fx`` differs, and only because a lambda is made anew each time or training was resumed."""
+    code = getattr(one[4], "__code__", None)
+    same = code is not None and code is getattr(other[4], "__code__", None)
+    same |= isinstance(one[4], _Reduced) or one[4] == REDUCTIONS.get(other[4], other[4])
+    return same and one[:4] + one[5:] == other[:4] + other[5:]
+
+
+def _elsewhere(row: str, value: Tensor) -> tuple[Slot, Any]:
+    """What only other ranks logged, because this one had no samples say; every rank is to know it."""
+    label, _, _ = row.rpartition(" in ")
+    name, mark, loader = label.partition("/dataloader_idx_")
+    slot = Slot(name, (False, False, None, None, "mean", False, False, True, False), on_step=False, on_epoch=True)
+    slot.suffix, slot.loader = mark + loader, int(loader) if mark else None
+    return slot, value.to(torch.get_default_dtype())
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)  # numpy scalars among others
+    except (TypeError, ValueError):
+        raise MisconfigurationException(
+            f"`self.log({name!r}, ...)` got {type(value).__name__}; a number, a tensor of one element, a torchmetrics"
+            " object or a dictionary of these can be logged."
+        ) from None

@@ -1,0 +1,114 @@
+"""The newest value of every logged name, from the slots of all stages of a run (:mod:`treadle.metrics.bus`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treadle.metrics.bus import Results
+from treadle.metrics.values import to_floats
+
+__all__ = ["Metrics"]
+
+
+class Metrics:
+    """What was logged in a run, as callbacks, loggers and the progress bar see it.
+
+    Epoch values, and the last step values of stages that are over, are kept here. Step values of the active stage are
+    looked up in its slots when somebody asks.
+    """
+
+    def __init__(self) -> None:
+        self._callback: dict[str, Any] = {}
+        self._logged: dict[str, Any] = {}
+        self._bar: dict[str, Any] = {}
+        self.active: Results | None = None
+        """The stage that is running; its step values are looked up when somebody asks, not before."""
+
+    @property
+    def callback(self) -> dict[str, Tensor]:
+        """Name -> scalar tensor, the newest value of everything logged."""
+        return _tensors({**self._callback, **self.active.latest("callback")} if self.active else self._callback)
+
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """Name -> scalar tensor, the newest value of what goes to the loggers."""
+        return _tensors({**self._logged, **self.active.latest("logged")} if self.active else self._logged)
+
+    @property
+    def bar(self) -> dict[str, float]:
+        """Name -> number, what the progress bar shows; reading it brings the values to the host."""
+        return to_floats({**self._bar, **self.active.latest("bar")} if self.active else self._bar)
+
+    def detached(self) -> Metrics:
+        """A copy on the CPU, which other processes can read."""
+        copy = Metrics()
+        for name in ("_callback", "_logged", "_bar"):
+            values = getattr(self, name)
+            getattr(copy, name).update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()})
+        return copy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything known so far, as tensors and numbers."""
+        return {"callback": dict(self._callback), "logged": dict(self._logged), "bar": dict(self._bar)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        self._callback, self._logged, self._bar = dict(state["callback"]), dict(state["logged"]), dict(state["bar"])
+
+    def clear(self) -> None:
+        """Forget everything, as after a sanity check."""
+        self._callback.clear()
+        self._logged.clear()
+        self._bar.clear()
+
+    def keep(self, results: Results) -> None:
+        """Keep the last step values of a stage that is left."""
+        if not results.slots:
+            return
+        self._callback.update(results.latest("callback"))
+        self._logged.update(results.latest("logged"))
+        self._bar.update(results.latest("bar"))
+
+    def close_epoch(
+        self, results: Results, *, local: bool = False, loaders: int = 1
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Take the epoch values of a stage: of every slot with ``on_epoch`` and a value that was not taken before.
+
+        A slot counts as taken once this has reduced it, until the next epoch empties it; so a second call gives only
+        what was logged first in between. Without ``local`` it is a collective: every rank calls it, also one without
+        values.
+
+        Args:
+            results: of the stage.
+            local: take this rank's own values, without a collective.
+            loaders: of the evaluation; 1 in training.
+
+        Returns:
+            What goes to the loggers, and for every dataloader its names and values. A name has the suffix ``_epoch``
+            where step values are logged under it too.
+        """
+        if local or not results.training:  # the last time: until then they are looked up where they are
+            self.keep(results)
+        if not results.open and (local or results.alone):
+            return {}, [{} for _ in range(loaders)]
+        logged: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        per_loader: dict[int, dict[str, Any]] = {}
+        for slot, value in results.epoch_metrics(local=local):
+            for (name, scalar), (forked, _) in zip(slot.entries(value), slot.entries(value, "_epoch"), strict=True):
+                if slot.logger:
+                    logged[forked] = scalar
+                if slot.prog_bar:
+                    self._bar[forked] = scalar
+                self._callback[name] = self._callback[forked] = scalar
+                (shared if slot.loader is None else per_loader.setdefault(slot.loader, {}))[forked] = scalar
+        self._logged.update(logged)
+        return logged, [{**per_loader.get(i, {}), **shared} for i in range(loaders)]
+
+
+def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: v if isinstance(v, Tensor) else torch.tensor(float(v)) for name, v in values.items()}

@@ -1,0 +1,50 @@
+"""Where ``self.log`` sends a value: the metric bus of a run, or nowhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from treadle_fabric import rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.module.module import LightningModule
+from treadle.metrics.options import LogOptions
+from treadle.metrics.values import flatten_metrics, is_metric, step_value
+
+__all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink"]
+
+
+class MetricSink(Protocol):
+    """What ``self.log`` writes to."""
+
+    def log(
+        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None
+    ) -> None: ...
+
+
+class _NotLogging:
+    """Where values go without a trainer: to the Fabric that set the module up, if any."""
+
+    def log(self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None) -> None:
+        if module.fabric is None or module._trainer is not None:
+            where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
+            rank_zero_warn(
+                f"`self.log({name!r}, ...)` was called {where}; the value is dropped. Log in a hook of a run, or after"
+                " `fabric.setup(module)`."
+            )
+        elif options[1] is not False:
+            for key, scalar in flatten_metrics({name: value}):
+                module.fabric.log(key, step_value(scalar) if is_metric(scalar) else scalar)
+
+
+NOT_LOGGING: Final = _NotLogging()
+
+
+class _Nowhere:
+    """Where values go when a batch runs again."""
+
+    def log(self, *args: Any) -> None:
+        pass
+
+
+NOWHERE: Final = _Nowhere()

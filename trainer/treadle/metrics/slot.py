@@ -1,0 +1,126 @@
+"""A slot: the values logged under one name, until they are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from treadle.metrics.options import LogOptions
+from treadle.metrics.reduction import REDUCTIONS, Reduction
+from treadle.metrics.values import flatten_metrics
+
+__all__ = ["Slot"]
+_ON_TENSORS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
+_ON_NUMBERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"sum": sum, "min": min, "max": max}
+_FOLD_EVERY: Final = 256  # pending values are summed in one operation, this many at a time
+
+
+class Slot:
+    """One logged name in one hook (and loader): its latest value, and what its epoch value is made of."""
+
+    __slots__ = (
+        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step",
+        "options", "pending", "prog_bar", "rank_zero_only", "reduce", "suffix", "total", "value", "values",
+        "weight", "weights",
+    )  # fmt: skip
+
+    def __init__(self, name: str, options: LogOptions, on_step: bool, on_epoch: bool) -> None:
+        self.name, self.suffix = name, ""
+        self.options = options
+        self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
+        self.prog_bar, self.logger = options[0], options[1] is not False
+        self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options[4], options[4])  # type: ignore[arg-type]
+        self.rank_zero_only = options[8]
+        self.metric: Any = None
+        self.loader: int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the epoch."""
+        self.value: Any = None
+        self.has_value = self.fresh = self.closed = False
+        self.pending: list[Any] = []
+        self.weights: list[float] = []
+        self.values: list[Any] = []  # all of them, for a callable reduction
+        self.total: Any = None
+        self.weight = 0.0
+
+    def entries(self, value: Any, fork: str = "") -> list[tuple[str, Any]]:
+        """A value under the names it leaves with; ``fork`` is added where step and epoch values both do."""
+        end = (fork if self.forked else "") + self.suffix
+        if isinstance(value, Mapping):  # a torchmetrics object may compute several
+            return [(name + end, scalar) for name, scalar in flatten_metrics(value, f"{self.name}/")]
+        return [(self.name + end, value)]
+
+    def accumulate(self, value: Any, weight: float) -> None:
+        """Take a value into the epoch's reduction."""
+        if not weight and self.reduce == "mean":
+            return  # of no samples: it counts for nothing, and may be NaN
+        self.pending.append(value)
+        self.weights.append(weight)
+        if len(self.pending) >= _FOLD_EVERY:
+            self.fold()
+
+    def fold(self) -> None:
+        """Reduce what is pending in one operation, without waiting for the device."""
+        if not self.pending:
+            return
+        values, weights = self.pending, self.weights
+        self.pending, self.weights = [], []
+        if callable(self.reduce):
+            self.values += values
+            return
+        among = any(isinstance(v, Tensor) for v in values)
+        part = self._of_tensors(values, weights) if among else self._of_numbers(values, weights)
+        if self.total is None:
+            self.total = part
+        elif self.reduce in ("min", "max"):
+            pair = stack([self.total, part])
+            self.total = _ON_TENSORS[self.reduce](pair)
+        else:
+            self.total = self.total + part
+        self.weight += sum(weights)
+
+    def _of_numbers(self, values: list[Any], weights: list[float]) -> Any:
+        if self.reduce == "mean":
+            return sum(v * w for v, w in zip(values, weights, strict=True))
+        return _ON_NUMBERS[self.reduce](values)  # type: ignore[index]
+
+    def _of_tensors(self, values: list[Any], weights: list[float]) -> Tensor:
+        """With tensors among them it is one, whichever kind of value was logged last."""
+        if self.reduce in ("mean", "sum") and all(map(_is_at_hand, values)):
+            numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
+            return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64)
+        stacked = stack(values)
+        if self.reduce == "mean":
+            alike = weights.count(weights[0]) == len(weights)  # to send several to the device would wait for it
+            return stacked.sum() * weights[0] if alike else stacked @ stacked.new_tensor(weights)
+        return _ON_TENSORS[self.reduce](stacked)  # type: ignore[index]
+
+    def compute(self) -> Any:
+        """The epoch's value on this rank."""
+        if self.metric is not None:
+            return self.metric.compute()
+        self.fold()
+        if callable(self.reduce):
+            return self.reduce(stack(self.values))
+        if self.total is None:  # a mean over no samples
+            return float("nan")
+        return self.total / self.weight if self.reduce == "mean" else self.total
+
+
+def _is_at_hand(value: Any) -> bool:
+    """Whether it costs nothing to have it as a Python number, which is as exact as float64."""
+    return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
+
+
+def stack(values: list[Any]) -> Tensor:
+    """Scalars of any kind as one vector, in double precision where the device has it."""
+    device = next((v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if all(isinstance(v, Tensor) and v.device == device and v.dtype == values[0].dtype for v in values):
+        return torch.stack([v.reshape(()) for v in values]).to(dtype)
+    return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])

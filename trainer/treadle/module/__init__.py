@@ -1,0 +1,10 @@
+"""What users subclass: LightningModule, LightningDataModule, and the hooks they inherit.
+
+Start with ``hooks.py``, which has the order of all hooks. ``hparams.py`` keeps constructor arguments. Imports metrics,
+``checkpoint/loading.py`` and contracts.
+"""
+
+from treadle.module.datamodule import LightningDataModule
+from treadle.module.module import LightningModule
+
+__all__ = ["LightningDataModule", "LightningModule"]

@@ -1,0 +1,173 @@
+"""The datamodule: where the data of a run comes from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from treadle.checkpoint.loading import class_only, load_datamodule_from_checkpoint
+from treadle.module.hooks import DataHooks
+from treadle.module.hparams import HyperparametersMixin
+from treadle_fabric.data.samplers import sized_len
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle.trainer.trainer import Trainer
+
+__all__ = ["LightningDataModule"]
+
+D = TypeVar("D", bound="LightningDataModule")
+_LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
+
+
+class LightningDataModule(HyperparametersMixin, DataHooks):
+    """Everything about the data of a run in one place: fetching, splitting, loading and transfer.
+
+    Example:
+        >>> class Digits(LightningDataModule):
+        ...     def setup(self, stage):
+        ...         self.train, self.val = load_and_split()
+        ...     def train_dataloader(self):
+        ...         return DataLoader(self.train, batch_size=32, shuffle=True)
+        ...     def val_dataloader(self):
+        ...         return DataLoader(self.val, batch_size=64)
+    """
+
+    trainer: Trainer | None = None
+    """The trainer of the current run; ``None`` before the first."""
+    prepare_data_per_node: bool = True
+    """Whether :meth:`prepare_data` runs once on every node or once in all (where nodes share a file system)."""
+
+    def train_dataloader(self) -> Any:
+        """The training data: a loader, or a list or dictionary of loaders."""
+        raise _missing(self, "train_dataloader")
+
+    def val_dataloader(self) -> Any:
+        """The validation data: a loader or a list of loaders."""
+        raise _missing(self, "val_dataloader")
+
+    def test_dataloader(self) -> Any:
+        """The test data: a loader or a list of loaders."""
+        raise _missing(self, "test_dataloader")
+
+    def predict_dataloader(self) -> Any:
+        """The data to predict on: a loader or a list of loaders."""
+        raise _missing(self, "predict_dataloader")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """The run is ending with an exception, KeyboardInterrupt included."""
+
+    @class_only
+    def from_datasets(
+        cls: type[D],
+        train_dataset: Dataset[Any] | Iterable[Dataset[Any]] | Mapping[str, Dataset[Any]] | None = None,
+        val_dataset: Dataset[Any] | Iterable[Dataset[Any]] | None = None,
+        test_dataset: Dataset[Any] | Iterable[Dataset[Any]] | None = None,
+        predict_dataset: Dataset[Any] | Iterable[Dataset[Any]] | None = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        **datamodule_kwargs: Any,
+    ) -> D:
+        """A datamodule around datasets that exist already. Only the training data is shuffled.
+
+        Args:
+            train_dataset: A dataset, or a list or dictionary of datasets that are iterated side by side.
+            val_dataset: A dataset or a list of datasets.
+            test_dataset: The same.
+            predict_dataset: The same.
+            batch_size: Samples per batch. Handed to ``__init__`` too if it takes it.
+            num_workers: Loading processes per loader. Handed to ``__init__`` too if it takes it.
+            **datamodule_kwargs: Arguments of ``__init__``.
+        """
+        takes = {} if cls.__init__ is object.__init__ else inspect.signature(cls.__init__).parameters
+        any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        sizes = {"batch_size": batch_size, "num_workers": num_workers}
+        datamodule = cls(**{name: n for name, n in sizes.items() if any_name or name in takes}, **datamodule_kwargs)
+        given = zip(_LOADERS, (train_dataset, val_dataset, test_dataset, predict_dataset), strict=True)
+        for name, datasets in given:
+            if datasets is not None:
+                shuffle = name == "train_dataloader"
+                setattr(datamodule, name, partial(_make_loaders, datasets, shuffle=shuffle, **sizes))
+        return datamodule
+
+    @class_only
+    def load_from_checkpoint(
+        cls: type[D],
+        checkpoint_path: PathLike | IO[bytes],
+        map_location: Any = None,
+        hparams_file: PathLike | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> D:
+        """A datamodule made from the hyperparameters and the state in a checkpoint.
+
+        Args:
+            checkpoint_path: A path, a URL or an open file.
+            map_location: Where tensors go, as in :func:`torch.load`.
+            hparams_file: ``.yaml`` or ``.csv`` with hyperparameters, for a checkpoint that has none.
+            weights_only: ``False`` unpickles arbitrary objects: only for files you trust. Default: ``True``.
+            **kwargs: Arguments of ``__init__``; they win over the saved ones.
+        """
+        return load_datamodule_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, weights_only=weights_only, **kwargs
+        )
+
+    def __str__(self) -> str:
+        lines = (f"  {name.removesuffix('_dataloader')}: {_describe(getattr(self, name))}" for name in _LOADERS)
+        return "\n".join((type(self).__name__, *lines))
+
+
+def _missing(datamodule: LightningDataModule, name: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"{type(datamodule).__name__} does not define {name}(). Define it, or pass the loaders to the Trainer's method."
+    )
+
+
+def _make_loaders(datasets: Any, *, shuffle: bool, batch_size: int, num_workers: int) -> Any:
+    def make(dataset: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle and not isinstance(dataset, IterableDataset),
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    if isinstance(datasets, Mapping):
+        return {name: make(dataset) for name, dataset in datasets.items()}
+    if isinstance(datasets, Iterable) and not isinstance(datasets, Dataset):
+        return [make(dataset) for dataset in datasets]
+    return make(datasets)
+
+
+def _describe(make_loaders: Any) -> str:
+    try:
+        loaders = make_loaders()
+    except MisconfigurationException:
+        return "none"
+    except Exception as error:  # str() must not fail because setup() has not run yet
+        return f"not available yet ({type(error).__name__}: {error})"
+    return _describe_loaders(loaders)
+
+
+def _describe_loaders(loaders: Any) -> str:
+    if isinstance(loaders, Mapping):
+        return "; ".join(f"{name}: {_describe_loaders(loader)}" for name, loader in loaders.items())
+    if isinstance(loaders, list | tuple):
+        return "; ".join(f"{i}: {_describe_loaders(loader)}" for i, loader in enumerate(loaders)) or "none"
+    dataset = getattr(loaders, "dataset", loaders)
+    size = sized_len(dataset)
+    return f"{type(dataset).__name__}, {'unknown size' if size is None else f'{size} samples'}"

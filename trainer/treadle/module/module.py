@@ -1,0 +1,493 @@
+"""LightningModule: a model together with how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from treadle.checkpoint.loading import class_only, load_module_from_checkpoint
+from treadle.metrics.sinks import NOT_LOGGING, MetricSink
+from treadle.metrics.values import flatten_metrics
+from treadle.module.hooks import ModuleHooks
+from treadle.module.hparams import HyperparametersMixin
+from treadle_fabric import MisconfigurationException
+from treadle_fabric.types import PathLike
+
+if TYPE_CHECKING:
+    from treadle.callbacks import Callback
+    from treadle.trainer.trainer import Trainer
+    from treadle_fabric import Fabric
+    from treadle_fabric.loggers import Logger
+    from treadle_fabric.types import LRScheduler
+
+__all__ = ["STEP_OUTPUT", "LightningModule", "OptimizerLRScheduler"]
+
+STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
+OptimizerLRScheduler: TypeAlias = (
+    Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
+)
+
+
+class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
+    """A model, its steps, its optimizers and what happens at the hooks of a run.
+
+    Define ``training_step`` and ``configure_optimizers``, and ``validation_step``, ``test_step``, ``predict_step`` as
+    needed. The same module runs under :class:`treadle.Trainer`, and in a hand-written loop after
+    ``fabric.setup(module)``.
+    """
+
+    forward_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
+    """Methods that run through the strategy's engine and precision when called on the wrapped module."""
+    automatic_optimization: bool = True
+    """Whether the trainer steps the optimizer; False, in ``__init__`` or in the class, if ``training_step`` does."""
+    example_input_array: Any = None
+    """An input of ``forward``, for the graph, the summary and the export to ONNX."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trainer: Trainer | None = None
+        self._fabric: Fabric | None = None
+        self._metrics: MetricSink = NOT_LOGGING
+        self._toggled: dict[int, list[tuple[nn.Parameter, bool]]] = {}
+        self._strict_loading: bool | None = None
+
+    # ------------------------------------------------------------------------------------------------ where it runs
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer that runs this module; a RuntimeError where none does."""
+        if self._trainer is None:
+            raise RuntimeError(
+                f"{type(self).__qualname__} is not attached to a `Trainer`: `self.trainer` is there inside "
+                "fit, validate, test and predict. In a Fabric loop use `self.fabric`."
+            )
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        self._trainer = trainer
+        for child in self.children():
+            if isinstance(child, LightningModule):
+                child.trainer = trainer
+
+    @property
+    def fabric(self) -> Fabric | None:
+        """The Fabric that this module was set up with, in a hand-written loop and under the trainer."""
+        return self._fabric
+
+    @fabric.setter
+    def fabric(self, fabric: Fabric | None) -> None:
+        self._fabric = fabric
+        for child in self.children():
+            if isinstance(child, LightningModule):
+                child.fabric = fabric
+
+    def attach(self, trainer: Trainer | None, metrics: MetricSink = NOT_LOGGING) -> None:
+        """Called by the trainer when a run begins and, without ``metrics``, when it ends."""
+        self.trainer = trainer
+        for module in self.modules():
+            if isinstance(module, LightningModule):
+                module.attach_metrics(metrics)
+
+    def attach_metrics(self, metrics: MetricSink) -> None:
+        """Called by the trainer when a stage begins: where :meth:`log` goes."""
+        self.__dict__["_metrics"] = metrics  # past nn.Module.__setattr__, which is slow
+
+    @property
+    def current_epoch(self) -> int:
+        """The number of completed epochs; 0 without a trainer."""
+        return self._trainer.current_epoch if self._trainer else 0
+
+    @property
+    def global_step(self) -> int:
+        """The number of optimizer steps so far; 0 without a trainer."""
+        return self._trainer.global_step if self._trainer else 0
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank among all; 0 without a trainer."""
+        return self._trainer.global_rank if self._trainer else 0
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank on its node; 0 without a trainer."""
+        return self._trainer.local_rank if self._trainer else 0
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger, or None."""
+        return next(iter(self.loggers), None)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers of the trainer or the Fabric; empty without either."""
+        if self._trainer is not None:
+            return self._trainer.loggers
+        return list(self._fabric.loggers) if self._fabric is not None else []
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first parameter or buffer; CPU where there is none."""
+        tensor: Tensor | None = next(self.parameters(), None)
+        tensor = tensor if tensor is not None else next(self.buffers(), None)
+        return tensor.device if tensor is not None else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first floating-point parameter; torch's default dtype where there is none."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the module lies on a CUDA device."""
+        return self.device.type == "cuda"
+
+    @property
+    def device_mesh(self) -> Any:
+        """The strategy's device mesh; None where it has none."""
+        return getattr(self._trainer.strategy, "device_mesh", None) if self._trainer else None
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must have exactly this module's keys. Default: True."""
+        return True if self._strict_loading is None else self._strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict: bool) -> None:
+        self._strict_loading = strict
+
+    # ------------------------------------------------------------------------------------------------ what you define
+
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Compute the loss of ``(batch, batch_idx)``: a scalar tensor, a dict with ``loss``, or None to skip the batch.
+
+        The dict may also have a ``weight``, the number of tokens or samples that the loss is the mean of: batches of an
+        accumulation and of all ranks are averaged by it.
+
+        An argument called ``dataloader_iter`` instead gets the loader's iterator.
+        """
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `training_step`; fit needs one: define it.")
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Evaluate ``(batch, batch_idx, dataloader_idx=0)`` of the validation set."""
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `validation_step`: define it.")
+
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Evaluate ``(batch, batch_idx, dataloader_idx=0)`` of the test set."""
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `test_step`: define it.")
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Predict ``(batch, batch_idx, dataloader_idx=0)``. Default: ``self(batch)``."""
+        return self(args[0] if args else kwargs["batch"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimizers and schedulers.
+
+        Returns:
+            One optimizer; a list; a list of optimizers and a list of schedulers; a dict with ``optimizer`` and
+            ``lr_scheduler`` (a scheduler, or a dict: scheduler, interval="epoch", frequency=1, monitor, strict=True,
+            name); a list of such dicts; or None to train without an optimizer.
+        """
+        raise MisconfigurationException(
+            f"{type(self).__qualname__} has no `configure_optimizers`; fit needs one: define it (it may return None)."
+        )
+
+    def configure_callbacks(self) -> Callback | list[Callback]:
+        """Callbacks this model needs; one of a type that the Trainer has too replaces that. Default: none."""
+        return []
+
+    def configure_model(self) -> None:
+        """Create layers here, rather than in ``__init__``, when they should be made on their device or sharded."""
+
+    def train_dataloader(self) -> Any:
+        """The training batches: an iterable, or a list, tuple or dict of them."""
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `train_dataloader`.")
+
+    def val_dataloader(self) -> Any:
+        """The validation batches: an iterable or a list of them."""
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `val_dataloader`.")
+
+    def test_dataloader(self) -> Any:
+        """The test batches: an iterable or a list of them."""
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `test_dataloader`.")
+
+    def predict_dataloader(self) -> Any:
+        """The batches to predict: an iterable or a list of them."""
+        raise MisconfigurationException(f"{type(self).__qualname__} has no `predict_dataloader`.")
+
+    # ------------------------------------------------------------------------------------------------ optimization
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+        """The optimizers, for manual optimization: one, or a list where there are several.
+
+        Args:
+            use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and counting.
+        """
+        found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
+        return found[0] if len(found) == 1 else list(found)
+
+    def lr_schedulers(self) -> LRScheduler | list[LRScheduler] | None:
+        """The learning-rate schedulers: one, a list, or None where there is none."""
+        found = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return found[0] if len(found) == 1 else (found or None)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run backward on ``loss`` in manual optimization, through precision and strategy."""
+        if self._fabric is not None and self._trainer is None:
+            self._fabric.strategy.expect_backward(loss)
+            self._fabric.backward(loss, *args, **kwargs)
+            return
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                "`manual_backward` is for manual optimization: set `self.automatic_optimization = False` in `__init__`."
+            )
+        self.trainer.manual_backward(loss, *args, **kwargs)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run backward on ``loss``. Override to do it your way."""
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step ``optimizer``. Override to step it differently; the closure runs forward, backward and clipping."""
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Zero the gradients. Override to do it differently."""
+        optimizer.zero_grad()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a scheduler; ``metric`` is the value it monitors, or None."""
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients before the step. Override and call :meth:`clip_gradients` to do it differently."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of ``optimizer`` by global norm or by value.
+
+        Args:
+            optimizer: whose parameters to clip.
+            gradient_clip_val: the largest norm or absolute value. Default: none, nothing is clipped.
+            gradient_clip_algorithm: "norm" (default) or "value".
+        """
+        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def toggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
+        others = {
+            p
+            for other in self.trainer.optimizers
+            for group in other.param_groups
+            for p in group["params"]
+            if p not in mine
+        }
+        self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
+        for p in others:
+            p.requires_grad_(False)
+
+    def untoggle_optimizer(self, optimizer: Optimizer) -> None:
+        """Put back what :meth:`toggle_optimizer` changed."""
+        for p, required in self._toggled.pop(_identity(optimizer), []):
+            p.requires_grad_(required)
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:
+        """:meth:`toggle_optimizer` for the length of a with block."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
+
+    # ------------------------------------------------------------------------------------------------ logging
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any | None = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Log a value to the progress bar, the loggers and the callbacks.
+
+        Args:
+            name: the metric's name.
+            value: a number, a tensor of one element, a torchmetrics object, or a (nested) dict of these.
+            prog_bar: show it in the progress bar.
+            logger: send it to the loggers. Default: True.
+            on_step: log the value of each step. Default: True in training batches, else False.
+            on_epoch: log the reduction over the epoch. Default: True outside training batches, else False.
+                With both, the names are ``name_step`` and ``name_epoch``.
+            reduce_fx: "mean" (weighted by ``batch_size``), "min", "max", "sum", or a callable on the stacked values.
+            enable_graph: keep the autograd graph of the value.
+            sync_dist: not needed: values that go to the loggers or are reduced over the epoch are reduced over all
+                ranks, weighted by samples, in one collective for all names.
+            sync_dist_group: not needed either.
+            add_dataloader_idx: add ``/dataloader_idx_N`` to the name where there are several loaders.
+            batch_size: the weight of this value. Default: the first dimension of the batch's first tensor.
+            metric_attribute: the module's attribute that holds the torchmetrics object; not needed.
+            rank_zero_only: only rank 0 logs this name; it is never reduced over ranks.
+
+        Raises:
+            MisconfigurationException: in a hook where nothing can be logged; for a value that is no scalar; where a
+                name is logged again with other options.
+        """
+        self._metrics.log(
+            self,
+            name,
+            value,
+            (
+                prog_bar,
+                logger,
+                on_step,
+                on_epoch,
+                reduce_fx,
+                enable_graph,
+                sync_dist,
+                add_dataloader_idx,
+                rank_zero_only,
+            ),
+            batch_size,
+        )
+
+    def log_dict(
+        self,
+        dictionary: Mapping[str, Any],
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[[Any], Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any | None = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Log every entry of a dictionary or a torchmetrics ``MetricCollection``; arguments as in :meth:`log`."""
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
+        )  # fmt: skip
+        for name, value in flatten_metrics(dictionary):
+            self._metrics.log(self, name, value, options, batch_size)
+
+    # ------------------------------------------------------------------------------------------------ other
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only, above the progress bar."""
+        if self._trainer is not None:
+            self._trainer.print(*args, **kwargs)
+        elif self._fabric is not None:
+            self._fabric.print(*args, **kwargs)
+        else:
+            print(*args, **kwargs)
+
+    def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
+        """Gather tensors of every rank: each ``(...)`` becomes ``(world_size, ...)``."""
+        fabric = self._fabric or self.trainer.fabric
+        return fabric.all_gather(data, group=group, sync_grads=sync_grads)
+
+    def freeze(self) -> None:
+        """Let no parameter require a gradient, and switch to evaluation mode."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Let every parameter require a gradient, and switch to training mode."""
+        self.requires_grad_(True)
+        self.train()
+
+    @class_only
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: PathLike | IO[bytes],
+        map_location: Any = None,
+        hparams_file: PathLike | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make the module with the hyper-parameters of a checkpoint and load its weights.
+
+        Args:
+            checkpoint_path: a checkpoint of this library or of Lightning 2.x.
+            map_location: where tensors go. Default: CPU.
+            hparams_file: a .yaml or .csv file with the hyper-parameters, instead of the checkpoint's.
+            strict: whether keys must match exactly. Default: the module's ``strict_loading``.
+            weights_only: False unpickles arbitrary objects; only for files you trust. Default: True.
+            **kwargs: override hyper-parameters, or give those that were not saved.
+
+        Raises:
+            CheckpointError: the file is missing, damaged, unsafe or does not match.
+            MisconfigurationException: arguments of ``__init__`` are missing.
+        """
+        return load_module_from_checkpoint(
+            cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+        )
+
+    def to_onnx(self, file_path: str | Path | Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
+        """Export ``forward`` to ONNX.
+
+        Args:
+            file_path: where to; None returns the exported program.
+            input_sample: an input; default: ``example_input_array``.
+            **kwargs: passed to :func:`torch.onnx.export`.
+        """
+        sample = self.example_input_array if input_sample is None else input_sample
+        if sample is None:
+            raise MisconfigurationException(
+                "to_onnx needs an input: pass `input_sample` or set `self.example_input_array`."
+            )
+        mode = self.training
+        inputs = sample if isinstance(sample, tuple) else (sample,)
+        try:
+            return torch.onnx.export(self.eval(), inputs, file_path, **kwargs)
+        finally:
+            self.train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING)  # a copy of the model is not a copy of its run
+        return state
+
+
+def _identity(optimizer: Optimizer) -> int:
+    return id(getattr(optimizer, "optimizer", optimizer))

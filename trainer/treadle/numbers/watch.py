@@ -1,0 +1,342 @@
+"""``Trainer(on_nonfinite=...)``: losses and gradients that are NaN or infinite, found before the optimizer steps."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shlex
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from treadle.checkpoint.content import plain
+from treadle.checkpoint.exact import moment, restore_metrics
+from treadle.metrics.sinks import NOWHERE
+from treadle.module.module import LightningModule
+from treadle.run.dispatch import overrides
+from treadle_fabric import NonFiniteError, TorchCheckpointIO, map_tensors, move_data_to_device
+from treadle_fabric.errors import CheckpointError
+from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
+from treadle_fabric.rank_zero import warn_user
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from treadle.run.run import Run
+from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
+
+__all__ = ["NonFiniteWatch"]
+
+_MAX_NAMED: Final = 5
+_MAX_TOLD: Final = 3
+"""Warnings in full, and files, of a run and rank; what comes after is counted."""
+_PLAIN: Final = (type(None), bool, int, float, complex, str, bytes)
+
+
+@dataclass
+class _Record:
+    """A micro-batch as it was before its forward pass, and its loss."""
+
+    batch_idx: int
+    batch: Any = None
+    rest: tuple[Any, ...] = ()  # the step's other arguments
+    rng: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    loss: Tensor | None = None
+    taken: bool = False  # its loss was differentiated
+    exact: bool = False  # and neither divided nor weighted
+
+
+class NonFiniteWatch:
+    """Checks losses and gradients before each optimizer step; all ranks come to the same decision.
+
+    Args:
+        run: the run.
+        mode: "raise", "skip" (leave the step out) or "warn" (step all the same).
+        root: the folder in which the files go, into ``nonfinite/``.
+    """
+
+    def __init__(self, run: Run, mode: str, root: str) -> None:
+        self._run, self._mode = run, mode
+        self._folder = os.path.join(root if "://" in root else os.path.abspath(root), "nonfinite")
+        self._records: list[_Record] = []
+        self._count = 0
+        self._wants_iterator = False
+        module = run.module
+        self._reruns = module.automatic_optimization
+        self._touched = bool(run.dispatch.listeners("on_after_backward")) or overrides(
+            module, "backward", LightningModule
+        )
+
+    def observe(self, step: Callable[..., Any], *, wants_iterator: bool) -> Callable[..., Any]:
+        """``training_step``, keeping what is needed to run it once more."""
+        progress, module = self._run.progress, self._run.module
+        self._reruns = self._reruns and not wants_iterator
+
+        def observed(batch: Any, *rest: Any) -> Any:
+            record = _Record(progress.batch)
+            if self._reruns:
+                record.batch, record.rest = map_tensors(batch, lambda t: t.detach().clone()), rest
+                record.rng = collect_rng_states()
+                record.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+            self._records.append(record)
+            output = step(batch, *rest)
+            record.loss = loss_of(output)
+            return output
+
+        return observed
+
+    def take(self, loss: Tensor) -> None:
+        """A loss that is differentiated now."""
+        if not self._run.module.automatic_optimization:
+            self._records.append(_Record(self._run.progress.batch, loss=loss.detach(), taken=True))
+            return
+        record = self._records[-1]
+        assert record.loss is not None
+        record.taken, record.exact, record.loss = True, loss is record.loss, record.loss.detach()
+
+    def forget(self) -> None:
+        """An accumulation was left unfinished, or ended with nothing to look at."""
+        self._records = []
+
+    def allows(self, optimizer: Optimizer | None) -> bool:
+        """Look at the losses since the last step, and at the gradients; every rank calls it.
+
+        Under a gradient scaler, infinite gradients are its own affair, and only losses are looked at.
+
+        Args:
+            optimizer: about to step; None in a fit without optimizers, where only losses are looked at.
+
+        Returns:
+            Whether the optimizer may step.
+
+        Raises:
+            NonFiniteError: something is not finite, in the mode "raise".
+        """
+        records, self._records = self._records, []
+        strategy = self._run.fabric.strategy
+        losses = [r.loss for r in records if r.taken and r.loss is not None]
+        scaled = strategy.precision.requires_fabric_backward
+        gradients = [] if optimizer is None or scaled else _gradients(optimizer)
+        flags = torch.stack([_any_nonfinite(each, strategy.root_device) for each in (losses, gradients)])
+        if strategy.world_size > 1:
+            flags = strategy.all_reduce(flags, reduce_op="sum")
+        if not any(flags.tolist()):
+            return True
+        self._count += 1
+        if self._mode == "raise" or self._count <= _MAX_TOLD:
+            message = self._explain(records, optimizer)
+            if self._mode == "raise":
+                other = "'skip' would leave such steps out" if optimizer is not None else "'warn' would go on"
+                raise NonFiniteError(f"{message} on_nonfinite={other}.")
+            what = "The step is skipped." if self._mode == "skip" else "The optimizer steps all the same."
+            if optimizer is None:
+                what = "`configure_optimizers` returned no optimizer that could be held back."
+            if strategy.is_global_zero:
+                warn_user(f"{message} {what}")
+        if self._mode == "warn":
+            return True
+        buffers = dict(self._run.module.named_buffers())  # running statistics would keep the values for good
+        spoilt = [name for name, b in buffers.items() if not is_finite(b)]
+        _put_back(buffers, {name: b for name, b in records[0].buffers.items() if name in spoilt} if records else {})
+        return False
+
+    def report(self) -> None:
+        """The end of fit: how often it was."""
+        if self._count and self._run.fabric.is_global_zero:
+            what = "were skipped" if self._mode == "skip" else "were taken all the same"
+            text = f"{self._count} optimizer step(s) with a loss or gradients that were not finite {what}."
+            if not self._run.optimizers:
+                text = f"{self._count} time(s) a loss was not finite."
+            warn_user(text)
+
+    # ------------------------------------------------------------------------------------------------ what it was
+
+    def _explain(self, records: list[_Record], optimizer: Optimizer | None) -> str:
+        """What is known of it, on all ranks the same text: the ranks in which it began say so."""
+        fabric = self._run.fabric
+        mine = self._diagnose(records, optimizer)
+        if fabric.world_size > 1:
+            everyone = [fabric.broadcast(mine, src=rank) for rank in range(fabric.world_size)]
+            mine = " ".join(text for text in everyone if text)
+        return mine or f"Gradients are not finite {self._where()}: {_listed(self._named(optimizer))}."
+
+    def _diagnose(self, records: list[_Record], optimizer: Optimizer | None) -> str:
+        """Find the micro-batch, and the layer; empty where all is well on this rank."""
+        fabric = self._run.fabric
+        bad = [r for r in records if r.taken and r.loss is not None and not bool(r.loss.isfinite().all())]
+        culprit, found = (bad[0] if bad else None), Findings()
+        if self._reruns:
+            # A step may wait for other ranks (`all_gather`, synchronized batch norm): all of them run all of theirs
+            several = fabric.world_size > 1
+            for record in records if several or culprit is None else [culprit]:
+                now = self._run_again(record)
+                if record is culprit or (culprit is None and record.taken and now.gradients):
+                    culprit, found = record, now
+                    if not several:
+                        break
+        if culprit is None:
+            return ""
+        alone = fabric.world_size == 1 and optimizer is not None  # without one, gradients of earlier batches stay
+        names = self._named(optimizer) if alone else found.gradients
+        loss = float("nan") if culprit.loss is None else culprit.loss.float().item()
+        what = "The loss is" if bad else "Gradients are not finite, with a loss of"
+        text = f"{what} {loss} {self._where(culprit.batch_idx)}."
+        if names:
+            text += f" Parameters with gradients that are not finite: {_listed(names)}."
+        if not self._reruns:
+            return text
+        if found.failure:
+            text += f" Running the batch again, to find the layer, failed: {found.failure}."
+        else:
+            text += f" {found.layer or 'No layer has an output that is not finite: it began in training_step itself.'}"
+        if self._count <= _MAX_TOLD:
+            exact = culprit.exact and alone and len(records) == 1 and not self._touched
+            exact = exact and not fabric.strategy.precision.requires_fabric_backward
+            fingerprint = digest({n: p.grad for n, p in trained_parameters(self._run.module)}) if exact else ""
+            text += f" {self._save(culprit, found, names, fingerprint)}"
+        return text
+
+    def _where(self, batch_idx: int | None = None) -> str:
+        progress, fabric = self._run.progress, self._run.fabric
+        batch = progress.batch if batch_idx is None else batch_idx
+        rank = f", rank {fabric.global_rank}" if fabric.world_size > 1 else ""
+        return f"at epoch {progress.epoch}, batch_idx {batch}, global_step {progress.step}{rank}"
+
+    def _named(self, optimizer: Optimizer | None) -> list[str]:
+        if optimizer is None:
+            return []
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [
+            f"{name} {tuple(p.shape)}"
+            for name, p in self._run.module.named_parameters()
+            if id(p) in held and p.grad is not None and not bool(values_of(p.grad).isfinite().all())
+        ]
+
+    def _run_again(self, record: _Record) -> Findings:
+        """Run a micro-batch once more; apart from attributes that the user's code counts up, it leaves no trace."""
+        run = self._run
+        module, buffers = run.module, dict(run.module.named_buffers())
+        before = {name: b.detach().clone() for name, b in buffers.items()}
+        metrics = moment(run)["metric_objects"]
+        with isolate_rng(), _silence(run.modules):
+            _put_back(buffers, record.buffers)
+            set_rng_states(record.rng)
+            try:
+                batch = map_tensors(record.batch, lambda t: t.clone())
+                return examine(module, run.fabric.strategy.precision, batch, *record.rest)
+            finally:
+                _put_back(buffers, before)
+                restore_metrics(run, metrics)
+
+    # ------------------------------------------------------------------------------------------------ the file
+
+    def _save(self, record: _Record, found: Findings, names: list[str], digest: str) -> str:
+        """Write the file of a micro-batch; returns what to say of it."""
+        run, progress = self._run, self._run.progress
+        name = f"epoch={progress.epoch}-step={progress.step}-batch={record.batch_idx}-rank={run.fabric.global_rank}"
+        path = os.path.join(self._folder, f"{name}.replay")
+        module, device = run.module, run.fabric.device
+        foreign = next(_foreign(record.batch), "")
+        bundle = {
+            "replay": 1,
+            "batch": None if foreign else move_data_to_device(record.batch, torch.device("cpu")),
+            "foreign": foreign,
+            "batch_idx": record.batch_idx,
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "rank": run.fabric.global_rank,
+            "world_size": run.fabric.world_size,
+            "rng": record.rng,
+            "parameters": {n: p.detach().cpu() for n, p in module.named_parameters()},
+            "buffers": {n: b.cpu() for n, b in record.buffers.items()},
+            "frozen": [n for n, p in module.named_parameters() if not p.requires_grad],
+            "evaluating": [n for n, m in module.named_modules() if not m.training],
+            "precision": run.fabric.strategy.precision.precision,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+            "deterministic": [
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+            ],
+            "class": _origin(type(module)),
+            "hyper_parameters": plain(dict(module.hparams), "hyper_parameters"),
+            "hparams_name": getattr(module, "_hparams_name", None),
+            "loss": None if record.loss is None else record.loss.detach().cpu(),
+            "gradients": names,
+            "layer": found.layer,
+            "digest": digest,
+            "torch": str(torch.__version__),
+        }
+        try:
+            TorchCheckpointIO().save_checkpoint(bundle, path)
+        except CheckpointError as error:
+            return f"It could not be kept for a replay: {error}"
+        return f"To run it again: `treadle replay {shlex.quote(path)}`."
+
+
+@contextmanager
+def _silence(modules: Iterable[LightningModule]) -> Generator[None]:
+    before = [(module, module.__dict__["_metrics"]) for module in modules]
+    for module, _ in before:
+        module.attach_metrics(NOWHERE)
+    try:
+        yield
+    finally:
+        for module, sink in before:
+            module.attach_metrics(sink)
+
+
+def _put_back(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in tensors:
+                tensors[name].copy_(value)
+
+
+def _origin(cls: type) -> dict[str, str]:
+    """Where a class comes from: its module, its name in there and its file."""
+    try:
+        file = os.path.abspath(inspect.getfile(cls))
+    except (TypeError, OSError):  # typed into a prompt
+        file = ""
+    return {"module": cls.__module__, "name": cls.__qualname__, "file": file}
+
+
+def _foreign(batch: Any) -> Iterator[str]:
+    """The types in a batch that a file cannot hold without code to make them again."""
+    if type(batch) in (list, tuple):
+        for item in batch:
+            yield from _foreign(item)
+    elif type(batch) is dict:
+        for key, value in batch.items():
+            yield from _foreign(key)
+            yield from _foreign(value)
+    elif type(batch) is not Tensor and type(batch) not in _PLAIN:
+        yield type(batch).__qualname__
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    found = (p.grad for group in optimizer.param_groups for p in group["params"])
+    return [values_of(gradient) for gradient in found if gradient is not None]
+
+
+def _any_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """1 where any is not finite, otherwise 0; nobody waits for the device."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+    largest = [
+        torch.stack(torch._foreach_norm(group, float("inf"))).isfinite().all().to(device) for group in groups.values()
+    ]
+    return 1.0 - torch.stack(largest).all().float() if largest else torch.zeros((), device=device)
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + rest if names else "none by name"

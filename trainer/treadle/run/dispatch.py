@@ -1,0 +1,170 @@
+"""Who is called at each hook, decided once per run."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from treadle.callbacks.callback import Callback
+from treadle.module.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
+from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.metrics.bus import Results
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
+
+__all__ = ["Dispatch", "check_hook_names", "check_signature", "overrides"]
+
+Listeners = tuple[Callable[..., Any], ...]
+MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
+"""They come apart, so that they see what the module logs in that hook."""
+_AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
+"""Here monitoring callbacks come after the module, so that what they save has nothing of the hook still to come."""
+_RETIRED: Final = {
+    "training_epoch_end": "on_train_epoch_end",
+    "validation_epoch_end": "on_validation_epoch_end",
+    "test_epoch_end": "on_test_epoch_end",
+}
+"""Hooks that Lightning had before 2.0."""
+
+
+def overrides(obj: object, name: str, base: type) -> bool:
+    """Whether ``obj`` has its own ``name``, in its class or on the instance, rather than the one of ``base``."""
+    method = getattr(obj, name, None)
+    return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
+
+
+def check_signature(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> None:
+    """Refuse a hook that cannot take what it will be called with.
+
+    Raises:
+        MisconfigurationException: names the hook, its signature and the right one.
+    """
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # builtins and mocks
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"`{owner}.{name}{signature}` cannot be called as the trainer calls it ({error}): "
+            f"define `{name}({', '.join(('self', *arguments))})`."
+        ) from None
+
+
+def check_hook_names(obj: object) -> None:
+    """Speak up about methods of a module or a callback that look like hooks, and that nobody would call.
+
+    Raises:
+        MisconfigurationException: a hook of Lightning 1.x, whose work would be lost.
+    """
+    for cls in type(obj).__mro__:
+        if cls.__module__.partition(".")[0] in ("treadle", "treadle_fabric", "torch"):
+            continue
+        for name in vars(cls):
+            if new := _RETIRED.get(name):
+                raise MisconfigurationException(
+                    f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and"
+                    f" define `{new}(self)`, which replaces it."
+                )
+            if name.startswith("on_") and not hasattr(ModuleHooks, name) and not hasattr(Callback, name):
+                near = difflib.get_close_matches(name, [*MODULE_HOOKS, *CALLBACK_HOOKS], n=1, cutoff=0.88)
+                if near:
+                    rank_zero_warn(f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?")
+
+
+class Dispatch:
+    """The hooks of a run as tuples of bound methods: callbacks first, then the module."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback]) -> None:
+        self.results: Results | None = None
+        """Where ``self.log`` goes now; it is told which hook runs."""
+        self._table: dict[str, Listeners] = {}
+        for name in dict.fromkeys([*MODULE_HOOKS, *CALLBACK_HOOKS]):
+            first: list[Callable[..., Any]] = []
+            last: list[Callable[..., Any]] = []
+            for callback in callbacks if name in CALLBACK_HOOKS else ():
+                if overrides(callback, name, Callback):
+                    method = getattr(callback, name)
+                    check_signature(
+                        method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
+                    )
+                    late = callback.monitors and name in _AFTER_MODULE
+                    (last if late else first).append(partial(method, trainer, module))
+            if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
+                method = getattr(module, name)
+                check_signature(method, name, MODULE_HOOKS[name], type(module).__qualname__)
+                first.append(method)
+            if name == "on_train_epoch_end":
+                self._table[MONITORS] = tuple(last)
+            else:
+                first += last
+            if first:
+                self._table[name] = tuple(first)
+
+    def listeners(self, name: str) -> Listeners:
+        """Who listens to a hook; empty where nobody does."""
+        return self._table.get(name, ())
+
+    def call(self, name: str, *args: Any, hook: str = "") -> None:
+        """Call a hook that is not on the hot path; ``hook`` is its name where ``name`` is only a part of it."""
+        listeners = self._table.get(name)
+        if listeners:
+            results = self.results
+            if results is not None:
+                results.hook = hook or name
+            for listener in listeners:
+                listener(*args)
+            if results is not None:
+                results.hook = ""
+
+    def run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call one function (``configure_optimizers``, a dataloader method, ...) under the name of its hook."""
+        results = self.results
+        if results is None:
+            return function(*args, **kwargs)
+        before, results.hook = results.hook, name
+        try:
+            return function(*args, **kwargs)
+        finally:
+            results.hook = before
+
+
+def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
+    """The callbacks with those of the module's ``configure_callbacks``, which replace others of their type."""
+    found = module.configure_callbacks()
+    extra = list(found) if isinstance(found, (list, tuple)) else [found]
+    kinds = {type(c) for c in extra}
+    if names := sorted({type(c).__name__ for c in callbacks if type(c) in kinds}):
+        rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")
+    return reorder_callbacks([*(c for c in callbacks if type(c) not in kinds), *extra])
+
+
+def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
+    """Tuner callbacks first, checkpoint callbacks last, the others as the user gave them."""
+    return sorted(callbacks, key=lambda c: c.call_order)
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Refuse objects that are no callbacks, and two with the same state key."""
+    seen: Mapping[str, Callback] = {}
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise MisconfigurationException(
+                f"callbacks has {callback!r} of type {type(callback).__name__}; a callback derives from"
+                " `treadle.Callback`" + (": pass an instance, not the class." if isinstance(callback, type) else ".")
+            )
+        check_hook_names(callback)
+        if overrides(callback, "state_dict", Callback):
+            key = callback.state_key
+            if key in seen:
+                raise MisconfigurationException(
+                    f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
+                    " could keep only one: give them different arguments, or override `state_key`."
+                )
+            seen = {**seen, key: callback}

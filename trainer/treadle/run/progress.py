@@ -1,0 +1,80 @@
+"""How far a run has come, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+from treadle_fabric.types import LRScheduler
+
+__all__ = ["FitProgress", "LRSchedulerConfig", "Phase"]
+
+
+class Phase(IntEnum):
+    """What is still to do at the end of a training batch."""
+
+    BETWEEN = 0
+    """Nothing: the next batch comes."""
+    BATCH_END = 1
+    """In ``on_train_batch_end``: loggers, validation and plateau schedulers follow."""
+    LOGGED = 2
+    """Validation, where due, and plateau schedulers follow."""
+    VALIDATED = 3
+    """Plateau schedulers follow."""
+
+
+@dataclass(slots=True)
+class FitProgress:
+    """How far a fit has come. A checkpoint keeps all of it; ``epoch`` and ``step`` are what users see as
+    ``current_epoch`` and ``global_step``.
+    """
+
+    epoch: int = 0
+    """Completed epochs."""
+    batch: int = 0
+    """Batches trained on in this epoch."""
+    begun: bool = False
+    """Whether the first batch of this epoch was drawn."""
+    batches: int = 0
+    """Batches trained on in all epochs."""
+    step: int = 0
+    """Batches at which an optimizer stepped, in all epochs."""
+    step_in_epoch: int = 0
+    logging_step: int = 0
+    """Batches that ended an accumulation; one less is the x axis of the loggers."""
+    optimizer_steps: int = 0
+    """Steps of every single optimizer; differs from ``step`` with several of them."""
+    scheduler_steps: int = 0
+    scheduler_steps_in_epoch: int = 0
+    is_last_batch: bool = False
+    """Whether the current batch is the epoch's last."""
+    stepping: bool = True
+    """Whether the current batch ends an accumulation."""
+    stepped: bool = True
+    """Whether an optimizer stepped at the current batch."""
+    validation_due: bool = False
+    """Whether validation follows the current batch."""
+    phase: Phase = Phase.BETWEEN
+    """How far the end of the current batch has come: a checkpoint saved there goes on from there."""
+    epoch_ended: bool = False
+    """Whether the epoch is in its end hooks: a checkpoint saved there resumes at the next one."""
+
+    def begin_epoch(self) -> None:
+        """Start counting an epoch."""
+        self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
+        self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = False
+        self.phase = Phase.BETWEEN
+
+
+@dataclass(slots=True)
+class LRSchedulerConfig:
+    """A learning-rate scheduler and when it steps."""
+
+    scheduler: LRScheduler | Any
+    name: str | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: str | None = None
+    strict: bool = True

@@ -1,0 +1,66 @@
+"""What comes back from processes of their own (spawn, fork): weights, metrics and states, to the trainer that waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.run.progress import FitProgress
+from treadle.stages import TrainerState
+from treadle_fabric import move_data_to_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from treadle.metrics.latest import Metrics
+    from treadle.module.module import LightningModule
+    from treadle.trainer.trainer import Trainer
+    from treadle_fabric import Fabric
+
+__all__ = ["Outcome", "adopt", "run_and_capture"]
+
+_COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_models", "kth_best_model_path", "dirpath")
+
+
+@dataclass
+class Outcome:
+    """A run's result and what it changed."""
+
+    result: Any
+    weights: dict[str, Any]
+    state: TrainerState
+    progress: FitProgress
+    metrics: Metrics
+    callbacks: list[dict[str, Any]]
+    should_stop: bool
+
+
+def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
+    """Run a stage in a process of its own; what came of it, on the CPU."""
+    result = stage(*args)
+    cpu = torch.device("cpu")
+    return Outcome(
+        result=result,
+        weights=move_data_to_device(dict(trainer.lightning_module.state_dict()), cpu),
+        state=trainer.state,
+        progress=trainer.fit_progress,
+        metrics=trainer.metrics_on_cpu(),
+        callbacks=[
+            {k: getattr(c, k) for k in _COPIED if hasattr(c, k)} | {"state": c.state_dict()} for c in trainer.callbacks
+        ],
+        should_stop=trainer.should_stop,
+    )
+
+
+def adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
+    """Take it over in the process that waited."""
+    module.load_state_dict(outcome.weights, strict=False)
+    trainer.take_outcome(module, outcome.state, outcome.progress, outcome.metrics, outcome.should_stop)
+    for callback, copied in zip(trainer.callbacks, outcome.callbacks, strict=False):
+        state = copied.pop("state")
+        for key, value in copied.items():
+            setattr(callback, key, value)
+        if state:
+            callback.load_state_dict(state)

@@ -1,0 +1,246 @@
+"""What is checked before a run starts: the module, its loaders and the settings fit together."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.data.find import check_loader, defines_loader
+from treadle.run.dispatch import check_hook_names, overrides
+from treadle.stages import TrainerFn, TrainerState, TrainerStatus
+from treadle.trainer.settings import Settings
+from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.module.datamodule import LightningDataModule
+    from treadle.module.module import LightningModule
+    from treadle_fabric.strategies import Strategy
+
+__all__: list[str] = []
+
+_MODULE_METHODS = frozenset(
+    """training_step validation_step test_step predict_step configure_optimizers train_dataloader
+    val_dataloader""".split()
+)
+
+
+def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
+    """A data module may be passed in the place of the loaders."""
+    from treadle.module.datamodule import LightningDataModule
+
+    if isinstance(loaders, LightningDataModule):
+        if datamodule is not None:
+            raise MisconfigurationException("Two data modules were passed, one as the dataloaders: pass one.")
+        loaders, datamodule = None, loaders
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise MisconfigurationException(
+            f"datamodule is a {type(datamodule).__name__}; it derives from `treadle.LightningDataModule`."
+        )
+    if loaders is not None and datamodule is not None:
+        raise MisconfigurationException("Both dataloaders and a datamodule were passed: pass one of them.")
+    return loaders, datamodule
+
+
+def check_model(model: Any, what: str) -> None:
+    """Refuse what is no LightningModule, and one whose ``__init__`` forgot the base class."""
+    from treadle.module.module import LightningModule
+
+    if isinstance(model, LightningModule):
+        if "_metrics" not in model.__dict__:
+            raise MisconfigurationException(
+                f"{type(model).__qualname__}.__init__ does not call `super().__init__()`: call it first."
+            )
+        check_hook_names(model)
+        return
+    if isinstance(model, type):
+        hint = f"`{model.__name__}` is a class: pass an instance."
+    elif is_wrapped(model):
+        hint = "it was set up by Fabric already: pass the module itself."
+    elif hasattr(model, "_orig_mod"):
+        hint = "it is compiled: compile inside the module (its layers, say), or pass the module itself."
+    elif isinstance(model, torch.nn.Module):
+        hint = (
+            "a plain nn.Module has no `training_step`: derive from `treadle.LightningModule`, or use"
+            " `treadle_fabric.Fabric`."
+        )
+    else:
+        hint = "derive from `treadle.LightningModule`."
+    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(model).__name__}; {hint}")
+
+
+def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
+    """The model that was passed, or the one of the last run."""
+    if model is None:
+        if last is None:
+            raise MisconfigurationException(
+                f"Trainer.{what} got no model, and this trainer has not run one before: pass it."
+            )
+        return last
+    check_model(model, what)
+    found: LightningModule = model
+    return found
+
+
+def check_idle(state: TrainerState, fn: TrainerFn) -> None:
+    """Refuse a run inside a run: there is one set of loops and progress."""
+    if state.status is TrainerStatus.RUNNING:
+        raise MisconfigurationException(
+            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it. (A stream of predictions"
+            " that is not gone through ends with its `close()`.)"
+        )
+
+
+def check_loaders(**loaders: Any) -> None:
+    """Refuse loaders that cannot be iterated."""
+    from treadle_fabric.data.combined.loader import CombinedLoader
+
+    for name, given in loaders.items():
+        if given is None or isinstance(given, (CombinedLoader, Mapping)):
+            continue
+        for loader in given if isinstance(given, (list, tuple)) else (given,):
+            if not isinstance(loader, (list, tuple, Mapping, torch.Tensor)):
+                check_loader(loader, name)
+
+
+def _has(module: LightningModule, name: str) -> bool:
+    from treadle.module.module import LightningModule
+
+    return overrides(module, name, LightningModule)
+
+
+def _near_method(module: LightningModule, name: str) -> str:
+    own = [n for n in vars(type(module)) if not n.startswith("_") and n not in _MODULE_METHODS]
+    near = difflib.get_close_matches(name, own, n=1)
+    return f" (It has `{near[0]}`: is that a misspelling?)" if near else ""
+
+
+def _has_loader(name: str, given: Any, module: LightningModule, datamodule: LightningDataModule | None) -> bool:
+    return given is not None or any(o is not None and defines_loader(o, name) for o in (datamodule, module))
+
+
+def check_fit(
+    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Refuse a fit that cannot work, before it starts."""
+    name = type(module).__qualname__
+    for needed in ("training_step", "configure_optimizers"):
+        if not _has(module, needed):
+            raise MisconfigurationException(
+                f"{name} has no `{needed}`, which fit needs: define it.{_near_method(module, needed)}"
+            )
+    if not _has_loader("train_dataloader", train, module, datamodule):
+        raise MisconfigurationException(
+            "fit has no training batches: pass `train_dataloaders`, a `datamodule`, or define `train_dataloader`."
+        )
+    has_val = _has_loader("val_dataloader", val, module, datamodule)
+    if has_val and not _has(module, "validation_step"):
+        rank_zero_warn(
+            f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
+            + _near_method(module, "validation_step")
+        )
+    elif not has_val and _has(module, "validation_step"):
+        rank_zero_info(
+            f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
+            "`val_dataloaders`."
+        )
+    if not module.automatic_optimization:
+        if settings.gradient_clip_val:
+            raise MisconfigurationException(
+                f"gradient_clip_val={settings.gradient_clip_val} is for automatic optimization: call"
+                " `self.clip_gradients` in `training_step` instead."
+            )
+        if settings.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
+                " in `training_step` instead."
+            )
+    if settings.durations.max_epochs_assumed:
+        rank_zero_warn(
+            f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
+            " train without end."
+        )
+
+
+def check_evaluation(
+    module: LightningModule, fn: TrainerFn, given: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Refuse a validation or test without its step or its batches."""
+    step, loader = (
+        ("validation_step", "val_dataloader") if fn is TrainerFn.VALIDATING else ("test_step", "test_dataloader")
+    )
+    if not _has(module, step):
+        raise MisconfigurationException(
+            f"{type(module).__qualname__} has no `{step}`, which {fn.value} needs: define"
+            f" it.{_near_method(module, step)}"
+        )
+    if not _has_loader(loader, given, module, datamodule):
+        raise MisconfigurationException(
+            f"{fn.value} has no batches: pass `dataloaders`, a `datamodule`, or define `{loader}`."
+        )
+
+
+def check_predict(module: LightningModule, given: Any, datamodule: LightningDataModule | None) -> None:
+    """Refuse a prediction without a step or batches."""
+    if not _has(module, "predict_step") and type(module).forward is torch.nn.Module.forward:
+        raise MisconfigurationException(
+            f"{type(module).__qualname__} has neither `predict_step` nor `forward`, which predict needs: define one."
+        )
+    if not _has_loader("predict_dataloader", given, module, datamodule):
+        raise MisconfigurationException(
+            "predict has no batches: pass `dataloaders`, a `datamodule`, or define `predict_dataloader`."
+        )
+
+
+def check_return_predictions(value: Any, strategy: Strategy) -> None:
+    """Refuse what predict cannot return."""
+    if value not in (None, True, False, "stream"):
+        raise MisconfigurationException(f"return_predictions={value!r} must be True, False or 'stream'.")
+    if value == "stream" and strategy.launches_function:
+        raise MisconfigurationException(
+            "return_predictions='stream' cannot reach out of the processes that this strategy starts for each call: use"
+            " strategy='ddp', which runs the script in all of them, or a single device."
+        )
+
+
+def merged_hyperparameters(module: LightningModule, datamodule: LightningDataModule | None) -> dict[str, Any]:
+    """The hyper-parameters to log: the module's and the data module's.
+
+    Raises:
+        MisconfigurationException: both have one of the same name with different values.
+    """
+    mine = dict(module.hparams_initial) if getattr(module, "_log_hyperparams", False) else {}
+    other = dict(datamodule.hparams_initial) if getattr(datamodule, "_log_hyperparams", False) else {}  # type: ignore[union-attr]
+    for key in mine.keys() & other.keys():
+        if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
+            raise MisconfigurationException(
+                f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r}"
+                f" and {other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
+            )
+    return {**mine, **other}
+
+
+@contextmanager
+def backend_flags(settings: Settings) -> Generator[None]:
+    """Set ``deterministic`` and ``benchmark`` for the run, and put back what was."""
+    deterministic, benchmark = settings.deterministic, settings.benchmark
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+        torch.backends.cudnn.benchmark = False
+    if benchmark is not None:
+        torch.backends.cudnn.benchmark = benchmark
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[2]

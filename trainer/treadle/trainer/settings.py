@@ -1,0 +1,277 @@
+"""The Trainer's arguments, checked once and made uniform, before anything starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from treadle.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+    Timer,
+)
+from treadle.callbacks.progress import default_progress_bar
+from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
+from treadle.run.dispatch import check_callbacks, reorder_callbacks
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
+from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+
+__all__ = ["Settings", "check_integer", "choose_callbacks", "choose_loggers", "resolve_settings"]
+
+
+@dataclass
+class Settings:
+    """The Trainer's arguments with their defaults filled in. Callbacks may change ``accumulate_grad_batches``."""
+
+    durations: Durations
+    limits: dict[str, int | float]
+    overfit_batches: int | float
+    fast_dev_run: int
+    val_check_interval: Any
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int
+    log_every_n_steps: int
+    accumulate_grad_batches: int
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: str | None
+    deterministic: bool | str | None
+    benchmark: bool | None
+    inference_mode: bool
+    use_distributed_sampler: bool
+    detect_anomaly: bool
+    sync_batchnorm: bool
+    reload_dataloaders_every_n_epochs: int
+    default_root_dir: str
+    enable_checkpointing: bool
+    enable_progress_bar: bool
+    enable_model_summary: bool
+    enable_autolog_hparams: bool
+    barebones: bool = False
+    auto_resume: bool = False
+    on_save_error: str = "raise"
+    on_nonfinite: str | None = None
+
+
+def check_integer(value: Any, name: str, lowest: int) -> int:
+    """The value, if it is an integer of at least ``lowest``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {lowest}.")
+    return value
+
+
+def _boolean(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise MisconfigurationException(f"{name}={value!r} must be True or False.")
+    return value
+
+
+def _barebones(given: dict[str, Any]) -> None:
+    """In barebones everything that costs is off; asking for some of it at the same time is a contradiction."""
+    expected: dict[str, tuple[Any, ...]] = {
+        "enable_checkpointing": (None, False),
+        "logger": (None, False),
+        "enable_progress_bar": (None, False),
+        "enable_model_summary": (None, False),
+        "num_sanity_val_steps": (None, 0),
+        "log_every_n_steps": (None, 0),
+        "fast_dev_run": (False, 0),
+        "detect_anomaly": (False,),
+        "profiler": (None,),
+    }
+    for name, allowed in expected.items():
+        if given[name] not in allowed:
+            raise MisconfigurationException(
+                f"barebones=True turns {name} off, but {name}={given[name]!r}: leave one out."
+            )
+    given.update(
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def _check_flags(given: dict[str, Any]) -> None:
+    """Everything that is checked by itself and used as it is."""
+    if given["profiler"] is not None:
+        raise MisconfigurationException(
+            f"profiler={given['profiler']!r}: profilers are not there yet; use torch.profiler around `fit`."
+        )
+    for name in (
+        "inference_mode",
+        "use_distributed_sampler",
+        "detect_anomaly",
+        "sync_batchnorm",
+        "enable_autolog_hparams",
+        "auto_resume",
+    ):
+        _boolean(given[name], name)
+    for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark"):
+        if given[name] is not None:
+            _boolean(given[name], name)
+    if given["on_save_error"] not in ("raise", "warn"):
+        raise MisconfigurationException(
+            f"on_save_error={given['on_save_error']!r} must be 'raise' or 'warn'."
+            f" {near_names(str(given['on_save_error']), ['raise', 'warn'])}"
+        )
+    if given["on_nonfinite"] not in (None, "raise", "skip", "warn"):
+        raise MisconfigurationException(
+            f"on_nonfinite={given['on_nonfinite']!r} must be 'raise', 'skip' or 'warn', or None for no look at all."
+            f" {near_names(str(given['on_nonfinite']), ['raise', 'skip', 'warn'])}"
+        )
+    if given["deterministic"] not in (None, True, False, "warn"):
+        raise MisconfigurationException(f"deterministic={given['deterministic']!r} must be True, False or 'warn'.")
+    if not isinstance(given["default_root_dir"], (str, os.PathLike, type(None))):
+        raise MisconfigurationException(f"default_root_dir={given['default_root_dir']!r} must be a path, or None.")
+    clip, algorithm = given["gradient_clip_val"], given["gradient_clip_algorithm"]
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0):
+        raise MisconfigurationException(f"gradient_clip_val={clip!r} must be a number of at least 0.")
+    if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
+        raise MisconfigurationException(
+            f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'."
+            f" {near_names(str(algorithm), ['norm', 'value'])}"
+        )
+
+
+def resolve_settings(given: dict[str, Any]) -> Settings:
+    """Check the constructor's arguments and fill in defaults.
+
+    Args:
+        given: the constructor's arguments by name; ``logger`` and the ``enable_*`` flags may be changed in it.
+
+    Raises:
+        MisconfigurationException: names the argument, its value, the rule and the remedy.
+    """
+    if _boolean(given["barebones"], "barebones"):
+        _barebones(given)
+    _check_flags(given)
+    fast, algorithm = given["fast_dev_run"], given["gradient_clip_algorithm"]
+    fast = int(fast) if isinstance(fast, bool) else check_integer(fast, "fast_dev_run", 0)
+    limits: dict[str, int | float] = {}
+    for stage in ("train", "val", "test", "predict"):
+        name = f"limit_{stage}_batches"
+        value = 1.0 if given[name] is None else given[name]
+        check_limit(value, name)
+        limits[stage] = value
+    overfit = given["overfit_batches"]
+    check_limit(overfit, "overfit_batches")
+    if overfit:
+        limits["train"] = limits["val"] = overfit
+    interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
+    check_validation_arguments(interval, given["check_val_every_n_epoch"])
+    sanity = (
+        2
+        if given["num_sanity_val_steps"] is None
+        else check_integer(given["num_sanity_val_steps"], "num_sanity_val_steps", -1)
+    )
+    log_every = (
+        50 if given["log_every_n_steps"] is None else check_integer(given["log_every_n_steps"], "log_every_n_steps", 0)
+    )
+    max_epochs, max_steps = given["max_epochs"], given["max_steps"]
+    if fast:
+        max_epochs, max_steps, sanity, interval, log_every = 1, fast, 0, 1.0, 1
+        limits = dict.fromkeys(limits, fast)
+        rank_zero_info(
+            f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; no logger, no checkpoints."
+        )
+    return Settings(
+        durations=resolve_durations(max_epochs, given["min_epochs"], max_steps, given["min_steps"], given["max_time"]),
+        limits=limits,
+        overfit_batches=overfit,
+        fast_dev_run=fast,
+        val_check_interval=interval,
+        check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
+        num_sanity_val_steps=sanity,
+        log_every_n_steps=log_every or (1 << 62),
+        accumulate_grad_batches=check_integer(given["accumulate_grad_batches"], "accumulate_grad_batches", 1),
+        gradient_clip_val=given["gradient_clip_val"],
+        gradient_clip_algorithm=None if algorithm is None else str(algorithm).lower(),
+        deterministic=given["deterministic"],
+        benchmark=given["benchmark"],
+        inference_mode=given["inference_mode"],
+        use_distributed_sampler=given["use_distributed_sampler"],
+        detect_anomaly=given["detect_anomaly"],
+        sync_batchnorm=given["sync_batchnorm"],
+        reload_dataloaders_every_n_epochs=check_integer(
+            given["reload_dataloaders_every_n_epochs"], "reload_dataloaders_every_n_epochs", 0
+        ),
+        default_root_dir=os.fspath(given["default_root_dir"]) if given["default_root_dir"] is not None else os.getcwd(),
+        enable_checkpointing=given["enable_checkpointing"] is not False and not fast,
+        enable_progress_bar=given["enable_progress_bar"] is not False,
+        enable_model_summary=given["enable_model_summary"] is not False,
+        enable_autolog_hparams=given["enable_autolog_hparams"],
+        barebones=given["barebones"],
+        auto_resume=given["auto_resume"],
+        on_save_error=given["on_save_error"],
+        on_nonfinite=given["on_nonfinite"],
+    )
+
+
+def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
+    """The loggers: one, several, none, or the default (TensorBoard; CSV where that is not installed)."""
+    if settings.fast_dev_run or logger is False:
+        return []
+    if logger is None or logger is True:
+        root = settings.default_root_dir
+        if find_spec("tensorboard") is not None or find_spec("tensorboardX") is not None:
+            return [TensorBoardLogger(root)]
+        rank_zero_info(
+            "Logging to CSV files, since TensorBoard is not installed: `pip install treadle[trainer]` adds it and the "
+            "progress bars."
+        )
+        return [CSVLogger(root)]
+    loggers = list(logger) if isinstance(logger, Sequence) and not isinstance(logger, str) else [logger]
+    for item in loggers:
+        if not isinstance(item, Logger):
+            raise MisconfigurationException(
+                f"logger has {item!r} of type {type(item).__name__}: pass a Logger, a list of them, True or False."
+            )
+    return loggers
+
+
+def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
+    """The user's callbacks and the default ones: checkpoint, progress bar, model summary, timer."""
+    if callbacks is None:
+        found: list[Any] = []
+    elif isinstance(callbacks, (list, tuple)):
+        found = list(callbacks)
+    else:
+        found = [callbacks]
+    check_callbacks(found)
+    if settings.barebones and found:
+        names = ", ".join(type(c).__name__ for c in found)
+        raise MisconfigurationException(f"barebones=True runs no callbacks, but got {names}: leave one out.")
+    flags = {
+        Checkpoint: "enable_checkpointing",
+        ProgressBar: "enable_progress_bar",
+        ModelSummary: "enable_model_summary",
+    }
+    for kind, flag in flags.items():
+        mine = [c for c in found if isinstance(c, kind)]
+        if mine and not getattr(settings, flag) and not (settings.fast_dev_run and kind is Checkpoint):
+            raise MisconfigurationException(
+                f"{flag}=False, but callbacks has {type(mine[0]).__name__}: leave it out, or set {flag}=True."
+            )
+    if sum(isinstance(c, ProgressBar) for c in found) > 1:
+        raise MisconfigurationException(
+            "callbacks has several progress bars; the terminal has room for one: leave one."
+        )
+    if settings.fast_dev_run:
+        found = [c for c in found if not isinstance(c, (Checkpoint, EarlyStopping))]
+    if settings.enable_checkpointing and not any(isinstance(c, Checkpoint) for c in found):
+        found.append(ModelCheckpoint())
+    if settings.enable_progress_bar and not any(isinstance(c, ProgressBar) for c in found):
+        found.append(default_progress_bar())
+    if settings.enable_model_summary and not any(isinstance(c, ModelSummary) for c in found):
+        found.append(ModelSummary())
+    if settings.durations.max_time is not None and not any(isinstance(c, Timer) for c in found):
+        found.append(Timer(settings.durations.max_time))
+    return reorder_callbacks(found)
