@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import LightningModule, Trainer
+
 
 __all__ = ["Callback"]
 

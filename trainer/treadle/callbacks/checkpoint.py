@@ -11,7 +11,7 @@ from treadle_fabric.errors import CheckpointError
 from treadle_fabric.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import Trainer
 
 __all__ = ["Checkpoint", "tolerated"]
 

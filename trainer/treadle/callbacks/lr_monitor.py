@@ -11,8 +11,7 @@ from treadle.callbacks.callback import Callback
 from treadle_fabric.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["LearningRateMonitor"]
 

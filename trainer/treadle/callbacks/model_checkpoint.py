@@ -32,8 +32,7 @@ from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
 from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["ModelCheckpoint"]
 

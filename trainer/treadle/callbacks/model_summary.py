@@ -10,8 +10,7 @@ from treadle.model_summary import format_summary, not_counted
 from treadle_fabric import rank_zero_info
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["ModelSummary"]
 

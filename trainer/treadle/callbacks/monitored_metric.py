@@ -13,7 +13,7 @@ from treadle_fabric.errors import CheckpointError, MisconfigurationException, ne
 from treadle_fabric.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import Trainer
 
 __all__ = ["MonitoredMetric", "from_rank_zero", "validates_at_epoch_end"]
 

@@ -16,8 +16,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["Interval", "Timer"]
 

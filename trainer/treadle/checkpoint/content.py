@@ -7,18 +7,17 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from treadle.callbacks.callback import Callback
+from treadle.module import LightningDataModule
 from treadle.run.dispatch import overrides
 from treadle.run.progress import FitProgress, Phase
+from treadle.run.run import Run
 from treadle_fabric import rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 
 __all__ = ["dump_checkpoint", "read_progress"]
 
@@ -35,8 +34,6 @@ def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bo
         callbacks: whose states are kept, in their order.
         weights_only: leave out optimizers, schedulers and callbacks.
     """
-    from treadle.module.datamodule import LightningDataModule
-
     strategy, module, progress = run.fabric.strategy, run.module, run.progress
     assert run.wrapped is not None
     checkpoint: dict[str, Any] = {

@@ -5,20 +5,18 @@ stand, partial gradients, and what was logged but not yet reduced.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from treadle.checkpoint.elastic import part_of_rank
+from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
+from treadle.run.run import Run
 from treadle_fabric import rank_zero_info
 from treadle_fabric.randomness.state import collect_rng_states, set_rng_states
-
-if TYPE_CHECKING:
-    from treadle.data.training import TrainingData
-    from treadle.run.run import Run
 
 __all__ = ["capture_exact", "moment", "restore_exact", "restore_metrics"]
 

@@ -22,8 +22,7 @@ from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
+    from treadle.contracts import LightningDataModule, LightningModule
 
     class_only = classmethod
 else:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treadle.callbacks.callback import Callback
-from treadle.run.progress import FitProgress
-from treadle_fabric import CheckpointMismatchError, rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 from treadle.checkpoint.content import read_progress
+from treadle.run.progress import FitProgress
+from treadle.run.run import Run
+from treadle_fabric import CheckpointMismatchError, rank_zero_warn
 
 __all__ = ["restore_training", "restore_weights"]
 

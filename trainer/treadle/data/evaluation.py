@@ -6,20 +6,17 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
+from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
-from treadle_fabric import rank_zero_warn
+from treadle.data.lookahead import Lookahead
+from treadle_fabric import Fabric, rank_zero_warn
 from treadle_fabric.data.combined.loader import CombinedLoader
 from treadle_fabric.data.loader import share_loader
 from treadle_fabric.data.samplers import samplers_of, set_epoch, sized_len
 from treadle_fabric.data.sharding import ShardedSampler
-
-if TYPE_CHECKING:
-    from treadle_fabric import Fabric
-from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
-from treadle.data.lengths import describe, has_exact_length, unlimited
-from treadle.data.lookahead import Lookahead
 
 __all__ = ["EvaluationData"]
 

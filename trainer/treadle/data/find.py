@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from treadle.module import LightningDataModule, LightningModule
 from treadle.run.dispatch import overrides
 from treadle_fabric import MisconfigurationException, rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
 
 __all__ = ["check_loader", "find_loaders"]
 
@@ -36,9 +33,6 @@ def find_loaders(given: Any, name: str, module: LightningModule, datamodule: Lig
 
 def defines_loader(owner: Any, name: str) -> bool:
     """Whether a module or data module has its own dataloader method."""
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
-
     return overrides(owner, name, LightningModule if isinstance(owner, LightningModule) else LightningDataModule)
 
 

@@ -6,23 +6,20 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
+from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
-from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle.data.lookahead import Lookahead
+from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
 from treadle_fabric.data.combined.cursor import make_cursor
 from treadle_fabric.data.combined.loader import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import share_loader
 from treadle_fabric.data.samplers import sized_len
-
-if TYPE_CHECKING:
-    from treadle_fabric import Fabric
-from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
-from treadle.data.lengths import describe, has_exact_length, unlimited
-from treadle.data.lookahead import Lookahead
 
 __all__ = ["TrainingData"]
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from treadle.data.lookahead import Transfer
+from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import DataHooks
 from treadle.run.dispatch import check_signature, overrides
 from treadle_fabric.batches import move_data_to_device
-
-if TYPE_CHECKING:
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
-from treadle.data.lookahead import Transfer
 
 __all__ = ["make_transfer"]
 

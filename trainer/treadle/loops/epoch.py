@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from treadle.data.lookahead import BatchIterator
 from treadle.data.training import TrainingData
@@ -14,13 +14,12 @@ from treadle.loops.optimizers import step_schedulers
 from treadle.loops.schedule import ValidationSchedule, window_size
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
+from treadle.module import LightningModule
 from treadle.run.dispatch import overrides
 from treadle.run.progress import Phase
+from treadle.run.run import Run
 from treadle.run.signals import Signals
 from treadle_fabric import StopAgreement, rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 
 __all__ = ["Controls", "TrainingEpoch"]
 
@@ -53,7 +52,6 @@ class TrainingEpoch:
         signals: Signals,
         agreement: StopAgreement | None,
     ) -> None:
-        from treadle.module.module import LightningModule
 
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._schedule, self._validate, self._elapsed, self._may_stop = schedule, validate, elapsed, may_stop

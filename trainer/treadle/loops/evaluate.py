@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -15,10 +15,8 @@ from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.run.dispatch import overrides
 from treadle.run.progress import Phase
+from treadle.run.run import Run
 from treadle.stages import RunningStage, TrainerFn
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 
 __all__ = ["Evaluation", "module_modes"]
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,12 +15,10 @@ from treadle.loops.evaluate import Evaluation
 from treadle.loops.schedule import Durations
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
+from treadle.run.run import Run
 from treadle.stages import RunningStage
 from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
 from treadle_fabric.coordination.step_clock import StepClock
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 
 __all__ = ["FitLoop"]
 

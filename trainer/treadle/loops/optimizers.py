@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from treadle.module import LightningModule
 from treadle.run.progress import LRSchedulerConfig
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
 from treadle_fabric.types import LRScheduler
-
-if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
 
 __all__ = ["parse_optimizers", "step_schedulers"]
 
@@ -117,9 +115,7 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
     scheduler = config.scheduler
     config.reduce_on_plateau = config.reduce_on_plateau or isinstance(scheduler, ReduceLROnPlateau)
     if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-        from treadle.module.module import LightningModule as Base
-
-        if type(module).lr_scheduler_step is Base.lr_scheduler_step:
+        if type(module).lr_scheduler_step is LightningModule.lr_scheduler_step:
             raise MisconfigurationException(
                 f"{type(scheduler).__name__} is no learning-rate scheduler as torch knows it (step, state_dict,"
                 " optimizer): override `lr_scheduler_step` to step it yourself."

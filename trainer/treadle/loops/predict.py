@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,10 +13,8 @@ from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.evaluate import module_modes, restore_modes
 from treadle.loops.step.arguments import evaluation_arguments
+from treadle.run.run import Run
 from treadle_fabric import move_data_to_device
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 
 __all__ = ["Prediction"]
 

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.reduction import REDUCTIONS, Row, compute_alone, reduce_over_ranks
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.batches import infer_batch_size
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
-    from treadle_fabric import Fabric
+    from treadle.contracts import LightningModule
 from treadle.metrics.options import OPTIONS, LogOptions
 from treadle.metrics.slot import Slot, stack
 from treadle.metrics.values import flatten_metrics, is_metric, step_value

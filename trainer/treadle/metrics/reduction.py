@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from treadle_fabric import rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle_fabric import Fabric
+from treadle_fabric import Fabric, rank_zero_warn
 
 __all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "reduce_over_ranks"]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from treadle_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
+    from treadle.contracts import LightningModule
 from treadle.metrics.options import LogOptions
 from treadle.metrics.values import flatten_metrics, is_metric, step_value
 

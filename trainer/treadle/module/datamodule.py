@@ -18,7 +18,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import Trainer
 
 __all__ = ["LightningDataModule"]
 

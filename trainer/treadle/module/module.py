@@ -16,15 +16,12 @@ from treadle.metrics.sinks import NOT_LOGGING, MetricSink
 from treadle.metrics.values import flatten_metrics
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
-from treadle_fabric import MisconfigurationException
-from treadle_fabric.types import PathLike
+from treadle_fabric import Fabric, MisconfigurationException
+from treadle_fabric.loggers import Logger
+from treadle_fabric.types import LRScheduler, PathLike
 
 if TYPE_CHECKING:
-    from treadle.callbacks import Callback
-    from treadle.trainer.trainer import Trainer
-    from treadle_fabric import Fabric
-    from treadle_fabric.loggers import Logger
-    from treadle_fabric.types import LRScheduler
+    from treadle.contracts import Callback, Trainer
 
 __all__ = ["STEP_OUTPUT", "LightningModule", "OptimizerLRScheduler"]
 

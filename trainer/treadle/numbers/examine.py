@@ -7,17 +7,14 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from treadle.metrics.values import is_metric
 from treadle.module.module import LightningModule
-from treadle_fabric import map_tensors
-
-if TYPE_CHECKING:
-    from treadle_fabric import Precision
+from treadle_fabric import Precision, map_tensors
 
 __all__ = ["Findings", "examine", "same_values"]
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric import MisconfigurationException, Strategy, rank_zero_warn
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from treadle_fabric import Strategy
 
 __all__ = ["Weights"]
 

@@ -18,6 +18,7 @@ from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.metrics.sinks import NOWHERE
 from treadle.module.module import LightningModule
 from treadle.run.dispatch import overrides
+from treadle.run.run import Run
 from treadle_fabric import NonFiniteError, TorchCheckpointIO, map_tensors, move_data_to_device
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
@@ -26,7 +27,6 @@ from treadle_fabric.rank_zero import warn_user
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from treadle.run.run import Run
 from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
 
 __all__ = ["NonFiniteWatch"]

@@ -9,13 +9,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
+from treadle.metrics.bus import Results
+from treadle.module import LightningModule
 from treadle.module.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
 from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.metrics.bus import Results
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import Trainer
 
 __all__ = ["Dispatch", "check_hook_names", "check_signature", "overrides"]
 

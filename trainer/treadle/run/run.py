@@ -11,18 +11,16 @@ from treadle.data.transfer import stay
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
+from treadle.module import LightningDataModule, LightningModule
 from treadle.numbers.loss_weights import Weights
 from treadle.run.dispatch import Dispatch
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric
+from treadle_fabric import Fabric, FabricModule, FabricOptimizer
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
     from treadle.numbers.watch import NonFiniteWatch
-    from treadle_fabric import FabricModule, FabricOptimizer
 
 __all__ = ["Run"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,20 +13,19 @@ from treadle.data.find import find_loaders
 from treadle.data.training import TrainingData
 from treadle.loops.epoch import Controls, TrainingEpoch
 from treadle.loops.evaluate import Evaluation
+from treadle.loops.fit import FitLoop
 from treadle.loops.optimizers import parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import ManualStep
+from treadle.module import LightningModule
 from treadle.run.dispatch import overrides
+from treadle.run.run import Run
+from treadle.run.signals import Signals
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
 from treadle_fabric import FabricOptimizer, MisconfigurationException, rank_zero_info
-
-if TYPE_CHECKING:
-    from treadle.loops.fit import FitLoop
-    from treadle.run.run import Run
-    from treadle.run.signals import Signals
 
 __all__: list[str] = []
 
@@ -79,8 +78,6 @@ def set_up_optimizers(run: Run, settings: Settings) -> None:
 
 def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
     """The validation loaders of a fit; None where it does not validate."""
-    from treadle.module.module import LightningModule
-
     if settings.limits["val"] == 0 or not overrides(run.module, "validation_step", LightningModule):
         return None
     loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)

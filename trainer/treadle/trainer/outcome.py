@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from treadle.metrics.latest import Metrics
+from treadle.module import LightningModule
 from treadle.run.progress import FitProgress
 from treadle.stages import TrainerState
-from treadle_fabric import move_data_to_device
+from treadle_fabric import Fabric, move_data_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from treadle.metrics.latest import Metrics
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
-    from treadle_fabric import Fabric
+    from treadle.contracts import Trainer
+
 
 __all__ = ["Outcome", "adopt", "run_and_capture"]
 

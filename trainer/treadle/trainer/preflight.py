@@ -6,20 +6,18 @@ import difflib
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from treadle.data.find import check_loader, defines_loader
+from treadle.module import LightningDataModule, LightningModule
 from treadle.run.dispatch import check_hook_names, overrides
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
-    from treadle_fabric.strategies import Strategy
+from treadle_fabric.data import CombinedLoader
+from treadle_fabric.strategies import Strategy
 
 __all__: list[str] = []
 
@@ -31,8 +29,6 @@ _MODULE_METHODS = frozenset(
 
 def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     """A data module may be passed in the place of the loaders."""
-    from treadle.module.datamodule import LightningDataModule
-
     if isinstance(loaders, LightningDataModule):
         if datamodule is not None:
             raise MisconfigurationException("Two data modules were passed, one as the dataloaders: pass one.")
@@ -48,8 +44,6 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
 
 def check_model(model: Any, what: str) -> None:
     """Refuse what is no LightningModule, and one whose ``__init__`` forgot the base class."""
-    from treadle.module.module import LightningModule
-
     if isinstance(model, LightningModule):
         if "_metrics" not in model.__dict__:
             raise MisconfigurationException(
@@ -97,8 +91,6 @@ def check_idle(state: TrainerState, fn: TrainerFn) -> None:
 
 def check_loaders(**loaders: Any) -> None:
     """Refuse loaders that cannot be iterated."""
-    from treadle_fabric.data.combined.loader import CombinedLoader
-
     for name, given in loaders.items():
         if given is None or isinstance(given, (CombinedLoader, Mapping)):
             continue
@@ -108,7 +100,6 @@ def check_loaders(**loaders: Any) -> None:
 
 
 def _has(module: LightningModule, name: str) -> bool:
-    from treadle.module.module import LightningModule
 
     return overrides(module, name, LightningModule)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.table import print_results
 from treadle.metrics.values import to_floats
+from treadle.module import LightningDataModule, LightningModule
 from treadle.run.dispatch import Dispatch, with_model_callbacks
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
@@ -39,15 +40,11 @@ from treadle.trainer.outcome import Outcome, adopt, run_and_capture
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
 from treadle.trainer.view import TrainerView
 from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info, rank_zero_warn
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.errors import suggests_arguments
+from treadle_fabric.loggers import Logger
+from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
-
-if TYPE_CHECKING:
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.loggers import Logger
-    from treadle_fabric.strategies import Strategy
 
 __all__ = ["Trainer"]
 
@@ -338,8 +335,6 @@ class Trainer(TrainerView):
         self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None
     ) -> Generator[Run]:
         """Everything around a stage: who is attached, what is seeded, and what happens when it fails."""
-        from treadle.module.module import LightningModule
-
         preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
         self._module, self._datamodule, self._metrics = module, datamodule, Metrics()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +14,20 @@ from torch.optim import Optimizer
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
+from treadle.loops.fit import FitLoop
 from treadle.loops.schedule import total_steps
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import manual_backward
 from treadle.metrics.latest import Metrics
+from treadle.module import LightningDataModule, LightningModule
 from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.run import Run
 from treadle.stages import RunningStage, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings, check_integer
-from treadle_fabric import Fabric, MisconfigurationException
+from treadle_fabric import Fabric, FabricOptimizer, MisconfigurationException
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.loggers import Logger
-
-if TYPE_CHECKING:
-    from treadle.loops.fit import FitLoop
-    from treadle.module.datamodule import LightningDataModule
-    from treadle.module.module import LightningModule
-    from treadle.run.run import Run
-    from treadle_fabric import FabricOptimizer
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.strategies import Strategy
+from treadle_fabric.strategies import Strategy
 
 __all__ = ["TrainerView"]
 

@@ -18,8 +18,7 @@ from treadle.callbacks.progress.display import Bar, Display, Stage
 from treadle_fabric.errors import MisconfigurationException
 
 if TYPE_CHECKING:
-    from treadle.module.module import LightningModule
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["ProgressBar", "TimedProgressBar"]
 

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
     from rich.style import Style
 
-    from treadle.trainer.trainer import Trainer
+    from treadle.contracts import Trainer
+
 
 __all__ = ["RichProgressBar", "RichProgressBarTheme"]
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from treadle.module import LightningModule
 from treadle.run.dispatch import overrides
+from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.precision import needs_closure
 from treadle_fabric.rank_zero import warn_user
@@ -18,7 +20,6 @@ from treadle_fabric.rank_zero import warn_user
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from treadle.run.run import Run
 from treadle.loops.step.arguments import step_arguments
 from treadle.loops.step.clipping import Clipping
 
@@ -29,7 +30,6 @@ class AutomaticStep:
     """Automatic optimization with one optimizer, or none."""
 
     def __init__(self, run: Run, clipping: Clipping) -> None:
-        from treadle.module.module import LightningModule
 
         module, wrapped, listeners = run.module, run.wrapped, run.dispatch.listeners
         assert wrapped is not None

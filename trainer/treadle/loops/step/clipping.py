@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from treadle.module import LightningModule
 from treadle.run.dispatch import overrides
+from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from treadle.run.run import Run
 
 __all__ = ["Clipping"]
 
@@ -19,7 +20,6 @@ class Clipping:
     """Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
 
     def __init__(self, run: Run, value: float | None, algorithm: str | None) -> None:
-        from treadle.module.module import LightningModule
 
         module = run.module
         assert run.wrapped is not None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from treadle.run.dispatch import overrides
-from treadle_fabric import MisconfigurationException
-
-if TYPE_CHECKING:
-    from treadle.run.run import Run
 from treadle.loops.step.arguments import step_arguments
+from treadle.module import LightningModule
+from treadle.run.dispatch import overrides
+from treadle.run.run import Run
+from treadle_fabric import MisconfigurationException
 
 __all__ = ["ManualStep", "manual_backward"]
 
@@ -51,8 +50,6 @@ class ManualStep:
 
 def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     """Backward in manual optimization, with its hooks."""
-    from treadle.module.module import LightningModule
-
     module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
     dispatch.call("on_before_backward", loss)
     if run.watch is not None:
