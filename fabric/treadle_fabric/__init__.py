@@ -9,7 +9,7 @@ from treadle_fabric.accelerators import (
     find_usable_cuda_devices,
 )
 from treadle_fabric.attribute_dict import AttributeDict
-from treadle_fabric.batches import batch_mover, map_tensors, move_data_to_device
+from treadle_fabric.batches import batch_mover, infer_batch_size, map_tensors, move_data_to_device
 from treadle_fabric.checkpoint import (
     AsyncCheckpointIO,
     CheckpointIO,
@@ -72,11 +72,13 @@ from treadle_fabric.precision import (
 from treadle_fabric.randomness.seeds import reset_seed, seed_everything, worker_init_function
 from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
 from treadle_fabric.rank_zero import (
+    rank_prefixed_message,
     rank_zero_debug,
     rank_zero_deprecation,
     rank_zero_info,
     rank_zero_only,
     rank_zero_warn,
+    warn_user,
 )
 from treadle_fabric.resolve import Plan, resolve
 from treadle_fabric.setup.module import FabricModule
@@ -163,6 +165,7 @@ __all__ = [
     "find_usable_cuda_devices",
     "first_failure",
     "has_len",
+    "infer_batch_size",
     "is_wrapped",
     "isolate_rng",
     "make_precision",
@@ -170,6 +173,7 @@ __all__ = [
     "move_data_to_device",
     "near_names",
     "newest_good",
+    "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",
     "rank_zero_experiment",
@@ -186,5 +190,6 @@ __all__ = [
     "shard_dataloader",
     "sized_len",
     "suggests_arguments",
+    "warn_user",
     "worker_init_function",
 ]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from treadle.checkpoint.loading import load_module_from_checkpoint
+from treadle.module.loading import load_module_from_checkpoint
 from treadle.module.module import LightningModule
 from treadle_fabric.errors import CheckpointMismatchError, CheckpointNotFoundError, MisconfigurationException
 

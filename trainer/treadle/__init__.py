@@ -5,7 +5,7 @@ from treadle.module.datamodule import LightningDataModule
 from treadle.module.module import LightningModule
 from treadle.trainer.trainer import Trainer
 from treadle_fabric import Fabric, MisconfigurationException, __version__, is_wrapped, seed_everything
-from treadle_fabric.data.combined.loader import CombinedLoader
+from treadle_fabric.data import CombinedLoader
 
 __all__ = [
     "Callback",

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from treadle_fabric import MisconfigurationException, move_data_to_device
-from treadle_fabric.randomness.state import isolate_rng
+from treadle_fabric.randomness import isolate_rng
 
 __all__ = [
     "LayerSummary",

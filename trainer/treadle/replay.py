@@ -18,20 +18,26 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from treadle.checkpoint.loading import instantiate
 from treadle.loops.step.arguments import step_arguments
 from treadle.metrics.latest import Metrics
 from treadle.metrics.sinks import NOWHERE
+from treadle.module.loading import instantiate
 from treadle.module.module import LightningModule
+from treadle.module.overriding import overrides
 from treadle.numbers.examine import Findings, examine, same_values
-from treadle.run.dispatch import overrides
 from treadle.run.progress import FitProgress
 from treadle.stages import RunningStage, TrainerFn, TrainerState
 from treadle.trainer.trainer import Trainer
-from treadle_fabric import MisconfigurationException, TorchCheckpointIO, isolate_rng, move_data_to_device, near_names
-from treadle_fabric.errors import CheckpointMismatchError
-from treadle_fabric.randomness.state import set_rng_states
-from treadle_fabric.types import PathLike
+from treadle_fabric import (
+    CheckpointMismatchError,
+    MisconfigurationException,
+    PathLike,
+    TorchCheckpointIO,
+    isolate_rng,
+    move_data_to_device,
+    near_names,
+)
+from treadle_fabric.randomness import set_rng_states
 
 __all__ = ["Replay", "replay"]
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from treadle_fabric import Fabric
+from typing import Any, Protocol
 
 __all__ = ["StepClock"]
+
+
+class Broadcasting(Protocol):
+    """A Fabric or a strategy, as far as a clock needs one."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
 
 
 class StepClock:
@@ -20,7 +26,7 @@ class StepClock:
 
     _LONGEST = 5.0  # seconds between two looks
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, fabric: Broadcasting) -> None:
         self._fabric = fabric
         self._alone = fabric.world_size == 1
         self._steps = 0

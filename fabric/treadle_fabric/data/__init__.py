@@ -6,7 +6,7 @@ ranks, ``epochs.py`` and ``cursors/`` go on from any position, ``resumable.py`` 
 and ``combined/`` iterates several loaders as one. Imports strategies and what is below them.
 """
 
-from treadle_fabric.data.combined import CombinedLoader
+from treadle_fabric.data.combined import CombinedLoader, make_cursor
 from treadle_fabric.data.cursors import Cursor
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
@@ -36,6 +36,7 @@ __all__ = [
     "has_len",
     "innermost_sampler",
     "is_indexed",
+    "make_cursor",
     "sampler_epoch",
     "samplers_of",
     "seed_workers",

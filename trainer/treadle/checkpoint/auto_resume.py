@@ -8,7 +8,7 @@ from pathlib import Path
 
 from treadle.callbacks.callback import Callback
 from treadle_fabric import newest_good
-from treadle_fabric.checkpoint.folder.layout import representative
+from treadle_fabric.checkpoint import representative
 from treadle_fabric.loggers import Logger
 
 __all__ = ["find_newest"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from treadle.callbacks.callback import Callback
 from treadle.module import LightningDataModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import Run
 from treadle_fabric import rank_zero_warn

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treadle.metrics.reduction import REDUCTIONS
 from treadle_fabric import rank_zero_warn
-from treadle_fabric.randomness.state import rng_states_of
+from treadle_fabric.randomness import rng_states_of
 
 __all__ = ["part_of_rank"]
 

@@ -16,7 +16,7 @@ from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
 from treadle.run.run import Run
 from treadle_fabric import rank_zero_info
-from treadle_fabric.randomness.state import collect_rng_states, set_rng_states
+from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
 __all__ = ["capture_exact", "moment", "restore_exact", "restore_metrics"]
 

@@ -11,8 +11,7 @@ from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
 from treadle_fabric import MisconfigurationException, rank_zero_warn
-from treadle_fabric.checkpoint.folder.layout import representative
-from treadle_fabric.checkpoint.folder.placing import bring_back
+from treadle_fabric.checkpoint import bring_back, representative
 
 __all__ = ["find_checkpoint"]
 PREEMPTED: Final = "preempted.ckpt"

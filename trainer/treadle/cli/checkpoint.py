@@ -13,10 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from treadle_fabric.checkpoint import TorchCheckpointIO
-from treadle_fabric.checkpoint.folder.layout import representative, size_of
-from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
-from treadle_fabric.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from treadle_fabric import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from treadle_fabric.checkpoint import TorchCheckpointIO, checkpoints_in, read_outline, representative, size_of
 
 __all__ = ["add_checkpoint_commands"]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from treadle.cli.checkpoint import add_checkpoint_commands
 from treadle.cli.replay import add_replay_command
-from treadle_fabric.errors import TreadleError
+from treadle_fabric import TreadleError
 
 __all__ = ["main"]
 

@@ -13,10 +13,7 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, rank_zero_warn
-from treadle_fabric.data.combined.loader import CombinedLoader
-from treadle_fabric.data.loader import share_loader
-from treadle_fabric.data.samplers import samplers_of, set_epoch, sized_len
-from treadle_fabric.data.sharding import ShardedSampler
+from treadle_fabric.data import CombinedLoader, ShardedSampler, samplers_of, set_epoch, share_loader, sized_len
 
 __all__ = ["EvaluationData"]
 

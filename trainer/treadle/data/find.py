@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.module import LightningDataModule, LightningModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 
 __all__ = ["check_loader", "find_loaders"]

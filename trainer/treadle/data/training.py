@@ -15,11 +15,7 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
-from treadle_fabric.data.combined.cursor import make_cursor
-from treadle_fabric.data.combined.loader import CombinedLoader
-from treadle_fabric.data.epochs import Epochs
-from treadle_fabric.data.loader import share_loader
-from treadle_fabric.data.samplers import sized_len
+from treadle_fabric.data import CombinedLoader, Epochs, make_cursor, share_loader, sized_len
 
 __all__ = ["TrainingData"]
 

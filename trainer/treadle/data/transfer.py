@@ -10,8 +10,8 @@ import torch
 from treadle.data.lookahead import Transfer
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import DataHooks
-from treadle.run.dispatch import check_signature, overrides
-from treadle_fabric.batches import move_data_to_device
+from treadle.module.overriding import check_signature, overrides
+from treadle_fabric import move_data_to_device
 
 __all__ = ["make_transfer"]
 

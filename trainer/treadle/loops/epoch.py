@@ -15,7 +15,7 @@ from treadle.loops.schedule import ValidationSchedule, window_size
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
 from treadle.module import LightningModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.progress import Phase
 from treadle.run.run import Run
 from treadle.run.signals import Signals

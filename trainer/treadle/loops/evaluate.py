@@ -13,7 +13,7 @@ from treadle.data.transfer import stay
 from treadle.loops.step.arguments import evaluation_arguments
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.progress import Phase
 from treadle.run.run import Run
 from treadle.stages import RunningStage, TrainerFn

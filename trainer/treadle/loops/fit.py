@@ -18,7 +18,7 @@ from treadle.run.progress import Phase
 from treadle.run.run import Run
 from treadle.stages import RunningStage
 from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
-from treadle_fabric.coordination.step_clock import StepClock
+from treadle_fabric.coordination import StepClock
 
 __all__ = ["FitLoop"]
 

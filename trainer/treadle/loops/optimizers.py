@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from treadle.module import LightningModule
 from treadle.run.progress import LRSchedulerConfig
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
-from treadle_fabric.types import LRScheduler
+from treadle_fabric import LRScheduler, MisconfigurationException, near_names, rank_zero_warn
 
 __all__ = ["parse_optimizers", "step_schedulers"]
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.reduction import REDUCTIONS, Row, compute_alone, reduce_over_ranks
-from treadle_fabric import Fabric, MisconfigurationException
-from treadle_fabric.batches import infer_batch_size
+from treadle_fabric import Fabric, MisconfigurationException, infer_batch_size
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from treadle_fabric import MisconfigurationException
-from treadle_fabric.loggers.scalars import to_numbers
+from treadle_fabric.loggers import to_numbers
 
 __all__ = ["flatten_metrics", "is_metric", "to_floats"]
 

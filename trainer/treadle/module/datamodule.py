@@ -10,12 +10,11 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from treadle.checkpoint.loading import class_only, load_datamodule_from_checkpoint
 from treadle.module.hooks import DataHooks
 from treadle.module.hparams import HyperparametersMixin
-from treadle_fabric.data.samplers import sized_len
-from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.types import PathLike
+from treadle.module.loading import class_only, load_datamodule_from_checkpoint
+from treadle_fabric import MisconfigurationException, PathLike
+from treadle_fabric.data import sized_len
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer

@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from treadle_fabric.attribute_dict import AttributeDict
-from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric import AttributeDict, MisconfigurationException, near_names, rank_zero_warn
 
 __all__ = ["HyperparametersMixin"]
 

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from treadle.checkpoint.loading import class_only, load_module_from_checkpoint
 from treadle.metrics.sinks import NOT_LOGGING, MetricSink
 from treadle.metrics.values import flatten_metrics
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
-from treadle_fabric import Fabric, MisconfigurationException
+from treadle.module.loading import class_only, load_module_from_checkpoint
+from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike
 from treadle_fabric.loggers import Logger
-from treadle_fabric.types import LRScheduler, PathLike
 
 if TYPE_CHECKING:
     from treadle.contracts import Callback, Trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric import MisconfigurationException
 
 __all__ = ["grad_norm"]
 

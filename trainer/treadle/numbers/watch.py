@@ -17,12 +17,17 @@ from treadle.checkpoint.content import plain
 from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.metrics.sinks import NOWHERE
 from treadle.module.module import LightningModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.run import Run
-from treadle_fabric import NonFiniteError, TorchCheckpointIO, map_tensors, move_data_to_device
-from treadle_fabric.errors import CheckpointError
-from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
-from treadle_fabric.rank_zero import warn_user
+from treadle_fabric import (
+    CheckpointError,
+    NonFiniteError,
+    TorchCheckpointIO,
+    map_tensors,
+    move_data_to_device,
+    warn_user,
+)
+from treadle_fabric.randomness import collect_rng_states, isolate_rng, set_rng_states
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

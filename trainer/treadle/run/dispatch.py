@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -16,8 +15,9 @@ from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
+from treadle.module.overriding import check_signature, overrides
 
-__all__ = ["Dispatch", "check_hook_names", "check_signature", "overrides"]
+__all__ = ["Dispatch", "check_hook_names"]
 
 Listeners = tuple[Callable[..., Any], ...]
 MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
@@ -30,31 +30,6 @@ _RETIRED: Final = {
     "test_epoch_end": "on_test_epoch_end",
 }
 """Hooks that Lightning had before 2.0."""
-
-
-def overrides(obj: object, name: str, base: type) -> bool:
-    """Whether ``obj`` has its own ``name``, in its class or on the instance, rather than the one of ``base``."""
-    method = getattr(obj, name, None)
-    return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
-
-
-def check_signature(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> None:
-    """Refuse a hook that cannot take what it will be called with.
-
-    Raises:
-        MisconfigurationException: names the hook, its signature and the right one.
-    """
-    try:
-        signature = inspect.signature(method)
-    except (TypeError, ValueError):  # builtins and mocks
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        raise MisconfigurationException(
-            f"`{owner}.{name}{signature}` cannot be called as the trainer calls it ({error}): "
-            f"define `{name}({', '.join(('self', *arguments))})`."
-        ) from None
 
 
 def check_hook_names(obj: object) -> None:

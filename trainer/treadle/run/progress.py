@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from treadle_fabric.types import LRScheduler
+from treadle_fabric import LRScheduler
 
 __all__ = ["FitProgress", "LRSchedulerConfig", "Phase"]
 

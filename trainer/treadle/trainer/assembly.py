@@ -20,7 +20,7 @@ from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import ManualStep
 from treadle.module import LightningModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.run import Run
 from treadle.run.signals import Signals
 from treadle.trainer.preflight import merged_hyperparameters

@@ -12,7 +12,8 @@ import torch
 
 from treadle.data.find import check_loader, defines_loader
 from treadle.module import LightningDataModule, LightningModule
-from treadle.run.dispatch import check_hook_names, overrides
+from treadle.module.overriding import overrides
+from treadle.run.dispatch import check_hook_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn

@@ -39,12 +39,18 @@ from treadle.trainer import assembly, preflight
 from treadle.trainer.outcome import Outcome, adopt, run_and_capture
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
 from treadle.trainer.view import TrainerView
-from treadle_fabric import Fabric, MisconfigurationException, claim_failure, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    Fabric,
+    MisconfigurationException,
+    PathLike,
+    claim_failure,
+    rank_zero_info,
+    rank_zero_warn,
+    suggests_arguments,
+)
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.errors import suggests_arguments
 from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Strategy
-from treadle_fabric.types import PathLike
 
 __all__ = ["Trainer"]
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from treadle.module import LightningModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.run import Run
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, warn_user
 from treadle_fabric.precision import needs_closure
-from treadle_fabric.rank_zero import warn_user
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

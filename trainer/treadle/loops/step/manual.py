@@ -9,7 +9,7 @@ from torch import Tensor
 
 from treadle.loops.step.arguments import step_arguments
 from treadle.module import LightningModule
-from treadle.run.dispatch import overrides
+from treadle.module.overriding import overrides
 from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException
 

@@ -15,11 +15,15 @@ import fsspec
 import torch
 from torch import Tensor
 
-from treadle_fabric.attribute_dict import AttributeDict
+from treadle_fabric import (
+    AttributeDict,
+    CheckpointMismatchError,
+    MisconfigurationException,
+    PathLike,
+    near_names,
+    rank_zero_warn,
+)
 from treadle_fabric.checkpoint import TorchCheckpointIO
-from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException, near_names
-from treadle_fabric.rank_zero import rank_zero_warn
-from treadle_fabric.types import PathLike
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningDataModule, LightningModule

@@ -1,0 +1,36 @@
+"""Whether an object overrides a hook, and whether the hook takes what it will be called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from treadle_fabric import MisconfigurationException
+
+__all__ = ["check_signature", "overrides"]
+
+
+def overrides(obj: object, name: str, base: type) -> bool:
+    """Whether ``obj`` has its own ``name``, in its class or on the instance, rather than the one of ``base``."""
+    method = getattr(obj, name, None)
+    return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
+
+
+def check_signature(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> None:
+    """Refuse a hook that cannot take what it will be called with.
+
+    Raises:
+        MisconfigurationException: names the hook, its signature and the right one.
+    """
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):  # builtins and mocks
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"`{owner}.{name}{signature}` cannot be called as the trainer calls it ({error}): "
+            f"define `{name}({', '.join(('self', *arguments))})`."
+        ) from None
