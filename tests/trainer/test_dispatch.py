@@ -12,6 +12,7 @@ from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
 from treadle.callbacks import LambdaCallback, ModelCheckpoint
+from treadle.metrics.bus import Results
 from treadle.run.dispatch import Dispatch
 
 STEPS = 4
@@ -89,7 +90,7 @@ def test_what_nobody_overrides_is_not_called_and_not_even_listed(tmp_path: Path)
 
     class Looking(L.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            dispatch = Dispatch(trainer, pl_module, trainer.callbacks)
+            dispatch = Dispatch(trainer, pl_module, trainer.callbacks, Results(training=True, fabric=trainer.fabric))
             tables.extend((dispatch.listeners("on_train_batch_end"), len(dispatch.listeners("on_train_start"))))
 
     fit(tmp_path, None, Looking())

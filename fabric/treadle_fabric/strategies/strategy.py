@@ -50,6 +50,12 @@ class Strategy(ABC):
     launches_function: bool = False
     """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
 
+    restores_after_setup: ClassVar[bool] = False
+    """Weights are loaded into the engine, after the module's set-up, because they have their shape only then."""
+    sets_up_jointly: ClassVar[bool] = False
+    """Module and optimizers are set up in one call, :meth:`setup_module_and_optimizers`, so optimizers are made
+    first."""
+
     def __init__(
         self,
         accelerator: Accelerator | None = None,

@@ -16,7 +16,7 @@ from treadle.callbacks.callback import Callback
 from treadle.module import LightningDataModule
 from treadle.module.overriding import overrides
 from treadle.run.progress import FitProgress, Phase
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle_fabric import rank_zero_warn
 
 __all__ = ["dump_checkpoint", "read_progress"]
@@ -26,7 +26,7 @@ FORMAT: Final = "2.6.6"
 _PLAIN: Final = (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, type(None))
 
 
-def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bool = False) -> dict[str, Any]:
+def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_only: bool = False) -> dict[str, Any]:
     """The checkpoint of a run as it stands. Every rank calls it.
 
     Args:
@@ -35,7 +35,6 @@ def dump_checkpoint(run: Run, callbacks: Sequence[Callback], *, weights_only: bo
         weights_only: leave out optimizers, schedulers and callbacks.
     """
     strategy, module, progress = run.fabric.strategy, run.module, run.progress
-    assert run.wrapped is not None
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.step,

@@ -14,14 +14,14 @@ from torch.nn import Module
 from treadle.checkpoint.elastic import part_of_rank
 from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun, Run
 from treadle_fabric import rank_zero_info
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
 __all__ = ["capture_exact", "moment", "restore_exact", "restore_metrics"]
 
 
-def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
+def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
     """The state of every rank; every rank calls it.
 
     Args:
@@ -69,7 +69,7 @@ def moment(run: Run) -> dict[str, Any]:
     }
 
 
-def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumulate: int) -> None:
+def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, accumulate: int) -> None:
     """Put back this rank's part, the random state last: nothing may draw between here and the next batch."""
     ranks = saved.get("ranks", [])
     if not ranks:

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from torch.nn import Module
+
 from treadle.callbacks.callback import Callback
 from treadle.checkpoint.content import read_progress
 from treadle.run.progress import FitProgress
@@ -15,8 +17,18 @@ from treadle_fabric import CheckpointMismatchError, rank_zero_warn
 __all__ = ["restore_training", "restore_weights"]
 
 
-def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Callback], *, training: bool) -> None:
-    """Before the optimizers exist: module, data module, and callbacks (their states only when training)."""
+def restore_weights(
+    run: Run, engine: Module, checkpoint: dict[str, Any], callbacks: Sequence[Callback], *, training: bool
+) -> None:
+    """Restore module, data module and callbacks, before the optimizers are restored.
+
+    Args:
+        run: The run.
+        engine: What gets the weights: the module, or the strategy's engine around it.
+        checkpoint: What was read.
+        callbacks: Get ``on_load_checkpoint``, and their states back when training.
+        training: Whether a fit goes on.
+    """
     module = run.module
     trainer: Any = module._trainer
     run.dispatch.run("on_load_checkpoint", module.on_load_checkpoint, checkpoint)
@@ -27,7 +39,7 @@ def restore_weights(run: Run, checkpoint: dict[str, Any], callbacks: Sequence[Ca
         )
     run.fabric.strategy.precision.convert_module(module)  # loaded into single precision, double would lose digits
     try:
-        run.fabric.strategy.load_module_state_dict(module, checkpoint["state_dict"], strict=module.strict_loading)
+        run.fabric.strategy.load_module_state_dict(engine, checkpoint["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
         raise CheckpointMismatchError(
             f"The checkpoint's weights do not fit {type(module).__qualname__}: {error}\nUse the model that was saved,"

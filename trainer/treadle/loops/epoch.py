@@ -17,7 +17,7 @@ from treadle.loops.step.manual import ManualStep
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.run.progress import Phase
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
 from treadle_fabric import StopAgreement, rank_zero_warn
 
@@ -38,7 +38,7 @@ class TrainingEpoch:
 
     def __init__(
         self,
-        run: Run,
+        run: ReadyRun,
         data: TrainingData,
         step: AutomaticStep | ManualStep,
         controls: Controls,

@@ -15,7 +15,7 @@ from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.overriding import overrides
 from treadle.run.progress import Phase
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage, TrainerFn
 
 __all__ = ["Evaluation", "module_modes"]
@@ -31,8 +31,7 @@ class Evaluation:
         inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
     """
 
-    def __init__(self, run: Run, data: EvaluationData, name: str, *, inference_mode: bool) -> None:
-        assert run.wrapped is not None
+    def __init__(self, run: ReadyRun, data: EvaluationData, name: str, *, inference_mode: bool) -> None:
         self._run, self.data, self._name = run, data, name
         self._results = Results(training=False, fabric=run.fabric)
         step_name = f"{name}_step"

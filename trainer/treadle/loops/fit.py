@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 
@@ -15,7 +16,7 @@ from treadle.loops.evaluate import Evaluation
 from treadle.loops.schedule import Durations
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage
 from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
 from treadle_fabric.coordination import StepClock
@@ -31,38 +32,45 @@ _MAY_SAVE = [
 _SHORT_S = 1.0
 
 
+class Parts(Protocol):
+    """Makes what a fit loop is made of, when the loop needs it."""
+
+    def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
+        """The epoch loop over the training loader, asked for anew from the second time on; None without batches."""
+
+    def make_validation(self, run: ReadyRun, /) -> Evaluation | None:
+        """The validation with fresh loaders; None where fit does not validate."""
+
+    def restore(self, run: ReadyRun, /) -> None:
+        """Put back what a resumed run had at its checkpoint, random state last; does it once."""
+
+
 class FitLoop:
     """Runs training epochs; see :mod:`treadle.module.hooks` for the order of everything.
 
     Args:
         run: the run.
+        parts: what the loop is made of, made when it is needed.
         durations: when to stop.
         controls: holds ``should_stop``.
         sanity: batches of each validation loader to try first; empty to skip.
         validation: the evaluation to run in between, or None.
-        make_epoch: makes the epoch loop once the training loader is there; None where it has no batches.
-        make_validation: makes the evaluation anew, with fresh loaders.
-        reload_every: epochs after which both are made anew; 0 for never.
-        restore: puts back what a resumed run had at its checkpoint, random state last; does it once.
+        reload_every: epochs after which epoch loop and validation are made anew; 0 for never.
     """
 
     def __init__(
         self,
-        run: Run,
+        run: ReadyRun,
+        parts: Parts,
         durations: Durations,
         controls: Controls,
         *,
         sanity: list[float],
         validation: Evaluation | None,
-        make_epoch: Callable[[FitLoop], TrainingEpoch | None],
-        make_validation: Callable[[], Evaluation | None],
         reload_every: int,
-        restore: Callable[[], None],
     ) -> None:
-        self._run, self._durations, self._controls = run, durations, controls
-        self._sanity, self.validation = sanity, validation
-        self._make_epoch, self._make_validation, self._reload_every = make_epoch, make_validation, reload_every
-        self._restore = restore
+        self._run, self._parts, self._durations, self._controls = run, parts, durations, controls
+        self._sanity, self.validation, self._reload_every = sanity, validation, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
         self._validation_s = math.inf  # how long the last one took
@@ -87,7 +95,7 @@ class FitLoop:
 
     def _train(self) -> None:
         run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
-        self.epoch = epoch = self._make_epoch(self)
+        self.epoch = epoch = self._parts.make_epoch(run, self)
         if epoch is None or (reason := self._done()):
             rank_zero_info(f"`Trainer.fit` has nothing to train: {reason if epoch else 'there are no batches'}.")
             return
@@ -100,16 +108,16 @@ class FitLoop:
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
                     epoch.close()
-                    self.validation = self._make_validation()
-                    self.epoch = epoch = self._make_epoch(self)
+                    self.validation = self._parts.make_validation(run)
+                    self.epoch = epoch = self._parts.make_epoch(run, self)
                     assert epoch is not None
                 first = False
                 within = progress.begun
                 if not within:
-                    self._restore()
+                    self._parts.restore(run)
                 dispatch.call("on_train_epoch_start")
                 if within:
-                    self._restore()
+                    self._parts.restore(run)
                 epoch.run()
                 progress.epoch_ended = True
                 self._end_epoch(epoch)
@@ -155,14 +163,15 @@ class FitLoop:
         state.stage = RunningStage.VALIDATING
         # a short one is waited for; several ranks do not know alike whether it is
         watched = run.fabric.world_size > 1 or self._validation_s > _SHORT_S
-        run.before_validation = moment(run) if watched or self._may_save_in_validation else {}
+        if watched or self._may_save_in_validation:
+            run.before_validation.update(moment(run))
         began = time.monotonic()
         completed = self.validation(interrupted=interrupted if watched else None) is not None
         self._validated_at = time.monotonic()
         self._validation_s = self._validated_at - began
         state.stage = RunningStage.TRAINING
         if completed:
-            run.before_validation = {}
+            run.before_validation.clear()
         return completed
 
     def validation_elapsed(self, span: timedelta) -> bool:

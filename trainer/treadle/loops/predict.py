@@ -13,7 +13,7 @@ from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.evaluate import module_modes, restore_modes
 from treadle.loops.step.arguments import evaluation_arguments
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle_fabric import move_data_to_device
 
 __all__ = ["Prediction"]
@@ -29,8 +29,7 @@ class Prediction:
         keep: whether to keep what the steps return.
     """
 
-    def __init__(self, run: Run, data: EvaluationData, *, inference_mode: bool, keep: bool) -> None:
-        assert run.wrapped is not None
+    def __init__(self, run: ReadyRun, data: EvaluationData, *, inference_mode: bool, keep: bool) -> None:
         self._run, self._data, self._keep = run, data, keep
         self._step = run.wrapped.method("predict_step")
         several = len(data.loaders) > 1

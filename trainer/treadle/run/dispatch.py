@@ -56,8 +56,10 @@ def check_hook_names(obj: object) -> None:
 class Dispatch:
     """The hooks of a run as tuples of bound methods: callbacks first, then the module."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback]) -> None:
-        self.results: Results | None = None
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], results: Results
+    ) -> None:
+        self.results = results
         """Where ``self.log`` goes now; it is told which hook runs."""
         self._table: dict[str, Listeners] = {}
         for name in dict.fromkeys([*MODULE_HOOKS, *CALLBACK_HOOKS]):
@@ -90,19 +92,14 @@ class Dispatch:
         """Call a hook that is not on the hot path; ``hook`` is its name where ``name`` is only a part of it."""
         listeners = self._table.get(name)
         if listeners:
-            results = self.results
-            if results is not None:
-                results.hook = hook or name
+            self.results.hook = hook or name
             for listener in listeners:
                 listener(*args)
-            if results is not None:
-                results.hook = ""
+            self.results.hook = ""
 
     def run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call one function (``configure_optimizers``, a dataloader method, ...) under the name of its hook."""
         results = self.results
-        if results is None:
-            return function(*args, **kwargs)
         before, results.hook = results.hook, name
         try:
             return function(*args, **kwargs)

@@ -1,13 +1,12 @@
-"""What a run is made of, decided once before it starts."""
+"""What a run is made of: decided once, and never assigned again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from treadle.data.transfer import stay
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
@@ -22,12 +21,12 @@ from treadle_fabric.loggers import Logger
 if TYPE_CHECKING:
     from treadle.numbers.watch import NonFiniteWatch
 
-__all__ = ["Run"]
+__all__ = ["ReadyRun", "Run"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """The parts of one fit, validate, test or predict. The loops read it; the trainer shows it to the user."""
+    """The parts of one fit, validate, test or predict that exist before the module is set up: hooks can be called."""
 
     fabric: Fabric
     module: LightningModule
@@ -38,23 +37,13 @@ class Run:
     results: Results
     loggers: list[Logger]
     progress: FitProgress
-    modules: list[LightningModule] = field(default_factory=list)
+    modules: list[LightningModule]
     """The module and its children that are LightningModules: all of them may log."""
-    wrapped: FabricModule | None = None
     optimizers: list[FabricOptimizer] = field(default_factory=list)
-    """Wrapped: their ``step`` goes through precision and strategy."""
+    """Their ``step`` goes through precision and strategy. Empty before ``configure_optimizers``, and outside of fit."""
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
-    transfer: Callable[[Any, int], Any] = stay
-    """How a batch of a loader reaches the device."""
     validated: dict[int, int] = field(default_factory=dict)
     """Batches of each loader in all evaluations of this run: the x axis of values logged on their steps."""
-    before_validation: dict[str, Any] = field(default_factory=dict)
-    """What a checkpoint in the middle of a validation keeps: a resumed run begins it anew."""
-
-    weights: Weights = field(default_factory=Weights)
-    """Of the losses of the accumulation that is going on."""
-    watch: NonFiniteWatch | None = None
-    """Looks for losses and gradients that are not finite; None where nobody asked for it."""
 
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
@@ -65,7 +54,6 @@ class Run:
     def log_to(self, results: Results) -> Results:
         """Send ``self.log`` to the slots of another stage; returns those it went to before."""
         before = self.dispatch.results
-        assert before is not None
         self.metrics.keep(before)  # its step values stay in sight
         self.dispatch.results = results
         self.metrics.active = results
@@ -84,3 +72,23 @@ class Run:
             scalars.setdefault("epoch", self.progress.epoch)
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
+
+    def ready(self, **parts: Any) -> ReadyRun:
+        """This run with the parts that :class:`ReadyRun` adds."""
+        return ReadyRun(**{each.name: getattr(self, each.name) for each in fields(Run)}, **parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadyRun(Run):
+    """A run whose module is on its device and in its engine: batches can be run."""
+
+    wrapped: FabricModule
+    transfer: Callable[[Any, int], Any]
+    """How a batch of a loader reaches the device: takes the batch and the index of its loader."""
+    weights: Weights = field(default_factory=Weights)
+    """Of the losses of the accumulation that is going on."""
+    watch: NonFiniteWatch | None = None
+    """Looks for losses and gradients that are not finite; None where nobody asked for it."""
+    before_validation: dict[str, Any] = field(default_factory=dict)
+    """What a checkpoint in the middle of a validation keeps: a resumed run begins that validation anew. Empty
+    outside."""

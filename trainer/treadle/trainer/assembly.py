@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from treadle.data.evaluation import EvaluationData
 from treadle.data.find import find_loaders
 from treadle.data.training import TrainingData
+from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import Controls, TrainingEpoch
-from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
 from treadle.loops.optimizers import parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
@@ -21,8 +21,10 @@ from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import ManualStep
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.run.run import Run
+from treadle.numbers.watch import NonFiniteWatch
+from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
+from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
 from treadle_fabric import FabricOptimizer, MisconfigurationException, rank_zero_info
@@ -41,14 +43,38 @@ def share_batch_norm(module: nn.Module, device: torch.device) -> None:
         )
 
 
-def set_up_optimizers(run: Run, settings: Settings) -> None:
-    """Make the optimizers and schedulers; in manual optimization their steps are counted and have their hook."""
-    if settings.on_nonfinite is not None:
-        from treadle.numbers.watch import NonFiniteWatch
+def set_up(run: Run, settings: Settings) -> ReadyRun:
+    """Bring the module to its device and into its engine; in fit, make the optimizers and schedulers too.
 
-        run.watch = NonFiniteWatch(run, settings.on_nonfinite, settings.default_root_dir)
+    ``configure_optimizers`` comes after the module's set-up, or before it where the strategy sets up both together.
+    """
+    fabric, fitting = run.fabric, run.state.fn is TrainerFn.FITTING
+    watch = NonFiniteWatch(run, settings.on_nonfinite, settings.default_root_dir) if settings.on_nonfinite else None
+    transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
+    if fitting and fabric.strategy.sets_up_jointly:
+        optimizers = _configure_optimizers(run)
+        wrapped, *stepped = fabric.setup(run.module, *optimizers)
+        _add_optimizers(run, watch, [each.optimizer for each in stepped])
+        return run.ready(wrapped=wrapped, transfer=transfer, watch=watch)
+    return run.ready(wrapped=fabric.setup_module(run.module), transfer=transfer, watch=watch)
+
+
+def set_up_optimizers(run: ReadyRun) -> None:
+    """Make the optimizers and schedulers, unless the module's set-up has made them."""
+    strategy = run.fabric.strategy
+    if not strategy.sets_up_jointly:
+        _add_optimizers(run, run.watch, [strategy.setup_optimizer(o) for o in _configure_optimizers(run)])
+
+
+def _configure_optimizers(run: Run) -> list[Optimizer]:
     returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
-    optimizers, run.schedulers = parse_optimizers(returned, run.module)
+    optimizers, schedulers = parse_optimizers(returned, run.module)
+    run.schedulers.extend(schedulers)
+    return optimizers
+
+
+def _add_optimizers(run: Run, watch: NonFiniteWatch | None, optimizers: list[Optimizer]) -> None:
+    """Add the optimizers to the run; in manual optimization their steps are counted and have their hook."""
     listeners, progress, results = run.dispatch.listeners("on_before_optimizer_step"), run.progress, run.results
     strategy = run.fabric.strategy
     manual = not run.module.automatic_optimization
@@ -56,7 +82,7 @@ def set_up_optimizers(run: Run, settings: Settings) -> None:
     left_out: set[Optimizer] = set()
 
     def before_step(optimizer: Optimizer) -> None:
-        if run.watch is not None and not run.watch.allows(optimizer):
+        if watch is not None and not watch.allows(optimizer):
             optimizer.zero_grad()  # the step finds nothing to do
             left_out.add(optimizer)
         elif listeners:
@@ -73,7 +99,7 @@ def set_up_optimizers(run: Run, settings: Settings) -> None:
             progress.optimizer_steps += 1
 
     hooks = (before_step, after_step) if manual else (None, None)
-    run.optimizers = [FabricOptimizer(strategy.setup_optimizer(o), strategy, *hooks) for o in optimizers]
+    run.optimizers.extend(FabricOptimizer(optimizer, strategy, *hooks) for optimizer in optimizers)
 
 
 def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
@@ -111,7 +137,7 @@ def training_data(run: Run, settings: Settings, train: Any) -> TrainingData | No
 
 
 def make_epoch(
-    run: Run,
+    run: ReadyRun,
     settings: Settings,
     data: TrainingData,
     loop: FitLoop,
@@ -145,11 +171,6 @@ def make_epoch(
         signals=signals,
         agreement=loop.agreement,
     )
-
-
-def make_evaluation(run: Run, settings: Settings, data: EvaluationData, name: str) -> Evaluation:
-    """The evaluation "validation" or "test" over ``data``."""
-    return Evaluation(run, data, name, inference_mode=settings.inference_mode)
 
 
 def log_hyperparameters(run: Run, settings: Settings) -> None:

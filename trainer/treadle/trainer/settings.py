@@ -58,6 +58,11 @@ class Settings:
     on_save_error: str = "raise"
     on_nonfinite: str | None = None
 
+    def sanity_batches(self, num_batches: list[float]) -> list[float]:
+        """The batches of each validation loader that the sanity check tries, of those that there are."""
+        steps = self.num_sanity_val_steps
+        return [n if steps == -1 else min(n, steps) for n in num_batches]
+
 
 def check_integer(value: Any, name: str, lowest: int) -> int:
     """The value, if it is an integer of at least ``lowest``."""

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from treadle.callbacks import Callback
+from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.auto_resume import find_newest
 from treadle.checkpoint.content import dump_checkpoint
-from treadle.checkpoint.exact import capture_exact, restore_exact
 from treadle.checkpoint.find import find_checkpoint, preempted_path
 from treadle.checkpoint.restore import restore_training, restore_weights
-from treadle.data.evaluation import EvaluationData
-from treadle.data.find import find_loaders
-from treadle.data.training import TrainingData
-from treadle.data.transfer import make_transfer
-from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
-from treadle.loops.fit import FitLoop
 from treadle.loops.predict import Prediction
-from treadle.metrics.bus import Results
+from treadle.loops.step.clipping import Clipping
+from treadle.loops.step.manual import manual_backward
 from treadle.metrics.latest import Metrics
 from treadle.metrics.table import print_results
 from treadle.metrics.values import to_floats
 from treadle.module import LightningDataModule, LightningModule
-from treadle.run.dispatch import Dispatch, with_model_callbacks
-from treadle.run.progress import FitProgress
-from treadle.run.run import Run
-from treadle.run.signals import Signals, SIGTERMException, announcing_signal, claim_together, during_a_save, meet
+from treadle.run.dispatch import with_model_callbacks
+from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.run import ReadyRun, Run
+from treadle.run.signals import Signals, SIGTERMException, announcing_signal, during_a_save
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
+from treadle.trainer.fitting import Fitting
 from treadle.trainer.outcome import Outcome, adopt, run_and_capture
-from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
-from treadle.trainer.view import TrainerView
+from treadle.trainer.session import Session
+from treadle.trainer.settings import check_integer, choose_callbacks, choose_loggers, resolve_settings
 from treadle_fabric import (
     Fabric,
+    FabricOptimizer,
     MisconfigurationException,
     PathLike,
-    claim_failure,
     rank_zero_info,
-    rank_zero_warn,
     suggests_arguments,
 )
 from treadle_fabric.accelerators import Accelerator
@@ -58,7 +55,7 @@ Source: TypeAlias = tuple[PathLike | None, bool | None]
 """Which checkpoint, and whether it must hold nothing but weights and plain data."""
 
 
-class Trainer(TrainerView):
+class Trainer:
     """Trains, validates, tests and predicts with a :class:`treadle.LightningModule`.
 
     Args:
@@ -176,20 +173,12 @@ class Trainer(TrainerView):
         )
         self.state = TrainerState()
         self.should_stop = False
+        """Set it to True to stop after the current batch."""
         self.fit_progress = FitProgress()
-        self._metrics = Metrics()
+        """How far fit has come."""
         self._signals = Signals(announcing_signal(self.fabric.strategy))
-        self._run: Run | None = None
-        self._module: LightningModule | None = None
-        self._datamodule: LightningDataModule | None = None
-        self._fit_loop: FitLoop | None = None
-        self._train_data: TrainingData | None = None
-        self._eval_data: dict[str, EvaluationData] = {}
-        self._ckpt_path: str | None = None
-        self._log_dir: str | None = None
-        self._make_training_data: Callable[[], TrainingData | None] | None = None
-        self._sigterm = False
-        self._unrestored: dict[str, Any] = {}  # what a run needs from its checkpoint to go on exactly, until it has it
+        self._session: Session | None = None  # the current or last one
+        self._fitting: Fitting | None = None  # the current or last one
 
     # ------------------------------------------------------------------------------------------------ entry points
 
@@ -287,7 +276,7 @@ class Trainer(TrainerView):
             side, a rank gets its own part.
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
-        module = preflight.model_or_last(model, self._module, "predict")
+        module = preflight.model_or_last(model, self._last_module, "predict")
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule)
         preflight.check_return_predictions(return_predictions, self.strategy)
@@ -311,19 +300,478 @@ class Trainer(TrainerView):
             weights_only: leave out optimizers, schedulers and callbacks. Default: False.
             storage_options: for the checkpoint IO.
         """
-        if self._run is None or self._run.wrapped is None:
+        run = self._run
+        if not isinstance(run, ReadyRun):
             raise MisconfigurationException(
                 "save_checkpoint needs a module that was set up: call it in or after fit, validate or test."
             )
-        checkpoint = dump_checkpoint(self._run, self.callbacks, weights_only=bool(weights_only))
-        if not weights_only and self.state.fn is TrainerFn.FITTING:
-            exact = self._unrestored or capture_exact(
-                self._run, self._train_data, accumulate=self.accumulate_grad_batches
-            )
-            checkpoint["treadle"] |= {**exact, "should_stop": self.should_stop}
+        checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
+        if not weights_only and self.state.fn is TrainerFn.FITTING and self._fitting is not None:
+            checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
+
+    # ------------------------------------------------------------------------------------------------ the parts
+
+    @property
+    def lightning_module(self) -> LightningModule:
+        """The module of the current or last run."""
+        module = self._last_module
+        if module is None:
+            raise MisconfigurationException(
+                "The trainer has no module yet: it gets one with fit, validate, test or predict."
+            )
+        return module
+
+    @property
+    def datamodule(self) -> LightningDataModule | None:
+        """The data module of the current or last run."""
+        return self._session.datamodule if self._session is not None else None
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The module as the strategy wrapped it (under DDP, say); the plain module before that."""
+        run = self._run
+        return run.wrapped if isinstance(run, ReadyRun) else self._last_module
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the model is placed on devices and processes."""
+        return self.fabric.strategy
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The hardware."""
+        return self.fabric.accelerator
+
+    @property
+    def precision_plugin(self) -> Any:
+        """The precision object."""
+        return self.fabric.strategy.precision
+
+    @property
+    def precision(self) -> str:
+        """The precision's name, "32-true" say."""
+        return str(self.fabric.strategy.precision.precision)
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler under 16-mixed; else None."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The torch optimizers of the current fit."""
+        return [o.optimizer for o in self.wrapped_optimizers]
+
+    @property
+    def wrapped_optimizers(self) -> list[FabricOptimizer]:
+        """The optimizers whose ``step`` goes through precision and strategy."""
+        return self._run.optimizers if self._run is not None else []
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The learning-rate schedulers and when they step."""
+        return self._run.schedulers if self._run is not None else []
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """The loggers; a list that may be changed between runs."""
+        return self._loggers
+
+    @property
+    def logger(self) -> Logger | None:
+        """The first logger, or None."""
+        return self.loggers[0] if self.loggers else None
+
+    # ------------------------------------------------------------------------------------------------ processes
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank among all."""
+        return self.fabric.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """This process's rank on its node."""
+        return self.fabric.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """This node's rank."""
+        return self.fabric.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes."""
+        return self.fabric.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.fabric.is_global_zero
+
+    @property
+    def num_devices(self) -> int:
+        """The devices on this node."""
+        return max(1, self.world_size // self.num_nodes)
+
+    @property
+    def num_nodes(self) -> int:
+        """The nodes."""
+        return int(getattr(self.strategy, "num_nodes", 1))
+
+    @property
+    def device_ids(self) -> list[int]:
+        """The indices of the devices on this node."""
+        devices = getattr(self.strategy, "parallel_devices", None) or [self.strategy.root_device]
+        return [i if d.index is None else d.index for i, d in enumerate(devices)]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
+        """Number of replicas and rank for samplers; None on one process."""
+        return self.strategy.distributed_sampler_kwargs
+
+    # ------------------------------------------------------------------------------------------------ paths
+
+    @property
+    def default_root_dir(self) -> str:
+        """Where logs and checkpoints go unless a logger or callback says otherwise. Default: the working directory."""
+        return self._settings.default_root_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        """The first logger's folder, the same on every rank; ``default_root_dir`` without loggers."""
+        if self._session is not None and self._session.log_dir is not None:
+            return self._session.log_dir
+        return (self.loggers[0].log_dir or self.default_root_dir) if self.loggers else self.default_root_dir
+
+    @property
+    def ckpt_path(self) -> str | None:
+        """The checkpoint that the current or last run was started from."""
+        return self._session.ckpt_path if self._session is not None else None
+
+    # ------------------------------------------------------------------------------------------------ callbacks
+
+    @property
+    def early_stopping_callbacks(self) -> list[EarlyStopping]:
+        """Every EarlyStopping."""
+        return [c for c in self.callbacks if isinstance(c, EarlyStopping)]
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        """The first EarlyStopping, or None."""
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def checkpoint_callbacks(self) -> list[Checkpoint]:
+        """Every checkpoint callback."""
+        return [c for c in self.callbacks if isinstance(c, Checkpoint)]
+
+    @property
+    def checkpoint_callback(self) -> Checkpoint | None:
+        """The first checkpoint callback, or None."""
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        """The progress bar, or None."""
+        return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    @property
+    def training(self) -> bool:
+        """Whether a training loop is running, between its evaluations."""
+        return self.state.stage is RunningStage.TRAINING
+
+    @property
+    def validating(self) -> bool:
+        """Whether validation runs, in fit or by itself."""
+        return self.state.stage is RunningStage.VALIDATING
+
+    @property
+    def testing(self) -> bool:
+        """Whether testing runs."""
+        return self.state.stage is RunningStage.TESTING
+
+    @property
+    def predicting(self) -> bool:
+        """Whether prediction runs."""
+        return self.state.stage is RunningStage.PREDICTING
+
+    @property
+    def sanity_checking(self) -> bool:
+        """Whether the sanity check runs."""
+        return self.state.stage is RunningStage.SANITY_CHECKING
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether validation or testing runs."""
+        return self.validating or self.testing
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last run ended with KeyboardInterrupt."""
+        return self.state.status is TrainerStatus.INTERRUPTED
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether the process was asked to terminate."""
+        return self._session is not None and self._session.terminated
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether the current training batch is the epoch's last."""
+        return self.fit_progress.is_last_batch
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether validation follows right after the current batch's ``on_train_batch_end``."""
+        return self.fit_progress.validation_due
+
+    @property
+    def global_step(self) -> int:
+        """The batches so far at which an optimizer stepped, whatever the number of optimizers."""
+        return self.fit_progress.step
+
+    @property
+    def current_epoch(self) -> int:
+        """The completed epochs; inside an epoch, its number from 0."""
+        return self.fit_progress.epoch
+
+    # ------------------------------------------------------------------------------------------------ settings
+
+    @property
+    def fast_dev_run(self) -> int:
+        """The batches of a trial run; 0 where it is none."""
+        return self._settings.fast_dev_run
+
+    @property
+    def on_save_error(self) -> str:
+        """What happens where a checkpoint cannot be written: "raise" or "warn"."""
+        return self._settings.on_save_error
+
+    @property
+    def max_epochs(self) -> int | None:
+        """The largest number of epochs; -1 where there is no bound."""
+        return self._settings.durations.max_epochs
+
+    @property
+    def min_epochs(self) -> int | None:
+        """The smallest number of epochs."""
+        return self._settings.durations.min_epochs
+
+    @property
+    def max_steps(self) -> int:
+        """The largest number of steps; -1 where there is no bound."""
+        return self._settings.durations.max_steps
+
+    @property
+    def min_steps(self) -> int | None:
+        """The smallest number of steps."""
+        return self._settings.durations.min_steps
+
+    @property
+    def log_every_n_steps(self) -> int:
+        """How often step values go to the loggers."""
+        return self._settings.log_every_n_steps
+
+    @property
+    def limit_train_batches(self) -> int | float:
+        """The limit on training batches."""
+        return self._settings.limits["train"]
+
+    @property
+    def limit_val_batches(self) -> int | float:
+        """The limit on validation batches."""
+        return self._settings.limits["val"]
+
+    @property
+    def limit_test_batches(self) -> int | float:
+        """The limit on test batches."""
+        return self._settings.limits["test"]
+
+    @property
+    def limit_predict_batches(self) -> int | float:
+        """The limit on batches to predict."""
+        return self._settings.limits["predict"]
+
+    @property
+    def overfit_batches(self) -> int | float:
+        """The batches to overfit on; 0.0 where that is not asked."""
+        return self._settings.overfit_batches
+
+    @property
+    def val_check_interval(self) -> Any:
+        """As given: batches, a fraction of an epoch, or a duration."""
+        return self._settings.val_check_interval
+
+    @property
+    def val_check_batch(self) -> float:
+        """The batches between two validations; infinity where it goes by epochs or time."""
+        loop = self._fitting.loop if self._fitting is not None else None
+        return loop.epoch.val_check_batch if loop is not None and loop.epoch is not None else math.inf
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        """The epochs between two validations."""
+        return self._settings.check_val_every_n_epoch
+
+    @property
+    def num_sanity_val_steps(self) -> int:
+        """The batches of the sanity check; -1 for all."""
+        return self._settings.num_sanity_val_steps
+
+    @property
+    def gradient_clip_val(self) -> float | None:
+        """The largest gradient norm or value."""
+        return self._settings.gradient_clip_val
+
+    @property
+    def gradient_clip_algorithm(self) -> str | None:
+        """What is limited: "norm" or "value"."""
+        return self._settings.gradient_clip_algorithm
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """The batches of one optimizer step; a callback may set it between epochs."""
+        return self._settings.accumulate_grad_batches
+
+    @accumulate_grad_batches.setter
+    def accumulate_grad_batches(self, batches: int) -> None:
+        self._settings.accumulate_grad_batches = check_integer(batches, "accumulate_grad_batches", 1)
+
+    # ------------------------------------------------------------------------------------------------ loaders
+
+    @property
+    def train_dataloader(self) -> Any:
+        """The training loader of the current or last fit, as this rank iterates it."""
+        data = self._fitting.data if self._fitting is not None else None
+        return data.loader if data is not None else None
+
+    def _loaders(self, stage: str) -> Any:
+        data = self._session.evaluations.get(stage) if self._session is not None else None
+        if data is None:
+            return None
+        return data.loaders[0] if len(data.loaders) == 1 else data.loaders
+
+    def _num_batches(self, stage: str) -> list[float]:
+        data = self._session.evaluations.get(stage) if self._session is not None else None
+        return data.num_batches if data is not None else []
+
+    @property
+    def val_dataloaders(self) -> Any:
+        """The validation loader, or the list of them."""
+        return self._loaders("val")
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test loader, or the list of them."""
+        return self._loaders("test")
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The prediction loader, or the list of them."""
+        return self._loaders("predict")
+
+    @property
+    def num_training_batches(self) -> float:
+        """The training batches of an epoch on this rank; infinity where that is not known."""
+        data = self._fitting.data if self._fitting is not None else None
+        return data.num_batches if data is not None else math.inf
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        """The validation batches of each loader."""
+        return self._num_batches("val")
+
+    @property
+    def num_sanity_val_batches(self) -> list[float]:
+        """The sanity-check batches of each loader."""
+        return self._settings.sanity_batches(self.num_val_batches)
+
+    @property
+    def num_test_batches(self) -> list[float]:
+        """The test batches of each loader."""
+        return self._num_batches("test")
+
+    @property
+    def num_predict_batches(self) -> list[float]:
+        """The batches to predict of each loader."""
+        return self._num_batches("predict")
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether fit validates: there is a ``validation_step``, a loader, and the limit is not 0."""
+        loop = self._fitting.loop if self._fitting is not None else None
+        return loop is not None and loop.validation is not None
+
+    @property
+    def estimated_stepping_batches(self) -> float:
+        """The optimizer steps of the whole fit, for schedulers made in ``configure_optimizers``; infinity if unbounded.
+
+        Asks for the training loader if that was not done yet.
+        """
+        if self._fitting is None:
+            raise MisconfigurationException("estimated_stepping_batches is known in fit only.")
+        return self._fitting.estimated_steps()
+
+    # ------------------------------------------------------------------------------------------------ metrics
+
+    @property
+    def callback_metrics(self) -> dict[str, Tensor]:
+        """The newest value of everything logged, as scalar tensors."""
+        return self._metrics.callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Tensor]:
+        """The newest value of what goes to the loggers."""
+        return self._metrics.logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """What the progress bar shows; reading it brings the values to the host."""
+        return self._metrics.bar
+
+    def metrics_on_cpu(self) -> Metrics:
+        """A copy of what was logged that can be sent to another process."""
+        return self._metrics.detached()
+
+    def take_outcome(
+        self, module: LightningModule, state: TrainerState, progress: FitProgress, metrics: Metrics, should_stop: bool
+    ) -> None:
+        """Take over how a run went that another process did."""
+        self.state, self.fit_progress, self.should_stop = state, progress, should_stop
+        self._session = Session(self.fabric, module, None, state, metrics)
+
+    # ------------------------------------------------------------------------------------------------ for modules
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Make a module on the device and in the precision of this trainer, in a with block."""
+        return self.fabric.init_module(empty_init=empty_init)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print on rank 0 only, above the progress bar."""
+        bar = self.progress_bar_callback
+        if self.is_global_zero:
+            (print if bar is None else bar.print)(*args, **kwargs)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
+        manual_backward(self._ready_run("manual_backward"), loss, *args, **kwargs)
+
+    def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
+        """Clip gradients; modules call it as ``self.clip_gradients``."""
+        run, settings = self._ready_run("clip_gradients"), self._settings
+        Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm).clip(optimizer, value, algorithm)
+
+    def _ready_run(self, what: str) -> ReadyRun:
+        run = self._run
+        if not isinstance(run, ReadyRun):
+            raise MisconfigurationException(f"{what} needs a module that was set up: call it inside fit.")
+        return run
 
     # ------------------------------------------------------------------------------------------------ a run
 
@@ -340,131 +788,42 @@ class Trainer(TrainerView):
     def _running(
         self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None
     ) -> Generator[Run]:
-        """Everything around a stage: who is attached, what is seeded, and what happens when it fails."""
+        """Everything around a stage; see :class:`Session`."""
         preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
-        self._module, self._datamodule, self._metrics = module, datamodule, Metrics()
-        self._eval_data, self._sigterm = {}, False
         if fn is TrainerFn.FITTING:
-            self.fit_progress, self._fit_loop, self._train_data, self._unrestored = FitProgress(), None, None, {}
-        results = Results(training=fn is TrainerFn.FITTING, fabric=self.fabric)
-        results.belongs_to(module)
-        if datamodule is not None:
-            datamodule.trainer = self
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(preflight.backend_flags(self._settings))
-                if fn is TrainerFn.FITTING:
-                    stack.enter_context(self._signals)
-                if self._settings.detect_anomaly:
-                    stack.enter_context(torch.autograd.set_detect_anomaly(True))
-                module.attach(self, results)
-                results.hook = "configure_callbacks"
-                self.callbacks = with_model_callbacks(self.callbacks, module)
-                results.hook = ""
-                dispatch = Dispatch(self, module, self.callbacks)
-                dispatch.results = self._metrics.active = results
-                self._run = run = Run(
-                    self.fabric, module, datamodule, dispatch, self.state, self._metrics, results, self.loggers,
-                    self.fit_progress, [m for m in module.modules() if isinstance(m, LightningModule)],
-                )  # fmt: skip
-                self._log_dir = None
-                self._log_dir = self.fabric.broadcast(self.log_dir)
-                self._setup_hooks(run)
-                yield run
-                self._finish(run)
-        except KeyboardInterrupt as interrupt:
-            self.state.status = TrainerStatus.INTERRUPTED
-            self._failed(interrupt)
-            rank_zero_info(
-                "Interrupted: fit has ended, its state is intact, and your script goes on; `trainer.interrupted` tells."
-                if self.world_size == 1
-                else "Interrupted: fit has ended, and your script goes on; `trainer.interrupted` tells. The ranks may"
-                " stand at different batches, so do not save now; SIGTERM saves, and ends all after the same batch."
-            )
-        except BaseException as error:
-            self._sigterm, together = isinstance(error, SIGTERMException), getattr(error, "together", False)
-            if together:
-                claim_together(error, self.strategy)
-            elif not self._sigterm or self.is_global_zero:
-                claim_failure(error)
-            self.state.status = TrainerStatus.INTERRUPTED
-            self._failed(error)
-            if together:  # who started the ranks may end the others, which still write, once the first is gone
-                meet(self.strategy)
-            raise
-        finally:
-            self.state.stage = None
-            self._metrics.keep(results)
-            self._metrics.active = None
-            self.strategy.precision.teardown()
-            module.attach(self)
-            self.fabric.callbacks[:] = [c for c in self.fabric.callbacks if c is not module]
+            self.fit_progress, self._fitting = FitProgress(), None
+        self._session = session = Session(self.fabric, module, datamodule, self.state)
+        with session.guarded(self), session.flagged(self._settings, self._signals):
+            results = session.attach(self)
+            results.hook = "configure_callbacks"
+            self.callbacks = with_model_callbacks(self.callbacks, module)
+            results.hook = ""
+            run = session.start(self, results, self.fit_progress, self._settings)
+            yield run
+            session.finish(self, run)
 
-    def _setup_hooks(self, run: Run) -> None:
-        """prepare_data, setup, configure_model."""
-        fn, module, datamodule, dispatch = self.state.fn, run.module, run.datamodule, run.dispatch
-        assert fn is not None
-        for owner in [o for o in (datamodule, module) if o is not None]:
-            per_node = getattr(owner, "prepare_data_per_node", True)
-            if (self.local_rank if per_node else self.global_rank) == 0:
-                dispatch.run("prepare_data", owner.prepare_data)
-        self.fabric.barrier("prepare_data")
-        if datamodule is not None:
-            dispatch.run("setup", datamodule.setup, fn.value)
-        dispatch.call("setup", fn.value)
-        with self.fabric.init_module():
-            dispatch.run("configure_model", module.configure_model)
-        if self._settings.sync_batchnorm and self.world_size > 1:
-            assembly.share_batch_norm(module, self.fabric.device)
-
-    def _finish(self, run: Run) -> None:
-        fn = self.state.fn
-        assert fn is not None
-        if fn is TrainerFn.FITTING:
-            run.dispatch.call("on_fit_end")
-        if run.datamodule is not None:
-            run.dispatch.run("teardown", run.datamodule.teardown, fn.value)
-        run.dispatch.call("teardown", fn.value)
-        for logger in self.loggers:
-            logger.finalize("success")
-        with tolerated(self):
-            self.strategy.checkpoint_io.teardown()  # waits for what is being written
-        self.state.status = TrainerStatus.FINISHED
-
-    def _failed(self, error: BaseException) -> None:
-        """on_exception for everybody, then the loggers are closed; a second error must not hide the first."""
-        run = self._run
-        calls: list[Callable[[], Any]] = [partial(logger.finalize, "failed") for logger in self.loggers]
-        if run is not None and run.module is self._module:
-            told = list(run.dispatch.listeners("on_exception"))
-            told += [run.datamodule.on_exception] if run.datamodule is not None else []
-            calls = [*(partial(run.dispatch.run, "on_exception", listener, error) for listener in told), *calls]
-        calls.append(self.strategy.checkpoint_io.teardown)
-        for call in calls:
-            try:
-                call()
-            except Exception as second:
-                rank_zero_warn(f"{type(error).__name__} ended the run, and then came {second!r}.")
-
-    # ------------------------------------------------------------------------------------------------ the stages
-
-    def _prepare(self, run: Run, source: Source) -> dict[str, Any] | None:
-        """Weights from a checkpoint, then the module to its device and into its engine."""
+    def _prepare(self, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
+        """Weights from a checkpoint, and the module on its device and in its engine."""
         ckpt_path, weights_only = source
-        fitting = self.state.fn is TrainerFn.FITTING
+        session, fitting = self._open_session, self.state.fn is TrainerFn.FITTING
         path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
         if path is None and fitting and self._settings.auto_resume and self.is_global_zero:
             path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
-        path = self._ckpt_path = self.fabric.broadcast(path)
+        path = session.ckpt_path = self.fabric.broadcast(path)
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
             checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
-            restore_weights(run, checkpoint, self.callbacks, training=fitting)
-        run.wrapped = self.fabric.setup_module(run.module)
-        run.transfer = make_transfer(run.module, run.datamodule, self.fabric.device, run.dispatch.run)
-        return checkpoint
+        late = self.strategy.restores_after_setup
+        if checkpoint is not None and not late:
+            restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
+        session.run = ready = assembly.set_up(run, self._settings)
+        if checkpoint is not None and late:
+            restore_weights(run, ready.wrapped.forward_module, checkpoint, self.callbacks, training=fitting)
+        return ready, checkpoint
+
+    # ------------------------------------------------------------------------------------------------ the stages
 
     def _fit(
         self,
@@ -475,60 +834,27 @@ class Trainer(TrainerView):
         source: Source,
     ) -> None:
         with self._running(TrainerFn.FITTING, module, datamodule) as run:
-            checkpoint = self._prepare(run, source)
-            self._make_training_data = partial(assembly.training_data, run, self._settings, train)
-            assembly.set_up_optimizers(run, self._settings)
-            run.dispatch.call("on_fit_start")
-            assembly.log_hyperparameters(run, self._settings)
-            if checkpoint is not None:
-                restore_training(run, checkpoint)
-                self._unrestored = checkpoint.get("treadle", {})
-                self.should_stop |= bool(self._unrestored.get("should_stop", False))
-                del checkpoint
-            validation = self._make_validation(run, val)
-            self._fit_loop = loop = FitLoop(
-                run,
-                self._settings.durations,
-                self,
-                sanity=self.num_sanity_val_batches,
-                validation=validation,
-                make_epoch=partial(self._make_epoch, run),
-                make_validation=partial(self._make_validation, run, val),
-                restore=partial(self._restore_exact, run),
-                reload_every=self._settings.reload_dataloaders_every_n_epochs,
+            self._fitting = fitting = Fitting(
+                self._open_session, run, self._settings, train, val, controls=self, signals=self._signals
             )
+            ready, checkpoint = self._prepare(run, source)
+            assembly.set_up_optimizers(ready)
+            ready.dispatch.call("on_fit_start")
+            assembly.log_hyperparameters(ready, self._settings)
+            exact: dict[str, Any] = {}
+            if checkpoint is not None:
+                restore_training(ready, checkpoint)
+                exact = checkpoint.get("treadle", {})
+                self.should_stop |= bool(exact.get("should_stop", False))
+                del checkpoint
             try:
-                loop.run()
+                fitting.train(ready, exact)
             except SIGTERMException:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
                         self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
                         rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
                 raise
-
-    def _restore_exact(self, run: Run) -> None:
-        """What a resumed run had in the middle of things, once."""
-        if self._unrestored:
-            assert self._train_data is not None
-            restore_exact(run, self._unrestored, self._train_data, accumulate=self.accumulate_grad_batches)
-            self._unrestored = {}
-
-    def _make_epoch(self, run: Run, loop: FitLoop) -> TrainingEpoch | None:
-        if loop.epoch is not None or self._train_data is None:  # the first may have been asked for already
-            assert self._make_training_data is not None
-            before, self._train_data = self._train_data, self._make_training_data()
-            if before is not None and self._train_data is not None:
-                self._train_data.epochs.follow(before.epochs)
-        data = self._train_data
-        return None if data is None else assembly.make_epoch(run, self._settings, data, loop, self, self._signals)
-
-    def _make_validation(self, run: Run, val: Any) -> Evaluation | None:
-        loaders = assembly.validation_loaders(run, self._settings, val)
-        return None if loaders is None else self._make_evaluation(run, loaders, "val", "validation")
-
-    def _make_evaluation(self, run: Run, loaders: Any, stage: str, name: str) -> Evaluation:
-        self._eval_data[stage] = data = assembly.evaluation_data(run, self._settings, loaders, stage)
-        return assembly.make_evaluation(run, self._settings, data, name)
 
     def _evaluate(
         self,
@@ -540,7 +866,7 @@ class Trainer(TrainerView):
         datamodule: LightningDataModule | None,
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
-        module = preflight.model_or_last(model, self._module, fn.value)
+        module = preflight.model_or_last(model, self._last_module, fn.value)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule)
         result: list[dict[str, float]] = self._launch(
@@ -561,11 +887,9 @@ class Trainer(TrainerView):
         stage, name = ("val", "validation") if validating else ("test", "test")
         found: list[dict[str, float]] = []
         with self._running(fn, module, datamodule) as run:
-            self._prepare(run, source)
-            loaders = run.dispatch.run(
-                f"{stage}_dataloader", find_loaders, dataloaders, f"{stage}_dataloader", module, datamodule
-            )
-            evaluation = self._make_evaluation(run, loaders, stage, name)
+            ready, _ = self._prepare(run, source)
+            data = self._open_session.add_evaluation(ready, stage, dataloaders, self._settings)
+            evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation() or []]
         if verbose and self.is_global_zero:
@@ -593,13 +917,30 @@ class Trainer(TrainerView):
             try:
                 yield None
                 yield from prediction.stream()
-            except GeneratorExit:  # whoever asked has enough, which is no failure
+            except GeneratorExit:  # the caller has enough predictions, which is no failure
                 pass
 
     def _prediction(self, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
-        self._prepare(run, source)
-        name = "predict_dataloader"
-        loaders = run.dispatch.run(name, find_loaders, dataloaders, name, run.module, run.datamodule)
-        self._eval_data["predict"] = data = assembly.evaluation_data(run, self._settings, loaders, "predict")
+        ready, _ = self._prepare(run, source)
+        data = self._open_session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
-        return Prediction(run, data, inference_mode=self._settings.inference_mode, keep=keep)
+        return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
+
+    # ------------------------------------------------------------------------------------------------ the last session
+
+    @property
+    def _open_session(self) -> Session:
+        assert self._session is not None  # only stages ask, and _running has made it
+        return self._session
+
+    @property
+    def _run(self) -> Run | None:
+        return self._session.run if self._session is not None else None
+
+    @property
+    def _last_module(self) -> LightningModule | None:
+        return self._session.module if self._session is not None else None
+
+    @property
+    def _metrics(self) -> Metrics:
+        return self._session.metrics if self._session is not None else Metrics()

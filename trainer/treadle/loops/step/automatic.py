@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException, warn_user
 from treadle_fabric.precision import needs_closure
 
@@ -28,10 +28,9 @@ __all__ = ["AutomaticStep"]
 class AutomaticStep:
     """Automatic optimization with one optimizer, or none."""
 
-    def __init__(self, run: Run, clipping: Clipping) -> None:
+    def __init__(self, run: ReadyRun, clipping: Clipping) -> None:
 
         module, wrapped, listeners = run.module, run.wrapped, run.dispatch.listeners
-        assert wrapped is not None
         self._run, self._module, self._results, self._progress = run, module, run.results, run.progress
         self._dispatch = run.dispatch
         self._training_step = wrapped.method("training_step")

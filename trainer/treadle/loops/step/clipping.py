@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -19,10 +19,9 @@ __all__ = ["Clipping"]
 class Clipping:
     """Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
 
-    def __init__(self, run: Run, value: float | None, algorithm: str | None) -> None:
+    def __init__(self, run: ReadyRun, value: float | None, algorithm: str | None) -> None:
 
         module = run.module
-        assert run.wrapped is not None
         self._strategy, self._engine = run.fabric.strategy, run.wrapped.forward_module
         self._value, self._algorithm = value, algorithm
         self._dispatch = run.dispatch

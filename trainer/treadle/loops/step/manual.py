@@ -10,7 +10,7 @@ from torch import Tensor
 from treadle.loops.step.arguments import step_arguments
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.run.run import Run
+from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
 
 __all__ = ["ManualStep", "manual_backward"]
@@ -19,8 +19,7 @@ __all__ = ["ManualStep", "manual_backward"]
 class ManualStep:
     """Manual optimization: the module steps its optimizers itself."""
 
-    def __init__(self, run: Run) -> None:
-        assert run.wrapped is not None
+    def __init__(self, run: ReadyRun) -> None:
         self._results = run.results
         self._training_step = run.wrapped.method("training_step")
         self._takes, self.wants_iterator = step_arguments(run.module.training_step, ("batch", "batch_idx"))
@@ -48,14 +47,13 @@ class ManualStep:
         )
 
 
-def manual_backward(run: Run, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     """Backward in manual optimization, with its hooks."""
     module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
     dispatch.call("on_before_backward", loss)
     if run.watch is not None:
         run.watch.take(loss)
     strategy.expect_backward(loss)
-    assert run.wrapped is not None
     engine = run.wrapped.forward_module
     if overrides(module, "backward", LightningModule):
         precision = strategy.precision

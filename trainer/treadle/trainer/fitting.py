@@ -1,0 +1,117 @@
+"""The parts of a fit: its loaders, its loop, and what a resumed one has still to put back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.data.training import TrainingData
+from treadle.loops.epoch import Controls, TrainingEpoch
+from treadle.loops.evaluate import Evaluation
+from treadle.loops.fit import FitLoop
+from treadle.loops.schedule import total_steps
+from treadle.run.run import ReadyRun, Run
+from treadle.run.signals import Signals
+from treadle.trainer import assembly
+from treadle.trainer.session import Session
+from treadle.trainer.settings import Settings
+
+__all__ = ["Fitting"]
+
+
+class Fitting:
+    """What the trainer and the loop of a fit share. The trainer keeps the last one, so that users can look at it.
+
+    Args:
+        session: The session it belongs to.
+        run: Its run, before the module is set up: schedulers may ask how many steps there will be.
+        settings: The trainer's.
+        train: The training batches as they were given; None: those of data module or module.
+        val: The same for validation.
+        controls: Holds ``should_stop`` and ``accumulate_grad_batches``.
+        signals: What ends the fit after the current batch.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        run: Run,
+        settings: Settings,
+        train: Any,
+        val: Any,
+        controls: Controls,
+        signals: Signals,
+    ) -> None:
+        self._session, self._run, self._settings = session, run, settings
+        self._train, self._val = train, val
+        self._controls, self._signals = controls, signals
+        self._unrestored: dict[str, Any] = {}  # of the checkpoint, until the first batch
+        self._data_asked = False
+        self.data: TrainingData | None = None
+        """The training batches; None before they are asked for, and where there are none."""
+        self.loop: FitLoop | None = None
+
+    def train(self, run: ReadyRun, exact: dict[str, Any]) -> None:
+        """Run the loop.
+
+        Args:
+            run: The run, with its optimizers.
+            exact: The ``treadle`` entry of the checkpoint that the fit goes on from; empty without one.
+        """
+        self._unrestored = exact
+        validation = self.make_validation(run)
+        batches = validation.data.num_batches if validation is not None else []
+        self.loop = FitLoop(
+            run,
+            self,
+            self._settings.durations,
+            self._controls,
+            sanity=self._settings.sanity_batches(batches),
+            validation=validation,
+            reload_every=self._settings.reload_dataloaders_every_n_epochs,
+        )
+        self.loop.run()
+
+    def estimated_steps(self) -> float:
+        """The optimizer steps of the whole fit; asks for the training loader if that was not done yet."""
+        self._ask_for_data()
+        batches = self.data.num_batches if self.data is not None else 0
+        return total_steps(self._settings.durations, batches, self._controls.accumulate_grad_batches)
+
+    def exact_state(self, run: ReadyRun) -> dict[str, Any]:
+        """What a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
+        return self._unrestored or capture_exact(run, self.data, accumulate=self._controls.accumulate_grad_batches)
+
+    # What the loop asks for
+
+    def make_epoch(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch | None:
+        """Make the epochs over the training loader, asked for anew from the second time on; None without batches."""
+        if loop.epoch is not None:
+            before, self._data_asked = self.data, False
+            self._ask_for_data()
+            if before is not None and self.data is not None:
+                self.data.epochs.follow(before.epochs)
+        self._ask_for_data()
+        if self.data is None:
+            return None
+        return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
+
+    def make_validation(self, run: ReadyRun) -> Evaluation | None:
+        """The validation, with loaders that are asked for anew; None where fit does not validate."""
+        loaders = assembly.validation_loaders(run, self._settings, self._val)
+        if loaders is None:
+            return None
+        data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
+        return Evaluation(run, data, "validation", inference_mode=self._settings.inference_mode)
+
+    def restore(self, run: ReadyRun) -> None:
+        """Put back, once, what a resumed run had in the middle of things; the random state last."""
+        exact, self._unrestored = self._unrestored, {}
+        if exact:
+            assert self.data is not None
+            restore_exact(run, exact, self.data, accumulate=self._controls.accumulate_grad_batches)
+
+    def _ask_for_data(self) -> None:
+        if not self._data_asked:
+            self._data_asked = True
+            self.data = assembly.training_data(self._run, self._settings, self._train)

@@ -1,0 +1,189 @@
+"""One call of fit, validate, test or predict, from its first hook to its last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from treadle.callbacks.checkpoint import tolerated
+from treadle.data.evaluation import EvaluationData
+from treadle.data.find import find_loaders
+from treadle.metrics.bus import Results
+from treadle.metrics.latest import Metrics
+from treadle.module import LightningDataModule, LightningModule
+from treadle.run.dispatch import Dispatch
+from treadle.run.progress import FitProgress
+from treadle.run.run import ReadyRun, Run
+from treadle.run.signals import Signals, SIGTERMException, claim_together, meet
+from treadle.stages import TrainerFn, TrainerState, TrainerStatus
+from treadle.trainer import assembly, preflight
+from treadle.trainer.settings import Settings
+from treadle_fabric import Fabric, claim_failure, rank_zero_info, rank_zero_warn
+
+if TYPE_CHECKING:
+    from treadle.contracts import Trainer
+
+__all__ = ["Session"]
+
+
+class Session:
+    """What surrounds the batches of a call of fit, validate, test or predict, and what the trainer shows of it.
+
+    What happens when::
+
+        with session.guarded(trainer), session.flagged(settings, signals):
+            module and data module learn of the trainer; self.log goes to this session
+            configure_callbacks                                        # Trainer._running
+            session.start: prepare_data, all ranks meet, setup, configure_model
+            the stage: checkpoint, set-up of the module, loaders, batches
+            session.finish: on_fit_end, teardown, loggers and checkpoint IO are closed
+        an error:    the other ranks learn of it; on_exception; loggers are closed as failed
+        in any case: what was logged last stays in sight, and the module logs nowhere any more
+
+    Args:
+        fabric: The runtime.
+        module: The module that runs.
+        datamodule: Where its data comes from, if from one.
+        state: What is asked for, and how it goes.
+        metrics: What was logged. Default: nothing yet.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        state: TrainerState,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._fabric = fabric
+        self.module, self.datamodule, self.state = module, datamodule, state
+        self.metrics = Metrics() if metrics is None else metrics
+        self.run: Run | None = None
+        """What runs; a :class:`ReadyRun` from the set-up of the module on."""
+        self.evaluations: dict[str, EvaluationData] = {}
+        """The loaders of "val", "test" and "predict"."""
+        self.ckpt_path: str | None = None
+        self.log_dir: str | None = None
+        self.terminated = False
+        """Whether SIGTERM ended it."""
+
+    @contextmanager
+    def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
+        """Set torch's global flags as the settings say, and in fit heed the signals that end it, while entered."""
+        with ExitStack() as stack:
+            stack.enter_context(preflight.backend_flags(settings))
+            if self.state.fn is TrainerFn.FITTING:
+                stack.enter_context(signals)
+            if settings.detect_anomaly:
+                stack.enter_context(torch.autograd.set_detect_anomaly(True))
+            yield
+
+    def attach(self, trainer: Trainer) -> Results:
+        """Let module and data module know the trainer; returns where ``self.log`` goes from now on."""
+        results = Results(training=self.state.fn is TrainerFn.FITTING, fabric=self._fabric)
+        results.belongs_to(self.module)
+        if self.datamodule is not None:
+            self.datamodule.trainer = trainer
+        self.module.attach(trainer, results)
+        self.metrics.active = results
+        return results
+
+    def start(self, trainer: Trainer, results: Results, progress: FitProgress, settings: Settings) -> Run:
+        """Call the hooks that come before the module is set up: prepare_data, setup, configure_model."""
+        module, fn = self.module, self.state.fn
+        assert fn is not None
+        dispatch = Dispatch(trainer, module, trainer.callbacks, results)
+        self.run = run = Run(
+            self._fabric, module, self.datamodule, dispatch, self.state, self.metrics, results, trainer.loggers,
+            progress, [m for m in module.modules() if isinstance(m, LightningModule)],
+        )  # fmt: skip
+        self.log_dir = self._fabric.broadcast(trainer.log_dir)
+        for owner in [o for o in (self.datamodule, module) if o is not None]:
+            per_node = getattr(owner, "prepare_data_per_node", True)
+            if (self._fabric.local_rank if per_node else self._fabric.global_rank) == 0:
+                dispatch.run("prepare_data", owner.prepare_data)
+        self._fabric.barrier("prepare_data")
+        if self.datamodule is not None:
+            dispatch.run("setup", self.datamodule.setup, fn.value)
+        dispatch.call("setup", fn.value)
+        with self._fabric.init_module():
+            dispatch.run("configure_model", module.configure_model)
+        if settings.sync_batchnorm and self._fabric.world_size > 1:
+            assembly.share_batch_norm(module, self._fabric.device)
+        return run
+
+    def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:
+        """Find the loaders of "val", "test" or "predict": those that were given, else data module's or module's."""
+        name = f"{stage}_dataloader"
+        loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)
+        data = self.evaluations[stage] = assembly.evaluation_data(run, settings, loaders, stage)
+        return data
+
+    def finish(self, trainer: Trainer, run: Run) -> None:
+        """Call the last hooks of a run that came to its end, and close what writes."""
+        fn = self.state.fn
+        assert fn is not None
+        if fn is TrainerFn.FITTING:
+            run.dispatch.call("on_fit_end")
+        if run.datamodule is not None:
+            run.dispatch.run("teardown", run.datamodule.teardown, fn.value)
+        run.dispatch.call("teardown", fn.value)
+        for logger in run.loggers:
+            logger.finalize("success")
+        with tolerated(trainer):
+            self._fabric.strategy.checkpoint_io.teardown()  # waits for what is being written
+        self.state.status = TrainerStatus.FINISHED
+
+    @contextmanager
+    def guarded(self, trainer: Trainer) -> Generator[None]:
+        """Tell everybody of an error, and let go of the module in any case. Ctrl-C ends the run without an error."""
+        strategy = self._fabric.strategy
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            self._failed(interrupt, trainer)
+            rank_zero_info(
+                "Interrupted: fit has ended, its state is intact, and your script goes on; `trainer.interrupted` tells."
+                if self._fabric.world_size == 1
+                else "Interrupted: fit has ended, and your script goes on; `trainer.interrupted` tells. The ranks may"
+                " be at different batches, so do not save now; SIGTERM saves, and ends all ranks after the same batch."
+            )
+        except BaseException as error:
+            self.terminated, together = isinstance(error, SIGTERMException), getattr(error, "together", False)
+            if together:
+                claim_together(error, strategy)
+            elif not self.terminated or self._fabric.is_global_zero:
+                claim_failure(error)
+            self._failed(error, trainer)
+            if together:  # the program that started the ranks may end the others, which still write, after the first
+                meet(strategy)
+            raise
+        finally:
+            self.state.stage = None
+            if self.metrics.active is not None:
+                self.metrics.keep(self.metrics.active)
+                self.metrics.active = None
+            strategy.precision.teardown()
+            self.module.attach(trainer)
+            self._fabric.callbacks[:] = [c for c in self._fabric.callbacks if c is not self.module]
+
+    def _failed(self, error: BaseException, trainer: Trainer) -> None:
+        """Call on_exception everywhere, then close the loggers; a second error must not hide the first."""
+        self.state.status = TrainerStatus.INTERRUPTED
+        calls: list[Callable[[], Any]] = []
+        if (run := self.run) is not None:
+            told = list(run.dispatch.listeners("on_exception"))
+            told += [run.datamodule.on_exception] if run.datamodule is not None else []
+            calls += [partial(run.dispatch.run, "on_exception", listener, error) for listener in told]
+        calls += [partial(logger.finalize, "failed") for logger in trainer.loggers]
+        calls.append(self._fabric.strategy.checkpoint_io.teardown)
+        for call in calls:
+            try:
+                call()
+            except Exception as second:
+                rank_zero_warn(f"{type(error).__name__} ended the run, and then came {second!r}.")
