@@ -279,6 +279,11 @@ class Fabric:
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Prepare optimizers alone, of one or several models; returns the wrapped one, or a tuple of several."""
         self._require_launch("setup_optimizers")
+        if self._strategy.sets_up_jointly:
+            raise MisconfigurationException(
+                f"setup_optimizers() was called, but {type(self._strategy).__name__} sets up a module and its "
+                "optimizers together: use model, optimizer = fabric.setup(model, optimizer)."
+            )
         if not optimizers:
             raise MisconfigurationException("setup_optimizers() got no optimizer.")
         for optimizer in optimizers:
@@ -319,7 +324,15 @@ class Fabric:
 
     def _prepare(self, module: Module, move_to_device: bool) -> Module:
         module = self._strategy.precision.convert_module(module)
-        if move_to_device:
+        if any(each.is_meta for each in module.parameters()):
+            if not self._strategy.initializes_on_meta:
+                name = next(name for name, each in module.named_parameters() if each.is_meta)
+                raise MisconfigurationException(
+                    f"The parameter {name!r} is on the meta device, so it has no values, and "
+                    f"{type(self._strategy).__name__} does not make any. Give the module values first: "
+                    "module.to_empty(device=...), and an initialization or a checkpoint."
+                )
+        elif move_to_device:
             self._strategy.module_to_device(module)
         return module
 

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
-from treadle_fabric.environments import ClusterEnvironment, LightningEnvironment, detect_environment
+from treadle_fabric.environments import ClusterEnvironment, detect_environment
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
 from treadle_fabric.launchers import in_notebook, settle
 from treadle_fabric.precision import Precision, canonical_precision, make_precision
 from treadle_fabric.rank_zero import rank_zero_info
-
-if TYPE_CHECKING:
-    from treadle_fabric.strategies import Strategy
+from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
 __all__ = ["LauncherKind", "Plan", "available_devices", "build", "resolve"]
 
 T = TypeVar("T")
+_PLUGINS = {
+    Precision: ("precision", "precision"),
+    CheckpointIO: ("checkpoint_io", "checkpoint IO"),
+    ClusterEnvironment: ("environment", "cluster environment"),
+}
 LauncherKind = Literal["none", "external", "subprocess", "spawn", "fork", "forkserver"]
 
 
@@ -97,8 +100,8 @@ def resolve(
     if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
         raise MisconfigurationException(f"num_nodes={num_nodes!r}: give the number of machines, from 1.")
     sample = _sample(strategy)
-    own = _Parts.of(strategy if isinstance(strategy, _strategy_class()) else None)
-    given = _Parts.sort(plugins)
+    own = strategy.given if isinstance(strategy, Strategy) else Parts()
+    given = _sort(plugins)
     environment = _one("cluster environment", own.environment, given.environment) or detect_environment(environ)
     checkpoint_io = _one("checkpoint IO", own.checkpoint_io, given.checkpoint_io)
     hardware = _choose_accelerator(accelerator, own, available)
@@ -111,16 +114,16 @@ def resolve(
                 f"For all of them: devices={len(chosen)}, strategy='ddp_notebook'."
             )
             chosen = chosen[:1]
-        several = len(chosen) * num_nodes > 1 or _started(environment) > 1
+        several = len(chosen) * num_nodes > 1 or environment.started_processes() > 1
         strategy = ("ddp_fork" if interactive else "ddp") if several else "single_device"
         sample = _sample(strategy)
-    elif not _is_parallel(sample):
+    elif not sample.uses_process_group:
         chosen = _single(chosen, devices, num_nodes, strategy)
-    parallel = _is_parallel(sample)
-    start_method = str(getattr(sample, "start_method", "popen")) if parallel else None
+    assert sample is not None
+    start_method = sample.start_method
     launcher = _choose_launcher(start_method, environment)
     _check_processes(len(chosen), num_nodes, strategy, hardware, launcher, interactive)
-    if parallel:
+    if sample.uses_process_group:
         environment.validate_settings(len(chosen), num_nodes)
     return Plan(
         accelerator=hardware,
@@ -138,8 +141,6 @@ def resolve(
 
 def build(plan: Plan) -> Strategy:
     """The strategy of a plan, with all its parts, ready to launch."""
-    from treadle_fabric.strategies import STRATEGY_REGISTRY
-
     for note in plan.notes:
         rank_zero_info(note)
     strategy = STRATEGY_REGISTRY.get(plan.strategy) if isinstance(plan.strategy, str) else plan.strategy
@@ -162,47 +163,20 @@ def available_devices() -> dict[str, int]:
     return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in ACCELERATOR_REGISTRY.items()}
 
 
-@dataclass
-class _Parts:
-    """What may come with a strategy object, or as plugins."""
-
-    accelerator: Accelerator | None = None
-    devices: tuple[torch.device, ...] = ()
-    precision: Precision | None = None
-    checkpoint_io: CheckpointIO | None = None
-    environment: ClusterEnvironment | None = None
-
-    @classmethod
-    def of(cls, strategy: Strategy | None) -> _Parts:
-        if strategy is None:
-            return cls()
-        state = vars(strategy)
-        device = state.get("_device")
-        devices = state.get("_parallel_devices") or ([device] if device is not None and device.type != "cpu" else [])
-        return cls(
-            accelerator=state.get("_accelerator"),
-            devices=tuple(devices),
-            precision=state.get("_precision"),
-            checkpoint_io=state.get("_checkpoint_io"),
-            environment=state.get("_environment"),
-        )
-
-    @classmethod
-    def sort(cls, plugins: Any) -> _Parts:
-        parts = cls()
-        for plugin in [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]:
-            if isinstance(plugin, Precision):
-                parts.precision = _one("precision", parts.precision, plugin)
-            elif isinstance(plugin, CheckpointIO):
-                parts.checkpoint_io = _one("checkpoint IO", parts.checkpoint_io, plugin)
-            elif isinstance(plugin, ClusterEnvironment):
-                parts.environment = _one("cluster environment", parts.environment, plugin)
-            else:
-                raise MisconfigurationException(
-                    f"plugins has {plugin!r}, and takes a Precision, a CheckpointIO and a ClusterEnvironment, one "
-                    "object of each. Names of precisions go into precision=."
-                )
-        return parts
+def _sort(plugins: Any) -> Parts:
+    """The parts of a strategy among the plugins."""
+    found: dict[str, Any] = {}
+    for plugin in [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]:
+        for kind, (name, what) in _PLUGINS.items():
+            if isinstance(plugin, kind):
+                found[name] = _one(what, found.get(name), plugin)
+                break
+        else:
+            raise MisconfigurationException(
+                f"plugins has {plugin!r}, and takes a Precision, a CheckpointIO and a ClusterEnvironment, one "
+                "object of each. Names of precisions go into precision=."
+            )
+    return Parts(**found)
 
 
 def _one(what: str, first: T | None, second: T | None) -> T | None:
@@ -215,16 +189,8 @@ def _one(what: str, first: T | None, second: T | None) -> T | None:
     return second if first is None else first
 
 
-def _strategy_class() -> type[Strategy]:
-    from treadle_fabric.strategies import Strategy
-
-    return Strategy
-
-
 def _sample(strategy: Any) -> Strategy | None:
     """An object to ask for its capabilities; None for ``"auto"``."""
-    from treadle_fabric.strategies import STRATEGY_REGISTRY, Strategy
-
     if strategy == "auto" or isinstance(strategy, Strategy):
         return None if strategy == "auto" else strategy
     if isinstance(strategy, str):
@@ -235,11 +201,7 @@ def _sample(strategy: Any) -> Strategy | None:
     raise MisconfigurationException(f"strategy={strategy!r} is neither a name nor a Strategy object.")
 
 
-def _is_parallel(strategy: Strategy | None) -> bool:
-    return hasattr(type(strategy), "parallel_devices")
-
-
-def _choose_accelerator(accelerator: Any, own: _Parts, available: Mapping[str, int]) -> Accelerator:
+def _choose_accelerator(accelerator: Any, own: Parts, available: Mapping[str, int]) -> Accelerator:
     if own.accelerator is not None and accelerator not in ("auto", own.accelerator, own.accelerator.name()):
         raise MisconfigurationException(
             f"accelerator={accelerator!r}, but the strategy object has {type(own.accelerator).__name__}. Give one."
@@ -254,7 +216,7 @@ def _choose_accelerator(accelerator: Any, own: _Parts, available: Mapping[str, i
     if accelerator == "auto":
         name = own.devices[0].type if own.devices else there[0]
     elif accelerator == "gpu":
-        gpus = [name for name in ("cuda", "mps") if name in there]
+        gpus = [name for name in there if ACCELERATOR_REGISTRY[name].is_gpu]
         if not gpus:
             raise DeviceUnavailableError(f"accelerator='gpu', but this machine has none. There is: {', '.join(there)}.")
         name = gpus[0]
@@ -271,23 +233,16 @@ def _choose_accelerator(accelerator: Any, own: _Parts, available: Mapping[str, i
 
 
 def _choose_devices(
-    devices: Any, hardware: Accelerator, own: _Parts, environment: ClusterEnvironment, available: Mapping[str, int]
+    devices: Any, hardware: Accelerator, own: Parts, environment: ClusterEnvironment, available: Mapping[str, int]
 ) -> list[torch.device]:
     if own.devices and devices in ("auto", len(own.devices)):
         return list(own.devices)
     if devices == "auto":
         devices = environment.processes_per_node() or available.get(hardware.name(), hardware.auto_device_count())
-    if hardware.name() in ("cuda", "mps"):
+    if hardware.is_gpu:
         indices = parse_indices(devices, hardware.name(), available.get(hardware.name(), 0))
         return [torch.device(hardware.name(), index) for index in indices]
     return hardware.get_parallel_devices(hardware.parse_devices(devices))
-
-
-def _started(environment: ClusterEnvironment) -> int:
-    """The processes that a cluster manager started. Those of an earlier launch do not bind a later object."""
-    if isinstance(environment, LightningEnvironment) or not environment.creates_processes_externally:
-        return 1
-    return environment.world_size()
 
 
 def _single(chosen: list[torch.device], devices: Any, num_nodes: int, strategy: Any) -> list[torch.device]:
@@ -312,9 +267,9 @@ def _check_processes(
     num_processes: int, num_nodes: int, strategy: Any, hardware: Accelerator, launcher: LauncherKind, interactive: bool
 ) -> None:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if launcher != "none" and hardware.name() == "mps":
+    if launcher != "none" and not hardware.has_process_group:
         raise MisconfigurationException(
-            f"strategy={name!r} needs a process group, and torch has none for accelerator='mps'. Use "
+            f"strategy={name!r} needs a process group, and torch has none for accelerator={hardware.name()!r}. Use "
             "strategy='auto' and devices=1, or accelerator='cpu'."
         )
     if launcher in ("spawn", "fork", "forkserver") and num_nodes > 1:
@@ -328,7 +283,7 @@ def _check_processes(
         )
 
 
-def _choose_precision(precision: Any, own: _Parts, given: _Parts, hardware: Accelerator) -> str | Precision:
+def _choose_precision(precision: Any, own: Parts, given: Parts, hardware: Accelerator) -> str | Precision:
     chosen = _one("precision", own.precision, given.precision)
     if isinstance(precision, Precision):
         chosen = _one("precision", chosen, precision)
@@ -340,9 +295,9 @@ def _choose_precision(precision: Any, own: _Parts, given: _Parts, hardware: Acce
             )
         return chosen
     name = canonical_precision(precision)
-    if name == "64-true" and hardware.name() == "mps":
+    if name == "64-true" and not hardware.has_float64:
         raise MisconfigurationException(
-            f"precision={precision!r}, but accelerator='mps' has no 64-bit floating point. Use '32-true' or "
-            "accelerator='cpu'."
+            f"precision={precision!r}, but accelerator={hardware.name()!r} has no 64-bit floating point. "
+            "Use '32-true' or accelerator='cpu'."
         )
     return name

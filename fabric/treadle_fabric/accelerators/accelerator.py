@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +21,15 @@ class Accelerator(ABC):
 
     To add one, implement everything that is abstract here and register it in ``ACCELERATOR_REGISTRY``.
     """
+
+    is_gpu: ClassVar[bool] = False
+    """``accelerator="gpu"`` may mean it; its devices are numbered from 0."""
+    has_process_group: ClassVar[bool] = True
+    """torch.distributed can connect several of its devices."""
+    has_float64: ClassVar[bool] = True
+    """It computes in double precision."""
+    shares_batch_norm: ClassVar[bool] = False
+    """``torch.nn.SyncBatchNorm`` works on it."""
 
     @staticmethod
     @abstractmethod

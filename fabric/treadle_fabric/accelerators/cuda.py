@@ -15,6 +15,9 @@ __all__ = ["CUDAAccelerator", "find_usable_cuda_devices"]
 class CUDAAccelerator(Accelerator):
     """CUDA devices. A number takes the first ones, a list takes these indices, ``"auto"`` and -1 take all."""
 
+    is_gpu = True
+    shares_batch_norm = True
+
     @staticmethod
     def name() -> str:
         return "cuda"

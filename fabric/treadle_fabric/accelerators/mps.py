@@ -15,6 +15,10 @@ __all__ = ["MPSAccelerator"]
 class MPSAccelerator(Accelerator):
     """Apple's Metal GPU, of which a machine has one."""
 
+    is_gpu = True
+    has_process_group = False
+    has_float64 = False
+
     @staticmethod
     def name() -> str:
         return "mps"

@@ -86,6 +86,14 @@ class ClusterEnvironment(ABC):
         """Processes on this machine, where the environment says; None, unless a subclass knows."""
         return None
 
+    def started_processes(self) -> int:
+        """The processes that a cluster manager started, on all machines; 1 where Treadle or the user starts them."""
+        return 1
+
+    def announcing_signal(self) -> int:
+        """The number of the signal with which the cluster announces the end of the job; 0: none."""
+        return 0
+
     def teardown(self) -> None:
         """Undo what the environment changed. Nothing, unless a subclass changes something."""
 
@@ -96,6 +104,9 @@ class StartedEnvironment(ClusterEnvironment):
     @property
     def creates_processes_externally(self) -> bool:
         return True
+
+    def started_processes(self) -> int:
+        return self.world_size()
 
     def set_world_size(self, size: int) -> None:
         pass

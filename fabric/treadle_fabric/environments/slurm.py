@@ -79,6 +79,10 @@ class SLURMEnvironment(StartedEnvironment):
     def node_rank(self) -> int:
         return require_number("SLURM_NODEID", self.variables)
 
+    def announcing_signal(self) -> int:
+        """SLURM's ``--signal=USR1@60``, where the job is to be queued again."""
+        return int(self.requeue_signal or 0) if self.auto_requeue else 0
+
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
         """The first host of a list as SLURM writes it: ``alpha[02-04,7],beta`` gives ``alpha02``."""

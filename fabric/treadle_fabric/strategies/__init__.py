@@ -1,16 +1,19 @@
 """Strategies, and the names they go by."""
 
 from treadle_fabric.strategies.ddp import DDPStrategy
+from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Strategy
+from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
 
 __all__ = [
     "METHOD_KEYWORD",
     "STRATEGY_REGISTRY",
     "DDPStrategy",
+    "NativeStepStrategy",
     "ParallelStrategy",
+    "Parts",
     "SingleDeviceStrategy",
     "Strategy",
     "StrategyRegistry",

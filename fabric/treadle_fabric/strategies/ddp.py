@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,16 +19,15 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import UnknownArgumentError, UnusedParametersError, near_names
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
-
-if TYPE_CHECKING:
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.environments import ClusterEnvironment
 
 __all__ = ["DDPStrategy"]
 
@@ -37,7 +36,7 @@ _made = itertools.count()  # every process sets up as many modules, in the same 
 _ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
 
-class DDPStrategy(ParallelStrategy, WholeStateStrategy):
+class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
     """Gradients are averaged over the processes during the backward pass.
 
     Args:

@@ -8,24 +8,21 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.launchers import join_group, leave_group, make_launcher
+from treadle_fabric.launchers import Launcher, join_group, leave_group, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
-from treadle_fabric.strategies.strategy import Strategy, check_reduce_op
-
-if TYPE_CHECKING:
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.environments import ClusterEnvironment
-    from treadle_fabric.launchers.launcher import Launcher
+from treadle_fabric.strategies.strategy import Parts, Strategy, check_reduce_op
 
 __all__ = ["ParallelStrategy"]
 
@@ -46,6 +43,8 @@ class ParallelStrategy(Strategy):
         start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
             ``"forkserver"`` run a function.
     """
+
+    uses_process_group = True
 
     def __init__(
         self,
@@ -76,6 +75,11 @@ class ParallelStrategy(Strategy):
         # what travels to a launched process has yet to join the group
         return {**self.__dict__, "_launcher": None, "_owns_group": False}
 
+    @property
+    def given(self) -> Parts:
+        devices = tuple(self._parallel_devices or ())
+        return Parts(self._accelerator, devices, self._precision, self._checkpoint_io, self._environment)
+
     def assign_devices(
         self, devices: list[torch.device], environment: ClusterEnvironment | None, num_nodes: int
     ) -> None:
@@ -85,7 +89,6 @@ class ParallelStrategy(Strategy):
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """The devices of this machine, one a process."""
         if not self._parallel_devices:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no devices yet. Pass it to Fabric or the Trainer, or give parallel_devices."
@@ -94,7 +97,6 @@ class ParallelStrategy(Strategy):
 
     @property
     def cluster_environment(self) -> ClusterEnvironment:
-        """Where ranks and addresses come from."""
         if self._environment is None:
             raise MisconfigurationException(
                 f"{type(self).__name__} has no cluster environment yet. Pass it to Fabric or the Trainer, or give "
@@ -104,7 +106,6 @@ class ParallelStrategy(Strategy):
 
     @property
     def num_nodes(self) -> int:
-        """Number of machines."""
         return self._num_nodes
 
     @property
@@ -113,8 +114,7 @@ class ParallelStrategy(Strategy):
         return len(self.parallel_devices)
 
     @property
-    def start_method(self) -> str:
-        """How processes are started."""
+    def start_method(self) -> str | None:
         return self._start_method
 
     @property

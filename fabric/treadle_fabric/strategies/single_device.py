@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.environments import ClusterEnvironment
+from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.strategy import check_reduce_op
+from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.strategy import Parts, check_reduce_op
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
-
-if TYPE_CHECKING:
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.environments import ClusterEnvironment
-    from treadle_fabric.launchers.launcher import Launcher
 
 __all__ = ["SingleDeviceStrategy"]
 
 
-class SingleDeviceStrategy(WholeStateStrategy):
+class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
     """Runs everything on one device.
 
     Args:
@@ -41,16 +40,39 @@ class SingleDeviceStrategy(WholeStateStrategy):
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision)
         self._device = torch.device(device)
+        self._environment: ClusterEnvironment | None = None
+
+    @property
+    def given(self) -> Parts:
+        devices = () if self._device.type == "cpu" else (self._device,)
+        return Parts(self._accelerator, devices, self._precision, self._checkpoint_io, self._environment)
 
     def assign_devices(
         self, devices: list[torch.device], environment: ClusterEnvironment | None, num_nodes: int
     ) -> None:
+        self._environment = environment
         if self._device.type == "cpu" and devices:
             self._device = devices[0]
 
     @property
     def root_device(self) -> torch.device:
         return self._device
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        return [self._device]
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment | None:
+        return self._environment
+
+    @property
+    def num_nodes(self) -> int:
+        return 1
+
+    @property
+    def start_method(self) -> str | None:
+        return None
 
     @property
     def world_size(self) -> int:

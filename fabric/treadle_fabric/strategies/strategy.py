@@ -6,7 +6,8 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,24 +15,33 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
-from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
+from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, TorchCheckpointIO
+from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.types import PathLike
 
-if TYPE_CHECKING:
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.environments import ClusterEnvironment
-    from treadle_fabric.launchers.launcher import Launcher
-
-__all__ = ["METHOD_KEYWORD", "Strategy", "check_reduce_op"]
+__all__ = ["METHOD_KEYWORD", "Parts", "Strategy", "check_reduce_op"]
 
 _REDUCE_OPS = ("mean", "avg", "sum", "max", "min", "product")
 
 METHOD_KEYWORD = "treadle_method"
 """Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: which method of the
 user's module to run."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a strategy is put together from, as far as it is known."""
+
+    accelerator: Accelerator | None = None
+    devices: tuple[torch.device, ...] = ()
+    precision: Precision | None = None
+    checkpoint_io: CheckpointIO | None = None
+    environment: ClusterEnvironment | None = None
 
 
 class Strategy(ABC):
@@ -45,16 +55,28 @@ class Strategy(ABC):
         precision: Default: ``32-true``.
     """
 
+    uses_process_group: ClassVar[bool] = False
+    """There are several processes, or there may be, that talk through a process group."""
     requires_forward_redirect: ClassVar[bool] = False
     """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
     launches_function: bool = False
     """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
-
+    sets_up_jointly: ClassVar[bool] = False
+    """Module and optimizers are set up in one call, :meth:`setup_module_and_optimizers`, optimizers made before."""
     restores_after_setup: ClassVar[bool] = False
     """Weights are loaded into the engine, after the module's set-up, because they have their shape only then."""
-    sets_up_jointly: ClassVar[bool] = False
-    """Module and optimizers are set up in one call, :meth:`setup_module_and_optimizers`, so optimizers are made
-    first."""
+    initializes_on_meta: ClassVar[bool] = False
+    """:meth:`setup_module` takes a module on the meta device, and makes its parameters where they belong."""
+    shards_parameters: ClassVar[bool] = False
+    """A rank holds a part of the parameters, gradients and optimizer state, as DTensors; checkpoints are folders."""
+    handles_gradient_accumulation: ClassVar[bool] = False
+    """The engine divides the loss and knows when to step: backward and step are called for every micro-batch."""
+    handles_gradient_clipping: ClassVar[bool] = False
+    """The engine clips gradients in its step, as it was configured."""
+    owns_optimizer_step: ClassVar[bool] = False
+    """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
+    runs_whole_batch: ClassVar[bool] = False
+    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
 
     def __init__(
         self,
@@ -94,6 +116,11 @@ class Strategy(ABC):
         self._checkpoint_io = self._checkpoint_io or checkpoint_io
         self.assign_devices(devices, environment, num_nodes)
 
+    @property
+    @abstractmethod
+    def given(self) -> Parts:
+        """The parts that the user gave the strategy object."""
+
     @abstractmethod
     def assign_devices(
         self, devices: list[torch.device], environment: ClusterEnvironment | None, num_nodes: int
@@ -116,13 +143,38 @@ class Strategy(ABC):
     def checkpoint_io(self) -> CheckpointIO:
         """Writes and reads checkpoint files."""
         if self._checkpoint_io is None:
-            self._checkpoint_io = TorchCheckpointIO()
+            self._checkpoint_io = DistributedCheckpointIO() if self.shards_parameters else TorchCheckpointIO()
         return self._checkpoint_io
 
     @property
     @abstractmethod
     def root_device(self) -> torch.device:
         """This process's device."""
+
+    @property
+    @abstractmethod
+    def parallel_devices(self) -> list[torch.device]:
+        """The devices of this machine, one a process."""
+
+    @property
+    @abstractmethod
+    def cluster_environment(self) -> ClusterEnvironment | None:
+        """Where ranks and addresses come from; ``None`` until bound."""
+
+    @property
+    @abstractmethod
+    def num_nodes(self) -> int:
+        """Number of machines."""
+
+    @property
+    @abstractmethod
+    def start_method(self) -> str | None:
+        """How processes are started: ``"popen"``, ``"spawn"``, ...; ``None`` where there is only this one."""
+
+    @property
+    def device_mesh(self) -> Any:
+        """The named dimensions along which devices work together; ``None`` where there is no mesh."""
+        return None
 
     @property
     @abstractmethod
@@ -185,23 +237,24 @@ class Strategy(ABC):
     def module_to_device(self, module: Module) -> None:
         """Move a module's parameters and buffers to :attr:`root_device`."""
 
+    @abstractmethod
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Check an optimizer, and move the state it has already to its parameters' devices."""
-        self.precision.validate_optimizer(optimizer)
-        for parameter, state in optimizer.state.items():
-            if isinstance(parameter, Tensor):
-                for name, value in state.items():
-                    # a step counter may stay on the host while everything else moves
-                    if not (name == "step" and isinstance(value, Tensor) and value.device.type == "cpu"):
-                        state[name] = move_data_to_device(value, parameter.device)
-        return optimizer
+        """Prepare an optimizer alone, whose module is set up; not called where both are set up jointly."""
 
+    @abstractmethod
     def setup_module_and_optimizers(
         self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None
     ) -> tuple[Module, list[Optimizer], Any | None]:
-        """Set up a module and its optimizers together."""
-        engine = self.setup_module(module)
-        return engine, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+        """Set up a module and its optimizers together.
+
+        Args:
+            module: On its device.
+            optimizers: Of the module's parameters.
+            scheduler: A learning-rate scheduler, for engines that step it themselves.
+
+        Returns:
+            The engine, the optimizers to step, and the scheduler to step, if any.
+        """
 
     @contextlib.contextmanager
     def tensor_init_context(self) -> Generator[None]:
@@ -219,7 +272,8 @@ class Strategy(ABC):
         with ExitStack() as stack:
             if empty_init:
                 stack.enter_context(_NoInit())
-            stack.enter_context(self.root_device)
+            later = empty_init and self.initializes_on_meta
+            stack.enter_context(torch.device("meta") if later else self.root_device)
             stack.enter_context(self.precision.module_init_context())
             yield
 
@@ -236,33 +290,28 @@ class Strategy(ABC):
     @property
     def plain_backward(self) -> bool:
         """Whether :meth:`backward` is nothing but ``loss.backward()``, so that hot loops may leave it out."""
-        precision = self.precision
-        return (
-            type(self).backward is Strategy.backward
-            and type(precision).backward is Precision.backward
-            and not precision.watches_backward
-            and not precision.requires_fabric_backward
-        )
+        return False
 
     @property
     def plain_step(self) -> bool:
         """Whether :meth:`optimizer_step` is nothing but ``optimizer.step()``, so that hot loops may leave it out."""
-        return (
-            type(self).optimizer_step is Strategy.optimizer_step
-            and type(self).before_optimizer_step is Strategy.before_optimizer_step
-            and type(self.precision).optimizer_step is Precision.optimizer_step
-            and not self.precision.requires_fabric_backward
-        )
+        return False
 
+    @abstractmethod
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
-        """Differentiate a loss; the arguments are those of ``Tensor.backward``."""
-        precision = self._precision or self.precision
-        if not precision.watches_backward:
-            precision.backward(tensor, module, *args, **kwargs)
-            return
-        precision.pre_backward(tensor, module)
-        precision.backward(tensor, module, *args, **kwargs)
-        precision.post_backward(tensor, module)
+        """Differentiate a loss of the engine ``module``; the other arguments are those of ``Tensor.backward``."""
+
+    def run_batch(self, module: Module, batch: Any) -> Tensor:
+        """Run forward and backward of a whole batch, where the strategy ``runs_whole_batch``.
+
+        Args:
+            module: The engine.
+            batch: On this rank's device; the strategy cuts it into micro-batches.
+
+        Returns:
+            The detached loss of the batch, a scalar, the same on every rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
 
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
@@ -285,14 +334,14 @@ class Strategy(ABC):
     def load_engine_state(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`engine_state` returned."""
 
+    @abstractmethod
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
-        """Step, as the precision has it; the arguments are those of the optimizer's ``step``."""
-        self.before_optimizer_step(optimizer)
-        return (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
+        """Step an optimizer; the arguments are those of its ``step``."""
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """A chance to refuse gradients that are not what the other ranks have."""
 
+    @abstractmethod
     def clip_gradients_norm(
         self,
         module: Module | None,
@@ -301,7 +350,7 @@ class Strategy(ABC):
         norm_type: float = 2.0,
         error_if_nonfinite: bool = True,
     ) -> Tensor:
-        """Scale the optimizer's gradients so that their joint norm is at most ``max_norm``.
+        """Scale the optimizer's gradients so that their joint norm, over all shards, is at most ``max_norm``.
 
         Args:
             module: The engine whose gradients they are.
@@ -314,19 +363,10 @@ class Strategy(ABC):
         Returns:
             The norm before clipping, a scalar.
         """
-        precision = self.precision
-        precision.unscale_gradients(optimizer)
-        return torch.nn.utils.clip_grad_norm_(
-            precision.main_params(optimizer),
-            max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite and not precision.requires_fabric_backward,
-        )
 
+    @abstractmethod
     def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
         """Clamp every gradient entry to ``[-clip_val, clip_val]``."""
-        self.precision.unscale_gradients(optimizer)
-        torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
 
     @abstractmethod
     def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:

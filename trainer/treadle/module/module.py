@@ -147,7 +147,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @property
     def device_mesh(self) -> Any:
         """The strategy's device mesh; None where it has none."""
-        return getattr(self._trainer.strategy, "device_mesh", None) if self._trainer else None
+        return self._trainer.strategy.device_mesh if self._trainer else None
 
     @property
     def strict_loading(self) -> bool:

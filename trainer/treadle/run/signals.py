@@ -15,14 +15,13 @@ from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 from treadle_fabric import (
     MisconfigurationException,
     SignalListener,
-    SLURMEnvironment,
     Strategy,
     TreadleError,
     claim_failure,
     end_run,
 )
 
-__all__ = ["SIGTERMException", "Signals", "announcing_signal", "claim_together", "during_a_save", "meet"]
+__all__ = ["SIGTERMException", "Signals", "claim_together", "during_a_save", "meet"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -126,16 +125,6 @@ def _grace() -> float:
         f"{GRACE_VARIABLE}={value!r}: this is the number of seconds, 0 or more, that a batch may still take after "
         f"SIGTERM. Leave it out for {GRACE_S:g}."
     )
-
-
-def announcing_signal(strategy: Strategy) -> int:
-    """The signal with which the cluster announces the end of a job: SLURM's ``--signal=USR1@60``; 0: none."""
-    environment = getattr(strategy, "cluster_environment", None)
-    if environment is None and SLURMEnvironment.detect():  # one task
-        environment = SLURMEnvironment()
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
-        return environment.requeue_signal
-    return 0
 
 
 def claim_together(error: BaseException, strategy: Strategy) -> None:

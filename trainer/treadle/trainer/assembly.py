@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,18 +27,19 @@ from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
 from treadle_fabric import FabricOptimizer, MisconfigurationException, rank_zero_info
+from treadle_fabric.accelerators import Accelerator
 
 __all__: list[str] = []
 
 
-def share_batch_norm(module: nn.Module, device: torch.device) -> None:
+def share_batch_norm(module: nn.Module, accelerator: Accelerator) -> None:
     """Let the batch-norm layers of ``module`` share their statistics over the ranks."""
     nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     layers = [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if layers and device.type == "cpu":
+    if layers and not accelerator.shares_batch_norm:
         raise MisconfigurationException(
-            f"sync_batchnorm=True, but torch shares the statistics of {layers[0]!r} between GPUs only, and this run is"
-            " on the CPU: leave sync_batchnorm out."
+            f"sync_batchnorm=True, but torch cannot share the statistics of {layers[0]!r} between devices of"
+            f" accelerator={accelerator.name()!r}: leave sync_batchnorm out."
         )
 
 

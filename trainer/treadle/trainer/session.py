@@ -114,7 +114,7 @@ class Session:
         with self._fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
         if settings.sync_batchnorm and self._fabric.world_size > 1:
-            assembly.share_batch_norm(module, self._fabric.device)
+            assembly.share_batch_norm(module, self._fabric.accelerator)
         return run
 
     def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:

@@ -30,7 +30,7 @@ from treadle.module import LightningDataModule, LightningModule
 from treadle.run.dispatch import with_model_callbacks
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.run import ReadyRun, Run
-from treadle.run.signals import Signals, SIGTERMException, announcing_signal, during_a_save
+from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.fitting import Fitting
@@ -176,7 +176,8 @@ class Trainer:
         """Set it to True to stop after the current batch."""
         self.fit_progress = FitProgress()
         """How far fit has come."""
-        self._signals = Signals(announcing_signal(self.fabric.strategy))
+        environment = self.fabric.strategy.cluster_environment
+        self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
         self._session: Session | None = None  # the current or last one
         self._fitting: Fitting | None = None  # the current or last one
 
@@ -420,13 +421,12 @@ class Trainer:
     @property
     def num_nodes(self) -> int:
         """The nodes."""
-        return int(getattr(self.strategy, "num_nodes", 1))
+        return self.strategy.num_nodes
 
     @property
     def device_ids(self) -> list[int]:
         """The indices of the devices on this node."""
-        devices = getattr(self.strategy, "parallel_devices", None) or [self.strategy.root_device]
-        return [i if d.index is None else d.index for i, d in enumerate(devices)]
+        return [i if d.index is None else d.index for i, d in enumerate(self.strategy.parallel_devices)]
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:

@@ -1,0 +1,90 @@
+"""Strategies whose step is PyTorch's own: backward, optimizer step and clipping, as the precision has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from treadle_fabric.batches import move_data_to_device
+from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.strategy import Strategy
+
+__all__ = ["NativeStepStrategy"]
+
+
+class NativeStepStrategy(Strategy):
+    """A strategy without an engine of its own for the step; set-up of module and optimizers is separate."""
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        self.precision.validate_optimizer(optimizer)
+        for parameter, state in optimizer.state.items():
+            if isinstance(parameter, Tensor):
+                for name, value in state.items():
+                    # a step counter may stay on the host while everything else moves
+                    if not (name == "step" and isinstance(value, Tensor) and value.device.type == "cpu"):
+                        state[name] = move_data_to_device(value, parameter.device)
+        return optimizer
+
+    def setup_module_and_optimizers(
+        self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None
+    ) -> tuple[Module, list[Optimizer], Any | None]:
+        engine = self.setup_module(module)
+        return engine, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    @property
+    def plain_backward(self) -> bool:
+        precision = self.precision
+        return (
+            type(self).backward is NativeStepStrategy.backward
+            and type(precision).backward is Precision.backward
+            and not precision.watches_backward
+            and not precision.requires_fabric_backward
+        )
+
+    @property
+    def plain_step(self) -> bool:
+        return (
+            type(self).optimizer_step is NativeStepStrategy.optimizer_step
+            and type(self).before_optimizer_step is Strategy.before_optimizer_step
+            and type(self.precision).optimizer_step is Precision.optimizer_step
+            and not self.precision.requires_fabric_backward
+        )
+
+    def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
+        precision = self._precision or self.precision
+        if not precision.watches_backward:
+            precision.backward(tensor, module, *args, **kwargs)
+            return
+        precision.pre_backward(tensor, module)
+        precision.backward(tensor, module, *args, **kwargs)
+        precision.post_backward(tensor, module)
+
+    def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
+        self.before_optimizer_step(optimizer)
+        return (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
+
+    def clip_gradients_norm(
+        self,
+        module: Module | None,
+        optimizer: Optimizer,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor:
+        precision = self.precision
+        precision.unscale_gradients(optimizer)
+        return torch.nn.utils.clip_grad_norm_(
+            precision.main_params(optimizer),
+            max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite and not precision.requires_fabric_backward,
+        )
+
+    def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
+        self.precision.unscale_gradients(optimizer)
+        torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
