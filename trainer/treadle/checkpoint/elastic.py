@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from treadle.metrics.options import read_options
 from treadle.metrics.reduction import REDUCTIONS
 from treadle_fabric import rank_zero_warn
 from treadle_fabric.randomness import rng_states_of
@@ -64,7 +65,7 @@ def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if known is None or not known["has_value"]:
                 merged[key], counts[key] = dict(entry), 1
             elif entry["has_value"]:
-                how = REDUCTIONS.get(entry["options"][4])
+                how = _reduction(entry)
                 counts[key] += 1
                 one, other = known["value"], entry["value"]
                 if isinstance(one, int | float | Tensor) and isinstance(other, int | float | Tensor):
@@ -75,6 +76,10 @@ def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 known["total"] = _merged_total(how, known["total"], entry["total"])
                 known["weight"] += entry["weight"]
     return list(merged.values())
+
+
+def _reduction(entry: Mapping[str, Any]) -> str | None:
+    return REDUCTIONS.get(read_options(entry["options"]).reduce_fx)
 
 
 def _merged_total(how: str | None, one: Any, other: Any) -> Any:
@@ -90,7 +95,7 @@ def _emptied(slots: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without what counts for the epoch; the last value stays, for a step that is still to be logged."""
 
     def nothing(entry: dict[str, Any]) -> dict[str, Any]:
-        value = 0.0 if REDUCTIONS.get(entry["options"][4]) == "sum" else entry["value"]
+        value = 0.0 if _reduction(entry) == "sum" else entry["value"]
         return {"value": value, "pending": [], "weights": [], "values": [], "total": None, "weight": 0.0}
 
     return [{**entry, **nothing(entry), "has_value": False} for entry in slots]

@@ -18,7 +18,7 @@ from treadle_fabric import Fabric, MisconfigurationException, infer_batch_size
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
-from treadle.metrics.options import OPTIONS, LogOptions
+from treadle.metrics.options import GivenOptions, LogOptions, read_options
 from treadle.metrics.slot import Slot, stack
 from treadle.metrics.values import flatten_metrics, is_metric, step_value
 
@@ -67,7 +67,9 @@ class Results:
         """The module whose values are logged here."""
         self._roots = [module]
 
-    def log(self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None) -> None:
+    def log(
+        self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
+    ) -> None:
         """Store a value; see :meth:`treadle.LightningModule.log`."""
         slot = self.slots.get((self.hook, name, self.dataloader_idx))
         if slot is None or slot.options != options:
@@ -75,7 +77,7 @@ class Results:
                 for key, item in flatten_metrics(value, f"{name}/"):
                     self.log(module, key, item, options, batch_size)
                 return
-            slot = self._new_slot(name, options)
+            slot = self._new_slot(name, LogOptions(*options))
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise MisconfigurationException(
@@ -84,7 +86,7 @@ class Results:
                 )
             if value.ndim:
                 value = value.reshape(())
-            if not options[5]:
+            if not slot.options.enable_graph:
                 value = value.detach().clone()  # the caller may go on to change it in place
         elif not isinstance(value, (int, float)):
             if is_metric(value):
@@ -141,7 +143,7 @@ class Results:
             if callable(slot.reduce):
                 values = everywhere.get(f"{slot.name}{slot.suffix} in {hook}", slot.values + slot.pending)
                 reduction, entry["reduced"] = "", slot.reduce(stack(values)) if values else None
-            slots.append({**entry, "options": (*slot.options[:4], reduction, *slot.options[5:])})
+            slots.append({**entry, "options": slot.options._replace(reduce_fx=reduction)._asdict()})
         return {"slots": slots, "samples": self._samples()}
 
     def _gathered(self) -> dict[str, Any]:
@@ -160,9 +162,9 @@ class Results:
         self.reset()
         for entry in state["slots"]:
             self.hook, name, self.dataloader_idx = entry["key"]
-            options = tuple(entry["options"])
+            options = read_options(entry["options"])
             if "reduced" in entry:
-                options = (*options[:4], _Reduced(entry["reduced"]), *options[5:])
+                options = options._replace(reduce_fx=_Reduced(entry["reduced"]))
             slot = self._new_slot(name, options)
             for key in _KEPT:
                 setattr(slot, key, entry[key])
@@ -172,7 +174,7 @@ class Results:
 
     def _new_slot(self, name: str, options: LogOptions) -> Slot:
         hook = self.hook
-        _, _, on_step, on_epoch, reduce_fx, _, _, add_idx, _ = options
+        on_step, on_epoch, reduce_fx = options.on_step, options.on_epoch, options.reduce_fx
         if not isinstance(name, str):
             raise MisconfigurationException(f"`self.log` got the name {name!r}; a name is a string.")
         if hook not in _STEP_HOOKS and hook not in _EVAL_STEP_HOOKS and hook not in _EPOCH_HOOKS:
@@ -202,20 +204,20 @@ class Results:
             slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
             return slot
         if key in self.slots:
-            both = zip(OPTIONS, self.slots[key].options, options, strict=True)
+            both = zip(LogOptions._fields, self.slots[key].options, options, strict=True)
             differ = ", ".join(f"{option}={one!r} and {option}={two!r}" for option, one, two in both if one != two)
             raise MisconfigurationException(
                 f"`self.log({name!r}, ...)` was called twice in `{hook}` with different options, {differ}: use the same"
                 " options, or another name."
             )
-        if add_idx and "/dataloader_idx_" in name:
+        if options.add_dataloader_idx and "/dataloader_idx_" in name:
             raise MisconfigurationException(
                 f"`self.log({name!r}, ...)`: add_dataloader_idx=True adds the loader to the name: leave it out."
             )
         several = self.dataloader_idx is not None and in_batch
-        suffix = f"/dataloader_idx_{self.dataloader_idx}" if several and add_idx else ""
+        suffix = f"/dataloader_idx_{self.dataloader_idx}" if several and options.add_dataloader_idx else ""
         final = name + suffix
-        if several and not add_idx and final in self._names:
+        if several and not options.add_dataloader_idx and final in self._names:
             raise MisconfigurationException(
                 f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own"
                 " name."
@@ -324,17 +326,18 @@ class _Reduced:
 
 def _same_code(one: LogOptions, other: LogOptions) -> bool:
     """Whether only ``reduce_fx`` differs, and only because a lambda is made anew each time or training was resumed."""
-    code = getattr(one[4], "__code__", None)
-    same = code is not None and code is getattr(other[4], "__code__", None)
-    same |= isinstance(one[4], _Reduced) or one[4] == REDUCTIONS.get(other[4], other[4])
-    return same and one[:4] + one[5:] == other[:4] + other[5:]
+    code = getattr(one.reduce_fx, "__code__", None)
+    same = code is not None and code is getattr(other.reduce_fx, "__code__", None)
+    same |= isinstance(one.reduce_fx, _Reduced)
+    same |= one.reduce_fx == REDUCTIONS.get(other.reduce_fx, other.reduce_fx)
+    return same and one._replace(reduce_fx=other.reduce_fx) == other
 
 
 def _elsewhere(row: str, value: Tensor) -> tuple[Slot, Any]:
     """What only other ranks logged, because this one had no samples say; every rank is to know it."""
     label, _, _ = row.rpartition(" in ")
     name, mark, loader = label.partition("/dataloader_idx_")
-    slot = Slot(name, (False, False, None, None, "mean", False, False, True, False), on_step=False, on_epoch=True)
+    slot = Slot(name, LogOptions(logger=False), on_step=False, on_epoch=True)
     slot.suffix, slot.loader = mark + loader, int(loader) if mark else None
     return slot, value.to(torch.get_default_dtype())
 

@@ -46,7 +46,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
             numbers in the total's place, and "count" nothing.
 
     Returns:
-        The reduced value of every name that any rank logged, in float64 (float32 on MPS); for "gather" the numbers of
+        The reduced value of every name that any rank logged, in float64; for "gather" the numbers of
         all ranks, for "count" how many ranks have the name.
     """
     rows = sorted(rows, key=lambda r: r[0])
@@ -92,7 +92,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
 def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | None:
     """Every rank's (total, weight) pairs, ``(world_size, 2 * len(rows))``; None where the names differ."""
     checksum = float(zlib.crc32("\n".join(names).encode()))
-    dtype = torch.float32 if fabric.device.type == "mps" else torch.float64
+    dtype = torch.float64
     head = [checksum, float(len(rows))]
     numbers = [0.0 if how in ("gather", "count") else total for _, how, total, _ in rows]
     totals = [torch.as_tensor(number, dtype=dtype, device=fabric.device).reshape(()) for number in numbers]

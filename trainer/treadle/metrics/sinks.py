@@ -8,7 +8,7 @@ from treadle_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
-from treadle.metrics.options import LogOptions
+from treadle.metrics.options import GivenOptions, LogOptions
 from treadle.metrics.values import flatten_metrics, is_metric, step_value
 
 __all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink"]
@@ -18,21 +18,23 @@ class MetricSink(Protocol):
     """What ``self.log`` writes to."""
 
     def log(
-        self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None
+        self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
     ) -> None: ...
 
 
 class _NotLogging:
     """Where values go without a trainer: to the Fabric that set the module up, if any."""
 
-    def log(self, module: LightningModule, name: str, value: Any, options: LogOptions, batch_size: int | None) -> None:
+    def log(
+        self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
+    ) -> None:
         if module.fabric is None or module._trainer is not None:
             where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
             rank_zero_warn(
                 f"`self.log({name!r}, ...)` was called {where}; the value is dropped. Log in a hook of a run, or after"
                 " `fabric.setup(module)`."
             )
-        elif options[1] is not False:
+        elif LogOptions(*options).logger is not False:
             for key, scalar in flatten_metrics({name: value}):
                 module.fabric.log(key, step_value(scalar) if is_metric(scalar) else scalar)
 

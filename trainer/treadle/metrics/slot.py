@@ -31,9 +31,9 @@ class Slot:
         self.name, self.suffix = name, ""
         self.options = options
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
-        self.prog_bar, self.logger = options[0], options[1] is not False
-        self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options[4], options[4])  # type: ignore[arg-type]
-        self.rank_zero_only = options[8]
+        self.prog_bar, self.logger = options.prog_bar, options.logger is not False
+        self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options.reduce_fx, options.reduce_fx)  # type: ignore[arg-type]
+        self.rank_zero_only = options.rank_zero_only
         self.metric: Any = None
         self.loader: int | None = None
         self.reset()
