@@ -7,16 +7,18 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Number
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
+from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, resolve
@@ -26,10 +28,6 @@ from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import engine_of, put_back, unwrap
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
-
-if TYPE_CHECKING:
-    from treadle_fabric.accelerators import Accelerator
-    from treadle_fabric.loggers import Logger
 
 __all__ = ["Fabric"]
 

@@ -83,6 +83,7 @@ def replay(path: PathLike, module: str | None = None) -> Replay:
 
 
 def read_bundle(path: PathLike) -> dict[str, Any]:
+    """What a replay file holds, checked; reading it runs nothing of it."""
     bundle: Any = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
     origin = bundle.get("class") if isinstance(bundle, dict) else None
     whole = isinstance(origin, dict) and all(isinstance(origin.get(k), str) for k in ("module", "name", "file"))
@@ -92,6 +93,7 @@ def read_bundle(path: PathLike) -> dict[str, Any]:
 
 
 def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
+    """Run the micro-batch of a replay file; ``where`` is ``--module``, the module's class."""
     if foreign := bundle.get("foreign"):
         raise MisconfigurationException(
             f"The batch held a {foreign}, which no file can hold safely, so there is nothing to run: let the loader"

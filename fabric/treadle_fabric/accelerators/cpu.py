@@ -60,7 +60,7 @@ class CPUAccelerator(Accelerator):
             raise MisconfigurationException(
                 "Reading the load of the CPU needs psutil, which is not installed: pip install psutil."
             )
-        import psutil
+        import psutil  # an extra
 
         return {
             "cpu_vm_percent": psutil.virtual_memory().percent,

@@ -90,7 +90,7 @@ class MPIEnvironment(StartedEnvironment):
                 "The variables of this MPI launcher do not say enough, and mpi4py, which knows, is not installed. "
                 "Install mpi4py, or set MASTER_ADDR and MASTER_PORT for all processes (mpirun -x MASTER_ADDR ...)."
             )
-        from mpi4py import MPI
+        from mpi4py import MPI  # starts MPI
 
         return MPI.COMM_WORLD
 

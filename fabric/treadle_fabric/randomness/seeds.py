@@ -22,7 +22,7 @@ _MAX_SEED = 2**32 - 1  # NumPy takes no larger one
 def numpy_if_imported() -> ModuleType | None:
     """NumPy, unless it is not installed."""
     try:
-        import numpy
+        import numpy  # heavy, and torch works without it
     except ImportError:
         return None
     return numpy

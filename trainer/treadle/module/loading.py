@@ -213,7 +213,7 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         pass
     try:
-        import yaml
+        import yaml  # an extra
     except ImportError:
         raise MisconfigurationException(
             f"{path} has other YAML than the `key: <json>` lines of our loggers; `pip install pyyaml` to read it."

@@ -51,8 +51,8 @@ class Fitting:
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
 
-    def train(self, run: ReadyRun, exact: dict[str, Any]) -> None:
-        """Run the loop.
+    def make_loop(self, run: ReadyRun, exact: dict[str, Any]) -> FitLoop:
+        """Make the loop, and the validation in it.
 
         Args:
             run: The run, with its optimizers.
@@ -70,7 +70,7 @@ class Fitting:
             validation=validation,
             reload_every=self._settings.reload_dataloaders_every_n_epochs,
         )
-        self.loop.run()
+        return self.loop
 
     def estimated_steps(self) -> float:
         """The optimizer steps of the whole fit; asks for the training loader if that was not done yet."""

@@ -53,10 +53,10 @@ class Settings:
     enable_progress_bar: bool
     enable_model_summary: bool
     enable_autolog_hparams: bool
-    barebones: bool = False
-    auto_resume: bool = False
-    on_save_error: str = "raise"
-    on_nonfinite: str | None = None
+    barebones: bool
+    auto_resume: bool
+    on_save_error: str
+    on_nonfinite: str | None
 
     def sanity_batches(self, num_batches: list[float]) -> list[float]:
         """The batches of each validation loader that the sanity check tries, of those that there are."""
@@ -69,6 +69,12 @@ def check_integer(value: Any, name: str, lowest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {lowest}.")
     return value
+
+
+_AS_GIVEN = (
+    "gradient_clip_val", "deterministic", "benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly",
+    "sync_batchnorm", "enable_autolog_hparams", "barebones", "auto_resume", "on_save_error", "on_nonfinite",
+)  # fmt: skip
 
 
 def _boolean(value: Any, name: str) -> bool:
@@ -197,14 +203,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         num_sanity_val_steps=sanity,
         log_every_n_steps=log_every or (1 << 62),
         accumulate_grad_batches=check_integer(given["accumulate_grad_batches"], "accumulate_grad_batches", 1),
-        gradient_clip_val=given["gradient_clip_val"],
         gradient_clip_algorithm=None if algorithm is None else str(algorithm).lower(),
-        deterministic=given["deterministic"],
-        benchmark=given["benchmark"],
-        inference_mode=given["inference_mode"],
-        use_distributed_sampler=given["use_distributed_sampler"],
-        detect_anomaly=given["detect_anomaly"],
-        sync_batchnorm=given["sync_batchnorm"],
         reload_dataloaders_every_n_epochs=check_integer(
             given["reload_dataloaders_every_n_epochs"], "reload_dataloaders_every_n_epochs", 0
         ),
@@ -212,11 +211,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         enable_checkpointing=given["enable_checkpointing"] is not False and not fast,
         enable_progress_bar=given["enable_progress_bar"] is not False,
         enable_model_summary=given["enable_model_summary"] is not False,
-        enable_autolog_hparams=given["enable_autolog_hparams"],
-        barebones=given["barebones"],
-        auto_resume=given["auto_resume"],
-        on_save_error=given["on_save_error"],
-        on_nonfinite=given["on_nonfinite"],
+        **{name: given[name] for name in _AS_GIVEN},
     )
 
 

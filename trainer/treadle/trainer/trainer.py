@@ -848,7 +848,7 @@ class Trainer:
                 self.should_stop |= bool(exact.get("should_stop", False))
                 del checkpoint
             try:
-                fitting.train(ready, exact)
+                fitting.make_loop(ready, exact).run()
             except SIGTERMException:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
