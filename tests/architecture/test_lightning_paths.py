@@ -1,0 +1,43 @@
+"""Module paths that Lightning's users type keep importing, wherever the code has moved to."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+TRAINER = """callbacks callbacks.callback callbacks.checkpoint callbacks.early_stopping
+    callbacks.gradient_accumulation_scheduler callbacks.lambda_function callbacks.lr_monitor callbacks.model_checkpoint
+    callbacks.model_summary callbacks.on_exception_checkpoint callbacks.progress callbacks.progress.progress_bar
+    callbacks.progress.rich_progress callbacks.progress.tqdm_progress callbacks.rich_model_summary callbacks.timer cli
+    loggers loops trainer""".split()
+FABRIC = """accelerators accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps
+    accelerators.registry fabric loggers loggers.logger loggers.tensorboard strategies strategies.ddp
+    strategies.parallel strategies.registry strategies.single_device strategies.strategy wrappers""".split()
+
+
+@pytest.mark.parametrize(
+    "path", [*(f"treadle.{name}" for name in TRAINER), *(f"treadle_fabric.{name}" for name in FABRIC)]
+)
+def test_the_path_imports(path: str) -> None:
+    importlib.import_module(path)  # passes if nothing is raised
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("treadle.callbacks.model_checkpoint", "ModelCheckpoint"),
+        ("treadle.callbacks.progress.tqdm_progress", "TQDMProgressBar"),
+        ("treadle.callbacks.model_summary", "ModelSummary"),
+        ("treadle.trainer", "Trainer"),
+        ("treadle_fabric.fabric", "Fabric"),
+        ("treadle_fabric.strategies.ddp", "DDPStrategy"),
+        ("treadle_fabric.wrappers", "FabricModule"),
+        ("treadle_fabric.wrappers", "FabricOptimizer"),
+        ("treadle_fabric.wrappers", "FabricDataLoader"),
+    ],
+)
+def test_the_class_is_found_there(path: str, name: str) -> None:
+    package = importlib.import_module(path.split(".")[0])
+    found = getattr(importlib.import_module(path), name)
+    assert getattr(package, name, found) is found
