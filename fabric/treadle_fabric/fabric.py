@@ -507,11 +507,11 @@ class Fabric:
 
         Args:
             path: Where to.
-            state: Names to models, optimizers, whatever has a ``state_dict``, and plain values, nested as you like.
+            state: A dict of models, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
             filter: For a name in ``state``, a function of an entry's name and value that says which to keep.
 
         Raises:
-            CheckpointError: The file cannot be written; what was there stands.
+            CheckpointError: The file cannot be written; an earlier file of that name is intact.
             MisconfigurationException: ``state`` or ``filter`` are not as described.
         """
         self._require_launch("save")
@@ -562,7 +562,7 @@ class Fabric:
     # Callbacks and loggers
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method, with these arguments, on every callback that has it, in their order."""
+        """Call a method with these arguments on every callback that has the method, in their order."""
         for callback in tuple(self._callbacks):
             method = getattr(callback, hook_name, None)
             if callable(method):

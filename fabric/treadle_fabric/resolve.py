@@ -1,4 +1,4 @@
-"""From what the user asked for to what will run: a pure function, then the assembly.
+"""Turn the user's arguments and the environment into what will run: a pure function, then the assembly.
 
 :func:`resolve` looks at its arguments and nothing else, so each combination can be a row in a test; :func:`build` makes
 the objects.
@@ -180,7 +180,7 @@ def _sort(plugins: Any) -> Parts:
 
 
 def _one(what: str, first: T | None, second: T | None) -> T | None:
-    """The one that was given. The same object twice is no conflict: a strategy may be used again."""
+    """The object that was given, if any. The same object given twice is no conflict: a strategy may be used again."""
     if first is not None and second is not None and first is not second:
         raise MisconfigurationException(
             f"Two objects for the {what} were given: {type(first).__name__} and {type(second).__name__}. Give one, "

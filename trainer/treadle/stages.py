@@ -28,7 +28,7 @@ class RunningStage(StrEnum):
 
 
 class TrainerStatus(StrEnum):
-    """How the last run stands."""
+    """How the last run goes, or how it ended."""
 
     INITIALIZING = "initializing"
     RUNNING = "running"

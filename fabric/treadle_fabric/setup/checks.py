@@ -20,7 +20,7 @@ __all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "
 
 
 def check_module(module: Any) -> None:
-    """Refuse what is no module, or is set up already."""
+    """Refuse an object that is no module, and a module that is set up already."""
     if not isinstance(module, Module):
         raise MisconfigurationException(
             f"The model is of type {type(module).__name__}, and must be a torch.nn.Module. Optimizers come after it: "
@@ -37,7 +37,7 @@ def check_module(module: Any) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse what is no optimizer, or is set up already."""
+    """Refuse an object that is no optimizer, and an optimizer that is set up already."""
     if is_wrapped(optimizer):
         raise MisconfigurationException(
             f"{type(optimizer).__name__} is set up already. Set up each optimizer once, and use what setup returned."
@@ -50,7 +50,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_loader(loader: Any) -> None:
-    """Refuse what is no iterable, or is set up already."""
+    """Refuse an object that is no iterable of batches, and a loader that is set up already."""
     if is_wrapped(loader):
         raise MisconfigurationException("A loader is set up already. Set up each once, and use what setup returned.")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):

@@ -32,7 +32,7 @@ from treadle_fabric.strategies.whole_state import WholeStateStrategy
 __all__ = ["DDPStrategy"]
 
 _MAX_NAMED = 10
-_made = itertools.count()  # every process sets up as many modules, in the same order
+_made = itertools.count()  # every process sets up the same modules in the same order
 _ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
 

@@ -195,7 +195,7 @@ class ParallelStrategy(Strategy):
             self._environment.teardown()
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        """NCCL reaches only what is on a device, gloo everything."""
+        """NCCL sends only tensors on a device; gloo sends all."""
         return tensor.to(self.root_device) if dist.get_backend() == "nccl" else tensor
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:

@@ -427,7 +427,7 @@ class Strategy(ABC):
 
         Args:
             path: Where to. Rank 0's counts.
-            state: Modules, optimizers, whatever has a ``state_dict``, and plain values, nested as you like.
+            state: Modules, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
             storage_options: For the checkpoint IO.
             filter: For a key of ``state``, which of its entries to keep, by name and value.
         """
@@ -449,7 +449,7 @@ class Strategy(ABC):
             weights_only: Only an explicit ``False`` lets the file run code of its own.
 
         Returns:
-            What of the file was not asked for; all of it if ``state`` is ``None``.
+            The entries of the file that ``state`` has not; all of them if ``state`` is ``None``.
         """
 
     @abstractmethod

@@ -43,7 +43,7 @@ class Evaluation:
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
-        self._asked = 0  # batches before which somebody was asked whether to go on
+        self._asked = 0  # batches before which `interrupted` was called
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
         self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
 
@@ -59,7 +59,7 @@ class Evaluation:
         Args:
             num_batches: of each loader; default: the limits of the data.
             silent: write nothing to the loggers, as in the sanity check.
-            interrupted: asked before every batch, with its number over all loaders, whether to end there.
+            interrupted: called before every batch with its number over all loaders; returns whether to end there.
 
         Returns:
             For every loader the logged names and values; None if it was interrupted.

@@ -1,4 +1,4 @@
-"""Fit: sanity check, then epochs until something says stop."""
+"""Fit: the sanity check, then epochs until a limit is reached or a stop is asked for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAY_SAVE = [
     *(f"on_validation_{at}" for at in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end", "end")),
     "on_exception",
 ]
-"""In which somebody may save while a validation runs."""
+"""The hooks in which a callback or a module may save while a validation runs."""
 _SHORT_S = 1.0
 
 

@@ -24,7 +24,7 @@ _KEYS = {"scheduler", "name", "interval", "frequency", "reduce_on_plateau", "mon
 
 
 def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
-    """The optimizers and schedulers in whatever shape ``configure_optimizers`` returned them.
+    """The optimizers and schedulers in any of the shapes that ``configure_optimizers`` may return.
 
     Raises:
         MisconfigurationException: the shape is none that is known, a key is misspelled, an optimizer holds parameters
@@ -163,7 +163,7 @@ def step_schedulers(
         configs: all of them.
         interval: "step" or "epoch": what has just ended.
         count: how many of those have ended.
-        plateau: whether the ones that monitor a metric are meant, or the others.
+        plateau: True: step the schedulers that monitor a metric; False: the others.
         step: ``lr_scheduler_step(scheduler, metric)``.
         metrics: gives the logged metrics.
 

@@ -55,9 +55,9 @@ class Prediction:
         return predictions[0] if len(predictions) == 1 else predictions
 
     def stream(self) -> Iterator[Any]:
-        """Predict a batch when it is asked for: the same outputs in the same order, one loader after the other.
+        """Predict a batch when the caller asks for it: the outputs and order of a call, one loader after the other.
 
-        What ranks share is exchanged batch by batch, so every rank has to ask for as many.
+        Where ranks share a loader, outputs are exchanged batch by batch, so every rank has to ask for the same number.
         """
         for _, output in self._outputs(share=True):
             yield output
@@ -67,7 +67,7 @@ class Prediction:
         run, dispatch = self._run, self._run.dispatch
         modes = module_modes(run.module)
         try:
-            with self._no_grad():  # never across a yield: it would hold for whoever asked
+            with self._no_grad():  # never across a yield: it would be on in the caller's code, too
                 dispatch.call("on_predict_model_eval")
                 run.module.eval()
                 dispatch.call("on_predict_start")

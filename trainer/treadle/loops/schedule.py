@@ -23,7 +23,7 @@ class Durations:
     min_steps: int | None
     max_time: timedelta | None
     max_epochs_assumed: bool = False
-    """Whether nothing was said, and ``max_epochs`` is the default."""
+    """Whether ``max_epochs`` is the default, because no limit was given."""
 
 
 def _count(value: Any, name: str, lowest: int) -> None:
@@ -93,7 +93,7 @@ class ValidationSchedule:
     """None: batches are counted across epochs."""
     every: timedelta | None = None
     at_epoch_end: bool = False
-    """After the epoch's last batch, whatever its number."""
+    """After the epoch's last batch, independent of the number of batches."""
 
     @classmethod
     def resolve(cls, interval: Any, every_n_epochs: int | None, num_batches: float) -> ValidationSchedule:

@@ -48,7 +48,7 @@ class Results:
     def __init__(self, *, training: bool, fabric: Fabric) -> None:
         self.training = training
         self.hook = ""
-        """The hook that is running, set by whoever calls it: the defaults of ``log`` depend on it."""
+        """The hook that is running; the caller of the hook sets it. The defaults of ``log`` depend on it."""
         self.batch: Any = None
         self.batch_size: int | None = None
         self.dataloader_idx: int | None = None
@@ -110,12 +110,12 @@ class Results:
         if size is None and slot.reduce == "mean":
             raise MisconfigurationException(
                 f"`self.log({slot.name!r}, ...)` weights its mean over the epoch by the batch size, and the batch (a"
-                f" {type(self.batch).__name__}) has no tensor that would tell it: pass `batch_size`."
+                f" {type(self.batch).__name__}) has no tensor whose size could be used: pass `batch_size`."
             )
         return 1 if size is None else size
 
     def begin_batch(self, batch: Any) -> None:
-        """The batch that values logged from now on belong to; None outside batches."""
+        """Set the batch of the values that are logged from now on; None outside batches."""
         self.batch = batch
         self.batch_size = None
 
@@ -274,7 +274,7 @@ class Results:
         return 1.0 if size is None else float(size)
 
     def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:
-        """The value of every epoch-logged slot that was not asked for yet: scalar tensors on the device, or numbers.
+        """The value of every epoch-logged slot that was not taken yet: scalar tensors on the device, or numbers.
 
         They are reduced over the ranks unless ``local``; every rank has to ask then, with or without values.
         """
@@ -315,7 +315,7 @@ class Results:
 
 
 class _Reduced:
-    """Stands for a callable reduction that a checkpoint could not keep."""
+    """Replaces a callable reduction, which a checkpoint cannot keep, and gives its result so far."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -334,7 +334,7 @@ def _same_code(one: LogOptions, other: LogOptions) -> bool:
 
 
 def _elsewhere(row: str, value: Tensor) -> tuple[Slot, Any]:
-    """What only other ranks logged, because this one had no samples say; every rank is to know it."""
+    """A value that only other ranks logged (this rank had no samples, for example), for this rank to show too."""
     label, _, _ = row.rpartition(" in ")
     name, mark, loader = label.partition("/dataloader_idx_")
     slot = Slot(name, LogOptions(logger=False), on_step=False, on_epoch=True)

@@ -18,7 +18,7 @@ class Metrics:
     """What was logged in a run, as callbacks, loggers and the progress bar see it.
 
     Epoch values, and the last step values of stages that are over, are kept here. Step values of the active stage are
-    looked up in its slots when somebody asks.
+    looked up in its slots when a metric is read.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Metrics:
         self._logged: dict[str, Any] = {}
         self._bar: dict[str, Any] = {}
         self.active: Results | None = None
-        """The stage that is running; its step values are looked up when somebody asks, not before."""
+        """The stage that is running; its step values are looked up when a metric is read, not before."""
 
     @property
     def callback(self) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ class Slot:
 
 
 def _is_at_hand(value: Any) -> bool:
-    """Whether it costs nothing to have it as a Python number, which is as exact as float64."""
+    """Whether reading the value as a Python number, which is as exact as float64, waits for no device."""
     return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
 
 

@@ -1,6 +1,6 @@
 """The hook vocabulary, and the loop they hang on.
 
-Callbacks run before the module, in the order of the list. A hook that nobody overrides costs one truth test.
+Callbacks run before the module, in the order of the list. A hook that is not overridden costs one truth test.
 
 Fit::
 
@@ -147,7 +147,7 @@ class DataHooks:
         return move_data_to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch on the device (augment on the GPU, say); returns the batch."""
+        """Change a batch on the device, for example augment it on the GPU; returns the batch."""
         return batch
 
 

@@ -141,7 +141,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the module lies on a CUDA device."""
+        """Whether the module is on a CUDA device."""
         return self.device.type == "cuda"
 
     @property
@@ -445,8 +445,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
         Args:
             checkpoint_path: a checkpoint of this library or of Lightning 2.x.
-            map_location: where tensors go. Default: CPU.
-            hparams_file: a .yaml or .csv file with the hyper-parameters, instead of the checkpoint's.
+            map_location: where tensors go. Default: the device that they were saved from, or the CPU where it is not
+            here. hparams_file: a .yaml or .csv file with the hyper-parameters, instead of the checkpoint's.
             strict: whether keys must match exactly. Default: the module's ``strict_loading``.
             weights_only: False unpickles arbitrary objects; only for files you trust. Default: True.
             **kwargs: override hyper-parameters, or give those that were not saved.

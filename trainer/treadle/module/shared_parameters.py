@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def find_shared_parameters(module: nn.Module) -> list[list[str]]:
-    """The groups of names that stand for one parameter each, for example ``[["embed.weight", "head.weight"]]``."""
+    """Groups of names, each of one parameter, for example ``[["embed.weight", "head.weight"]]``."""
     names: dict[int, list[str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)

@@ -21,9 +21,9 @@ __all__ = ["Dispatch", "check_hook_names"]
 
 Listeners = tuple[Callable[..., Any], ...]
 MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
-"""They come apart, so that they see what the module logs in that hook."""
+"""Monitoring callbacks get on_train_epoch_end in a call of their own, after the module has logged in that hook."""
 _AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
-"""Here monitoring callbacks come after the module, so that what they save has nothing of the hook still to come."""
+"""Hooks in which monitoring callbacks come after the module: the checkpoint that they save has the whole hook."""
 _RETIRED: Final = {
     "training_epoch_end": "on_train_epoch_end",
     "validation_epoch_end": "on_validation_epoch_end",
@@ -33,7 +33,7 @@ _RETIRED: Final = {
 
 
 def check_hook_names(obj: object) -> None:
-    """Speak up about methods of a module or a callback that look like hooks, and that nobody would call.
+    """Warn of methods of a module or a callback that look like hooks and would never be called.
 
     Raises:
         MisconfigurationException: a hook of Lightning 1.x, whose work would be lost.
@@ -85,7 +85,7 @@ class Dispatch:
                 self._table[name] = tuple(first)
 
     def listeners(self, name: str) -> Listeners:
-        """Who listens to a hook; empty where nobody does."""
+        """The methods to call at a hook; empty where nothing overrides it."""
         return self._table.get(name, ())
 
     def call(self, name: str, *args: Any, hook: str = "") -> None:

@@ -88,7 +88,7 @@ class ReadyRun(Run):
     weights: Weights = field(default_factory=Weights)
     """Of the losses of the accumulation that is going on."""
     watch: NonFiniteWatch | None = None
-    """Looks for losses and gradients that are not finite; None where nobody asked for it."""
+    """Looks for losses and gradients that are not finite; None without ``on_nonfinite``."""
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint in the middle of a validation keeps: a resumed run begins that validation anew. Empty
     outside."""

@@ -105,7 +105,7 @@ class Signals:
             if not self.saving:
                 end_run(
                     f"SIGTERM came, and the batch did not end within {self._grace:g} s ({GRACE_VARIABLE}): the run "
-                    "ends without another save, and the last checkpoint stands.",
+                    "ends without another save; the last checkpoint is intact.",
                     status=128 + signal.SIGTERM,
                 )
             while self.saving:
@@ -132,7 +132,7 @@ def claim_together(error: BaseException, strategy: Strategy) -> None:
 
     A rank that did not claim it would be taken for a stuck one, and be ended in the middle of its clean-up.
     """
-    meet(strategy)  # one that has yet to come would be, too
+    meet(strategy)  # so would a rank that has not come here yet
     if strategy.is_global_zero:
         claim_failure(error)
     meet(strategy)

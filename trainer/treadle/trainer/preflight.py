@@ -44,7 +44,7 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
 
 
 def check_model(model: Any, what: str) -> None:
-    """Refuse what is no LightningModule, and one whose ``__init__`` forgot the base class."""
+    """Refuse an object that is no LightningModule, and a module whose ``__init__`` does not call the base class."""
     if isinstance(model, LightningModule):
         if "_metrics" not in model.__dict__:
             raise MisconfigurationException(
@@ -85,8 +85,8 @@ def check_idle(state: TrainerState, fn: TrainerFn) -> None:
     """Refuse a run inside a run: there is one set of loops and progress."""
     if state.status is TrainerStatus.RUNNING:
         raise MisconfigurationException(
-            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it. (A stream of predictions"
-            " that is not gone through ends with its `close()`.)"
+            f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it. If a stream of predictions"
+            " was not read to its end, call its `close()` first."
         )
 
 

@@ -59,7 +59,7 @@ class Settings:
     on_nonfinite: str | None
 
     def sanity_batches(self, num_batches: list[float]) -> list[float]:
-        """The batches of each validation loader that the sanity check tries, of those that there are."""
+        """The number of batches of each validation loader in the sanity check, given how many each loader has."""
         steps = self.num_sanity_val_steps
         return [n if steps == -1 else min(n, steps) for n in num_batches]
 
@@ -111,7 +111,7 @@ def _barebones(given: dict[str, Any]) -> None:
 
 
 def _check_flags(given: dict[str, Any]) -> None:
-    """Everything that is checked by itself and used as it is."""
+    """Check the arguments that do not depend on others."""
     if given["profiler"] is not None:
         raise MisconfigurationException(
             f"profiler={given['profiler']!r}: profilers are not there yet; use torch.profiler around `fit`."

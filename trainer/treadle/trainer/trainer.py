@@ -103,7 +103,7 @@ class Trainer:
         auto_resume: fit without ``ckpt_path`` goes on from the newest checkpoint that is whole, if there is one.
         on_save_error: "warn": training goes on where a checkpoint could not be written. Default: "raise".
         on_nonfinite: what a loss or gradient that is NaN or infinite does: "raise" NonFiniteError, "skip" the step, or
-            "warn". Costs one wait for the device a step, and copies of batch and buffers. Default: nobody looks.
+            "warn". Costs one wait for the device a step, and copies of batch and buffers. Default: no check.
 
     Raises:
         MisconfigurationException: an argument is wrong; nothing has been started then.
@@ -192,7 +192,7 @@ class Trainer:
         ckpt_path: PathLike | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train, from the beginning unless ``ckpt_path`` says otherwise. Ctrl-C ends it; ``interrupted`` tells then.
+        """Train from the beginning, or from the checkpoint ``ckpt_path``. Ctrl-C ends it and sets ``interrupted``.
 
         Args:
             model: the module.
@@ -284,7 +284,7 @@ class Trainer:
         if return_predictions == "stream":
             self.fabric.launch()
             stream = self._stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
-            next(stream)  # what is wrong is said here, not at the first batch
+            next(stream)  # errors are raised here, not at the first batch
             return stream
         keep = return_predictions is not False
         found = self._launch(self._predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep)
@@ -332,7 +332,7 @@ class Trainer:
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The module as the strategy wrapped it (under DDP, say); the plain module before that."""
+        """The module as the strategy wrapped it, under DDP for example; before its set-up, the plain module."""
         run = self._run
         return run.wrapped if isinstance(run, ReadyRun) else self._last_module
 
@@ -353,7 +353,7 @@ class Trainer:
 
     @property
     def precision(self) -> str:
-        """The precision's name, "32-true" say."""
+        """The precision's name, such as "32-true"."""
         return str(self.fabric.strategy.precision.precision)
 
     @property
@@ -437,7 +437,7 @@ class Trainer:
 
     @property
     def default_root_dir(self) -> str:
-        """Where logs and checkpoints go unless a logger or callback says otherwise. Default: the working directory."""
+        """Where logs and checkpoints go by default; itself the working directory by default."""
         return self._settings.default_root_dir
 
     @property
@@ -488,7 +488,7 @@ class Trainer:
 
     @property
     def validating(self) -> bool:
-        """Whether validation runs, in fit or by itself."""
+        """Whether validation runs, inside fit or by ``validate``."""
         return self.state.stage is RunningStage.VALIDATING
 
     @property
@@ -513,12 +513,12 @@ class Trainer:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the last run ended with KeyboardInterrupt."""
+        """Whether the last run ended early: by Ctrl-C, a signal or an error."""
         return self.state.status is TrainerStatus.INTERRUPTED
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether the process was asked to terminate."""
+        """Whether SIGTERM ended the last run."""
         return self._session is not None and self._session.terminated
 
     @property
@@ -533,7 +533,7 @@ class Trainer:
 
     @property
     def global_step(self) -> int:
-        """The batches so far at which an optimizer stepped, whatever the number of optimizers."""
+        """The number of batches so far at which an optimizer stepped; several optimizers in a batch count once."""
         return self.fit_progress.step
 
     @property
@@ -600,7 +600,7 @@ class Trainer:
 
     @property
     def overfit_batches(self) -> int | float:
-        """The batches to overfit on; 0.0 where that is not asked."""
+        """The number or fraction of batches to overfit on; 0.0 (the default): none."""
         return self._settings.overfit_batches
 
     @property
