@@ -33,7 +33,14 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="ITEM",
-        help=f"one of {', '.join(i.key for i in ITEMS)}; repeatable",
+        help=f"one of {', '.join(i.key for i in ITEMS)}, or instructions for both of these; repeatable",
+    )
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="CONTESTANT",
+        help="leave out lightning, treadle or accelerate; nothing is written; repeatable",
     )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a look on a busy machine"
@@ -47,7 +54,7 @@ def _arguments() -> argparse.Namespace:
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds {options.rounds} is not a number of turns: give 1 or more")
     try:
-        options.items = select(options.only)
+        options.items = select(options.only, options.without)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -59,10 +66,11 @@ def _shorter(item: Item) -> Item:
 
 def _run(items: tuple[Item, ...], rounds: int, quick: bool, clock: str) -> list[Result]:
     results: list[Result] = []
+    together = tuple(_shorter(item) if quick else item for item in items if item.kind == "instructions")
     for item in items:
         start = time.perf_counter()
         turns = max(1, round(rounds * _SHARE.get(item.kind, 1.0)))
-        results.append(measure(_shorter(item) if quick else item, turns, clock))
+        results.append(measure(_shorter(item) if quick else item, turns, clock, together))
         print(f"{item.title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return results
 
@@ -78,8 +86,8 @@ def main() -> int:
     print(table(results))
     for line in remarks(results):
         print(line)
-    if options.write or not (options.quick or options.only):
-        for path in write(results, facts, rounds, options.output):
+    if options.write or not (options.quick or options.only or options.without):
+        for path in write(results, facts, rounds, options.output, "-".join(options.only)):
             print(f"wrote {path}")
     return int(options.check and any(result.ok is False for result in results))
 

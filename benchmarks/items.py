@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 __all__ = ["ITEMS", "Item", "select"]
 
@@ -15,7 +16,8 @@ class Item:
         key: The name on the command line.
         title: The name in the table.
         kind: ``"slope"`` (two run lengths, microseconds per unit), ``"ddp"`` (the same over two processes, as a
-            percentage of the raw step), ``"import"`` (one fresh interpreter per sample) or ``"frames"`` (a count).
+            percentage of the raw step), ``"import"`` (one fresh interpreter per sample), ``"frames"`` (a count) or
+            ``"instructions"`` (two run lengths, counted by valgrind, as a percentage of the raw step).
         unit: The unit of the numbers in the row.
         contestants: Who takes part, the hand-written loop (or bare ``import torch``) first.
         short: Units in the short run.
@@ -154,17 +156,53 @@ ITEMS: tuple[Item, ...] = (
         limit=8.0,
         explain="frames of the library on the stack, `fit` counted, `training_step` not",
     ),
+    Item(
+        "instructions-step",
+        "instructions, Trainer step",
+        "instructions",
+        "%",
+        _TRAINERS,
+        50,
+        450,
+        limit=6.0,
+        explain=(
+            "as 'Trainer step, bare', but counted by valgrind instead of timed, so that a busy machine changes nothing;"
+            " raw in thousands of instructions, costs in percent of it"
+        ),
+    ),
+    Item(
+        "instructions-fabric",
+        "instructions, Fabric step",
+        "instructions",
+        "%",
+        _TRAINERS,
+        50,
+        450,
+        limit=1.0,
+        explain="the same for 'Fabric step'",
+    ),
 )
 
 
-def select(keys: list[str]) -> tuple[Item, ...]:
-    """The items with these keys, all of them when there are none.
+def select(keys: Sequence[str], without: Sequence[str] = ()) -> tuple[Item, ...]:
+    """The items with these keys, all of them when there are none; ``"instructions"`` is both that count instructions.
+
+    Args:
+        keys: Of the items, or of kinds of items.
+        without: Contestants to leave out.
 
     Raises:
-        ValueError: For a key that is not an item.
+        ValueError: For a key that is not an item, or a contestant that there is not or that all others are compared to.
     """
-    known = {item.key: item for item in ITEMS}
-    unknown = [key for key in keys if key not in known]
-    if unknown:
-        raise ValueError(f"--only {unknown[0]} is not an item; the items are {', '.join(known)}")
-    return tuple(known[key] for key in keys) if keys else ITEMS
+    chosen: dict[str, Item] = {}
+    for key in keys or [item.key for item in ITEMS]:
+        found = [item for item in ITEMS if item.key == key] or [item for item in ITEMS if item.kind == key]
+        if not found:
+            raise ValueError(f"--only {key} is not an item; the items are {', '.join(item.key for item in ITEMS)}")
+        chosen |= {item.key: item for item in found}
+    for name in without:
+        if name not in _RUNTIMES[1:]:
+            raise ValueError(f"--without {name} is not a contestant; they are {', '.join(_RUNTIMES[1:])}")
+    return tuple(
+        replace(item, contestants=tuple(c for c in item.contestants if c not in without)) for item in chosen.values()
+    )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from instructions import instructions_a_step
 from items import Item
 
 __all__ = ["Result", "Worker", "measure"]
@@ -144,10 +145,11 @@ class Worker:
         os.close(self._master)
 
 
-def measure(item: Item, rounds: int, clock: str = "wall") -> Result:
+def measure(item: Item, rounds: int, clock: str = "wall", together: tuple[Item, ...] = ()) -> Result:
     """Measures one item; the contestants take turns, and who begins changes from round to round.
 
-    ``clock`` is "wall", or "cpu" for the processor time of the worker.
+    ``clock`` is "wall", or "cpu" for the processor time of the worker. ``together`` are the items of which instructions
+    are counted: the first of them that is measured counts for all.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         if item.kind == "slope":
@@ -156,6 +158,8 @@ def measure(item: Item, rounds: int, clock: str = "wall") -> Result:
             return _ddp(item, rounds, clock, folder)
         if item.kind == "import":
             return _imports(item, rounds, clock, folder)
+        if item.kind == "instructions":
+            return _instructions(item, together or (item,), folder)
         return _frames(item, folder)
 
 
@@ -325,9 +329,11 @@ def _import_once(statement: str, clock: str, folder: str) -> list[float] | str:
     return list(map(float, json.loads(done.stdout.splitlines()[-1])))
 
 
-def _import_samples(key: str, rounds: int, clock: str, folder: str) -> dict[str, list[list[float]] | str]:
+def _import_samples(
+    key: str, contestants: tuple[str, ...], rounds: int, clock: str, folder: str
+) -> dict[str, list[list[float]] | str]:
     if (key, rounds) not in _import_cache:
-        statements = _STATEMENTS[key]
+        statements = {name: statement for name, statement in _STATEMENTS[key].items() if name in contestants}
         # The first import compiles bytecode and fills the page cache; it says nothing about the next hundred.
         first = {name: _import_once(statement, clock, folder) for name, statement in statements.items()}
         samples: dict[str, list[list[float]] | str] = {
@@ -346,7 +352,7 @@ def _import_samples(key: str, rounds: int, clock: str, folder: str) -> dict[str,
 def _imports(item: Item, rounds: int, clock: str, folder: str) -> Result:
     result = Result(item)
     key = "import" if item.key == "rss" else item.key
-    for name, samples in _import_samples(key, rounds, clock, folder).items():
+    for name, samples in _import_samples(key, item.contestants, rounds, clock, folder).items():
         if isinstance(samples, str):
             result.notes[name] = samples
             continue
@@ -355,6 +361,32 @@ def _imports(item: Item, rounds: int, clock: str, folder: str) -> Result:
         result.rounds[name] = values
         result.cost[name], result.typical[name] = min(values), statistics.median(values)
     return result
+
+
+_instructions_cache: dict[tuple[Item, ...], tuple[dict[tuple[str, str], float], dict[str, str]]] = {}
+
+
+def _instructions(item: Item, together: tuple[Item, ...], folder: str) -> Result:
+    """Instructions a step: raw in thousands, the others in percent over it."""
+    if together not in _instructions_cache:
+        loops = [_loop(each) for each in together]
+        runs = {name: ["step"] if name == "raw" else loops for name in item.contestants}
+        counted = instructions_a_step(runs, item.short, item.long, _environment(), folder)
+        _instructions_cache[together] = counted
+    counts, problems = _instructions_cache[together]
+    result = Result(item, notes=dict(problems))
+    raw = counts.get(("raw", "step"))
+    for name in item.contestants if raw else ():
+        count = raw if name == "raw" else counts.get((name, _loop(item)))
+        if raw and count:
+            result.rounds[name] = [count]
+            result.cost[name] = result.typical[name] = count / 1000 if name == "raw" else (count / raw - 1) * 100
+    return result
+
+
+def _loop(item: Item) -> str:
+    """The workload whose instructions are counted."""
+    return item.key.removeprefix("instructions-")
 
 
 def _frames(item: Item, folder: str) -> Result:

@@ -16,6 +16,8 @@ from measure import Result
 
 __all__ = ["machine_facts", "table", "write"]
 
+_REFERENCE_UNITS = {"ddp": "us", "instructions": "k"}
+"""Kind -> the unit of the raw loop, where costs are in percent of it."""
 _COLUMNS = ("item", "raw", "Lightning over raw", "Treadle over raw", "ratio", "bar", "ok")
 
 
@@ -61,7 +63,7 @@ def _row(result: Result, which: str) -> tuple[str, ...]:
     if which == "typical":
         lightning, treadle = values.get("lightning"), values.get("treadle")
         ratio = treadle / lightning if lightning and treadle is not None and lightning > 0 else None
-    reference_unit = "us" if item.kind == "ddp" else item.unit
+    reference_unit = _REFERENCE_UNITS.get(item.kind, item.unit)
     passed = {True: "yes", False: "NO", None: "-"}[result.ok if which == "cost" else None]
     return (
         item.title,
@@ -137,15 +139,17 @@ def remarks(results: list[Result]) -> list[str]:
     return [line for line in (_accelerate(results), *_choices(results), *_absentees(results)) if line]
 
 
-def write(results: list[Result], facts: dict[str, Any], rounds: int, folder: Path) -> list[Path]:
+def write(results: list[Result], facts: dict[str, Any], rounds: int, folder: Path, part: str = "") -> list[Path]:
     """Writes the table (.md), every number (.json) and the chart (.png); returns the paths.
+
+    ``part`` names the items of a run that did not measure all.
 
     Raises:
         OSError: If the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    stem = f"{today}-{torch.__version__.split('+')[0]}-cpu"
+    stem = f"{today}-{torch.__version__.split('+')[0]}-cpu{part and '-'}{part}"
     chart = folder / f"{stem}.png"
     paths = [folder / f"{stem}.md", folder / f"{stem}.json"]
     if _chart(results, facts, chart):
