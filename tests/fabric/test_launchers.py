@@ -16,12 +16,11 @@ import torch
 
 from treadle_fabric.environments import LightningEnvironment
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
+from treadle_fabric.failures import claim_failure, first_failure
 from treadle_fabric.launchers import (
     ExternalLauncher,
     SpawnLauncher,
     SubprocessLauncher,
-    claim_failure,
-    first_failure,
     make_launcher,
 )
 
@@ -32,7 +31,7 @@ import atexit, os, signal, sys, time
 import torch
 import torch.distributed as dist
 from treadle_fabric.environments import LightningEnvironment
-from treadle_fabric.launchers import claim_failure, make_launcher
+from treadle_fabric.launchers import make_launcher
 
 env = LightningEnvironment()
 launcher = make_launcher(env, int(os.environ["N"]), 1, os.environ.get("START", "popen"))
@@ -197,7 +196,8 @@ class TestSubprocess:
             launcher.launch(join)
             if env.global_rank() == 0:
                 dist.destroy_process_group()
-                time.sleep(2)
+                while os.path.exists(f"/proc/{open('pid_1').read()}"):
+                    time.sleep(0.02)
                 print("again", flush=True)
                 make_launcher(LightningEnvironment(), 2).launch(join)
         """

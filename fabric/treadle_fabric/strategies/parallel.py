@@ -17,7 +17,8 @@ from torch.distributed.constants import default_pg_timeout
 
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.launchers import join_group, leave_group, make_launcher
+from treadle_fabric.failures import join_group, leave_group
+from treadle_fabric.launchers import make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
 from treadle_fabric.strategies.strategy import Strategy, check_reduce_op
