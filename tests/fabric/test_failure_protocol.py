@@ -221,8 +221,8 @@ class TestFailures:
 
     def test_stuck_ranks_end_and_say_so_after_the_first(self, world: World) -> None:
         world.go_down(1, world.fail(1))
-        world.run(5, 1, 2)
-        assert world.statuses == {2: 1}
+        world.run(12, 1, 2)
+        assert world.statuses == {2: 1}  # not rank 1, whose clean-up its launcher limits
         assert grace.STUCK[grace.Step.END] < world.ended_at[2] < grace.STUCK[grace.Step.TERMINATE]
         assert world.said == ["Traceback of 1: the loom is broken on 1", "rank 2 stopped because rank 1 failed"]
 
@@ -445,6 +445,19 @@ class TestSupervisor:
         assert failure is not None
         assert (failure.number, failure.rank) == (1, 0)
         assert world.said == []
+
+    def test_one_that_is_killed_while_it_goes_down_with_its_failure_is_no_other(self, world: World) -> None:
+        for rank in (2, 0, 1):
+            world.fail(rank)
+        failure = Supervisor(world.board, process=world.process(0)).look({1: None, 2: -signal.SIGKILL})
+        assert failure is not None
+        assert (failure.number, failure.rank) == (1, 2)
+
+    def test_one_that_stopped_because_of_a_failure_needs_no_explanation(self, world: World) -> None:
+        world.fail(0)
+        failure = Supervisor(world.board, process=world.process(0)).look({1: -signal.SIGTERM, 2: 1})
+        assert failure is not None
+        assert (failure.number, failure.rank) == (1, 0)
 
     def test_one_that_is_killed_after_it_caught_a_failure_is_another_failure(self, world: World) -> None:
         for rank in range(3):

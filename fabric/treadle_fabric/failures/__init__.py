@@ -36,7 +36,7 @@ The notes (N: the number of a failure, counted from 1; R: a global rank)::
                      failed
     Reporting N      who prints the failure         all: so nobody else does
     Reported N       who has printed it             ranks that stop say so after it
-    Stopped N R      rank R, when it stops          its launcher: its end is explained
+    Stopped N R      rank R, when it stops          rank R itself: says so once, whichever of its threads comes first
     Interrupted R    rank R                         its launcher: needs no SIGINT any more
     FinalInterrupt   who an interrupt ends          the launcher ends all; a connection error is not a failure
     Ended R          rank R or its launcher         who reports: it did not come to the collective

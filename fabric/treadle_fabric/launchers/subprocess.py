@@ -40,7 +40,7 @@ __all__ = ["SubprocessLauncher", "in_notebook", "launched_here", "settle"]
 
 T = TypeVar("T")
 
-# Scripts change their folder; what is started again must start where the first process did.
+# Scripts change their folder, and the further processes must start where the first one did.
 try:
     _START_DIRECTORY: str | None = os.getcwd()
 except OSError:
@@ -138,7 +138,7 @@ class _Children:
         processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
             for local_rank in range(1, num_processes):
-                # Without a terminal of their own they would take the user's key strokes from rank 0.
+                # With rank 0's standard input they would take the user's key strokes from it.
                 processes[first + local_rank] = subprocess.Popen(
                     command,
                     env=environ | {"LOCAL_RANK": str(local_rank)},
@@ -159,7 +159,7 @@ class _Children:
         return len(self._processes) + 1
 
     def is_over(self) -> bool:
-        # Processes that have just ended need a moment to be noticed.
+        # The thread that looks needs a moment to notice that the last process has ended.
         return self.over.wait(0 if self._running() else 5)
 
     def are_of_earlier_test(self) -> bool:
@@ -206,7 +206,7 @@ class _Children:
         self._finish()
 
     def _stop(self, failure: Failure, running: Mapping[int, subprocess.Popen[bytes]]) -> bool:
-        """End what has not ended by itself; True when nothing is left to do."""
+        """End the processes that have not ended by themselves; True when nothing is left to do."""
         here, seconds = self._member.rank, self._supervisor.seconds
         if failure.rank != here and (failure.rank not in running or seconds > grace.REPORT_WAIT):
             report(self._board, failure, self._member.process)
@@ -302,12 +302,12 @@ _children: _Children | None = None
 
 
 def launched_here() -> bool:
-    """Whether this process started others that still run: the environment looks then as if somebody else had."""
+    """Whether this process started others that still run; its environment variables look as if another one had."""
     return _children is not None and _children.owner == os.getpid() and not _children.is_over()
 
 
 def settle() -> None:
-    """Let the processes of an earlier test end, which still show in the environment. Outside of pytest: nothing."""
+    """Wait for the processes of an earlier test, which still show in the environment; outside of pytest do nothing."""
     if _children is not None and _children.are_of_earlier_test():
         _children.over.wait()
 
@@ -319,7 +319,7 @@ def in_notebook() -> bool:
 
 
 def _command() -> list[str]:
-    """What to run to get this process again, interpreter flags and ``-m`` included."""
+    """The command that this process was started with, interpreter flags and ``-m`` included."""
     test = running_test(_START_DIRECTORY)
     if test is not None:
         return [sys.executable, "-m", "pytest", test]

@@ -55,7 +55,6 @@ class Supervisor:
         failure = board.newest_failure()
         if failure is not None and (
             failure.rank == rank
-            or board.has(notes.Stopped(failure.number, rank))
             or (status > 0 and board.has(notes.Failed(failure.number, rank)))
             or board.is_final(failure.number)
         ):
