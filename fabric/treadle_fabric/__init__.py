@@ -50,15 +50,13 @@ from treadle_fabric.errors import (
     suggests_arguments,
 )
 from treadle_fabric.fabric import Fabric
+from treadle_fabric.failures import claim_failure, end_run, first_failure
 from treadle_fabric.launchers import (
     ExternalLauncher,
     Launcher,
     SignalListener,
     SpawnLauncher,
     SubprocessLauncher,
-    claim_failure,
-    end_run,
-    first_failure,
 )
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, rank_zero_experiment
 from treadle_fabric.precision import (

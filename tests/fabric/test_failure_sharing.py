@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
@@ -21,11 +20,14 @@ import torch
 import torch.distributed as dist
 
 from treadle_fabric.environments import find_free_port
-from treadle_fabric.launchers.board import Failure, LaunchDirectory
-from treadle_fabric.launchers.failures import Member, failure_of_dead, join_launch, leave_launch
-from treadle_fabric.launchers.listener import SignalListener
-from treadle_fabric.launchers.places import describe_hang, lost_peer
-from treadle_fabric.launchers.store_board import StoreBoard, leave_group
+from treadle_fabric.failures import notes
+from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.member import Member
+from treadle_fabric.failures.membership import join_launch, leave_launch
+from treadle_fabric.failures.notes import Failure
+from treadle_fabric.failures.places import lost_peer
+from treadle_fabric.failures.store_board import StoreBoard, leave_group
+from treadle_fabric.launchers import SignalListener
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -162,8 +164,8 @@ def test_a_forked_rank_ends_without_the_interpreters_exit_handlers(how: str) -> 
 
 
 @pytest.fixture
-def board() -> Iterator[LaunchDirectory]:
-    board = LaunchDirectory.create([0, 1])
+def board() -> Iterator[FolderBoard]:
+    board = FolderBoard.create([0, 1])
     yield board
     leave_launch()
     board.remove()
@@ -177,33 +179,34 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 class TestBoard:
-    def test_two_threads_count_no_failure_twice(self, board: LaunchDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-        board.claim(1, Failure(0, "x"))
+    def test_two_threads_count_no_failure_twice(self, board: FolderBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+        board.claim(Failure(1, 0, "x"))
         both = threading.Barrier(2)
-        ask = board.has
+        ask = board.text
 
-        def asked_at_once(name: str) -> bool:
+        def asked_at_once(name: str) -> str | None:
             found = ask(name)
-            if name == "failure_1":
+            if name == notes.FirstFailure(1).name:
                 both.wait()
             return found
 
-        monkeypatch.setattr(board, "has", asked_at_once)
-        threads = [threading.Thread(target=board.latest) for _ in range(2)]
+        monkeypatch.setattr(board, "text", asked_at_once)
+        threads = [threading.Thread(target=board.newest) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert board.latest() == 1
+        monkeypatch.undo()
+        assert board.newest() == 1
 
-    def test_who_cannot_leave_a_note_prints_the_failure(self, board: LaunchDirectory) -> None:
+    def test_who_cannot_leave_a_note_prints_the_failure(self, board: FolderBoard) -> None:
         held, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
             with pytest.raises(OSError, match="Too many open files"):
                 while True:
                     held.append(os.open(os.devnull, os.O_RDONLY))
-            assert not board.claim(1, Failure(1, "x"))
+            assert not board.claim(Failure(1, 1, "x"))
             assert board.claim_report(1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -212,8 +215,8 @@ class TestBoard:
         assert board.claim_report(1)
         assert not board.claim_report(1)
 
-    def test_too_many_open_files_are_told_to_the_others(self, board: LaunchDirectory) -> None:
-        member = join_launch(Member(board, 1, [0, 1], None))
+    def test_too_many_open_files_are_told_to_the_others(self, board: FolderBoard) -> None:
+        member = join_launch(Member(board, 1))
         held, limits = [], resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
@@ -231,18 +234,16 @@ class TestBoard:
         assert "Too many open files" in failure.text
 
     def test_a_note_that_does_not_fit_leaves_no_draft(
-        self, board: LaunchDirectory, monkeypatch: pytest.MonkeyPatch
+        self, board: FolderBoard, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def full(source: str, target: Path) -> None:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(os, "link", full)
-        assert not board.claim(1, Failure(0, "x"))
-        assert [path.name for path in board.directory.iterdir()] == ["launch.json"]
+        assert not board.claim(Failure(1, 0, "x"))
+        assert [path.name for path in board.directory.iterdir()] == [notes.Launch().name]
 
-    def test_it_goes_also_where_it_cannot_be_renamed(
-        self, board: LaunchDirectory, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_it_goes_also_where_it_cannot_be_renamed(self, board: FolderBoard, monkeypatch: pytest.MonkeyPatch) -> None:
         Path(f"{board.directory}-over").mkdir()
         (Path(f"{board.directory}-over") / "file").touch()
         board.remove()
@@ -250,12 +251,13 @@ class TestBoard:
         board.directory = Path(f"{board.directory}-over")  # the fixture takes it away
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-    def test_a_forked_workers_abort_is_not_the_ranks(self, board: LaunchDirectory) -> None:
+    def test_a_forked_workers_abort_is_not_the_ranks(self, board: FolderBoard) -> None:
         script = f"""
             import multiprocessing, os
-            from treadle_fabric.launchers.board import LaunchDirectory
-            from treadle_fabric.launchers.failures import Member, join_launch
-            join_launch(Member(LaunchDirectory({str(board.directory)!r}), 0, [0, 1], None))
+            from treadle_fabric.failures.folder_board import FolderBoard
+            from treadle_fabric.failures.member import Member
+            from treadle_fabric.failures.membership import join_launch
+            join_launch(Member(FolderBoard.open({str(board.directory)!r}), 0))
             worker = multiprocessing.get_context("fork").Process(target=os.abort)
             worker.start()
             worker.join()
@@ -263,7 +265,7 @@ class TestBoard:
         """
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         subprocess.run([sys.executable, "-c", textwrap.dedent(script)], env=environ, check=True, timeout=60)
-        assert failure_of_dead(board, 0, "it died\n").text == "it died\n"
+        assert board.crash(0) == ""
 
 
 class TestPlaces:
@@ -290,27 +292,18 @@ class TestPlaces:
             names["f"](ConnectionResetError(104, "Connection reset by peer"))
         assert lost_peer(caught.value)
 
-    def test_a_rank_that_does_not_answer_is_named(self, board: LaunchDirectory) -> None:
-        failure = Failure(0, "RuntimeError: [gloo] Timed out waiting 3000ms for recv\n", hangs=True)
-        board.post("place_1_0", json.dumps({"waits": True, "stack": "  x\n"}))
-        board.post("failed_1_2")
-        said = describe_hang(board, 1, failure, [0, 1, 2, 3])
-        assert "Ranks 1, 3 did not answer." in said
-        assert "All ranks" not in said
-        assert "rank 2 failed, too" in said
-
 
 class TestStoreBoard:
     def test_a_failed_rank_does_not_say_that_it_ended_well(self, store: Any) -> None:
-        member = join_launch(Member(StoreBoard(store, "k", 1), 1, range(2), lambda: True))
+        member = join_launch(Member(StoreBoard(store, "k", 1, 2), 1))
         member.claim(ValueError("x"))
         leave_group()
-        board = StoreBoard(store, "k", 0)
-        assert board.has("released_1")
-        assert not board.has("ended_1")
+        board = StoreBoard(store, "k", 0, 2)
+        assert board.has(notes.Released(1))
+        assert not board.has(notes.Ended(1))
 
     def test_one_late_answer_does_not_end_it(self, store: Any) -> None:
-        board = StoreBoard(store, "k", 1)
+        board = StoreBoard(store, "k", 1, 2)
 
         class Late:
             def __init__(self, store: Any) -> None:
@@ -320,26 +313,25 @@ class TestStoreBoard:
                 raise dist.DistStoreError("wait timeout after 5000ms")
 
         board._store = Late(store)
-        assert board.claim(1, Failure(1, "x"))
-        assert StoreBoard(store, "k", 0).latest() == 1
+        assert board.claim(Failure(1, 1, "x"))
+        assert StoreBoard(store, "k", 0, 2).newest() == 1
 
     def test_a_failure_that_was_seen_outlives_the_store(self, store: Any) -> None:
-        board, other = StoreBoard(store, "k", 1), StoreBoard(store, "k", 0)
-        other.claim(1, Failure(0, "x"))
-        other.post("final_1")
-        assert board.is_final(board.latest(), [0, 1])
-        assert board.failure(1) is not None
+        board, other = StoreBoard(store, "k", 1, 2), StoreBoard(store, "k", 0, 2)
+        other.claim(Failure(1, 0, "x"))
+        other.post(notes.Final(1))
+        assert board.final_failure() is not None
 
         def closed(*question: Any) -> Any:
             raise dist.DistNetworkError("Connection was likely closed")
 
         board._store = type("Closed", (), {"check": closed, "compare_set": closed, "get": closed})()
-        assert not board.has("place_1_0")
+        assert not board.has(notes.Place(1, 0))
         assert not board.exists()
-        failure = board.failure(board.latest())
+        failure = board.final_failure()
         assert failure is not None
         assert failure.text == "x"
-        assert board.is_final(1, [0, 1])
+        assert board.newest() == 1
         assert board.claim_report(1)
         assert not board.claim_report(1)
 

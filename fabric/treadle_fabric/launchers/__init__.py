@@ -1,4 +1,15 @@
-"""Launchers get a function to run in every process of a run."""
+"""Launchers run a function in every process of a run.
+
+- ``launcher``: what a launcher is. Open it first.
+- ``subprocess``: starts the script again for each further rank. ``spawn``: makes processes out of this one.
+  ``external``: processes that torchrun, SLURM, MPI or a subprocess launcher started.
+- ``supervisor``: what the first two do for the processes that they started.
+- ``listener``: hears of a signal while the main thread waits in a collective.
+- ``under_pytest``: what differs where a test launches.
+
+How processes tell one another of a failure is in :mod:`treadle_fabric.failures`. Launchers import failures,
+environments and the foundation; strategies import launchers.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +17,9 @@ from typing import Literal
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.launchers.external import ExternalLauncher
-from treadle_fabric.launchers.failures import claim_failure, end_run, first_failure
 from treadle_fabric.launchers.launcher import Launcher
 from treadle_fabric.launchers.listener import SignalListener
 from treadle_fabric.launchers.spawn import SpawnLauncher
-from treadle_fabric.launchers.store_board import join_group, leave_group
 from treadle_fabric.launchers.subprocess import SubprocessLauncher, in_notebook, launched_here, settle
 
 __all__ = [
@@ -19,13 +28,8 @@ __all__ = [
     "SignalListener",
     "SpawnLauncher",
     "SubprocessLauncher",
-    "claim_failure",
-    "end_run",
-    "first_failure",
     "in_notebook",
-    "join_group",
     "launched_here",
-    "leave_group",
     "make_launcher",
     "settle",
 ]

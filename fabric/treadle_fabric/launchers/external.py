@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -9,16 +11,11 @@ from typing import Any, TypeVar
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.launchers.board import LaunchDirectory
-from treadle_fabric.launchers.failures import (
-    LAUNCH_DIR_VARIABLE,
-    Member,
-    call_guarded,
-    current_member,
-    end_process,
-    join_launch,
-)
-from treadle_fabric.launchers.launcher import Launcher
+from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.member import Member
+from treadle_fabric.failures.membership import call_guarded, current_member, join_launch
+from treadle_fabric.failures.process import end_process
+from treadle_fabric.launchers.launcher import LAUNCH_DIR_VARIABLE, Launcher
 
 __all__ = ["ExternalLauncher"]
 
@@ -26,7 +23,7 @@ T = TypeVar("T")
 
 
 class ExternalLauncher(Launcher):
-    """For processes that torchrun, SLURM or MPI started, or a :class:`SubprocessLauncher` before: only calls.
+    """Only calls the function, in processes that torchrun, SLURM, MPI or a :class:`SubprocessLauncher` started.
 
     Args:
         environment: Where the ranks come from.
@@ -40,45 +37,40 @@ class ExternalLauncher(Launcher):
         return True
 
     def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        join_launch_of_parent(self._environment)
+        _join_launch_of_parent(self._environment)
         return call_guarded(function, *args, **kwargs)
 
     def kill(self, signum: int) -> None:
         """Nothing: who started the processes ends them."""
 
 
-def join_launch_of_parent(environment: ClusterEnvironment) -> None:
+def _join_launch_of_parent(environment: ClusterEnvironment) -> None:
     """Take part in the launch that the parent process announced in the environment, if it did."""
     directory = os.environ.get(LAUNCH_DIR_VARIABLE)
     if directory is None or current_member() is not None:
         return
-    board = LaunchDirectory(directory)
+    try:
+        board = FolderBoard.open(directory)
+    except FileNotFoundError:
+        end_process(1)  # the launch is over, and this process is late
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         # A new process imports the script, to find the function in it, and reached the launch on the way.
-        rank = environment.global_rank()
         unguarded = MisconfigurationException(
             "Each new process imports the script again, and the script launches while it is imported. Put the launch "
             "under `if __name__ == '__main__':`."
         )
-        Member(board, rank, [rank], None).finish(unguarded)
+        Member(board, environment.global_rank()).go_down(unguarded)
         end_process(1)
-    try:
-        launcher, ranks = board.launch_info()
-    except FileNotFoundError:
-        end_process(1)  # the launch is over, and this process is late
-    if os.getppid() != launcher:
-        if not _process_exists(launcher):
+    if not _is_parent(board.launcher):
+        try:
+            with contextlib.suppress(PermissionError):
+                os.kill(board.launcher, 0)
+        except ProcessLookupError:
             end_process(1)
         return  # a script that a launched process started: it only inherited the variable
-    rank = ranks[environment.local_rank()]
-    join_launch(Member(board, rank, ranks, lambda: os.getppid() == launcher))
+    member = Member(board, board.ranks[environment.local_rank()])
+    join_launch(member, functools.partial(member.check_launcher, functools.partial(_is_parent, board.launcher)))
 
 
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_parent(pid: int) -> bool:
+    return os.getppid() == pid

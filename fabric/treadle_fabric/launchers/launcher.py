@@ -1,26 +1,30 @@
-"""What a launcher is."""
+"""What a launcher is, and what launchers tell the processes that they start."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["Launcher", "limit_threads", "threads_per_process"]
+from treadle_fabric.environments.environment import ClusterEnvironment
+
+__all__ = ["LAUNCH_DIR_VARIABLE", "Launcher", "limit_threads", "put_variables", "rank_variables", "threads_per_process"]
+
+LAUNCH_DIR_VARIABLE = "TREADLE_LAUNCH_DIR"
 
 T = TypeVar("T")
 
 
 class Launcher(ABC):
-    """Gets a function to run in every process of a run."""
+    """Runs a function in every process of a run."""
 
     @property
     @abstractmethod
     def is_interactive_compatible(self) -> bool:
-        """Whether it works in a notebook or a Python prompt."""
+        """Whether the launcher works in a notebook or a Python prompt."""
 
     @abstractmethod
     def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -52,3 +56,24 @@ def limit_threads(num_processes: int) -> None:
     if num_processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(threads_per_process(num_processes))
         torch.set_num_threads(threads_per_process(num_processes))
+
+
+def rank_variables(environment: ClusterEnvironment, num_processes: int, num_nodes: int = 1) -> dict[str, str]:
+    """The environment variables by which started processes find one another; LOCAL_RANK is each one's own."""
+    return {
+        "MASTER_ADDR": environment.main_address,
+        "MASTER_PORT": str(environment.main_port),
+        "NODE_RANK": str(environment.node_rank()),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "WORLD_SIZE": str(num_processes * num_nodes),
+    }
+
+
+def put_variables(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables, or remove those that are None; returns what to put for how they were before."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    return before

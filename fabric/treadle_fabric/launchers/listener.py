@@ -1,4 +1,4 @@
-"""Hearing of a signal while the main thread, which runs Python's handlers, waits in a collective."""
+"""Hears of a signal while the main thread, which runs Python's handlers, waits in a collective."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["SignalListener"]
 class SignalListener:
     """Calls a function, in a thread of its own, with the number of each signal that has a Python handler.
 
-    Where the main thread did not make it, or an event loop listens already, it hears nothing.
+    A listener hears nothing where another thread than the main thread made it, or where an event loop listens already.
 
     Args:
-        heard: what to call; it must be quick.
+        heard: The function; it must be quick.
     """
 
     _writing: int | None = None  # one pipe and one thread for all listeners, made once
     _listeners: tuple[SignalListener, ...] = ()
-    _changing = threading.RLock()  # a signal handler may make or close one, too
+    _changing = threading.RLock()  # a signal handler may make or close a listener, too
 
     def __init__(self, heard: Callable[[int], None]) -> None:
         self._heard = heard

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
+import functools
 import io
 import multiprocessing
 import multiprocessing.connection
@@ -17,26 +18,27 @@ from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, NoReturn, TypeAlias, TypeVar
 
 import torch
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
-from treadle_fabric.launchers.board import Failure, LaunchDirectory
-from treadle_fabric.launchers.failures import (
-    ENDED,
-    GRACE_FAILING,
-    GRACE_STUCK,
+from treadle_fabric.failures import grace
+from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.member import Member
+from treadle_fabric.failures.membership import join_launch
+from treadle_fabric.failures.notes import Failure
+from treadle_fabric.failures.process import THIS_PROCESS
+from treadle_fabric.failures.report import report, whereabouts
+from treadle_fabric.launchers.launcher import (
     LAUNCH_DIR_VARIABLE,
-    Member,
-    describe_exit,
-    failure_of_dead,
-    join_launch,
-    report,
-    whereabouts,
+    Launcher,
+    put_variables,
+    rank_variables,
+    threads_per_process,
 )
-from treadle_fabric.launchers.launcher import Launcher, threads_per_process
+from treadle_fabric.launchers.supervisor import Supervisor
 from treadle_fabric.randomness.state import collect_rng_states, set_rng_states
 
 __all__ = ["SpawnLauncher", "StartMethod"]
@@ -81,20 +83,12 @@ class SpawnLauncher(Launcher):
 
     def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         self._check_start()
-        node_rank = self._environment.node_rank()
-        variables = {
-            "MASTER_ADDR": self._environment.main_address,
-            "MASTER_PORT": str(self._environment.main_port),
-            "NODE_RANK": str(node_rank),
-            "LOCAL_WORLD_SIZE": str(self._num_processes),
-            "WORLD_SIZE": str(self._num_processes),
-        }
+        variables = rank_variables(self._environment, self._num_processes)
         if self._start_method == "fork":
             variables["OMP_NUM_THREADS"] = "1"  # a fork has the thread pool's memory, not its threads, and would wait
         elif "OMP_NUM_THREADS" not in os.environ:
             variables["OMP_NUM_THREADS"] = str(threads_per_process(self._num_processes))
-        ranks = list(range(self._num_processes))
-        board = LaunchDirectory.create(ranks)
+        board = FolderBoard.create(range(self._num_processes))
         variables[LAUNCH_DIR_VARIABLE] = str(board.directory)
         context = multiprocessing.get_context(self._start_method)
         # A fork shares its memory by itself; everything else goes through a pickle.
@@ -103,22 +97,19 @@ class SpawnLauncher(Launcher):
         # Python seeds its own generator anew in a fork, and all of them in a fresh interpreter.
         seed = copied((set_rng_states, (collect_rng_states(include_cuda=False),), {}))
         try:
-            for rank in ranks:
-                rank_variables = variables | {"LOCAL_RANK": str(rank)}
-                process = context.Process(  # type: ignore[attr-defined]
-                    target=_run, args=(task, seed, str(board.directory), rank, ranks, rank_variables)
-                )
-                with _environ(rank_variables):  # fresh interpreters import the script before they get to _run
+            for rank in board.ranks:
+                rank_vars = variables | {"LOCAL_RANK": str(rank)}
+                process = context.Process(target=_run, args=(task, seed, board, rank, rank_vars))  # type: ignore[attr-defined]
+                before = put_variables(rank_vars)  # fresh interpreters import the script before they get to _run
+                try:
                     process.start()
+                finally:
+                    put_variables(before)
                 self._processes[rank] = process
             with self._passing_on_sigterm():
-                failure = self._wait(board, ranks)
+                failure = self._wait(Supervisor(board, reports=False))
             if failure is not None:
-                if {process.exitcode for process in self._processes.values()} == {_TERMINATED}:
-                    if failure.hangs:
-                        report(board, board.latest(), ranks)
-                    raise SystemExit(_TERMINATED)
-                raise ProcessFailedError(str(failure) + whereabouts(board, board.latest(), ranks))
+                self._raise(failure, board)
             result: T = torch.load(board.directory / _RESULT, map_location="cpu", weights_only=False)
             return result
         finally:
@@ -126,9 +117,13 @@ class SpawnLauncher(Launcher):
             board.remove()
 
     def kill(self, signum: int) -> None:
-        for process in self._processes.values():
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, signum)
+        for rank in self._processes:
+            self._send(rank, signum)
+
+    def _send(self, rank: int, signum: int) -> None:
+        process = self._processes[rank]
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signum)
 
     @contextlib.contextmanager
     def _passing_on_sigterm(self) -> Iterator[None]:
@@ -152,55 +147,34 @@ class SpawnLauncher(Launcher):
                 "strategy='ddp' or 'ddp_spawn'."
             )
 
-    def _wait(self, board: LaunchDirectory, ranks: list[int]) -> Failure | None:
-        """Until all have ended; the first failure if there was one."""
-        final_since: float | None = None
-        explained: set[int] = set()
+    def _wait(self, supervisor: Supervisor) -> Failure | None:
+        """Wait until all have ended; returns the failure because of which they did, if there was one."""
         while True:
-            running = {rank: process for rank, process in self._processes.items() if process.is_alive()}
-            for rank, process in self._processes.items():
-                status = process.exitcode
-                if status is None or rank in explained:
-                    continue
-                explained.add(rank)
-                if status == 0:
-                    board.post(f"ended_{rank}", ENDED)
-                else:
-                    number = board.latest()
-                    if number == 0 or not (
-                        board.is_final(number, ranks) or (status > 0 and board.has(f"failed_{number}_{rank}"))
-                    ):
-                        number += 1
-                        sentence = describe_exit(rank, status, board.has(f"joined_{rank}"))
-                        board.claim(number, failure_of_dead(board, rank, sentence))
-                    board.post(f"final_{number}")
-            number = board.latest()
-            failure = board.failure(number)
-            final = failure is not None and board.is_final(number, ranks)
+            running = [rank for rank, process in self._processes.items() if process.is_alive()]
+            failure = supervisor.look({rank: process.exitcode for rank, process in self._processes.items()})
             if not running:
-                return failure if final else None
-            if not final:
-                final_since = None
-            else:
-                final_since = final_since or time.monotonic()
-                seconds = time.monotonic() - final_since
-                for rank, process in running.items():
-                    failed_too = board.has(f"failed_{number}_{rank}")
-                    grace = (GRACE_FAILING if failed_too else GRACE_STUCK) + 0.6
-                    if seconds > grace + 1.2:
-                        process.kill()
-                    elif seconds > grace:
-                        process.terminate()
-            multiprocessing.connection.wait([process.sentinel for process in running.values()], timeout=0.2)
+                return failure
+            for rank, signum in supervisor.overdue(failure, running).items():
+                self._send(rank, signum)
+            sentinels = [self._processes[rank].sentinel for rank in running]
+            multiprocessing.connection.wait(sentinels, timeout=grace.LOOK_INTERVAL)
+
+    def _raise(self, failure: Failure, board: FolderBoard) -> NoReturn:
+        if {process.exitcode for process in self._processes.values()} == {_TERMINATED}:
+            if failure.hangs:
+                report(board, failure, THIS_PROCESS)
+            raise SystemExit(_TERMINATED)
+        raise ProcessFailedError(str(failure) + whereabouts(board, failure, THIS_PROCESS))
 
     def _end_all(self) -> None:
-        """Leave no process behind; after an interrupt they first hear of it."""
-        for grace, signum in ((0.5, signal.SIGINT), (2.0, signal.SIGTERM), (2.0, signal.SIGKILL), (2.0, None)):
-            deadline = time.monotonic() + grace
+        """Leave no process behind; the processes first hear of an interrupt."""
+        start = time.monotonic()
+        for step, after in grace.INTERRUPTED.items():
             for process in self._processes.values():
-                process.join(max(0.0, deadline - time.monotonic()))
-            if signum is not None:
-                self.kill(signum)
+                process.join(max(0.0, start + after - time.monotonic()))
+            self.kill(grace.SIGNALS[step])
+        for process in self._processes.values():
+            process.join(2)
         self._processes = {}
 
 
@@ -232,35 +206,29 @@ class _Copied:
         return (pickle.loads, (buffer.getvalue(),))
 
 
-def _run(
-    task: _Call,
-    seed: _Call,
-    directory: str,
-    rank: int,
-    ranks: list[int],
-    variables: Mapping[str, str],
-) -> None:
+def _run(task: _Call, seed: _Call, board: FolderBoard, rank: int, variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
     if "OMP_NUM_THREADS" in variables:
         torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     launcher = multiprocessing.parent_process()
     assert launcher is not None
-    member = join_launch(Member(LaunchDirectory(directory), rank, ranks, launcher.is_alive, speaks=False))
+    member = Member(board, rank, speaks=False)
+    join_launch(member, functools.partial(member.check_launcher, launcher.is_alive))
     function, args, kwargs = task
     set_states, states, _ = seed
     try:
         set_states(*states)
         result = function(*args, **kwargs)
         if rank == 0:
-            _save_result(result, Path(directory))
+            _save_result(result, board.directory)
     except KeyboardInterrupt as exc:
         member.claim(exc)
         sys.exit(128 + signal.SIGINT)
     except SystemExit as exc:
-        member.finish(exc)
+        member.go_down(exc)
         raise
     except BaseException as exc:
-        member.finish(exc)
+        member.go_down(exc)
         sys.exit(1)
 
 
@@ -272,17 +240,3 @@ def _save_result(result: Any, directory: Path) -> None:
             f"The launched function returned a {type(result).__name__}, which cannot be pickled ({exc}), and goes back "
             "to the calling process so. Return tensors, numbers and plain containers."
         ) from exc
-
-
-@contextlib.contextmanager
-def _environ(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -10,39 +10,37 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.launchers.board import Failure, LaunchDirectory
-from treadle_fabric.launchers.failures import (
-    ENDED,
-    GRACE_FAILING,
-    GRACE_STUCK,
+from treadle_fabric.failures import grace, notes
+from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.member import Member
+from treadle_fabric.failures.membership import call_guarded, current_member, join_launch, leave_launch
+from treadle_fabric.failures.notes import Failure
+from treadle_fabric.failures.process import end_process
+from treadle_fabric.failures.report import report
+from treadle_fabric.launchers.launcher import (
     LAUNCH_DIR_VARIABLE,
-    POLL_INTERVAL,
-    Member,
-    call_guarded,
-    current_member,
-    describe_exit,
-    end_process,
-    failure_of_dead,
-    join_launch,
-    leave_launch,
-    report,
+    Launcher,
+    limit_threads,
+    put_variables,
+    rank_variables,
+    threads_per_process,
 )
-from treadle_fabric.launchers.launcher import Launcher, limit_threads, threads_per_process
 from treadle_fabric.launchers.listener import SignalListener
+from treadle_fabric.launchers.supervisor import Supervisor
+from treadle_fabric.launchers.under_pytest import running_test, without_pytest
 
 __all__ = ["SubprocessLauncher", "in_notebook", "launched_here", "settle"]
 
 T = TypeVar("T")
 
-# Scripts change their folder; what is started again must start where the first process did.
+# Scripts change their folder, and the further processes must start where the first one did.
 try:
     _START_DIRECTORY: str | None = os.getcwd()
 except OSError:
@@ -71,25 +69,33 @@ class SubprocessLauncher(Launcher):
 
     def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if self._num_processes * self._num_nodes > 1:
-            global _children
-            if _children is not None and _children.is_over():
-                _children.check_relaunch()
-                _children.forget()
-                _children = None
-            if _children is None:
-                if current_member() is not None:
-                    raise MisconfigurationException(
-                        "A launched process cannot launch processes of its own. Create the object that launches at the "
-                        "top of the script, or ask for one device here."
-                    )
-                _children = _Children.start(self._environment, self._num_processes, self._num_nodes)
-            elif _children.num_processes != self._num_processes:
-                raise MisconfigurationException(
-                    f"The script runs in {_children.num_processes} processes, and devices={self._num_processes} asks "
-                    f"for another number. Use the same number of devices throughout a script, or strategy='ddp_spawn', "
-                    "which starts processes for each call."
-                )
+            self._start_processes()
         return call_guarded(function, *args, **kwargs)
+
+    def _start_processes(self) -> None:
+        global _children
+        if _children is not None and _children.is_over():
+            if not _children.are_of_earlier_test():  # new processes would run from the beginning a script half run here
+                raise MisconfigurationException(
+                    "The other processes of this script have ended, and it cannot launch again. After a failure, run "
+                    "the script again; for several launches that do not depend on each other use "
+                    "strategy='ddp_spawn'."
+                )
+            _children.forget()
+            _children = None
+        if _children is None:
+            if current_member() is not None:
+                raise MisconfigurationException(
+                    "A launched process cannot launch processes of its own. Create the object that launches at the "
+                    "top of the script, or ask for one device here."
+                )
+            _children = _Children.start(self._environment, self._num_processes, self._num_nodes)
+        elif _children.num_processes != self._num_processes:
+            raise MisconfigurationException(
+                f"The script runs in {_children.num_processes} processes, and devices={self._num_processes} asks "
+                f"for another number. Use the same number of devices throughout a script, or strategy='ddp_spawn', "
+                "which starts processes for each call."
+            )
 
     def kill(self, signum: int) -> None:
         if _children is not None:
@@ -97,20 +103,26 @@ class SubprocessLauncher(Launcher):
 
 
 class _Children:
-    """The processes started by this one, and the thread that looks after them."""
+    """The processes started by this one, and the thread that looks after them.
+
+    Args:
+        member: This process's part in the launch.
+        processes: The started processes by rank.
+        variables: Environment variables that the launch needs in this process, too.
+    """
 
     def __init__(
-        self, member: Member, processes: dict[int, subprocess.Popen[bytes]], environ_before: dict[str, str | None]
+        self, member: Member, processes: dict[int, subprocess.Popen[bytes]], variables: Mapping[str, str]
     ) -> None:
         self._member = member
         self._board = member.board
         self._processes = processes
-        self._environ_before = environ_before
+        self._supervisor = Supervisor(member.board)
+        self._variables_before = put_variables(variables)
         self._main_is_done = threading.Event()
-        self._over = threading.Event()
+        self.over = threading.Event()
         self._interrupts = _Interrupts()
-        self._test = _test_runner_name()
-        self._explained: set[int] = set()
+        self._test = running_test(_START_DIRECTORY)
         self.owner = os.getpid()
         atexit.register(self._wait_at_exit)
         threading.Thread(target=self._watch, name="treadle-watch-processes", daemon=True).start()
@@ -118,29 +130,18 @@ class _Children:
     @classmethod
     def start(cls, environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> _Children:
         command = _command()
-        node_rank = environment.node_rank()
-        ranks = [node_rank * num_processes + local_rank for local_rank in range(num_processes)]
-        variables = {
-            "MASTER_ADDR": environment.main_address,
-            "MASTER_PORT": str(environment.main_port),
-            "NODE_RANK": str(node_rank),
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": str(num_processes),
-            "WORLD_SIZE": str(num_processes * num_nodes),
-        }
-        environ_before = {name: os.environ.get(name) for name in variables}
-        child_environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-        child_environ.pop("PYTEST_CURRENT_TEST", None)
-        child_environ.setdefault("OMP_NUM_THREADS", str(threads_per_process(num_processes)))
-        board = LaunchDirectory.create(ranks)
-        child_environ |= variables | {LAUNCH_DIR_VARIABLE: str(board.directory)}
+        variables = rank_variables(environment, num_processes, num_nodes)
+        first = environment.node_rank() * num_processes
+        board = FolderBoard.create(range(first, first + num_processes))
+        environ = {"OMP_NUM_THREADS": str(threads_per_process(num_processes)), **without_pytest(os.environ)}
+        environ |= variables | {LAUNCH_DIR_VARIABLE: str(board.directory)}
         processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
-            for local_rank, rank in enumerate(ranks[1:], start=1):
-                # Without a terminal of their own they would take the user's key strokes from rank 0.
-                processes[rank] = subprocess.Popen(
+            for local_rank in range(1, num_processes):
+                # With rank 0's standard input they would take the user's key strokes from it.
+                processes[first + local_rank] = subprocess.Popen(
                     command,
-                    env=child_environ | {"LOCAL_RANK": str(local_rank)},
+                    env=environ | {"LOCAL_RANK": str(local_rank)},
                     cwd=_START_DIRECTORY,
                     stdin=subprocess.DEVNULL,
                 )
@@ -150,33 +151,29 @@ class _Children:
             board.remove()
             raise
         limit_threads(num_processes)
-        os.environ.update(variables)
-        member = join_launch(Member(board, ranks[0], ranks, launcher_is_alive=None))
-        return cls(member, processes, environ_before)
+        member = join_launch(Member(board, first, launches=True))
+        return cls(member, processes, variables | {"LOCAL_RANK": "0"})
 
     @property
     def num_processes(self) -> int:
         return len(self._processes) + 1
 
     def is_over(self) -> bool:
-        # Processes that have just ended need a moment to be noticed.
-        return self._over.wait(0 if self._running() else 5)
+        # The thread that looks needs a moment to notice that the last process has ended.
+        return self.over.wait(0 if self._running() else 5)
 
-    def check_relaunch(self) -> None:
-        # New processes would run the script from its beginning, and this one is in the middle of it.
-        if self._test is None or self._test == _test_runner_name():
-            raise MisconfigurationException(
-                "The other processes of this script have ended, and it cannot launch again. After a failure, run the "
-                "script again; for several launches that do not depend on each other use strategy='ddp_spawn'."
-            )
-
-    def wait_for_earlier_test(self) -> None:
-        if self._test is not None and self._test != _test_runner_name():
-            self._over.wait()
+    def are_of_earlier_test(self) -> bool:
+        return self._test is not None and self._test != running_test(_START_DIRECTORY)
 
     def send(self, signum: int) -> None:
         for process in self._running().values():
             process.send_signal(signum)
+
+    def forget(self) -> None:
+        """Take the board away; as long as a collective may still fail here, the board tells which ranks had ended."""
+        if current_member() is self._member:
+            leave_launch()
+        self._board.remove()
 
     def _running(self) -> dict[int, subprocess.Popen[bytes]]:
         return {rank: process for rank, process in self._processes.items() if process.poll() is None}
@@ -184,160 +181,99 @@ class _Children:
     def _wait_at_exit(self) -> None:
         if os.getpid() != self.owner:
             return
-        if self._over.is_set():
+        if self.over.is_set():
             self.forget()
             return
         self._main_is_done.set()
         if not self._member.failed:
-            self._board.post(f"ended_{self._member.rank}", ENDED)
+            self._board.post(notes.Ended(self._member.rank))
         dist = torch.distributed
         if dist.is_initialized() and dist.get_backend() == "gloo":
-            dist.destroy_process_group()  # whoever still waits for this rank learns that it does not come
-        self._over.wait()
+            dist.destroy_process_group()  # a rank that still waits for this one learns that it does not come
+        self.over.wait()
 
     def _watch(self) -> None:
-        final_since: float | None = None
         while True:
-            running = self._running()
-            if (
-                self._member.interrupted.is_set()
-                or self._interrupts.seen()
-                or any(
-                    process.poll() in _SIGINT_STATUS and rank not in self._explained
-                    for rank, process in self._processes.items()
-                )
-            ):
-                self._interrupt()
+            if self._is_interrupted():
+                self._pass_on_interrupt()
                 continue
-            self._claim_deaths()
+            running = self._running()
+            failure = self._supervisor.look({rank: process.poll() for rank, process in self._processes.items()})
             self._member.note_place()
-            number = self._board.latest()
-            failure = self._board.failure(number)
-            if failure is not None and self._board.is_final(number, self._member.ranks):
-                final_since = final_since or time.monotonic()
-                if self._stop(number, failure, time.monotonic() - final_since):
-                    break
-            elif running:
-                final_since = None
-            else:
+            if not running if failure is None else self._stop(failure, running):
                 break
-            time.sleep(0.05 if final_since is None else POLL_INTERVAL)
+            time.sleep(0.05 if failure is None else grace.LOOK_INTERVAL)
         self._finish()
 
-    def _claim_deaths(self) -> None:
-        for rank, process in self._processes.items():
-            status = process.poll()
-            if status is None or rank in self._explained:
-                continue
-            self._explained.add(rank)
-            joined = self._board.has(f"joined_{rank}")
-            if status == 0 and joined:
-                self._board.post(f"ended_{rank}", ENDED)
-                continue
-            number = self._board.latest()
-            failure = self._board.failure(number)
-            if failure is not None and (
-                failure.rank == rank
-                or self._board.has(f"stopped_{number}_{rank}")
-                or (status > 0 and self._board.has(f"failed_{number}_{rank}"))
-                or self._board.is_final(number, self._member.ranks)
-            ):
-                self._board.post(f"final_{number}")
-                continue
-            self._board.claim(
-                number + 1, failure_of_dead(self._board, rank, describe_exit(rank, status, joined) + "\n")
-            )
-            self._board.post(f"final_{number + 1}")
-            report(self._board, number + 1, self._member.ranks)
-
-    def _stop(self, number: int, failure: Failure, seconds: float) -> bool:
-        """End what has not ended by itself; True when nothing is left to do."""
-        running = self._running()
-        here = self._member.rank
-        if failure.rank != here and (failure.rank not in running or seconds > 1):
-            report(self._board, number, self._member.ranks)
-        for rank, process in running.items():
-            failed_too = self._board.has(f"failed_{number}_{rank}")
-            grace = (GRACE_FAILING if failed_too else GRACE_STUCK) + 0.6  # it ends itself before that, and says so
-            if seconds > grace + 1.2:
-                process.kill()
-            elif seconds > grace:
-                process.terminate()
+    def _stop(self, failure: Failure, running: Mapping[int, subprocess.Popen[bytes]]) -> bool:
+        """End the processes that have not ended by themselves; True when nothing is left to do."""
+        here, seconds = self._member.rank, self._supervisor.seconds
+        if failure.rank != here and (failure.rank not in running or seconds > grace.REPORT_WAIT):
+            report(self._board, failure, self._member.process)
+        for rank, signum in self._supervisor.overdue(failure, running).items():
+            running[rank].send_signal(signum)
         if running:
             return False
         if failure.rank == here:
             return True  # its own exception is on its way, or was handled
-        if self._main_is_done.is_set() or not self._board.has(f"failed_{number}_{here}"):
-            if self._main_is_done.is_set() or seconds > GRACE_STUCK + 1:
-                self._end(number)
-        elif _test_runner_name() is not None:
-            return True  # a test failed, and the others are still to run
-        elif seconds > GRACE_FAILING + 1.5:
-            self._end(number)
-        return False
-
-    def _end(self, number: int) -> None:
-        report(self._board, number, self._member.ranks)
-        self._member.say_stopped(number)
-        failure = self._board.failure(number)
+        if not self._main_is_done.is_set():
+            failed = self._board.has(notes.Failed(failure.number, here))
+            if failed and self._test is not None:
+                return True  # a test failed, and the others are still to run
+            rule = grace.FAILING_LAUNCHER if failed else grace.STUCK_LAUNCHER
+            if grace.due(rule, seconds) < grace.Step.END:
+                return False
+        report(self._board, failure, self._member.process)
+        self._member.say_stopped(failure)
         self._board.remove()
-        end_process(1 if failure is None else failure.status)
+        end_process(failure.status)
 
-    def _interrupt(self) -> None:
+    def _is_interrupted(self) -> bool:
+        unexplained = (self._processes[rank] for rank in self._processes.keys() - self._supervisor.explained)
+        return (
+            self._member.interrupted.is_set()
+            or self._interrupts.seen()
+            or any(process.poll() in _SIGINT_STATUS for process in unexplained)
+        )
+
+    def _pass_on_interrupt(self) -> None:
         """Pass an interrupt on to the processes, this one included, that have not seen it."""
-        start = time.monotonic()
-        told = False
-        while True:
-            running = self._running()
-            seconds = time.monotonic() - start
-            if not running and self._member.interrupted.is_set():
-                break
-            if seconds > 0.5 and not told:
+        start, told, here = time.monotonic(), False, self._member.interrupted
+        while (running := self._running()) or not here.is_set():
+            step = grace.due(grace.INTERRUPTED, time.monotonic() - start)
+            if step >= grace.Step.INTERRUPT and not told:
                 told = True
                 for rank, process in running.items():
-                    if not self._board.has(f"interrupted_{rank}"):
+                    if not self._board.has(notes.Interrupted(rank)):
                         process.send_signal(signal.SIGINT)
-                if not (self._member.interrupted.is_set() or self._interrupts.heard or self._main_is_done.is_set()):
+                if not (here.is_set() or self._interrupts.heard or self._main_is_done.is_set()):
                     _thread.interrupt_main()
-            if told and not self._board.has("final_interrupt") and not self._main_is_done.is_set():
-                if self._member.interrupted.is_set():
+            if told and here.is_set() and not self._board.has(notes.FinalInterrupt()):
+                if not self._main_is_done.is_set():
                     break  # the script handled the interrupt and goes on
-            if seconds > 7:
-                for process in running.values():
-                    process.kill()
-                if not running:
-                    self._board.remove()
-                    end_process(128 + signal.SIGINT)
-            elif seconds > 4:
-                self.send(signal.SIGTERM)
-            time.sleep(POLL_INTERVAL)
-        self._explained |= {
+            if step >= grace.Step.TERMINATE:
+                self.send(grace.SIGNALS[step])
+            if step is grace.Step.KILL and not running:
+                self._board.remove()
+                end_process(128 + signal.SIGINT)
+            time.sleep(grace.LOOK_INTERVAL)
+        self._supervisor.explained |= {
             rank
             for rank, process in self._processes.items()
             if (status := process.poll()) in _SIGINT_STATUS
-            or (status is not None and self._board.has(f"interrupted_{rank}"))  # while it went down with an error
+            or (status is not None and self._board.has(notes.Interrupted(rank)))  # while it went down with an error
         }
-        self._member.interrupted.clear()
+        here.clear()
         self._interrupts.heard = False
 
     def _finish(self) -> None:
-        for name, value in self._environ_before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        failure = self._board.failure(self._board.latest())
+        put_variables(self._variables_before)
+        failure = self._board.newest_failure()
         failed_here = failure is not None and failure.rank == self._member.rank
         if self._main_is_done.is_set() or not (failed_here or torch.distributed.is_initialized()):
             self.forget()
-        self._interrupts.close()
-        self._over.set()
-
-    def forget(self) -> None:
-        """Take the board away; as long as a collective may still fail here, it tells who had ended."""
-        if current_member() is self._member:
-            leave_launch()
-        self._board.remove()
+        self._interrupts.listener.close()
+        self.over.set()
 
 
 class _Interrupts:
@@ -346,10 +282,10 @@ class _Interrupts:
     def __init__(self) -> None:
         self.heard = False
         self._since: float | None = None
-        self._listener = SignalListener(self._note)
+        self.listener = SignalListener(self._note)
 
     def _note(self, number: int) -> None:
-        # A handler of the user's is left alone
+        # A handler of the user's is left alone.
         if number == signal.SIGINT and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             self._since = time.monotonic()
 
@@ -361,36 +297,30 @@ class _Interrupts:
         self.heard = True
         return True
 
-    def close(self) -> None:
-        """Listen no longer."""
-        self._listener.close()
-
 
 _children: _Children | None = None
 
 
 def launched_here() -> bool:
-    """Whether this process started others that still run: the environment looks then as if somebody else had."""
+    """Whether this process started others that still run; its environment variables look as if another one had."""
     return _children is not None and _children.owner == os.getpid() and not _children.is_over()
 
 
 def settle() -> None:
-    """Let the processes of an earlier test end, which still show in the environment. Outside of pytest: nothing."""
-    if _children is not None:
-        _children.wait_for_earlier_test()
+    """Wait for the processes of an earlier test, which still show in the environment; outside of pytest do nothing."""
+    if _children is not None and _children.are_of_earlier_test():
+        _children.over.wait()
 
 
 def in_notebook() -> bool:
     """Whether this is a notebook or an interactive prompt, where there is no script to start again."""
-    if hasattr(sys, "ps1"):
-        return True
     shell = sys.modules.get("IPython")
-    return shell is not None and shell.get_ipython() is not None
+    return hasattr(sys, "ps1") or (shell is not None and shell.get_ipython() is not None)
 
 
 def _command() -> list[str]:
-    """What to run to get this process again, interpreter flags and ``-m`` included."""
-    test = _test_runner_name()
+    """The command that this process was started with, interpreter flags and ``-m`` included."""
+    test = running_test(_START_DIRECTORY)
     if test is not None:
         return [sys.executable, "-m", "pytest", test]
     arguments = sys.orig_argv[1:]
@@ -403,15 +333,3 @@ def _command() -> list[str]:
             "in a file and run it with python."
         )
     return [sys.executable, *arguments]
-
-
-def _test_runner_name() -> str | None:
-    """The test that runs, as an argument for pytest, if this process is pytest. It must not run all tests again."""
-    name = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
-    program = Path(sys.argv[0] if sys.argv else "")
-    if not name or not (program.stem in ("pytest", "py.test") or program.parent.name == "pytest"):
-        return None
-    file, separator, test = name.partition("::")
-    start = Path(_START_DIRECTORY or ".")
-    folder = next((folder for folder in (start, *start.parents) if (folder / file).exists()), start)
-    return str(folder / file) + separator + test

@@ -19,7 +19,8 @@ from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.launchers import Launcher, join_group, leave_group, make_launcher
+from treadle_fabric.failures import join_group, leave_group
+from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
 from treadle_fabric.strategies.strategy import Parts, Strategy, check_reduce_op

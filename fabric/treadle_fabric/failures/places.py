@@ -1,8 +1,8 @@
-"""Where each rank was when a collective failed."""
+"""Where each rank was when a collective failed, and which exceptions tell of that."""
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import re
 import sys
@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch.distributed
 
-from treadle_fabric.launchers.board import Board, Failure
+from treadle_fabric.failures.board import Board
+from treadle_fabric.failures.notes import Ended, Failed, Failure, Place, Whereabouts
 
 __all__ = [
     "chain",
@@ -35,10 +36,10 @@ _SET_TIMEOUT = re.compile(r"waiting (\d+) ?ms|Timeout\(ms\)=(\d+)|after (\d+)ms"
 _CRASH_LINE = re.compile(r'File "([^"]*)", line (\d+) in (.*)')
 _CRASH_THREADS = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
 
-_SHOWN = 16  # ranks; those that did not come are the first to be shown
+_SHOWN = 16  # ranks at most; ranks that did not take part in the collective are shown first
 _INNERMOST = 2  # frames of libraries that are shown: what the rank was waiting in
-_WITHOUT_THE_USERS = 8  # as many where no frame is the user's
-_DEPTH = 8  # of the innermost frames, one is torch.distributed's where a collective waits
+_WITHOUT_THE_USERS = 8  # the same number where no frame is the user's
+_DEPTH = 8  # where a collective waits, one of the 8 innermost frames is torch.distributed's
 
 
 def lost_peer(exc: BaseException) -> bool:
@@ -55,17 +56,17 @@ def lost_peer(exc: BaseException) -> bool:
 
 
 def _was_in_collective(exc: BaseException) -> bool:
-    # A download, or a data loader's worker that dies while it sends a batch, resets a connection, too.
+    # A download resets a connection too, and so does a data loader's worker that dies while it sends a batch.
     return any(_is_collective(frame) for frame in traceback.extract_tb(exc.__traceback__)[-_DEPTH:])
 
 
 def timed_out(exc: BaseException) -> bool:
-    """Whether it comes of a collective that waited as long as it may."""
+    """Whether the exception comes from a collective that reached its timeout."""
     return any(lost_peer(link) and _TIMED_OUT.search(str(link)) is not None for link in chain(exc))
 
 
 def chain(exc: BaseException | None) -> Iterator[BaseException]:
-    """The exception and what caused it."""
+    """The exception, the one that caused it, and so on."""
     seen: set[int] = set()
     while exc is not None and id(exc) not in seen:
         seen.add(id(exc))
@@ -73,21 +74,20 @@ def chain(exc: BaseException | None) -> Iterator[BaseException]:
         exc = exc.__cause__ or exc.__context__
 
 
-def place_of_main_thread() -> str:
-    """Where this process's main thread is, as a note for the board. Any thread may ask."""
+def place_of_main_thread() -> Whereabouts:
+    """Where this process's main thread is. Any thread may ask."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return _note(traceback.extract_stack(frame)) if frame is not None else _note([])
+    return _whereabouts(traceback.extract_stack(frame) if frame is not None else [])
 
 
-def place_of(exc: BaseException) -> str:
-    """Where the exception was raised, as a note for the board."""
+def place_of(exc: BaseException) -> Whereabouts:
+    """Where the exception was raised."""
     first = [link for link in chain(exc) if lost_peer(link)][-1]
-    return _note(traceback.extract_tb(first.__traceback__))
+    return _whereabouts(traceback.extract_tb(first.__traceback__))
 
 
-def _note(frames: Sequence[traceback.FrameSummary]) -> str:
-    waits = any(_is_collective(frame) for frame in frames[-_DEPTH:])
-    return json.dumps({"waits": waits, "stack": "".join(_shortened(frames))})
+def _whereabouts(frames: Sequence[traceback.FrameSummary]) -> Whereabouts:
+    return Whereabouts(any(_is_collective(frame) for frame in frames[-_DEPTH:]), "".join(_shortened(frames)))
 
 
 def _is_collective(frame: traceback.FrameSummary) -> bool:
@@ -96,68 +96,66 @@ def _is_collective(frame: traceback.FrameSummary) -> bool:
 
 def _libraries() -> tuple[str, ...]:
     folders = {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))}
-    for package in ("torch", "treadle_fabric", "treadle"):  # may be elsewhere, and the last is only there if it is used
+    for package in ("torch", "treadle_fabric", "treadle"):  # may lie elsewhere, and the last may not be imported
         if (file := getattr(sys.modules.get(package), "__file__", None)) is not None:
             folders.add(os.path.dirname(file))
     return ("<frozen", *(os.path.join(folder, "") for folder in folders))
 
 
 def _shortened(frames: Sequence[traceback.FrameSummary]) -> Iterable[str]:
-    """The user's frames and the innermost ones of libraries."""
+    """Lines for the user's frames and for the innermost frames of libraries."""
     libraries = _libraries()
     frames = [frame for frame in frames if not frame.filename.endswith("c10d_logger.py")]  # wraps every collective
     ours = [frame for frame in frames if not frame.filename.startswith(libraries)]
     kept = {id(frame) for frame in (*ours, *frames[-(_INNERMOST if ours else _WITHOUT_THE_USERS) :])}
-    skipped = False
-    for frame in frames:
-        if id(frame) not in kept:
-            skipped = True
-            continue
-        if skipped:
+    for shown, group in itertools.groupby(frames, key=lambda frame: id(frame) in kept):
+        if not shown:
             yield "    ...\n"
-        skipped = False
-        yield f'    File "{frame.filename}", line {frame.lineno}, in {frame.name}\n'
-        if frame.line:
-            yield f"      {frame.line}\n"
+            continue
+        for frame in group:
+            yield f'    File "{frame.filename}", line {frame.lineno}, in {frame.name}\n'
+            if frame.line:
+                yield f"      {frame.line}\n"
 
 
 def _place_of_crash(dump: str) -> list[traceback.FrameSummary]:
-    """The main thread's frames in what :mod:`faulthandler` wrote; it comes last there."""
+    """The main thread's frames in what :mod:`faulthandler` wrote; the main thread comes last there."""
     threads = [part for part in _CRASH_THREADS.split(dump) if "File " in part]
     lines = _CRASH_LINE.findall(threads[-1]) if threads else []
     return [traceback.FrameSummary(file, int(line), name) for file, line, name in reversed(lines)]
 
 
-def describe_crash(dump: str | None) -> str:
-    """A traceback's lines for a process that a signal like SIGABRT ended; empty where it left none."""
-    frames = _place_of_crash(dump) if dump else []
+def describe_crash(dump: str) -> str:
+    """A traceback's lines for a process that a signal such as SIGABRT ended; empty where the process left none."""
+    frames = _place_of_crash(dump)
     if not frames:
         return ""
     return "Traceback (most recent call last), as the signal found it:\n" + "".join(traceback.format_list(frames))
 
 
-def crashed_in_collective(dump: str | None) -> bool:
-    """Whether the process was in a collective when a signal like SIGABRT ended it."""
-    return any(_is_collective(frame) for frame in _place_of_crash(dump)[-_DEPTH:]) if dump else False
+def crashed_in_collective(dump: str) -> bool:
+    """Whether the process was in a collective when a signal such as SIGABRT ended it."""
+    return _whereabouts(_place_of_crash(dump)).waits
 
 
-def describe_hang(board: Board, number: int, failure: Failure, ranks: Sequence[int]) -> str:
-    """What to say below the traceback of a failed collective: which ranks did not come, and where each one was."""
-    notes = {rank: json.loads(text) for rank in ranks if (text := board.read(f"place_{number}_{rank}")) is not None}
-    ended = {rank: text for rank in ranks if (text := board.read(f"ended_{rank}")) is not None}
+def describe_hang(board: Board, failure: Failure) -> str:
+    """Text below the traceback of a failed collective: which ranks did not take part, and where each rank was."""
+    ranks = board.ranks
+    places = {rank: place for rank in ranks if (place := board.read(Place(failure.number, rank))) is not None}
     for rank in ranks:
-        if rank not in notes and (dump := board.read(f"crash_{rank}")):
-            notes[rank] = json.loads(_note(_place_of_crash(dump)))
-    absent = [rank for rank in ranks if rank in ended or (rank in notes and not notes[rank]["waits"])]
-    failed = {rank for rank in ranks if rank not in notes and board.has(f"failed_{number}_{rank}")}
-    silent = [rank for rank in ranks if rank not in ended and rank not in notes and rank not in failed]
+        if rank not in places and (dump := board.crash(rank)):
+            places[rank] = _whereabouts(_place_of_crash(dump))
+    ended = {rank for rank in ranks if board.has(Ended(rank))}
+    failed = {rank for rank in ranks if rank not in places and board.has(Failed(failure.number, rank))}
+    absent = [rank for rank in ranks if rank in ended or (rank in places and not places[rank].waits)]
+    silent = [rank for rank in ranks if rank not in ended | failed | places.keys()]
     lines = [_headline(failure, absent, silent)]
     shown = sorted(sorted(ranks, key=lambda rank: (rank not in absent, rank not in silent))[:_SHOWN])
     for rank in shown:
         if rank in ended:
-            lines.append(f"  rank {rank} {ended[rank]}\n")
-        elif rank in notes:
-            lines.append(f"  rank {rank}{', in a collective' if notes[rank]['waits'] else ''}:\n{notes[rank]['stack']}")
+            lines.append(f"  rank {rank} had come to its end, without an error\n")
+        elif rank in places:
+            lines.append(f"  rank {rank}{', in a collective' if places[rank].waits else ''}:\n{places[rank].stack}")
         else:
             lines.append(f"  rank {rank} {'failed, too' if rank in failed else 'did not answer'}\n")
     if len(shown) < len(ranks):

@@ -1,0 +1,175 @@
+"""The notes on a board: one type for each, which knows its name there and how its content becomes text.
+
+What each note means, who writes it and who reads it is the table in :mod:`treadle_fabric.failures`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure of a launch: the rank on which it happened first, and a traceback or a sentence in place of one."""
+
+    number: int
+    """Failures of a launch count from 1; where the scripts catch one on all ranks, the run and the count go on."""
+    rank: int
+    text: str
+    hangs: bool = False
+    """Whether a collective failed, so that it matters where each rank was."""
+    status: int = 1
+    """The exit status of the processes that this failure ends."""
+
+    @property
+    def summary(self) -> str:
+        """The last line of the traceback, which names the exception."""
+        lines = [line for line in self.text.strip().splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+    def __str__(self) -> str:
+        is_traceback = "Traceback (most recent call last)" in self.text
+        return f"rank {self.rank} failed:\n{self.text}" if is_traceback else self.text
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where the main thread of a rank was: whether in a collective, and the lines of its stack."""
+
+    waits: bool
+    stack: str
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """The launching process, and the global ranks that it started on its machine, its own included."""
+
+    pid: int
+    ranks: Sequence[int]
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """A process, and the machine on which its id means this process; None where that cannot be told."""
+
+    pid: int
+    machine: str | None
+
+
+@dataclass(frozen=True)
+class Note(Generic[C]):
+    """A place on the board, which stays empty or is written once; ``C`` is the type of what is written there.
+
+    The content of most notes is an empty text: that the note is there says all.
+    """
+
+    content: ClassVar[Any] = str
+
+    @property
+    def name(self) -> str:
+        """The name on the board, such as ``failed_1_0``."""
+        return "_".join((type(self).__name__.lower(), *map(str, astuple(self))))
+
+    def encode(self, content: C) -> str:
+        """The text that stands for the content."""
+        return content if isinstance(content, str) else json.dumps(asdict(cast(Any, content)))
+
+    def decode(self, text: str) -> C:
+        """The content that a text stands for."""
+        return cast(C, text if self.content is str else self.content(**json.loads(text)))
+
+
+@dataclass(frozen=True)
+class _OfRank(Note[C]):
+    rank: int
+
+
+@dataclass(frozen=True)
+class _OfFailure(Note[C]):
+    number: int
+
+
+@dataclass(frozen=True)
+class _OfBoth(_OfFailure[C]):
+    rank: int
+
+
+class Launch(Note[LaunchInfo]):
+    """A launcher has started these processes."""
+
+    content = LaunchInfo
+
+
+class Joined(_OfRank[str]):
+    """The rank takes part: the others wait for it, and it stops when one of them fails."""
+
+
+class Peer(_OfRank[ProcessIdentity]):
+    """The process of the rank, for those on the same machine that look whether it is still there."""
+
+    content = ProcessIdentity
+
+
+class FirstFailure(_OfFailure[Failure]):
+    """The failure of this number; the rank that wrote the note is the one that failed first."""
+
+    content = Failure
+
+
+class Failed(_OfBoth[str]):
+    """The rank has failed too, and cleans up: it is not waited for in vain, and gets more time to end."""
+
+
+class Place(_OfBoth[Whereabouts]):
+    """Where the rank was when a collective failed."""
+
+    content = Whereabouts
+
+
+class Final(_OfFailure[str]):
+    """A process ends because of the failure, so all others must."""
+
+
+class Reporting(_OfFailure[str]):
+    """A process prints the failure, so nobody else does."""
+
+
+class Reported(_OfFailure[str]):
+    """The failure has been printed."""
+
+
+class Stopped(_OfBoth[str]):
+    """The rank ends because another rank failed, and says so."""
+
+
+class Ended(_OfRank[str]):
+    """The rank has come to its end without an error."""
+
+
+class Interrupted(_OfRank[str]):
+    """The rank has seen a KeyboardInterrupt."""
+
+
+class FinalInterrupt(Note[str]):
+    """A KeyboardInterrupt has left the script of some rank."""
+
+
+class Crash(_OfRank[str]):
+    """Where the threads of the rank were when a signal such as SIGABRT or SIGSEGV ended it, as faulthandler writes."""
+
+
+class LauncherDied(Note[str]):
+    """The launching process is gone; the rank that wrote the note reports that, and takes the board away."""
+
+
+class Over(Note[str]):
+    """The process that hosts the board is about to end."""
+
+
+class Released(_OfRank[str]):
+    """The rank needs the board no longer."""
