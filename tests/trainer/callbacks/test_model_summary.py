@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 import treadle as tr
 from treadle.callbacks import ModelSummary as SummaryCallback
 from treadle.callbacks import RichModelSummary
-from treadle.model_summary import (
+from treadle.callbacks.summary.layers import (
     LayerSummary,
     ModelSummary,
     get_formatted_model_size,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.monitored_metric import MonitoredMetric, validates_at_epoch_end
+from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, validates_at_epoch_end
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle.callbacks.checkpoint import Checkpoint, tolerated
-from treadle.callbacks.checkpoint_name import (
+from treadle.callbacks.checkpoints.names import (
     absolute,
     check_template,
     default_folder,
@@ -25,7 +25,7 @@ from treadle.callbacks.checkpoint_name import (
     remove_link_and_empty_folders,
     yaml_number,
 )
-from treadle.callbacks.monitored_metric import MonitoredMetric, from_rank_zero, validates_at_epoch_end
+from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, from_rank_zero, validates_at_epoch_end
 from treadle.step_clock import StepClock
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn

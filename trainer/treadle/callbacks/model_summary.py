@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
-from treadle.model_summary import ModelSummary as Summary
-from treadle.model_summary import format_summary, not_counted
+from treadle.callbacks.summary.layers import ModelSummary as Summary
+from treadle.callbacks.summary.layers import format_summary, not_counted
 from treadle_fabric import rank_zero_info
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from treadle.callbacks.checkpoint import Checkpoint
-from treadle.callbacks.checkpoint_name import path_exists
+from treadle.callbacks.checkpoints.names import path_exists
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
 from treadle_fabric.types import PathLike

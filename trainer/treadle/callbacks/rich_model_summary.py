@@ -6,7 +6,7 @@ from typing import Any
 
 from treadle.callbacks.model_summary import ModelSummary
 from treadle.callbacks.progress.display import require_package
-from treadle.model_summary import totals
+from treadle.callbacks.summary.layers import totals
 
 __all__ = ["RichModelSummary"]
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.monitored_metric import from_rank_zero
+from treadle.callbacks.monitoring.monitored_metric import from_rank_zero
 from treadle.schedule import parse_duration
 from treadle.state import RunningStage
 from treadle.step_clock import StepClock

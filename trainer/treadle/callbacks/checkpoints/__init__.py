@@ -1,0 +1,1 @@
+"""What callbacks that write checkpoints are made of."""

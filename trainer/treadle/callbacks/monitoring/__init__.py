@@ -1,0 +1,1 @@
+"""How callbacks decide by a logged metric."""
