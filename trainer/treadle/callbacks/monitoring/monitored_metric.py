@@ -1,48 +1,39 @@
-"""The metric that a callback decides by, and what is decided or timed alike on every rank."""
+"""The metric that a callback decides by, and the hook at which it decides."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from treadle_fabric.errors import CheckpointError, MisconfigurationException, near_names
-from treadle_fabric.rank_zero import rank_zero_warn
+from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
 
 if TYPE_CHECKING:
-    from treadle.trainer import Trainer
+    from treadle.contracts import Trainer
+    from treadle_fabric import Strategy
 
-__all__ = ["MonitoredMetric", "from_rank_zero", "validates_at_epoch_end"]
-
-T = TypeVar("T")
+__all__ = ["MonitoredMetric", "decides_at_epoch_end", "worst_value"]
 
 
-def from_rank_zero(trainer: Trainer, function: Callable[[], T]) -> T:
-    """What ``function`` returns on rank 0, on every rank; the others do not call it.
+def worst_value(mode: str) -> float:
+    """Return the value that every other value is better than: infinity for "min", its negative for "max"."""
+    return float("inf") if mode == "min" else float("-inf")
 
-    Raises:
-        CheckpointError: on every rank, where ``function`` raised it, or an OSError, on rank 0. So all go on, or none.
+
+def decides_at_epoch_end(trainer: Trainer, chosen: bool | None) -> bool:
+    """Tell whether a callback decides at the end of the training epoch, rather than at the end of validation.
+
+    Args:
+        trainer: the trainer of the run.
+        chosen: what the user asked for. None: the end of the training epoch, where validation runs once an epoch, at
+            its end, or does not run at all.
     """
-    if trainer.world_size == 1:
-        return function()
-    found: T | None = None
-    error: CheckpointError | OSError | None = None
-    if trainer.is_global_zero:
-        try:
-            found = function()
-        except (CheckpointError, OSError) as e:
-            error = e
-    found, trouble = trainer.strategy.broadcast((found, None if error is None else str(error)))
-    if trouble is not None:
-        raise error or CheckpointError(f"Rank 0: {trouble}")
-    return cast("T", found)
-
-
-def validates_at_epoch_end(trainer: Trainer) -> bool:
-    """Whether decisions belong to the end of a training epoch: validation runs at its end alone, or not at all."""
+    if chosen is not None:
+        return chosen
     if not trainer.enable_validation:
         return True
     interval = trainer.val_check_interval
@@ -51,33 +42,33 @@ def validates_at_epoch_end(trainer: Trainer) -> bool:
 
 
 class MonitoredMetric:
-    """A logged metric and the direction that is better.
+    """A logged metric that a callback decides by, and whether it may still be logged.
 
     Args:
-        name: as it was logged.
-        mode: "min" or "max".
-        owner: how messages call the callback that monitors it.
+        name: the name under which the metric is logged.
+        mode: "min" or "max", whichever is better.
+        owner: what messages call the callback that monitors the metric.
 
     Raises:
-        MisconfigurationException: for another mode.
+        MisconfigurationException: ``mode`` is neither "min" nor "max".
     """
 
     def __init__(self, name: str, mode: str, owner: str) -> None:
         if mode not in ("min", "max"):
-            raise MisconfigurationException(f"{owner} got mode={mode!r}; it is 'min' or 'max'.")
+            raise MisconfigurationException(f"{owner} got mode={mode!r}: it must be 'min' or 'max'.")
         self.name = name
         self.owner = owner
-        self.better: Callable[[Any, Any], Tensor] = torch.lt if mode == "min" else torch.gt
-        self.worst = float("inf") if mode == "min" else float("-inf")
-        self.validated = False
-        self.epoch_ended = False
+        self.start()
 
     def start(self) -> None:
-        """A fit begins: nothing has had its chance to log yet."""
+        """Begin a fit: no hook that may log the metric has run yet."""
         self.validated = self.epoch_ended = False
 
-    def read(self, trainer: Trainer, metrics: Mapping[str, Any]) -> Tensor | None:
-        """Rank 0's value in ``metrics`` as a scalar on the CPU: the one place that waits for the device."""
+    def read(self, strategy: Strategy, metrics: Mapping[str, Any]) -> Tensor | None:
+        """Return rank 0's value as a scalar on the CPU, on every rank; None where rank 0 has none.
+
+        This is the one place that waits for the device.
+        """
 
         def value() -> Tensor | None:
             found = metrics.get(self.name)
@@ -85,22 +76,21 @@ class MonitoredMetric:
                 return None
             return found.detach().cpu().reshape(()) if isinstance(found, Tensor) else torch.tensor(found)
 
-        return from_rank_zero(trainer, value)
+        return on_rank_zero(strategy, value, f"could not read the metric {self.name!r}")
 
     def overdue(self, trainer: Trainer) -> bool:
-        """Whether every hook that logs has run, so that a metric that is still missing will never come."""
+        """Tell whether every hook that may log the metric has run, so that a missing metric will never come."""
         return self.epoch_ended and (self.validated or not trainer.enable_validation)
 
     def missing(self, metrics: Mapping[str, Any]) -> str:
-        """The message for a metric that was not logged."""
+        """Return the message for a metric that was not logged."""
         return f"{self.owner}: nothing has logged {self.name!r}. {near_names(self.name, metrics)}"
 
-    def after_sanity_check(self, trainer: Trainer) -> None:
-        """Warn before training of a name that looks like a misspelling of one that validation logged."""
-        known = trainer.callback_metrics
-        close = difflib.get_close_matches(self.name, known, n=1, cutoff=0.85)
-        # training may still log it, so this is no error; a name that is not very near is no reason to speak
-        if close and self.name not in known:
+    def after_sanity_check(self, logged: Mapping[str, Any]) -> None:
+        """Warn, before training, of a name that looks like a misspelling of one that validation logged."""
+        close = difflib.get_close_matches(self.name, logged, n=1, cutoff=0.85)
+        # training may still log the metric, so this is no error, and a name that is not very near is no reason to warn
+        if close and self.name not in logged:
             rank_zero_warn(
                 f"{self.owner}: the validation sanity check logged {close[0]!r}, not {self.name!r}. If training does "
                 "not log it either, the run will stop when the value is needed."
