@@ -25,7 +25,8 @@ def test_integers(value: Any, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [True, False, "3", 1.5, float("nan"), float("inf"), None, [3], b"3", torch.tensor([1, 2]), torch.tensor(1.5)]
+    "value",
+    [True, False, "3", 1.5, float("nan"), float("inf"), None, [3], b"3", torch.tensor([1, 2]), torch.tensor(1.5)],
 )
 def test_what_is_no_integer_is_refused(value: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"^Thing: n=.* must be an integer: pass a number such as 1\.$"):

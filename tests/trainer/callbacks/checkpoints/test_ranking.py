@@ -148,7 +148,9 @@ def test_against_sorting(mode: str, k: int) -> None:
 
 
 def test_yaml() -> None:
-    ranking, _ = ranked("min", -1, 0.5, 1e20, -INF, NAN)
-    assert ranking.as_yaml() == f'"0": 0.5\n"1": {float(torch.tensor(1e20))}\n"2": -.inf\n"3": .inf\n'
+    ranking, _ = ranked("min", -1, 0.5, 2.0**-60, -INF, NAN)
+    assert ranking.as_yaml() == f'"0": 0.5\n"1": {2.0**-60}\n"2": -.inf\n"3": .inf\n'
+    assert ranked("min", 1, 2e20)[0].as_yaml() == f'"0": {float(torch.tensor(2e20))}\n'
+    large = Ranking.empty("min", 1).with_candidate(torch.tensor(1e30, dtype=torch.float64), "large")[0]
+    assert large.as_yaml() == '"large": 1.0e+30\n'  # without the point, YAML takes it for a string
     assert Ranking.empty("min", 1).as_yaml() == "{}\n"
-    assert '"0": 1.0e-10' in ranked("min", 1, 1e-10)[0].as_yaml() or "e-11" in ranked("min", 1, 1e-10)[0].as_yaml()
