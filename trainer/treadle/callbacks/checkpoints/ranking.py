@@ -95,8 +95,7 @@ class Ranking:
         """Return the ranking with the values that a checkpoint has; those it does not have stay."""
         names = ("best_model_path", "kth_best_model_path", "kth_value", "best_k_models", "last_model_path")
         found = {name: state[name] for name in names if name in state}
-        ranking = replace(self, best_model_score=state.get("best_model_score"), **found)
-        return replace(ranking, best_k_models=dict(ranking.best_k_models))
+        return replace(self, best_model_score=state.get("best_model_score"), **found)
 
     def as_yaml(self) -> str:
         """Return ``best_k_models`` as a YAML document of paths and scores."""
