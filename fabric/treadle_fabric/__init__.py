@@ -17,6 +17,7 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
+from treadle_fabric.checks import check_integer
 from treadle_fabric.coordination.stop_agreement import StopAgreement
 from treadle_fabric.data.loader import FabricDataLoader
 from treadle_fabric.data.resumable import ResumableDataLoader
@@ -155,6 +156,7 @@ __all__ = [
     "__version__",
     "batch_mover",
     "canonical_precision",
+    "check_integer",
     "claim_failure",
     "collect_rng_states",
     "detect_environment",

@@ -156,7 +156,7 @@ def test_sigterm_without_a_place_to_save_ends_with_143(tmp_path: Path, policy: A
         callbacks=[Killing(), L.callbacks.ModelCheckpoint(tmp_path / "file" / "folder", every_n_epochs=5)],
         on_save_error=policy,
     )
-    with pytest.warns(UserWarning, match="earlier ones stand"), pytest.raises(SystemExit) as ended:
+    with pytest.warns(UserWarning, match="earlier checkpoints are untouched"), pytest.raises(SystemExit) as ended:
         run.fit(Net(), loader(8))
     assert ended.value.code == 143
     assert run.received_sigterm

@@ -480,6 +480,63 @@ def test_state_has_the_keys_of_lightning_and_loads_safely() -> None:
     assert float(state["best_model_score"]) == 2.0
 
 
+def test_a_state_of_an_earlier_version_loads_and_comes_back_equal() -> None:
+    state = {
+        "monitor": "val_loss",
+        "best_model_score": torch.tensor(1.0),
+        "best_model_path": "/c/step=8.ckpt",
+        "current_score": torch.tensor(2.0),
+        "dirpath": "/c",
+        "best_k_models": {"/c/step=8.ckpt": torch.tensor(1.0), "/c/step=12.ckpt": torch.tensor(2.0)},
+        "kth_best_model_path": "/c/step=12.ckpt",
+        "kth_value": torch.tensor(2.0),
+        "last_model_path": "/c/last.ckpt",
+        "pending": True,
+        "last_global_step_saved": 12,
+    }
+    checkpoint = ModelCheckpoint(monitor="val_loss", save_top_k=2)
+    checkpoint.load_state_dict(state)
+    again = checkpoint.state_dict()
+    assert list(again) == list(state)
+    unlike = {key for key, value in state.items() if again[key] is not value and again[key] != value}
+    assert unlike == {"current_score", "dirpath"}  # of this run
+    assert again["best_k_models"] is not state["best_k_models"]
+    of_lightning = {key: state[key] for key in list(state)[:9]}
+    checkpoint = ModelCheckpoint("elsewhere", monitor="val_loss")
+    with pytest.warns(UserWarning, match="only `best_model_path` is taken over"):
+        checkpoint.load_state_dict(of_lightning)
+    assert checkpoint.best_model_path == "/c/step=8.ckpt"
+    assert checkpoint.best_k_models == {} and checkpoint.best_model_score is None
+
+
+def test_public_attributes_can_be_set_one_by_one() -> None:
+    """As the launcher that brings back the outcome of spawned processes does, and users who move their files."""
+    checkpoint = ModelCheckpoint("c", monitor="val_loss", save_top_k=2)
+    given: dict[str, Any] = {
+        "best_model_path": "a",
+        "best_model_score": torch.tensor(1.0),
+        "last_model_path": "b",
+        "best_k_models": {"a": torch.tensor(1.0)},
+        "kth_best_model_path": "c",
+        "kth_value": torch.tensor(3.0),
+        "current_score": torch.tensor(4.0),
+        "save_top_k": 3,
+    }
+    for name, value in given.items():
+        setattr(checkpoint, name, value)
+    assert {name: getattr(checkpoint, name) for name in given} == given
+    assert {key: value for key, value in checkpoint.state_dict().items() if key in given} == {
+        key: value for key, value in given.items() if key != "save_top_k"
+    }
+
+
+@pytest.mark.parametrize("name", ["save_top_k", "every_n_train_steps", "every_n_epochs"])
+@pytest.mark.parametrize("value", [True, "3", 2.5])
+def test_counts_are_integers(name: str, value: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=f"ModelCheckpoint: {name}={value!r} must be an integer"):
+        ModelCheckpoint(monitor="val_loss", **{name: value})
+
+
 def test_a_resumed_run_goes_on_ranking() -> None:
     def make() -> ModelCheckpoint:
         return ModelCheckpoint("c", "{step}", "val_loss", save_top_k=2, save_last=True)

@@ -14,14 +14,8 @@ from torch.utils.data import DataLoader
 import treadle as tr
 from treadle.callbacks import ModelSummary as SummaryCallback
 from treadle.callbacks import RichModelSummary
-from treadle.model_summary import (
-    LayerSummary,
-    ModelSummary,
-    get_formatted_model_size,
-    get_human_readable_count,
-    parse_batch_shape,
-    summarize,
-)
+from treadle.callbacks.summary.formatting import get_formatted_model_size, get_human_readable_count
+from treadle.callbacks.summary.layers import LayerSummary, ModelSummary, parse_batch_shape, summarize
 
 
 class Model(tr.LightningModule):

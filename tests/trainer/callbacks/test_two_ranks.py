@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as tr
 from treadle.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
 
 MINE = int(os.environ.get("LOCAL_RANK", "0"))
 SCRIPTS = {"a": [[3.0, 2.0, 1.0, 4.0], [1.0, 2.0, 3.0, 4.0]], "only_zero": [[3.0, 3.5, 4.0, 4.5], None]}
@@ -52,13 +53,26 @@ def fit(*callbacks, **arguments):
     return trainer
 
 
+class Acts(tr.Callback):
+    def on_train_start(self, trainer, pl_module):
+        def fail():
+            raise ValueError("out of order")
+
+        self.learned = [on_rank_zero(trainer.strategy, lambda: MINE + 5, "could not add")]
+        try:
+            on_rank_zero(trainer.strategy, fail, "could not act")
+        except Exception as error:
+            self.learned.append(f"{type(error).__name__}: {error}")
+
+
 out = {}
 root = Path(sys.argv[1])
+acts = Acts()
 # another folder on each rank: rank 0's is the one
 checkpoint = ModelCheckpoint(root / f"rank{MINE}", "{epoch}-{a}", "a", save_top_k=2, save_last="link")
 one = ModelCheckpoint(checkpoint.dirpath, "only", "only_zero", mode="max")
 stopping = EarlyStopping("a", patience=1)
-trainer = fit(checkpoint, one, stopping, max_epochs=6)
+trainer = fit(checkpoint, one, stopping, acts, max_epochs=6)
 out["epochs"] = trainer.current_epoch
 out["dirpath"] = os.path.basename(checkpoint.dirpath)
 out["best"] = {os.path.basename(p): float(v) for p, v in checkpoint.best_k_models.items()}
@@ -72,7 +86,7 @@ by_time = ModelCheckpoint(
 trainer = fit(timer, by_time, max_epochs=1000, enable_checkpointing=True)
 out["steps"] = trainer.global_step
 out["last_timed"] = by_time.best_model_path
-(root / f"out{MINE}.json").write_text(json.dumps(out))
+(root / f"out{MINE}.json").write_text(json.dumps([out, acts.learned]))
 """
 
 
@@ -88,9 +102,11 @@ def test_both_ranks_decide_alike(tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    ranks: list[dict[str, Any]] = [json.loads((tmp_path / f"out{rank}.json").read_text()) for rank in (0, 1)]
-    assert ranks[0] == ranks[1]
-    found = ranks[0]
+    ranks: list[Any] = [json.loads((tmp_path / f"out{rank}.json").read_text()) for rank in (0, 1)]
+    (found, zero), (other, one) = ranks
+    assert found == other
+    assert zero == [5, "ValueError: out of order"]
+    assert one == [5, "CheckpointError: Rank 0 could not act: out of order"]
     assert found["epochs"] == 4
     assert found["stopping"] == [1, 3, 1.0]
     assert found["dirpath"] == "rank0"

@@ -1,4 +1,13 @@
-"""Callbacks: code that runs at the hooks of a run."""
+"""Callbacks: code that runs at the hooks of a run. One file a callback.
+
+Open ``callback.py`` first: it declares every hook. ``model_checkpoint.py`` and ``early_stopping.py`` are the callbacks
+that decide by a metric. What several callbacks share has a folder of its own: ``checkpoints/`` (names, paths, links and
+the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars) and
+``summary/`` (the table of layers).
+
+Callbacks import the runtime, ``treadle.step_clock``, ``treadle.schedule`` and ``treadle.state``, and of the Trainer and
+the module only the annotations in ``treadle.contracts``.
+"""
 
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint

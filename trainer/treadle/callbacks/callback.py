@@ -1,4 +1,4 @@
-"""The base of callbacks: every hook declared, none doing anything."""
+"""The base of callbacks: it declares every hook, and none does anything."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ if TYPE_CHECKING:
 
     from treadle.contracts import LightningModule, Trainer
 
-
 __all__ = ["Callback"]
 
 
 class Callback:
-    """Code that runs at the hooks of a run. Override what you need; a hook left alone costs nothing.
+    """Code that runs at the hooks of a run. Override what you need; a hook that is not overridden costs nothing.
 
-    The order of the hooks is written out in ``module/hooks.py``. Callbacks run before the module (but for those with
-    :attr:`monitors` in three hooks), in the order of the list, tuner callbacks first and checkpoint callbacks last.
+    The order of the hooks is written out in ``module/hooks.py``. Callbacks run before the module, in the order of the
+    list, with tuner callbacks first and checkpoint callbacks last; in three hooks, callbacks with :attr:`monitors` run
+    after the module.
     """
 
     monitors: ClassVar[bool] = False
-    """Decides by a metric: at ``on_train_batch_end``, ``on_validation_end`` and ``on_train_epoch_end`` it runs after
-    the module, so that it sees what the module logs."""
+    """Whether the callback decides by a metric. At ``on_train_batch_end``, ``on_validation_end`` and
+    ``on_train_epoch_end`` such a callback runs after the module, so that it sees what the module logs."""
     call_order: ClassVar[int] = 0
-    """-1: before the ordinary callbacks, 1: after them."""
+    """0 for ordinary callbacks, -1 to run before all of these, 1 to run after all of these."""
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's state in a checkpoint; two of one class need different keys."""
+        """The name of this callback's state in a checkpoint; two callbacks of one class need different names."""
         return type(self).__qualname__
 
     def _generate_state_key(self, **kwargs: Any) -> str:
-        """The class name and the arguments that tell two instances apart."""
+        """Return the class name with the arguments that tell two instances apart."""
         return f"{type(self).__qualname__}{kwargs!r}"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A fit, validate, test or predict begins; ``stage`` names which."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """It has ended."""
+        """The fit, validate, test or predict has ended; ``stage`` names which."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit begins; optimizers exist."""
@@ -81,10 +81,10 @@ class Callback:
         """``loss.backward()`` is about to run."""
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gradients are there."""
+        """The gradients are computed, or added to those of earlier batches."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The optimizer is about to step; gradients are unscaled, not yet clipped."""
+        """The optimizer is about to step; the gradients are unscaled, and not yet clipped."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validation begins."""
@@ -174,14 +174,14 @@ class Callback:
         """The run is ending with an exception, KeyboardInterrupt included."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback: tensors and plain containers. Default: nothing."""
+        """Return what a checkpoint keeps of this callback: tensors and plain containers. Default: nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint is about to be written; ``checkpoint`` may be changed in place."""
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint was read, before states are restored."""
+        """A checkpoint was read; the states in it are not yet restored."""

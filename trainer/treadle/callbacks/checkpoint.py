@@ -7,8 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric.errors import CheckpointError
-from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric import CheckpointError, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -17,7 +16,7 @@ __all__ = ["Checkpoint", "tolerated"]
 
 
 class Checkpoint(Callback):
-    """Marks a callback as one that writes checkpoints: it runs last, and the trainer adds none of its own."""
+    """Mark a callback as one that writes checkpoints: it runs last, and the trainer adds no ModelCheckpoint."""
 
     monitors: ClassVar[bool] = True
     call_order: ClassVar[int] = 1
@@ -25,15 +24,15 @@ class Checkpoint(Callback):
 
 @contextmanager
 def tolerated(trainer: Trainer, always: bool = False) -> Generator[None]:
-    """A save that may fail inside, on all ranks alike: a warning or the end of the run, as ``on_save_error`` says.
+    """Let a save fail on all ranks alike: with a warning or the end of the run, as ``on_save_error`` says.
 
     Args:
-        trainer: whose ``on_save_error`` it is.
-        always: warn in any case.
+        trainer: the trainer with the ``on_save_error``.
+        always: warn whatever ``on_save_error`` says.
     """
     try:
         yield
     except (CheckpointError, OSError) as error:
         if not always and getattr(trainer, "on_save_error", "raise") == "raise":
             raise
-        rank_zero_warn(f"{error} The run goes on without this checkpoint; earlier ones stand.")
+        rank_zero_warn(f"{error} The run goes on without this checkpoint; earlier checkpoints are untouched.")

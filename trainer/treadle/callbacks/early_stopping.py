@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.monitored_metric import MonitoredMetric, validates_at_epoch_end
-from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_prefixed_message, rank_zero_info, rank_zero_warn
+from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, decides_at_epoch_end, worst_value
+from treadle_fabric import (
+    MisconfigurationException,
+    check_integer,
+    rank_prefixed_message,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -34,30 +39,40 @@ class EarlyStoppingReason(IntEnum):
 class EarlyStopping(Callback):
     """End training when a logged metric has stopped improving, passed a threshold, or is not finite any more.
 
-    With several processes rank 0's value counts for all, so that they stop together.
+    With several processes rank 0's value counts for all, so that all ranks stop together.
 
     Args:
         monitor: the logged metric.
-        min_delta: the least change that counts as an improvement; its sign is ignored.
-        patience: how many checks without improvement end training (checks, not epochs: validation may run less often).
-        verbose: say each improvement.
+        min_delta: the least change that counts as an improvement; the sign of the number is ignored.
+        patience: the number of checks without improvement that ends training (checks, not epochs: validation may run
+            less often).
+        verbose: print each improvement.
         mode: whether "min" or "max" is better.
-        strict: a metric that was never logged is an error; False: a warning, and no check.
-        check_finite: stop at nan and infinity.
+        strict: a metric that was never logged is an error. False: a warning, and no check.
+        check_finite: stop at NaN and infinity.
         stopping_threshold: stop once the metric is better than this.
         divergence_threshold: stop once the metric is worse than this.
         check_on_train_epoch_end: check at the end of the training epoch (True) or of validation (False). Default: at
             the end of the training epoch where validation runs once, at its end, or not at all.
-        log_rank_zero_only: print on rank 0 alone; otherwise every rank prints, with its rank.
+        log_rank_zero_only: print on rank 0 alone. Otherwise every rank prints, with its number.
 
     Raises:
-        MisconfigurationException: for another mode or a negative patience; and in training, when every hook that
-            logs has run without logging ``monitor``.
+        MisconfigurationException: ``mode`` is unknown, or ``patience`` is no integer or negative; and in training,
+            when every hook that logs has run without logging ``monitor``.
     """
 
     monitors: ClassVar[bool] = True
     mode_dict: ClassVar[dict[str, Callable[[Any, Any], Tensor]]] = {"min": torch.lt, "max": torch.gt}
     order_dict: ClassVar[dict[str, str]] = {"min": "<", "max": ">"}
+
+    wait_count: int = 0
+    """The number of checks since the last improvement."""
+    stopped_epoch: int = 0
+    """The epoch that was the last, counted from 0; 0 also while training was not ended."""
+    stopping_reason: EarlyStoppingReason = EarlyStoppingReason.NOT_STOPPED
+    """Why training was ended."""
+    stopping_reason_message: str | None = None
+    """The same as a sentence; None while training was not ended."""
 
     def __init__(
         self,
@@ -74,13 +89,9 @@ class EarlyStopping(Callback):
         log_rank_zero_only: bool = False,
     ) -> None:
         super().__init__()
-        if patience < 0:
-            raise MisconfigurationException(
-                f"EarlyStopping(patience={patience!r}): it is a count of checks, 0 or more."
-            )
         self._metric = MonitoredMetric(monitor, mode, f"EarlyStopping(monitor={monitor!r})")
         self.monitor = monitor
-        self.patience = patience
+        self.patience = check_integer("EarlyStopping: patience", patience, minimum=0)
         self.verbose = verbose
         self.mode = mode
         self.strict = strict
@@ -89,11 +100,7 @@ class EarlyStopping(Callback):
         self.divergence_threshold = divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
         self.min_delta = abs(min_delta) if mode == "max" else -abs(min_delta)
-        self.wait_count = 0
-        self.stopped_epoch = 0
-        self.best_score = torch.tensor(self._metric.worst)
-        self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
-        self.stopping_reason_message: str | None = None
+        self.best_score = torch.tensor(worst_value(mode))
         self._check_on_train_epoch_end = check_on_train_epoch_end
 
     @property
@@ -107,37 +114,33 @@ class EarlyStopping(Callback):
         return self.mode_dict[self.mode]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """A fit begins: nothing has had its chance to log yet."""
+        """Begin a fit: no hook that may log the metric has run yet."""
         if stage == "fit":
             self._metric.start()
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report a metric name that looks misspelled before training begins."""
-        self._metric.after_sanity_check(trainer)
+        """Report a metric name that looks misspelled, before training begins."""
+        self._metric.after_sanity_check(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check, where validation is what decides."""
+        """Check the metric, where validation decides."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._metric.validated = True
-        if not self._checks_at_epoch_end(trainer):
+        if not decides_at_epoch_end(trainer, self._check_on_train_epoch_end):
             self._check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check, where the training epoch is what decides."""
+        """Check the metric, where the end of the training epoch decides."""
         self._metric.epoch_ended = True
-        if self._checks_at_epoch_end(trainer):
+        if decides_at_epoch_end(trainer, self._check_on_train_epoch_end):
             self._check(trainer)
-
-    def _checks_at_epoch_end(self, trainer: Trainer) -> bool:
-        chosen = self._check_on_train_epoch_end
-        return validates_at_epoch_end(trainer) if chosen is None else chosen
 
     def _check(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
         metrics = trainer.callback_metrics
-        current = self._metric.read(trainer, metrics)
+        current = self._metric.read(trainer.strategy, metrics)
         if current is None:
             if self._metric.overdue(trainer):
                 if self.strict:
@@ -148,33 +151,31 @@ class EarlyStopping(Callback):
             return
         reason, message = self._judge(current)
         if reason:
+            message += " Signaling Trainer to stop."
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason = reason
             self.stopping_reason_message = message
         if message and (reason or self.verbose):
-            self._say(trainer, message)
+            self._print(trainer, message)
 
     def _judge(self, current: Tensor) -> tuple[EarlyStoppingReason, str]:
-        """Why to stop, if to stop, and what to say; counts the checks without improvement."""
+        """Return why to stop, if that is so, and what to print; count the checks without improvement."""
         better, name, value = self.monitor_op, self.monitor, float(current)
         reasons = EarlyStoppingReason
         sign = self.order_dict[self.mode]
         opposite = self.order_dict["max" if self.mode == "min" else "min"]
         if self.check_finite and not torch.isfinite(current):
             return reasons.NON_FINITE_METRIC, (
-                f"Monitored metric {name} = {value} is not finite. Previous best value was {self.best_score:.3f}. "
-                "Signaling Trainer to stop."
+                f"Monitored metric {name} = {value} is not finite. Previous best value was {self.best_score:.3f}."
             )
         if self.stopping_threshold is not None and better(current, self.stopping_threshold):
             return reasons.STOPPING_THRESHOLD, (
-                f"Stopping threshold reached: {name} = {value} {sign} {self.stopping_threshold}. "
-                "Signaling Trainer to stop."
+                f"Stopping threshold reached: {name} = {value} {sign} {self.stopping_threshold}."
             )
         if self.divergence_threshold is not None and better(-current, -self.divergence_threshold):
             return reasons.DIVERGENCE_THRESHOLD, (
-                f"Divergence threshold reached: {name} = {value} {opposite} {self.divergence_threshold}. "
-                "Signaling Trainer to stop."
+                f"Divergence threshold reached: {name} = {value} {opposite} {self.divergence_threshold}."
             )
         if better(current - self.min_delta, self.best_score):
             gain = abs(float(self.best_score) - value)
@@ -187,17 +188,17 @@ class EarlyStopping(Callback):
             return reasons.NOT_STOPPED, ""
         return reasons.PATIENCE_EXHAUSTED, (
             f"Monitored metric {name} did not improve in the last {self.wait_count} records. "
-            f"Best score: {self.best_score:.3f}. Signaling Trainer to stop."
+            f"Best score: {self.best_score:.3f}."
         )
 
-    def _say(self, trainer: Trainer, message: str) -> None:
+    def _print(self, trainer: Trainer, message: str) -> None:
         if self.log_rank_zero_only or trainer.world_size == 1:
             rank_zero_info(message)
         else:
             logging.getLogger("treadle_fabric").info(rank_prefixed_message(message, trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score and the count; the keys are Lightning's."""
+        """Return the best score and the number of checks since; the keys are Lightning's."""
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
@@ -208,7 +209,7 @@ class EarlyStopping(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the best score, the count and the patience."""
+        """Take back the best score, the number of checks since, and the patience."""
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
         self.best_score = torch.as_tensor(state_dict["best_score"])

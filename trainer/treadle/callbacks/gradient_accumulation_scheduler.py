@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric import MisconfigurationException, check_integer
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -14,15 +14,15 @@ __all__ = ["GradientAccumulationScheduler"]
 
 
 class GradientAccumulationScheduler(Callback):
-    """Set ``trainer.accumulate_grad_batches`` at the start of an epoch.
+    """Set ``trainer.accumulate_grad_batches`` at the start of each epoch.
 
     Args:
-        scheduling: epoch (from 0) -> number of batches from that epoch on; ``{4: 2}`` accumulates over 2 from the
-            fifth epoch, and not at all before.
+        scheduling: the number of batches to accumulate gradients over, by the epoch (counted from 0) that it begins
+            with; ``{4: 2}`` accumulates over 2 batches from the fifth epoch on, and not at all before.
 
     Raises:
-        MisconfigurationException: for anything else, for a module with manual optimization, and for a trainer that
-            has ``accumulate_grad_batches`` of its own.
+        MisconfigurationException: ``scheduling`` is anything else; and when fit begins, the module has manual
+            optimization, or the trainer was given ``accumulate_grad_batches``.
     """
 
     def __init__(self, scheduling: dict[int, int]) -> None:
@@ -32,26 +32,25 @@ class GradientAccumulationScheduler(Callback):
                 f"GradientAccumulationScheduler({scheduling!r}): it takes a dictionary of epochs and numbers of "
                 "batches, such as {0: 1, 4: 2}."
             )
-        for epoch, factor in scheduling.items():
-            if not _is_int(epoch, 0) or not _is_int(factor, 1):
-                raise MisconfigurationException(
-                    f"GradientAccumulationScheduler got {epoch!r}: {factor!r}; an epoch is an int of 0 or more, a "
-                    "number of batches an int of 1 or more."
-                )
-        self.scheduling = {0: 1, **scheduling}
+        self.scheduling = {0: 1}
+        for key, batches in scheduling.items():
+            epoch = check_integer("GradientAccumulationScheduler: epoch", key, minimum=0)
+            self.scheduling[epoch] = check_integer(
+                f"GradientAccumulationScheduler: scheduling[{epoch}]", batches, minimum=1
+            )
         self.epochs = sorted(self.scheduling)
         self._in_charge = False
 
     def going_to_accumulate_grad_batches(self) -> bool:
-        """Whether any epoch accumulates."""
+        """Tell whether any epoch accumulates over several batches."""
         return any(factor > 1 for factor in self.scheduling.values())
 
     def get_accumulate_grad_batches(self, epoch: int) -> int:
-        """The number of batches in an epoch."""
+        """Return the number of batches that an epoch accumulates over."""
         return self.scheduling[max(begin for begin in self.epochs if begin <= epoch)]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what would set the number as well."""
+        """Refuse a module or a trainer that decides about the number of batches as well."""
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
@@ -66,23 +65,19 @@ class GradientAccumulationScheduler(Callback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the epoch's number of batches."""
+        """Set the number of batches of the epoch."""
         self._in_charge = True
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the trainer back as it was, for the next fit."""
+        """Set the trainer's number of batches back to 1, for the next fit."""
         self._give_back(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same where training ends early."""
+        """Set the trainer's number of batches back to 1 where an exception ends training."""
         self._give_back(trainer)
 
     def _give_back(self, trainer: Trainer) -> None:
         if self._in_charge:
             self._in_charge = False
             trainer.accumulate_grad_batches = 1
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -13,7 +13,7 @@ Hook: TypeAlias = Callable[..., Any] | None
 
 
 class LambdaCallback(Callback):
-    """Run functions at the hooks they are named for; each takes what the hook takes, without ``self``.
+    """Run a function at each hook that has one; it takes the arguments of the hook, without ``self``.
 
     Example::
 
@@ -62,5 +62,5 @@ class LambdaCallback(Callback):
     ) -> None:
         functions = {name: given for name, given in locals().items() if name != "self" and callable(given)}
         super().__init__()
-        functions.pop("__class__", None)  # there because of super()
+        functions.pop("__class__", None)  # super() makes it a local variable
         vars(self).update(functions)  # on the instance, so that only these hooks count as overridden

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric import MisconfigurationException
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -19,18 +19,19 @@ __all__ = ["LearningRateMonitor"]
 class LearningRateMonitor(Callback):
     """Log the learning rate of every parameter group to all loggers.
 
-    The name is the scheduler's ``name``, or ``lr-`` and the class of the optimizer, ``-1``, ``-2``, ... for further
-    ones of that class. Where an optimizer has several parameter groups, ``/`` and the group's ``name``, or ``pg1``,
-    ``pg2``, ..., follow; then ``-momentum`` and ``-weight_decay`` for these.
+    A rate is logged under the ``name`` of the scheduler. Without such a name it is ``lr-`` and the class of the
+    optimizer, with ``-1``, ``-2``, ... added for further optimizers of that class. Where an optimizer has several
+    parameter groups, ``/`` and the ``name`` of the group follow, or ``/pg1``, ``/pg2``, ... for groups without a name.
+    The names of momentum and weight decay end in ``-momentum`` and ``-weight_decay``.
 
     Args:
-        logging_interval: "step", "epoch", or None, which follows each scheduler's interval.
-        log_momentum: log momentum too (the first beta of Adam and its like).
+        logging_interval: log at each "step" or "epoch". None: at the interval of each scheduler.
+        log_momentum: log momentum too (for optimizers such as Adam, the first beta).
         log_weight_decay: log weight decay too.
 
     Raises:
-        MisconfigurationException: for another interval, for a trainer without loggers, and for two schedulers or two
-            parameter groups of one name.
+        MisconfigurationException: ``logging_interval`` is anything else; and when fit begins, the trainer has no
+            logger, or two schedulers or two parameter groups have the same name.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class LearningRateMonitor(Callback):
         super().__init__()
         if logging_interval not in (None, "step", "epoch"):
             raise MisconfigurationException(
-                f"LearningRateMonitor(logging_interval={logging_interval!r}): it is 'step', 'epoch' or None."
+                f"LearningRateMonitor(logging_interval={logging_interval!r}): it must be 'step', 'epoch' or None."
             )
         self.logging_interval = logging_interval
         self.log_momentum = log_momentum
@@ -62,7 +63,7 @@ class LearningRateMonitor(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Settle the names."""
+        """Find out the names under which the rates are logged."""
         sources = self._sources(trainer)
         self.lr_sch_names = [name for name, _, _ in sources]
         names = [key for name, optimizer, _ in sources for key in _group_names(name, optimizer)]
@@ -75,7 +76,7 @@ class LearningRateMonitor(Callback):
         self._every = trainer.log_every_n_steps if at_steps else 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log before the steps at which the loggers write."""
+        """Log before a step at which the loggers write."""
         if not self._every:
             return
         step = trainer.fit_progress.logging_step
@@ -85,7 +86,7 @@ class LearningRateMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log at the start of an epoch."""
-        if self.logging_interval != "step" and not trainer.fit_progress.begun:  # else resumed in the epoch
+        if self.logging_interval != "step" and not trainer.fit_progress.begun:  # begun: resumed within the epoch
             self._log(trainer, pl_module, "epoch")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, interval: str) -> None:
@@ -111,7 +112,7 @@ class LearningRateMonitor(Callback):
             pl_module.log(key, value, logger=False, on_step=at_step, on_epoch=not at_step, batch_size=1)
 
     def _sources(self, trainer: Trainer) -> list[tuple[str, Optimizer, str]]:
-        """A name, an optimizer and its interval, for every scheduler and for every optimizer that has none."""
+        """Return name, optimizer and interval of every scheduler, and of every optimizer without a scheduler."""
         sources: list[tuple[str, Optimizer, str]] = []
         count: Counter[str] = Counter()
 

@@ -2,80 +2,101 @@
 
 from __future__ import annotations
 
-import json
 import os
-import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from treadle.callbacks.checkpoint import Checkpoint, tolerated
-from treadle.callbacks.checkpoint_name import (
+from treadle.callbacks.checkpoints.links import link_checkpoint
+from treadle.callbacks.checkpoints.names import check_template, fill_template
+from treadle.callbacks.checkpoints.paths import (
     absolute,
-    check_template,
     default_folder,
-    fill_template,
-    is_local,
-    link_checkpoint,
+    is_resumed_from,
     path_exists,
-    remove_link_and_empty_folders,
-    yaml_number,
+    remove_replaced,
+    warn_if_in_use,
 )
-from treadle.callbacks.monitored_metric import MonitoredMetric, from_rank_zero, validates_at_epoch_end
-from treadle_fabric.coordination.step_clock import StepClock
-from treadle_fabric.errors import CheckpointError, MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
-from treadle_fabric.types import PathLike
+from treadle.callbacks.checkpoints.ranking import Ranking
+from treadle.callbacks.checkpoints.triggers import SaveTriggers
+from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, decides_at_epoch_end
+from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
+from treadle_fabric import MisconfigurationException, PathLike, check_integer, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["ModelCheckpoint"]
 
-_RANKING: Final = (
-    "best_model_path best_model_score current_score best_k_models kth_best_model_path kth_value last_model_path".split()
-)
+T = TypeVar("T")
+
+
+class _InRanking(Generic[T]):
+    """A public attribute of :class:`ModelCheckpoint` that is a field of its ranking; to set it replaces the ranking."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, callback: ModelCheckpoint | None, owner: type) -> T:
+        return self if callback is None else getattr(callback._ranking, self._name)  # type: ignore[return-value]
+
+    def __set__(self, callback: ModelCheckpoint, value: T) -> None:
+        callback._ranking = replace(callback._ranking, **{self._name: value})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _LastSave:
+    """The newest file that this callback wrote, or has given to a background thread to write."""
+
+    path: str = ""
+    step: int = 0
+    """The number of optimizer steps that had been made."""
+    announced: bool = True
+    """Whether the loggers know of the file."""
+    settled: Ranking | None = None
+    """The ranking when all files were known to be on disk; a background write that fails brings it back."""
 
 
 class ModelCheckpoint(Checkpoint):
     """Write checkpoints, at epochs, steps or times, and keep the last, the best ``save_top_k`` or all of them.
 
-    An old checkpoint is removed only after the new one is on disk. When a save fails, what was saved before stands, and
-    the trainer's ``on_save_error`` decides whether training goes on. A save that is triggered by a step after which
-    validation runs waits for that validation, so that it sees its metrics. With several processes rank 0's value of
-    the monitored metric counts for all.
+    An old checkpoint is removed only after the new one is on disk. When a save fails, the earlier checkpoints are
+    untouched, and the trainer's ``on_save_error`` decides whether training goes on. If validation runs after the step
+    that triggers a save, the save waits for that validation and sees its metrics. With several processes rank 0's value
+    of the monitored metric counts for all.
 
     Args:
         dirpath: the folder, local or an fsspec URL. Default: ``checkpoints`` in the folder of the first logger's run,
             or in the trainer's ``default_root_dir`` without a logger.
-        filename: without extension; fields are the names of logged metrics, ``epoch`` and ``step``, with an optional
-            format: ``"{epoch:02d}-{val_loss:.2f}"``. Default: ``"{epoch}-{step}"``.
-        monitor: the logged metric that ranks checkpoints; None keeps the newest.
-        verbose: say what is saved and what is not.
-        save_last: True also makes ``last.ckpt`` at each save, as a second name (hard link) of the checkpoint just
-            saved, or as one of its own where none was saved or links cannot be; "link" makes it a symbolic link.
-            Default: no.
-        save_top_k: how many to keep; -1 all, 0 none. More than 1 needs a ``monitor``.
+        filename: the name without extension; fields are the names of logged metrics, ``epoch`` and ``step``, with an
+            optional format: ``"{epoch:02d}-{val_loss:.2f}"``. Default: ``"{epoch}-{step}"``.
+        monitor: the logged metric that ranks checkpoints. None: the newest checkpoint is kept.
+        verbose: print what is saved and what is not.
+        save_last: True: each save also makes ``last.ckpt``, a second name (hard link) of the checkpoint just saved, or
+            a file of its own where the save wrote none or links cannot be made. "link": the second name is a symbolic
+            link. Default: no ``last.ckpt``.
+        save_top_k: the number of checkpoints to keep; -1 for all, 0 for none. More than 1 needs a ``monitor``.
         save_on_exception: also save when an exception (Ctrl+C included) ends training.
         save_weights_only: leave optimizers, schedulers and progress out.
-        mode: whether the "min" or the "max" of the metric is best.
+        mode: whether the "min" or the "max" of the metric is the best.
         auto_insert_metric_name: write ``val_loss=0.12`` rather than ``0.12``. Set it to False for names with a slash,
             which would make a folder.
         every_n_train_steps: save whenever that many optimizer steps have been made.
         train_time_interval: save at the end of the first batch after that much time.
-        every_n_epochs: save at each n-th epoch. The default is 1 where neither steps nor a time are given, else 0,
-            which saves at no epoch. Only one of the three may be given.
+        every_n_epochs: save at each n-th epoch. Default: 1 where neither steps nor a time are given, else 0, which
+            saves at no epoch. Only one of the three arguments may be given.
         save_on_train_epoch_end: save at the end of the training epoch (True) or of validation (False). Default: at
             the end of the training epoch where validation runs once, at its end, or not at all.
-        enable_version_counter: append ``-v1``, ``-v2``, ... to a name that is taken, rather than overwrite it.
+        enable_version_counter: append ``-v1``, ``-v2``, ... to a name that is taken, rather than overwrite the file.
 
     Raises:
-        MisconfigurationException: for a combination that cannot work; and in training, when every hook that logs has
-            run without logging ``monitor`` (the state is saved before, and the message says where).
+        MisconfigurationException: the arguments cannot work together; and in training, when every hook that logs has
+            run without logging ``monitor`` (the state is saved before that, and the message says where).
     """
 
     CHECKPOINT_JOIN_CHAR = "-"
@@ -83,6 +104,17 @@ class ModelCheckpoint(Checkpoint):
     CHECKPOINT_NAME_LAST = "last"
     FILE_EXTENSION = ".ckpt"
     STARTING_VERSION = 1
+
+    # documented at the fields of Ranking
+    mode = _InRanking[str]()
+    save_top_k = _InRanking[int]()
+    best_k_models = _InRanking[dict[str, Tensor]]()
+    best_model_path = _InRanking[str]()
+    best_model_score = _InRanking["Tensor | None"]()
+    current_score = _InRanking["Tensor | None"]()
+    kth_best_model_path = _InRanking[str]()
+    kth_value = _InRanking[Tensor]()
+    last_model_path = _InRanking[str]()
 
     def __init__(
         self,
@@ -103,95 +135,52 @@ class ModelCheckpoint(Checkpoint):
         enable_version_counter: bool = True,
     ) -> None:
         super().__init__()
+        save_top_k = check_integer(
+            "ModelCheckpoint: save_top_k", save_top_k, minimum=-1, meaning="-1 keeps all checkpoints, 0 keeps none"
+        )
+        if save_top_k > 1 and monitor is None:
+            raise MisconfigurationException(
+                f"ModelCheckpoint(save_top_k={save_top_k}) has no metric to rank by: pass `monitor`, or save_top_k=1 "
+                "to keep the newest, -1 to keep all."
+            )
+        if save_last not in (None, True, False, "link"):
+            raise MisconfigurationException(
+                f"ModelCheckpoint(save_last={save_last!r}) must be True, False, None or 'link'."
+            )
+        check_template(filename or "")
         self.monitor = monitor
         self.verbose = verbose
         self.save_last = save_last
-        self.save_top_k = save_top_k
         self.save_on_exception = save_on_exception
         self.save_weights_only = save_weights_only
-        self.mode = mode
         self.auto_insert_metric_name = auto_insert_metric_name
         self.filename = filename
         self.dirpath = absolute(os.fspath(dirpath)) if dirpath else None
 
         self._metric = MonitoredMetric(monitor or "", mode, f"ModelCheckpoint(monitor={monitor!r})")
+        self._triggers = SaveTriggers(every_n_train_steps, every_n_epochs, train_time_interval)
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
-        self._train_time_interval = train_time_interval
-        self._every_n_train_steps = every_n_train_steps or 0
-        if every_n_epochs is None:
-            every_n_epochs = 1 if every_n_train_steps is None and train_time_interval is None else 0
-        self._every_n_epochs = every_n_epochs
-        self._check_arguments()
-
-        self.current_score: Tensor | None = None
-        self.best_k_models: dict[str, Tensor] = {}
-        self.kth_best_model_path = ""
-        self.kth_value = torch.tensor(self._metric.worst)
-        self.best_model_score: Tensor | None = None
-        self.best_model_path = ""
-        self.last_model_path = ""
-
-        self._triggers_in_epoch = self._every_n_train_steps > 0 or train_time_interval is not None
-        self._next_step = 0
-        self._next_time = 0.0
-        self._clock: StepClock | None = None
-        self._pending = False  # a save is wanted and waits for its metrics
-        self._restored = False
-        self._last_global_step_saved = 0
-        self._last_checkpoint_saved = ""
-        self._before: dict[str, Any] = {}  # the ranking before the last save
-        self._announced = True  # to the loggers
-
-    def _check_arguments(self) -> None:
-        if not isinstance(self.save_top_k, int) or self.save_top_k < -1:
-            raise MisconfigurationException(
-                f"ModelCheckpoint(save_top_k={self.save_top_k!r}): it is -1 (keep all), 0 (keep none) or a count."
-            )
-        if self.save_top_k > 1 and self.monitor is None:
-            raise MisconfigurationException(
-                f"ModelCheckpoint(save_top_k={self.save_top_k}) has no metric to rank by: pass `monitor`, or "
-                "save_top_k=1 to keep the newest, -1 to keep all."
-            )
-        if self.save_last not in (None, True, False, "link"):
-            raise MisconfigurationException(
-                f"ModelCheckpoint(save_last={self.save_last!r}): it is True, False, None or 'link'."
-            )
-        for name, count in (
-            ("every_n_train_steps", self._every_n_train_steps),
-            ("every_n_epochs", self._every_n_epochs),
-        ):
-            if not isinstance(count, int) or count < 0:
-                raise MisconfigurationException(f"ModelCheckpoint({name}={count!r}): it is 0 (never) or a count.")
-        interval = self._train_time_interval
-        if interval is not None and not isinstance(interval, timedelta):
-            raise MisconfigurationException(
-                f"ModelCheckpoint(train_time_interval={interval!r}): it is a `datetime.timedelta`."
-            )
-        triggers = (self._every_n_train_steps > 0, self._every_n_epochs > 0, interval is not None)
-        if sum(triggers) > 1:
-            raise MisconfigurationException(
-                f"ModelCheckpoint(every_n_train_steps={self._every_n_train_steps}, "
-                f"every_n_epochs={self._every_n_epochs}, train_time_interval={interval}): "
-                "only one of the three can be given; use a callback for each."
-            )
-        check_template(self.filename or "")
+        self._ranking = Ranking.empty(mode, save_top_k)
+        self._last = _LastSave()
+        self._pending = False  # a save is due and waits for its metric
+        self._restored = False  # the ranking comes from a checkpoint, and its files have not been looked for
 
     @property
     def state_key(self) -> str:
-        """The class and the arguments that tell two of them apart."""
+        """The class and the arguments that tell two callbacks of this class apart."""
         return self._generate_state_key(
             monitor=self.monitor,
             mode=self.mode,
-            every_n_train_steps=self._every_n_train_steps,
-            every_n_epochs=self._every_n_epochs,
-            train_time_interval=self._train_time_interval,
+            every_n_train_steps=self._triggers.every_n_train_steps,
+            every_n_epochs=self._triggers.every_n_epochs,
+            train_time_interval=self._triggers.train_time_interval,
         )
 
     @property
     def every_n_epochs(self) -> int:
-        """Save at each n-th epoch; 0: at none."""
-        return self._every_n_epochs
+        """Save at each n-th epoch; 0: at no epoch."""
+        return self._triggers.every_n_epochs
 
     # ------------------------------------------------------------------------------------------------ when to save
 
@@ -199,45 +188,36 @@ class ModelCheckpoint(Checkpoint):
         """Settle the folder, the same on every rank."""
         if stage != "fit":
             return
-        self.dirpath = from_rank_zero(trainer, lambda: self.dirpath or default_folder(trainer))
+
+        def folder() -> str:
+            return self.dirpath or default_folder(trainer.loggers, trainer.default_root_dir)
+
+        self.dirpath = on_rank_zero(trainer.strategy, folder, "could not choose a folder for checkpoints")
         self._metric.start()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of a folder that is in use."""
+        """Warn of a folder that holds files of another run."""
         if trainer.is_global_zero and self.save_top_k != 0 and not trainer.fast_dev_run:
-            self._warn_if_not_empty(trainer)
+            warn_if_in_use(self.dirpath or "", os.fspath(trainer.ckpt_path or ""))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report a metric name that looks misspelled before training begins."""
+        """Report a metric name that looks misspelled, before training begins."""
         if self.monitor is not None and self.save_top_k != 0:
-            self._metric.after_sanity_check(trainer)
+            self._metric.after_sanity_check(trainer.callback_metrics)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start counting steps and time."""
+        """Begin to count steps and time."""
         if self._restored:
             self._forget_missing_files(trainer)
         else:
-            self._pending, self._last_global_step_saved = False, 0
-        self._plan_next_step(trainer.global_step)
-        if self._train_time_interval is not None:
-            self._clock = StepClock(trainer.fabric)
-            self._next_time = time.monotonic() + self._train_time_interval.total_seconds()
+            self._pending, self._last = False, replace(self._last, step=0)
+        self._triggers.start(trainer.fabric, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where the steps or the time say so; a validation that follows comes first."""
-        if not self._triggers_in_epoch:
-            return
-        if self._clock is None or self._train_time_interval is None:
-            if trainer.global_step < self._next_step:
-                return
-            self._plan_next_step(trainer.global_step)
-        else:
-            if not self._clock.over(self._next_time - time.monotonic()):
-                return
-            self._next_time = time.monotonic() + self._train_time_interval.total_seconds()
-        if self._skips(trainer):
+        """Save where the steps or the time say so; a validation that follows the batch comes first."""
+        if not self._triggers.in_epoch or not self._triggers.fires(trainer.global_step) or self._skips(trainer):
             return
         if trainer.validation_due:
             self._pending = True
@@ -245,43 +225,37 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what waited for validation, and at the epochs where it decides."""
+        """Save what waited for validation, and at the epochs for which validation decides."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._metric.validated = True
-        due = self._epoch_is_due(trainer) and not self._saves_at_epoch_end(trainer)
-        if self._pending or (due and not self._skips(trainer)):
-            self._save(trainer)
+        self._save_if_due(trainer, at_epoch_end=False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save at the epochs where their end decides, and what still waits for a metric."""
+        """Save at the epochs for which their end decides, and what still waits for a metric."""
         self._metric.epoch_ended = True
-        due = self._epoch_is_due(trainer) and self._saves_at_epoch_end(trainer)
-        if self._pending or (due and not self._skips(trainer)):
-            self._save(trainer)
+        self._save_if_due(trainer, at_epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what still waits, unranked where its metric never came: training may end before anything logs it."""
+        """Save what still waits, unranked where the metric never came: training may end before anything logs it."""
         if self._pending:
             self._save(trainer)
         with tolerated(trainer):
             if self._pending:
                 metrics = self._candidates(trainer)
-                path = self._free_path(trainer, metrics)
-                self._write(trainer, path)
+                path = self._save_unranked(trainer, metrics)
                 rank_zero_warn(f"{self._metric.missing(metrics)} The final state was saved, unranked, as {path!r}.")
             self._settle(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is, if asked to."""
+        """Save the state as it is, if ``save_on_exception`` asks for it."""
         if not self.save_on_exception or self.dirpath is None or self._skips(trainer):
             return
         metrics = self._candidates(trainer)
         try:
             with tolerated(trainer, always=True):
                 self._settle(trainer)
-            path = self._free_path(trainer, metrics)
-            self._write(trainer, path)
+            path = self._save_unranked(trainer, metrics)
             if self.save_last:
                 previous, self.last_model_path = self.last_model_path, self._path_of_last(trainer, metrics)
                 self._save_last(trainer)
@@ -291,38 +265,31 @@ class ModelCheckpoint(Checkpoint):
         else:
             rank_zero_info(f"{type(exception).__name__}: {exception}. The state was saved as {path!r}.")
 
-    def _plan_next_step(self, step: int) -> None:
-        if self._every_n_train_steps:
-            self._next_step = (step // self._every_n_train_steps + 1) * self._every_n_train_steps
-
     def _skips(self, trainer: Trainer) -> bool:
         return (
             bool(trainer.fast_dev_run)
             or trainer.state.fn != "fit"
             or trainer.sanity_checking
-            or self._last_global_step_saved == trainer.global_step
+            or self._last.step == trainer.global_step
         )
 
-    def _epoch_is_due(self, trainer: Trainer) -> bool:
-        return self._every_n_epochs > 0 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
-
-    def _saves_at_epoch_end(self, trainer: Trainer) -> bool:
-        chosen = self._save_on_train_epoch_end
-        return validates_at_epoch_end(trainer) if chosen is None else chosen
+    def _save_if_due(self, trainer: Trainer, at_epoch_end: bool) -> None:
+        due = (
+            self._triggers.epoch_is_due(trainer.current_epoch)
+            and decides_at_epoch_end(trainer, self._save_on_train_epoch_end) == at_epoch_end
+        )
+        if self._pending or (due and not self._skips(trainer)):
+            self._save(trainer)
 
     # ------------------------------------------------------------------------------------------------ what to save
 
     def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        """Whether ``current``, a value of the monitored metric, is among the best ``save_top_k``, on all ranks."""
-        return bool(trainer.strategy.reduce_boolean_decision(current is not None and self._ranks(current)))
-
-    def _ranks(self, current: Tensor) -> bool:
-        if self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k:
-            return True
-        return bool(self._metric.better(current, self.best_k_models[self.kth_best_model_path]))
+        """Tell, alike on every rank, whether a value of the monitored metric is among the best ``save_top_k``."""
+        ranks = current is not None and self._ranking.has_room_for(current)
+        return bool(trainer.strategy.reduce_boolean_decision(ranks))
 
     def _candidates(self, trainer: Trainer) -> dict[str, Any]:
-        """What can be monitored and written into a name."""
+        """Return what can be monitored and written into a file name."""
         metrics: dict[str, Any] = dict(trainer.callback_metrics)
         for name, count in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
             metrics[name] = int(metrics.get(name, count))
@@ -335,168 +302,145 @@ class ModelCheckpoint(Checkpoint):
             self._save_files(trainer)
 
     def _settle(self, trainer: Trainer) -> None:
-        """See the last save end where it is written in the background; if it failed, this callback forgets of it.
+        """Wait for a write in the background; if it failed, the ranking is again what it was before that save.
 
-        Only then can be seen which names are taken, and is the file there for the loggers.
+        Only then it is known which names are taken, and the file is there for the loggers.
         """
+        io = trainer.strategy.checkpoint_io
         try:
-            if (io := trainer.strategy.checkpoint_io).after_saves is not None:
-                from_rank_zero(trainer, io.wait)
-        except (CheckpointError, OSError):
-            if not self.file_exists(self._last_checkpoint_saved, trainer):
-                vars(self).update(self._before, _last_checkpoint_saved="", _last_global_step_saved=0, _announced=True)
+            if io.after_saves is not None:
+                on_rank_zero(trainer.strategy, io.wait, "could not write a checkpoint")
+        except Exception:
+            if not self.file_exists(self._last.path, trainer):
+                self._ranking, self._last = self._last.settled or self._ranking, _LastSave()
             raise
         finally:
-            if not self._announced:
-                self._announce(trainer)
+            self._announce(trainer)
+            self._last = replace(self._last, settled=self._ranking)
 
     def _announce(self, trainer: Trainer) -> None:
-        self._announced = True
+        """Tell the loggers of the newest checkpoint, if they do not know of it."""
+        if self._last.announced:
+            return
+        self._last = replace(self._last, announced=True)
         for logger in trainer.loggers if trainer.is_global_zero else ():
             logger.after_save_checkpoint(self)
 
     def _save_files(self, trainer: Trainer) -> None:
         metrics = self._candidates(trainer)
         self._pending = False
-        self._before = {name: getattr(self, name) for name in _RANKING}
-        stale = [self.last_model_path] if self.save_last else []
+        previous = self.last_model_path
+        replaced = [previous] if self.save_last else []
         try:
             if self.save_last:  # first, so that every file of this save knows of it
                 self.last_model_path = self._path_of_last(trainer, metrics)
             if self.save_top_k != 0:
-                stale += (self._save_best if self.monitor is not None else self._save_newest)(trainer, metrics)
+                replaced += (self._save_newest if self.monitor is None else self._save_best)(trainer, metrics)
             if self.save_last:
                 self._save_last(trainer)
         except BaseException:
-            if self.save_last:
-                self.last_model_path = stale[0]
+            self.last_model_path = previous
             raise
-        self._remove(trainer, stale)
+        self._remove(trainer, replaced)
 
     def _save_newest(self, trainer: Trainer, metrics: dict[str, Any]) -> list[str]:
-        previous = self.best_model_path if self.save_top_k == 1 else ""
-        path = self._free_path(trainer, metrics, reuse=previous)
-        self._write(trainer, path, {"best_model_path": path})
-        return [previous]
+        """Save without a metric, and return the paths that the new file replaces."""
+        path = self._free_path(trainer, metrics, reuse=[self.best_model_path] if self.save_top_k == 1 else [])
+        ranking, replaced = self._ranking.with_newest(path)
+        self._write(trainer, path, ranking)
+        return replaced
 
     def _save_best(self, trainer: Trainer, metrics: dict[str, Any]) -> list[str]:
-        current = self._metric.read(trainer, metrics)
+        """Save if the metric is good enough, and return the paths that the new file replaces."""
+        current = self._metric.read(trainer.strategy, metrics)
         if current is None:
             self._await_metric(trainer, metrics)
             return []
         metrics[self._metric.name] = current  # read from the device once
         if torch.isnan(current):
-            rank_zero_warn(f"{self._metric.owner}: the value is nan, which ranks as {self._metric.worst}.")
-            current = torch.full_like(current, self._metric.worst)
+            rank_zero_warn(f"{self._metric.owner}: the value is nan, which ranks as the worst value.")
         where = f"Epoch {trainer.current_epoch}, global step {trainer.global_step}: {self.monitor!r}"
-        if not self._ranks(current):
+        if not self._ranking.has_room_for(current):
             if self.verbose:
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return []
-        full = len(self.best_k_models) == self.save_top_k
-        evicted = self.kth_best_model_path if full else ""
-        path = self._free_path(trainer, metrics, reuse=evicted)
-        kept = {**{p: score for p, score in self.best_k_models.items() if p != evicted}, path: current}
-        ranking = self._ranking(kept, current)
+        path = self._free_path(trainer, metrics, reuse=self._ranking.surplus())
+        ranking, replaced = self._ranking.with_candidate(current, path)
         if self.verbose:
-            best = float(ranking["best_model_score"])
+            score, best = (float(ranking.best_k_models[each]) for each in (path, ranking.best_model_path))
             rank_zero_info(
-                f"{where} reached {float(current):0.5f} (best {best:0.5f}), saving model to {path!r} "
-                f"as top {self.save_top_k}"
+                f"{where} reached {score:0.5f} (best {best:0.5f}), saving model to {path!r} as top {self.save_top_k}"
             )
         self._write(trainer, path, ranking)
-        return [evicted]
-
-    def _ranking(self, kept: dict[str, Tensor], current: Tensor | None) -> dict[str, Any]:
-        best, worst = (min, max) if self.mode == "min" else (max, min)
-        first = best(kept, key=lambda path: float(kept[path])) if kept else ""
-        full = bool(kept) and (self.save_top_k == -1 or len(kept) >= self.save_top_k)
-        last = worst(kept, key=lambda path: float(kept[path])) if full else ""
-        return {
-            "best_k_models": kept,
-            "best_model_path": first,
-            "best_model_score": kept.get(first),
-            "current_score": current,
-            "kth_best_model_path": last,
-            "kth_value": kept.get(last, torch.tensor(self._metric.worst)),
-        }
+        return replaced
 
     def _await_metric(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        """Nothing has logged the metric: wait for it while it may still come, else stop, with the state saved."""
+        """Wait for a metric that was not logged while it may still come; otherwise save the state and stop."""
         if not self._metric.overdue(trainer):
             self._pending = True
             return
-        path = self._free_path(trainer, metrics)
-        self._write(trainer, path)
+        path = self._save_unranked(trainer, metrics)
         raise MisconfigurationException(
             f"{self._metric.missing(metrics)} Log it with `self.log({self.monitor!r}, value)` or monitor another. The "
             f"state was saved as {path!r}; training can go on from there with `fit(..., ckpt_path=...)`."
         )
 
+    def _save_unranked(self, trainer: Trainer, metrics: dict[str, Any]) -> str:
+        path = self._free_path(trainer, metrics)
+        self._write(trainer, path, self._ranking)
+        return path
+
     def _path_of_last(self, trainer: Trainer, metrics: dict[str, Any]) -> str:
-        return self._free_path(trainer, metrics, reuse=self.last_model_path, template=self.CHECKPOINT_NAME_LAST)
+        return self._free_path(trainer, metrics, reuse=[self.last_model_path], template=self.CHECKPOINT_NAME_LAST)
 
     def _save_last(self, trainer: Trainer) -> None:
-        path = self.last_model_path
-        just_saved = self._last_checkpoint_saved if self._last_global_step_saved == trainer.global_step else ""
-        if just_saved not in ("", path):
-            symbolic, after_saves = self.save_last == "link", trainer.strategy.checkpoint_io.after_saves
-            if from_rank_zero(
-                trainer, lambda: link_checkpoint(just_saved, path, symbolic=symbolic, after_saves=after_saves)
-            ):
-                return
-        self._write(trainer, path)
+        """Give the checkpoint just saved the name ``last_model_path``, or write one where that cannot be."""
+        path, last, after_saves = self.last_model_path, self._last, trainer.strategy.checkpoint_io.after_saves
+        if (
+            last.step != trainer.global_step
+            or last.path in ("", path)
+            or not on_rank_zero(
+                trainer.strategy,
+                lambda: link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=after_saves),
+                f"could not link {path!r}",
+            )
+        ):
+            self._write(trainer, path, self._ranking)
 
     # ------------------------------------------------------------------------------------------------ files
 
-    def _write(self, trainer: Trainer, path: str, ranking: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint that knows of itself; if that fails, this callback does not know of it either."""
-        before = {name: getattr(self, name) for name in (*_RANKING, "_last_global_step_saved")}
-        vars(self).update({**(ranking or {}), "_last_global_step_saved": trainer.global_step})
+    def _write(self, trainer: Trainer, path: str, ranking: Ranking) -> None:
+        """Write a checkpoint that knows of itself: ``ranking`` is in it, and stays if the write succeeds."""
+        before = self._ranking, self._last
+        self._ranking = ranking
+        self._last = replace(self._last, path=path, step=trainer.global_step, announced=False)
         try:
             trainer.save_checkpoint(path, self.save_weights_only)
         except BaseException:
-            vars(self).update(before)
+            self._ranking, self._last = before
             raise
-        self._last_checkpoint_saved = path
-        self._announced = False
         if trainer.strategy.checkpoint_io.after_saves is None:
             self._announce(trainer)
 
-    def _remove(self, trainer: Trainer, stale: list[str]) -> None:
-        """Remove checkpoints of this callback that were replaced; called when all that replaces them is written."""
-        if not trainer.is_global_zero:
-            return
-        kept = {self.best_model_path, self.last_model_path, self._last_checkpoint_saved, *self.best_k_models}
-        for path in stale:
-            if not path or path in kept or not self._owns(trainer, path):
-                continue
-            io = trainer.strategy.checkpoint_io
-            try:
-                if path_exists(path) and not os.path.islink(path):
-                    io.remove_checkpoint(path)
-                tidy = partial(remove_link_and_empty_folders, path, self.dirpath or "")
-                io.after_saves(tidy) if io.after_saves is not None else tidy()
-            except (OSError, CheckpointError) as error:  # a file too many is no reason to stop training
-                rank_zero_warn(f"ModelCheckpoint could not remove {path!r}: {error}")
-
-    def _owns(self, trainer: Trainer, path: str) -> bool:
-        """Not the file that the run was resumed from, nor one of another folder."""
-        folder, name = os.path.split(os.fspath(trainer.ckpt_path or ""))
-        if name and os.path.join(absolute(folder or os.curdir), name) == path:  # a link is the link, not its target
-            return False
-        return path.startswith(os.path.join(self.dirpath or "", ""))
+    def _remove(self, trainer: Trainer, replaced: list[str]) -> None:
+        """Remove checkpoints of this callback; called when everything that replaces them is written."""
+        folder = os.path.join(self.dirpath or "", "")
+        kept = {"", self.best_model_path, self.last_model_path, self._last.path, *self.best_k_models}
+        for path in replaced if trainer.is_global_zero else ():
+            ours = path.startswith(folder) and not is_resumed_from(path, os.fspath(trainer.ckpt_path or ""))
+            if ours and path not in kept:
+                remove_replaced(path, self.dirpath or "", trainer.strategy.checkpoint_io)
 
     def format_checkpoint_name(
         self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
     ) -> str:
-        """The path of a checkpoint.
+        """Return the path of a checkpoint.
 
         Args:
             metrics: values for the fields; one that is missing counts as 0.
-            filename: the template; default: this callback's.
-            ver: the version to append.
-            prefix: what to put before the name.
+            filename: the template. Default: the template of this callback.
+            ver: the version to append. Default: none.
+            prefix: what to put before the name. Default: nothing.
         """
         join = self.CHECKPOINT_JOIN_CHAR
         template = filename or self.filename or f"{{epoch}}{join}{{step}}"
@@ -507,62 +451,50 @@ class ModelCheckpoint(Checkpoint):
         return os.path.join(self.dirpath, name) if self.dirpath else name
 
     def file_exists(self, filepath: PathLike, trainer: Trainer) -> bool:
-        """Whether something lies at a path, as rank 0 sees it."""
-        return from_rank_zero(trainer, lambda: path_exists(os.fspath(filepath)))
+        """Tell whether anything lies at a path, as rank 0 sees it."""
+        path = os.fspath(filepath)
+        return on_rank_zero(trainer.strategy, lambda: path_exists(path), f"could not look at {path!r}")
 
     def _free_path(
-        self, trainer: Trainer, metrics: dict[str, Any], reuse: str = "", template: str | None = None
+        self, trainer: Trainer, metrics: dict[str, Any], reuse: Collection[str] = (), template: str | None = None
     ) -> str:
-        """Rank 0's choice of a path where nothing lies, or that of the file to be replaced."""
+        """Return rank 0's choice of a path where nothing lies, or of a file to be replaced."""
 
         def choose() -> str:
             path = self.format_checkpoint_name(metrics, template)
             version = self.STARTING_VERSION
-            while self._enable_version_counter and path != reuse and path_exists(path):
+            while self._enable_version_counter and path not in reuse and path_exists(path):
                 path = self.format_checkpoint_name(metrics, template, ver=version)
                 version += 1
             return path
 
-        return from_rank_zero(trainer, choose)
-
-    def _warn_if_not_empty(self, trainer: Trainer) -> None:
-        folder = self.dirpath or ""
-        resumed = trainer.ckpt_path
-        if not is_local(folder) or not os.path.isdir(folder) or not os.listdir(folder):
-            return
-        if resumed and Path(folder) in Path(absolute(os.fspath(resumed))).parents:
-            return  # the run goes on where it left off
-        rank_zero_warn(f"The checkpoint folder {folder} is not empty: files of another run may lie there.")
+        return on_rank_zero(trainer.strategy, choose, "could not choose a name for a checkpoint")
 
     def _forget_missing_files(self, trainer: Trainer) -> None:
-        """After a resume: what the checkpoint ranks may have been removed since it was written."""
+        """Drop from the ranking, after a resume, what was removed since the checkpoint was written."""
         self._restored = False
-        paths = [*self.best_k_models, self.best_model_path, self.last_model_path]
-        gone = set(from_rank_zero(trainer, lambda: [path for path in paths if path and not path_exists(path)]))
-        if not gone:
-            return
-        if gone & set(self.best_k_models):
-            kept = {path: score for path, score in self.best_k_models.items() if path not in gone}
-            vars(self).update(self._ranking(kept, self.current_score))
-        elif self.best_model_path in gone:
-            self.best_model_path = ""
-        if self.last_model_path in gone:
-            self.last_model_path = ""
-        rank_zero_warn(f"ModelCheckpoint forgets checkpoints that are not there any more: {', '.join(sorted(gone))}.")
+        paths = sorted({*self.best_k_models, self.best_model_path, self.last_model_path} - {""})
+        gone = on_rank_zero(
+            trainer.strategy,
+            lambda: [path for path in paths if not path_exists(path)],
+            "could not look for checkpoints",
+        )
+        if gone:
+            self._ranking = self._ranking.without_files(gone)
+            rank_zero_warn(f"ModelCheckpoint forgets checkpoints that are not there any more: {', '.join(gone)}.")
 
     def to_yaml(self, filepath: PathLike | None = None) -> None:
         """Write ``best_k_models``, path: score, to a YAML file (default: ``best_k_models.yaml`` in ``dirpath``)."""
-        import fsspec
+        import fsspec  # heavy, and only this method needs it
 
-        lines = [f"{json.dumps(p)}: {yaml_number(float(score))}\n" for p, score in self.best_k_models.items()]
         target = os.fspath(filepath) if filepath else os.path.join(self.dirpath or "", "best_k_models.yaml")
         with fsspec.open(target, "w") as file:
-            file.write("".join(lines) or "{}\n")
+            file.write(self._ranking.as_yaml())
 
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Paths and scores; the keys but the last two are Lightning's."""
+        """Return paths and scores; the keys but the last two are Lightning's."""
         return {
             "monitor": self.monitor,
             "best_model_score": self.best_model_score,
@@ -574,24 +506,19 @@ class ModelCheckpoint(Checkpoint):
             "kth_value": self.kth_value,
             "last_model_path": self.last_model_path,
             "pending": self._pending,
-            "last_global_step_saved": self._last_global_step_saved,
+            "last_global_step_saved": self._last.step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back paths and scores; of another folder only ``best_model_path``."""
+        """Take back paths and scores; from a run that wrote to another folder only ``best_model_path``."""
         folder = state_dict.get("dirpath", self.dirpath)
         if self.dirpath in (None, folder):  # None: not settled yet
-            self.best_model_score = state_dict.get("best_model_score")
-            self.kth_best_model_path = state_dict.get("kth_best_model_path", self.kth_best_model_path)
-            self.kth_value = state_dict.get("kth_value", self.kth_value)
-            self.best_k_models = dict(state_dict.get("best_k_models", self.best_k_models))
-            self.last_model_path = state_dict.get("last_model_path", self.last_model_path)
-            self._pending = state_dict.get("pending", False)
-            self._last_global_step_saved = state_dict.get("last_global_step_saved", 0)
-            self._restored = True
-        else:
-            rank_zero_warn(
-                f"The checkpoint was written for the folder {folder!r}, this run writes to {self.dirpath!r}: the "
-                "ranking starts anew, and only `best_model_path` is taken over."
-            )
+            self._ranking = self._ranking.restored(state_dict)
+            self._last = replace(self._last, step=state_dict.get("last_global_step_saved", 0))
+            self._pending, self._restored = state_dict.get("pending", False), True
+            return
+        rank_zero_warn(
+            f"The checkpoint was written for the folder {folder!r}, this run writes to {self.dirpath!r}: the ranking "
+            "starts anew, and only `best_model_path` is taken over."
+        )
         self.best_model_path = state_dict.get("best_model_path", self.best_model_path)

@@ -6,10 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 from treadle.callbacks.checkpoint import Checkpoint
-from treadle.callbacks.checkpoint_name import path_exists
-from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_info, rank_zero_warn
-from treadle_fabric.types import PathLike
+from treadle.callbacks.checkpoints.paths import path_exists
+from treadle_fabric import MisconfigurationException, PathLike, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -21,11 +19,11 @@ class OnExceptionCheckpoint(Checkpoint):
     """Save one checkpoint when an exception, Ctrl+C included, ends training; a later run that ends well removes it.
 
     Args:
-        dirpath: the folder.
-        filename: without extension.
+        dirpath: the folder of the checkpoint.
+        filename: the name of the checkpoint, without extension.
 
     Raises:
-        MisconfigurationException: for an empty name.
+        MisconfigurationException: ``filename`` is empty.
     """
 
     FILE_EXTENSION = ".ckpt"
@@ -33,22 +31,24 @@ class OnExceptionCheckpoint(Checkpoint):
     def __init__(self, dirpath: PathLike, filename: str = "on_exception") -> None:
         super().__init__()
         if not filename:
-            raise MisconfigurationException("OnExceptionCheckpoint(filename=''): the file needs a name.")
+            raise MisconfigurationException(
+                "OnExceptionCheckpoint(filename=''): the file needs a name, such as the default 'on_exception'."
+            )
         self.dirpath = os.fspath(dirpath)
         self.filename = filename
         self._saved = False
 
     @property
     def ckpt_path(self) -> str:
-        """Where the checkpoint goes."""
+        """The path of the checkpoint."""
         return os.path.join(self.dirpath, self.filename + self.FILE_EXTENSION)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """A run begins, and nothing was saved in it."""
+        """Begin a run: nothing has been saved in it."""
         self._saved = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, over an earlier one."""
+        """Save the state, in place of an earlier checkpoint."""
         if trainer.state.fn != "fit" or trainer.fast_dev_run:
             return
         try:
@@ -60,6 +60,6 @@ class OnExceptionCheckpoint(Checkpoint):
         rank_zero_info(f"{type(exception).__name__}: the state was saved as {self.ckpt_path!r}.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Training ended well: what an earlier one left is of no use any more."""
+        """Remove the checkpoint of an earlier run when training ended well: it is of no use any more."""
         if stage == "fit" and not self._saved and trainer.is_global_zero and path_exists(self.ckpt_path):
             trainer.strategy.checkpoint_io.remove_checkpoint(self.ckpt_path)

@@ -6,7 +6,7 @@ from typing import Any
 
 from treadle.callbacks.model_summary import ModelSummary
 from treadle.callbacks.progress.display import require_package
-from treadle.model_summary import totals
+from treadle.callbacks.summary.formatting import Totals
 
 __all__ = ["RichModelSummary"]
 
@@ -15,7 +15,7 @@ class RichModelSummary(ModelSummary):
     """The table of :class:`ModelSummary`, drawn by rich.
 
     Args:
-        max_depth: layers of layers to show: 1 for the top level, -1 for all; 0 turns it off.
+        max_depth: how many levels of layers to show: 1 for the top level, -1 for all; 0 prints nothing.
         **summarize_kwargs: ``header_style`` (default "bold magenta"), and what :class:`rich.table.Table` takes.
 
     Raises:
@@ -36,7 +36,8 @@ class RichModelSummary(ModelSummary):
         total_flops: int,
         **summarize_kwargs: Any,
     ) -> None:
-        """Print the table; override it to print another."""
+        """Print the table; override this method to print another one."""
+        # rich is optional, and takes long to import
         from rich.console import Console
         from rich.table import Table
 
@@ -49,8 +50,7 @@ class RichModelSummary(ModelSummary):
             table.add_row(*(cell.strip() for cell in row))
         console.print(table, markup=False)
         below = Table.grid(padding=(0, 1))
-        for label, value in totals(
-            total_parameters, trainable_parameters, model_size, total_training_modes, total_flops
-        ):
+        totals = Totals(total_parameters, trainable_parameters, model_size, total_training_modes, total_flops)
+        for label, value in totals.rows():
             below.add_row(f"[bold]{label}[/]:", value)
         console.print(below)

@@ -1,4 +1,4 @@
-"""Timer: measures the time spent in each stage, and ends training when it is up."""
+"""Timer: measures the time spent in each stage, and ends training when the time is up."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.monitored_metric import from_rank_zero
+from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
 from treadle.durations import parse_duration
 from treadle.stages import RunningStage
-from treadle_fabric.coordination.step_clock import StepClock
-from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.rank_zero import rank_zero_info
+from treadle_fabric import MisconfigurationException, rank_zero_info
+from treadle_fabric.coordination import StepClock
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -24,25 +23,25 @@ _STAGES: Final = ("train", "sanity_check", "validate", "test", "predict")
 
 
 class Interval(StrEnum):
-    """When the time is checked."""
+    """When :class:`Timer` checks the time."""
 
     step = "step"
     epoch = "epoch"
 
 
 class Timer(Callback):
-    """Measure the time spent in each stage, and end training when its time is up. Checkpoints keep the time spent.
+    """Measure the time spent in each stage, and end training when the time is up. Checkpoints keep the time spent.
 
-    With several processes rank 0's clock counts, so that they stop at the same step.
+    With several processes rank 0's clock counts, so that all ranks stop at the same step.
 
     Args:
-        duration: for training, validation within it included: "DD:HH:MM:SS", a timedelta, or a dictionary of
-            timedelta's arguments. None only measures.
-        interval: check after each "step" or "epoch".
-        verbose: say when time is up.
+        duration: the time for training, with the validation in between: "DD:HH:MM:SS", a timedelta, or a dictionary
+            of the arguments of a timedelta. None: only measure.
+        interval: check the time after each "step" or "epoch".
+        verbose: print a line when the time is up.
 
     Raises:
-        MisconfigurationException: for a duration or an interval that is none.
+        MisconfigurationException: ``duration`` is no duration, or ``interval`` is neither "step" nor "epoch".
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class Timer(Callback):
     ) -> None:
         super().__init__()
         if interval not in tuple(Interval):
-            raise MisconfigurationException(f"Timer(interval={interval!r}): it is 'step' or 'epoch'.")
+            raise MisconfigurationException(f"Timer(interval={interval!r}): it must be 'step' or 'epoch'.")
         parsed = parse_duration(duration, "Timer(duration)")
         self._duration = None if parsed is None else parsed.total_seconds()
         self._interval = Interval(interval)
@@ -61,26 +60,26 @@ class Timer(Callback):
         self._checks_steps = self._duration is not None and self._interval is Interval.step
         self._start_time: dict[str, float] = {}
         self._end_time: dict[str, float] = {}
-        self._spent = dict.fromkeys(_STAGES, 0.0)  # by runs of a stage that are over, earlier processes included
+        self._spent = dict.fromkeys(_STAGES, 0.0)  # seconds in ended runs of a stage, earlier processes included
         self._clock: StepClock | None = None
 
     def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
-        """When a stage last began, on the clock of :func:`time.monotonic`; None: not yet."""
+        """Return when a stage last began, on the clock of :func:`time.monotonic`; None if it never did."""
         return self._start_time.get(_stage(stage))
 
     def end_time(self, stage: str = RunningStage.TRAINING) -> float | None:
-        """When a stage last ended, on the clock of :func:`time.monotonic`; None: it has not ended."""
+        """Return when a stage last ended, on the clock of :func:`time.monotonic`; None if it has not ended."""
         return self._end_time.get(_stage(stage))
 
     def time_elapsed(self, stage: str = RunningStage.TRAINING) -> float:
-        """Seconds spent in a stage so far, before a resume included."""
+        """Return the seconds spent in a stage so far, those before a resume included."""
         stage = _stage(stage)
         start = self._start_time.get(stage)
         running = start is not None and stage not in self._end_time
         return self._spent[stage] + (time.monotonic() - start if running and start is not None else 0.0)
 
     def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
-        """Seconds until the duration is spent in a stage; None without a duration."""
+        """Return the seconds that are left for a stage; None without a duration."""
         return None if self._duration is None else self._duration - self.time_elapsed(stage)
 
     def _begin(self, stage: str) -> None:
@@ -93,49 +92,49 @@ class Timer(Callback):
             self._spent[stage] += now - self._start_time[stage]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time may be up before training begins, after a resume."""
+        """Check the time: after a resume it may be up before training begins."""
         self._clock = StepClock(trainer.fabric)
         self._check(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training time begins."""
+        """Begin to measure training."""
         self._begin("train")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training time ends."""
+        """End measuring training."""
         self._end("train")
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Its time begins."""
+        """Begin to measure the sanity check."""
         self._begin("sanity_check")
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Its time ends."""
+        """End measuring the sanity check."""
         self._end("sanity_check")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation time begins."""
+        """Begin to measure validation; the sanity check does not count as one."""
         if not trainer.sanity_checking:
             self._begin("validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation time ends."""
+        """End measuring validation."""
         self._end("validate")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test time begins."""
+        """Begin to measure testing."""
         self._begin("test")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test time ends."""
+        """End measuring testing."""
         self._end("test")
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prediction time begins."""
+        """Begin to measure prediction."""
         self._begin("predict")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prediction time ends."""
+        """End measuring prediction."""
         self._end("predict")
 
     def on_train_batch_end(
@@ -154,7 +153,7 @@ class Timer(Callback):
 
     def _check(self, trainer: Trainer) -> None:
         remaining = self.time_remaining()
-        if remaining is not None and from_rank_zero(trainer, lambda: remaining <= 0):
+        if remaining is not None and on_rank_zero(trainer.strategy, lambda: remaining <= 0, "could not tell the time"):
             self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:
@@ -164,16 +163,16 @@ class Timer(Callback):
             rank_zero_info(f"Time limit reached. Elapsed time is {spent}. Signaling Trainer to stop.")
 
     def state_dict(self) -> dict[str, Any]:
-        """The seconds spent in each stage."""
+        """Return the seconds spent in each stage."""
         return {"time_elapsed": {stage: self.time_elapsed(stage) for stage in _STAGES}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting from the seconds spent before."""
+        """Count on from the seconds that were spent before."""
         self._spent.update(state_dict.get("time_elapsed", {}))
 
 
 def _stage(stage: str) -> str:
     name = str(getattr(stage, "value", stage))
     if name not in _STAGES:
-        raise MisconfigurationException(f"Timer knows no stage {name!r}; it is one of {', '.join(_STAGES)}.")
+        raise MisconfigurationException(f"Timer knows no stage {name!r}: it must be one of {', '.join(_STAGES)}.")
     return name

@@ -1,4 +1,10 @@
-"""Progress bars."""
+"""Progress bars.
+
+Open ``progress_bar.py`` first: the base that users subclass, and below it what the bars here have in common.
+``display.py`` has the parts of a bar; ``tqdm_progress.py``, ``rich_progress.py`` and ``plain_progress.py`` draw it.
+
+These modules import the runtime, and of the callbacks only the base ``callbacks/callback.py``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +15,7 @@ from treadle.callbacks.progress.plain_progress import PlainProgressBar
 from treadle.callbacks.progress.progress_bar import ProgressBar
 from treadle.callbacks.progress.rich_progress import RichProgressBar, RichProgressBarTheme
 from treadle.callbacks.progress.tqdm_progress import TQDMProgressBar
-from treadle_fabric.rank_zero import rank_zero_info
+from treadle_fabric import rank_zero_info
 
 __all__ = [
     "PlainProgressBar",
@@ -22,7 +28,7 @@ __all__ = [
 
 
 def default_progress_bar() -> ProgressBar:
-    """The bar of a Trainer that was given none: tqdm's, else rich's, else plain lines."""
+    """Return the bar of a Trainer for which the user chose none: tqdm's, else rich's, else plain lines."""
     if importlib.util.find_spec("tqdm") is not None:
         return TQDMProgressBar()
     if importlib.util.find_spec("rich") is not None:

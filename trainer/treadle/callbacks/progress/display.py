@@ -1,4 +1,4 @@
-"""What progress bars are made of: the count of one pass over a loader, the place where it appears, and its numbers."""
+"""What progress bars are made of: the count of one pass over a loader, the place that shows it, and its numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric import MisconfigurationException
 
 __all__ = [
     "Bar",
@@ -31,48 +31,48 @@ _MEMORY = 10.0  # seconds over which the displayed speed is averaged
 
 
 def require_package(name: str, wanted_by: str) -> None:
-    """Raise, with the remedy, when an optional package is not installed."""
+    """Raise an error, with the remedy, when an optional package is not installed."""
     if importlib.util.find_spec(name) is None:
         raise MisconfigurationException(
             f"{wanted_by} needs the package {name}, which is not installed: `pip install treadle[trainer]` or "
-            f"`pip install {name}`. PlainProgressBar and ModelSummary need nothing."
+            f"`pip install {name}`. PlainProgressBar and ModelSummary need no package."
         )
 
 
 def is_notebook() -> bool:
-    """Whether this is a Jupyter kernel."""
+    """Tell whether this process is a Jupyter kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and "IPKernelApp" in shell.config
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a line written to ``stream`` can be written over."""
+    """Tell whether a line that was written to ``stream`` can be written over."""
     if "PYCHARM_HOSTED" in os.environ and stream in (sys.__stdout__, sys.__stderr__):
-        return True  # its console is no tty, and does understand a carriage return
+        return True  # the console of PyCharm is no tty, but understands a carriage return
     return bool(getattr(stream, "isatty", lambda: False)()) and os.environ.get("TERM") != "dumb"
 
 
 @dataclass(slots=True, eq=False)
 class Bar:
-    """One epoch, or one pass over an evaluation loader, being counted."""
+    """The count of one epoch, or of one pass over an evaluation loader."""
 
     stage: Stage
     description: str
     total: int | None
-    """Batches, None when unknown."""
+    """The number of batches; None when unknown."""
     initial: int = 0
-    """Batches that were done before this process began."""
+    """The number of batches that were done before this process began."""
     temporary: bool = False
-    """Disappears when it is done."""
+    """Whether the bar disappears when it is done."""
     n: int = 0
-    """Batches done."""
+    """The number of batches done."""
     started: float = field(default_factory=monotonic)
     drawn_n: int = -1
-    """The count that is on display, -1 for none."""
+    """The count that is on display; -1 for none."""
     drawn_at: float = -math.inf
     rate: float | None = None
-    """Batches a second lately, time spent in nested stages left out."""
+    """Recent batches a second, without the time spent in nested stages."""
     _measured_n: int = 0
     _measured_at: float = 0.0
     _window: tuple[float, float] = (0.0, 0.0)
@@ -83,17 +83,17 @@ class Bar:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it began."""
+        """The seconds since the bar began."""
         return monotonic() - self.started
 
     @property
     def known_total(self) -> int | None:
-        """The total, unless the count went past it."""
+        """The total, or None if the count went past it."""
         return None if self.total is None or self.n > self.total else self.total
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to go, where that can be told."""
+        """The seconds that are left; None when unknown."""
         total = self.known_total
         return None if total is None or not self.rate else (total - self.n) / self.rate
 
@@ -108,11 +108,11 @@ class Bar:
         self._measured_n, self._measured_at = self.n, now
 
     def skip(self, batches: int) -> None:
-        """Leave the next batches out of :attr:`rate`: nobody knows how long they took."""
+        """Leave a number of batches out of :attr:`rate`: how long they took is not known."""
         self._measured_n += batches
 
     def pause(self, seconds: float) -> None:
-        """Something else ran for that long."""
+        """Leave a number of seconds out of :attr:`rate`: something else ran."""
         self._measured_at += seconds
 
 
@@ -120,19 +120,19 @@ class Display(ABC):
     """Where bars appear: lines of a log file, a terminal, a notebook."""
 
     records: bool
-    """Every bar is drawn once more when it is done, and none before its first batch: what was drawn stays."""
+    """Whether what is drawn stays. Then a bar is drawn once more when it is done, and never before its first batch."""
 
     @abstractmethod
     def interval(self, elapsed: float) -> float:
-        """Seconds between two redraws, ``elapsed`` seconds after the run began."""
+        """Return the seconds between two redraws, ``elapsed`` seconds after the run began."""
 
     @abstractmethod
     def draw(self, bar: Bar, metrics: dict[str, Any] | None) -> None:
-        """Show ``bar`` as it is now; ``metrics`` None leaves those on display."""
+        """Show ``bar`` as it is now; with ``metrics`` None, the metrics on display stay."""
 
     @abstractmethod
     def close(self, stage: Stage, keep: bool) -> None:
-        """No more of this stage for now: leave what is drawn, or take it away."""
+        """End the bar of a stage: leave what is drawn (``keep``), or take it away."""
 
     @abstractmethod
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -140,11 +140,11 @@ class Display(ABC):
 
     @abstractmethod
     def shutdown(self) -> None:
-        """Give the terminal back as it was found."""
+        """Leave the terminal as it was before the run."""
 
 
 def format_metric(value: Any) -> str:
-    """Three significant digits, always as many characters for numbers of one size, so that the line stands still."""
+    """Return three significant digits; numbers of one size have the same length, so that the line does not move."""
     if hasattr(value, "item") and getattr(value, "size", None) is not None:
         try:
             value = value.item()
@@ -154,14 +154,14 @@ def format_metric(value: Any) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """``MM:SS``, or ``H:MM:SS`` from an hour on."""
+    """Return ``MM:SS``, or ``H:MM:SS`` from an hour on."""
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m:02d}:{s:02d}"
 
 
 def format_rate(rate: float | None) -> str:
-    """Batches a second, or seconds a batch when those are slow."""
+    """Return batches a second, or seconds a batch when batches are slow."""
     if not rate:
         return "?it/s"
     if rate < 1:

@@ -1,4 +1,4 @@
-"""Progress as plain lines, for log files and for installations without tqdm and rich."""
+"""A progress bar made of plain lines, for log files and for installations without tqdm and rich."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["LinesDisplay", "PlainProgressBar"]
 
 
 class LinesDisplay(Display):
-    """One line at the end of every epoch and evaluation loader, and in between one every 2 to 60 seconds.
+    """Lines: one at the end of every epoch and evaluation loader, and in between one every 2 to 60 seconds.
 
-    The lines grow sparser as the run grows older, so that a first look comes soon and a week fits into a log file.
+    The longer the run, the fewer the lines: the first one comes soon, and the lines of a week fit into a log file.
     """
 
     records = True
@@ -23,11 +23,11 @@ class LinesDisplay(Display):
         self._metrics: dict[str, Any] = {}
 
     def interval(self, elapsed: float) -> float:
-        """A tenth of the time so far, within 2 and 60 seconds."""
+        """Return a tenth of the time so far, but 2 seconds at least and 60 at most."""
         return min(60.0, max(2.0, elapsed / 10))
 
     def draw(self, bar: Bar, metrics: dict[str, Any] | None) -> None:
-        """Print the line."""
+        """Print a line."""
         if metrics is not None:
             self._metrics = metrics
         total = bar.known_total
@@ -42,21 +42,21 @@ class LinesDisplay(Display):
         builtins.print(f"{bar.description}: {share}{count} [{', '.join(facts)}]", flush=True)
 
     def close(self, stage: Stage, keep: bool) -> None:
-        """A printed line stays."""
+        """Do nothing: a printed line stays."""
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """The built-in ``print``."""
+        """Print with the built-in ``print``."""
         builtins.print(*args, **kwargs)
 
     def shutdown(self) -> None:
-        """Nothing was taken."""
+        """Do nothing: the terminal is as it was."""
 
 
 class PlainProgressBar(TimedProgressBar):
-    """Progress in plain lines: at the end of every epoch and, in long ones, every 2 to 60 seconds. Needs no package.
+    """Print a line at the end of every epoch and, in long epochs, every 2 to 60 seconds. No package is needed.
 
     Args:
-        refresh_rate: not more often than every that many batches; 0 turns it off.
+        refresh_rate: print at most once in that many batches; 0 prints nothing.
     """
 
     def __init__(self, refresh_rate: int = 1) -> None:

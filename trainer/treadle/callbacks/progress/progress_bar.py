@@ -1,7 +1,7 @@
-"""Progress bars: the base users subclass, and the common clockwork of the ones that come along.
+"""Progress bars: the base that users subclass, and what the bars of this package have in common.
 
-Counting is one assignment and one look at the clock per batch. Everything that costs (metrics brought to the host,
-text, terminal) happens when a redraw is due, and takes at most a tenth of the time.
+Counting is one assignment and one look at the clock per batch. What costs more (to bring metrics to the host, to make
+text, to write to the terminal) happens when a redraw is due, and takes at most a tenth of the time.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.progress.display import Bar, Display, Stage
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric import MisconfigurationException, check_integer
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["ProgressBar", "TimedProgressBar"]
 
-_SHORT = 1.0  # seconds: what takes less is not worth a redraw out of turn
+_SHORT = 1.0  # seconds: a stage that takes less is not worth a redraw of its own
 _STALE = 1.0  # seconds after which refresh_rate no longer holds a redraw back: slow batches must not look like a hang
-_LONGEST = 5.0  # seconds: the longest that an expensive redraw puts off the next
+_LONGEST = 5.0  # seconds: the longest time by which an expensive redraw delays the next
 
 
 class ProgressBar(Callback):
-    r"""Base of every progress bar: descriptions, totals and metrics. It draws nothing itself.
+    r"""Base of every progress bar: descriptions, totals and metrics. The base draws nothing itself.
 
-    For a bar of your own, subclass and override the hooks; :meth:`setup` disables the bar on ranks other than 0.
+    For a bar of your own, subclass it and override the hooks; :meth:`setup` disables the bar on ranks other than 0.
 
     Example::
 
@@ -63,7 +63,7 @@ class ProgressBar(Callback):
 
     @property
     def refresh_rate(self) -> int:
-        """Batches that lie between two redraws at least; 0 for no bar."""
+        """The least number of batches between two redraws; 0 for no bar."""
         return self._refresh_rate
 
     @property
@@ -78,7 +78,7 @@ class ProgressBar(Callback):
 
     @property
     def train_description(self) -> str:
-        """The label of training, before the epoch is known."""
+        """The label of training, without the number of the epoch."""
         return "Training"
 
     @property
@@ -98,13 +98,13 @@ class ProgressBar(Callback):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of a training epoch; ``inf`` when the loader has no length."""
+        """The batches of a training epoch; ``inf`` when the loader has no length."""
         batches: int | float = self.trainer.num_training_batches
         return batches
 
     @property
     def total_val_batches(self) -> int | float:
-        """Batches of one validation over all its loaders; 0 in an epoch without validation, ``inf`` when unknown."""
+        """The batches of one validation, of all loaders; 0 in an epoch without validation, ``inf`` when unknown."""
         trainer = self.trainer
         if trainer.state.fn == "fit":
             every = trainer.check_val_every_n_epoch
@@ -115,7 +115,7 @@ class ProgressBar(Callback):
 
     @property
     def total_val_batches_current_dataloader(self) -> int | float:
-        """Batches of the validation (or sanity check) loader that runs now."""
+        """The batches of the validation (or sanity check) loader that runs now."""
         trainer = self.trainer
         return self._of_current_loader(
             trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
@@ -123,12 +123,12 @@ class ProgressBar(Callback):
 
     @property
     def total_test_batches_current_dataloader(self) -> int | float:
-        """Batches of the test loader that runs now."""
+        """The batches of the test loader that runs now."""
         return self._of_current_loader(self.trainer.num_test_batches)
 
     @property
     def total_predict_batches_current_dataloader(self) -> int | float:
-        """Batches of the prediction loader that runs now."""
+        """The batches of the prediction loader that runs now."""
         return self._of_current_loader(self.trainer.num_predict_batches)
 
     def _of_current_loader(self, batches: Sequence[int | float]) -> int | float:
@@ -136,7 +136,7 @@ class ProgressBar(Callback):
         return batches[idx] if idx < len(batches) else math.inf
 
     def has_dataloader_changed(self, dataloader_idx: int) -> bool:
-        """Whether this index differs from that of the previous call."""
+        """Tell whether this index differs from the index of the previous call."""
         old, self._eval_dataloader_idx = self._eval_dataloader_idx, dataloader_idx
         return old != dataloader_idx
 
@@ -153,22 +153,23 @@ class ProgressBar(Callback):
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar; takes what the built-in ``print`` takes."""
+        """Print above the bar, with the arguments of the built-in ``print``."""
         if self._display is None:
             builtins.print(*args, **kwargs)
         else:
             self._display.print(*args, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the trainer; be silent on every rank but 0."""
+        """Keep the trainer, and disable the bar on every rank but 0."""
         self._trainer = trainer
         if not trainer.is_global_zero:
             self.disable()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """What stands beside the bar: everything logged with ``prog_bar=True``, and the logger's version as ``v_num``.
+        """Return what is shown beside the bar: what was logged with ``prog_bar=True``, and the logger's version.
 
-        Override it to add, change or remove entries. It is called only when the bar redraws.
+        The name of the version is ``v_num``. Override this method to add, change or remove entries. It is called only
+        when the bar redraws.
         """
         version = next((v for v in (logger.version for logger in trainer.loggers) if v not in ("", None)), None)
         metrics: dict[str, Any] = dict(trainer.progress_bar_metrics)
@@ -182,54 +183,50 @@ def _short_version(version: int | str) -> int | str:
 
 
 class TimedProgressBar(ProgressBar, ABC):
-    """A bar that redraws by time; a leaf says where it is drawn.
+    """A bar that redraws by time; a subclass says where the bar is drawn.
 
     Args:
-        refresh_rate: redraw not more often than every that many batches (but once a second when they are slow); 0
-            turns the bar off.
-        leave: keep the finished bar of every training epoch; otherwise one bar serves all epochs.
+        refresh_rate: redraw at most once in that many batches (but once a second when batches are slow); 0 turns the
+            bar off.
+        leave: keep the finished bar of every training epoch. Otherwise one bar serves all epochs.
     """
 
     def __init__(self, refresh_rate: int, leave: bool) -> None:
         super().__init__()
-        if refresh_rate < 0:
-            raise MisconfigurationException(
-                f"refresh_rate={refresh_rate}: a number of batches, 1 or more, or 0 for no bar at all."
-            )
-        self._refresh_rate = refresh_rate
+        self._refresh_rate = check_integer("refresh_rate", refresh_rate, minimum=0, meaning="in batches; 0 for no bar")
         self._leave = leave
         self._bars: list[Bar] = []  # the innermost last
-        self._bar = Bar("train", "", None)  # the one that counts now, so that the batch hooks need not ask
+        self._bar = Bar("train", "", None)  # the bar that counts now, so that the batch hooks need not look for it
         self._due = math.inf
         self._began = 0.0
         self._loader_idx = 0
-        self._places: dict[str, float] = {}  # of the metrics
-        self._took: dict[Stage, float] = {}  # seconds the last bar of a stage took
+        self._places: dict[str, float] = {}  # where each metric is shown
+        self._took: dict[Stage, float] = {}  # the seconds that the last bar of a stage took
 
     @abstractmethod
     def _make_display(self) -> Display:
-        """The display of a run; called on the first stage, where the output stream is known."""
+        """Return the display of a run; called at the first stage, when the output stream is known."""
 
     # -- the hooks ------------------------------------------------------------------------------------------------
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the terminal back."""
+        """Leave the terminal as it was before the run."""
         self._shutdown()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the terminal back before the traceback is printed."""
+        """Leave the terminal as it was before the run, so that the traceback can be printed."""
         self._shutdown()
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the sanity check."""
+        """Show the bar of the sanity check."""
         self._push_loaders("sanity", temporary=True)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take it away."""
+        """Take the bar of the sanity check away."""
         self._pop()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the epoch, where the previous one was unless that is to stay."""
+        """Show the bar of the epoch, in place of the previous bar unless that one is to stay."""
         if self._bars:
             self._complete(close=self._leave)
             self._bars.pop()
@@ -241,21 +238,23 @@ class TimedProgressBar(ProgressBar, ABC):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count."""
+        """Count the batch."""
         self._bar.n = batch_idx + 1
         if monotonic() >= self._due:
             self._redraw()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the full count while whatever ends the epoch takes its time."""
+        """Show the full count while other code that ends the epoch runs."""
         self._settle()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the last epoch as it ended."""
+        """Leave the last bar as it is."""
         self._pop()
 
+    on_test_end = on_predict_end = on_train_end
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show validation, below the epoch when it is part of one."""
+        """Show the bar of validation, below the bar of the epoch while training."""
         if trainer.sanity_checking:
             return
         self._settle()
@@ -270,64 +269,31 @@ class TimedProgressBar(ProgressBar, ABC):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count."""
-        self._count(batch_idx, dataloader_idx)
+        """Count the batch."""
+        if dataloader_idx != self._loader_idx:
+            self._next_loader(dataloader_idx)
+        self._bar.n = batch_idx + 1
+        if monotonic() >= self._due:
+            self._redraw()
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to the epoch, with what validation logged."""
+        """Return to the bar of the epoch, with what validation logged."""
         if trainer.sanity_checking:
             return
         self._pop()
         self._settle(changed=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show testing."""
+        """Show the bar of testing."""
         self._push_loaders("test")
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count."""
-        self._count(batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it as it ended."""
-        self._pop()
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show prediction."""
+        """Show the bar of prediction."""
         self._push_loaders("predict")
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count."""
-        self._count(batch_idx, dataloader_idx)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave it as it ended."""
-        self._pop()
-
     # -- the clockwork --------------------------------------------------------------------------------------------
-
-    def _count(self, batch_idx: int, dataloader_idx: int) -> None:
-        if dataloader_idx != self._loader_idx:
-            self._next_loader(dataloader_idx)
-        self._bar.n = batch_idx + 1
-        if monotonic() >= self._due:
-            self._redraw()
 
     def _push_loaders(self, stage: Stage, temporary: bool = False) -> None:
         self.reset_dataloader_idx_tracker()
@@ -340,7 +306,7 @@ class TimedProgressBar(ProgressBar, ABC):
             old = self._bars[-1]
             self._complete(close=False)
             self._bar = self._bars[-1] = self._loader_bar(old.stage, old.temporary)
-            self._bar.skip(1)  # noticed when that batch was done
+            self._bar.skip(1)  # the first batch of this loader is done when its end is noticed
 
     def _loader_bar(self, stage: Stage, temporary: bool) -> Bar:
         trainer, idx = self.trainer, self._loader_idx
@@ -367,7 +333,7 @@ class TimedProgressBar(ProgressBar, ABC):
         self._bar = bar
         if self._display.records:
             return
-        if self._took.get(bar.stage, math.inf) >= _SHORT:  # what is over at once need not flicker
+        if self._took.get(bar.stage, math.inf) >= _SHORT:  # a bar that is over at once would only flicker
             self._show(bar)
         elif bar.temporary:
             self._due = monotonic() + self._pause()
@@ -381,7 +347,7 @@ class TimedProgressBar(ProgressBar, ABC):
             self._bar = self._bars[-1]
 
     def _complete(self, close: bool) -> None:
-        """The innermost bar is done."""
+        """Finish the innermost bar."""
         bar, display = self._bars[-1], self._display
         if display is None:
             return
@@ -394,7 +360,7 @@ class TimedProgressBar(ProgressBar, ABC):
             display.close(bar.stage, keep=not bar.temporary)
 
     def _settle(self, changed: bool = False) -> None:
-        """Show the innermost bar as it is before something else takes over."""
+        """Show the innermost bar as it is, before another stage begins."""
         display = self._display
         if display is None or display.records or not self._bars:
             return
@@ -413,18 +379,18 @@ class TimedProgressBar(ProgressBar, ABC):
             return
         inner = len(self._bars) > 1 and bar is self._bars[-1]
         if inner and bar.drawn_n < 0 and self._bars[-2].drawn_n != self._bars[-2].n:
-            self._show(self._bars[-2])  # the epoch stands still from now on, so it shows its count
+            self._show(self._bars[-2])  # the bar of the epoch does not move from now on, so it shows the full count
         began = monotonic()
         bar.measure(began)
         wanted = metrics and bar.stage == "train"
         display.draw(bar, self._ordered(self.get_metrics(trainer, trainer.lightning_module)) if wanted else None)
         now = bar.drawn_at = monotonic()
         bar.drawn_n = bar.n
-        # slow terminals and busy devices get fewer redraws; within reason, the process may have been suspended
+        # slow terminals and busy devices get fewer redraws; but the process may only have been suspended, hence a limit
         self._due = now + max(self._pause(), min(9 * (now - began), _LONGEST))
 
     def _ordered(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """In the order in which they were first seen, so that none changes its place; the version last."""
+        """Return metrics in the order in which they were first seen, so that none moves; the version comes last."""
         for name in metrics:
             self._places.setdefault(name, math.inf if name == "v_num" else len(self._places))
         return dict(sorted(metrics.items(), key=lambda item: self._places[item[0]]))
@@ -433,7 +399,7 @@ class TimedProgressBar(ProgressBar, ABC):
         return 0.0 if self._display is None else self._display.interval(monotonic() - self._began)
 
     def _shutdown(self) -> None:
-        """Close everything; safe at any moment, and so without metrics, which a broken device could not give."""
+        """Close all bars. This is safe at any moment: it reads no metrics, which a broken device could not give."""
         if self._display is None:
             return
         while self._bars:

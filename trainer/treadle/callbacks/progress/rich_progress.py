@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from treadle.contracts import Trainer
 
-
 __all__ = ["RichProgressBar", "RichProgressBarTheme"]
 
 
@@ -34,7 +33,7 @@ class RichProgressBarTheme:
         time: style of the elapsed and remaining time.
         processing_speed: style of the batches per second.
         metrics: style of the metrics.
-        metrics_text_delimiter: stands between two metrics.
+        metrics_text_delimiter: the text between two metrics.
         metrics_format: format specification of a number.
     """
 
@@ -67,7 +66,7 @@ class _RichDisplay(Display):
         return 0.1
 
     def task(self, stage: Stage) -> Task | None:
-        """Rich's task of a stage that is on display."""
+        """Return rich's task of a stage; None if the stage is not on display."""
         if self.progress is None or stage not in self._tasks:
             return None
         return next(task for task in self.progress.tasks if task.id == self._tasks[stage])
@@ -124,17 +123,17 @@ def _texts(bar: Bar) -> dict[str, Any]:
 
 
 class RichProgressBar(TimedProgressBar):
-    """Progress drawn by rich at most 10 times a second; in a file or a pipe plain lines.
+    """A bar drawn by rich, at most 10 times a second; in a file or a pipe plain lines.
 
     Args:
-        refresh_rate: redraw not more often than every that many batches (but once a second when they are slow); 0
-            turns the bar off.
-        leave: keep the finished bar of every training epoch; otherwise one line serves all epochs.
+        refresh_rate: redraw at most once in that many batches (but once a second when batches are slow); 0 turns the
+            bar off.
+        leave: keep the finished bar of every training epoch. Otherwise one line serves all epochs.
         theme: colours and formats.
         console_kwargs: arguments of the :class:`rich.console.Console` to draw on.
 
     Raises:
-        MisconfigurationException: rich is not installed, or ``refresh_rate`` is negative.
+        MisconfigurationException: rich is not installed, or ``refresh_rate`` is no integer or negative.
     """
 
     def __init__(
@@ -157,9 +156,9 @@ class RichProgressBar(TimedProgressBar):
         return _RichDisplay(self, console) if live else LinesDisplay()
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
-        """The columns of the bar, from left to right; override it to add or drop some.
+        """Return the columns of the bar, from left to right; override this method to add or drop some.
 
-        A task has rich's own fields and the texts ``batches``, ``time``, ``speed`` and ``metrics``.
+        Each task has rich's own fields and the texts ``batches``, ``time``, ``speed`` and ``metrics``.
         """
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
@@ -186,7 +185,7 @@ class RichProgressBar(TimedProgressBar):
     def _new_progress(self, console: Console) -> Progress:
         from rich.progress import Progress
 
-        # refreshed by the hooks: no drawing thread competes with the training loop
+        # the hooks refresh the display, so that no drawing thread competes with the training loop
         return Progress(*self.configure_columns(self.trainer), console=console, auto_refresh=False)
 
     def _metrics_text(self, metrics: dict[str, Any]) -> str:
@@ -197,13 +196,13 @@ class RichProgressBar(TimedProgressBar):
         return format(value, self.theme.metrics_format) if isinstance(value, float) else str(value)
 
     def refresh(self, hard: bool = False) -> None:
-        """Draw now what rich's tasks say, e.g. after changing one; ``hard`` is accepted, every redraw is complete."""
+        """Draw rich's tasks now, for example after a change of one. Every redraw is complete, ``hard`` or not."""
         if self.progress is not None:
             self.progress.refresh()
 
     @property
     def progress(self) -> Progress | None:
-        """Rich's display, while one is up."""
+        """Rich's display; None while there is none."""
         return self._display.progress if isinstance(self._display, _RichDisplay) else None
 
     def _task(self, stage: Stage) -> Task | None:
@@ -211,20 +210,20 @@ class RichProgressBar(TimedProgressBar):
 
     @property
     def train_progress_bar(self) -> Task | None:
-        """Rich's task of training, while it is on display."""
+        """Rich's task of training; None while it is not on display."""
         return self._task("train")
 
     @property
     def val_sanity_check_bar(self) -> Task | None:
-        """Rich's task of the sanity check, while it is on display."""
+        """Rich's task of the sanity check; None while it is not on display."""
         return self._task("sanity")
 
     @property
     def val_progress_bar(self) -> Task | None:
-        """Rich's task of validation, while it is on display."""
+        """Rich's task of validation; None while it is not on display."""
         return self._task("validation")
 
     @property
     def test_progress_bar(self) -> Task | None:
-        """Rich's task of testing, while it is on display."""
+        """Rich's task of testing; None while it is not on display."""
         return self._task("test")

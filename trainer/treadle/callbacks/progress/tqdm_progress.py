@@ -33,7 +33,7 @@ _SHORTEST_BAR = 3
 
 
 def _fit(metrics: str, room: int) -> str:
-    """The metrics that fit into the room, whole."""
+    """Return as much of the metrics as fits into the room, without cutting a number."""
     if len(metrics) + 2 <= room:
         return metrics
     kept = metrics[: max(0, room - 3)].rpartition(", ")[0]
@@ -47,10 +47,10 @@ def _tqdm_class() -> type[tqdm[Any]]:
     class Tqdm(tqdm):  # type: ignore[type-arg]
         """A tqdm bar whose speed (batches a second) is set from outside, and that cuts no number in two.
 
-        A speed of 0 is an unknown one, None leaves it to tqdm.
+        The speed is 0 when unknown; with None tqdm measures it.
         """
 
-        monitor_interval = 0  # no watching thread: redraws come from the hooks
+        monitor_interval = 0  # the hooks redraw, so no thread has to watch
         speed: float | None = None
 
         @property
@@ -60,9 +60,11 @@ def _tqdm_class() -> type[tqdm[Any]]:
                 entries["rate"] = self.speed
             if not entries["ncols"]:
                 return entries
-            entries["ncols"] = max(1, entries["ncols"] - len("^C"))  # which would otherwise push the line onto the next
+            entries["ncols"] = max(
+                1, entries["ncols"] - len("^C")
+            )  # room for a "^C", which would otherwise break the line
             if entries["postfix"]:
-                bare = self.format_meter(**{**entries, "postfix": None, "ncols": None})  # with a bar of 10
+                bare = self.format_meter(**{**entries, "postfix": None, "ncols": None})  # its bar has 10 characters
                 entries["postfix"] = _fit(entries["postfix"], entries["ncols"] - len(bare) + 10 - _SHORTEST_BAR)
             return entries
 
@@ -76,7 +78,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _AboveBars:
-    """Stands in for ``sys.stdout`` or ``sys.stderr`` while bars are up, so that whole lines appear above them."""
+    """Replaces ``sys.stdout`` or ``sys.stderr`` while there are bars, so that whole lines are printed above them."""
 
     def __init__(self, stream: Any) -> None:
         self._wrapped = stream  # tqdm compares streams by this name
@@ -84,7 +86,7 @@ class _AboveBars:
         self._pending = ""
 
     def write(self, text: str) -> int:
-        if _called_by_tqdm() or os.getpid() != self._pid:  # a bar, or a forked worker
+        if _called_by_tqdm() or os.getpid() != self._pid:  # tqdm itself, or a forked worker
             self._wrapped.write(text)
             return len(text)
         lines, newline, self._pending = (self._pending + text).rpartition("\n")
@@ -126,20 +128,12 @@ class _TqdmDisplay(Display):
         return 0.1
 
     def get(self, stage: Stage) -> tqdm[Any]:
-        """The tqdm bar of a stage, made where there is none yet."""
+        """Return the tqdm bar of a stage, and make it if there is none yet."""
         found = self._tqdms.get(stage)
         if found is None:
-            owner = self._owner
-            init = {
-                "sanity": owner.init_sanity_tqdm,
-                "train": owner.init_train_tqdm,
-                "validation": owner.init_validation_tqdm,
-                "test": owner.init_test_tqdm,
-                "predict": owner.init_predict_tqdm,
-            }[stage]
             if not self._tqdms and not is_notebook():
                 self._redirect()
-            found = self._tqdms[stage] = init()
+            found = self._tqdms[stage] = getattr(self._owner, f"init_{stage}_tqdm")()
         return found
 
     def _redirect(self) -> None:
@@ -172,7 +166,7 @@ class _TqdmDisplay(Display):
         self._drawn.pop(stage, None)
         if line is not None:
             line.leave = keep
-            line.clear()  # tqdm leaves the finished line at the top of its lines, and would forget it down here
+            line.clear()  # tqdm puts a finished line at the top of its lines, and would leave this one behind
             line.close()
         if not self._tqdms:
             self._redirection.close()
@@ -189,19 +183,19 @@ class _TqdmDisplay(Display):
 class TQDMProgressBar(TimedProgressBar):
     """One line per stage, drawn by tqdm at most 10 times a second.
 
-    Training and, below it, validation; sanity check, test and prediction by themselves. In a file or a pipe it prints
-    plain lines instead, in a notebook it uses tqdm's widget. Override the ``init_*_tqdm`` methods to build other bars
-    and :meth:`get_metrics` to show other numbers.
+    The line of validation is below the line of training; sanity check, test and prediction have a line of their own. In
+    a file or a pipe there are plain lines instead, in a notebook tqdm's widget. Override the ``init_*_tqdm`` methods to
+    build other bars, and :meth:`get_metrics` to show other numbers.
 
     Args:
-        refresh_rate: redraw not more often than every that many batches (but once a second when they are slow); 0
-            turns the bar off.
-        process_position: lines to leave free above, in units of one bar with its validation bar, for several runs in
-            one terminal.
-        leave: keep the finished bar of every training epoch; otherwise one line serves all epochs.
+        refresh_rate: redraw at most once in that many batches (but once a second when batches are slow); 0 turns the
+            bar off.
+        process_position: the number of bars, each with its validation bar, to leave room for above: for several runs
+            in one terminal.
+        leave: keep the finished bar of every training epoch. Otherwise one line serves all epochs.
 
     Raises:
-        MisconfigurationException: tqdm is not installed, or ``refresh_rate`` is negative.
+        MisconfigurationException: tqdm is not installed, or ``refresh_rate`` is no integer or negative.
     """
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
@@ -211,7 +205,7 @@ class TQDMProgressBar(TimedProgressBar):
 
     @property
     def process_position(self) -> int:
-        """Bars left free above."""
+        """The number of bars that room is left for above."""
         return self._process_position
 
     def _make_display(self) -> Display:
@@ -220,7 +214,7 @@ class TQDMProgressBar(TimedProgressBar):
     def _line(self, stage: Stage) -> tqdm[Any]:
         if isinstance(self._display, _TqdmDisplay):
             return self._display.get(stage)
-        return _tqdm_class()(disable=True)  # in a log file: takes every call, draws nothing
+        return _tqdm_class()(disable=True)  # in a log file: it accepts every call, and draws nothing
 
     @property
     def train_progress_bar(self) -> tqdm[Any]:
@@ -251,7 +245,7 @@ class TQDMProgressBar(TimedProgressBar):
         return self._new_tqdm(self.train_description)
 
     def init_validation_tqdm(self) -> tqdm[Any]:
-        """Build the bar of validation: a line below that of training where there is one."""
+        """Build the bar of validation, below the bar of training where there is one."""
         nested = isinstance(self._display, _TqdmDisplay) and self._display.shows("train")
         return self._new_tqdm(self.validation_description, below=int(nested))
 
@@ -270,5 +264,5 @@ class TQDMProgressBar(TimedProgressBar):
             disable=self.is_disabled,
             dynamic_ncols=True,
             file=self._display.stream if isinstance(self._display, _TqdmDisplay) else sys.stdout,
-            delay=1e-9,  # not drawn before it knows its count
+            delay=1e-9,  # so that tqdm draws nothing before the count is set
         )

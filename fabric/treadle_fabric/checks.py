@@ -1,0 +1,38 @@
+"""Checks of arguments that several classes share, with one message for each kind of mistake."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from treadle_fabric.errors import MisconfigurationException
+
+__all__ = ["check_integer"]
+
+
+def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning: str = "") -> int:
+    """Return ``value`` as an int.
+
+    An object with ``__index__`` (a NumPy or torch integer) and a float without a fraction are integers. A bool and a
+    string are not, though Python would take ``True`` for 1 and ``int("3")`` for 3: both are mistakes in a call.
+
+    Args:
+        name: what the message calls the argument, such as ``"EarlyStopping: patience"``.
+        value: what was given.
+        minimum: the least value that is allowed. Default: none.
+        meaning: what special values mean, such as ``"-1 keeps all"``, for the message.
+
+    Raises:
+        MisconfigurationException: ``value`` is not an integer, or is below ``minimum``.
+    """
+    try:
+        if not isinstance(value, (bool, str)):
+            number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+            if minimum is None or number >= minimum:
+                return number
+    except TypeError:
+        pass
+    rule = (
+        "an integer" + (f" of at least {minimum}" if minimum is not None else "") + (f" ({meaning})" if meaning else "")
+    )
+    raise MisconfigurationException(f"{name}={value!r} must be {rule}: pass a number such as {max(1, minimum or 1)}.")

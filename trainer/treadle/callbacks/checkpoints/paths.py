@@ -1,0 +1,89 @@
+"""The paths of checkpoints: what lies there, and whether it may be removed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from treadle_fabric import CheckpointError, CheckpointIO, Logger, rank_zero_warn
+
+__all__ = [
+    "absolute",
+    "default_folder",
+    "is_local",
+    "is_resumed_from",
+    "path_exists",
+    "remove_replaced",
+    "warn_if_in_use",
+]
+
+
+def is_local(path: str) -> bool:
+    """Tell whether a path belongs to a file system of this machine, and is not an fsspec URL."""
+    return "://" not in path
+
+
+def absolute(path: str) -> str:
+    """Return a local path as an absolute one that goes through no link; a URL comes back unchanged."""
+    return os.path.realpath(os.path.expanduser(path)) if is_local(path) else path
+
+
+def path_exists(path: str) -> bool:
+    """Tell whether anything lies at a local or remote path; a dangling link counts."""
+    if is_local(path):
+        return os.path.lexists(path)
+    from fsspec.core import url_to_fs  # heavy, and only remote paths need it
+
+    fs, inner = url_to_fs(path)
+    return bool(fs.exists(inner))
+
+
+def default_folder(loggers: Sequence[Logger], root: str) -> str:
+    """Return the folder ``checkpoints`` beside the files of the first logger, or in ``root`` without a logger."""
+    if not loggers:
+        return absolute(os.path.join(root, "checkpoints"))
+    logger = loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return absolute(os.path.join(logger.save_dir or root, str(logger.name), version, "checkpoints"))
+
+
+def is_resumed_from(path: str, resumed: str) -> bool:
+    """Tell whether ``path`` is the checkpoint that the run was resumed from; a link is the link, not its target."""
+    folder, name = os.path.split(resumed)
+    return bool(name) and os.path.join(absolute(folder or os.curdir), name) == path
+
+
+def warn_if_in_use(folder: str, resumed: str) -> None:
+    """Warn of a folder that holds files, unless the run goes on from a checkpoint in that folder."""
+    if not is_local(folder) or not os.path.isdir(folder) or not os.listdir(folder):
+        return
+    if not (resumed and Path(folder) in Path(absolute(resumed)).parents):
+        rank_zero_warn(f"The checkpoint folder {folder} is not empty: files of another run may lie there.")
+
+
+def remove_replaced(path: str, folder: str, checkpoint_io: CheckpointIO) -> None:
+    """Remove a checkpoint that another one replaced, and the folders between it and ``folder`` that are empty then.
+
+    A failure is a warning: a file too many is no reason to stop training.
+    """
+    tidy = partial(_remove_link_and_empty_folders, path, folder)
+    try:
+        if path_exists(path) and not os.path.islink(path):
+            checkpoint_io.remove_checkpoint(path)
+        checkpoint_io.after_saves(tidy) if checkpoint_io.after_saves is not None else tidy()
+    except (OSError, CheckpointError) as error:
+        rank_zero_warn(f"ModelCheckpoint could not remove {path!r}: {error}")
+
+
+def _remove_link_and_empty_folders(path: str, root: str) -> None:
+    """Remove the link at ``path``, and the folders that a metric name with a slash made for its file."""
+    if not is_local(path):
+        return
+    if os.path.islink(path):
+        os.unlink(path)
+    for folder in Path(path).parents:
+        if folder == Path(root) or any(folder.iterdir()):
+            return
+        folder.rmdir()

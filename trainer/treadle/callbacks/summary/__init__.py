@@ -1,0 +1,7 @@
+"""The table of a model's layers.
+
+Open ``layers.py`` first: it looks at the modules and runs the example input. ``formatting.py`` turns the numbers into
+text. The callbacks that print the table are ``callbacks/model_summary.py`` and ``callbacks/rich_model_summary.py``.
+
+These modules import the runtime only, and no callback.
+"""
