@@ -82,7 +82,7 @@ CONSTRUCTORS: list[Mistake] = [
     ("no device", lambda: T(devices=0), DeviceUnavailableError, ("devices=0", "from 1")),
     ("devices as a word", lambda: T(devices="two"), DeviceUnavailableError, ("devices='two'", "number from 1")),
     ("a list of CPUs", lambda: T(devices=[0, 1]), DeviceUnavailableError, ("devices=[0, 1]", "Use devices=2")),
-    ("no machine", lambda: T(num_nodes=0), MisconfigurationException, ("num_nodes=0", "from 1")),
+    ("no machine", lambda: T(num_nodes=0), MisconfigurationException, ("num_nodes=0", "at least 1")),
     ("misspelled strategy", lambda: T(strategy="dpp"), MisconfigurationException,
      ("strategy='dpp'", "Did you mean 'ddp'?")),
     ("one-device strategy on two", lambda: T(strategy="single_device", devices=2), MisconfigurationException,

@@ -15,6 +15,7 @@ import torch
 from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.checks import check_integer
 from treadle_fabric.environments import ClusterEnvironment, detect_environment
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
 from treadle_fabric.launchers import in_notebook, settle
@@ -97,8 +98,7 @@ def resolve(
         settle()
     interactive = in_notebook() if interactive is None else interactive
     available = available_devices() if available is None else available
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int) or num_nodes < 1:
-        raise MisconfigurationException(f"num_nodes={num_nodes!r}: give the number of machines, from 1.")
+    num_nodes = check_integer("num_nodes", num_nodes, minimum=1)
     sample = _sample(strategy)
     own = strategy.given if isinstance(strategy, Strategy) else Parts()
     given = _sort(plugins)

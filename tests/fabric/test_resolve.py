@@ -173,8 +173,8 @@ def test_every_strategy_on_every_accelerator(
         (CPU, {}, {"devices": [0, 1]}, "Use devices=2"),
         (CPU, {}, {"devices": None}, "number from 1"),
         (GPUS, {}, {"devices": []}, "list of different"),
-        (CPU, {}, {"num_nodes": 0}, "from 1"),
-        (CPU, {}, {"num_nodes": "2"}, "from 1"),
+        (CPU, {}, {"num_nodes": 0}, "num_nodes=.* must be an integer of at least 1"),
+        (CPU, {}, {"num_nodes": "2"}, "num_nodes=.* must be an integer of at least 1"),
         # combinations
         (MAC, {}, {"strategy": "ddp"}, "accelerator='mps'"),
         (MAC, {}, {"precision": 64}, "64-bit"),

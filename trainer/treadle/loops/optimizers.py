@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from treadle.module import LightningModule
 from treadle.run.progress import LRSchedulerConfig
-from treadle_fabric import LRScheduler, MisconfigurationException, near_names, rank_zero_warn
+from treadle_fabric import LRScheduler, MisconfigurationException, check_integer, near_names, rank_zero_warn
 
 __all__ = ["parse_optimizers", "step_schedulers"]
 
@@ -124,10 +124,7 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
             f"A scheduler has interval={config.interval!r}: it is 'step' or 'epoch'."
             f" {near_names(str(config.interval), ['step', 'epoch'])}"
         )
-    if isinstance(config.frequency, bool) or not isinstance(config.frequency, int) or config.frequency < 1:
-        raise MisconfigurationException(
-            f"A scheduler has frequency={config.frequency!r}: it is an integer of at least 1."
-        )
+    config.frequency = check_integer("frequency of a scheduler", config.frequency, minimum=1)
     if config.reduce_on_plateau and config.monitor is None and module.automatic_optimization:
         raise MisconfigurationException(
             "ReduceLROnPlateau needs the name of a metric: return "

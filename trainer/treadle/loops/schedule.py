@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from treadle.durations import parse_duration
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, check_integer
 
 __all__ = ["Durations", "ValidationSchedule", "resolve_durations", "total_steps", "window_size"]
 
@@ -26,23 +26,16 @@ class Durations:
     """Whether ``max_epochs`` is the default, because no limit was given."""
 
 
-def _count(value: Any, name: str, lowest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        extra = ", or -1 for no bound" if lowest == -1 else ""
-        raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {max(lowest, 0)}{extra}.")
-
-
 def resolve_durations(
     max_epochs: int | None, min_epochs: int | None, max_steps: int, min_steps: int | None, max_time: Any
 ) -> Durations:
     """Check the duration arguments and fill in the defaults: 1000 epochs where nothing bounds the run."""
     time = parse_duration(max_time, "max_time")
     if max_epochs is not None:
-        _count(max_epochs, "max_epochs", -1)
-    _count(max_steps, "max_steps", -1)
-    for value, name in ((min_epochs, "min_epochs"), (min_steps, "min_steps")):
-        if value is not None:
-            _count(value, name, 0)
+        max_epochs = check_integer("max_epochs", max_epochs, minimum=-1, meaning="-1 for no bound")
+    max_steps = check_integer("max_steps", max_steps, minimum=-1, meaning="-1 for no bound")
+    min_epochs = None if min_epochs is None else check_integer("min_epochs", min_epochs, minimum=0)
+    min_steps = None if min_steps is None else check_integer("min_steps", min_steps, minimum=0)
     assumed = max_epochs is None and max_steps == -1 and time is None
     if max_epochs is None:
         max_epochs = 1000 if assumed else -1
@@ -156,7 +149,5 @@ def check_validation_arguments(interval: Any, every_n_epochs: Any) -> None:
                 f"check_val_every_n_epoch=None counts batches across epochs, so val_check_interval={interval!r} must be"
                 " an int or a duration."
             )
-    elif isinstance(every_n_epochs, bool) or not isinstance(every_n_epochs, int) or every_n_epochs < 1:
-        raise MisconfigurationException(
-            f"check_val_every_n_epoch={every_n_epochs!r} must be an integer of at least 1, or None."
-        )
+    else:
+        check_integer("check_val_every_n_epoch", every_n_epochs, minimum=1, meaning="or None: by batches alone")

@@ -20,10 +20,10 @@ from treadle.callbacks import (
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
+from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info
 from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 
-__all__ = ["Settings", "check_integer", "choose_callbacks", "choose_loggers", "resolve_settings"]
+__all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
 
 
 @dataclass
@@ -62,13 +62,6 @@ class Settings:
         """The number of batches of each validation loader in the sanity check, given how many each loader has."""
         steps = self.num_sanity_val_steps
         return [n if steps == -1 else min(n, steps) for n in num_batches]
-
-
-def check_integer(value: Any, name: str, lowest: int) -> int:
-    """The value, if it is an integer of at least ``lowest``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise MisconfigurationException(f"{name}={value!r} must be an integer of at least {lowest}.")
-    return value
 
 
 _AS_GIVEN = (
@@ -165,7 +158,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         _barebones(given)
     _check_flags(given)
     fast, algorithm = given["fast_dev_run"], given["gradient_clip_algorithm"]
-    fast = int(fast) if isinstance(fast, bool) else check_integer(fast, "fast_dev_run", 0)
+    fast = int(fast) if isinstance(fast, bool) else check_integer("fast_dev_run", fast, minimum=0)
     limits: dict[str, int | float] = {}
     for stage in ("train", "val", "test", "predict"):
         name = f"limit_{stage}_batches"
@@ -181,10 +174,12 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     sanity = (
         2
         if given["num_sanity_val_steps"] is None
-        else check_integer(given["num_sanity_val_steps"], "num_sanity_val_steps", -1)
+        else check_integer("num_sanity_val_steps", given["num_sanity_val_steps"], minimum=-1)
     )
     log_every = (
-        50 if given["log_every_n_steps"] is None else check_integer(given["log_every_n_steps"], "log_every_n_steps", 0)
+        50
+        if given["log_every_n_steps"] is None
+        else check_integer("log_every_n_steps", given["log_every_n_steps"], minimum=0)
     )
     max_epochs, max_steps = given["max_epochs"], given["max_steps"]
     if fast:
@@ -202,10 +197,10 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
         num_sanity_val_steps=sanity,
         log_every_n_steps=log_every or (1 << 62),
-        accumulate_grad_batches=check_integer(given["accumulate_grad_batches"], "accumulate_grad_batches", 1),
+        accumulate_grad_batches=check_integer("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1),
         gradient_clip_algorithm=None if algorithm is None else str(algorithm).lower(),
         reload_dataloaders_every_n_epochs=check_integer(
-            given["reload_dataloaders_every_n_epochs"], "reload_dataloaders_every_n_epochs", 0
+            "reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], minimum=0
         ),
         default_root_dir=os.fspath(given["default_root_dir"]) if given["default_root_dir"] is not None else os.getcwd(),
         enable_checkpointing=given["enable_checkpointing"] is not False and not fast,

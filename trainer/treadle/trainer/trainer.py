@@ -36,12 +36,13 @@ from treadle.trainer import assembly, preflight
 from treadle.trainer.fitting import Fitting
 from treadle.trainer.outcome import Outcome, adopt, run_and_capture
 from treadle.trainer.session import Session
-from treadle.trainer.settings import check_integer, choose_callbacks, choose_loggers, resolve_settings
+from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
 from treadle_fabric import (
     Fabric,
     FabricOptimizer,
     MisconfigurationException,
     PathLike,
+    check_integer,
     rank_zero_info,
     suggests_arguments,
 )
@@ -641,7 +642,7 @@ class Trainer:
 
     @accumulate_grad_batches.setter
     def accumulate_grad_batches(self, batches: int) -> None:
-        self._settings.accumulate_grad_batches = check_integer(batches, "accumulate_grad_batches", 1)
+        self._settings.accumulate_grad_batches = check_integer("accumulate_grad_batches", batches, minimum=1)
 
     # ------------------------------------------------------------------------------------------------ loaders
 
