@@ -47,6 +47,14 @@ class Strategy(ABC):
 
     requires_forward_redirect: ClassVar[bool] = False
     """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
+    handles_gradient_accumulation: ClassVar[bool] = False
+    """The engine averages the losses of an accumulation, and decides at which micro-batch the optimizer steps."""
+    handles_gradient_clipping: ClassVar[bool] = False
+    """The engine clips gradients before the optimizer steps."""
+    owns_optimizer_step: ClassVar[bool] = False
+    """The engine steps the optimizer and empties the gradients; :meth:`optimizer_step` runs the engine's step."""
+    runs_whole_batch: ClassVar[bool] = False
+    """``run_batch(engine, batch, window)`` runs forward and backward of all micro-batches, and returns the loss."""
     launches_function: bool = False
     """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
 
