@@ -41,7 +41,7 @@ def capture_exact(run: Run, data: TrainingData | None, *, accumulate: int) -> di
         "data": data.epochs.state_dict(run.progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
-        "weights": run.weights.state_dict(),
+        "weights": run.loss.state_dict() if run.loss is not None else {},
     }
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     if within or not module.automatic_optimization:
@@ -100,7 +100,8 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     parameters = dict(module.named_parameters())
     for name, gradient in mine.get("gradients", {}).items():
         parameters[name].grad = gradient.to(parameters[name].device)
-    run.weights.load_state_dict(mine.get("weights", {}))
+    assert run.loss is not None
+    run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():
         buffers[name].copy_(buffer)

@@ -1,73 +1,120 @@
-"""Weighted losses: a step that says how many tokens or samples its loss is the mean of."""
+"""How losses become the gradients of one mean: over the batches of an accumulation, or by weights (tokens, samples)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
+from treadle.run.loss import LossPolicy
+from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException, Strategy, rank_zero_warn
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-
-__all__ = ["Weights"]
+__all__ = ["choose_loss_policy"]
 
 _NOTHING, _PLAIN, _WEIGHTED = range(3)
 _RULE: Final = "give 'weight' with every loss of a run, on every rank, or with none"
 
 
-class Weights:
-    """Makes the gradient of an optimizer step ``sum(w * g) / sum(w)`` over its micro-batches and over all ranks.
+def choose_loss_policy(run: Run, on_nonfinite: str | None, root: str) -> LossPolicy:
+    """Choose what becomes of the losses of a run.
 
-    Each loss is multiplied by its weight over a reference, and the sum of the gradients divided by that of the weights
-    where the optimizer steps. The reference keeps scaled losses of low precision in their usual range; it is a power of
-    two, so that it changes no digit.
+    Args:
+        run: the run.
+        on_nonfinite: what happens to losses and gradients that are not finite. Default: nobody looks.
+        root: the folder for files of what is not finite.
     """
+    strategy = run.fabric.strategy
+    rule: PlainLosses | EngineLosses | None = None
+    if not run.module.automatic_optimization:
+        rule = PlainLosses()
+    elif strategy.handles_gradient_accumulation:
+        rule = EngineLosses()
+    losses = Losses(strategy, rule)
+    if on_nonfinite is None:
+        return losses
+    from treadle.numbers.watch import WatchedLosses  # only runs that watch load it
 
-    def __init__(self) -> None:
-        self.off = False
-        """Whether losses come without weights; found out at the first one."""
-        self._reference: float | None = None
-        self._total: float | Tensor = 0.0
-        self._count = 0
-        self._warned = False
+    return WatchedLosses(run, losses, on_nonfinite, root)
 
-    def scale(self, loss: Tensor | None, weight: Any, *, window: int, first: bool, strategy: Strategy) -> Tensor | None:
-        """The loss to differentiate.
 
-        Args:
-            loss: the mean over a micro-batch; None where there is none.
-            weight: of the micro-batch; None where none was given.
-            window: the batches of the accumulation, which a loss without weight is divided by.
-            first: whether the accumulation begins with it.
-            strategy: whose ranks agree at the first loss.
+class _Rule(Protocol):
+    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None: ...
 
-        Returns:
-            The loss scaled; None where there is nothing to learn: no loss, or a weight of 0.
+    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool: ...
 
-        Raises:
-            MisconfigurationException: the weight is no number of at least 0, or only some losses have one.
-        """
-        if first:
-            self._total, self._count = 0.0, 0
-        if loss is not None and weight is not None:
-            weight = _checked(weight)
-        if not self.off and self._reference is None:
-            self._settle(loss, weight, window, strategy)
+
+class PlainLosses:
+    """Divides each loss by the number of batches of its accumulation."""
+
+    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+        """See :class:`treadle.run.loss.LossPolicy`."""
         if loss is None:
             return None
-        if self.off is not (weight is None):
-            given = (
-                f"the weight {weight}, and others before without one" if self.off else "no weight, but others before"
+        if weight is not None:
+            raise _mixture(f"the weight {_checked(weight)}, and others before without one")
+        return loss / window if window > 1 else loss
+
+    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+        """Multiply the gradients where an epoch of unknown length ended before the accumulation was complete."""
+        if done != window and optimizer is not None:
+            for gradient in _gradients(optimizer):
+                gradient.mul_(window / done)
+        return True
+
+
+class EngineLosses:
+    """Leaves each loss as it is: the engine divides it by the number of batches of an accumulation."""
+
+    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+        """See :class:`treadle.run.loss.LossPolicy`."""
+        if loss is not None and weight is not None:
+            raise MisconfigurationException(
+                f"`training_step` returned a loss with the weight {_checked(weight)}, but this strategy's engine"
+                " averages the losses of an accumulation without weights: return the loss alone, or use another"
+                " strategy."
             )
-            raise MisconfigurationException(f"`training_step` returned a loss with {given}: {_RULE}.")
-        if self.off:
-            return loss / window if window > 1 else loss
+        return loss
+
+    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+        """Do nothing: the gradients are the engine's."""
+        return True
+
+
+class WeightedLosses:
+    """Makes the gradient of an optimizer step ``sum(w * g) / sum(w)`` over its micro-batches and over all ranks.
+
+    Each loss is multiplied by its weight over a reference, and the sum of the gradients is divided by the sum of the
+    weights where the optimizer steps. The reference keeps scaled losses of low precision in their usual range; the
+    reference is a power of two, so that it changes no digit.
+
+    Args:
+        strategy: whose ranks share the weights of a step.
+        reference: what weights are divided by.
+        total: the sum of this rank's weights in the accumulation so far.
+        count: the number of this rank's losses in the accumulation so far.
+    """
+
+    def __init__(self, strategy: Strategy, reference: float, total: float | Tensor = 0.0, count: int = 0) -> None:
+        self._strategy, self._reference = strategy, reference
+        self._total, self._count = total, count
+        self._warned = False
+
+    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+        """See :class:`treadle.run.loss.LossPolicy`."""
+        if first:
+            self._total, self._count = 0.0, 0
+        if loss is None:
+            return None
+        if weight is None:
+            raise _mixture("no weight, but others before")
+        weight = _checked(weight)
         self._total = self._total + weight
         self._count += 1
         if not isinstance(weight, Tensor) and weight == 0:
@@ -75,20 +122,25 @@ class Weights:
         factor = weight / self._reference
         return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
 
-    def normalize(self, optimizer: Optimizer, strategy: Strategy) -> bool:
-        """Divide the gradients by the weights of the accumulation, all ranks' together; every rank calls it.
+    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+        """Divide the gradients by the weights of the accumulation, those of all ranks together.
 
-        The total is read from the device only where it could be 0: weights that are Python numbers make nobody wait.
+        The total is read from the device only where it could be 0: with weights that are Python numbers, the host does
+        not wait for the device.
 
         Returns:
-            Whether the optimizer may step: False where the weights are all 0.
+            False where the weights are all 0.
         """
+        if optimizer is None:
+            return True
+        strategy = self._strategy
         total: Any = self._total
         known_positive = not isinstance(total, Tensor) and total > 0
         count: float = self._count
         if strategy.world_size > 1:
-            dtype = torch.float32 if strategy.root_device.type == "mps" else torch.float64
-            pair = torch.stack([torch.as_tensor(v, dtype=dtype, device=strategy.root_device) for v in (total, count)])
+            pair = torch.stack(
+                [torch.as_tensor(v, dtype=torch.float64, device=strategy.root_device) for v in (total, count)]
+            )
             pair = strategy.all_reduce(pair, reduce_op="sum")
             total, count = (pair[0], 1) if known_positive else pair.tolist()
         elif isinstance(total, Tensor):
@@ -100,42 +152,100 @@ class Weights:
                 self._warned = True
                 rank_zero_warn("The weights of an optimizer step are 0 in total: such steps are skipped.")
             return False
-        assert self._reference is not None
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = _gradients(optimizer)
         if gradients:
             torch._foreach_mul_(gradients, strategy.world_size * self._reference / total)
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint in the middle of an accumulation keeps; empty where losses have no weights."""
-        if self._reference is None:
-            return {}
+        """Return the reference, and the weights of the accumulation so far."""
         return {"reference": self._reference, "total": self._total, "count": self._count}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave."""
-        if state:
-            self._reference, self._total, self._count = state["reference"], state["total"], state["count"]
 
-    def _settle(self, loss: Tensor | None, weight: Any, window: int, strategy: Strategy) -> None:
-        """Find out whether losses have weights. Several ranks agree, once; again while none of them has a loss."""
+class Losses:
+    """The losses of a run, all with a weight or all without.
+
+    Args:
+        strategy: whose ranks agree at the first loss.
+        rule: what becomes of the losses. Default: the first loss tells, with a weight :class:`WeightedLosses`, else
+            :class:`PlainLosses`.
+    """
+
+    scale: Callable[[Tensor | None, Any, int, bool], Tensor | None]
+    prepare: Callable[[Optimizer | None, int, int], bool]
+
+    def __init__(self, strategy: Strategy, rule: PlainLosses | EngineLosses | None = None) -> None:
+        self._strategy = strategy
+        self._weighted: WeightedLosses | None = None
+        self._follow(rule or _FirstLoss(strategy, self._follow))
+
+    def observe(self, training_step: Callable[..., Any], *, wants_iterator: bool) -> Callable[..., Any]:
+        """Return the step as it is."""
+        return training_step
+
+    def forget(self) -> None:
+        """Do nothing: an accumulation begins with its first loss."""
+
+    def report(self) -> None:
+        """Say nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint in the middle of an accumulation keeps; empty where losses have no weights."""
+        return {} if self._weighted is None else self._weighted.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        if state:
+            self._follow(WeightedLosses(self._strategy, state["reference"], state["total"], state["count"]))
+
+    def _follow(self, rule: _Rule) -> None:
+        self.scale, self.prepare = rule.scale, rule.prepare
+        self._weighted = rule if isinstance(rule, WeightedLosses) else None
+
+
+class _FirstLoss:
+    """Finds out at the first loss whether losses have weights, and puts the rule for them in its own place."""
+
+    def __init__(self, strategy: Strategy, follow: Callable[[_Rule], None]) -> None:
+        self._strategy, self._follow = strategy, follow
+
+    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+        """Several ranks agree, once; they ask again while no rank has a loss."""
+        strategy = self._strategy
         kind = _NOTHING if loss is None else _PLAIN if weight is None else _WEIGHTED
-        number = float(weight) if kind == _WEIGHTED else 0.0
+        number = float(_checked(weight)) if kind == _WEIGHTED else 0.0
         found = [(float(kind), number)]
         if strategy.world_size > 1:
             mine = torch.tensor([kind, number], dtype=torch.float32, device=strategy.root_device)
             found = strategy.all_gather(mine).tolist()
-        by_kind = {each: [rank for rank, (k, _) in enumerate(found) if k == each] for each in (_PLAIN, _WEIGHTED)}
-        if by_kind[_PLAIN] and by_kind[_WEIGHTED]:
-            ranks = {each: ", ".join(map(str, by_kind[each])) for each in by_kind}
+        plain, weighted = ([rank for rank, (k, _) in enumerate(found) if k == each] for each in (_PLAIN, _WEIGHTED))
+        if plain and weighted:
             raise MisconfigurationException(
-                f"`training_step` returned a loss with a weight on rank {ranks[_WEIGHTED]}, and without one on rank"
-                f" {ranks[_PLAIN]}: {_RULE}."
+                f"`training_step` returned a loss with a weight on rank {', '.join(map(str, weighted))}, and without"
+                f" one on rank {', '.join(map(str, plain))}: {_RULE}."
             )
-        self.off = bool(by_kind[_PLAIN])
-        if by_kind[_WEIGHTED]:
-            first = next((w for _, w in found if w > 0), 1.0)
-            self._reference = 2.0 ** round(math.log2(first * window))
+        rule: _Rule
+        if weighted:
+            unit = next((w for _, w in found if w > 0), 1.0)
+            rule = WeightedLosses(strategy, reference=2.0 ** round(math.log2(unit * window)))
+        elif plain:
+            rule = PlainLosses()
+        else:
+            return None
+        self._follow(rule)
+        return rule.scale(loss, weight, window, first)
+
+    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+        """No rank had a loss yet: there are no gradients."""
+        return True
+
+
+def _mixture(given: str) -> MisconfigurationException:
+    return MisconfigurationException(f"`training_step` returned a loss with {given}: {_RULE}.")
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _checked(weight: Any) -> float | Tensor:

@@ -19,8 +19,10 @@ from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import ManualStep
+from treadle.loops.step.preparation import Preparation
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
+from treadle.numbers.losses import choose_loss_policy
 from treadle.run.run import Run
 from treadle.run.signals import Signals
 from treadle.trainer.preflight import merged_hyperparameters
@@ -43,28 +45,17 @@ def share_batch_norm(module: nn.Module, device: torch.device) -> None:
 
 def set_up_optimizers(run: Run, settings: Settings) -> None:
     """Make the optimizers and schedulers; in manual optimization their steps are counted and have their hook."""
-    if settings.on_nonfinite is not None:
-        from treadle.numbers.watch import NonFiniteWatch
-
-        run.watch = NonFiniteWatch(run, settings.on_nonfinite, settings.default_root_dir)
+    run.loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
     returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, run.schedulers = parse_optimizers(returned, run.module)
-    listeners, progress, results = run.dispatch.listeners("on_before_optimizer_step"), run.progress, run.results
-    strategy = run.fabric.strategy
+    prepare, progress, strategy = Preparation(run), run.progress, run.fabric.strategy
     manual = not run.module.automatic_optimization
 
     left_out: set[Optimizer] = set()
 
     def before_step(optimizer: Optimizer) -> None:
-        if run.watch is not None and not run.watch.allows(optimizer):
-            optimizer.zero_grad()  # the step finds nothing to do
+        if not run.dispatch.run("on_before_optimizer_step", prepare.of, optimizer):
             left_out.add(optimizer)
-        elif listeners:
-            strategy.precision.unscale_gradients(optimizer)
-            results.hook = "on_before_optimizer_step"
-            for listener in listeners:
-                listener(optimizer)
-            results.hook = "training_step"
 
     def after_step(optimizer: Optimizer) -> None:
         if optimizer in left_out:

@@ -16,8 +16,8 @@ from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
 from treadle.loops.fit import FitLoop
 from treadle.loops.schedule import total_steps
+from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.manual import manual_backward
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
 from treadle.run.progress import FitProgress, LRSchedulerConfig
