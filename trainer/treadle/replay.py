@@ -18,7 +18,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from treadle.loops.step.arguments import step_arguments
 from treadle.metrics.latest import Metrics
 from treadle.metrics.sinks import NOWHERE
 from treadle.module.loading import instantiate
@@ -118,14 +117,12 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
             trainer.fabric.setup_module(module)
             _restore(module, bundle)
             batch = move_data_to_device(bundle["batch"], trainer.fabric.device)
-            takes, _ = step_arguments(module.training_step, ("batch", "batch_idx"))
             set_rng_states(bundle["rng"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, (CheckpointMismatchError, MisconfigurationException)):
                 raise
             raise CheckpointMismatchError(f"The state in the file could not be restored: {error!r}.") from error
-        rest = (bundle["batch_idx"],) if takes == 2 else ()
-        found = examine(module, trainer.strategy.precision, batch, *rest)
+        found = examine(module, trainer.strategy.precision, batch, bundle["batch_idx"])
     if found.failure:
         raise MisconfigurationException(f"`{cls.__qualname__}.training_step` failed in the replay: {found.failure}.")
     recorded, digest = bundle.get("loss"), bundle.get("digest")

@@ -301,15 +301,16 @@ class Strategy(ABC):
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss of the engine ``module``; the other arguments are those of ``Tensor.backward``."""
 
-    def run_batch(self, module: Module, batch: Any) -> Tensor:
+    def run_batch(self, module: Module, batch: Any, window: int) -> Tensor:
         """Run forward and backward of a whole batch, where the strategy ``runs_whole_batch``.
 
         Args:
             module: The engine.
             batch: On this rank's device; the strategy cuts it into micro-batches.
+            window: The number of batches of the gradient accumulation; the loss is divided by it before its backward.
 
         Returns:
-            The detached loss of the batch, a scalar, the same on every rank.
+            The detached mean loss of the batch, a scalar, the same on every rank; not divided by ``window``.
         """
         raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
 

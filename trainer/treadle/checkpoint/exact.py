@@ -41,7 +41,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
         "data": data.epochs.state_dict(run.progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
-        "weights": run.weights.state_dict(),
+        "weights": run.loss.state_dict(),
     }
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     if within or not module.automatic_optimization:
@@ -100,7 +100,7 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     parameters = dict(module.named_parameters())
     for name, gradient in mine.get("gradients", {}).items():
         parameters[name].grad = gradient.to(parameters[name].device)
-    run.weights.load_state_dict(mine.get("weights", {}))
+    run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():
         buffers[name].copy_(buffer)

@@ -11,7 +11,7 @@ from treadle.data.lookahead import Transfer
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import DataHooks
 from treadle.module.overriding import check_signature, overrides
-from treadle_fabric import move_data_to_device
+from treadle_fabric import batch_mover, move_data_to_device
 
 __all__ = ["make_transfer"]
 
@@ -40,7 +40,8 @@ def make_transfer(
                 check_signature(chosen[name], name, arguments, type(owner).__qualname__)
                 break
     if not chosen:
-        return lambda batch, dataloader_idx: move_data_to_device(batch, device)
+        mover = batch_mover(device)
+        return lambda batch, dataloader_idx: mover(batch)
     before, move, after = (
         chosen.get(n) for n in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
     )

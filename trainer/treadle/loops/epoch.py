@@ -77,7 +77,8 @@ class TrainingEpoch:
         run, progress, results = self._run, self._run.progress, self._run.results
         step, transfer, begin_batch = self._step, run.transfer, results.begin_batch
         accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
-        step.accumulate(accumulate)
+        step.begin_epoch(accumulate)
+        take_step, accumulate_only = step.step, step.accumulate
         if self._data.has_ended(progress.batch):  # with the batches of another number of processes
             self._end_resumed()
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
@@ -105,7 +106,7 @@ class TrainingEpoch:
             stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
             window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)
             before = progress.optimizer_steps
-            outputs = step(batch, batch_idx, window, stepping)
+            outputs = (take_step if stepping else accumulate_only)(batch, batch_idx, window)
             progress.batch = batch_idx + 1
             progress.batches += 1
             progress.stepping, progress.stepped = stepping, (stepped := progress.optimizer_steps != before)

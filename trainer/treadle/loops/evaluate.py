@@ -10,15 +10,16 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
-from treadle.loops.step.arguments import evaluation_arguments
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
+from treadle.module.modes import module_modes, restore_modes
 from treadle.module.overriding import overrides
+from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage, TrainerFn
 
-__all__ = ["Evaluation", "module_modes"]
+__all__ = ["Evaluation"]
 
 
 class Evaluation:
@@ -36,10 +37,9 @@ class Evaluation:
         self._results = Results(training=False, fabric=run.fabric)
         step_name = f"{name}_step"
         self._step_name = step_name
-        self._step = run.wrapped.method(step_name)
         self._several = len(data.loaders) > 1
-        step = getattr(run.module, step_name)
-        self._takes, self._wants_iterator = evaluation_arguments(step, several=self._several)
+        step, call = getattr(run.module, step_name), run.wrapped.method(step_name)
+        self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
@@ -106,7 +106,7 @@ class Evaluation:
 
     def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> bool:
         """Evaluate on one loader; whether that came to its end."""
-        run, results, step, takes = self._run, self._results, self._step, self._takes
+        run, results, step = self._run, self._results, self._step
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
         on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
         step_name, start_name, end_name = (
@@ -133,12 +133,7 @@ class Evaluation:
                 for listener in on_batch_start:
                     listener(batch, batch_idx, loader_idx)
             results.hook = step_name
-            if takes == 2:
-                output = step(batch, batch_idx)
-            elif takes == 3:
-                output = step(batch, batch_idx, loader_idx)
-            else:
-                output = step(batch)
+            output = step(batch, batch_idx, loader_idx)
             if on_batch_end:
                 results.hook = end_name
                 for listener in on_batch_end:
@@ -153,18 +148,3 @@ class Evaluation:
         results.hook = ""
         begin_batch(None)
         return ended
-
-
-def restore_modes(modes: list[tuple[torch.nn.Module, bool]]) -> None:
-    """Give submodules back the flags of :func:`module_modes`."""
-    for module, mode in modes:
-        own = module.__dict__
-        if "training" in own:
-            own["training"] = mode  # past nn.Module.__setattr__, which is slow
-        else:
-            module.training = mode  # a scripted module keeps it in C++
-
-
-def module_modes(module: torch.nn.Module) -> list[tuple[torch.nn.Module, bool]]:
-    """Every submodule with its training flag."""
-    return [(m, m.training) for m in module.modules()]

@@ -123,8 +123,7 @@ class FitLoop:
                 self._end_epoch(epoch)
                 progress.begin_epoch()
             dispatch.call("on_train_end")
-        if run.watch is not None:
-            run.watch.report()
+        run.loss.report()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:

@@ -11,8 +11,8 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
-from treadle.loops.evaluate import module_modes, restore_modes
-from treadle.loops.step.arguments import evaluation_arguments
+from treadle.module.modes import module_modes, restore_modes
+from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import move_data_to_device
 
@@ -31,9 +31,8 @@ class Prediction:
 
     def __init__(self, run: ReadyRun, data: EvaluationData, *, inference_mode: bool, keep: bool) -> None:
         self._run, self._data, self._keep = run, data, keep
-        self._step = run.wrapped.method("predict_step")
-        several = len(data.loaders) > 1
-        self._takes, self._wants_iterator = evaluation_arguments(run.module.predict_step, several=several)
+        step, call, several = run.module.predict_step, run.wrapped.method("predict_step"), len(data.loaders) > 1
+        self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
@@ -85,7 +84,7 @@ class Prediction:
             restore_modes(modes)
 
     def _loader(self, loader_idx: int, limit: float) -> Iterator[Any]:
-        run, step, takes, keep = self._run, self._step, self._takes, self._keep
+        run, step, keep = self._run, self._step, self._keep
         results, transfer = run.results, run.transfer
         cpu = torch.device("cpu")
         batches: Any = self._data.iterate(loader_idx, run.progress.epoch, limit)
@@ -98,10 +97,7 @@ class Prediction:
                 for listener in self._on_batch_start:
                     listener(batch, batch_idx, loader_idx)
                 results.hook = "predict_step"
-                if takes == 3:
-                    output = step(batch, batch_idx, loader_idx)
-                else:
-                    output = step(batch, batch_idx) if takes == 2 else step(batch)
+                output = step(batch, batch_idx, loader_idx)
                 results.hook = "on_predict_batch_end"
                 for listener in self._on_batch_end:
                     listener(output, batch, batch_idx, loader_idx)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from treadle.metrics.values import is_metric
 from treadle.module.module import LightningModule
+from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
 from treadle_fabric import Precision, map_tensors
 
 __all__ = ["Findings", "examine", "same_values"]
@@ -34,17 +35,20 @@ class Findings:
     """Why it could not be run; the rest is empty then."""
 
 
-def examine(module: LightningModule, precision: Precision, batch: Any, *rest: Any) -> Findings:
+def examine(module: LightningModule, precision: Precision, batch: Any, batch_idx: int) -> Findings:
     """Run the forward and backward of a micro-batch, in this process only; gradients of parameters stay as they are.
 
     Args:
-        module: with the state of before the step.
+        module: with the state that it had before the step.
         precision: the run's.
         batch: on the module's device.
-        *rest: the other arguments of its ``training_step``.
+        batch_idx: the number of the batch in its epoch.
+
+    Raises:
+        MisconfigurationException: ``training_step`` takes other arguments than the trainer gives.
     """
-    found = Findings()
-    step, given = module.training_step, (batch, *rest)
+    found, given = Findings(), (batch, batch_idx)
+    step, _ = bind_step(module.training_step, module.training_step, TRAINING_ARGUMENTS)
     try:
         with torch.enable_grad(), _layers(module, found):
             if precision.converts:

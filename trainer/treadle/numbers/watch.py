@@ -18,6 +18,7 @@ from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.metrics.sinks import NOWHERE
 from treadle.module.module import LightningModule
 from treadle.module.overriding import overrides
+from treadle.run.loss import LossPolicy
 from treadle.run.run import Run
 from treadle_fabric import (
     CheckpointError,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
 
-__all__ = ["NonFiniteWatch"]
+__all__ = ["WatchedLosses"]
 
 _MAX_NAMED: Final = 5
 _MAX_TOLD: Final = 3
@@ -48,7 +49,6 @@ class _Record:
 
     batch_idx: int
     batch: Any = None
-    rest: tuple[Any, ...] = ()  # the step's other arguments
     rng: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
@@ -56,65 +56,75 @@ class _Record:
     exact: bool = False  # and neither divided nor weighted
 
 
-class NonFiniteWatch:
+class WatchedLosses:
     """Checks losses and gradients before each optimizer step; all ranks come to the same decision.
 
     Args:
         run: the run.
+        losses: what becomes of the losses otherwise.
         mode: "raise", "skip" (leave the step out) or "warn" (step all the same).
         root: the folder in which the files go, into ``nonfinite/``.
     """
 
-    def __init__(self, run: Run, mode: str, root: str) -> None:
-        self._run, self._mode = run, mode
+    def __init__(self, run: Run, losses: LossPolicy, mode: str, root: str) -> None:
+        self._run, self._losses, self._mode = run, losses, mode
         self._folder = os.path.join(root if "://" in root else os.path.abspath(root), "nonfinite")
         self._records: list[_Record] = []
         self._count = 0
-        self._wants_iterator = False
+        self._observes = self._reruns = False
+        self._steps = True  # an optimizer does
         module = run.module
-        self._reruns = module.automatic_optimization
         self._touched = bool(run.dispatch.listeners("on_after_backward")) or overrides(
             module, "backward", LightningModule
         )
 
-    def observe(self, step: Callable[..., Any], *, wants_iterator: bool) -> Callable[..., Any]:
-        """``training_step``, keeping what is needed to run it once more."""
+    def observe(self, training_step: Callable[..., Any], *, wants_iterator: bool) -> Callable[..., Any]:
+        """Return a ``training_step`` that keeps what is needed to run it once more."""
         progress, module = self._run.progress, self._run.module
-        self._reruns = self._reruns and not wants_iterator
+        self._observes, self._reruns = True, not wants_iterator
 
         def observed(batch: Any, *rest: Any) -> Any:
             record = _Record(progress.batch)
             if self._reruns:
-                record.batch, record.rest = map_tensors(batch, lambda t: t.detach().clone()), rest
+                record.batch = map_tensors(batch, lambda t: t.detach().clone())
                 record.rng = collect_rng_states()
                 record.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._records.append(record)
-            output = step(batch, *rest)
+            output = training_step(batch, *rest)
             record.loss = loss_of(output)
             return output
 
         return observed
 
-    def take(self, loss: Tensor) -> None:
-        """A loss that is differentiated now."""
-        if not self._run.module.automatic_optimization:
-            self._records.append(_Record(self._run.progress.batch, loss=loss.detach(), taken=True))
-            return
+    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+        """Scale the loss, and note it for the next step."""
+        scaled = self._losses.scale(loss, weight, window, first)
+        if scaled is None:
+            return None
+        if not self._observes:  # manual optimization, or an engine that runs the whole batch
+            self._records.append(_Record(self._run.progress.batch, loss=scaled.detach(), taken=True))
+            return scaled
         record = self._records[-1]
         assert record.loss is not None
-        record.taken, record.exact, record.loss = True, loss is record.loss, record.loss.detach()
+        record.taken, record.exact, record.loss = True, scaled is record.loss, record.loss.detach()
+        return scaled
 
     def forget(self) -> None:
-        """An accumulation was left unfinished, or ended with nothing to look at."""
+        """Drop the records of an accumulation that was left unfinished, or has nothing to look at."""
         self._records = []
 
-    def allows(self, optimizer: Optimizer | None) -> bool:
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the losses keep."""
+        return self._losses.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self._losses.load_state_dict(state)
+
+    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
         """Look at the losses since the last step, and at the gradients; every rank calls it.
 
-        Under a gradient scaler, infinite gradients are its own affair, and only losses are looked at.
-
-        Args:
-            optimizer: about to step; None in a fit without optimizers, where only losses are looked at.
+        Under a gradient scaler, which finds infinite gradients itself, only the losses are looked at.
 
         Returns:
             Whether the optimizer may step.
@@ -122,6 +132,10 @@ class NonFiniteWatch:
         Raises:
             NonFiniteError: something is not finite, in the mode "raise".
         """
+        if not self._losses.prepare(optimizer, window, done):
+            self.forget()  # the weights are all 0
+            return False
+        self._steps = optimizer is not None
         records, self._records = self._records, []
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
@@ -155,7 +169,7 @@ class NonFiniteWatch:
         if self._count and self._run.fabric.is_global_zero:
             what = "were skipped" if self._mode == "skip" else "were taken all the same"
             text = f"{self._count} optimizer step(s) with a loss or gradients that were not finite {what}."
-            if not self._run.optimizers:
+            if not self._steps:
                 text = f"{self._count} time(s) a loss was not finite."
             warn_user(text)
 
@@ -233,7 +247,7 @@ class NonFiniteWatch:
             set_rng_states(record.rng)
             try:
                 batch = map_tensors(record.batch, lambda t: t.clone())
-                return examine(module, run.fabric.strategy.precision, batch, *record.rest)
+                return examine(module, run.fabric.strategy.precision, batch, record.batch_idx)
             finally:
                 _put_back(buffers, before)
                 restore_metrics(run, metrics)

@@ -5,21 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
 from treadle.module import LightningDataModule, LightningModule
-from treadle.numbers.loss_weights import Weights
 from treadle.run.dispatch import Dispatch
+from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.stages import TrainerState
 from treadle_fabric import Fabric, FabricModule, FabricOptimizer
 from treadle_fabric.loggers import Logger
-
-if TYPE_CHECKING:
-    from treadle.numbers.watch import NonFiniteWatch
 
 __all__ = ["ReadyRun", "Run"]
 
@@ -85,10 +82,8 @@ class ReadyRun(Run):
     wrapped: FabricModule
     transfer: Callable[[Any, int], Any]
     """How a batch of a loader reaches the device: takes the batch and the index of its loader."""
-    weights: Weights = field(default_factory=Weights)
-    """Of the losses of the accumulation that is going on."""
-    watch: NonFiniteWatch | None = None
-    """Looks for losses and gradients that are not finite; None without ``on_nonfinite``."""
+    loss: LossPolicy
+    """How losses become the gradients of an optimizer step."""
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint in the middle of a validation keeps: a resumed run begins that validation anew. Empty
     outside."""

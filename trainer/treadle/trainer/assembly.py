@@ -18,9 +18,10 @@ from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import ManualStep
+from treadle.loops.step.preparation import Preparation
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.numbers.watch import NonFiniteWatch
+from treadle.numbers.losses import choose_loss_policy
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.stages import TrainerFn
@@ -48,22 +49,22 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
 
     ``configure_optimizers`` comes after the module's set-up, or before it where the strategy sets up both together.
     """
-    fabric, fitting = run.fabric, run.state.fn is TrainerFn.FITTING
-    watch = NonFiniteWatch(run, settings.on_nonfinite, settings.default_root_dir) if settings.on_nonfinite else None
+    fabric = run.fabric
+    loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
     transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
-    if fitting and fabric.strategy.sets_up_jointly:
-        optimizers = _configure_optimizers(run)
-        wrapped, *stepped = fabric.setup(run.module, *optimizers)
-        _add_optimizers(run, watch, [each.optimizer for each in stepped])
-        return run.ready(wrapped=wrapped, transfer=transfer, watch=watch)
-    return run.ready(wrapped=fabric.setup_module(run.module), transfer=transfer, watch=watch)
+    if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
+        wrapped, *stepped = fabric.setup(run.module, *_configure_optimizers(run))
+        ready = run.ready(wrapped=wrapped, transfer=transfer, loss=loss)
+        _add_optimizers(ready, [each.optimizer for each in stepped])
+        return ready
+    return run.ready(wrapped=fabric.setup_module(run.module), transfer=transfer, loss=loss)
 
 
 def set_up_optimizers(run: ReadyRun) -> None:
     """Make the optimizers and schedulers, unless the module's set-up has made them."""
     strategy = run.fabric.strategy
     if not strategy.sets_up_jointly:
-        _add_optimizers(run, run.watch, [strategy.setup_optimizer(o) for o in _configure_optimizers(run)])
+        _add_optimizers(run, [strategy.setup_optimizer(optimizer) for optimizer in _configure_optimizers(run)])
 
 
 def _configure_optimizers(run: Run) -> list[Optimizer]:
@@ -73,24 +74,15 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
     return optimizers
 
 
-def _add_optimizers(run: Run, watch: NonFiniteWatch | None, optimizers: list[Optimizer]) -> None:
+def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
     """Add the optimizers to the run; in manual optimization their steps are counted and have their hook."""
-    listeners, progress, results = run.dispatch.listeners("on_before_optimizer_step"), run.progress, run.results
-    strategy = run.fabric.strategy
+    prepare, progress, strategy = Preparation(run), run.progress, run.fabric.strategy
     manual = not run.module.automatic_optimization
-
     left_out: set[Optimizer] = set()
 
     def before_step(optimizer: Optimizer) -> None:
-        if watch is not None and not watch.allows(optimizer):
-            optimizer.zero_grad()  # the step finds nothing to do
+        if not run.dispatch.run("on_before_optimizer_step", prepare.of, optimizer):
             left_out.add(optimizer)
-        elif listeners:
-            strategy.precision.unscale_gradients(optimizer)
-            results.hook = "on_before_optimizer_step"
-            for listener in listeners:
-                listener(optimizer)
-            results.hook = "training_step"
 
     def after_step(optimizer: Optimizer) -> None:
         if optimizer in left_out:

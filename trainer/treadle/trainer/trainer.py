@@ -21,8 +21,8 @@ from treadle.checkpoint.find import find_checkpoint, preempted_path
 from treadle.checkpoint.restore import restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
+from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.manual import manual_backward
 from treadle.metrics.latest import Metrics
 from treadle.metrics.table import print_results
 from treadle.metrics.values import to_floats

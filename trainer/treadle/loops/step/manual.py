@@ -7,34 +7,34 @@ from typing import Any
 
 from torch import Tensor
 
-from treadle.loops.step.arguments import step_arguments
-from treadle.module import LightningModule
-from treadle.module.overriding import overrides
+from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
 
-__all__ = ["ManualStep", "manual_backward"]
+__all__ = ["ManualStep"]
 
 
 class ManualStep:
     """Manual optimization: the module steps its optimizers itself."""
 
+    idle = 0
+
     def __init__(self, run: ReadyRun) -> None:
-        self._results = run.results
-        self._training_step = run.wrapped.method("training_step")
-        self._takes, self.wants_iterator = step_arguments(run.module.training_step, ("batch", "batch_idx"))
+        self._results, self._loss = run.results, run.loss
+        step, call = run.module.training_step, run.wrapped.method("training_step")
+        self._training_step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
-        self._watch = None if run.optimizers else run.watch  # those of `configure_optimizers` ask before they step
-        self.idle = 0
+        self._prepares = not run.optimizers  # those of `configure_optimizers` do it before they step
 
-    def accumulate(self, batches: int) -> None:
-        """Nothing to do: the module accumulates by itself."""
+    def begin_epoch(self, accumulate: int) -> None:
+        """Do nothing: the module accumulates by itself."""
 
-    def __call__(self, batch: Any, batch_idx: int, window: int, stepping: bool) -> Any:
+    def step(self, batch: Any, batch_idx: int, window: int) -> Any:
+        """Train on a batch; returns what ``on_train_batch_end`` gets."""
         self._results.hook = "training_step"
-        output = self._training_step(batch, batch_idx) if self._takes == 2 else self._training_step(batch)
-        if self._watch is not None:
-            self._watch.allows(None)
+        output = self._training_step(batch, batch_idx)
+        if self._prepares:
+            self._loss.prepare(None, 1, 1)
         if not self._gives_outputs or output is None:
             return {} if self._gives_outputs else None
         if isinstance(output, Tensor):
@@ -46,21 +46,4 @@ class ManualStep:
             " None."
         )
 
-
-def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Backward in manual optimization, with its hooks."""
-    module, dispatch, strategy = run.module, run.dispatch, run.fabric.strategy
-    dispatch.call("on_before_backward", loss)
-    if run.watch is not None:
-        run.watch.take(loss)
-    strategy.expect_backward(loss)
-    engine = run.wrapped.forward_module
-    if overrides(module, "backward", LightningModule):
-        precision = strategy.precision
-        precision.pre_backward(loss, engine)
-        dispatch.run("backward", precision.backward_by, module.backward, loss, *args, **kwargs)
-        precision.post_backward(loss, engine)
-    else:
-        strategy.backward(loss, engine, *args, **kwargs)
-    dispatch.call("on_after_backward")
-    run.results.hook = "training_step"
+    accumulate = step

@@ -1,0 +1,94 @@
+"""The backward pass of a loss, with its hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from treadle.module import LightningModule
+from treadle.module.overriding import overrides
+from treadle.run.run import ReadyRun
+from treadle_fabric import MisconfigurationException
+
+__all__ = ["automatic_backward", "manual_backward"]
+
+
+def _with_hooks(run: ReadyRun, differentiate: Callable[..., None]) -> Callable[..., None]:
+    """Make the function that differentiates a loss and tells the listeners before and after.
+
+    Args:
+        run: the run.
+        differentiate: what does it, unless the module overrides ``backward``.
+    """
+    results, listeners = run.results, run.dispatch.listeners
+    before, after = listeners("on_before_backward"), listeners("on_after_backward")
+    if overrides(run.module, "backward", LightningModule):
+        differentiate = _by_hook(run)
+    if not before and not after:
+        return differentiate
+
+    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if before:
+            results.hook = "on_before_backward"
+            for listener in before:
+                listener(loss)
+        differentiate(loss, *args, **kwargs)
+        if after:
+            results.hook = "on_after_backward"
+            for listener in after:
+                listener()
+
+    return backward
+
+
+def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
+    """Make the backward pass of automatic optimization, with an explanation where it fails because of the loss."""
+    strategy, engine = run.fabric.strategy, run.wrapped.forward_module
+    by_strategy = Tensor.backward if strategy.plain_backward else lambda loss: strategy.backward(loss, engine)
+
+    def differentiate(loss: Tensor) -> None:
+        try:
+            by_strategy(loss)
+        except RuntimeError:
+            _check_loss(loss)
+            raise
+
+    return _with_hooks(run, differentiate)
+
+
+def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Differentiate a loss in manual optimization; the arguments are those of ``Tensor.backward``."""
+    strategy, engine = run.fabric.strategy, run.wrapped.forward_module
+    run.loss.scale(loss, None, 1, True)
+    strategy.expect_backward(loss)
+    backward = _with_hooks(run, lambda loss, *args, **kwargs: strategy.backward(loss, engine, *args, **kwargs))
+    backward(loss, *args, **kwargs)
+    run.results.hook = "training_step"
+
+
+def _by_hook(run: ReadyRun) -> Callable[..., None]:
+    """The module's ``backward`` hook, with a scaled loss where the precision scales."""
+    module, precision, engine = run.module, run.fabric.strategy.precision, run.wrapped.forward_module
+
+    def differentiate(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        precision.pre_backward(loss, engine)
+        run.dispatch.run("backward", precision.backward_by, module.backward, loss, *args, **kwargs)
+        precision.post_backward(loss, engine)
+
+    return differentiate
+
+
+def _check_loss(loss: Tensor) -> None:
+    """Explain why a backward pass failed, where the loss itself is the reason."""
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"`training_step` returned a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()`"
+            " say."
+        ) from None
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            "`training_step` returned a loss that does not depend on any parameter that requires a gradient: compute it"
+            " from the model's output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
+        ) from None

@@ -1,0 +1,192 @@
+"""The gradients of one micro-batch: forward, zero, scale, backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from treadle.loops.step.backward import automatic_backward
+from treadle.module import LightningModule
+from treadle.module.overriding import overrides
+from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
+from treadle.run.run import ReadyRun
+from treadle_fabric import MisconfigurationException, warn_user
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["Gradients", "WholeBatchGradients"]
+
+
+class Gradients:
+    """Runs ``training_step`` on a micro-batch, and differentiates its loss.
+
+    Args:
+        run: the run.
+        optimizer: whose gradients are emptied where an accumulation begins; None in a fit without optimizers.
+    """
+
+    def __init__(self, run: ReadyRun, optimizer: Optimizer | None) -> None:
+        step, call = run.module.training_step, run.wrapped.method("training_step")
+        step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
+        self._training_step = run.loss.observe(step, wants_iterator=self.wants_iterator)
+        self._run, self._results, self._loss = run, run.results, run.loss
+        self._zero_grad = _make_zero_grad(run, optimizer)
+        self._backward = automatic_backward(run)
+        self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
+        self._told_empty = False
+        self.accumulate = 1
+        """The number of batches of an accumulation in this epoch."""
+        self.idle = 0
+        """The number of batches of this epoch without anything to learn from."""
+
+    def of(self, batch: Any, batch_idx: int, window: int) -> tuple[Any, Tensor | None]:
+        """Add the gradients of a micro-batch to those of its accumulation.
+
+        Args:
+            batch: on the device.
+            batch_idx: the number of the batch in its epoch.
+            window: the number of batches of the accumulation.
+
+        Returns:
+            What ``on_train_batch_end`` gets; and the mean loss, None where there was nothing to learn from.
+        """
+        self._results.hook = "training_step"
+        output = self._training_step(batch, batch_idx)
+        mean, weight = (output, None) if isinstance(output, Tensor) else _loss_of(output)
+        if mean is not None and _is_empty(batch) and not self._is_finite(mean, batch_idx):
+            loss = None  # a mean over no samples
+        else:
+            loss = mean
+        first = batch_idx % self.accumulate == 0
+        if first:
+            self._zero_grad()
+        loss = self._loss.scale(loss, weight, window, first)
+        if loss is None:
+            self._go_without()
+        else:
+            self._backward(loss)
+        learned = None if loss is None else mean
+        if not self._gives_outputs:
+            return None, learned
+        outputs = {} if output is None or isinstance(output, Tensor) else dict(output)
+        if mean is not None:
+            divided = loss if loss is not None and weight is None else mean / window
+            outputs["loss"] = divided.detach()
+        return outputs, learned
+
+    def _is_finite(self, mean: Tensor, batch_idx: int) -> bool:
+        """Whether the loss of a batch of 0 samples is finite; the first one that is not is told of."""
+        if bool(mean.isfinite().all()):
+            return True
+        if not self._told_empty:
+            self._told_empty = True
+            strategy, epoch = self._run.fabric.strategy, self._run.progress.epoch
+            of_rank = f" on rank {strategy.global_rank}" if strategy.world_size > 1 else ""
+            warn_user(
+                f"A batch of 0 samples in the training loader{of_rank}, epoch {epoch}, batch {batch_idx}: its loss is"
+                f" {mean.mean().item()}, and it is skipped, as others like it will be."
+            )
+        return False
+
+    def _go_without(self) -> None:
+        """There is no loss; other ranks may have one, and wait for this rank in their backward pass."""
+        self.idle += 1
+        self._run.fabric.strategy.join_backward(self._run.wrapped.forward_module, str(self._run.progress.batches))
+
+
+class WholeBatchGradients:
+    """Has a strategy run forward and backward of all micro-batches; ``training_step`` is not called.
+
+    Args:
+        run: the run, whose strategy ``runs_whole_batch``.
+        optimizer: as for :class:`Gradients`.
+    """
+
+    wants_iterator = False
+    idle = 0  # a rank without the last stage of a pipeline never has a loss
+
+    def __init__(self, run: ReadyRun, optimizer: Optimizer | None) -> None:
+        strategy: Any = run.fabric.strategy
+        self._run_batch, self._engine = strategy.run_batch, run.wrapped.forward_module
+        self._results, self._loss = run.results, run.loss
+        self._zero_grad = _make_zero_grad(run, optimizer)
+        self._after_backward = run.dispatch.listeners("on_after_backward")
+        self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
+        self.accumulate = 1
+
+    def of(self, batch: Any, batch_idx: int, window: int) -> tuple[Any, Tensor | None]:
+        """Add the gradients of a batch; see :meth:`Gradients.of`."""
+        first = batch_idx % self.accumulate == 0
+        if first:
+            self._zero_grad()
+        loss: Tensor | None = self._run_batch(self._engine, batch, window)
+        loss = self._loss.scale(loss, None, window, first)
+        self._results.hook = "on_after_backward"
+        for listener in self._after_backward:
+            listener()
+        if not self._gives_outputs:
+            return None, loss
+        return {} if loss is None else {"loss": loss.detach()}, loss
+
+
+def _make_zero_grad(run: ReadyRun, optimizer: Optimizer | None) -> Callable[[], None]:
+    """What empties the gradients, with its hooks; nothing where there is no optimizer, or an engine does it."""
+    strategy, dispatch, progress, results = run.fabric.strategy, run.dispatch, run.progress, run.results
+    if optimizer is None or strategy.handles_gradient_accumulation or strategy.owns_optimizer_step:
+        return _nothing
+    listeners, hook = dispatch.listeners("on_before_zero_grad"), run.module.optimizer_zero_grad
+
+    def by_hook() -> None:
+        dispatch.run("optimizer_zero_grad", hook, progress.epoch, progress.batch, optimizer)
+
+    own = overrides(run.module, "optimizer_zero_grad", LightningModule)
+    zero_grad: Callable[[], None] = by_hook if own else optimizer.zero_grad
+    if not listeners:
+        return zero_grad
+
+    def announced() -> None:
+        results.hook = "on_before_zero_grad"
+        for listener in listeners:
+            listener(optimizer)
+        zero_grad()
+
+    return announced
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def _loss_of(output: Any) -> tuple[Tensor | None, Any]:
+    """The loss in what ``training_step`` returned, if that is no tensor, and its weight if there is one."""
+    if output is None:
+        return None, None
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+        if isinstance(loss, Tensor):
+            return loss, output.get("weight")
+        raise MisconfigurationException(
+            f"`training_step` returned a dict with the keys {sorted(map(str, output))}; in automatic optimization it"
+            " needs the key 'loss' with a tensor."
+        )
+    raise MisconfigurationException(
+        f"`training_step` returned {type(output).__name__}; in automatic optimization it returns a scalar tensor, a"
+        " dict with 'loss', or None to skip the batch."
+    )
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether a batch has 0 samples, as far as the first tensor in it tells without a search."""
+    first = batch
+    if type(batch) in (tuple, list, dict) and batch:
+        first = next(iter(batch.values())) if type(batch) is dict else batch[0]
+    if isinstance(first, Tensor):
+        return not first.numel() and first.shape[:1] == (0,)
+    if first is not batch and type(first) in (tuple, list, dict):
+        return _is_empty(first)
+    named = batch if type(batch) is dict or isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+    tensor = next((value for value in named.values() if isinstance(value, Tensor)), None)
+    return tensor is not None and tensor.shape[:1] == (0,)
