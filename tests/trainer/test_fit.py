@@ -234,7 +234,7 @@ def test_the_time_between_validations_goes_on_where_loaders_are_made_anew(tmp_pa
     assert epochs  # each takes half as long
 
 
-@pytest.mark.parametrize("batches", [0, 2.0, True])
+@pytest.mark.parametrize("batches", [0, 2.5, True])
 def test_an_accumulation_that_is_none_is_refused_when_a_callback_sets_it(tmp_path: Path, batches: Any) -> None:
     with pytest.raises(L.MisconfigurationException, match="accumulate_grad_batches"):
         trainer(tmp_path).accumulate_grad_batches = batches
