@@ -38,7 +38,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["file_system", "load_file", "neighbours", "reason_of", "save_file", "why_not_written", "write_file"]
+__all__ = ["file_system", "load_file", "neighbours", "reason_of", "save_file", "why_not_written"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -120,12 +120,7 @@ def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
                 # src_dir_fd is only there to make Python follow the link
                 os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
                 return
-    write_file(checkpoint, name)
-
-
-def write_file(checkpoint: dict[str, Any], path: str) -> None:
-    """Write a new file straight to its name, and flush it to the disk."""
-    with open(path, "x+b") as file:
+    with open(name, "x+b") as file:
         _dump(checkpoint, file)
 
 

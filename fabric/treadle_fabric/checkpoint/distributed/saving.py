@@ -10,10 +10,10 @@ from typing import Any
 from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
 from treadle_fabric.checkpoint.distributed.split import Split
 from treadle_fabric.checkpoint.fingerprint import fingerprint
+from treadle_fabric.checkpoint.folder.checksummed import save_checksummed
 from treadle_fabric.checkpoint.folder.layout import PLAIN, rank_file, refuse_foreign
-from treadle_fabric.checkpoint.folder.manifest import checksum, write_manifest
+from treadle_fabric.checkpoint.folder.manifest import write_manifest
 from treadle_fabric.checkpoint.folder.placing import lock_folder, make_temporary, put_in_place
-from treadle_fabric.checkpoint.torch_file import write_file
 from treadle_fabric.errors import (
     CheckpointError,
 )
@@ -59,13 +59,12 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
         return temporary, summary, bool(split.sharded), list(split.own)
 
     def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
-        contents = {rank_file(ranks.rank): parts[0].own} if parts[0].own else {}
+        split = parts[0]
         if ranks.rank == 0:
-            contents[PLAIN] = parts[0].content()
-        for name, content in contents.items():
-            ranks.state, file = content, os.path.join(folder, name)
-            write_file(content, file)
-            files[name] = checksum(file)
+            files[PLAIN] = save_checksummed(split.content(), os.path.join(folder, PLAIN))
+        if split.own:
+            ranks.state, name = split.own, rank_file(ranks.rank)
+            files[name] = save_checksummed(split.own, os.path.join(folder, name))
         return files, places
 
     def publish() -> None:
