@@ -18,7 +18,7 @@ from treadle_fabric.checkpoint import (
     newest_good,
 )
 from treadle_fabric.checks import check_integer
-from treadle_fabric.coordination.stop_agreement import StopAgreement
+from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
 from treadle_fabric.data.resumable import ResumableDataLoader
 from treadle_fabric.data.samplers import has_len, sampler_epoch, seed_workers, set_epoch, sized_len
@@ -154,6 +154,7 @@ __all__ = [
     "UnknownArgumentError",
     "UnusedParametersError",
     "__version__",
+    "all_gather_objects",
     "batch_mover",
     "canonical_precision",
     "check_integer",
@@ -164,6 +165,7 @@ __all__ = [
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
+    "gather_objects",
     "has_len",
     "infer_batch_size",
     "is_wrapped",
@@ -173,6 +175,7 @@ __all__ = [
     "move_data_to_device",
     "near_names",
     "newest_good",
+    "on_rank_zero",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",

@@ -27,10 +27,12 @@ from treadle_fabric import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checkpoint.distributed import saving as distributed
+from treadle_fabric.checkpoint import checkpoints_in, fingerprint, link_folder, read_outline
+from treadle_fabric.checkpoint.distributed import loading
 from treadle_fabric.checkpoint.distributed.loading import load_sharded_into
+from treadle_fabric.checkpoint.distributed.saving import save_sharded
+from treadle_fabric.checkpoint.folder import manifest
 from treadle_fabric.checkpoint.folder import placing as folders
-from treadle_fabric.checkpoint.newest import checkpoints_in, read_outline
 
 SHARDED, FILE = DistributedCheckpointIO(), TorchCheckpointIO()
 BOTH = pytest.mark.parametrize("io", [SHARDED, FILE])
@@ -62,7 +64,7 @@ def test_a_folder_with_other_things_is_neither_replaced_nor_removed(
     for touch in (
         lambda: io.save_checkpoint({"step": 2}, data),
         lambda: io.remove_checkpoint(data),
-        lambda: folders.link_folder(str(tmp_path / "a.ckpt"), str(data)),
+        lambda: link_folder(str(tmp_path / "a.ckpt"), str(data)),
     ):
         with pytest.raises(CheckpointError, match=r"choose another name"):
             touch()
@@ -86,7 +88,7 @@ def test_what_was_put_into_a_checkpoint_is_not_linked_along(tmp_path: Path) -> N
     SHARDED.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
     (tmp_path / "a.ckpt" / "notes.txt").touch()
     for _ in range(2):  # the link can be replaced by the next one
-        folders.link_folder(str(tmp_path / "a.ckpt"), str(tmp_path / "last.ckpt"))
+        link_folder(str(tmp_path / "a.ckpt"), str(tmp_path / "last.ckpt"))
     assert SHARDED.load_checkpoint(tmp_path / "last.ckpt") == {"step": 1}
 
 
@@ -194,8 +196,8 @@ def test_what_is_read_is_one_checkpoint_whoever_saves_meanwhile(
 ) -> None:
     path = tmp_path / "last.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    late = saving_before(distributed, stage, lambda: SHARDED.save_checkpoint(state_of(2), path))
-    monkeypatch.setattr(distributed, stage, late)
+    late = saving_before(loading, stage, lambda: SHARDED.save_checkpoint(state_of(2), path))
+    monkeypatch.setattr(loading, stage, late)
     found = read(path)
     assert found["step"] == 2 and found["w"].eq(2).all()
 
@@ -203,16 +205,16 @@ def test_what_is_read_is_one_checkpoint_whoever_saves_meanwhile(
 def test_a_file_that_takes_the_place_of_a_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    late = saving_before(distributed, "_read", lambda: FILE.save_checkpoint(state_of(2), path))
-    monkeypatch.setattr(distributed, "_read", late)
+    late = saving_before(loading, "_read", lambda: FILE.save_checkpoint(state_of(2), path))
+    monkeypatch.setattr(loading, "_read", late)
     assert SHARDED.load_checkpoint(path)["w"].eq(2).all()
 
 
 def test_who_saves_faster_than_one_can_read_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    late = saving_before(distributed, "_read", lambda: SHARDED.save_checkpoint(state_of(2), path), times=100)
-    monkeypatch.setattr(distributed, "_read", late)
+    late = saving_before(loading, "_read", lambda: SHARDED.save_checkpoint(state_of(2), path), times=100)
+    monkeypatch.setattr(loading, "_read", late)
     with pytest.raises(CheckpointError, match=r"last\.ckpt.*took its place 5 times"):
         SHARDED.load_checkpoint(path)
 
@@ -220,10 +222,8 @@ def test_who_saves_faster_than_one_can_read_is_told_of(tmp_path: Path, monkeypat
 def test_a_second_name_does_not_count_as_another_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    link = saving_before(
-        distributed, "_read", lambda: folders.link_folder(str(path), str(tmp_path / "last.ckpt")), times=100
-    )
-    monkeypatch.setattr(distributed, "_read", link)
+    link = saving_before(loading, "_read", lambda: link_folder(str(path), str(tmp_path / "last.ckpt")), times=100)
+    monkeypatch.setattr(loading, "_read", link)
     assert SHARDED.load_checkpoint(path)["step"] == 1
 
 
@@ -243,13 +243,13 @@ def read_with_two(fabric: Fabric, folder: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         if rank == 0:  # only one of them is late, or fails
-            late = saving_before(distributed, "_read", lambda: distributed.save_sharded(state_of(2), path, alone))
-            patch.setattr(distributed, "_read", late)
+            late = saving_before(loading, "_read", lambda: save_sharded(state_of(2), path, alone))
+            patch.setattr(loading, "_read", late)
         load_sharded_into(state := state_of(0), path)
         assert state["step"] == 2 and state["w"].eq(2).all()
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(distributed.TorchCheckpointIO, "load_checkpoint", lambda *a: 1 / 0)
+            patch.setattr(loading, "load_file", lambda *a: 1 / 0)
         fails("rank 1: ZeroDivisionError")
     dist.barrier()
     if rank == 0:
@@ -257,7 +257,7 @@ def read_with_two(fabric: Fabric, folder: str) -> None:
     dist.barrier()
     with pytest.MonkeyPatch.context() as patch:
         if rank == 0:
-            patch.setattr(distributed, "bring_back", saving_before(distributed, "bring_back", lambda: time.sleep(0.5)))
+            patch.setattr(loading, "bring_back", saving_before(loading, "bring_back", lambda: time.sleep(0.5)))
         load_sharded_into(state := state_of(0), path)
         assert state["step"] == 2
     dist.barrier()
@@ -284,7 +284,7 @@ def test_what_cannot_be_read_in_place_is_named(tmp_path: Path) -> None:
 
 def test_the_fingerprint_tells_places_apart() -> None:
     def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-        return distributed._fingerprint(a) != distributed._fingerprint(b)
+        return fingerprint(a) != fingerprint(b)
 
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64):
         eye = torch.eye(2048).to(dtype)
@@ -359,9 +359,9 @@ def test_pieces_of_every_cut_are_taken() -> None:
     grid = [piece((i, i + 1), (j, j + 1)) for i in range(n) for j in range(n)]
     rows, columns = [piece((i, i + 1), (0, n)) for i in range(n)], [piece((0, n), (i, i + 1)) for i in range(n)]
     for pieces in (grid, rows, columns, [piece((0, n), (0, n)), piece((n, n), (0, n))], [piece()]):
-        assert not folders._overlap(pieces) and not folders._overlap(pieces[::-1])
-        assert folders._overlap([*pieces, pieces[0]])
-    assert folders._overlap([*rows, piece((3, 4), (7, 8))]) and not folders._overlap([])
+        assert not manifest._overlap(pieces) and not manifest._overlap(pieces[::-1])
+        assert manifest._overlap([*pieces, pieces[0]])
+    assert manifest._overlap([*rows, piece((3, 4), (7, 8))]) and not manifest._overlap([])
 
 
 # --- checksums ---

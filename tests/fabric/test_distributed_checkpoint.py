@@ -38,8 +38,7 @@ from treadle_fabric import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checkpoint.distributed import dcp
-from treadle_fabric.checkpoint.distributed import saving as distributed
+from treadle_fabric.checkpoint.distributed import dcp, split
 from treadle_fabric.checkpoint.distributed.loading import load_sharded_into
 from treadle_fabric.checkpoint.distributed.saving import save_sharded
 from treadle_fabric.checkpoint.folder import placing as folders
@@ -51,7 +50,7 @@ IO = DistributedCheckpointIO()
 @pytest.fixture(autouse=True)
 def small_tensors_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tests need not write much."""
-    monkeypatch.setattr(distributed, "_LARGE", 4096)
+    monkeypatch.setattr(split, "_LARGE", 4096)
 
 
 def launch(processes: int, function: Callable[..., Any], *args: Any, start: str = "ddp_fork") -> Any:
@@ -377,7 +376,7 @@ def test_foreign_and_contradictory_folders(saved: Path, tmp_path: Path) -> None:
         IO.load_checkpoint(tmp_path / "empty")
     manifest = json.loads((saved / "manifest.json").read_bytes())
     for change, says in (
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"format": "other"}, "other"),
         ({"files": []}, "no manifest"),
         ({"tensors": {}}, "contradicts"),

@@ -7,23 +7,29 @@ goes on. Imports only the foundation.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
-from treadle_fabric.checkpoint.distributed.folder_io import DistributedCheckpointIO
-from treadle_fabric.checkpoint.folder import bring_back, link_folder, put_in_place, representative, size_of
+from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
+from treadle_fabric.checkpoint.fingerprint import fingerprint
+from treadle_fabric.checkpoint.folder import link_folder, put_in_place, size_of
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.newest import checkpoints_in, newest_good, read_outline
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
+from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
+from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
+from treadle_fabric.checkpoint.reading import read_outline
+from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 
 __all__ = [
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
+    "PerRank",
     "TorchCheckpointIO",
-    "bring_back",
     "checkpoints_in",
+    "fingerprint",
     "link_folder",
+    "names_of",
     "newest_good",
+    "parts_on_demand",
     "put_in_place",
     "read_outline",
-    "representative",
     "size_of",
+    "written_at",
 ]

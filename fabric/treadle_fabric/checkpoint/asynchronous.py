@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import io
+import functools
 import os
 import pickle
 import sys
@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from treadle_fabric import tensor_pickle
 from treadle_fabric.checkpoint.archive import state_path_of
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
+from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.types import PathLike
@@ -187,75 +188,26 @@ atexit.register(_report)
 def _copy(checkpoint: Any, path: PathLike) -> Callable[[], Any]:
     """Copy ``checkpoint`` as ``torch.save`` would write it, and return a function that puts it together again.
 
-    It is pickled with the contents of its tensors left out, so that everything else is frozen too, tensors that share
-    memory still do, and what cannot be pickled is told to the caller.
+    What is no tensor is pickled, so that everything is frozen, tensors that share memory still do, and what cannot be
+    pickled is told to the caller.
     """
-    stream = io.BytesIO()
-    pickler = _Pickler(stream)
     try:
-        pickler.dump(checkpoint)
+        stream, storages = tensor_pickle.dump(checkpoint)
     except (pickle.PicklingError, AttributeError, TypeError) as e:
         raise CheckpointError(
             f"The checkpoint {str(path)!r} was not written: {state_path_of(checkpoint)} cannot be pickled ({e}). Save "
             "its state_dict() or plain values, or leave it out."
         ) from e
-    for device in pickler.copying:
+    copies = [_on_host(storage) for storage in storages]
+    for device in {storage.device for storage in storages if storage.device.type == "cuda"}:
         torch.cuda.current_stream(device).synchronize()
-    copies = pickler.copies
-
-    def put_together() -> Any:
-        stream.seek(0)
-        return _Unpickler(stream, copies).load()
-
-    return put_together
+    return functools.partial(tensor_pickle.load, stream, copies)
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles everything but the bytes of tensors, which it copies."""
-
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        self.copies: list[torch.UntypedStorage] = []
-        self.copying: set[torch.device] = set()
-        self._places: dict[int, int] = {}
-        self._originals: list[torch.UntypedStorage] = []  # held, so that no other one takes over the address of one
-
-    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
-        if isinstance(obj, torch.storage.TypedStorage):
-            return self._place_of(obj._untyped_storage), obj.dtype
-        if isinstance(obj, torch.UntypedStorage):
-            return self._place_of(obj), None
-        return None
-
-    def _place_of(self, storage: torch.UntypedStorage) -> int:
-        place = self._places.setdefault(storage._cdata, len(self.copies))
-        if place == len(self.copies):
-            self._originals.append(storage)
-            self.copies.append(_on_host(storage, self.copying))
-        return place
-
-
-def _on_host(storage: torch.UntypedStorage, copying: set[torch.device]) -> torch.UntypedStorage:
-    """A copy in host memory. Devices on which the copy has only been asked for are added to ``copying``."""
-    if storage.device.type == "cuda":
-        # Torch keeps pinned memory that is freed, so only the first save pays for it
-        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=True).untyped_storage()
-        copying.add(storage.device)
-        copy.copy_(storage, non_blocking=True)
-    else:
-        copy = torch.empty(storage.nbytes(), dtype=torch.uint8).untyped_storage()
-        copy.copy_(storage, non_blocking=False)
+def _on_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """A copy in host memory; from a CUDA device it is only asked for, and there when the current stream has done it."""
+    on_gpu = storage.device.type == "cuda"
+    # Torch keeps pinned memory that is freed, so only the first save pays for it
+    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_gpu).untyped_storage()
+    copy.copy_(storage, non_blocking=on_gpu)
     return copy
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, copies: list[torch.UntypedStorage]) -> None:
-        super().__init__(stream)
-        self._copies = copies
-
-    def persistent_load(self, pid: tuple[int, torch.dtype | None]) -> Any:
-        place, dtype = pid
-        copy = self._copies[place]
-        if dtype is None:
-            return copy
-        return torch.storage.TypedStorage(wrap_storage=copy, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]

@@ -15,7 +15,10 @@ class CheckpointIO(ABC):
     """Stores a checkpoint under a path, and gets it back."""
 
     sharded: ClassVar[bool] = False
-    """Every rank calls :meth:`save_checkpoint`, with its part, and all learn whether all could; else rank 0 does."""
+    """Every rank calls :meth:`save_checkpoint`, with its part, and all learn whether all could; else rank 0 does.
+
+    Values that are marked as :class:`PerRank` come to such a store as they are; to others as the list of all ranks'.
+    """
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:

@@ -1,21 +1,21 @@
-"""The newest checkpoint that is good."""
+"""The checkpoints in a folder: which there are, when they were written, and the newest that is good."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from treadle_fabric.checkpoint.folder.layout import has_manifest, is_sharded, representative
 from treadle_fabric.checkpoint.folder.placing import bring_back
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
+from treadle_fabric.checkpoint.reading import read_outline
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.types import PathLike
 
-__all__ = ["checkpoints_in", "newest_good", "read_outline"]
+__all__ = ["checkpoints_in", "names_of", "newest_good", "written_at"]
 
 EXTENSION = ".ckpt"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")
@@ -54,16 +54,29 @@ def newest_good(
     return best[1] if best is not None else None
 
 
-def checkpoints_in(folders: PathLike | Iterable[PathLike], *, recursive: bool = True) -> list[tuple[Path, int]]:
-    """The checkpoints in local folders and the times of their last change in ns since 1970, the newest first.
+def checkpoints_in(
+    folders: PathLike | Iterable[PathLike], *, recursive: bool = True, names: Iterable[str] = ("*",)
+) -> list[tuple[Path, int]]:
+    """List the checkpoints in local folders, the newest first.
 
-    They are the ``.ckpt`` files, and the folders that are sharded checkpoints. One that has several names, links
-    included, is listed once.
+    They are the ``.ckpt`` files, and the folders that are sharded checkpoints. A checkpoint that a killed process had
+    moved aside, to replace it, gets its name again.
+
+    Args:
+        folders: One folder or several; those that are not there count as empty.
+        recursive: Look into their subfolders too.
+        names: Patterns such as ``"*last*.ckpt"``; a checkpoint has to have a name that one of them matches.
+
+    Returns:
+        Paths, and the times of the last change in ns since 1970. Of several names of one checkpoint, links included,
+        there is one.
     """
     given = [folders] if isinstance(folders, str | os.PathLike) else folders
     found: dict[tuple[int, int], tuple[int, str]] = {}
     for folder in given:
         for path in _files(os.path.abspath(os.fspath(folder)), recursive):
+            if not any(fnmatch.fnmatchcase(os.path.basename(path), name) for name in names):
+                continue
             try:
                 status = os.stat(representative(path))
             except OSError:  # gone meanwhile, or a link to nothing
@@ -72,6 +85,19 @@ def checkpoints_in(folders: PathLike | Iterable[PathLike], *, recursive: bool = 
             if key not in found or (os.path.islink(found[key][1]), path) > (os.path.islink(path), found[key][1]):
                 found[key] = entry
     return [(Path(path), time) for time, path in sorted(found.values(), reverse=True)]
+
+
+def written_at(path: PathLike) -> int:
+    """When the checkpoint at a local path, a file or a folder, was written: ns since 1970."""
+    return os.stat(representative(path)).st_mtime_ns
+
+
+def names_of(path: Path) -> list[Path]:
+    """All names that a checkpoint has in its folder, links first: removed in this order, no dead link is left."""
+    at = Path(representative(path))
+    same = [p for p in path.parent.iterdir() if p.exists() and Path(representative(p)).samefile(at)]
+    same = [p for p in same if p.suffix == path.suffix and not p.name.startswith(".")]
+    return sorted(same, key=lambda p: not p.is_symlink())
 
 
 def _files(folder: str, recursive: bool) -> Iterator[str]:
@@ -98,15 +124,3 @@ def _files(folder: str, recursive: bool) -> Iterator[str]:
                 yield path
         if not recursive:
             folders.clear()
-
-
-def read_outline(path: PathLike) -> dict[str, Any]:
-    """Read a checkpoint with every byte of it checked, but its tensors on the meta device.
-
-    Raises:
-        CheckpointError: It is not whole, no checkpoint, or nothing that loads without running code of its own.
-    """
-    found: Any = TorchCheckpointIO().load_checkpoint(path, map_location="meta")
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{str(path)!r} holds a {type(found).__name__}, and a checkpoint is a dict.")
-    return found

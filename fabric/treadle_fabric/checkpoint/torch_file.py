@@ -1,6 +1,7 @@
 """One checkpoint, one file: a ``torch.save`` archive that appears under its name whole or not at all.
 
-Checkpoints that are folders are read here too, so that whoever loads need not know which kind it is.
+A save goes to a temporary file in the same folder, is flushed to the disk, and is then renamed. If a full disk, a
+signal or a lost machine ends the save early, an earlier checkpoint of that name is left as it was.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import os
 import pickle
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import IO, Any
 
 import fsspec
@@ -26,8 +27,7 @@ from treadle_fabric.checkpoint.archive import (
     weights_only_reason,
 )
 from treadle_fabric.checkpoint.folder.layout import is_sharded, refuse_foreign
-from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, put_in_place, remove_folder
-from treadle_fabric.checkpoint.io import CheckpointIO
+from treadle_fabric.checkpoint.folder.placing import put_in_place
 from treadle_fabric.checkpoint.seal import seal
 from treadle_fabric.errors import (
     CheckpointCorruptError,
@@ -38,7 +38,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["TorchCheckpointIO", "neighbours", "reason_of", "why_not_written", "write_file"]
+__all__ = ["file_system", "load_file", "neighbours", "reason_of", "save_file", "why_not_written"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -57,97 +57,7 @@ _REMEDIES = {
 }
 
 
-class TorchCheckpointIO(CheckpointIO):
-    """Checkpoints as single ``torch.save`` files, on a local disk or on anything that fsspec reaches.
-
-    A save goes to a temporary file in the same folder, is flushed to the disk, and is then renamed. Whatever ends it
-    early (a full disk, a signal, a lost machine) leaves an earlier checkpoint of that name as it was.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``; missing parent folders are made.
-
-        Args:
-            checkpoint: Best made of tensors and plain containers only, so that it loads with ``weights_only=True``.
-            path: A local path or an fsspec URL.
-            storage_options: Arguments for the file system of a URL.
-
-        Raises:
-            CheckpointError: It could not be written. The temporary file is gone, an earlier checkpoint stands.
-            MisconfigurationException: ``storage_options`` for a local path.
-        """
-        fs, where = _file_system(path, storage_options)
-        try:
-            if fs is None:
-                _save_local(checkpoint, where)
-            else:
-                _save_remote(checkpoint, fs, where)
-        except Exception as e:
-            raise _save_error(e, checkpoint, path) from e
-
-    def load_checkpoint(
-        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read the checkpoint at ``path``, after making sure that it is whole.
-
-        Args:
-            path: A local path or an fsspec URL. A folder that :class:`DistributedCheckpointIO` wrote is read whole.
-            map_location: As in :func:`torch.load`; by default everything comes to the CPU.
-            weights_only: Only an explicit False lets the file run code of its own; None means True.
-
-        Raises:
-            CheckpointNotFoundError: Nothing lies at ``path``.
-            CheckpointCorruptError: It is truncated, damaged, or no checkpoint.
-            CheckpointUnsafeError: It holds other objects than tensors and plain containers.
-            CheckpointError: It cannot be read or restored for another reason.
-        """
-        fs, where = _file_system(path, None)
-        target: Any = "cpu" if map_location is None else map_location
-        safe = weights_only is None or bool(weights_only)
-        if fs is None:
-            if not os.path.lexists(where):
-                bring_back(os.path.dirname(os.path.abspath(where)))
-            if os.path.isdir(where):
-                from treadle_fabric.checkpoint.distributed.loading import load_sharded
-
-                return load_sharded(where, path, map_location, weights_only)
-        with _opened(fs, where, path) as file:
-            is_zip = check_archive(file, str(path))
-            mapped = is_zip and fs is None and _leaves_the_host(target)
-            try:
-                return _load(where if mapped else file, target, safe, mapped)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as e:
-                raise _load_error(e, file, path, is_zip, safe) from e
-
-    def remove_checkpoint(self, path: PathLike) -> None:
-        """Delete the file, or the folder of a sharded checkpoint, at ``path``; nothing happens if there is none.
-
-        Raises:
-            CheckpointError: It is there and cannot be deleted, or it is a folder with more in it than a checkpoint.
-        """
-        fs, where = _file_system(path, None)
-        try:
-            if fs is not None:
-                if fs.isdir(where):
-                    raise CheckpointError(
-                        f"{str(path)!r} is a folder, and a remote checkpoint is a file, so nothing in it was removed. "
-                        "Remove it with the tools of its file system."
-                    )
-                if fs.exists(where):
-                    fs.rm(where)
-            elif os.path.isdir(where) and not os.path.islink(where):
-                remove_folder(where)
-            else:
-                forget_asides(where)
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(where)
-        except OSError as e:
-            raise CheckpointError(f"The checkpoint {str(path)!r} could not be removed: {reason_of(e)}.") from e
-
-
-def _file_system(path: PathLike, storage_options: Any | None) -> tuple[Any | None, str]:
+def file_system(path: PathLike, storage_options: Any | None = None) -> tuple[Any | None, str]:
     """The fsspec file system (None: the local disk) and the path in it."""
     text = os.fspath(path)
     if "://" in text:
@@ -164,6 +74,18 @@ def _file_system(path: PathLike, storage_options: Any | None) -> tuple[Any | Non
 
 
 # --- saving ---
+
+
+def save_file(checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+    """Write a checkpoint to one file; see :meth:`TorchCheckpointIO.save_checkpoint`."""
+    fs, where = file_system(path, storage_options)
+    try:
+        if fs is None:
+            _save_local(checkpoint, where)
+        else:
+            _save_remote(checkpoint, fs, where)
+    except Exception as e:
+        raise CheckpointError(f"The checkpoint {str(path)!r} was not written: {why_not_written(e, checkpoint)}") from e
 
 
 def _save_local(checkpoint: dict[str, Any], path: str) -> None:
@@ -198,12 +120,7 @@ def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
                 # src_dir_fd is only there to make Python follow the link
                 os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
                 return
-    write_file(checkpoint, name)
-
-
-def write_file(checkpoint: dict[str, Any], path: str) -> None:
-    """Write a new file straight to its name, and flush it to the disk."""
-    with open(path, "x+b") as file:
+    with open(name, "x+b") as file:
         _dump(checkpoint, file)
 
 
@@ -232,10 +149,6 @@ def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
         with contextlib.suppress(Exception):
             fs.rm(temporary)
         raise
-
-
-def _save_error(error: Exception, checkpoint: Mapping[str, Any], path: PathLike) -> CheckpointError:
-    return CheckpointError(f"The checkpoint {str(path)!r} was not written: {why_not_written(error, checkpoint)}")
 
 
 def why_not_written(error: BaseException, checkpoint: Any) -> str:
@@ -270,6 +183,22 @@ def reason_of(error: BaseException) -> str:
 
 
 # --- loading ---
+
+
+def load_file(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a checkpoint that is one file; see :meth:`TorchCheckpointIO.load_checkpoint`."""
+    fs, where = file_system(path)
+    target: Any = "cpu" if map_location is None else map_location
+    safe = weights_only is None or bool(weights_only)
+    with _opened(fs, where, path) as file:
+        is_zip = check_archive(file, str(path))
+        mapped = is_zip and fs is None and _leaves_the_host(target)
+        try:
+            return _load(where if mapped else file, target, safe, mapped)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as e:
+            raise _load_error(e, file, path, is_zip, safe) from e
 
 
 @contextlib.contextmanager

@@ -465,6 +465,10 @@ class Strategy(ABC):
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state of an optimizer."""
 
+    @abstractmethod
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Restore what :meth:`get_optimizer_state` gave."""
+
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""

@@ -9,12 +9,9 @@ from typing import Any
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.errors import (
-    CheckpointError,
-    CheckpointMismatchError,
-    MisconfigurationException,
-    near_names,
-)
+from treadle_fabric.checkpoint import PerRank
+from treadle_fabric.coordination import gather_objects, on_rank_zero
+from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.types import PathLike
 
@@ -48,7 +45,7 @@ class WholeStateStrategy(Strategy):
         if io.sharded:
             io.save_checkpoint(content, path, storage_options)
             return
-        _on_rank_zero(
+        on_rank_zero(
             self,
             lambda: io.save_checkpoint(content, path, storage_options),
             f"could not write {str(path)!r}",
@@ -67,7 +64,7 @@ class WholeStateStrategy(Strategy):
         if state is not None and not isinstance(state, (Module, Optimizer)):
             _check_state(path, state)
         if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
-            _on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
+            on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
         content: Any = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
         if state is None:
             return dict(content) if isinstance(content, dict) else content
@@ -100,21 +97,8 @@ class WholeStateStrategy(Strategy):
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return optimizer.state_dict()
 
-
-def _on_rank_zero(strategy: Strategy, action: Callable[[], None], failure: str) -> None:
-    """Rank 0 acts, and if that fails all ranks raise."""
-    error: Exception | None = None
-    if strategy.is_global_zero:
-        try:
-            action()
-        except Exception as e:
-            error = e
-    if strategy.world_size > 1:
-        trouble = strategy.broadcast(None if error is None else str(error))
-        if trouble is not None and error is None:
-            raise CheckpointError(f"Rank 0 {failure}: {trouble}")
-    if error is not None:
-        raise error
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        optimizer.load_state_dict(state)
 
 
 def _check_state(path: Any, state: Any) -> None:
@@ -163,6 +147,9 @@ def _is_stateful(value: Any) -> bool:
 
 def _plain(strategy: Strategy, value: Any) -> Any:
     """State dicts in place of the objects; a container without any stays the same object."""
+    if isinstance(value, PerRank):
+        mine = _plain(strategy, value.value)
+        return PerRank(mine) if strategy.checkpoint_io.sharded else gather_objects(strategy, mine)
     if isinstance(value, Module):
         return strategy.get_module_state_dict(value)
     if isinstance(value, Optimizer):
@@ -189,6 +176,8 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
         try:
             if isinstance(current, Module):
                 strategy.load_module_state_dict(current, saved, strict=strict)
+            elif isinstance(current, Optimizer):
+                strategy.load_optimizer_state(current, saved)
             else:
                 current.load_state_dict(saved)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:

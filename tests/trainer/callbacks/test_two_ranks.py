@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as tr
 from treadle.callbacks import EarlyStopping, ModelCheckpoint, Timer
-from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
+from treadle_fabric import on_rank_zero
 
 MINE = int(os.environ.get("LOCAL_RANK", "0"))
 SCRIPTS = {"a": [[3.0, 2.0, 1.0, 4.0], [1.0, 2.0, 3.0, 4.0]], "only_zero": [[3.0, 3.5, 4.0, 4.5], None]}

@@ -25,8 +25,14 @@ from treadle.callbacks.checkpoints.paths import (
 from treadle.callbacks.checkpoints.ranking import Ranking
 from treadle.callbacks.checkpoints.triggers import SaveTriggers
 from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, decides_at_epoch_end
-from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
-from treadle_fabric import MisconfigurationException, PathLike, check_integer, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    PathLike,
+    check_integer,
+    on_rank_zero,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer

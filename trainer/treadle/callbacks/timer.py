@@ -8,10 +8,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
 from treadle.durations import parse_duration
 from treadle.stages import RunningStage
-from treadle_fabric import MisconfigurationException, rank_zero_info
+from treadle_fabric import MisconfigurationException, on_rank_zero, rank_zero_info
 from treadle_fabric.coordination import StepClock
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from treadle.metrics.reduction import REDUCTIONS
 from treadle_fabric import rank_zero_warn
 from treadle_fabric.randomness import rng_states_of
 
-__all__ = ["part_of_rank"]
+__all__ = ["part_of_rank", "without_sums"]
 
 _MERGEABLE: Final = ("dim_zero_sum", "dim_zero_max", "dim_zero_min")  # other ranks' initial values change nothing
 
@@ -53,6 +53,11 @@ def part_of_rank(
         sums = {key: sum(part[key] for part in weights) if rank == 0 else 0 for key in ("total", "count")}
         mine["weights"] = {**weights[0], **sums}
     return mine
+
+
+def without_sums(part: dict[str, Any]) -> dict[str, Any]:
+    """A rank's part without what only rank 0 needs of it, which takes over all that was accumulated."""
+    return {**part, "gradients": {}, "metric_objects": dict.fromkeys(part["metric_objects"])}
 
 
 def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
-"""What a checkpoint keeps so that a resumed run goes on to the last bit: the random state of every rank, where the data
-stand, partial gradients, and what was logged but not yet reduced.
+"""What a checkpoint keeps so that a resumed run goes on to the last bit.
+
+That is, of each rank: its random state, the position in the data, the gradients of an accumulation that is going on,
+and what was logged but not reduced yet.
 """
 
 from __future__ import annotations
@@ -11,18 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from treadle.checkpoint.elastic import part_of_rank
+from treadle.checkpoint.elastic import part_of_rank, without_sums
 from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun, Run
 from treadle_fabric import rank_zero_info
+from treadle_fabric.checkpoint import PerRank, fingerprint
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
-__all__ = ["capture_exact", "moment", "restore_exact", "restore_metrics"]
+__all__ = ["capture_exact", "keep_own_part", "moment", "restore_exact", "restore_metrics"]
 
 
 def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
-    """The state of every rank; every rank calls it.
+    """This rank's state, for a checkpoint that holds the states of all ranks; every rank calls this function.
 
     Args:
         run: the run.
@@ -30,7 +33,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
         accumulate: batches of one optimizer step; between its first and last, gradients are kept too.
 
     Returns:
-        ``ranks``: for every rank its part, as tensors and plain containers.
+        ``ranks``: this rank's part in tensors and plain containers, marked as :class:`PerRank`.
     """
     module = run.module
     if run.progress.epoch_ended:
@@ -47,14 +50,13 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
     if within or not module.automatic_optimization:
         mine["gradients"] = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
     fabric = run.fabric
-    if fabric.world_size == 1:
-        return {"ranks": [mine]}
-    mine |= {"buffers": _buffers(module), "engine": fabric.strategy.engine_state()}
-    ranks = [fabric.broadcast(mine, src=r) for r in range(fabric.world_size)]
-    first = ranks[0].pop("buffers")  # the state dict has them
-    for other in ranks[1:]:
-        other["buffers"] = {n: b for n, b in other["buffers"].items() if not torch.equal(b, first[n].to(b.device))}
-    return {"ranks": ranks}
+    if fabric.world_size > 1:
+        buffers = _buffers(module)
+        prints = {name: fingerprint(buffer) for name, buffer in buffers.items()}
+        saved = fabric.broadcast(prints)  # the state dict has rank 0's buffers
+        mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved[name]}
+        mine["engine"] = fabric.strategy.engine_state()
+    return {"ranks": PerRank(mine)}
 
 
 def moment(run: Run) -> dict[str, Any]:
@@ -69,19 +71,36 @@ def moment(run: Run) -> dict[str, Any]:
     }
 
 
+def keep_own_part(saved: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
+    """What a rank keeps of the exact state in a checkpoint, until :func:`restore_exact` or another save.
+
+    Args:
+        saved: the ``treadle`` entry of the checkpoint; of a folder it is best loaded with ``parts_on_demand``.
+        rank: this rank.
+        world_size: the number of ranks now.
+
+    Returns:
+        ``saved`` with this rank's part as ``ranks``, marked as it was when it was saved; where another number of ranks
+        saved, with the list of what this rank needs of all their parts.
+    """
+    parts = saved.get("ranks")
+    if not parts:
+        return saved
+    if len(parts) == world_size:
+        return {**saved, "ranks": PerRank(parts[rank])}
+    return {**saved, "ranks": list(parts) if rank == 0 else [without_sums(part) for part in parts]}
+
+
 def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, accumulate: int) -> None:
-    """Put back this rank's part, the random state last: nothing may draw between here and the next batch."""
-    ranks = saved.get("ranks", [])
+    """Put back what :func:`keep_own_part` kept; the random state last, so that the next batch is the next to draw."""
+    ranks = saved.get("ranks")
     if not ranks:
         return
     fabric, module = run.fabric, run.module
     metrics, progress = run.metric_objects[1], run.progress
-    elsewhere, begins = len(ranks) != fabric.world_size, not progress.begun
-    resized = not begins and not data.epochs.steps_alike(ranks[0]["data"])  # batches of another size
-    if elsewhere:
-        mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
-    else:
-        mine = ranks[fabric.global_rank]
+    elsewhere, begins = not isinstance(ranks, PerRank), not progress.begun
+    mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics) if elsewhere else ranks.value
+    resized = not begins and not data.epochs.steps_alike(mine["data"])  # batches of another size
     if elsewhere or resized:
         ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
         there = data.epochs.take_over(mine["data"], 0 if ended else progress.batch, accumulate)

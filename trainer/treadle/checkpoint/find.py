@@ -1,4 +1,4 @@
-"""Which file or folder ``ckpt_path`` means."""
+"""Which file or folder a run starts from: what ``ckpt_path`` means, and where the newest checkpoint lies."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric import MisconfigurationException, rank_zero_warn
-from treadle_fabric.checkpoint import bring_back, representative
+from treadle_fabric import MisconfigurationException, newest_good, rank_zero_warn
+from treadle_fabric.checkpoint import checkpoints_in, written_at
+from treadle_fabric.loggers import Logger
 
-__all__ = ["find_checkpoint"]
+__all__ = ["find_checkpoint", "find_newest"]
 PREEMPTED: Final = "preempted.ckpt"
 """What a run saves when it is asked to terminate; "last" finds it beside the last checkpoint."""
+_NEEDED: Final = ("state_dict", "optimizer_states")
+"""Without these keys training cannot go on from a checkpoint."""
 
 
 def preempted_path(callbacks: Sequence[Callback], root: str) -> str:
@@ -52,15 +55,14 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
             )
         return str(found[0])
     if ckpt_path == "last":
-        paths = [Path(c.last_model_path) for c in savers if getattr(c, "last_model_path", "")]
+        known = [path for c in savers if (path := getattr(c, "last_model_path", "")) and os.path.exists(path)]
+        times = [(written_at(path), path) for path in known]
         for saver in savers:
-            folder = Path(saver.dirpath) if saver.dirpath else None
-            if folder is not None and folder.is_dir():
-                bring_back(folder)
-                paths += [*folder.glob("*last*.ckpt"), folder / PREEMPTED]
-        paths = [p for p in paths if p.exists()]
-        if paths:
-            return str(max(paths, key=lambda p: os.stat(representative(p)).st_mtime))
+            if saver.dirpath:
+                lasts = checkpoints_in(saver.dirpath, recursive=False, names=("*last*.ckpt", PREEMPTED))
+                times += [(time, str(path)) for path, time in lasts]
+        if times:
+            return max(times, key=lambda entry: entry[0])[1]
         if fitting:
             rank_zero_warn("ckpt_path='last' found no checkpoint: training starts from the beginning.")
             return None
@@ -83,3 +85,22 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
             f"ckpt_path={path!r} is no file, and none of the words 'best', 'last' and 'hpc'. Did you mean {near[0]!r}?"
         )
     return path
+
+
+def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: str) -> str | None:
+    """The newest checkpoint, of this run or of earlier ones, that is whole and that training can go on from.
+
+    Args:
+        callbacks: their folders are searched.
+        loggers: the folders of their runs are searched, all versions included.
+        root: ``default_root_dir``: searched are the folder itself, where requeued jobs save, and its ``checkpoints``.
+
+    Returns:
+        Its path; None where there is none. Damaged ones are named in warnings.
+    """
+    folders = [Path(folder) for c in callbacks if (folder := getattr(c, "dirpath", None)) and "://" not in str(folder)]
+    folders += [Path(logger.save_dir or root, str(logger.name)) for logger in loggers]
+    folders.append(Path(root, "checkpoints"))
+    found = [newest_good(folders, holds=_NEEDED), newest_good(root, recursive=False, holds=_NEEDED)]
+    paths = [path for path in found if path is not None]
+    return str(max(paths, key=written_at)) if paths else None

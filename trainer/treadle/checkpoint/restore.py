@@ -84,7 +84,7 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
             )
     for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
         try:
-            optimizer.optimizer.load_state_dict(state)
+            run.fabric.strategy.load_optimizer_state(optimizer.optimizer, state)
         except ValueError as error:
             raise CheckpointMismatchError(
                 f"The checkpoint's state of {type(optimizer.optimizer).__name__} does not fit: {error}. Make the"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from treadle_fabric import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from treadle_fabric.checkpoint import TorchCheckpointIO, checkpoints_in, read_outline, representative, size_of
+from treadle_fabric.checkpoint import TorchCheckpointIO, checkpoints_in, names_of, read_outline, size_of, written_at
 
 __all__ = ["add_checkpoint_commands"]
 
@@ -87,7 +87,7 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _inspect(given: argparse.Namespace) -> int:
     outline = read_outline(given.path)
-    written = datetime.fromtimestamp(os.stat(representative(given.path)).st_mtime)
+    written = datetime.fromtimestamp(written_at(given.path) / 1e9)
     kind = "folder" if os.path.isdir(given.path) else "file"
     _line(kind, f"{given.path}, {_size(size_of(given.path))}, {written:%Y-%m-%d %H:%M:%S}")
     for name, key in (("epoch", "epoch"), ("global step", "global_step")):
@@ -215,7 +215,7 @@ def _prune(given: argparse.Namespace) -> int:
         )
         return 1
     for path in surplus:
-        for name in _names_of(path):
+        for name in names_of(path):
             print(f"{'would remove' if given.dry_run else 'remove '} {name}")
             if not given.dry_run:
                 TorchCheckpointIO().remove_checkpoint(name)
@@ -229,14 +229,6 @@ def _was_checkpoint(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(4)
     return head == b"PK\x03\x04" or not head.strip(b"\0")
-
-
-def _names_of(path: Path) -> list[Path]:
-    """All names of a checkpoint in its folder, links first, so that none of them is left to dangle."""
-    at = Path(representative(path))
-    same = [p for p in path.parent.iterdir() if p.exists() and Path(representative(p)).samefile(at)]
-    same = [p for p in same if p.suffix == path.suffix and not p.name.startswith(".")]
-    return sorted(same, key=lambda p: not p.is_symlink())
 
 
 # --- how things are shown ---

@@ -14,7 +14,7 @@ from treadle.data.transfer import stay
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
-from treadle_fabric import move_data_to_device
+from treadle_fabric import all_gather_objects, move_data_to_device
 
 __all__ = ["Prediction"]
 
@@ -109,14 +109,14 @@ class Prediction:
         if not self._data.is_shared(loader_idx):
             return kept
         fabric, absent = self._run.fabric, object()
-        ranks = [fabric.broadcast(kept, src=rank) for rank in range(fabric.world_size)]
+        ranks = all_gather_objects(fabric, kept)
         return [item for turn in zip_longest(*ranks, fillvalue=absent) for item in turn if item is not absent]
 
     def _with_others(self, outputs: Iterator[Any]) -> Iterator[Any]:
         fabric = self._run.fabric
         while True:
             mine = [*islice(outputs, 1)]
-            turn = [fabric.broadcast(mine, src=rank) for rank in range(fabric.world_size)]
+            turn = all_gather_objects(fabric, mine)
             if not turn[0]:  # rank 0 has the first of each turn
                 return
             for theirs in turn:

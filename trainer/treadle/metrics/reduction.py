@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from treadle_fabric import Fabric, rank_zero_warn
+from treadle_fabric import Fabric, all_gather_objects, rank_zero_warn
 
 __all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "reduce_over_ranks"]
 
@@ -23,8 +23,7 @@ _PACKET: Final = 130  # doubles in the packed collective: a checksum, a count an
 
 def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
     """The values of all ranks, in their order."""
-    mine = [float(v) for v in values]
-    return [v for rank in range(fabric.world_size) for v in fabric.broadcast(mine, src=rank)]
+    return [v for theirs in all_gather_objects(fabric, [float(v) for v in values]) for v in theirs]
 
 
 def compute_alone(metric: Any) -> Any:
@@ -53,7 +52,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
     names = [f"{name}:{how}" for name, how, *_ in rows]
     gathered = _exchange(fabric, rows, names)
     if gathered is None:  # the ranks logged different names
-        everywhere = [fabric.broadcast(names, src=rank) for rank in range(fabric.world_size)]
+        everywhere = all_gather_objects(fabric, names)
         union = sorted({name for theirs in everywhere for name in theirs})
         for name in union:
             if without := [rank for rank, theirs in enumerate(everywhere) if name not in theirs]:

@@ -24,6 +24,7 @@ from treadle_fabric import (
     CheckpointError,
     NonFiniteError,
     TorchCheckpointIO,
+    all_gather_objects,
     map_tensors,
     move_data_to_device,
     warn_user,
@@ -180,8 +181,7 @@ class WatchedLosses:
         fabric = self._run.fabric
         mine = self._diagnose(records, optimizer)
         if fabric.world_size > 1:
-            everyone = [fabric.broadcast(mine, src=rank) for rank in range(fabric.world_size)]
-            mine = " ".join(text for text in everyone if text)
+            mine = " ".join(text for text in all_gather_objects(fabric, mine) if text)
         return mine or f"Gradients are not finite {self._where()}: {_listed(self._named(optimizer))}."
 
     def _diagnose(self, records: list[_Record], optimizer: Optimizer | None) -> str:

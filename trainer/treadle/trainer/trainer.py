@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.callbacks.checkpoint import tolerated
-from treadle.checkpoint.auto_resume import find_newest
 from treadle.checkpoint.content import dump_checkpoint
-from treadle.checkpoint.find import find_checkpoint, preempted_path
+from treadle.checkpoint.exact import keep_own_part
+from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
@@ -43,10 +43,12 @@ from treadle_fabric import (
     MisconfigurationException,
     PathLike,
     check_integer,
+    on_rank_zero,
     rank_zero_info,
     suggests_arguments,
 )
 from treadle_fabric.accelerators import Accelerator
+from treadle_fabric.checkpoint import parts_on_demand
 from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Strategy
 
@@ -808,14 +810,21 @@ class Trainer:
         """Weights from a checkpoint, and the module on its device and in its engine."""
         ckpt_path, weights_only = source
         session, fitting = self._open_session, self.state.fn is TrainerFn.FITTING
-        path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
-        if path is None and fitting and self._settings.auto_resume and self.is_global_zero:
-            path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
-        path = session.ckpt_path = self.fabric.broadcast(path)
+
+        def find() -> str | None:
+            path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
+            if path is None and fitting and self._settings.auto_resume:
+                path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
+            return path
+
+        path = session.ckpt_path = on_rank_zero(self.strategy, find, "found no checkpoint to start from")
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
-            checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
+            with parts_on_demand():  # a rank needs its own of the exact states, or none
+                checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
+                if fitting and "treadle" in checkpoint:
+                    checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], self.global_rank, self.world_size)
         late = self.strategy.restores_after_setup
         if checkpoint is not None and not late:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)

@@ -9,9 +9,7 @@ import contextlib
 import io
 import os
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,17 +26,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.utils.serialization import config
 
+from treadle_fabric.checkpoint.folder.checksummed import checksummed_file, no_record_checksums
 from treadle_fabric.errors import CheckpointUnsafeError
 
 __all__ = ["RanksFailedError", "read_tensors", "write_tensors"]
-
-
-_option = getattr(config, "_config", {}).get("save.compute_crc32")
-_OWN_OPTIONS = isinstance(getattr(_option, "user_override", None), ContextVar)
-"""Whether each thread has options of its own. In older releases of torch all share them, and a checkpoint that another
-thread writes at the same time would be left without checksums, too."""
 
 
 class RanksFailedError(Exception):
@@ -115,14 +107,8 @@ class _Writer(FileSystemWriter):
         self.places: dict[str, Any] = {}
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        if not _OWN_OPTIONS:
+        with no_record_checksums():
             return super().write_data(plan, planner)
-        checked = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # one checksum of every byte is enough, and ours is of the file
-        try:
-            return super().write_data(plan, planner)
-        finally:
-            torch.serialization.set_crc32_options(checked)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(save_id=self.save_id)  # not the path, which is temporary
@@ -158,43 +144,10 @@ class _Files(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with open(path, mode) as file:
-            stream = _Checksummed(file)
-            try:
-                yield stream
-            except Exception as e:
-                raise (stream.error or e) from e  # torch makes a failed write an internal check that did not hold
+        with checksummed_file(path, mode) as stream:
+            yield stream
         name = os.path.basename(path).removesuffix(".tmp")  # it renames `.metadata.tmp`
         self.checksums[name] = stream.size, stream.crc
-
-
-class _Checksummed(io.RawIOBase):
-    def __init__(self, file: Any) -> None:
-        super().__init__()
-        self._file = file
-        self.size = self.crc = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self.crc = zlib.crc32(data, self.crc)
-        try:
-            self._file.write(data)
-        except OSError as e:
-            self.error = self.error or e
-            raise
-        self.size += len(data)
-        return len(data)
-
-    def tell(self) -> int:
-        return self.size
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-
-    def fileno(self) -> int:
-        self._file.flush()
-        return int(self._file.fileno())
 
 
 class _Reader(FileSystemReader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from torch.nn import Parameter
 
 from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
-from treadle_fabric.checkpoint.folder.layout import PLAIN, unmixed
+from treadle_fabric.checkpoint.folder.layout import PLAIN, identity, rank_file, unmixed
 from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO, neighbours, reason_of
+from treadle_fabric.checkpoint.per_rank import RankParts, on_demand
+from treadle_fabric.checkpoint.torch_file import load_file, neighbours, reason_of
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -42,14 +43,15 @@ def load_sharded(
     def read() -> dict[str, Any]:
         if os.path.isdir(where):
             return _load_all(where, path, map_location, weights_only)
-        return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)  # a file took its place
+        return load_file(path, map_location, weights_only)  # a file took its place
 
     return unmixed(where, str(path), read)
 
 
 def _load_all(where: str, path: PathLike, map_location: Any | None, weights_only: bool | None) -> dict[str, Any]:
     manifest = read_manifest(where, str(path))
-    verify(where, str(path), manifest)
+    names = [name for name in manifest["files"] if not (on_demand() and name.startswith("rank_"))]  # these: when read
+    verify(where, str(path), manifest, names)
     content = _read_plain(where, path, manifest, map_location, weights_only)
     stand_ins = content["tensors"]
     tensors = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in stand_ins.items()}
@@ -203,7 +205,7 @@ def _has_stand_in(value: Any, names: Mapping[int, str]) -> bool:
 def _read_plain(
     where: str, path: PathLike, manifest: Mapping[str, Any], map_location: Any, weights_only: bool | None
 ) -> dict[str, Any]:
-    content: Any = TorchCheckpointIO().load_checkpoint(os.path.join(where, PLAIN), map_location, weights_only)
+    content: Any = load_file(os.path.join(where, PLAIN), map_location, weights_only)
     tensors = content.get("tensors") if isinstance(content, dict) else None
     if not isinstance(tensors, dict) or "state" not in content:
         raise CheckpointCorruptError(f"{PLAIN!r} of {str(path)!r} is a checkpoint of its own, and no part of one.")
@@ -216,7 +218,38 @@ def _read_plain(
             or f"torch.{entry['dtype']}" != str(tensor.dtype)
         ):
             raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and the manifest differ on {name!r}.")
-    return dict(content)
+    stand_ins = content.get("per_rank", {})  # none in folders of version 1
+    parts = _rank_parts(where, str(path), manifest, list(stand_ins), map_location, weights_only)
+    own = {id(stand_in): parts[name] for name, stand_in in stand_ins.items()}
+    return {**content, "state": map_leaves(content["state"], lambda value, _: own.get(id(value), value), "")}
+
+
+def _rank_parts(
+    where: str, path: str, manifest: Mapping[str, Any], names: list[str], map_location: Any, weights_only: bool | None
+) -> dict[str, Sequence[Any]]:
+    """What each rank had of its own, by name; read now, or when it is asked for."""
+    size, before = manifest["world_size"], identity(where)
+
+    def read(rank: int) -> dict[str, Any]:
+        file = rank_file(rank)
+        known = file in manifest["files"]
+        part: Any = load_file(os.path.join(where, file), map_location, weights_only) if known else None
+        if not isinstance(part, dict) or list(part) != names:
+            raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and {file!r} differ.")
+        return part
+
+    def read_later(name: str, rank: int) -> Any:
+        try:
+            verify(where, path, manifest, {rank_file(rank)})
+            return read(rank)[name]
+        finally:
+            if identity(where) != before:
+                raise CheckpointError(f"{path!r} was removed or replaced after it was loaded. Load it again.")
+
+    if on_demand():
+        return {name: RankParts(size, functools.partial(read_later, name)) for name in names}
+    parts = [read(rank) for rank in range(size)] if names else []
+    return {name: [part[name] for part in parts] for name in names}
 
 
 def _read(

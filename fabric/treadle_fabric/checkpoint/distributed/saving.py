@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
 from treadle_fabric.checkpoint.distributed.split import Split
-from treadle_fabric.checkpoint.folder.layout import PLAIN, refuse_foreign
-from treadle_fabric.checkpoint.folder.manifest import checksum, write_manifest
+from treadle_fabric.checkpoint.fingerprint import fingerprint
+from treadle_fabric.checkpoint.folder.checksummed import save_checksummed
+from treadle_fabric.checkpoint.folder.layout import PLAIN, rank_file, refuse_foreign
+from treadle_fabric.checkpoint.folder.manifest import write_manifest
 from treadle_fabric.checkpoint.folder.placing import lock_folder, make_temporary, put_in_place
-from treadle_fabric.checkpoint.torch_file import write_file
 from treadle_fabric.errors import (
     CheckpointError,
 )
@@ -36,7 +32,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
 
     Args:
         state: Tensors, DTensors and ShardedTensors, and plain values, in dicts, lists and tuples nested as you like.
-            Its structure, and what is no tensor, is rank 0's.
+            Its structure, and what is no tensor, is rank 0's, but for what is marked as :class:`PerRank`.
         path: Local. Rank 0's counts.
         process_group: Whose ranks write. Default: all; without a process group there is only this process.
 
@@ -49,7 +45,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     files: dict[str, tuple[int, int]] = {}
     places: dict[str, Any] = {}
 
-    def begin() -> tuple[str, dict[str, Any], bool]:
+    def begin() -> tuple[str, dict[str, Any], bool, list[str]]:
         nonlocal temporary, lock
         split = Split(state)
         ranks.state = split.structure
@@ -59,14 +55,16 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
             lock = lock_folder(temporary)
         parts.append(split)
         alone = ranks.size == 1
-        summary = {n: (t.nbytes, "" if alone else _fingerprint(t)) for n, t in split.replicated.items()}
-        return temporary, summary, bool(split.sharded)
+        summary = {n: (t.nbytes, "" if alone else fingerprint(t)) for n, t in split.replicated.items()}
+        return temporary, summary, bool(split.sharded), list(split.own)
 
     def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
+        split = parts[0]
         if ranks.rank == 0:
-            file = os.path.join(folder, PLAIN)
-            write_file(parts[0].content(), file)
-            files[PLAIN] = checksum(file)
+            files[PLAIN] = save_checksummed(split.content(), os.path.join(folder, PLAIN))
+        if split.own:
+            ranks.state, name = split.own, rank_file(ranks.rank)
+            files[name] = save_checksummed(split.own, os.path.join(folder, name))
         return files, places
 
     def publish() -> None:
@@ -80,8 +78,10 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     try:
         begun = ranks.together(begin)
         folder = begun[0][0]
-        if begun[0][1] or any(sharded for _, _, sharded in begun):
-            files, places = _write(ranks, parts[0], [summary for _, summary, _ in begun], folder)
+        if differ := {rank: f"has {own} per rank." for rank, (*_, own) in enumerate(begun) if own != begun[0][-1]}:
+            raise ranks.error({0: f"has {begun[0][-1]} per rank.", **differ})
+        if begun[0][1] or any(sharded for _, _, sharded, _ in begun):
+            files, places = _write(ranks, parts[0], [summary for _, summary, *_ in begun], folder)
         results = ranks.together(finish)
         ranks.together(publish)
     finally:
@@ -112,34 +112,6 @@ def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
         owners[name] = load.index(min(load)) if alike else 0
         load[owners[name]] += summary[0]
     return owners
-
-
-def _fingerprint(tensor: Tensor) -> str:
-    """A hash of the bytes of a tensor, computed on its device: sums modulo 2**64, with a random weight for each place.
-
-    Only what all ranks have alike may be shared out: the buffers of a module, say, need not be. Two tensors that
-    differ have the same fingerprint with a probability of 2**-33 at most, were the weights drawn for them.
-    """
-    values = tensor.detach().contiguous().flatten()
-    if values.is_complex():
-        values = torch.view_as_real(values).flatten()
-    # no value of eight bytes: where only their highest bits differ, half of the weights would make no difference
-    values = values.view({1: torch.uint8, 2: torch.int16}.get(values.element_size(), torch.int32))
-    weights = _weights().to(values.device)
-    width = len(weights)
-    rows = 16 if values.device.type == "cpu" else 2048  # the products, eight bytes a value, fit into its cache
-    sums: list[Tensor] = []
-    for part in torch.split(values, width * rows):
-        whole = len(part) // width * width
-        sums += (part[:whole].view(-1, width) * weights).sum(1), part[whole:].to(torch.int64)
-    told = f"{tensor.dtype} {tuple(tensor.shape)} {torch.cat(sums).tolist()}"
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()  # hash() differs from process to process
-
-
-@functools.cache
-def _weights() -> Tensor:
-    """The same in every process."""
-    return torch.randint(-(2**63), 2**63 - 1, (2048,), generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def _check_seen(folder: str, files: Mapping[str, tuple[int, int]]) -> None:

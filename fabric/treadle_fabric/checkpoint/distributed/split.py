@@ -1,9 +1,10 @@
 """Take a state apart: large tensors by name, and the structure with stand-ins for them.
 
 Large tensors are written by torch.distributed.checkpoint, one file a process. Tensors that every rank has alike are
-shared out between the ranks; of a DTensor or ShardedTensor each rank writes what it holds. Everything else, and the
-structure, is rank 0's and goes into ``meta.pt``, with a tensor of one stored value in the place of each large one. The
-number of processes that read is free.
+shared out between the ranks; of a DTensor or ShardedTensor each rank writes what it holds. What a rank has of its own
+(``PerRank``) goes into a file of its own, ``rank_0.pt`` and so on. Everything else, and the structure, is rank 0's and
+goes into ``meta.pt``, with a tensor of one stored value in the place of each large tensor and an empty one in the place
+of each ``PerRank``. The number of processes that read is free.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from treadle_fabric.checkpoint.per_rank import PerRank
+
 __all__ = []
 _LARGE = 32 * 1024  # bytes; to write a smaller tensor by itself takes longer than to write its bytes
 
@@ -25,20 +28,27 @@ _LARGE = 32 * 1024  # bytes; to write a smaller tensor by itself takes longer th
 
 
 class Split:
-    """A state taken apart: the large tensors by name, and the structure with stand-ins for them."""
+    """A state taken apart: by name large tensors and what a rank has of its own, and the structure with stand-ins."""
 
     def __init__(self, state: Any) -> None:
         self.replicated: dict[str, Tensor] = {}
         self.sharded: dict[str, Any] = {}
+        self.own: dict[str, Any] = {}
+        self._own_stand_ins: dict[str, Tensor] = {}
         self._stand_ins: dict[str, Tensor] = {}
         self._known: dict[Any, Tensor] = {}
         self.structure = map_leaves(state, self._replace, "")
 
     def content(self) -> dict[str, Any]:
         """What goes into ``meta.pt``; the names of the stand-ins survive there, because each is one object."""
-        return {"state": self.structure, "tensors": self._stand_ins}
+        return {"state": self.structure, "tensors": self._stand_ins, "per_rank": self._own_stand_ins}
 
     def _replace(self, value: Any, name: str) -> Any:
+        if isinstance(value, PerRank):
+            while name in self.own:
+                name += "'"
+            self.own[name], self._own_stand_ins[name] = value.value, (stand_in := torch.empty(0, device="cpu"))
+            return stand_in
         sharded = is_sharded_tensor(value)
         if not sharded and not _is_large(value):
             return value

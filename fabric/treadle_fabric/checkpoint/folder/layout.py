@@ -9,7 +9,18 @@ from typing import Final, TypeVar
 
 from treadle_fabric.errors import CheckpointError
 
-__all__ = ["MANIFEST", "PLAIN", "has_manifest", "is_sharded", "refuse_foreign", "representative", "size_of", "unmixed"]
+__all__ = [
+    "MANIFEST",
+    "PLAIN",
+    "has_manifest",
+    "identity",
+    "is_sharded",
+    "rank_file",
+    "refuse_foreign",
+    "representative",
+    "size_of",
+    "unmixed",
+]
 
 T = TypeVar("T")
 MANIFEST: Final = "manifest.json"
@@ -17,7 +28,7 @@ PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
 _INDEX: Final = ".metadata"
 """What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
-PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp")
+PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp|rank_\d+\.pt")
 _READS: Final = 5
 HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 
@@ -31,6 +42,11 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
         return marked and _foreign_in(path) is None  # a user's own folder may have files of such names
     except OSError:  # gone meanwhile, or not to be listed
         return False
+
+
+def rank_file(rank: int) -> str:
+    """The file of what a rank has of its own."""
+    return f"rank_{rank}.pt"
 
 
 def has_manifest(path: str | os.PathLike[str]) -> bool:
@@ -96,14 +112,14 @@ def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[boo
         CheckpointError: What ``read`` raised, or time and again another one took the name.
     """
     for _ in range(_READS):
-        before = _identity(path)
+        before = identity(path)
         try:
             found = read()
         except CheckpointError:
-            if not anywhere(_identity(path) != before):
+            if not anywhere(identity(path) != before):
                 raise
         else:
-            if not anywhere(_identity(path) != before):
+            if not anywhere(identity(path) != before):
                 return found
     raise CheckpointError(
         f"{name!r} could not be read: another checkpoint took its place {_READS} times meanwhile. Load it when nobody "
@@ -111,8 +127,8 @@ def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[boo
     )
 
 
-def _identity(path: str) -> tuple[int, ...] | None:
-    """Differs where another checkpoint has the name; a second name for this one does not change it."""
+def identity(path: str) -> tuple[int, ...] | None:
+    """Which checkpoint has this name; another name for the same checkpoint gives the same. None: there is none."""
     try:
         status = os.stat(representative(path))
     except OSError:

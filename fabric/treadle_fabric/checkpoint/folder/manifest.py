@@ -19,7 +19,8 @@ from treadle_fabric.checkpoint.folder.layout import HEAD, MANIFEST, PART, PLAIN
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
 __all__ = ["checksum", "read_manifest", "sync_folder", "verify", "write_manifest"]
-_VERSION: Final = 1
+_VERSION: Final = 2
+_READ: Final = (1, 2)  # version 1 has no files of single ranks
 _CHUNK: Final = 4 * 1024 * 1024
 
 
@@ -86,7 +87,7 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
         )
     try:
         content = json.loads(raw)
-        known = content["format"] == "treadle-sharded" and content["version"] == _VERSION
+        known = content["format"] == "treadle-sharded" and content["version"] in _READ
         if known:
             _check_content(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as e:
@@ -96,15 +97,17 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
         ) from e
     if not known:
         raise CheckpointCorruptError(
-            f"{path!r} has version {content['version']!r} of the format {content['format']!r}, and version {_VERSION} "
-            "of 'treadle-sharded' is known here. Load it with the release that wrote it."
+            f"{path!r} has version {content['version']!r} of the format {content['format']!r}, and versions up "
+            f"to {_VERSION} of 'treadle-sharded' are known here. Load it with the release that wrote it."
         )
     return dict(content)
 
 
 def _check_content(content: Mapping[str, Any]) -> None:
     """Raises one of the errors of what is not there, or not what it should be, where a manifest cannot be followed."""
-    files, tensors = content["files"], content["tensors"]
+    files, tensors, world_size = content["files"], content["tensors"], content["world_size"]
+    if type(world_size) is not int or not 1 <= world_size < 2**24:
+        raise ValueError(f"the number of its processes is {world_size!r}")
     for name, file in files.items():
         if not PART.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"{name!r} is not one of its files")

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from treadle.callbacks.monitoring.on_rank_zero import on_rank_zero
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
+from treadle_fabric import MisconfigurationException, near_names, on_rank_zero, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer

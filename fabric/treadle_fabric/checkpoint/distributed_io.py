@@ -6,10 +6,8 @@ from typing import Any, ClassVar
 
 from treadle_fabric.checkpoint.distributed.saving import save_sharded
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.torch_file import TorchCheckpointIO
-from treadle_fabric.errors import (
-    MisconfigurationException,
-)
+from treadle_fabric.checkpoint.reading import load_any, remove_any
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.types import PathLike
 
 __all__ = ["DistributedCheckpointIO"]
@@ -52,7 +50,7 @@ class DistributedCheckpointIO(CheckpointIO):
 
         No other process takes part: each that calls this gets all of it.
         """
-        return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
+        return load_any(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: PathLike) -> None:
-        TorchCheckpointIO().remove_checkpoint(path)
+        remove_any(path)

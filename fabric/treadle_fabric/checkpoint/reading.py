@@ -1,0 +1,60 @@
+"""Read or remove what lies at a path, be it a file or a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+from treadle_fabric.checkpoint.distributed.loading import load_sharded
+from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
+from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_of
+from treadle_fabric.errors import CheckpointError
+from treadle_fabric.types import PathLike
+
+__all__ = ["load_any", "read_outline", "remove_any"]
+
+
+def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a file or a folder; see :meth:`TorchCheckpointIO.load_checkpoint`."""
+    fs, where = file_system(path)
+    if fs is None:
+        if not os.path.lexists(where):
+            bring_back(os.path.dirname(os.path.abspath(where)))
+        if os.path.isdir(where):
+            return load_sharded(where, path, map_location, weights_only)
+    return load_file(path, map_location, weights_only)
+
+
+def remove_any(path: PathLike) -> None:
+    """Delete a file, or the folder of a checkpoint; see :meth:`TorchCheckpointIO.remove_checkpoint`."""
+    fs, where = file_system(path)
+    try:
+        if fs is not None:
+            if fs.isdir(where):
+                raise CheckpointError(
+                    f"{str(path)!r} is a folder, and a remote checkpoint is a file, so nothing in it was removed. "
+                    "Remove it with the tools of its file system."
+                )
+            if fs.exists(where):
+                fs.rm(where)
+        elif os.path.isdir(where) and not os.path.islink(where):
+            remove_folder(where)
+        else:
+            forget_asides(where)
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(where)
+    except OSError as e:
+        raise CheckpointError(f"The checkpoint {str(path)!r} could not be removed: {reason_of(e)}.") from e
+
+
+def read_outline(path: PathLike) -> dict[str, Any]:
+    """Read a checkpoint with every byte of it checked, but its tensors on the meta device.
+
+    Raises:
+        CheckpointError: It is not whole, no checkpoint, or nothing that loads without running code of its own.
+    """
+    found: Any = load_any(path, map_location="meta")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(found).__name__}, and a checkpoint is a dict.")
+    return found

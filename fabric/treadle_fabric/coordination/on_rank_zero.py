@@ -1,0 +1,58 @@
+"""What rank 0 alone does, and all ranks learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from treadle_fabric.errors import CheckpointError, TreadleError
+
+__all__ = ["Ranked", "on_rank_zero"]
+
+T = TypeVar("T")
+
+
+class Ranked(Protocol):
+    """A strategy or a Fabric, as far as ranks talk through one here."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def global_rank(self) -> int: ...
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
+
+
+def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
+    """Let rank 0 act, and tell all ranks what came of it; every rank calls this.
+
+    Args:
+        strategy: A strategy or a Fabric: whose ranks.
+        action: What rank 0 does. What it returns must be something that can be pickled.
+        failure: What it means if that fails, for the message on the other ranks: "could not write 'a.ckpt'".
+
+    Returns:
+        On every rank what ``action`` returned on rank 0.
+
+    Raises:
+        Exception: On rank 0 what ``action`` raised.
+        CheckpointError: On the other ranks, where that was a CheckpointError or an OSError.
+        TreadleError: On the other ranks, where it was anything else.
+    """
+    if strategy.world_size == 1:
+        return action()
+    result, error, trouble = None, None, None
+    if strategy.global_rank == 0:
+        try:
+            result = action()
+        except Exception as e:
+            kind = CheckpointError if isinstance(e, CheckpointError | OSError) else TreadleError
+            error, trouble = e, (kind, f"Rank 0 {failure}: {e}")
+    result, trouble = strategy.broadcast((result, trouble))
+    if error is not None:
+        raise error
+    if trouble is not None:
+        kind, text = trouble
+        raise kind(text)
+    return result  # type: ignore[no-any-return]

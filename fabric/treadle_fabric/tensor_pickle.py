@@ -1,0 +1,61 @@
+"""Pickle an object without the bytes of its tensors: these stay in their storages, to be copied or sent as they are."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["dump", "load"]
+
+
+def dump(obj: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
+    """Pickle ``obj`` and list the storages that its tensors use, each once and on its own device.
+
+    Raises:
+        pickle.PicklingError: Something in ``obj`` cannot be pickled; some objects raise AttributeError or TypeError.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
+    pickler.storages, pickler.places = [], {}
+    pickler.dump(obj)
+    return stream.getvalue(), pickler.storages
+
+
+def load(stream: bytes, storages: Sequence[torch.UntypedStorage]) -> Any:
+    """The object of :func:`dump`, whose tensors use these storages: the ones that it listed, or copies of them."""
+    unpickler = _Unpickler(io.BytesIO(stream))
+    unpickler.storages = storages
+    return unpickler.load()
+
+
+class _Pickler(pickle.Pickler):
+    storages: list[torch.UntypedStorage]
+    places: dict[int, int]
+
+    def persistent_id(self, obj: Any) -> tuple[int, torch.dtype | None] | None:
+        if isinstance(obj, torch.storage.TypedStorage):
+            return self._place_of(obj._untyped_storage), obj.dtype
+        if isinstance(obj, torch.UntypedStorage):
+            return self._place_of(obj), None
+        return None
+
+    def _place_of(self, storage: torch.UntypedStorage) -> int:
+        place = self.places.setdefault(storage._cdata, len(self.storages))
+        if place == len(self.storages):
+            self.storages.append(storage)  # held, so that no other storage takes over its address meanwhile
+        return place
+
+
+class _Unpickler(pickle.Unpickler):
+    storages: Sequence[torch.UntypedStorage]
+
+    def persistent_load(self, pid: tuple[int, torch.dtype | None]) -> Any:
+        place, dtype = pid
+        storage = self.storages[place]
+        if dtype is None:
+            return storage
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
