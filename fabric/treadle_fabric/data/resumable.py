@@ -142,13 +142,10 @@ class ResumableDataLoader(WrappedLoader):
             CheckpointMismatchError: It is of no such loader, or of one whose positions mean something else.
         """
         self._check(state)
-        ranks, rank = state["ranks"], self._strategy.global_rank
-        position = state["position"]
-        alike = not position or self._epochs.steps_alike(ranks[0]["data"])
-        if len(ranks) == self._strategy.world_size and alike:
-            self._epochs.resume(ranks[rank]["data"], within=bool(position))
-        else:
-            position = self._epochs.take_over(ranks[0]["data"], position) or 0
+        ranks, rank, position = state["ranks"], self._strategy.global_rank, state["position"]
+        mine = ranks[rank if len(ranks) == self._strategy.world_size else 0]["data"]
+        begun = bool(position)
+        position = self._epochs.resume(mine, world_size=len(ranks), batch=position, begun=begun, ended=not begun) or 0
         self._dataloader = self._epochs.loader
         _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
         self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None

@@ -77,22 +77,27 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
     fabric, module = run.fabric, run.module
     metrics, progress = run.metric_objects[1], run.progress
     elsewhere, begins = len(ranks) != fabric.world_size, not progress.begun
-    resized = not begins and not data.epochs.steps_alike(ranks[0]["data"])  # batches of another size
     if elsewhere:
         mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics)
     else:
         mine = ranks[fabric.global_rank]
-    if elsewhere or resized:
-        ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
-        there = data.epochs.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
-        if not ended and there != progress.batch:
-            progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
-            mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
-        if elsewhere and not begins:
-            rank_zero_info(
-                f"Number of processes: {fabric.world_size}, in the checkpoint: {len(ranks)}. The order of the samples"
-                " goes on where it stood."
-            )
+    ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
+    there = data.epochs.resume(
+        mine["data"],
+        world_size=len(ranks),
+        batch=progress.batch,
+        begun=progress.begun,
+        ended=ended,
+        accumulate=accumulate,
+    )
+    if there != progress.batch:
+        progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
+        mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
+    if elsewhere and not begins:
+        rank_zero_info(
+            f"Number of processes: {fabric.world_size}, in the checkpoint: {len(ranks)}. The order of the samples"
+            " goes on where it stood."
+        )
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
     if begins:
@@ -106,8 +111,6 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
         buffers[name].copy_(buffer)
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
-    if not elsewhere and not resized:
-        data.epochs.resume(mine["data"], within=progress.begun)
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
 
