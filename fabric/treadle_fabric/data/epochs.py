@@ -117,7 +117,7 @@ class Epochs:
         return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
 
     def resume(
-        self, state: dict[str, Any], *, world_size: int, batch: int, begun: bool, ended: bool, accumulate: int = 1
+        self, state: dict[str, Any], world_size: int, batch: int, *, begun: bool, ended: bool, accumulate: int = 1
     ) -> int | None:
         """Continue the epoch of a checkpoint, or begin the one after it.
 

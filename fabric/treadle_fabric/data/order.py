@@ -11,7 +11,7 @@ from treadle_fabric.data.resume import Layout, Saved
 from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sized_len
 from treadle_fabric.data.sharding import sharded_sampler
 
-__all__ = []
+__all__ = ["SampleOrder"]
 
 
 class SampleOrder:

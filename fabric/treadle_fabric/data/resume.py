@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = []
+__all__ = ["Layout", "NewEpoch", "Same", "Saved", "Shifted", "decide"]
 
 _UNSHARED = (
     "The number of processes or the batch size has changed, and the position in this training loader has a meaning for"

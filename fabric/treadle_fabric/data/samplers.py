@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from treadle_fabric.randomness.seeds import worker_init_function
+from treadle_fabric.randomness import is_generator, worker_init_function
 
 __all__ = [
     "has_len",
@@ -35,6 +35,17 @@ def samplers_of(loader: Any) -> Iterator[Any]:
         while sampler is not None:
             yield sampler
             sampler = getattr(sampler, "sampler", None)
+
+
+def generators_of(loaders: Iterable[Any]) -> list[Any]:
+    """The generators that the user gave to loaders and their samplers, or that samplers keep under any name."""
+    found: dict[int, Any] = {}
+    for loader in loaders:
+        for owner in (loader, *samplers_of(loader)):
+            for value in getattr(owner, "__dict__", {}).values():
+                if is_generator(value):
+                    found[id(value)] = value
+    return list(found.values())
 
 
 def innermost_sampler(loader: Any) -> Any:

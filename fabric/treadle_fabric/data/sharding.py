@@ -68,7 +68,8 @@ class ShardedSampler(Sampler[Any]):
         head: list[Any] = []
         rest: list[Any] = []  # what is not shared out yet
         skip, ranks = self.start, self.num_replicas
-        for chunk in self._order():
+        randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
+        for chunk in randomness.chunks(self.sampler, self._CHUNK):
             head += chunk[: ranks - len(head)]
             rest += chunk[skip:]
             skip = max(skip - len(chunk), 0)
@@ -80,14 +81,6 @@ class ShardedSampler(Sampler[Any]):
             yield rest[self.rank]
         elif rest and not self.pad and self.rank < len(rest):
             yield rest[self.rank]
-
-    def _order(self) -> Iterator[list[Any]]:
-        """What the sampler yields, in chunks."""
-        randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
-        iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
-        while chunk:
-            yield chunk
-            iterator, chunk = randomness.take(iterator, self._CHUNK)
 
     def __len__(self) -> int:
         items = max(len(self.sampler) - self.start, 0)  # type: ignore[arg-type]

@@ -83,12 +83,7 @@ def restore_exact(run: Run, saved: dict[str, Any], data: TrainingData, *, accumu
         mine = ranks[fabric.global_rank]
     ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
     there = data.epochs.resume(
-        mine["data"],
-        world_size=len(ranks),
-        batch=progress.batch,
-        begun=progress.begun,
-        ended=ended,
-        accumulate=accumulate,
+        mine["data"], len(ranks), progress.batch, begun=progress.begun, ended=ended, accumulate=accumulate
     )
     if there != progress.batch:
         progress.batch, begins, mine["gradients"] = there or 0, there is None, {}

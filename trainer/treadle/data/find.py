@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.overriding import overrides
@@ -38,8 +38,6 @@ def defines_loader(owner: Any, name: str) -> bool:
 
 def check_loader(loader: Any, name: str) -> None:
     """Refuse what cannot be iterated, and a dataset that was given without a loader."""
-    from torch.utils.data import Dataset
-
     if isinstance(loader, Dataset) and not isinstance(loader, (Iterator, IterableDataset)):
         raise MisconfigurationException(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
     if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
@@ -69,10 +67,8 @@ def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
 
 def is_batch_list(loader: Any) -> bool:
     """A plain list of batches (tensors, or tuples of them) is one loader, not several."""
-    items = loader.values() if isinstance(loader, Mapping) else loader
-    first = next(iter(items), None)
     if isinstance(loader, Mapping):
         return False
-    if isinstance(first, torch.Tensor) or first is None:
-        return True
-    return isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], torch.Tensor)
+    first = next(iter(loader), None)
+    part = first[0] if isinstance(first, (list, tuple)) and first else first
+    return first is None or isinstance(part, torch.Tensor)

@@ -9,7 +9,7 @@ from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.cursors.cursor import Cursor
 from treadle_fabric.errors import CheckpointMismatchError
 
-__all__ = []
+__all__ = ["CombinedCursor"]
 
 
 @final
@@ -20,9 +20,6 @@ class CombinedCursor(Cursor):
         combined: Says when a batch is drawn from which of its loaders.
         parts: One cursor for each of its loaders.
     """
-
-    skips_by_index = False
-    restores_loader = False
 
     def __init__(self, combined: CombinedLoader, parts: Sequence[Cursor]) -> None:
         super().__init__()

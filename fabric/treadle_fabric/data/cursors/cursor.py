@@ -15,11 +15,11 @@ class Cursor(ABC):
     A resumed epoch is continued by the next iteration, unless :meth:`finish` or :meth:`leave` is called before.
     """
 
-    skips_by_index: ClassVar[bool]
+    skips_by_index: ClassVar[bool] = False
     """Whether going to a position loads nothing, and an iteration leaves nothing in the loader but its generators."""
-    restores_loader: ClassVar[bool]
+    restores_loader: ClassVar[bool] = False
     """Whether the loader's own state says where an epoch ends, so that it need not be iterated to its end."""
-    ends_without_drawing: bool
+    ends_without_drawing: bool = False
     """Whether nothing happens at an epoch's end: no sampler draws once more, and no worker has to be told."""
 
     def __init__(self) -> None:
@@ -39,7 +39,6 @@ class Cursor(ABC):
             within: True: their state when the epoch began. False: their state when the checkpoint was saved.
         """
 
-    @abstractmethod
     def close(self) -> None:
         """End the workers that this cursor started and that persist between epochs."""
 

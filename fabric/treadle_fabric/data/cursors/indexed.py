@@ -12,7 +12,7 @@ from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 from treadle_fabric.data.cursors.orders import PrivateOrder, RestOfOrder
 from treadle_fabric.data.samplers import index_sampler, with_sampler
 
-__all__ = []
+__all__ = ["IndexedCursor"]
 
 
 @final
@@ -28,7 +28,6 @@ class IndexedCursor(OneLoaderCursor):
     """
 
     skips_by_index = True
-    restores_loader = False
 
     def __init__(
         self,
@@ -57,12 +56,3 @@ class IndexedCursor(OneLoaderCursor):
             iterator: Iterator[Any] = iter(other)
             rest.begin()  # draws the order before the random state goes on
         return iterator
-
-    def _state(self, position: int) -> dict[str, Any]:
-        return self._own_state()
-
-    def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
-        self._draw_after(state)
-
-    def close(self) -> None:
-        """Nothing to end: there are no workers."""

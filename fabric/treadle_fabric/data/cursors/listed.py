@@ -8,7 +8,7 @@ from typing import Any, final
 
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 
-__all__ = []
+__all__ = ["ListCursor"]
 
 
 @final
@@ -16,16 +16,6 @@ class ListCursor(OneLoaderCursor):
     """Leaves out the batches before the position; the arguments are those of :class:`OneLoaderCursor`."""
 
     skips_by_index = True
-    restores_loader = False
 
     def _batches(self, skip: int, resumed: dict[str, Any], now: dict[str, Any]) -> Iterator[Any]:
         return islice(self._loader, skip, None)
-
-    def _state(self, position: int) -> dict[str, Any]:
-        return self._own_state()
-
-    def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
-        self._draw_after(state)
-
-    def close(self) -> None:
-        """Nothing to end: there are no workers."""

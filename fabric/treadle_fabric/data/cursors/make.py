@@ -18,7 +18,7 @@ from treadle_fabric.data.cursors.stateful import StatefulCursor
 from treadle_fabric.data.cursors.workers import WorkersCursor
 from treadle_fabric.data.samplers import is_indexed, sized_len
 
-__all__ = []
+__all__ = ["make_cursor"]
 
 
 def make_cursor(loader: Any, parts: Sequence[Any], rank: int, *, looks_ahead: bool) -> Cursor:

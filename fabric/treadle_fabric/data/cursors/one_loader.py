@@ -13,17 +13,11 @@ import torch
 from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.cursors.cursor import Cursor
 from treadle_fabric.data.cursors.orders import PrivateOrder
-from treadle_fabric.data.samplers import samplers_of
+from treadle_fabric.data.samplers import generators_of
 from treadle_fabric.errors import CheckpointMismatchError
-from treadle_fabric.randomness import (
-    collect_rng_states,
-    generator_state,
-    is_generator,
-    set_generator_state,
-    set_rng_states,
-)
+from treadle_fabric.randomness import collect_rng_states, generator_state, set_generator_state, set_rng_states
 
-__all__ = []
+__all__ = ["OneLoaderCursor"]
 
 
 class OneLoaderCursor(Cursor):
@@ -39,14 +33,13 @@ class OneLoaderCursor(Cursor):
     def __init__(self, loader: Any, rank: int, *, looks_ahead: bool, private: PrivateOrder | None = None) -> None:
         super().__init__()
         self._loader, self._rank, self._looks_ahead, self._private = loader, rank, looks_ahead, private
-        self._generators = _generators_of(loader)
+        self._generators = generators_of(loader.flattened if isinstance(loader, CombinedLoader) else [loader])
         self._key = 0
         """A number that differs from epoch to epoch and from rank to rank, and seeds what is not the order."""
         self._rng: dict[str, Any] = {}
         self._warm = False
         """Whether the order of this epoch was drawn with workers at hand, who took no new seed for it."""
         self._drawn_from: list[Any] = []
-        self.ends_without_drawing = False
 
     @property
     @final
@@ -114,26 +107,22 @@ class OneLoaderCursor(Cursor):
             if not self._looks_ahead:  # others that draw from the same generators have gone on
                 self._set_generators(resumed["generators_now"])
 
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "key": self._key,
-            "rng": self._rng,
-            "warm": self._warm,
-            "generators": self._drawn_from,
-            "generators_now": [generator_state(g) for g in self._generators],
-        }
+    @final
+    def _state(self, position: int) -> dict[str, Any]:
+        state: dict[str, Any] = {"key": self._key, "rng": self._rng, "warm": self._warm}
+        state["generators"] = self._drawn_from
+        state["generators_now"] = [generator_state(g) for g in self._generators]
+        return {**state, **self._loader_state(position)}
 
-    def _draw_after(self, state: dict[str, Any]) -> None:
+    def _loader_state(self, position: int) -> dict[str, Any]:
+        """What :meth:`_state` is to have of the loader itself, as ``{"loader": ...}``."""
+        return {}
+
+    @final
+    def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
         self.take_generators(state, within=False)
         self._rng = state["rng"]
+        self._end_loader(state, ended=ended, whole=whole)
 
-
-def _generators_of(loader: Any) -> list[Any]:
-    """The generators that the user gave to the loaders and their samplers, or that samplers keep under any name."""
-    found: dict[int, Any] = {}
-    for part in loader.flattened if isinstance(loader, CombinedLoader) else [loader]:
-        for owner in (part, *samplers_of(part)):
-            for value in getattr(owner, "__dict__", {}).values():
-                if is_generator(value):
-                    found[id(value)] = value
-    return list(found.values())
+    def _end_loader(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
+        """Bring the loader itself to the end of the epoch of ``state``; the arguments are those of :meth:`_follow`."""

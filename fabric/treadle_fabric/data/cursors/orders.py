@@ -13,7 +13,7 @@ from treadle_fabric.data.samplers import index_sampler, samplers_of, with_sample
 from treadle_fabric.data.sharding import ShardedSampler
 from treadle_fabric.randomness import PrivateRandomness
 
-__all__ = []
+__all__ = ["PrivateOrder", "RestOfOrder", "with_private_order"]
 
 _CHUNK = 16  # items drawn with one change of the random state
 
@@ -23,7 +23,7 @@ class RestOfOrder:
 
     def __init__(self, sampler: Iterable[Any], skip: int) -> None:
         self._sampler, self._skip = sampler, skip
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] = iter(())
 
     def begin(self) -> None:
         """Draw the order now; samplers draw it when they are asked for the first item."""
@@ -32,10 +32,7 @@ class RestOfOrder:
         self._iterator = iterator if self._skip else chain(list(islice(iterator, 1)), iterator)
 
     def __iter__(self) -> Iterator[Any]:
-        if self._iterator is None:
-            self.begin()
-        assert self._iterator is not None
-        yield from self._iterator
+        yield from self._iterator  # looked up with the first item, after `begin`
 
     def __len__(self) -> int:
         return len(self._sampler)  # type: ignore[arg-type]
@@ -56,11 +53,8 @@ class PrivateOrder:
         self._key = key
 
     def __iter__(self) -> Iterator[Any]:
-        private = PrivateRandomness(self._key)
-        iterator, chunk = private.take(lambda: iter(self.sampler), _CHUNK)
-        while chunk:
+        for chunk in PrivateRandomness(self._key).chunks(self.sampler, _CHUNK):
             yield from chunk
-            iterator, chunk = private.take(iterator, _CHUNK)
 
     def __len__(self) -> int:
         return len(self.sampler)

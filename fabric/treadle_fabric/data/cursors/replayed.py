@@ -12,7 +12,7 @@ from treadle_fabric.data.cursors.seeded import SeededStream
 from treadle_fabric.data.samplers import end_workers, index_sampler, with_sampler
 from treadle_fabric.randomness import PrivateRandomness
 
-__all__ = []
+__all__ = ["ReplayedCursor"]
 
 _CHUNK = 16  # batches drawn with one change of the random state
 
@@ -26,9 +26,6 @@ class ReplayedCursor(OneLoaderCursor):
         rank: This process.
         looks_ahead: As in :class:`OneLoaderCursor`.
     """
-
-    skips_by_index = False
-    restores_loader = False
 
     def __init__(self, loader: Any, rank: int, *, looks_ahead: bool) -> None:
         super().__init__(loader, rank, looks_ahead=looks_ahead)
@@ -50,12 +47,6 @@ class ReplayedCursor(OneLoaderCursor):
             skip -= _CHUNK
         while batch := private.take(iterator, 1)[1]:
             yield batch[0]
-
-    def _state(self, position: int) -> dict[str, Any]:
-        return self._own_state()
-
-    def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
-        self._draw_after(state)
 
     def close(self) -> None:
         if self._stream is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
-__all__ = []
+__all__ = ["SeededByBatch", "SeededSampler", "SeededStream"]
 
 _STRIDE = 1_000_003  # between the seeds of two epochs
 

@@ -10,7 +10,7 @@ from typing import Any, final
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
-__all__ = []
+__all__ = ["StatefulCursor"]
 
 _AHEAD = 4  # states kept of a loader that is drawn from before training comes to its batches, one of them to spare
 
@@ -26,7 +26,6 @@ class StatefulCursor(OneLoaderCursor):
             those batches are kept.
     """
 
-    skips_by_index = False
     restores_loader = True
 
     def __init__(self, loader: Any, rank: int, *, looks_ahead: bool) -> None:
@@ -57,18 +56,14 @@ class StatefulCursor(OneLoaderCursor):
             count += 1
             yield batch
 
-    def _state(self, position: int) -> dict[str, Any]:
+    def _loader_state(self, position: int) -> dict[str, Any]:
         known = [state for count, state in self._ahead if count == position]
-        return {**self._own_state(), "loader": known[0] if known else self._loader.state_dict()}
+        return {"loader": known[0] if known else self._loader.state_dict()}
 
-    def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
-        self._draw_after(state)
+    def _end_loader(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
         now = collect_rng_states()
         self._loader.load_state_dict(state["loader"])
         nothing = object()
         if not ended and next(iter(self._loader), nothing) is not nothing and whole:
             self._loader.load_state_dict(state["loader"])  # it took the end of an epoch for the start of the next
         set_rng_states(now)
-
-    def close(self) -> None:
-        """Nothing to end: the loader's workers are the user's."""

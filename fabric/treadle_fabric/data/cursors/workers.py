@@ -13,7 +13,7 @@ from treadle_fabric.data.cursors.orders import PrivateOrder
 from treadle_fabric.data.cursors.seeded import SeededByBatch, SeededSampler
 from treadle_fabric.data.samplers import end_workers, index_sampler, with_sampler
 
-__all__ = []
+__all__ = ["WorkersCursor"]
 
 
 @final
@@ -31,7 +31,6 @@ class WorkersCursor(OneLoaderCursor):
     """
 
     skips_by_index = True
-    restores_loader = False
 
     def __init__(self, loader: DataLoader[Any], rank: int, *, looks_ahead: bool, private: PrivateOrder | None) -> None:
         self._sampler = SeededSampler(index_sampler(loader), batched=loader.batch_sampler is not None)
@@ -59,11 +58,7 @@ class WorkersCursor(OneLoaderCursor):
         finally:
             fields["generator"] = generator
 
-    def _state(self, position: int) -> dict[str, Any]:
-        return self._own_state()
-
-    def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
-        self._draw_after(state)
+    def _end_loader(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
         self._seeded = bool(self._rng)
 
     def close(self) -> None:
