@@ -1,15 +1,16 @@
-"""Batches: move them to a device, change their tensors, find their size."""
+"""Move batches to a device, change their tensors, find their size."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from treadle_fabric.containers import SEQUENCES, children, map_leaves
 
 __all__ = ["batch_mover", "infer_batch_size", "map_tensors", "move_data_to_device"]
 
@@ -18,19 +19,18 @@ def move_data_to_device(batch: Any, device: torch.device | str | int) -> Any:
     """Move a batch to a device.
 
     Args:
-        batch: A tensor, an object with ``.to(device)``, or lists, tuples, mappings and dataclasses that hold some;
-            everything else is left as it is.
-        device: Where to.
+        batch: A tensor, an object with ``.to(device)``, or containers of some; everything else is left as it is.
+        device: The device to move to.
 
     Returns:
-        The moved batch; the same object when everything is there already.
+        The moved batch; the same object when everything is on the device already.
     """
     if not isinstance(device, torch.device):
         device = torch.device(device)
     kind = type(batch)
     if kind is Tensor:
         return batch if batch.device == device else _move(batch, device)
-    # Batches that are already there cost no more than this look
+    # Batches that are on the device already cost no more than this look
     if kind is list or kind is tuple:
         for item in batch:
             if type(item) is not Tensor or item.device != device:
@@ -84,80 +84,42 @@ def map_tensors(
     """Apply a function to every tensor in nested containers.
 
     Args:
-        data: A tensor, or lists, tuples, mappings and dataclasses that hold some.
+        data: A tensor, or containers of some: lists, tuples, deques, mappings, dataclasses.
         function: Gets a tensor, gives what takes its place.
-        leaf: The types it applies to.
+        leaf: The types to apply the function to.
         movable: Also apply it to other objects that have a ``to`` method.
 
     Returns:
         The same structure; a container in which nothing changed is the same object.
     """
-    if isinstance(data, leaf) or (movable and callable(getattr(data, "to", None))):
-        return function(data)
-    if isinstance(data, (list, tuple)):
-        items = [map_tensors(x, function, leaf=leaf, movable=movable) for x in data]
-        if all(new is old for new, old in zip(items, data, strict=True)):
-            return data
-        return _rebuild_sequence(data, items)
-    if isinstance(data, Mapping):
-        changed = {}
-        for key, value in data.items():
-            new = map_tensors(value, function, leaf=leaf, movable=movable)
-            if new is not value:
-                changed[key] = new
-        return _rebuild_mapping(data, changed) if changed else data
-    if dataclasses.is_dataclass(data) and not isinstance(data, type):
-        changed = {}
-        for field in dataclasses.fields(data):
-            value = getattr(data, field.name, None)
-            new = map_tensors(value, function, leaf=leaf, movable=movable)
-            if new is not value:
-                changed[field.name] = new
-        if not changed:
-            return data
-        result = copy.copy(data)
-        for name, value in changed.items():
-            object.__setattr__(result, name, value)  # frozen ones too
-        return result
-    return data
-
-
-def _rebuild_sequence(data: Any, items: list[Any]) -> Any:
-    kind = type(data)
-    if kind is list:
-        return items
-    if isinstance(data, list):
-        result = copy.copy(data)
-        result[:] = items
-        return result
-    return kind(*items) if hasattr(data, "_fields") else kind(items)
-
-
-def _rebuild_mapping(data: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
-    if type(data) is dict:
-        return {**data, **changed}
-    if isinstance(data, MutableMapping):
-        result = copy.copy(data)
-        for key, value in changed.items():
-            result[key] = value
-        return result
-    return type(data)({**data, **changed})  # type: ignore[call-arg]
+    if movable:
+        return map_leaves(data, function, lambda x: isinstance(x, leaf) or callable(getattr(x, "to", None)))
+    return map_leaves(data, function, lambda x: isinstance(x, leaf))
 
 
 def infer_batch_size(batch: Any) -> int | None:
-    """The first dimension of the first tensor or array found in a batch; None where there is none."""
+    """The number of samples in a batch.
+
+    Args:
+        batch: A tensor or array, containers, or objects that keep some in public attributes.
+
+    Returns:
+        The number of sequences of the first ``PackedSequence``, or the first dimension of the first tensor or array,
+        whichever is found first; 1 for a scalar; ``None`` where there is none.
+    """
     stack = [batch]
     while stack:
         item = stack.pop()
         shape = getattr(item, "shape", None)
         if isinstance(shape, tuple):  # a tensor's is one
             return int(shape[0]) if shape else 1
-        if isinstance(item, str):
-            continue
+        if isinstance(item, PackedSequence):
+            return int(item.batch_sizes[0])
         if isinstance(item, Mapping):
             stack += reversed(list(item.values()))
-        elif isinstance(item, (list, tuple)):
+        elif isinstance(item, SEQUENCES):
             stack += reversed(item)
-        elif hasattr(item, "__dict__"):
-            stack += reversed([v for k, v in vars(item).items() if not k.startswith("_")])
+        else:
+            named = {**getattr(item, "__dict__", {}), **dict(children(item) or ())}  # slots are in no __dict__
+            stack += [value for name, value in named.items() if not name.startswith("_")][::-1]
     return None

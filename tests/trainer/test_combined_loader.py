@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from treadle_fabric.data.combined.loader import CombinedLoader
+from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
 
 SIDE_BY_SIDE = ["min_size", "max_size", "max_size_cycle"]

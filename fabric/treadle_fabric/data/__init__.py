@@ -6,39 +6,29 @@ ranks, ``epochs.py`` and ``cursors/`` go on from any position, ``resumable.py`` 
 and ``combined/`` iterates several loaders as one. Imports strategies and what is below them.
 """
 
-from treadle_fabric.data.combined import CombinedLoader, make_cursor
-from treadle_fabric.data.cursors import Cursor
+from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
-from treadle_fabric.data.order import SampleOrder
 from treadle_fabric.data.resumable import ResumableDataLoader, wrap_loader
 from treadle_fabric.data.samplers import (
     has_len,
-    innermost_sampler,
-    is_indexed,
     sampler_epoch,
-    samplers_of,
     seed_workers,
     set_epoch,
     sized_len,
 )
-from treadle_fabric.data.sharding import ShardedSampler, shard_dataloader
+from treadle_fabric.data.sharding import ShardedSampler, is_shared, shard_dataloader
 
 __all__ = [
     "CombinedLoader",
-    "Cursor",
     "Epochs",
     "FabricDataLoader",
     "ResumableDataLoader",
-    "SampleOrder",
     "ShardedSampler",
     "WrappedLoader",
     "has_len",
-    "innermost_sampler",
-    "is_indexed",
-    "make_cursor",
+    "is_shared",
     "sampler_epoch",
-    "samplers_of",
     "seed_workers",
     "set_epoch",
     "shard_dataloader",

@@ -1,55 +1,35 @@
-"""The epochs of training loaders, each from any position on, also where another number of processes goes on."""
+"""The epochs of training loaders, each from any position on, also in another layout than the checkpoint's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from treadle_fabric.data.cursors.cursor import Cursor
+from treadle_fabric.data.cursors import make_cursor
 from treadle_fabric.data.order import SampleOrder
+from treadle_fabric.data.resume import NewEpoch, Same, Saved, Shifted, decide
 from treadle_fabric.data.samplers import set_epoch
 from treadle_fabric.rank_zero import rank_zero_warn
 
-__all__ = ["EpochCursor", "Epochs"]
-
-
-class EpochCursor(Protocol):
-    """Iterates the epochs of a loader from a position: :class:`Cursor`, or one like it."""
-
-    @property
-    def drawn_from(self) -> int | dict[str, Any]: ...
-
-    @property
-    def ends_without_drawing(self) -> bool: ...
-
-    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]: ...
-
-    def finish(self, epoch: int, skip: int, *, drain: bool, whole: bool) -> None: ...
-
-    def leave(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def state_dict(self, position: int) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], *, within: bool = True, whole: bool = True) -> None: ...
-
-    def take_generators(self, state: dict[str, Any], *, within: bool) -> None: ...
+__all__ = ["Epochs"]
 
 
 class Epochs:
-    """Iterates this rank's share of a loader, and knows what a position in it means.
+    """Iterates this rank's share of a training loader, and knows what a position in it means.
+
+    A trainer iterates with :meth:`iterate`, and saves the ``state_dict`` of every rank with the number of batches that
+    are done. :meth:`resume` gives the state back: with the same number of processes and batch size the epoch goes on to
+    the last bit, with another number or size it goes on in the same order of samples.
 
     Args:
-        loader: what is iterated.
-        parts: the loaders that it combines; itself where it is only one.
-        rank: this process.
-        world_size: processes that share the samples out.
-        num_batches: of an epoch; infinity where that is unknown.
-        exact: whether who iterates relies on that number; else it looks one batch ahead.
-        whole: whether an epoch is all of the loader.
-        share_alone: gives loader and parts that one process alone iterates in the order that several have.
-        make_cursor: gives what iterates the loader.
+        loader: What is iterated.
+        parts: The loaders of a ``CombinedLoader``, where each is to have a position of its own; else ``[loader]``.
+        rank: This process.
+        world_size: Number of processes that share the samples out.
+        num_batches: Batches of an epoch; infinity where that is unknown.
+        exact: Whether the trainer relies on that number; otherwise it looks one batch ahead.
+        whole: Whether an epoch is the whole loader, and is not cut short by a limit.
+        share_alone: Gives the loader and parts that one process alone iterates in the order that several have.
     """
 
     def __init__(
@@ -63,107 +43,125 @@ class Epochs:
         exact: bool,
         whole: bool,
         share_alone: Callable[[], tuple[Any, Sequence[Any]]],
-        make_cursor: Callable[..., EpochCursor] = Cursor,
     ) -> None:
         self.loader, self.parts = loader, parts
         self._rank, self._world_size, self._num_batches = rank, world_size, num_batches
         self._exact, self._whole, self._share_alone = exact, whole, share_alone
-        self._looks_ahead, self._make_cursor = not exact, make_cursor
+        self._looks_ahead = not exact
         self._begin_order()
 
     def _begin_order(self) -> None:
-        self._cursor: EpochCursor = self._make_cursor(self.loader, self._rank, exact=not self._looks_ahead)
+        self._cursor = make_cursor(self.loader, self.parts, self._rank, looks_ahead=self._looks_ahead)
         self._order = SampleOrder(self.parts, self._world_size, self._num_batches)
 
     @property
     def end(self) -> int | None:
-        """The number that this epoch ends before, where that is not the number of batches of any other."""
+        """This epoch's end (exclusive), where it differs from other epochs' after a resume."""
         return self._order.end
 
     @property
     def ends_without_drawing(self) -> bool:
-        """Whether it makes no difference that the end of an epoch is asked for a batch in vain."""
+        """Whether it makes no difference that the loader is asked for a batch after the last one."""
         return self._cursor.ends_without_drawing
 
     def look_ahead(self) -> None:
-        """Whoever iterates draws batches before training comes to them; to be said before anything is resumed."""
+        """Say that batches are drawn before training comes to them. Call it before :meth:`resume`."""
         self._looks_ahead = True
         self._begin_order()
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """The batches of an epoch, in its order, from the one after the first ``skip`` on."""
+        """The batches of an epoch.
+
+        Args:
+            epoch: The number of the epoch, which samplers are told.
+            skip: The number of batches to leave out at the beginning.
+        """
         for part in self.parts:
             set_epoch(part, epoch)
         self._order.begin()
         return self._cursor.iterate(epoch, skip - self._order.base)
 
     def finish(self, epoch: int, skip: int, *, drain: bool) -> None:
-        """Nothing is left of a resumed epoch but what its samplers draw at its end."""
+        """End a resumed epoch that has no batch left: samplers draw what they draw at the end of an epoch.
+
+        Args:
+            epoch: The number of the epoch.
+            skip: The number of its batches.
+            drain: Whether an iteration would have come to the loader's end.
+        """
         for part in self.parts:
             set_epoch(part, epoch)
         skip -= self._order.base
-        self._order.forget()
         drain = drain and self._whole and self._exact and not self.ends_without_drawing
+        self._order.leave()
         self._cursor.finish(epoch, skip, drain=drain, whole=self._whole)
 
     def leave(self) -> None:
-        """An epoch that was resumed is not continued."""
-        self._order.forget()
+        """Begin the epoch after the resumed one, although that has batches left."""
+        self._order.leave()
         self._cursor.leave()
 
     def close(self) -> None:
-        """No epoch follows."""
+        """End the workers that persist between epochs; no epoch follows."""
         self._cursor.close()
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        """What is needed to draw this epoch's order again, when ``position`` batches of it are done with."""
+        """What is needed to continue this epoch, as tensors and plain containers.
+
+        Args:
+            position: The number of batches of the epoch that are done.
+        """
         state = self._cursor.state_dict(position - self._order.base)
         if "order" in state:  # resumed, and not iterated yet
             return state
         return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
 
-    def steps_alike(self, state: dict[str, Any]) -> bool:
-        """Whether all ranks together take as much at a step as where ``state`` is of."""
-        before = state.get("order", {}).get("per_step")
-        return before is None or before == self._order.per_step
-
-    def resume(self, state: dict[str, Any], *, within: bool) -> None:
-        """The next iteration continues the epoch that ``state`` is of, or follows it where not ``within``."""
-        if not state:  # saved before there was a loader
-            return
-        order = state.get("order", {})
-        self._draw_from(order.get("seed"))
-        self._order.load_state_dict(order, within=within)
-        self._cursor.load_state_dict(state, within=within, whole=self._whole)
-
-    def take_over(self, state: dict[str, Any], position: int, accumulate: int = 1) -> int | None:
-        """Go on where another number of processes stood, or batches had another size, after ``position`` of them.
+    def resume(
+        self, state: dict[str, Any], world_size: int, batch: int, *, begun: bool, ended: bool, accumulate: int = 1
+    ) -> int | None:
+        """Continue the epoch of a checkpoint, or begin the one after it.
 
         Args:
-            state: of :meth:`state_dict`, from any of them.
-            position: the batches of the epoch that are done with.
-            accumulate: batches of an optimizer step.
+            state: Returned by :meth:`state_dict`, on this rank; on any rank where their number was another one.
+            world_size: Number of processes of the run that saved it.
+            batch: The number of batches of the epoch that were done.
+            begun: Whether the epoch had begun; False: the checkpoint was saved between two epochs.
+            ended: Whether nothing is left of the epoch.
+            accumulate: Batches of an optimizer step.
 
         Returns:
-            The batch to go on from; None where the epoch begins anew.
+            The batch of the epoch to go on from, which is another one where batches have another size; None where the
+            epoch begins anew, because its position has no meaning here. The user is told of both.
+
+        Raises:
+            CheckpointMismatchError: The state is that of another number of loaders.
         """
-        if not state:
-            return None
-        order = state.get("order", {})
+        if not state:  # saved before there was a loader
+            return batch
+        self._order.leave()
+        order, batches = state.get("order", {}), 0 if ended else batch
         self._draw_from(order.get("seed"))
-        if position and self._order.seed is None and self._world_size == 1:
+        saved = Saved.read(order, world_size=world_size, begun=begun, batches=batches)
+        decision = decide(saved, self._order.layout(saved, accumulate))
+        if batches and self._world_size == 1 and self._order.seed is None and not isinstance(decision, Same):
             self._share()  # only a shared order has a position that is no multiple of the batch size
-        self._cursor.take_generators(state, within=bool(position))
-        if not position:
-            self._order.load_state_dict(order, within=False)
-            return 0
-        if "per_step" not in order:  # saved before that was kept
-            rank_zero_warn("The checkpoint does not tell the order of its samples: the epoch begins anew.")
-            return None
-        return self._order.take_over(order, position, accumulate)
+            decision = decide(saved, self._order.layout(saved, accumulate))
+        source = order.get("source")
+        if isinstance(decision, Same):
+            self._cursor.load_state_dict(state, within=begun, whole=self._whole)
+            if begun:
+                self._order.go_on(saved.base, saved.start, saved.end, source)
+        else:
+            self._cursor.take_generators(state, within=bool(batches))
+        if isinstance(decision, Shifted):
+            self._order.go_on(decision.base, decision.start, decision.end, source)
+            batch = decision.batch
+        for warning in decision.warnings:
+            rank_zero_warn(warning)
+        return None if isinstance(decision, NewEpoch) and decision.again else batch
 
     def follow(self, before: Epochs) -> None:
-        """Go on with the orders of loaders that these ones replace."""
+        """Go on with the orders of loaders that these loaders replace."""
         self._draw_from(before._order.seed)
 
     def _draw_from(self, seed: int | None) -> None:

@@ -1,62 +1,66 @@
-"""The order of samples in numbers that do not depend on how many processes share it out.
-
-A checkpoint of one number of processes is resumed by another: what the order was drawn from and how many samples all
-ranks together have had is enough to go on, each sample once. Where the batch of all ranks together is as large as
-before, its batches are the same ones too.
-"""
+"""The order of samples of a training loader, in numbers that do not depend on the number of processes that share it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import BatchSampler
 
-from treadle_fabric.data.samplers import innermost_sampler, is_indexed, samplers_of, sized_len
-from treadle_fabric.data.sharding import ShardedSampler
-from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric.data.resume import Layout, Saved
+from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sized_len
+from treadle_fabric.data.sharding import sharded_sampler
 
 __all__ = ["SampleOrder"]
 
 
 class SampleOrder:
-    """The order that the samplers of a training loader draw, and where an epoch stands in it.
+    """The order that the samplers of a training loader draw, and the part of it that is left of an epoch.
 
     Args:
-        parts: the loaders of this rank; those with indexed samples count.
-        world_size: processes that share them.
-        num_batches: of an epoch.
+        parts: This rank's loaders; those with indexed samples have an order.
+        world_size: Number of processes that share the order.
+        num_batches: Batches of a usual epoch; infinity where that is unknown.
     """
 
     def __init__(self, parts: Sequence[Any], world_size: int, num_batches: float) -> None:
         self._parts, self._world_size, self._num_batches = parts, world_size, num_batches
-        self._samplers = [sampler for part in parts if (sampler := _sharded(part)) is not None]
+        self._samplers = [sampler for part in parts if (sampler := sharded_sampler(part)) is not None]
         self.base = 0
-        """Batches of this epoch that this loader's iteration does not count: other ranks have trained on them."""
+        """Batches of this epoch that this loader's iteration does not count: they were trained in another layout."""
         self.end: int | None = None
-        """The number that this epoch ends before, where that is not the number of batches of any other."""
-        self._start: list[int] = [0] * len(self._samplers)
+        """This epoch's end (exclusive), where it differs from other epochs' after a resume."""
+        self._start = (0,) * len(self._samplers)
         self._source: Any = None
         self._continues = False
 
     def begin(self) -> None:
-        """An epoch begins, from the front unless it is the one that was resumed."""
+        """Begin an epoch: the rest of one where :meth:`go_on` was called before, otherwise a whole one."""
         if not self._continues:
-            self._begin_anew()
+            self.go_on(0, (0,) * len(self._samplers), None, None)
         self._continues = False
 
-    def forget(self) -> None:
-        """Nothing is left of the epoch that was resumed."""
+    def leave(self) -> None:
+        """Begin a whole epoch next."""
         self._continues = False
 
-    def _begin_anew(self) -> None:
-        self._set(0, [0] * len(self._samplers), None)
+    def go_on(self, base: int, start: Sequence[int], end: int | None, source: Any) -> None:
+        """The next epoch continues one of a checkpoint.
 
-    def _set(self, base: int, start: list[int], source: Any, end: int | None = None) -> None:
-        self.base, self.end, self._start, self._source = base, end, start, source
+        Args:
+            base: The new :attr:`base`.
+            start: Items to leave out at the beginning of each loader's order.
+            end: The new :attr:`end`.
+            source: What the order is drawn from, where that is not :attr:`seed`.
+        """
+        self._continues = True
+        if self._samplers:
+            self.base, self.end, self._start, self._source = base, end, tuple(start), source
+            self._set_start(self._start)
+
+    def _set_start(self, start: Sequence[int]) -> None:
         for sampler, first in zip(self._samplers, start):
-            sampler.go_on(first, source)
+            sampler.go_on(first, self._source)
 
     @property
     def seed(self) -> int | None:
@@ -68,125 +72,49 @@ class SampleOrder:
         for sampler in self._samplers:
             sampler.seed = seed
 
-    @property
-    def per_step(self) -> list[int | None]:
-        """Items of each loader's order that all ranks together take at a step."""
-        return [_per_step(part, self._world_size) for part in self._parts]
+    def layout(self, saved: Saved, accumulate: int) -> Layout:
+        """The layout of this run.
 
-    @property
-    def _samples(self) -> list[int | None]:
-        return [sized_len(part.dataset) if is_indexed(part) else None for part in self._parts]
+        Args:
+            saved: The position to go on from.
+            accumulate: Batches of an optimizer step.
+        """
+        self._set_start([saved.items(accumulate)] * len(self._samplers))
+        left = sized_len(self._parts[0])
+        self._set_start(self._start)
+        shared = len(self._samplers) == len(self._parts)
+        return Layout(self._world_size, *self._data(), shared, accumulate, self._num_batches, left)
 
-    @property
-    def _kinds(self) -> list[str | None]:
-        return [type(innermost_sampler(part)).__name__ if is_indexed(part) else None for part in self._parts]
+    def _data(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[str | None, ...]]:
+        """For each loader: items in a batch of all ranks, size of the data set, class of the sampler."""
+        found = [_describe(part, self._world_size) for part in self._parts]
+        per_step, samples, samplers = zip(*found)
+        return per_step, samples, samplers
 
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
 
         Args:
-            drawn_from: the seed or random states of this epoch's order, where no seed of all ranks is behind it.
+            drawn_from: The seed or random states of this epoch's order, where no seed of all ranks is behind it.
         """
-        alone = not self._samplers
+        per_step, samples, samplers = map(list, self._data())
         return {
             "world_size": self._world_size,
             "seed": self.seed,
-            "source": drawn_from if alone else self._source,
+            "source": self._source if self._samplers else drawn_from,
             "base": self.base,
             "end": self.end,
-            "start": self._start or [0] * len(self._parts),
-            "per_step": self.per_step,
-            "samples": self._samples,
-            "samplers": self._kinds,
+            "start": list(self._start) or [0] * len(self._parts),
+            "per_step": per_step,
+            "samples": samples,
+            "samplers": samplers,
             "num_batches": self._num_batches,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, within: bool) -> None:
-        """Go on with as many processes as the state is of; ``within`` an epoch or after it."""
-        self._continues = within
-        if within and state.get("samples", self._samples) != self._samples:
-            rank_zero_warn(
-                f"The checkpoint is of the middle of an epoch of {_listed(state['samples'])} samples, and the training"
-                f" data have {_listed(self._samples)} now: what is left of the epoch is in another order, so that some"
-                " samples come twice and others not at all. Change data between epochs."
-            )
-        if within and state.get("samplers", self._kinds) != self._kinds:
-            rank_zero_warn(
-                f"The checkpoint is of the middle of an epoch in the order of {_listed(state['samplers'])}, and now it"
-                f" is that of {_listed(self._kinds)}: some of the samples left come twice and others not at all. Change"
-                " samplers, and `shuffle`, between epochs."
-            )
-        if within and self._samplers and "base" in state:
-            self._set(state["base"], list(state["start"]), state["source"], state.get("end"))
 
-    def take_over(self, state: Mapping[str, Any], position: int, accumulate: int) -> int | None:
-        """Go on with another number of processes in the middle of an epoch.
-
-        Args:
-            state: of :meth:`state_dict`, from any rank.
-            position: the batches of the epoch that are done with.
-            accumulate: batches of an optimizer step.
-
-        Returns:
-            The batch of the epoch to go on from; None where the epoch begins anew.
-        """
-        self.load_state_dict(state, within=True)
-        per_step = self.per_step
-        unshared = not self._samplers or len(self._samplers) != len(self._parts) or None in per_step
-        if unshared or (len(self._parts) > 1 and state["seed"] is None):
-            rank_zero_warn(
-                "The number of processes or the batch size has changed, and the position in this training loader has a"
-                " meaning for the old one only (a stream, an iterable of one's own, or several loaders at once): the"
-                " epoch begins anew."
-            )
-            self._begin_anew()
-            return None
-        if per_step == state["per_step"]:
-            return position
-        if len(self._parts) > 1:
-            rank_zero_warn(
-                "The batch of all ranks together has another size than in the checkpoint, and there are several"
-                " training loaders: the epoch begins anew. Keep batch_size times the number of processes as it was."
-            )
-            self._begin_anew()
-            return None
-        before, now = state["per_step"][0], per_step[0]
-        assert now is not None
-        stepped = max(position - position % accumulate, state["base"])  # gradients after it are of another size
-        done = state["start"][0] + (stepped - state["base"]) * before
-        self._set(0, [done], self._source)
-        limit, size = state["end"] or state["num_batches"], sized_len(self._parts[0])
-        left = math.inf if limit == math.inf else max(math.ceil((limit - stepped) * before / now), 0)
-        left = left if size is None else min(left, size)
-        if left == math.inf:
-            self.base = stepped
-        else:
-            base = int(max(self._num_batches - left, 0))
-            self.base = base - base % accumulate if left else base  # an optimizer step begins here
-            self.end = int(self.base + left)
-        again = (
-            f" What the last {position - stepped} batches logged, for which no optimizer has stepped, is logged again."
-            if position > stepped
-            else ""
-        )
-        rank_zero_warn(
-            f"All ranks together have {now} samples a batch, and had {before}: the epoch goes on at sample {done}, as"
-            f" batch {self.base}. Keep batch_size times the number of processes as it was for the same batches.{again}"
-        )
-        return self.base
-
-
-def _listed(items: Sequence[Any]) -> str:
-    return ", ".join("unknown" if item is None else str(item) for item in items)
-
-
-def _sharded(loader: Any) -> ShardedSampler | None:
-    return next((s for s in samplers_of(loader) if isinstance(s, ShardedSampler)), None)
-
-
-def _per_step(loader: Any, world_size: int) -> int | None:
-    """Items of the order that all ranks together take at a step: samples, or the batches of somebody's own sampler."""
+def _describe(loader: Any, world_size: int) -> tuple[int | None, int | None, str | None]:
     if not is_indexed(loader):
-        return None
-    batched = type(loader.batch_sampler) is BatchSampler
-    return int(loader.batch_sampler.batch_size) * world_size if batched else world_size
+        return None, None, None
+    batched = type(loader.batch_sampler) is BatchSampler  # otherwise an item is a sample, or a batch of the user's own
+    per_step = int(loader.batch_sampler.batch_size) * world_size if batched else world_size
+    return per_step, sized_len(loader.dataset), type(innermost_sampler(loader)).__name__

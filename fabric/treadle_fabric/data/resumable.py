@@ -142,13 +142,9 @@ class ResumableDataLoader(WrappedLoader):
             CheckpointMismatchError: It is of no such loader, or of one whose positions mean something else.
         """
         self._check(state)
-        ranks, rank = state["ranks"], self._strategy.global_rank
-        position = state["position"]
-        alike = not position or self._epochs.steps_alike(ranks[0]["data"])
-        if len(ranks) == self._strategy.world_size and alike:
-            self._epochs.resume(ranks[rank]["data"], within=bool(position))
-        else:
-            position = self._epochs.take_over(ranks[0]["data"], position) or 0
+        ranks, rank, position = state["ranks"], self._strategy.global_rank, state["position"]
+        mine = ranks[rank if len(ranks) == self._strategy.world_size else 0]["data"]
+        position = self._epochs.resume(mine, len(ranks), position, begun=position > 0, ended=position == 0) or 0
         self._dataloader = self._epochs.loader
         _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
         self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None

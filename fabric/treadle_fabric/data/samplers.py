@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from treadle_fabric.randomness.seeds import worker_init_function
+from treadle_fabric.randomness import is_generator, worker_init_function
 
 __all__ = [
     "has_len",
@@ -35,6 +35,17 @@ def samplers_of(loader: Any) -> Iterator[Any]:
         while sampler is not None:
             yield sampler
             sampler = getattr(sampler, "sampler", None)
+
+
+def generators_of(loaders: Iterable[Any]) -> list[Any]:
+    """The generators that the user gave to loaders and their samplers, or that samplers keep under any name."""
+    found: dict[int, Any] = {}
+    for loader in loaders:
+        for owner in (loader, *samplers_of(loader)):
+            for value in getattr(owner, "__dict__", {}).values():
+                if is_generator(value):
+                    found[id(value)] = value
+    return list(found.values())
 
 
 def innermost_sampler(loader: Any) -> Any:
@@ -65,6 +76,34 @@ def sampler_epoch(loader: Any) -> int | None:
     return None
 
 
+def index_sampler(loader: DataLoader[Any]) -> Any:
+    """The sampler that a loader draws from: of batches, or of samples where it does not batch them."""
+    return loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+
+
+def copy_loader(loader: DataLoader[Any], **fields: Any) -> Any:
+    """A copy of any kind of DataLoader with some attributes replaced, without running its constructor again.
+
+    Workers that persist stay with the original.
+    """
+    other = copy.copy(loader)
+    other.__dict__.update(fields, _iterator=None)  # DataLoader's __setattr__ refuses some of these names
+    return other
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Any, **fields: Any) -> Any:
+    """A copy of a loader that draws from another sampler; ``fields`` as in :func:`copy_loader`."""
+    name = "batch_sampler" if loader.batch_sampler is not None else "sampler"
+    return copy_loader(loader, **{name: sampler}, **fields)
+
+
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End workers that persist; garbage collection would wait five seconds for each."""
+    if (iterator := loader.__dict__.get("_iterator")) is not None:
+        iterator._shutdown_workers()
+        loader.__dict__["_iterator"] = None
+
+
 def seed_workers(loader: Any, rank: int) -> Any:
     """Give a loader's workers their seeds, if ``seed_everything(workers=True)`` was called and the user has not.
 
@@ -78,10 +117,7 @@ def seed_workers(loader: Any, rank: int) -> Any:
     wanted = os.environ.get("PL_SEED_WORKERS", "0") == "1"
     if not wanted or not isinstance(loader, DataLoader) or loader.worker_init_fn is not None or not loader.num_workers:
         return loader
-    result = copy.copy(loader)
-    result.__dict__["_iterator"] = None
-    result.worker_init_fn = partial(worker_init_function, rank=rank)
-    return result
+    return copy_loader(loader, worker_init_fn=partial(worker_init_function, rank=rank))
 
 
 def sized_len(loader: Any) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import cycle, islice
@@ -10,10 +9,10 @@ from typing import Any
 
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
-from treadle_fabric.data.samplers import is_indexed, samplers_of
+from treadle_fabric.data.samplers import copy_loader, index_sampler, is_indexed, samplers_of, with_sampler
 from treadle_fabric.randomness.private import PrivateRandomness
 
-__all__ = ["ShardedSampler", "shard_dataloader"]
+__all__ = ["ShardedSampler", "is_shared", "shard_dataloader"]
 
 
 class ShardedSampler(Sampler[Any]):
@@ -69,7 +68,8 @@ class ShardedSampler(Sampler[Any]):
         head: list[Any] = []
         rest: list[Any] = []  # what is not shared out yet
         skip, ranks = self.start, self.num_replicas
-        for chunk in self._order():
+        randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
+        for chunk in randomness.chunks(self.sampler, self._CHUNK):
             head += chunk[: ranks - len(head)]
             rest += chunk[skip:]
             skip = max(skip - len(chunk), 0)
@@ -81,14 +81,6 @@ class ShardedSampler(Sampler[Any]):
             yield rest[self.rank]
         elif rest and not self.pad and self.rank < len(rest):
             yield rest[self.rank]
-
-    def _order(self) -> Iterator[list[Any]]:
-        """What the sampler yields, in chunks."""
-        randomness = PrivateRandomness(self.seed + self.epoch if self.source is None else self.source)
-        iterator, chunk = randomness.take(lambda: iter(self.sampler), self._CHUNK)
-        while chunk:
-            yield chunk
-            iterator, chunk = randomness.take(iterator, self._CHUNK)
 
     def __len__(self) -> int:
         items = max(len(self.sampler) - self.start, 0)  # type: ignore[arg-type]
@@ -129,15 +121,19 @@ def shard_dataloader(
     if any(isinstance(s, (DistributedSampler, ShardedSampler)) for s in samplers_of(loader)):
         return loader
     share = partial(ShardedSampler, num_replicas=num_replicas, rank=rank, seed=seed, pad=pad)
-    result = copy.copy(loader)
-    fields = result.__dict__  # DataLoader's __setattr__ refuses these names
-    fields["_iterator"] = None  # persistent workers of the user's loader stay with it
     batch_sampler = loader.batch_sampler
-    if batch_sampler is None:  # the samples are whole batches, or the user collates them
-        fields["sampler"] = share(loader.sampler)
-    elif type(batch_sampler) is BatchSampler and not whole_batches:
-        fields["sampler"] = share(batch_sampler.sampler, drop_last=batch_sampler.drop_last and pad)
-        fields["batch_sampler"] = BatchSampler(fields["sampler"], batch_sampler.batch_size, batch_sampler.drop_last)
-    else:
-        fields["batch_sampler"] = share(batch_sampler)
-    return result
+    if type(batch_sampler) is BatchSampler and not whole_batches:
+        sampler = share(batch_sampler.sampler, drop_last=batch_sampler.drop_last and pad)
+        batches = BatchSampler(sampler, batch_sampler.batch_size, batch_sampler.drop_last)
+        return copy_loader(loader, sampler=sampler, batch_sampler=batches)
+    return with_sampler(loader, share(index_sampler(loader)))  # of whole batches, or the user collates the samples
+
+
+def sharded_sampler(loader: Any) -> ShardedSampler | None:
+    """The sampler with which the ranks share a loader's samples out; None without one."""
+    return next((sampler for sampler in samplers_of(loader) if isinstance(sampler, ShardedSampler)), None)
+
+
+def is_shared(loader: Any) -> bool:
+    """Whether a loader gives this rank its share of the samples, which :func:`shard_dataloader` arranges."""
+    return sharded_sampler(loader) is not None

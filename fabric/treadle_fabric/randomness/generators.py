@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from treadle_fabric.randomness.state import plain_state, state_with_arrays
+from treadle_fabric.containers import map_leaves
 
 __all__ = []
 
@@ -28,8 +28,8 @@ def generator_state(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         return generator.getstate()
     if hasattr(generator, "bit_generator"):
-        return plain_state(generator.bit_generator.state)
-    return plain_state(generator.get_state(legacy=False))
+        return _plain(generator.bit_generator.state)
+    return _plain(generator.get_state(legacy=False))
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
@@ -40,6 +40,16 @@ def set_generator_state(generator: Any, state: Any) -> None:
         version, words, gauss = state
         generator.setstate((version, tuple(words), gauss))
     elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state_with_arrays(state)
+        generator.bit_generator.state = _with_arrays(state)
     else:
-        generator.set_state(state_with_arrays(state))
+        generator.set_state(_with_arrays(state))
+
+
+def _plain(state: Any) -> Any:
+    """NumPy's states are nested dictionaries with arrays of words, which weights_only refuses."""
+    return map_leaves(state, lambda value: value.tolist() if hasattr(value, "tolist") else value)
+
+
+def _with_arrays(state: Any) -> Any:
+    array = sys.modules["numpy"].array
+    return map_leaves(state, lambda words: array(words, dtype="uint64"), lambda value: isinstance(value, list))

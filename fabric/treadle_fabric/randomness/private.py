@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -40,6 +40,13 @@ class PrivateRandomness:
         finally:
             self._inside = _RandomState(self._inside)
             outside.replace(self._inside)
+
+    def chunks(self, items: Iterable[Any], n: int) -> Iterator[list[Any]]:
+        """All that an iterable yields, in lists of up to ``n``; the random state is changed once a list."""
+        iterator, chunk = self.take(lambda: iter(items), n)
+        while chunk:
+            yield chunk
+            iterator, chunk = self.take(iterator, n)
 
     def _seed(self) -> None:
         if not isinstance(self._begin, int):

@@ -117,19 +117,6 @@ def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
         torch.mps.set_rng_state(rng_state_dict["mps"])
 
 
-def plain_state(state: Any) -> Any:
-    """NumPy's states are nested dictionaries with arrays of words, which weights_only refuses."""
-    if isinstance(state, dict):
-        return {key: plain_state(value) for key, value in state.items()}
-    return state.tolist() if hasattr(state, "tolist") else state
-
-
-def state_with_arrays(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {key: state_with_arrays(value) for key, value in state.items()}
-    return sys.modules["numpy"].array(state, dtype="uint64") if isinstance(state, list) else state
-
-
 @contextmanager
 def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
     """Random numbers drawn inside leave no trace: on exit every global generator is as it was on entry."""

@@ -99,19 +99,20 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     fabric, module = run.fabric, run.module
     metrics, progress = run.metric_objects[1], run.progress
     elsewhere, begins = not isinstance(ranks, PerRank), not progress.begun
+    saved_by = len(ranks) if elsewhere else fabric.world_size
     mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics) if elsewhere else ranks.value
-    resized = not begins and not data.epochs.steps_alike(mine["data"])  # batches of another size
-    if elsewhere or resized:
-        ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
-        there = data.epochs.take_over(mine["data"], 0 if ended else progress.batch, accumulate)
-        if not ended and there != progress.batch:
-            progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
-            mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
-        if elsewhere and not begins:
-            rank_zero_info(
-                f"Number of processes: {fabric.world_size}, in the checkpoint: {len(ranks)}. The order of the samples"
-                " goes on where it stood."
-            )
+    ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
+    there = data.epochs.resume(
+        mine["data"], saved_by, progress.batch, begun=progress.begun, ended=ended, accumulate=accumulate
+    )
+    if there != progress.batch:
+        progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
+        mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
+    if elsewhere and not begins:
+        rank_zero_info(
+            f"Number of processes: {fabric.world_size}, in the checkpoint: {saved_by}. The order of the samples goes on"
+            " where it was."
+        )
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
     if begins:
@@ -125,8 +126,6 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         buffers[name].copy_(buffer)
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
-    if not elsewhere and not resized:
-        data.epochs.resume(mine["data"], within=progress.begun)
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
 

@@ -13,7 +13,7 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, ShardedSampler, samplers_of, set_epoch, share_loader, sized_len
+from treadle_fabric.data import CombinedLoader, is_shared, set_epoch, share_loader, sized_len
 
 __all__ = ["EvaluationData"]
 
@@ -57,7 +57,7 @@ class EvaluationData:
 
     def is_shared(self, loader_idx: int) -> bool:
         """Whether each rank has other batches of it."""
-        return any(isinstance(s, ShardedSampler) for s in samplers_of(self.loaders[loader_idx]))
+        return is_shared(self.loaders[loader_idx])
 
     def iterate(self, loader_idx: int, epoch: int, limit: float) -> Iterator[tuple[int, Any, bool]]:
         """The first ``limit`` batches of one loader, with their numbers and whether each is the last."""

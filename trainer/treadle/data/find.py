@@ -68,10 +68,8 @@ def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
 
 def is_batch_list(loader: Any) -> bool:
     """A plain list of batches (tensors, or tuples of them) is one loader, not several."""
-    items = loader.values() if isinstance(loader, Mapping) else loader
-    first = next(iter(items), None)
     if isinstance(loader, Mapping):
         return False
-    if isinstance(first, torch.Tensor) or first is None:
-        return True
-    return isinstance(first, (list, tuple)) and bool(first) and isinstance(first[0], torch.Tensor)
+    first = next(iter(loader), None)
+    part = first[0] if isinstance(first, (list, tuple)) and first else first
+    return first is None or isinstance(part, torch.Tensor)

@@ -15,7 +15,7 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, Epochs, make_cursor, share_loader, sized_len
+from treadle_fabric.data import CombinedLoader, Epochs, share_loader, sized_len
 
 __all__ = ["TrainingData"]
 
@@ -61,7 +61,6 @@ class TrainingData:
             exact=self.exact,
             whole=self.whole,
             share_alone=self._share_alone,
-            make_cursor=make_cursor,
         )
         """Where an epoch is drawn from, and from which position on."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any, Literal, TypeAlias
 
+from treadle_fabric.containers import children, leaves, map_leaves
 from treadle_fabric.data.samplers import sized_len
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
 
@@ -44,7 +45,8 @@ class CombinedLoader:
         if mode not in _WALKS:
             raise MisconfigurationException(f"mode={mode!r} is not one of {', '.join(map(repr, _WALKS))}.")
         self._iterables = iterables
-        self._flattened = list(_leaves(iterables))
+        self._flattened = list(leaves(iterables, _is_leaf))
+        self._shape = map_leaves(iterables, lambda _: object(), _is_leaf)
         self._mode: CombinedLoaderMode = mode
         self._limits: list[int | float] | None = None
         self._running: Generator[Item] | None = None
@@ -71,18 +73,18 @@ class CombinedLoader:
                 f"{len(loaders)} loaders cannot replace the {len(self._flattened)} of this CombinedLoader. "
                 "Give one for each."
             )
-        self._iterables = _rebuild(self._iterables, iter(loaders))
+        self._iterables = self._rebuilt(iter(loaders))
         self._flattened = list(loaders)
 
     @property
     def sampler(self) -> Any:
         """The samplers of the loaders, in the same structure; ``None`` for a loader that has none."""
-        return _rebuild(self._iterables, (getattr(loader, "sampler", None) for loader in self._flattened))
+        return self._rebuilt(getattr(loader, "sampler", None) for loader in self._flattened)
 
     @property
     def batch_sampler(self) -> Any:
         """The batch samplers of the loaders, in the same structure; ``None`` for a loader that has none."""
-        return _rebuild(self._iterables, (getattr(loader, "batch_sampler", None) for loader in self._flattened))
+        return self._rebuilt(getattr(loader, "batch_sampler", None) for loader in self._flattened)
 
     @property
     def limits(self) -> list[int | float] | None:
@@ -199,6 +201,10 @@ class CombinedLoader:
             if state is not None and _has(loader, "load_state_dict"):
                 loader.load_state_dict(state)
 
+    def _rebuilt(self, items: Iterator[Any]) -> Any:
+        """The structure of the loaders, with the next item in the place of each."""
+        return map_leaves(self._shape, lambda _: next(items))
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._iterables!r}, mode={self._mode!r})"
 
@@ -223,7 +229,7 @@ def _sequential(combined: CombinedLoader, start: Start, item: int) -> Generator[
 def _min_size(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
     iterators = [start(i) for i in range(len(combined.flattened))]
     for batch_idx, batches in enumerate(zip(*iterators), item):
-        yield _rebuild(combined.iterables, iter(batches)), batch_idx, 0
+        yield combined._rebuilt(iter(batches)), batch_idx, 0
 
 
 def _max_size(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
@@ -233,7 +239,7 @@ def _max_size(combined: CombinedLoader, start: Start, item: int) -> Generator[It
         batches = [next(iterator, _END) for iterator in iterators]
         if all(batch is _END for batch in batches):
             return
-        yield _rebuild(combined.iterables, (None if batch is _END else batch for batch in batches)), batch_idx, 0
+        yield combined._rebuilt(None if batch is _END else batch for batch in batches), batch_idx, 0
 
 
 def _max_size_cycle(combined: CombinedLoader, start: Start, item: int) -> Generator[Item]:
@@ -248,7 +254,7 @@ def _max_size_cycle(combined: CombinedLoader, start: Start, item: int) -> Genera
             if batch is _END:
                 iterators[i] = start(i)
                 batches[i] = next(iterators[i], None)
-        yield _rebuild(combined.iterables, iter(batches)), batch_idx, 0
+        yield combined._rebuilt(iter(batches)), batch_idx, 0
 
 
 _WALKS: dict[str, Callable[[CombinedLoader, Start, int], Generator[Item]]] = {
@@ -260,29 +266,10 @@ _WALKS: dict[str, Callable[[CombinedLoader, Start, int], Generator[Item]]] = {
 
 
 def _is_leaf(tree: Any) -> bool:
-    if not isinstance(tree, list | tuple | dict):
+    """Whether it is a loader: no container, or a container of plain values."""
+    if not isinstance(tree, (list, tuple, dict)):
         return True
-    children: Iterable[Any] = tree.values() if isinstance(tree, dict) else tree
-    return all(isinstance(child, bool | int | float | str | bytes) for child in children)
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    if _is_leaf(tree):
-        yield tree
-    else:
-        for child in tree.values() if isinstance(tree, dict) else tree:
-            yield from _leaves(child)
-
-
-def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
-    if _is_leaf(tree):
-        return next(leaves)
-    if isinstance(tree, dict):
-        return {key: _rebuild(child, leaves) for key, child in tree.items()}
-    children = [_rebuild(child, leaves) for child in tree]
-    if isinstance(tree, list):
-        return children
-    return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
+    return all(isinstance(child, (bool, int, float, str, bytes)) for _, child in children(tree) or ())
 
 
 def _has(loader: Any, method: str) -> bool:

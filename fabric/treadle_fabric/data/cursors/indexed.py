@@ -1,0 +1,58 @@
+"""Go to a position by dropping indices: a DataLoader over indexed samples that loads in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+import torch
+from torch.utils.data import DataLoader
+
+from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
+from treadle_fabric.data.cursors.orders import PrivateOrder, RestOfOrder
+from treadle_fabric.data.samplers import index_sampler, with_sampler
+
+__all__ = ["IndexedCursor"]
+
+
+@final
+class IndexedCursor(OneLoaderCursor):
+    """Draws the order of an epoch anew and leaves out the indices before the position; nothing is loaded for that.
+
+    Args:
+        loader: The loader.
+        rank: This process.
+        looks_ahead: As in :class:`OneLoaderCursor`.
+        private: As in :class:`OneLoaderCursor`.
+        among_others: Whether others draw random numbers between the begin of an epoch and its first batch.
+    """
+
+    skips_by_index = True
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        rank: int,
+        *,
+        looks_ahead: bool,
+        private: PrivateOrder | None,
+        among_others: bool,
+    ) -> None:
+        super().__init__(loader, rank, looks_ahead=looks_ahead, private=private)
+        self._among_others = among_others
+        self.ends_without_drawing = private is None and not self._generators
+
+    def _batches(self, skip: int, resumed: dict[str, Any], now: dict[str, Any]) -> Iterator[Any]:
+        loader = self._loader
+        if not resumed:
+            self._warm = False
+            if not skip and not self._among_others:
+                return iter(loader)
+        with self._order_drawn_again(resumed, now):
+            rest = RestOfOrder(index_sampler(loader), skip)
+            other = with_sampler(loader, rest)
+            if self._warm:  # there were workers that persist, which drew no seed in this epoch
+                other.__dict__["generator"] = torch.Generator()
+            iterator: Iterator[Any] = iter(other)
+            rest.begin()  # draws the order before the random state goes on
+        return iterator
