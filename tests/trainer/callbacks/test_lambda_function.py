@@ -8,7 +8,7 @@ import pytest
 from tests.trainer.callbacks.scripted import Raises, Scripted, loader, trainer_with
 
 from treadle.callbacks import Callback, LambdaCallback
-from treadle.module.hooks import CALLBACK_HOOKS
+from treadle.callbacks.callback import CALLBACK_HOOKS
 
 HOOKS = list(inspect.signature(LambdaCallback).parameters)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
     from treadle.contracts import LightningModule, Trainer
 
-__all__ = ["Callback"]
+from treadle.module.hooks import hook_arguments
+
+__all__ = ["CALLBACK_HOOKS", "Callback"]
 
 
 class Callback:
@@ -185,3 +187,6 @@ class Callback:
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A checkpoint was read; the states in it are not yet restored."""
+
+
+CALLBACK_HOOKS: Final = hook_arguments(Callback, 3)

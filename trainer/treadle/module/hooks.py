@@ -74,54 +74,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["CALLBACK_HOOKS", "MODULE_HOOKS", "DataHooks", "ModuleHooks"]
+__all__ = ["MODULE_HOOKS", "DataHooks", "ModuleHooks", "hook_arguments"]
 
-_BATCH: Final = ("batch", "batch_idx")
-_EVAL_BATCH: Final = ("batch", "batch_idx", "dataloader_idx")
-
-# What the loops pass to a hook, the same for callbacks (which get trainer and module first) and the module.
-MODULE_HOOKS: Final[dict[str, tuple[str, ...]]] = {
-    "on_fit_start": (),
-    "on_fit_end": (),
-    "on_train_start": (),
-    "on_train_end": (),
-    "on_train_epoch_start": (),
-    "on_train_epoch_end": (),
-    "on_train_batch_start": _BATCH,
-    "on_train_batch_end": ("outputs", *_BATCH),
-    "on_before_zero_grad": ("optimizer",),
-    "on_before_backward": ("loss",),
-    "on_after_backward": (),
-    "on_before_optimizer_step": ("optimizer",),
-    "on_validation_model_zero_grad": (),
-    **{
-        f"on_{stage}_{point}": arguments
-        for stage in ("validation", "test", "predict")
-        for point, arguments in {
-            "start": (),
-            "end": (),
-            "epoch_start": (),
-            "epoch_end": (),
-            "batch_start": _EVAL_BATCH,
-            "batch_end": ("outputs", *_EVAL_BATCH),
-            "model_eval": (),
-            "model_train": (),
-        }.items()
-        if (stage, point) != ("predict", "model_train")
-    },
-    "on_save_checkpoint": ("checkpoint",),
-    "on_load_checkpoint": ("checkpoint",),
-    "setup": ("stage",),
-    "teardown": ("stage",),
-}
-
-_MODULE_ONLY: Final = ("_model_eval", "_model_train", "_model_zero_grad")
-CALLBACK_HOOKS: Final[dict[str, tuple[str, ...]]] = {
-    **{name: arguments for name, arguments in MODULE_HOOKS.items() if not name.endswith(_MODULE_ONLY)},
-    "on_sanity_check_start": (),
-    "on_sanity_check_end": (),
-    "on_exception": ("exception",),
-}
+_STAGE_HOOKS: Final = ("setup", "teardown")
 
 
 class DataHooks:
@@ -273,3 +228,20 @@ class ModuleHooks(DataHooks, nn.Module):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint was read, before weights are restored."""
+
+
+def hook_arguments(declared_by: type, passed_before: int) -> dict[str, tuple[str, ...]]:
+    """The hooks that a class declares, and the names of the arguments that the loops pass to each.
+
+    Args:
+        declared_by: the class.
+        passed_before: the number of arguments that every hook gets before: ``self``, or ``self, trainer, pl_module``.
+    """
+    return {
+        name: code.co_varnames[passed_before : code.co_argcount]
+        for name, method in vars(declared_by).items()
+        if (name.startswith("on_") or name in _STAGE_HOOKS) and (code := method.__code__)
+    }
+
+
+MODULE_HOOKS: Final = hook_arguments(ModuleHooks, 1) | dict.fromkeys(_STAGE_HOOKS, ("stage",))

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from treadle.callbacks.callback import Callback
+from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.metrics.bus import Results
 from treadle.module import LightningModule
-from treadle.module.hooks import CALLBACK_HOOKS, MODULE_HOOKS, ModuleHooks
+from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
