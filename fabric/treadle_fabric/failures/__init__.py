@@ -49,8 +49,8 @@ What happens:
 
 - *An exception*: the rank claims it (``FirstFailure``, ``Failed``) before any clean-up. A rank that only lost the
   connection to another one waits 2 s for the cause to claim first. When the exception leaves the script, it is final.
-- *A final failure*: each other rank gets the time of :mod:`~treadle_fabric.failures.grace` and then ends itself, after it
-  has said that it stopped because another rank failed; a launcher ends the processes that do not.
+- *A final failure*: each other rank gets the time of :mod:`~treadle_fabric.failures.grace`, then says that it stopped
+  because another rank failed, and ends itself; a launcher ends the processes that do not.
 - *A death*: the launcher, or a peer where there is none, claims it for the dead rank, as final.
 - *An interrupt*: a launcher passes it on, and nobody fails. Without one it ends the others as a failure does.
 - *A run that is to end* (``end_run``): a failure with an exit status of its own, for example 143 after SIGTERM. Ranks
