@@ -298,6 +298,13 @@ class TestLostPeers:
         )
         assert "test_all_say_where_they_are" in said
 
+    def test_the_report_waits_for_an_answer_but_not_of_a_rank_that_has_ended(self, world: World) -> None:
+        world.board.post(notes.Ended(0))
+        world.at(0.4, lambda: world.members[1].look())
+        world.go_down(2, RuntimeError(TIMED_OUT))
+        assert 0.4 <= world.time < grace.PLACES_WAIT
+        assert "rank 0 had come to its end" in world.said[-1]
+
     def test_a_rank_that_does_not_answer_is_named(self) -> None:
         board = MemoryBoard(range(4))
         board.post(notes.Place(1, 0), Whereabouts(waits=True, stack="  x\n"))

@@ -1,7 +1,7 @@
 """One process fails, all stop, and the failure of the right rank is shown.
 
 The processes of a run are the *members* of a launch, one for each rank. They share a *board*, on which each leaves
-*notes* that are written once and never change. Nothing here asks anything a step: a thread looks at the board five
+*notes* that are written once and never change. A training step costs nothing more: a thread looks at the board five
 times a second. Open :mod:`~treadle_fabric.failures.member` first.
 
 - ``notes``: a type for each note.
@@ -10,7 +10,7 @@ times a second. Open :mod:`~treadle_fabric.failures.member` first.
 - ``member``: what one rank does when it fails, and when another one does. ``membership``: the member of this process.
 - ``grace``: who may go on for how long once all must stop.
 - ``report``: what is printed; ``places``: where each rank was when a collective failed.
-- ``process``: the clock, the voice and the end of a process, which tests replace.
+- ``process``: how a process reads the clock, prints and ends, which tests replace.
 
 The states of a member, and the note that tells of each::
 
@@ -23,34 +23,34 @@ The states of a member, and the note that tells of each::
 
 The notes (N: the number of a failure, counted from 1; R: a global rank)::
 
-    note             written by                     read by, and what follows
-    Launch           the launcher, at the start     started processes: their ranks, and whether the launcher is theirs
-    Joined R         rank R                         all: a rank that joined and did not fail makes a failure final
-    Peer R           rank R, without a launcher     ranks on its machine: whether the process is still there
-    FirstFailure N   the first rank that fails; a   all: this rank's traceback is shown, and no other
-                     launcher or a peer for a dead
-    Failed N R       each rank that fails           all: it gets longer to end; where all fail and none goes down, the
-                                                    scripts caught the exception, and the run goes on
-    Final N          who goes down with a failure   all others: stop
-    Place N R        rank R, when a collective      who reports: "where each rank was"
-                     failed
-    Reporting N      who prints the failure         all: so nobody else does
-    Reported N       who has printed it             ranks that stop say so after it
-    Stopped N R      rank R, when it stops          rank R itself: says so once, whichever of its threads comes first
-    Interrupted R    rank R                         its launcher: needs no SIGINT any more
-    FinalInterrupt   who an interrupt ends          the launcher ends all; a connection error is not a failure
-    Ended R          rank R or its launcher         who reports: it did not come to the collective
-    Crash R          faulthandler in rank R         who claims the death of R: the traceback
-    LauncherDied     the first rank that sees it    the others end without a word
-    Over             who hosts the store            the others release it and ask it no more
-    Released R       rank R                         who hosts the board may end; a peer's end is healthy
+    note             written by                      read by, and what follows
+    Launch           the launcher, at the start      started processes: their ranks, and whether the launcher is theirs
+    Joined R         rank R                          all: a rank that joined and did not fail makes a failure final
+    Peer R           rank R, without a launcher      ranks on its machine: whether its process is still there
+    FirstFailure N   the first rank that fails; for  all: the traceback of this rank is shown, and no other
+                     a dead rank its launcher or a
+                     peer
+    Failed N R       each rank that fails            all: rank R gets longer to end; where all ranks fail and none ends,
+                                                     the scripts caught the exception, and the run goes on
+    Final N          a process that ends with it     all others: stop
+    Place N R        rank R, if a collective failed  the process that reports: "where each rank was"
+    Reporting N      the process that prints it      all others: do not print it
+    Reported N       the same, when it is printed    ranks that stop: they say so after it
+    Stopped N R      rank R, when it stops           rank R: says so once, whichever of its threads comes first
+    Interrupted R    rank R                          its launcher: rank R needs no SIGINT any more
+    FinalInterrupt   a rank that an interrupt ends   the launcher: end all; ranks: a lost connection is no failure
+    Ended R          rank R or its launcher          the process that reports: rank R did not come to the collective
+    Crash R          faulthandler in rank R          the process that claims its death: the traceback
+    LauncherDied     the first rank that notices     the others: end without a word
+    Over             the rank that hosts the store   the others: release the store and ask it no more
+    Released R       rank R                          the host: may end; peers: the end of rank R is healthy
 
 What happens:
 
 - *An exception*: the rank claims it (``FirstFailure``, ``Failed``) before any clean-up. A rank that only lost the
   connection to another one waits 2 s for the cause to claim first. When the exception leaves the script, it is final.
-- *A final failure*: each rank gets the time of :mod:`~treadle_fabric.failures.grace` and then ends itself, after it
-  has said that it stopped because of the first; a launcher ends those that cannot.
+- *A final failure*: each other rank gets the time of :mod:`~treadle_fabric.failures.grace`, then says that it stopped
+  because another rank failed, and ends itself; a launcher ends the processes that do not.
 - *A death*: the launcher, or a peer where there is none, claims it for the dead rank, as final.
 - *An interrupt*: a launcher passes it on, and nobody fails. Without one it ends the others as a failure does.
 - *A run that is to end* (``end_run``): a failure with an exit status of its own, for example 143 after SIGTERM. Ranks

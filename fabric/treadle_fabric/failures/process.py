@@ -1,4 +1,4 @@
-"""The process of a member: its clock, what it says, how it ends."""
+"""How the process of a member reads the clock, prints and ends."""
 
 from __future__ import annotations
 

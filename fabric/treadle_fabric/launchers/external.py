@@ -61,7 +61,7 @@ def _join_launch_of_parent(environment: ClusterEnvironment) -> None:
         )
         Member(board, environment.global_rank()).go_down(unguarded)
         end_process(1)
-    if not _is_parent(board.launcher):
+    if os.getppid() != board.launcher:
         try:
             with contextlib.suppress(PermissionError):
                 os.kill(board.launcher, 0)
@@ -69,8 +69,4 @@ def _join_launch_of_parent(environment: ClusterEnvironment) -> None:
             end_process(1)
         return  # a script that a launched process started: it only inherited the variable
     member = Member(board, board.ranks[environment.local_rank()])
-    join_launch(member, functools.partial(member.check_launcher, functools.partial(_is_parent, board.launcher)))
-
-
-def _is_parent(pid: int) -> bool:
-    return os.getppid() == pid
+    join_launch(member, functools.partial(member.check_launcher, lambda: os.getppid() == board.launcher))

@@ -224,11 +224,10 @@ def _run(task: _Call, seed: _Call, board: FolderBoard, rank: int, variables: Map
     except KeyboardInterrupt as exc:
         member.claim(exc)
         sys.exit(128 + signal.SIGINT)
-    except SystemExit as exc:
-        member.go_down(exc)
-        raise
     except BaseException as exc:
         member.go_down(exc)
+        if isinstance(exc, SystemExit):
+            raise
         sys.exit(1)
 
 
