@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 from typing import Any
 
 from treadle_fabric.errors import MisconfigurationException
@@ -25,14 +26,13 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning:
     Raises:
         MisconfigurationException: ``value`` is not an integer, or is below ``minimum``.
     """
-    try:
-        if not isinstance(value, (bool, str)):
+    if not isinstance(value, (bool, str)):
+        with suppress(TypeError):
             number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
             if minimum is None or number >= minimum:
                 return number
-    except TypeError:
-        pass
-    rule = (
-        "an integer" + (f" of at least {minimum}" if minimum is not None else "") + (f" ({meaning})" if meaning else "")
+    least = "" if minimum is None else f" of at least {minimum}"
+    note = f" ({meaning})" if meaning else ""
+    raise MisconfigurationException(
+        f"{name}={value!r} must be an integer{least}{note}: pass a number such as {max(1, minimum or 1)}."
     )
-    raise MisconfigurationException(f"{name}={value!r} must be {rule}: pass a number such as {max(1, minimum or 1)}.")

@@ -14,17 +14,10 @@ from torch import Tensor
 from treadle.callbacks.checkpoint import Checkpoint, tolerated
 from treadle.callbacks.checkpoints.links import link_checkpoint
 from treadle.callbacks.checkpoints.names import check_template, fill_template
-from treadle.callbacks.checkpoints.paths import (
-    absolute,
-    default_folder,
-    is_resumed_from,
-    path_exists,
-    remove_replaced,
-    warn_if_in_use,
-)
+from treadle.callbacks.checkpoints.paths import absolute, default_folder, path_exists, remove_replaced, warn_if_in_use
 from treadle.callbacks.checkpoints.ranking import Ranking
 from treadle.callbacks.checkpoints.triggers import SaveTriggers
-from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, decides_at_epoch_end
+from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric
 from treadle_fabric import (
     MisconfigurationException,
     PathLike,
@@ -40,6 +33,14 @@ if TYPE_CHECKING:
 __all__ = ["ModelCheckpoint"]
 
 T = TypeVar("T")
+
+
+def _metrics_of(trainer: Trainer) -> dict[str, Any]:
+    """Return what can be monitored and written into a file name."""
+    metrics: dict[str, Any] = dict(trainer.callback_metrics)
+    for name, count in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
+        metrics[name] = int(metrics.get(name, count))
+    return metrics
 
 
 class _InRanking(Generic[T]):
@@ -164,8 +165,7 @@ class ModelCheckpoint(Checkpoint):
         self.dirpath = absolute(os.fspath(dirpath)) if dirpath else None
 
         self._metric = MonitoredMetric(monitor or "", mode, f"ModelCheckpoint(monitor={monitor!r})")
-        self._triggers = SaveTriggers(every_n_train_steps, every_n_epochs, train_time_interval)
-        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._triggers = SaveTriggers(every_n_train_steps, every_n_epochs, train_time_interval, save_on_train_epoch_end)
         self._enable_version_counter = enable_version_counter
         self._ranking = Ranking.empty(mode, save_top_k)
         self._last = _LastSave()
@@ -248,7 +248,7 @@ class ModelCheckpoint(Checkpoint):
             self._save(trainer)
         with tolerated(trainer):
             if self._pending:
-                metrics = self._candidates(trainer)
+                metrics = _metrics_of(trainer)
                 path = self._save_unranked(trainer, metrics)
                 rank_zero_warn(f"{self._metric.missing(metrics)} The final state was saved, unranked, as {path!r}.")
             self._settle(trainer)
@@ -257,13 +257,14 @@ class ModelCheckpoint(Checkpoint):
         """Save the state as it is, if ``save_on_exception`` asks for it."""
         if not self.save_on_exception or self.dirpath is None or self._skips(trainer):
             return
-        metrics = self._candidates(trainer)
+        metrics = _metrics_of(trainer)
         try:
             with tolerated(trainer, always=True):
                 self._settle(trainer)
             path = self._save_unranked(trainer, metrics)
             if self.save_last:
-                previous, self.last_model_path = self.last_model_path, self._path_of_last(trainer, metrics)
+                previous = self.last_model_path
+                self.last_model_path = self._free_path(trainer, metrics, [previous], self.CHECKPOINT_NAME_LAST)
                 self._save_last(trainer)
                 self._remove(trainer, [previous])
         except Exception as error:  # the exception that ends the run is the one to report
@@ -280,11 +281,7 @@ class ModelCheckpoint(Checkpoint):
         )
 
     def _save_if_due(self, trainer: Trainer, at_epoch_end: bool) -> None:
-        due = (
-            self._triggers.epoch_is_due(trainer.current_epoch)
-            and decides_at_epoch_end(trainer, self._save_on_train_epoch_end) == at_epoch_end
-        )
-        if self._pending or (due and not self._skips(trainer)):
+        if self._pending or (self._triggers.epoch_is_due(trainer, at_epoch_end) and not self._skips(trainer)):
             self._save(trainer)
 
     # ------------------------------------------------------------------------------------------------ what to save
@@ -293,13 +290,6 @@ class ModelCheckpoint(Checkpoint):
         """Tell, alike on every rank, whether a value of the monitored metric is among the best ``save_top_k``."""
         ranks = current is not None and self._ranking.has_room_for(current)
         return bool(trainer.strategy.reduce_boolean_decision(ranks))
-
-    def _candidates(self, trainer: Trainer) -> dict[str, Any]:
-        """Return what can be monitored and written into a file name."""
-        metrics: dict[str, Any] = dict(trainer.callback_metrics)
-        for name, count in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
-            metrics[name] = int(metrics.get(name, count))
-        return metrics
 
     def _save(self, trainer: Trainer) -> None:
         with tolerated(trainer):
@@ -333,13 +323,13 @@ class ModelCheckpoint(Checkpoint):
             logger.after_save_checkpoint(self)
 
     def _save_files(self, trainer: Trainer) -> None:
-        metrics = self._candidates(trainer)
+        metrics = _metrics_of(trainer)
         self._pending = False
         previous = self.last_model_path
         replaced = [previous] if self.save_last else []
         try:
             if self.save_last:  # first, so that every file of this save knows of it
-                self.last_model_path = self._path_of_last(trainer, metrics)
+                self.last_model_path = self._free_path(trainer, metrics, [previous], self.CHECKPOINT_NAME_LAST)
             if self.save_top_k != 0:
                 replaced += (self._save_newest if self.monitor is None else self._save_best)(trainer, metrics)
             if self.save_last:
@@ -351,7 +341,7 @@ class ModelCheckpoint(Checkpoint):
 
     def _save_newest(self, trainer: Trainer, metrics: dict[str, Any]) -> list[str]:
         """Save without a metric, and return the paths that the new file replaces."""
-        path = self._free_path(trainer, metrics, reuse=[self.best_model_path] if self.save_top_k == 1 else [])
+        path = self._free_path(trainer, metrics, [self.best_model_path] if self.save_top_k == 1 else [])
         ranking, replaced = self._ranking.with_newest(path)
         self._write(trainer, path, ranking)
         return replaced
@@ -370,7 +360,7 @@ class ModelCheckpoint(Checkpoint):
             if self.verbose:
                 rank_zero_info(f"{where} was not in top {self.save_top_k}")
             return []
-        path = self._free_path(trainer, metrics, reuse=self._ranking.surplus())
+        path = self._free_path(trainer, metrics, self._ranking.surplus())
         ranking, replaced = self._ranking.with_candidate(current, path)
         if self.verbose:
             score, best = (float(ranking.best_k_models[each]) for each in (path, ranking.best_model_path))
@@ -396,21 +386,15 @@ class ModelCheckpoint(Checkpoint):
         self._write(trainer, path, self._ranking)
         return path
 
-    def _path_of_last(self, trainer: Trainer, metrics: dict[str, Any]) -> str:
-        return self._free_path(trainer, metrics, reuse=[self.last_model_path], template=self.CHECKPOINT_NAME_LAST)
-
     def _save_last(self, trainer: Trainer) -> None:
         """Give the checkpoint just saved the name ``last_model_path``, or write one where that cannot be."""
         path, last, after_saves = self.last_model_path, self._last, trainer.strategy.checkpoint_io.after_saves
-        if (
-            last.step != trainer.global_step
-            or last.path in ("", path)
-            or not on_rank_zero(
-                trainer.strategy,
-                lambda: link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=after_saves),
-                f"could not link {path!r}",
-            )
-        ):
+
+        def link() -> bool:
+            return link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=after_saves)
+
+        just_saved = last.step == trainer.global_step and last.path not in ("", path)
+        if not (just_saved and on_rank_zero(trainer.strategy, link, f"could not link {path!r}")):
             self._write(trainer, path, self._ranking)
 
     # ------------------------------------------------------------------------------------------------ files
@@ -430,12 +414,11 @@ class ModelCheckpoint(Checkpoint):
 
     def _remove(self, trainer: Trainer, replaced: list[str]) -> None:
         """Remove checkpoints of this callback; called when everything that replaces them is written."""
-        folder = os.path.join(self.dirpath or "", "")
         kept = {"", self.best_model_path, self.last_model_path, self._last.path, *self.best_k_models}
+        resumed, io = os.fspath(trainer.ckpt_path or ""), trainer.strategy.checkpoint_io
         for path in replaced if trainer.is_global_zero else ():
-            ours = path.startswith(folder) and not is_resumed_from(path, os.fspath(trainer.ckpt_path or ""))
-            if ours and path not in kept:
-                remove_replaced(path, self.dirpath or "", trainer.strategy.checkpoint_io)
+            if path not in kept:
+                remove_replaced(path, self.dirpath or "", resumed, io)
 
     def format_checkpoint_name(
         self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None

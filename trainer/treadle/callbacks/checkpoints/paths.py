@@ -9,15 +9,7 @@ from pathlib import Path
 
 from treadle_fabric import CheckpointError, CheckpointIO, Logger, rank_zero_warn
 
-__all__ = [
-    "absolute",
-    "default_folder",
-    "is_local",
-    "is_resumed_from",
-    "path_exists",
-    "remove_replaced",
-    "warn_if_in_use",
-]
+__all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "warn_if_in_use"]
 
 
 def is_local(path: str) -> bool:
@@ -49,12 +41,6 @@ def default_folder(loggers: Sequence[Logger], root: str) -> str:
     return absolute(os.path.join(logger.save_dir or root, str(logger.name), version, "checkpoints"))
 
 
-def is_resumed_from(path: str, resumed: str) -> bool:
-    """Tell whether ``path`` is the checkpoint that the run was resumed from; a link is the link, not its target."""
-    folder, name = os.path.split(resumed)
-    return bool(name) and os.path.join(absolute(folder or os.curdir), name) == path
-
-
 def warn_if_in_use(folder: str, resumed: str) -> None:
     """Warn of a folder that holds files, unless the run goes on from a checkpoint in that folder."""
     if not is_local(folder) or not os.path.isdir(folder) or not os.listdir(folder):
@@ -63,11 +49,16 @@ def warn_if_in_use(folder: str, resumed: str) -> None:
         rank_zero_warn(f"The checkpoint folder {folder} is not empty: files of another run may lie there.")
 
 
-def remove_replaced(path: str, folder: str, checkpoint_io: CheckpointIO) -> None:
+def remove_replaced(path: str, folder: str, resumed: str, checkpoint_io: CheckpointIO) -> None:
     """Remove a checkpoint that another one replaced, and the folders between it and ``folder`` that are empty then.
 
-    A failure is a warning: a file too many is no reason to stop training.
+    A checkpoint of another folder stays, and so does the one that the run was resumed from (``resumed``). A failure is
+    a warning: a file too many is no reason to stop training.
     """
+    parent, name = os.path.split(resumed)
+    resumed_from = os.path.join(absolute(parent or os.curdir), name)  # not absolute(resumed): a link is the link
+    if not path.startswith(os.path.join(folder, "")) or path == resumed_from:
+        return
     tidy = partial(_remove_link_and_empty_folders, path, folder)
     try:
         if path_exists(path) and not os.path.islink(path):

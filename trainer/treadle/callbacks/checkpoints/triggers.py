@@ -6,10 +6,12 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from treadle.callbacks.monitoring.monitored_metric import decides_at_epoch_end
 from treadle_fabric import MisconfigurationException, check_integer
 from treadle_fabric.coordination import StepClock
 
 if TYPE_CHECKING:
+    from treadle.contracts import Trainer
     from treadle_fabric import Fabric
 
 __all__ = ["SaveTriggers"]
@@ -23,13 +25,19 @@ class SaveTriggers:
         every_n_epochs: fire at each n-th epoch. None: 1 where neither steps nor a time are given, else 0, which fires
             at no epoch.
         train_time_interval: fire at the end of the first batch after that much time. None: not by time.
+        at_epoch_end: whether an epoch is due at the end of training in it (True) or of validation (False). None: see
+            :func:`decides_at_epoch_end`.
 
     Raises:
         MisconfigurationException: an argument is of a wrong type or negative, or several triggers are given.
     """
 
     def __init__(
-        self, every_n_train_steps: int | None, every_n_epochs: int | None, train_time_interval: timedelta | None
+        self,
+        every_n_train_steps: int | None,
+        every_n_epochs: int | None,
+        train_time_interval: timedelta | None,
+        at_epoch_end: bool | None,
     ) -> None:
         if every_n_epochs is None:
             every_n_epochs = 1 if every_n_train_steps is None and train_time_interval is None else 0
@@ -48,6 +56,7 @@ class SaveTriggers:
         self.every_n_train_steps = steps
         self.every_n_epochs = epochs
         self.train_time_interval = train_time_interval
+        self._at_epoch_end = at_epoch_end
         self.in_epoch = steps > 0 or train_time_interval is not None
         self._next_step = 0
         self._next_time = 0.0
@@ -68,9 +77,10 @@ class SaveTriggers:
             self._plan(step)
         return due
 
-    def epoch_is_due(self, epoch: int) -> bool:
-        """Tell whether a save belongs to an epoch, counted from 0."""
-        return self.every_n_epochs > 0 and (epoch + 1) % self.every_n_epochs == 0
+    def epoch_is_due(self, trainer: Trainer, at_epoch_end: bool) -> bool:
+        """Tell whether a save of the current epoch is due, at the end of training in it or else of validation."""
+        due = self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return due and decides_at_epoch_end(trainer, self._at_epoch_end) == at_epoch_end
 
     def _plan(self, step: int) -> None:
         if self.every_n_train_steps:
