@@ -61,6 +61,7 @@ def sequential(loader: Any, name: str) -> Any:
 
 
 def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
+    """The batches of a CombinedLoader, without their numbers."""
     for batch, _, _ in triples:
         yield batch
 

@@ -22,6 +22,7 @@ def has_exact_length(loader: Any) -> bool:
 
 
 def describe(loader: Any) -> str:
+    """The kind and size of a loader, for messages."""
     if isinstance(loader, DataLoader):
         try:
             size = str(len(loader.dataset))  # type: ignore[arg-type]
