@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict, UserDict, namedtuple
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -17,6 +18,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from treadle_fabric import (
     batch_mover,
     has_len,
+    infer_batch_size,
+    map_tensors,
     move_data_to_device,
     sampler_epoch,
     seed_everything,
@@ -25,6 +28,7 @@ from treadle_fabric import (
     shard_dataloader,
     sized_len,
 )
+from treadle_fabric.containers import leaves, map_leaves
 from treadle_fabric.randomness.private import PrivateRandomness
 
 Point = namedtuple("Point", "x y")
@@ -40,6 +44,22 @@ class Batch:
 @dataclass(frozen=True)
 class FrozenBatch:
     x: Tensor
+
+
+@dataclass(slots=True)
+class Slots:
+    x: Any
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenSlots:
+    x: Any
+
+
+@dataclass
+class Later:
+    x: Any = field(init=False)
+    never: Any = field(init=False)
 
 
 class Sequence2(list[Any]):
@@ -124,6 +144,69 @@ def test_moves_every_kind_of_container() -> None:
     assert meta([MovesInPlace()])[0].device == "meta"
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(2, 3)])
     assert meta(packed).data.device == META
+
+
+def later(x: Any) -> Any:
+    batch = Later()
+    batch.x = x
+    return batch
+
+
+# each makes a container around a tensor, and finds the tensor in it
+CONTAINERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "list": (lambda x: ["s", x], lambda c: c[1]),
+    "tuple": (lambda x: ("s", x), lambda c: c[1]),
+    "namedtuple": (lambda x: Point(None, x), lambda c: c.y),
+    "list subclass": (lambda x: Sequence2(["s", x]), lambda c: c[1]),
+    "deque": (lambda x: deque([x], maxlen=3), lambda c: c[0]),
+    "dict": (lambda x: {"s": "s", "x": x}, lambda c: c["x"]),
+    "OrderedDict": (lambda x: OrderedDict(x=x), lambda c: c["x"]),
+    "defaultdict": (lambda x: defaultdict(list, x=x), lambda c: c["x"]),
+    "UserDict": (lambda x: UserDict(x=x), lambda c: c["x"]),
+    "MappingProxyType": (lambda x: MappingProxyType({"x": x}), lambda c: c["x"]),
+    "dataclass": (Batch, lambda c: c.x),
+    "frozen dataclass": (FrozenBatch, lambda c: c.x),
+    "dataclass with slots": (Slots, lambda c: c.x),
+    "frozen dataclass with slots": (FrozenSlots, lambda c: c.x),
+    "dataclass whose __init__ does not take the field": (later, lambda c: c.x),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_each_kind_of_container_is_moved_measured_and_converted(kind: str) -> None:
+    make, get = CONTAINERS[kind]
+    for nested in (False, True):
+        batch = make([torch.zeros(3, 2)] if nested else torch.zeros(3, 2))
+        inside = (lambda c: get(c)[0]) if nested else get
+        moved = move_data_to_device(batch, META)
+        assert type(moved) is type(batch)
+        assert inside(moved).device == META
+        assert inside(batch).device.type == "cpu", "the batch itself must stay as it was"
+        assert infer_batch_size(batch) == 3
+        converted = map_tensors(batch, lambda x: x.to(torch.int64))
+        assert inside(converted).dtype == torch.int64
+        assert map_tensors(batch, lambda x: x) is batch
+        assert list(leaves(batch))[-1] is inside(batch) or kind == "dataclass"
+        assert map_leaves(batch, str) is not batch
+
+
+def test_what_a_deque_and_a_defaultdict_have_beside_their_values_stays() -> None:
+    assert move_data_to_device(deque([t()], maxlen=3), META).maxlen == 3
+    assert move_data_to_device(defaultdict(list, x=t()), META)["y"] == []
+
+
+def test_the_number_of_samples() -> None:
+    class Public:
+        def __init__(self) -> None:
+            self._private, self.public = torch.zeros(2), torch.zeros(5)
+
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(4, 3), torch.zeros(2, 3)])
+    assert infer_batch_size(packed) == 2, "sequences, not their elements"
+    assert infer_batch_size({"lengths": "s", "x": [packed, torch.zeros(7)]}) == 2
+    assert infer_batch_size(Public()) == 5
+    assert infer_batch_size([torch.tensor(1.0), torch.zeros(3)]) == 1
+    assert infer_batch_size(numpy.zeros((6, 2))) == 6
+    assert infer_batch_size(["text", {}, None, 3]) is None
 
 
 def test_parts_that_are_there_are_the_same_objects() -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import treadle as L
 from treadle_fabric import CheckpointMismatchError
-from treadle_fabric.data.sharding import ShardedSampler
+from treadle_fabric.data import Epochs, ShardedSampler
 
 SEVERAL = pytest.param(2, marks=pytest.mark.faults)
 
@@ -289,6 +289,52 @@ def test_a_loaders_own_state(tmp_path: Path, points: Any) -> None:
     assert_goes_on(tmp_path, Asked, points)
     for loader, (epoch, index) in zip(made[1:], points):  # one more where it is asked whether anything is left
         assert loader.batches in (rest := 14 - 5 * epoch - index, rest + (index == 4))
+
+
+def test_generators_of_a_stateful_loader_after_its_last_batch(tmp_path: Path) -> None:
+
+    class Drawing:
+        def __init__(self) -> None:
+            self.generator, self.position = torch.Generator().manual_seed(3), 0
+
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self) -> Iterator[Tensor]:
+            while self.position < 4:
+                self.position += 1
+                yield torch.rand(1, generator=self.generator)
+            self.position = 0
+
+        def state_dict(self) -> dict[str, int]:
+            return {"position": self.position}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.position = state["position"]
+
+    assert_goes_on(tmp_path, Drawing, ((0, 3), (1, 3)))
+
+
+def test_only_samplers_of_the_users_own_class_draw_apart() -> None:
+    """PyTorch's and those that share samples out draw when an epoch begins; others may draw at any time."""
+
+    class Own(Sampler[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(12))
+
+        def __len__(self) -> int:
+            return 12
+
+    def ends_without_drawing(sampler: Any) -> bool:
+        loader = DataLoader(Samples(12), 3, sampler=sampler)
+        given: dict[str, Any] = {"rank": 0, "world_size": 1, "num_batches": 4, "exact": True, "whole": True}
+        return Epochs(loader, [loader], **given, share_alone=lambda: (loader, [loader])).ends_without_drawing
+
+    usual = torch.utils.data.RandomSampler(range(12))
+    assert ends_without_drawing(usual)
+    assert ends_without_drawing(ShardedSampler(usual, num_replicas=2, rank=0))
+    assert not ends_without_drawing(Own())
+    assert not ends_without_drawing(ShardedSampler(Own(), num_replicas=2, rank=0))
 
 
 def test_a_distributed_sampler_of_the_users(tmp_path: Path) -> None:

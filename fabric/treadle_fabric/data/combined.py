@@ -88,7 +88,7 @@ class CombinedLoader:
 
     @property
     def limits(self) -> list[int | float] | None:
-        """The most batches to take of each loader. Assigning one number sets all, ``None`` lifts them."""
+        """The most batches to take of each loader. Assigning one number sets all limits, ``None`` removes them."""
         return self._limits
 
     @limits.setter
@@ -112,7 +112,7 @@ class CombinedLoader:
         A loader of unknown length counts as endless, so that an endless loader can go beside a sized one.
 
         Raises:
-            TypeError: If the loaders do not say.
+            TypeError: The length is unknown, or endless.
         """
         lengths = self._lengths()
         if not lengths:
@@ -139,9 +139,9 @@ class CombinedLoader:
         """A pass from an item on.
 
         Args:
-            item: Items before it are left out.
-            skips: For each loader, the batches that its first iterator leaves out: see :meth:`places`.
-            begin: Gets the index of a loader and how many batches to leave out, and gives an iterator.
+            item: The number of items to leave out.
+            skips: For each loader, the number of batches that its first iterator leaves out: see :meth:`places`.
+            begin: Gets the index of a loader and the number of batches to leave out, and gives an iterator.
         """
         first = dict(enumerate(skips))
 
@@ -157,9 +157,11 @@ class CombinedLoader:
         return self._running
 
     def places(self, item: int) -> list[tuple[int, int] | None]:
-        """Where each loader stands before an item: its passes before, and the batches of this one; None: not begun.
+        """The position of each loader before an item; every loader needs a length.
 
-        Every loader needs a length.
+        Returns:
+            For each loader the number of passes that are done, and of batches in the one after them; None where the
+            loader has not been begun.
         """
         found: list[tuple[int, int] | None] = []
         for length in map(int, self._lengths()):
@@ -176,7 +178,7 @@ class CombinedLoader:
         return found
 
     def reset(self) -> None:
-        """End the pass that is under way and let go of the workers, persistent ones included."""
+        """End the running pass and the workers, persistent ones included."""
         if self._running is not None:
             self._running.close()
             self._running = None

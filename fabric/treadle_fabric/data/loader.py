@@ -1,4 +1,4 @@
-"""Loaders as ``Fabric.setup_dataloaders`` gives them back."""
+"""The loaders that ``Fabric.setup_dataloaders`` returns."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def share_loader(
     """This rank's share of a loader, as its strategy wants it, with seeds for its workers.
 
     Args:
-        loader: the user's.
-        strategy: knows the ranks.
-        share: whether samples are shared out.
-        pad: as in :func:`shard_dataloader`, like the other two.
-        whole_batches: ranks take turns with whole batches.
-        alone: draw the order as several ranks would, also where there is one.
+        loader: The user's loader, any iterable of batches.
+        strategy: Tells the number of ranks, and may replace the loader.
+        share: Whether to share the samples out among the ranks.
+        pad: As in :func:`shard_dataloader`, like the next two.
+        whole_batches: Ranks take turns with whole batches.
+        alone: Draw the order as several ranks do, also where there is one.
     """
     ranks = strategy.distributed_sampler_kwargs or ({"num_replicas": 1, "rank": 0} if alone else None)
     if share and ranks is not None:
@@ -47,11 +47,11 @@ def share_loader(
 
 
 class WrappedLoader(ABC):
-    """A loader whose batches arrive on the device; everything else is asked of the loader inside.
+    """A loader whose batches arrive on the device, with all other attributes of the loader inside.
 
     Args:
         dataloader: Any iterable of batches.
-        device: Where batches go. ``None``: they stay where they are.
+        device: The device that batches are moved to. ``None``: they are not moved.
     """
 
     def __init__(self, dataloader: Any, device: torch.device | None = None) -> None:
@@ -62,7 +62,7 @@ class WrappedLoader(ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """Where batches go; ``None``: they stay where they are."""
+        """The device that batches are moved to; ``None``: they are not moved."""
         return self._device
 
     @property
@@ -72,7 +72,7 @@ class WrappedLoader(ABC):
 
     @abstractmethod
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is, counted from 0."""
+        """Set the number of the epoch that the next iteration is, counted from 0."""
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]: ...
@@ -91,7 +91,7 @@ class WrappedLoader(ABC):
         self._known_epoch = sampler_epoch(self._dataloader)
 
     def _told_epoch(self) -> int | None:
-        """The epoch that somebody set at the samplers since; None if nobody did."""
+        """The epoch that the user has set at a sampler since the last iteration; None if the user has not."""
         current = sampler_epoch(self._dataloader)
         return None if current == self._known_epoch else current
 
@@ -99,12 +99,12 @@ class WrappedLoader(ABC):
 class FabricDataLoader(WrappedLoader):
     """A loader whose batches arrive on the device.
 
-    Each iteration is an epoch: samplers that have a ``set_epoch`` are told which. Whoever sets a sampler's epoch
-    keeps the say: counting goes on from there.
+    Each iteration is an epoch, whose number is given to samplers that have a ``set_epoch``. Where the user sets the
+    epoch of a sampler, counting goes on from that number.
 
     Args:
         dataloader: Any iterable of batches.
-        device: Where batches go. ``None``: they stay where they are.
+        device: The device that batches are moved to. ``None``: they are not moved.
     """
 
     def set_epoch(self, epoch: int) -> None:

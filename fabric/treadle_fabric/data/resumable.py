@@ -1,4 +1,4 @@
-"""Setting up loaders, also ones whose position belongs into a checkpoint."""
+"""Set up loaders, among them the one whose position is saved in a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from treadle_fabric.strategies import Strategy
 __all__ = ["ResumableDataLoader", "wrap_loader"]
 
 _put_back: WeakKeyDictionary[Strategy, dict[str, Any]] = WeakKeyDictionary()
-"""Random states that were loaded and wait for the next batch, of whichever loader: a process has them only once."""
+"""Random states that were loaded, to be set before the next batch of any loader: a process has one random state."""
 
 
 def wrap_loader(
@@ -31,11 +31,11 @@ def wrap_loader(
     """This rank's share of a loader.
 
     Args:
-        loader: the user's.
-        strategy: knows the ranks.
-        share: whether samples are shared out.
-        device: where batches go; None: they stay where they are.
-        resumable: whether it can be saved in the middle of an epoch.
+        loader: The user's loader, any iterable of batches.
+        strategy: Tells the number of ranks.
+        share: Whether to share the samples out among the ranks.
+        device: The device that batches are moved to; None: they are not moved.
+        resumable: Whether the loader's position can be saved in the middle of an epoch.
     """
     take_share = partial(share_loader, loader, strategy, share=share)
     if resumable:
@@ -44,24 +44,25 @@ def wrap_loader(
 
 
 class ResumableDataLoader(WrappedLoader):
-    """A loader that goes on after a restart at the batch where the saved one stood, with the same random numbers.
+    """A loader that goes on after a restart at the batch after the last one, with the same random numbers.
 
-    Put it into the state that ``Fabric.save`` and ``Fabric.load`` get, and save after the step: the batch that was
-    handed out last counts as done. Its state holds the position, what the order of the epoch was drawn from, and the
-    random state of every rank, which is put back before the next batch. Resuming skips by index arithmetic where the
-    dataset is indexed; a loader with a ``state_dict`` of its own is asked, and a stream is iterated up to the position.
-    Another number of processes, or another batch size, goes on in the same order of samples.
+    Put the loader into the state that ``Fabric.save`` and ``Fabric.load`` get, and save after the step: the batch that
+    the loop got last counts as done. The loader's state holds the position, what the order of the epoch was drawn from,
+    and the random state of every rank, which is set again before the next batch. Resuming skips by index arithmetic
+    where the dataset is indexed, through the loader's own ``state_dict`` where it has one, and otherwise by iterating
+    up to the position. With another number of processes or another batch size, the order of samples stays the same.
 
-    An epoch that was left with ``break`` counts as unfinished until the next one begins, or ``set_epoch`` names it;
-    also one that was only peeked at, one that a shorter loader in a ``zip`` ended, and one of which a loop takes no
-    more than ``n`` batches (``n - loader.position`` where it is resumed). The random state is the process's: of several
-    loaders that are loaded, the one iterated first puts it back. An iteration begins with its first batch, not with
-    ``iter``. Generators that the dataset or the loop keeps, and gradients not stepped with yet, are not in the state.
+    An epoch that was left with ``break`` is unfinished until the next one begins or ``set_epoch`` is called. The same
+    holds for an epoch of which only the first batch was looked at, one that was ended by a shorter loader in a ``zip``,
+    and one of which a loop takes ``n`` batches (``n - loader.position`` where it is resumed). A process has one random
+    state: of several loaders that are loaded, the one that is iterated first sets it. An iteration begins with its
+    first batch, not with ``iter``. The state does not hold generators that the dataset or the loop keeps, nor gradients
+    that no optimizer has stepped with.
 
     Args:
         dataloader: This rank's share of a loader.
-        device: Where batches go. ``None``: they stay where they are.
-        strategy: Knows the ranks.
+        device: The device that batches are moved to. ``None``: they are not moved.
+        strategy: Tells the number of ranks.
         share_alone: Gives the loader that one process alone iterates in the order that several have.
     """
 
@@ -86,16 +87,16 @@ class ResumableDataLoader(WrappedLoader):
 
     @property
     def epoch(self) -> int:
-        """The epoch that was begun last, or the next one where that has come to its end."""
+        """The epoch that was begun last, or the one after it where that has ended."""
         return self._epoch
 
     @property
     def position(self) -> int:
-        """The batches of :attr:`epoch` that were handed out."""
+        """The number of batches of :attr:`epoch` that the loop has got."""
         return self._position
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is, counted from 0; one that was resumed keeps its position."""
+        """Set the number of the epoch that the next iteration is, from 0; a resumed epoch keeps its position."""
         if not (self._continues and epoch == self._epoch):
             if self._continues:
                 self._epochs.leave()
@@ -127,7 +128,7 @@ class ResumableDataLoader(WrappedLoader):
             self._epoch, self._position, self._begun = self._epoch + 1, 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, what it means and the random states, of every rank; every rank must call this."""
+        """The position, what it means, and the random states of every rank; every rank must call this."""
         strategy = self._strategy
         random = _put_back.get(strategy) or collect_rng_states()
         data = self._epochs.state_dict(self._position)
@@ -136,10 +137,10 @@ class ResumableDataLoader(WrappedLoader):
         return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next iteration continues where ``state`` was taken, on as many ranks or on others.
+        """Continue with the next iteration where ``state`` was saved, perhaps on another number of ranks.
 
         Raises:
-            CheckpointMismatchError: It is of no such loader, or of one whose positions mean something else.
+            CheckpointMismatchError: The state is of no such loader, or of one whose positions mean something else.
         """
         self._check(state)
         ranks, rank, position = state["ranks"], self._strategy.global_rank, state["position"]
@@ -152,7 +153,7 @@ class ResumableDataLoader(WrappedLoader):
         self._known_epoch = sampler_epoch(self._dataloader)
 
     def _check(self, state: dict[str, Any]) -> None:
-        """Refuse what would continue at another place without a word."""
+        """Refuse a state with which the loader would go on at a wrong place."""
         if not {"epoch", "position", "ranks"} <= set(state):
             found = ", ".join(map(repr, list(state)[:5])) or "nothing"
             raise CheckpointMismatchError(
@@ -179,11 +180,11 @@ def _describe(loader: Any, state: dict[str, Any]) -> dict[str, Any]:
     """What gives a position in a loader its meaning.
 
     Args:
-        loader: the one inside.
-        state: of its ``Epochs``.
+        loader: The loader inside.
+        state: The state of its ``Epochs``.
     """
     indexed, batches = is_indexed(loader), getattr(loader, "batch_sampler", None)
-    sized = indexed and type(batches) is BatchSampler  # then another batch size can be gone on with
+    sized = indexed and type(batches) is BatchSampler  # then an epoch can go on with another batch size
     return {
         "kind": "one with a state_dict" if "loader" in state else "indexed" if indexed else "iterated",
         "samples": sized_len(loader.dataset) if indexed else None,

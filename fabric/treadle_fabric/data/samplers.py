@@ -1,4 +1,4 @@
-"""What is known of a loader's samplers, its length and the randomness of its workers."""
+"""A loader's samplers, its length and its workers: find them, tell them the epoch, replace them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
 
 
 def is_indexed(loader: Any) -> bool:
-    """Whether it is a ``DataLoader`` whose samples have indices, which can be shared out."""
+    """Whether a loader is a ``DataLoader`` whose samples have indices, so that they can be shared out."""
     return isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
 
 
 def samplers_of(loader: Any) -> Iterator[Any]:
-    """A loader's samplers, and the samplers that those draw from."""
+    """The samplers of a loader, and the samplers that those draw from."""
     for sampler in (getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
         while sampler is not None:
             yield sampler
@@ -49,7 +49,7 @@ def generators_of(loaders: Iterable[Any]) -> list[Any]:
 
 
 def innermost_sampler(loader: Any) -> Any:
-    """The sampler that decides the order, however many others share it out and batch it; None without one."""
+    """The sampler that decides the order of a loader, and that all its other samplers draw from; None without one."""
     sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader, "sampler", None) if sampler is None else sampler
     while (inner := getattr(sampler, "sampler", None)) is not None:
@@ -58,7 +58,7 @@ def innermost_sampler(loader: Any) -> Any:
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell every sampler of a loader that has a ``set_epoch`` which epoch comes."""
+    """Give the number of the next epoch to every sampler of a loader that has a ``set_epoch``."""
     seen: set[int] = set()
     for sampler in samplers_of(loader):
         setter = getattr(sampler, "set_epoch", None)
@@ -68,7 +68,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
 
 
 def sampler_epoch(loader: Any) -> int | None:
-    """The epoch that a loader's samplers stand at; ``None`` if none keeps count."""
+    """The epoch that a loader's samplers were set to; ``None`` if no sampler counts epochs."""
     for sampler in samplers_of(loader):
         epoch = getattr(sampler, "epoch", None)
         if callable(getattr(sampler, "set_epoch", None)) and isinstance(epoch, int):
@@ -109,7 +109,7 @@ def seed_workers(loader: Any, rank: int) -> Any:
 
     Args:
         loader: Any loader.
-        rank: This process among all; workers of different ranks get different seeds.
+        rank: The global rank of this process; workers of different ranks get different seeds.
 
     Returns:
         The loader, or a shallow copy with a ``worker_init_fn``.
@@ -121,7 +121,7 @@ def seed_workers(loader: Any, rank: int) -> Any:
 
 
 def sized_len(loader: Any) -> int | None:
-    """The number of batches; ``None`` if the loader cannot tell."""
+    """The number of batches of a loader; ``None`` if its length is unknown."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):
@@ -129,5 +129,5 @@ def sized_len(loader: Any) -> int | None:
 
 
 def has_len(loader: Any) -> bool:
-    """Whether the loader can tell its number of batches."""
+    """Whether the number of batches of a loader is known."""
     return sized_len(loader) is not None

@@ -18,18 +18,18 @@ __all__ = ["ShardedSampler", "is_shared", "shard_dataloader"]
 class ShardedSampler(Sampler[Any]):
     """One rank's share of what another sampler yields, indices or whole batches.
 
-    Every rank draws the whole order and takes each ``num_replicas``-th item, so that one step of all ranks sees the
-    samples of one step of a single process with that many times the batch. What the sampler draws from the global
-    random state it draws from a private one, seeded by ``seed + epoch``, which is alike on all ranks.
+    Every rank draws the whole order and takes each ``num_replicas``-th item. The batches of all ranks at a step then
+    hold the samples of one batch of a single process with ``num_replicas`` times the batch size. What the sampler draws
+    from the global random state, it draws from a private one, seeded by ``seed + epoch`` alike on all ranks.
 
     Args:
         sampler: The user's sampler.
         num_replicas: Number of ranks that share the samples.
-        rank: Which of them this is.
-        seed: The same on every rank.
-        pad: ``True``: every rank gets equally many, samples from the beginning being repeated at the end.
-            ``False``: every sample goes to exactly one rank.
-        drop_last: With ``pad``, leave out the samples at the end instead of repeating some.
+        rank: The number of this rank among them.
+        seed: Seeds the order, with the epoch; the same on every rank.
+        pad: ``True``: every rank gets the same number of items; items from the beginning are repeated at the end.
+            ``False``: every item goes to exactly one rank.
+        drop_last: With ``pad``, leave out the items at the end instead of repeating some.
     """
 
     _CHUNK = 1024  # items drawn with one change of the random state
@@ -52,7 +52,7 @@ class ShardedSampler(Sampler[Any]):
         self.drop_last = drop_last
         self.epoch = 0
         self.start = 0
-        """Items of the order, counted over all ranks, to leave out at its beginning."""
+        """Items to leave out at the beginning of the order, counted over all ranks."""
         self.source: int | Mapping[str, Any] | None = None
         """What the order is drawn from instead of ``seed + epoch``: a seed, or random states."""
 
@@ -61,7 +61,12 @@ class ShardedSampler(Sampler[Any]):
         self.epoch = epoch
 
     def go_on(self, start: int, source: int | Mapping[str, Any] | None) -> None:
-        """The next orders go on where other ranks, perhaps another number of them, have come; 0 and None undo that."""
+        """Continue an order that has begun, perhaps on another number of ranks; 0 and None begin whole orders again.
+
+        Args:
+            start: The items of the order that are done.
+            source: The seed or random states that the order was drawn from.
+        """
         self.start, self.source = start, source
 
     def __iter__(self) -> Iterator[Any]:
@@ -103,15 +108,15 @@ def shard_dataloader(
     """Share a loader's samples out among the ranks, in the order of the user's own sampler.
 
     Args:
-        loader: Left alone if it is no ``DataLoader``, reads an ``IterableDataset`` (which shards itself), or has a
-            ``DistributedSampler`` already.
+        loader: Returned as it is if it is no ``DataLoader``, reads an ``IterableDataset`` (which shards itself), or has
+            a ``DistributedSampler`` already.
         num_replicas: Number of ranks. With one, the loader is returned as it is.
-        rank: This one.
+        rank: The number of this rank.
         seed: Seeds samplers that draw from the global random state; the same on every rank.
-        pad: ``True`` for training: all ranks get equally many batches. ``False`` for evaluation: every sample counts
-            once, and ranks may differ by a batch.
+        pad: ``True`` for training: all ranks get the same number of batches. ``False`` for evaluation: every sample
+            counts once, and one rank may have a batch more than another.
         whole_batches: Ranks take turns with the batches of one process, instead of sharing each step's samples.
-        alone: Draw the order from ``seed`` also where there is only one rank, as several would.
+        alone: Draw the order from ``seed``, as several ranks do, also where there is only one.
 
     Returns:
         A shallow copy of the loader with other samplers; any subclass keeps its class and attributes.

@@ -1,8 +1,8 @@
-"""Randomness: seeds, the random state of a process, and generators of one's own.
+"""Random numbers: seeds, the random state of a process, and generators apart from the global ones.
 
 Start with ``seeds.py`` (``seed_everything``). ``state.py`` reads and restores the state of Python's, NumPy's and
-PyTorch's global generators together, ``generators.py`` that of a single generator object, and ``private.py`` gives a
-loader randomness of its own. Imports only the foundation.
+PyTorch's global generators together, ``generators.py`` the state of a single generator object, and ``private.py`` lets
+a loader draw apart from the global generators. Imports only the foundation.
 """
 
 from treadle_fabric.randomness.generators import generator_state, is_generator, set_generator_state

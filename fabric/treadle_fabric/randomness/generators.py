@@ -14,7 +14,7 @@ __all__ = []
 
 
 def is_generator(value: Any) -> bool:
-    """Whether it is a random generator of PyTorch's, Python's or NumPy's."""
+    """Whether a value is a random generator of PyTorch's, Python's or NumPy's."""
     if isinstance(value, (torch.Generator, random.Random)):
         return not isinstance(value, random.SystemRandom)  # which has no state
     numpy = sys.modules.get("numpy")
@@ -33,7 +33,7 @@ def generator_state(generator: Any) -> Any:
 
 
 def set_generator_state(generator: Any, state: Any) -> None:
-    """Put back what :func:`generator_state` returned."""
+    """Give a generator the state that :func:`generator_state` returned."""
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
     elif isinstance(generator, random.Random):

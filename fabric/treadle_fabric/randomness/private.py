@@ -1,4 +1,4 @@
-"""Randomness of a loader's own, apart from the global generators."""
+"""Random numbers of a loader's own, apart from the global generators."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ __all__ = ["PrivateRandomness"]
 
 
 class PrivateRandomness:
-    """Random state of its own: what is drawn inside does not depend on the world outside, nor change it.
+    """A random state of its own for what draws from the global generators.
+
+    The numbers do not depend on the global random state, and drawing them does not change it.
 
     Args:
-        begin: A seed, or what ``collect_rng_states`` returned.
+        begin: A seed, or the states that ``collect_rng_states`` returned.
     """
 
     def __init__(self, begin: int | Mapping[str, Any]) -> None:
@@ -28,7 +30,15 @@ class PrivateRandomness:
         self._outside: _RandomState | None = None
 
     def take(self, items: Iterator[Any] | Callable[[], Iterator[Any]], n: int) -> tuple[Iterator[Any], list[Any]]:
-        """The next ``n`` items; a function is called for the iterator, which may draw already."""
+        """Draw the next ``n`` items.
+
+        Args:
+            items: An iterator, or a function that makes one; the function may draw random numbers, too.
+            n: The number of items.
+
+        Returns:
+            The iterator, and the items: fewer than ``n`` at its end.
+        """
         self._outside = outside = _RandomState(self._outside)
         if self._inside is not None:
             self._inside.replace(outside)
@@ -60,7 +70,11 @@ class PrivateRandomness:
 
 
 class _RandomState:
-    """Torch's, Python's and NumPy's random state now; ``known`` is the last one of the same kind."""
+    """The random state of PyTorch, Python and NumPy at one moment.
+
+    Args:
+        known: The last one of the same kind, whose copy of NumPy's state is used again where that has not changed.
+    """
 
     def __init__(self, known: _RandomState | None) -> None:
         self._torch = torch.default_generator.get_state()
@@ -70,7 +84,7 @@ class _RandomState:
             self._numpy = NumPyState.read(None if known is None else known._numpy)
 
     def replace(self, current: _RandomState) -> None:
-        """Put this state back in the place of the current one."""
+        """Set this state; ``current`` is the one that is set now."""
         torch.default_generator.set_state(self._torch)
         random.setstate(self._python)
         if self._numpy is not None and current._numpy is not None:

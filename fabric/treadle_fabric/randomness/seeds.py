@@ -36,7 +36,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     Args:
         seed: From 0 to 4294967295. By default ``PL_GLOBAL_SEED``, or 0 with a warning where that is not set.
         workers: Also seed the worker processes of data loaders, each rank and worker differently.
-        verbose: Tell about it.
+        verbose: Print the seed, and warn where none was given.
 
     Returns:
         The seed that was set.
@@ -88,12 +88,12 @@ def reset_seed() -> None:
 def worker_init_function(worker_id: int, rank: int | None = None) -> None:
     """A data loader's ``worker_init_fn`` that gives each worker of each rank random numbers of its own.
 
-    Ranks that start from one seed would otherwise draw the same augmentations. The streams still depend on the
-    loader's base seed, and so change from epoch to epoch.
+    Without it, ranks that start from one seed draw the same augmentations. The numbers still depend on the base seed of
+    the loader, and so change from epoch to epoch.
 
     Args:
         worker_id: The index of the worker.
-        rank: The global rank; by default the one of ``rank_zero_only``.
+        rank: The global rank; by default ``rank_zero_only.rank``.
     """
     rank = getattr(rank_zero_only, "rank", 0) if rank is None else rank
     base = torch.initial_seed() - worker_id

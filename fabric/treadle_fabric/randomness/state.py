@@ -21,10 +21,10 @@ def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
     """The state of every global random generator, as tensors and plain containers.
 
     Args:
-        include_cuda: Also those of the devices that are in use, CUDA's or MPS's.
+        include_cuda: Also the generators of CUDA or MPS devices that are in use.
 
     Returns:
-        Keys "torch", "python", "numpy" (where installed), "cuda" (a list, one a device) and "mps".
+        Keys "torch", "python", "numpy" (where installed), "cuda" (a list with one state a device) and "mps".
     """
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (numpy := numpy_if_imported()) is not None:
@@ -41,7 +41,7 @@ _NUMPY_WORDS = 4 * 625  # bytes: 624 words and a position
 
 
 def _numpy_address(numpy: Any) -> int:
-    """Where NumPy's global generator keeps its words; 0 where that cannot be told."""
+    """The address of the words of NumPy's global generator; 0 where it is unknown."""
     get_generator = getattr(numpy.random, "get_bit_generator", None)  # NumPy 1.24
     generator: Any = get_generator() if get_generator is not None else None
     return generator.ctypes.state_address if type(generator).__name__ == "MT19937" else 0
@@ -53,7 +53,7 @@ def _numpy_words(numpy: Any) -> bytes:
 
 
 class NumPyState:
-    """NumPy's global random state at one moment, to be put back in microseconds where only its words differ."""
+    """NumPy's global random state at one moment; it is set again in microseconds where only its words differ."""
 
     __slots__ = ("_full", "_has_gauss", "_words")
 
@@ -64,13 +64,13 @@ class NumPyState:
 
     @staticmethod
     def read(known: NumPyState | None = None) -> NumPyState:
-        """The state now; ``known``, the last one that was there, if it has not changed since."""
+        """The state now: ``known``, the last one that was read, if it has not changed since."""
         words = _numpy_words(sys.modules["numpy"])
         unchanged = words and known is not None and known._words == words and not known._has_gauss
         return known if unchanged and known is not None else NumPyState(words)
 
     def replace(self, current: NumPyState) -> None:
-        """Put this state back in the place of the current one."""
+        """Set this state; ``current`` is the one that is set now."""
         if self is current and not self._has_gauss:
             return
         numpy = sys.modules["numpy"]
@@ -84,24 +84,25 @@ _last_numpy_state: tuple[bytes, tuple[Any, ...]] | None = None
 
 
 def _numpy_state(numpy: Any) -> tuple[Any, ...]:
-    """NumPy takes 60 us to tell its state, which seldom changes: it is asked only where its words have moved.
+    """NumPy's state, as tensors and plain values.
 
-    A normal variate that is kept for the next call is part of the state and moves no words when it is used, so a state
-    with one is never taken for unchanged.
+    NumPy takes 60 us to give its state, which seldom changes: it is asked only where the words are not those of the
+    last state. A normal variate that is kept for the next call is part of the state and changes no words when it is
+    used, so a state with one is never taken for unchanged.
     """
     global _last_numpy_state
     words = _numpy_words(numpy)
     if words and _last_numpy_state is not None and _last_numpy_state[0] == words:
         return _last_numpy_state[1]
     name, keys, position, has_gauss, gauss = numpy.random.get_state()
-    # weights_only refuses NumPy arrays, so the words travel as a tensor
+    # weights_only=True refuses NumPy arrays, so the words are kept in a tensor
     state = (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss)
     _last_numpy_state = (words, state) if words and not has_gauss else None
     return state
 
 
 def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
-    """Put back what :func:`collect_rng_states` returned; generators it does not hold stay as they are."""
+    """Set the states that :func:`collect_rng_states` returned; other generators stay as they are."""
     if "torch" in rng_state_dict:
         torch.set_rng_state(rng_state_dict["torch"])
     if "python" in rng_state_dict:
@@ -119,7 +120,11 @@ def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
 
 @contextmanager
 def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
-    """Random numbers drawn inside leave no trace: on exit every global generator is as it was on entry."""
+    """On exit every global generator has the state that it had on entry.
+
+    Args:
+        include_cuda: Also the generators of CUDA or MPS devices that are in use.
+    """
     states = collect_rng_states(include_cuda)
     try:
         yield
@@ -128,7 +133,12 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
 
 
 def rng_states_of(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
-    """What :func:`collect_rng_states` returned on a rank; for one that was not there, states made of the first's."""
+    """The random states for a rank, from those that the ranks of an earlier run had.
+
+    Args:
+        ranks: What :func:`collect_rng_states` returned on each rank of that run.
+        rank: The rank now. One that the earlier run did not have gets states of its own, made from those of rank 0.
+    """
     if rank < len(ranks):
         return ranks[rank]
     first = ranks[0]

@@ -19,7 +19,16 @@ __all__ = ["EvaluationData"]
 
 
 class EvaluationData:
-    """The loaders of a validation, a test or a prediction, one after the other."""
+    """The loaders of a validation, a test or a prediction, one after the other.
+
+    Args:
+        loaders: The user's loader or loaders.
+        fabric: Tells the number of ranks.
+        limit: The limit of batches of a loader: a number, or a fraction.
+        name: The name of the loaders' argument or hook, for messages.
+        inject: Whether to share the samples out among the ranks.
+        overfit: Whether to turn the shuffling off.
+    """
 
     def __init__(
         self, loaders: Any, fabric: Fabric, *, limit: float, name: str, inject: bool, overfit: bool = False
@@ -56,16 +65,16 @@ class EvaluationData:
             self.num_batches.append(limit_batches(length, limit, f"limit_{name.split('_')[0]}_batches"))
 
     def is_shared(self, loader_idx: int) -> bool:
-        """Whether each rank has other batches of it."""
+        """Whether the ranks share the samples of a loader out."""
         return is_shared(self.loaders[loader_idx])
 
     def iterate(self, loader_idx: int, epoch: int, limit: float) -> Iterator[tuple[int, Any, bool]]:
-        """The first ``limit`` batches of one loader, with their numbers and whether each is the last."""
+        """The first ``limit`` batches of one loader, each with its number and whether it is the last."""
         loader = self.loaders[loader_idx]
         for part in self.combined.flattened if self.combined is not None else [loader]:
             set_epoch(part, epoch)
         batches = first_loader(iter(loader)) if self.combined is not None else iter(loader)
         length = sized_len(loader)
         if limit == length and not has_exact_length(loader) and unlimited(self._limit, length):
-            limit = math.inf  # what a stream says of its length is only a promise
+            limit = math.inf  # a stream may have more batches than it says
         return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})", exact=True))

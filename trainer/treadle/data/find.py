@@ -1,4 +1,4 @@
-"""Find the loaders of a run: given to the method, the data module's or the module's."""
+"""Find the loaders of a run: the method's argument, or what the data module or the module gives."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_loader", "find_loaders"]
 
 
 def find_loaders(given: Any, name: str, module: LightningModule, datamodule: LightningDataModule | None) -> Any:
-    """The loaders of a stage: what the user passed, else the data module's, else the module's; None without any."""
+    """The loaders of a stage: the argument, else the data module's, else the module's; None where there are none."""
     if given is not None:
         return given
     for owner in (datamodule, module):
@@ -37,7 +37,7 @@ def defines_loader(owner: Any, name: str) -> bool:
 
 
 def check_loader(loader: Any, name: str) -> None:
-    """Refuse what cannot be iterated, and a dataset that was given without a loader."""
+    """Refuse a dataset without a loader, and anything that cannot be iterated."""
     if isinstance(loader, Dataset) and not isinstance(loader, (Iterator, IterableDataset)):
         raise MisconfigurationException(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
     if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
@@ -48,7 +48,7 @@ def check_loader(loader: Any, name: str) -> None:
 
 
 def sequential(loader: Any, name: str) -> Any:
-    """A loader whose shuffling is off, for overfitting on the same batches."""
+    """The loader without shuffling, for overfitting on the same batches."""
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
         return loader
     rank_zero_warn(f"`overfit_batches` turns off the shuffling of {name}, so that every epoch has the same batches.")
@@ -61,13 +61,13 @@ def sequential(loader: Any, name: str) -> Any:
 
 
 def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
-    """The batches of the triples that a CombinedLoader gives: batch, index, index of the loader."""
+    """The batches of a CombinedLoader, without their numbers."""
     for batch, _, _ in triples:
         yield batch
 
 
 def is_batch_list(loader: Any) -> bool:
-    """A plain list of batches (tensors, or tuples of them) is one loader, not several."""
+    """Whether a list holds batches (tensors, or tuples of tensors), and so is one loader, not several."""
     if isinstance(loader, Mapping):
         return False
     first = next(iter(loader), None)

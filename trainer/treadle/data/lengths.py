@@ -1,4 +1,4 @@
-"""What is known of the length of a loader."""
+"""The length of a loader, and whether it is reliable."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ __all__ = []
 
 
 def unlimited(limit: float, length: int | None) -> bool:
-    """Whether a limit lets all batches through; an int that is as large as the length promised is meant as a limit."""
+    """Whether a limit lets all batches through; an int that equals the length that a stream says is a limit."""
     return limit == 1.0 if isinstance(limit, float) else length is not None and limit > length
 
 
 def has_exact_length(loader: Any) -> bool:
-    """Whether ``len`` can be relied on: what a stream or an object of somebody's own says is only a promise."""
+    """Whether ``len`` is reliable; streams and iterables of the user's own may have other numbers of batches."""
     if isinstance(loader, DataLoader):
         return not isinstance(loader.dataset, IterableDataset)
     return isinstance(loader, (list, tuple))
 
 
 def describe(loader: Any) -> str:
-    """A loader in a few words, for messages."""
+    """The kind and size of a loader, for messages."""
     if isinstance(loader, DataLoader):
         try:
             size = str(len(loader.dataset))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How many batches of a loader ``limit_*_batches`` leaves."""
+"""The number of batches that ``limit_*_batches`` leaves of a loader."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["limit_batches"]
 
 
 def limit_batches(length: int | None, limit: float, name: str) -> float:
-    """How many batches of a loader to use.
+    """The number of batches of a loader to use.
 
     Args:
-        length: the loader's length; None where it is unknown.
-        limit: an int (batches) or a float (fraction).
-        name: the argument's name, for errors.
+        length: The loader's length; None where it is unknown.
+        limit: An int (batches) or a float (fraction).
+        name: The argument's name, for errors.
 
     Returns:
         The number of batches; infinity where it is unknown and not limited.

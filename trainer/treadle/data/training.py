@@ -21,7 +21,15 @@ __all__ = ["TrainingData"]
 
 
 class TrainingData:
-    """The training batches: a loader, or several combined."""
+    """The training batches: those of one loader, or of several combined.
+
+    Args:
+        loader: The user's loader or loaders.
+        fabric: Tells the number of ranks.
+        limit: ``limit_train_batches``, or ``overfit_batches``.
+        overfit: Whether every epoch is to have the same batches, in the same order.
+        inject: Whether to share the samples out among the ranks.
+    """
 
     def __init__(self, loader: Any, fabric: Fabric, *, limit: float, overfit: bool, inject: bool) -> None:
         several = isinstance(loader, (list, tuple, Mapping)) and not is_batch_list(loader)
@@ -44,10 +52,10 @@ class TrainingData:
         name = "overfit_batches" if overfit else "limit_train_batches"
         self.num_batches = limit_batches(length, limit, name)
         self.exact = length is not None and all(has_exact_length(p) for p in parts)
-        """Whether the length can be relied on; a stream's is only a promise."""
+        """Whether the length is reliable; a stream may have fewer batches than it says."""
 
         self.whole = self.num_batches in (length, math.inf)
-        """Whether an epoch is all of it: then it is iterated to its end, where samplers may draw once more."""
+        """Whether an epoch is the whole loader: then it is iterated to its end, where samplers may draw once more."""
         self._agrees = self._told = False
         if fabric.world_size > 1:
             self._agree_on_length()
@@ -62,24 +70,24 @@ class TrainingData:
             whole=self.whole,
             share_alone=self._share_alone,
         )
-        """Where an epoch is drawn from, and from which position on."""
+        """Iterates epochs from any position, and gives the state of a position."""
 
     @property
     def loader(self) -> Any:
-        """This rank's share."""
+        """This rank's share of the loader."""
         return self.epochs.loader
 
     @property
     def stop(self) -> float:
-        """No epoch, and not the one that is iterated, has more batches than this."""
+        """The most batches that the epoch that is iterated can have."""
         return self._stop if self.epochs.end is None else self.epochs.end
 
     def has_ended(self, position: int) -> bool:
-        """Whether nothing is left of an epoch that was resumed with another number of processes."""
+        """Whether nothing is left of an epoch that was resumed with another number of processes or batch size."""
         return self.epochs.end is not None and 0 < self.epochs.end <= position
 
     def _share_out(self, parts: Sequence[Any], *, alone: bool = False) -> tuple[Any, list[Any]]:
-        """Take each part's share of this rank."""
+        """This rank's share of the loader, and of each of its parts."""
         shares = [share_loader(p, self._fabric.strategy, share=self._inject, alone=alone) for p in parts]
         if self.combined is None:
             return shares[0], shares
@@ -90,7 +98,7 @@ class TrainingData:
         return self._share_out(self.epochs.parts, alone=True)
 
     def _agree_on_length(self) -> None:
-        """All ranks train on as many batches: as those that have least, found out batch by batch for streams."""
+        """All ranks train on the number of batches of the rank with the fewest; streams agree batch by batch."""
         known = -1 if self.num_batches == math.inf else int(self.num_batches)
         mine = torch.tensor([known, self.exact], device=self._fabric.device)
         lengths, exact = self._fabric.all_gather(mine).T.tolist()
@@ -100,15 +108,15 @@ class TrainingData:
         elif min(lengths) != max(lengths):
             rank_zero_warn(
                 f"The ranks have {', '.join(map(str, lengths))} training batches: an epoch ends after"
-                f" {min(lengths)}, for all. Give each rank as many samples, or leave sharing them out to the"
+                f" {min(lengths)}, for all. Give each rank the same number of samples, or leave sharing them out to the"
                 " Trainer (use_distributed_sampler=True)."
             )
             self.num_batches, self.whole = min(lengths), False
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
-        """The batches of an epoch, shuffled for it, from the one after the first ``skip`` on.
+        """The batches of an epoch after the first ``skip``, in the order of the epoch.
 
-        Each comes with its number and whether it is the epoch's last, on all ranks.
+        Each comes with its number, and with whether it is the last of the epoch on all ranks.
         """
         batches = self.epochs.iterate(epoch, skip)
         if self.combined is not None:
@@ -118,7 +126,7 @@ class TrainingData:
         return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=drain, agree=agree))
 
     def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
-        """Whether every rank has a batch number ``index``; every rank asks."""
+        """Whether every rank has a batch with the number ``index``; every rank calls this."""
         world_size = self._fabric.world_size
         having = int(self._fabric.all_reduce(torch.tensor(int(more)), reduce_op="sum"))
         if 0 < having < world_size and not self._told:

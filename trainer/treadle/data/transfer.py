@@ -1,4 +1,4 @@
-"""How a batch reaches the device: the transfer hooks of module or data module."""
+"""Move batches to the device, through the transfer hooks of the module or data module."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["make_transfer"]
 def make_transfer(
     module: LightningModule, datamodule: LightningDataModule | None, device: torch.device, run: Callable[..., Any]
 ) -> Transfer:
-    """How a batch reaches the device: directly, or through the transfer hooks that somebody overrode.
+    """Make the function that moves a batch: directly, or through the transfer hooks that the user overrode.
 
     Args:
-        module: may override the hooks.
-        datamodule: may override them too, and comes first.
-        device: where to.
-        run: calls a function under the name of its hook.
+        module: May override the hooks.
+        datamodule: May override the hooks, too, and is asked first.
+        device: The device to move to.
+        run: Calls a function under the name of its hook.
     """
     chosen: dict[str, Callable[..., Any]] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):

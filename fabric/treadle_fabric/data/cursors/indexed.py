@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
-from treadle_fabric.data.cursors.orders import PrivateOrder, RestOfOrder
+from treadle_fabric.data.cursors.orders import RestOfOrder, with_private_order
 from treadle_fabric.data.samplers import index_sampler, with_sampler
 
 __all__ = ["IndexedCursor"]
@@ -23,21 +23,13 @@ class IndexedCursor(OneLoaderCursor):
         loader: The loader.
         rank: This process.
         looks_ahead: As in :class:`OneLoaderCursor`.
-        private: As in :class:`OneLoaderCursor`.
         among_others: Whether others draw random numbers between the begin of an epoch and its first batch.
     """
 
     skips_by_index = True
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        rank: int,
-        *,
-        looks_ahead: bool,
-        private: PrivateOrder | None,
-        among_others: bool,
-    ) -> None:
+    def __init__(self, loader: DataLoader[Any], rank: int, *, looks_ahead: bool, among_others: bool) -> None:
+        loader, private = with_private_order(loader)
         super().__init__(loader, rank, looks_ahead=looks_ahead, private=private)
         self._among_others = among_others
         self.ends_without_drawing = private is None and not self._generators

@@ -12,7 +12,6 @@ from treadle_fabric.data.cursors.combined import CombinedCursor
 from treadle_fabric.data.cursors.cursor import Cursor
 from treadle_fabric.data.cursors.indexed import IndexedCursor
 from treadle_fabric.data.cursors.listed import ListCursor
-from treadle_fabric.data.cursors.orders import with_private_order
 from treadle_fabric.data.cursors.replayed import ReplayedCursor
 from treadle_fabric.data.cursors.stateful import StatefulCursor
 from treadle_fabric.data.cursors.workers import WorkersCursor
@@ -38,19 +37,12 @@ def make_cursor(loader: Any, parts: Sequence[Any], rank: int, *, looks_ahead: bo
 
 
 def _of_one(loader: Any, rank: int, *, looks_ahead: bool, among_others: bool = False) -> Cursor:
-    if _keeps_state(loader):
+    combined = isinstance(loader, CombinedLoader)  # whose state is that of its loaders, and not its position
+    if not combined and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
         return StatefulCursor(loader, rank, looks_ahead=looks_ahead)
     if is_indexed(loader) and type(loader).__iter__ is DataLoader.__iter__:
-        loader, private = with_private_order(loader)
         if loader.num_workers:
-            return WorkersCursor(loader, rank, looks_ahead=looks_ahead, private=private)
-        return IndexedCursor(loader, rank, looks_ahead=looks_ahead, private=private, among_others=among_others)
+            return WorkersCursor(loader, rank, looks_ahead=looks_ahead)
+        return IndexedCursor(loader, rank, looks_ahead=looks_ahead, among_others=among_others)
     kind = ListCursor if isinstance(loader, (list, tuple)) else ReplayedCursor
     return kind(loader, rank, looks_ahead=looks_ahead)
-
-
-def _keeps_state(loader: Any) -> bool:
-    """Whether a loader of the user's knows its position; a ``CombinedLoader`` knows only those of its loaders."""
-    return (
-        not isinstance(loader, CombinedLoader) and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-    )

@@ -66,4 +66,5 @@ class StatefulCursor(OneLoaderCursor):
         nothing = object()
         if not ended and next(iter(self._loader), nothing) is not nothing and whole:
             self._loader.load_state_dict(state["loader"])  # it took the end of an epoch for the start of the next
+            self.take_generators(state, within=False)
         set_rng_states(now)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
-from treadle_fabric.data.cursors.orders import PrivateOrder
+from treadle_fabric.data.cursors.orders import with_private_order
 from treadle_fabric.data.cursors.seeded import SeededByBatch, SeededSampler
 from treadle_fabric.data.samplers import end_workers, index_sampler, with_sampler
 
@@ -27,12 +27,12 @@ class WorkersCursor(OneLoaderCursor):
         loader: The loader.
         rank: This process.
         looks_ahead: As in :class:`OneLoaderCursor`.
-        private: As in :class:`OneLoaderCursor`.
     """
 
     skips_by_index = True
 
-    def __init__(self, loader: DataLoader[Any], rank: int, *, looks_ahead: bool, private: PrivateOrder | None) -> None:
+    def __init__(self, loader: DataLoader[Any], rank: int, *, looks_ahead: bool) -> None:
+        loader, private = with_private_order(loader)
         self._sampler = SeededSampler(index_sampler(loader), batched=loader.batch_sampler is not None)
         loader = with_sampler(loader, self._sampler, dataset=SeededByBatch(loader.dataset))
         super().__init__(loader, rank, looks_ahead=looks_ahead, private=private)
