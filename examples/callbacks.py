@@ -22,7 +22,7 @@ from treadle_fabric.loggers import CSVLogger
 
 
 class EpochTimes(Callback):
-    """Measures epochs. Its state is in every checkpoint, so a resumed run goes on with the list."""
+    """Measures the seconds of each epoch. The list is in every checkpoint, so a resumed run adds to it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

@@ -72,7 +72,7 @@ class CharGPT(L.LightningModule):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, characters)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes of shape (batch, length) to scores for what follows each, (batch, length, characters)."""
+        """Turn codes of shape (batch, length) into scores of each next character, (batch, length, characters)."""
         positions = torch.arange(codes.shape[1], device=codes.device)
         return self.head(self.norm(self.blocks(self.token(codes) + self.position(positions))))
 
@@ -101,7 +101,7 @@ class CharGPT(L.LightningModule):
 
     @torch.no_grad()
     def sample(self, prompt: Tensor, count: int, temperature: float = 0.7) -> Tensor:
-        """``prompt``, of shape (length,), and ``count`` codes more."""
+        """Continue ``prompt``, of shape (length,), by ``count`` codes; return all of them."""
         codes = prompt
         for _ in range(count):
             scores = self(codes[None, -self.hparams.length :])[0, -1]

@@ -47,7 +47,7 @@ class Classifier(L.LightningModule):
 
 
 class RecordRates(Callback):
-    """The learning rate that each step used."""
+    """Records the learning rate of each step."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []

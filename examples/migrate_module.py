@@ -1,9 +1,9 @@
-"""A LightningModule in a loop of your own, on Fabric: the way in, or out, a piece at a time.
+"""A LightningModule in a hand-written loop on Fabric: move to the Trainer, or away from it, a piece at a time.
 
     python examples/migrate_module.py
 
-The module is one that the Trainer takes as it is (`--trainer` proves it). In the hand-written loop its `self.log` goes
-to `fabric.log`, and `fabric.call` reaches the callbacks.
+The Trainer takes the same module unchanged (`--trainer` shows it). In the hand-written loop, `self.log` calls
+`fabric.log`, and `fabric.call` calls a hook of all callbacks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Classifier(L.LightningModule):
 
 
 class EpochReport:
-    """In a loop of your own a callback is any object, and a hook is any name that you call."""
+    """A callback for a hand-written loop: any object will do, and a hook is any name that the loop calls."""
 
     def on_epoch_end(self, epoch: int, accuracy: float) -> None:
         print(f"epoch {epoch}: validation accuracy {accuracy:.3f}")

@@ -42,7 +42,7 @@ class DigitNet(L.LightningModule):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (batch, 1, 8, 8) to class scores of shape (batch, 10)."""
+        """Turn images of shape (batch, 1, 8, 8) into class scores of shape (batch, 10)."""
         return self.net(images)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -68,7 +68,7 @@ class DigitNet(L.LightningModule):
 
 
 def digits() -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
-    """1797 images of 8x8 pixels, split into 1197 to train on, 240 to validate and 360 to test."""
+    """Load 1797 images of 8x8 pixels, and split them into 1197 to train on, 240 to validate and 360 to test."""
     pixels, labels = load_digits(return_X_y=True)
     images = torch.tensor(pixels / 16, dtype=torch.float32).view(-1, 1, 8, 8)
     train, val, test = random_split(
@@ -78,7 +78,7 @@ def digits() -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
 
 
 def read_curves(metrics_csv: Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric name -> its (epoch, value) pairs."""
+    """Read the (epoch, value) pairs of each metric, by the metric's name."""
     curves: dict[str, list[tuple[int, float]]] = {}
     with metrics_csv.open(newline="") as file:
         for row in csv.DictReader(file):

@@ -18,7 +18,7 @@ import treadle as L
 
 
 class DigitsData(L.LightningDataModule):
-    """The digits, cut into training, validation, test and prediction; a second validation set has noise on it."""
+    """Splits the digits for training, validation, test and prediction; a second validation set has noise added."""
 
     def __init__(self, batch_size: int = 32, noise: float = 0.3) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        # With several loaders each metric appears once for each, as val_acc/dataloader_idx_0 and _1.
+        # With several loaders there is one value per loader: val_acc/dataloader_idx_0 and val_acc/dataloader_idx_1.
         self.log("val_acc", self.accuracy(batch), batch_size=len(batch[0]))
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:

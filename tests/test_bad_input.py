@@ -126,7 +126,7 @@ CONSTRUCTORS: list[Mistake] = [
     ("checkpoints on and off", lambda: T(callbacks=ModelCheckpoint()), MisconfigurationException,
      ("enable_checkpointing=False", "ModelCheckpoint", "leave it out")),
     ("two bars", lambda: T(callbacks=[TQDMProgressBar(), PlainProgressBar()], enable_progress_bar=True),
-     MisconfigurationException, ("several progress bars", "leave one")),
+     MisconfigurationException, ("several progress bars", "keep one")),
     ("a logger's name", lambda: T(logger="csv"), MisconfigurationException, ("'csv'", "Logger")),
     ("a logger's name in Fabric", lambda: F(loggers="csv"), MisconfigurationException, ("'csv'", "CSVLogger('logs')")),
     ("barebones with a logger", lambda: T(barebones=True, logger=True), MisconfigurationException,

@@ -1,4 +1,4 @@
-"""Rung 2 of 3: the same loop on Fabric, so that it runs on any device and on several, in any precision.
+"""Rung 2 of 3: the same loop on Fabric, so that it runs on any device or several devices, in any precision.
 
     python examples/ladder/2_fabric.py --losses fabric.txt
     python examples/ladder/2_fabric.py --devices 2 --batch-size 32     # two processes, the same 64 images a step

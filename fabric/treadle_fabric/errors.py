@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree.
+"""The exceptions that Treadle raises, as a tree.
 
     TreadleError
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
@@ -45,7 +45,7 @@ P = ParamSpec("P")
 
 
 class TreadleError(Exception):
-    """Base of everything Treadle raises on purpose."""
+    """The base class of everything that Treadle raises on purpose."""
 
 
 class MisconfigurationException(TreadleError, ValueError):
@@ -88,15 +88,15 @@ class ProcessFailedError(TreadleError, RuntimeError):
 
 
 class UnusedParametersError(TreadleError, RuntimeError):
-    """Parameters that require a gradient got none, and the strategy waits for it."""
+    """Parameters that require a gradient got none under DDP, which waits for it."""
 
 
 class NonFiniteError(TreadleError, ArithmeticError):
-    """A loss or gradients are NaN or infinite, and the run was told to end then."""
+    """A loss or gradients are NaN or infinite, and ``on_nonfinite="raise"`` ends the run."""
 
 
 def near_names(name: str, known: Iterable[str], n: int = 3) -> str:
-    """A hint such as ``Did you mean 'val_loss'?`` for a misspelled name, or the list of what there is."""
+    """Return a hint such as ``Did you mean 'val_loss'?`` for a misspelled name, or the list of known names."""
     known = sorted({str(k) for k in known})
     close = difflib.get_close_matches(name, known, n=n, cutoff=0.6)
     if close:
@@ -105,10 +105,10 @@ def near_names(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def suggests_arguments(init: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a constructor without ``**kwargs`` to answer a misspelled argument with the near names.
+    """Decorate a constructor without ``**kwargs``, so that the error for a misspelled argument has similar names.
 
     Raises:
-        UnknownArgumentError: when the constructor is called with a name that it does not have.
+        UnknownArgumentError: The constructor is called with an argument that it does not have.
     """
     known = list(inspect.signature(init).parameters)[1:]
 

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def _nothing(fabric: Fabric) -> None:
-    """What :meth:`Fabric.launch` runs by default."""
+    """Do nothing: what :meth:`Fabric.launch` runs by default."""
 
 
 class Fabric:
@@ -44,15 +44,16 @@ class Fabric:
     Args:
         accelerator: ``"cpu"``, ``"cuda"``, ``"mps"``, ``"gpu"`` or ``"auto"``.
         strategy: A name such as ``"ddp"``, or a strategy. ``"auto"``: one process, or DDP for several devices.
-        devices: How many, or which (a list of indices); -1 or ``"auto"`` for all.
-        num_nodes: Machines.
+        devices: The devices of each machine: a number, or a list of indices; -1 or ``"auto"`` for all. On the CPU, the
+            number of processes; -1 and ``"auto"`` mean one.
+        num_nodes: The number of machines. Default: 1.
         precision: A name such as ``"bf16-mixed"``. Default: ``"32-true"``.
-        plugins: Precision, cluster environment and checkpoint IO, if not the usual ones.
-        callbacks: Objects whose methods :meth:`call` runs.
-        loggers: What :meth:`log` writes to.
+        plugins: One object or a list: a precision, a cluster environment and a checkpoint IO that replace the defaults.
+        callbacks: An object or a list of objects whose methods :meth:`call` runs.
+        loggers: A logger or a list of loggers that :meth:`log` writes to.
 
     Raises:
-        MisconfigurationException: Arguments that cannot work, alone or together.
+        MisconfigurationException: An argument, or a combination of arguments, cannot work.
     """
 
     @suggests_arguments
@@ -80,11 +81,11 @@ class Fabric:
         self._callbacks: list[Any] = _as_list(callbacks)
         self._loggers: list[Any] = check_loggers(_as_list(loggers))
         self._launched = False
-        self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # those set up
+        self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # the modules that were set up
         self._plain_backward = self._strategy.plain_backward
 
     def __getstate__(self) -> dict[str, Any]:
-        # nothing is set up yet in the process that gets this pickled
+        # in the process that unpickles this object, nothing is set up yet
         return {**self.__dict__, "_modules": None, "_launched": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,14 +100,14 @@ class Fabric:
 
     @property
     def accelerator(self) -> Accelerator:
-        """The hardware."""
+        """The accelerator: the hardware of this run."""
         accelerator = self._strategy.accelerator
         assert accelerator is not None  # the plan names one
         return accelerator
 
     @property
     def strategy(self) -> Strategy:
-        """How devices and processes work together."""
+        """The strategy: how devices and processes work together."""
         return self._strategy
 
     @property
@@ -116,27 +117,27 @@ class Fabric:
 
     @property
     def global_rank(self) -> int:
-        """This process among all."""
+        """This process's rank among all processes, from 0."""
         return self._strategy.global_rank
 
     @property
     def local_rank(self) -> int:
-        """This process among those of its machine."""
+        """This process's rank among those of its machine, from 0."""
         return self._strategy.local_rank
 
     @property
     def node_rank(self) -> int:
-        """This machine among all."""
+        """This machine's rank among all machines, from 0."""
         return self._strategy.node_rank
 
     @property
     def world_size(self) -> int:
-        """Number of processes."""
+        """The number of processes on all machines."""
         return self._strategy.world_size
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this is the first process."""
+        """Whether this is the process of rank 0."""
         return self._strategy.is_global_zero
 
     @property
@@ -151,7 +152,11 @@ class Fabric:
 
     @property
     def logger(self) -> Any:
-        """The first logger; without any, an error."""
+        """The first logger.
+
+        Raises:
+            MisconfigurationException: There is no logger.
+        """
         if not self._loggers:
             raise MisconfigurationException("There is no logger. Pass one: Fabric(loggers=CSVLogger('logs')).")
         return self._loggers[0]
@@ -162,8 +167,8 @@ class Fabric:
         """Start the processes.
 
         Args:
-            function: Gets this object, then the arguments. Without one, the code after this call runs in every
-                process; strategies that spawn or fork need one.
+            function: Runs in every process, with this object and then the arguments. Default: none, and the code after
+                this call runs in every process; strategies that spawn or fork need a function.
             *args: For the function.
             **kwargs: For the function.
 
@@ -171,7 +176,7 @@ class Fabric:
             What the function returns; if it ran in other processes, rank 0's result.
 
         Raises:
-            MisconfigurationException: The function is missing where one is needed, or is none.
+            MisconfigurationException: The strategy needs a function and got none, or ``function`` is not callable.
         """
         if not callable(function):
             raise MisconfigurationException(
@@ -185,7 +190,7 @@ class Fabric:
         return self._launch(function, self, *args, **kwargs)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Override this with the loop; calling it launches first."""
+        """Run the loop: override this method. Calling it launches the processes first."""
 
     def _launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         if self._launched:
@@ -197,7 +202,7 @@ class Fabric:
         return result
 
     def _enter(self, new_process: bool, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """The first thing that every process does."""
+        """Set up this process, then run the function; every process begins here."""
         self._strategy.setup_environment()
         self._launched = True
         result = function(*args, **kwargs)
@@ -212,26 +217,30 @@ class Fabric:
         if self._strategy.launcher is not None:
             raise MisconfigurationException(
                 f"{what} was called before launch(), and there are {self._strategy.world_size} processes to start. "
-                "Call fabric.launch() once, before anything that they do together."
+                "Call fabric.launch() once, before anything that the processes do together."
             )
         self._strategy.setup_environment()  # one process needs no launch
         self._launched = True
 
     @staticmethod
     def seed_everything(seed: int | None = None, workers: bool | None = None, verbose: bool = True) -> int:
-        """Seed everything as :func:`treadle_fabric.seed_everything` does; loaders' workers too by default."""
+        """Seed everything as :func:`treadle_fabric.seed_everything` does; by default the workers of loaders, too."""
         return _seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
 
     def sharded_model(self) -> AbstractContextManager[Any]:
-        """Surrounds the construction of a model that a strategy shards. No strategy here needs it."""
+        """Return a context for the construction of a model that the strategy shards; no strategy needs it so far."""
         return nullcontext()
 
     def init_tensor(self) -> AbstractContextManager[Any]:
-        """Tensors created inside are on the device, with the precision's dtype."""
+        """Return a context in which new tensors are on the device and have the precision's dtype."""
         return self._strategy.tensor_init_context()
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """Modules created inside are on the device, with the precision's dtype; not initialized if ``empty_init``."""
+        """Return a context in which new modules are on the device and have the precision's dtype.
+
+        Args:
+            empty_init: Leave the weights uninitialized, for a checkpoint that is loaded next. Default: False.
+        """
         self._require_launch("init_module")
         return self._strategy.module_init_context(empty_init=empty_init)
 
@@ -246,13 +255,15 @@ class Fabric:
             module: The model.
             *optimizers: Optimizers of its parameters.
             scheduler: A learning-rate scheduler, for strategies that step it themselves.
-            move_to_device: Move the model to :attr:`device`.
+            move_to_device: Move the model to :attr:`device`. Default: True.
 
         Returns:
-            The wrapped model; with optimizers a tuple of it, the wrapped optimizers, and the scheduler if there is one.
+            The wrapped model. With optimizers, a tuple: the wrapped model, the wrapped optimizers, and the scheduler
+            if there is one.
 
         Raises:
-            MisconfigurationException: Something is set up already, or an optimizer holds other parameters.
+            MisconfigurationException: A model or an optimizer is set up already, or an optimizer holds parameters of
+                another model.
         """
         self._require_launch("setup")
         check_module(module)
@@ -268,14 +279,14 @@ class Fabric:
         return result if scheduler is None else (*result, scheduler)
 
     def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:
-        """Prepare a model alone, as :meth:`setup` does; :meth:`setup_optimizers` takes its optimizers."""
+        """Prepare a model as :meth:`setup` does, without optimizers; these go to :meth:`setup_optimizers`."""
         self._require_launch("setup_module")
         check_module(module)
         module = self._prepare(module, move_to_device)
         return self._wrap_module(self._strategy.setup_module(module), module)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Prepare optimizers alone, of one or several models; returns the wrapped one, or a tuple of several."""
+        """Prepare optimizers of one or several models; returns the wrapped optimizer, or a tuple of several."""
         self._require_launch("setup_optimizers")
         if self._strategy.sets_up_jointly:
             raise MisconfigurationException(
@@ -299,11 +310,12 @@ class Fabric:
         """Prepare loaders: each rank gets its share of the samples, on its device.
 
         Args:
-            *dataloaders: ``DataLoader`` objects, or any iterables of batches (which must share out samples themselves).
-            use_distributed_sampler: Share out a ``DataLoader``'s samples. Their order is the loader's own sampler's.
-            move_to_device: Move batches to :attr:`device`.
-            resumable: Make it a part of the state that :meth:`save` and :meth:`load` get: see
-                :class:`ResumableDataLoader`.
+            *dataloaders: ``DataLoader`` objects, or any iterables of batches, which must share out samples themselves.
+            use_distributed_sampler: Share out the samples of a ``DataLoader``, in the order of its own sampler.
+                Default: True.
+            move_to_device: Move batches to :attr:`device`. Default: True.
+            resumable: Return loaders whose position :meth:`save` and :meth:`load` can keep: see
+                :class:`ResumableDataLoader`. Default: False.
 
         Returns:
             The wrapped loader, or a list of several.
@@ -338,7 +350,7 @@ class Fabric:
         self._strategy.precision.guard_module(module)
         wrapped = FabricModule(engine, self._strategy, module)
         user_module = wrapped.module
-        if hasattr(type(user_module), "fabric"):  # it logs, and has hooks of its own
+        if hasattr(type(user_module), "fabric"):  # such as a LightningModule: it logs, and has hooks
             user_module.fabric = self  # type: ignore[assignment]
             if not any(callback is user_module for callback in self._callbacks):
                 self._callbacks.append(user_module)
@@ -361,7 +373,8 @@ class Fabric:
         Args:
             tensor: The loss.
             *args: For ``Tensor.backward``.
-            model: The model it belongs to; engines that run the backward pass themselves need it if there are several.
+            model: The model that the loss belongs to. Strategies that run the backward pass themselves need it if
+                there are several models.
             **kwargs: For ``Tensor.backward``.
 
         Raises:
@@ -369,8 +382,8 @@ class Fabric:
         """
         if not isinstance(tensor, Tensor):
             raise MisconfigurationException(
-                f"backward got a {type(tensor).__name__}, and needs the loss as a tensor. A float, as of .item(), has "
-                "no gradient; of a dict or tuple, pass the loss in it."
+                f"backward got a {type(tensor).__name__}, and needs the loss as a tensor. A float, such as .item() "
+                "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
         engine = None if model is None else engine_of(model, "backward")
         if self._plain_backward:
@@ -391,17 +404,17 @@ class Fabric:
 
         Args:
             module: The model.
-            optimizer: Whose parameters' gradients to clip.
+            optimizer: The optimizer whose parameters' gradients are clipped.
             clip_val: Clamp each entry to ``[-clip_val, clip_val]``.
-            max_norm: Or scale all so that their joint norm is at most this.
-            norm_type: The p of the p-norm.
-            error_if_nonfinite: Raise if the norm is NaN or infinite.
+            max_norm: Scale all gradients so that their joint norm is at most this.
+            norm_type: The p of the p-norm. Default: 2.
+            error_if_nonfinite: Raise a RuntimeError if the norm is NaN or infinite. Default: True.
 
         Returns:
-            With ``max_norm`` the norm before clipping, a scalar.
+            With ``max_norm``, the norm before clipping, a scalar; with ``clip_val``, None.
 
         Raises:
-            MisconfigurationException: Not exactly one of ``clip_val`` and ``max_norm``, or a negative one.
+            MisconfigurationException: Both or neither of ``clip_val`` and ``max_norm`` are given, or one is negative.
         """
         if (clip_val is None) == (max_norm is None):
             raise MisconfigurationException(
@@ -419,11 +432,11 @@ class Fabric:
         return None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """What surrounds the forward pass, for computations outside it."""
+        """Return the context that surrounds the forward pass, for computations outside of the model."""
         return self._strategy.precision.forward_context()
 
     def to_device(self, obj: Any) -> Any:
-        """Move a module in place, or a tensor or batch, to :attr:`device`."""
+        """Move a module (in place), a tensor or a batch to :attr:`device`, and return it."""
         self._require_launch("to_device")
         if isinstance(obj, Module):
             self._strategy.module_to_device(obj)
@@ -431,9 +444,9 @@ class Fabric:
         return self._strategy.batch_to_device(obj)
 
     def no_backward_sync(self, module: FabricModule, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Accumulate gradients without reducing them, where ``enabled``: for all micro-batches but the last.
+        """Return a context in which gradients accumulate without being reduced over the ranks.
 
-        Surrounds forward and backward.
+        Enter it around forward and backward of each micro-batch; ``enabled`` is False for the last of an accumulation.
         """
         return self._strategy.no_backward_sync(engine_of(module, "no_backward_sync"), enabled)
 
@@ -445,23 +458,23 @@ class Fabric:
             print(*args, **kwargs)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         self._require_launch("barrier")
         self._strategy.barrier(name)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
-        """The object that process ``src`` has, on every process."""
+        """Return, on every process, the object that the process of rank ``src`` passed."""
         self._require_launch("broadcast")
         received: T = self._strategy.broadcast(obj, src)
         return received
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
-        """Every process's tensors, stacked along a new first dimension.
+        """Gather the tensors of every process, stacked along a new first dimension.
 
         Args:
-            data: A tensor or number, or containers of some; of the same shapes on every process.
-            group: A process group. Default: all.
-            sync_grads: Let gradients flow back.
+            data: A tensor, a number, or containers of these; shapes are the same on every process.
+            group: A process group. Default: all processes.
+            sync_grads: Let gradients flow back. Default: False.
 
         Returns:
             The same structure, of shapes ``(world_size, *shape)``; with one process, of unchanged shapes.
@@ -470,12 +483,15 @@ class Fabric:
         return self._map(data, lambda t: self._strategy.all_gather(t, group, sync_grads))
 
     def all_reduce(self, data: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Tensors reduced over all processes.
+        """Reduce tensors over all processes.
 
         Args:
-            data: A tensor or number, or containers of some; of the same shapes on every process. Left as it is.
-            group: A process group. Default: all.
-            reduce_op: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, or a ``torch.distributed.ReduceOp``.
+            data: A tensor, a number, or containers of these; shapes are the same on every process. It is not changed.
+            group: A process group. Default: all processes.
+            reduce_op: ``"mean"`` (default), ``"sum"``, ``"max"``, ``"min"``, or a ``torch.distributed.ReduceOp``.
+
+        Returns:
+            The same structure with the reduced tensors, of unchanged shapes.
         """
         self._require_launch("all_reduce")
         return self._map(data, lambda t: self._strategy.all_reduce(t, group, reduce_op))
@@ -488,7 +504,7 @@ class Fabric:
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None]:
-        """Rank 0 runs the block first, then the others; with ``local``, the first of each machine (own disks)."""
+        """Let rank 0 run the block first, then the other ranks; with ``local``, the first process of each machine."""
         self._require_launch("rank_zero_first")
         rank = self.local_rank if local else self.global_rank
         if rank > 0:
@@ -506,13 +522,13 @@ class Fabric:
         """Write a checkpoint, whole or not at all; every process must call this.
 
         Args:
-            path: Where to.
+            path: The path to write to.
             state: A dict of models, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
-            filter: For a name in ``state``, a function of an entry's name and value that says which to keep.
+            filter: For a name in ``state``, a function of an entry's name and value that returns whether to keep it.
 
         Raises:
             CheckpointError: The file cannot be written; an earlier file of that name is intact.
-            MisconfigurationException: ``state`` or ``filter`` are not as described.
+            MisconfigurationException: ``state`` or ``filter`` are not as described here.
         """
         self._require_launch("save")
         self._strategy.save_checkpoint(path, unwrap(state), filter=filter)
@@ -529,16 +545,16 @@ class Fabric:
         """Read a checkpoint, and restore a state in place; every process must call this.
 
         Args:
-            path: What to read.
-            state: As in :meth:`save`; plain values in it are replaced. ``None``: restore nothing.
-            strict: Refuse a file that lacks something in ``state``.
-            weights_only: Only an explicit ``False`` lets the file run code of its own.
+            path: The path to read.
+            state: A state as in :meth:`save`; plain values in it are replaced. Default: ``None``, restore nothing.
+            strict: Refuse a file that lacks something in ``state``. Default: True.
+            weights_only: ``False`` lets the file run code of its own; only for files you trust. Default: ``True``.
 
         Returns:
-            What of the file ``state`` does not name; all of it if ``state`` is ``None``.
+            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None``.
 
         Raises:
-            CheckpointError: The file is missing, damaged, unsafe, or does not fit.
+            CheckpointError: The file is missing, damaged or unsafe, or does not fit ``state``.
         """
         self._require_launch("load")
         unwrapped = unwrap(state)
@@ -581,7 +597,7 @@ class Fabric:
 
 
 def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's ``run``, in all processes."""
+    """Wrap a user's ``run`` so that it runs in all processes."""
 
     @functools.wraps(run)
     def launched(self: Fabric, *args: Any, **kwargs: Any) -> Any:

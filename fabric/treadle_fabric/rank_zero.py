@@ -1,6 +1,6 @@
-"""Things that only the first process of a run should do: messages, warnings, files.
+"""What only rank 0 of a run should do: messages, warnings, files.
 
-``rank_zero_only.rank`` is taken from the environment on import, and set again by the strategy once it knows better.
+``rank_zero_only.rank`` is read from the environment on import; the strategy sets it again once it knows the rank.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _rank_from_environment() -> int:
 
 
 class _Console(logging.Handler):
-    """Prints to stderr for as long as the program has not set up logging itself."""
+    """A handler that prints to stderr until the program sets up logging itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
@@ -61,13 +61,13 @@ def _console_logger(name: str) -> logging.Logger:
 
 _log = _console_logger("treadle_fabric")
 
-# Lightning shares this function object: a rank that it has set already is right for us too
+# Lightning shares this function object: a rank that Lightning has set is right here, too
 if getattr(rank_zero_only, "rank", None) is None:
     rank_zero_only.rank = _rank_from_environment()  # type: ignore[attr-defined]
 
 
 def warn_user(message: str | Warning, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning at the line of the user's that led to it."""
+    """Issue a warning that points to the line of the user's code that led to it."""
     for stacklevel in count(2):
         try:
             module = str(sys._getframe(stacklevel - 1).f_globals.get("__name__", ""))
@@ -81,7 +81,7 @@ def warn_user(message: str | Warning, category: type[Warning] = UserWarning) -> 
 
 @rank_zero_only
 def rank_zero_warn(message: str | Warning, stacklevel: int = 4, category: type[Warning] = UserWarning) -> None:
-    """Issue a warning on rank 0, at the line of the user's that led to it: ``stacklevel`` is not needed for that."""
+    """Issue a warning on rank 0 that points to the line of the user's code; ``stacklevel`` is not needed for that."""
     warn_user(message, category)
 
 

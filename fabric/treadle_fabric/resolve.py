@@ -1,7 +1,7 @@
-"""Turn the user's arguments and the environment into what will run: a pure function, then the assembly.
+"""Turn the user's arguments and the environment into a plan, and the plan into a strategy.
 
-:func:`resolve` looks at its arguments and nothing else, so each combination can be a row in a test; :func:`build` makes
-the objects.
+:func:`resolve` is pure where ``environ``, ``available`` and ``interactive`` are given, so that each combination can be
+a row in a test; :func:`build` makes the objects.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LauncherKind = Literal["none", "external", "subprocess", "spawn", "fork", "forks
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before work starts."""
+    """What will run: everything that is decided before any work starts."""
 
     accelerator: Accelerator
     devices: tuple[torch.device, ...]
@@ -52,16 +52,16 @@ class Plan:
     """A full name, or the user's object."""
     checkpoint_io: CheckpointIO | None
     notes: tuple[str, ...] = ()
-    """What the user should be told, because it may surprise."""
+    """Messages for the user about choices that may surprise."""
 
     @property
     def num_processes(self) -> int:
-        """Processes on this machine."""
+        """The number of processes on this machine."""
         return len(self.devices)
 
     @property
     def world_size(self) -> int:
-        """Processes on all machines."""
+        """The number of processes on all machines."""
         return self.num_processes * self.num_nodes
 
 
@@ -82,17 +82,17 @@ def resolve(
     Args:
         accelerator: A registered name, ``"gpu"`` for any GPU, ``"auto"`` for the best there is, or an object.
         strategy: A registered name, ``"auto"``, or an object.
-        devices: A count, indices, ``"auto"``, or -1 for all.
-        num_nodes: Machines.
-        precision: Any name that :func:`canonical_precision` knows.
-        plugins: One or a list: at most one precision, one checkpoint IO and one cluster environment.
-        environ: Environment variables; this process's own by default.
-        available: Devices on this machine by accelerator name; found out by default.
-        interactive: Whether this is a notebook; found out by default.
+        devices: A number, a list of indices, ``"auto"``, or -1 for all.
+        num_nodes: The number of machines.
+        precision: Any name that :func:`canonical_precision` knows, or an object.
+        plugins: One object or a list: at most one precision, one checkpoint IO and one cluster environment.
+        environ: The environment variables. Default: those of this process.
+        available: The number of devices on this machine by accelerator name. Default: they are counted.
+        interactive: Whether this is a notebook. Default: it is found out.
 
     Raises:
-        MisconfigurationException: for a value or a combination that cannot work.
-        DeviceUnavailableError: for devices that are not there.
+        MisconfigurationException: A value or a combination cannot work.
+        DeviceUnavailableError: This machine does not have the devices.
     """
     if environ is None:
         settle()
@@ -140,7 +140,7 @@ def resolve(
 
 
 def build(plan: Plan) -> Strategy:
-    """The strategy of a plan, with all its parts, ready to launch."""
+    """Make the strategy of a plan, with all its parts, ready to launch."""
     for note in plan.notes:
         rank_zero_info(note)
     strategy = STRATEGY_REGISTRY.get(plan.strategy) if isinstance(plan.strategy, str) else plan.strategy
@@ -159,12 +159,12 @@ def build(plan: Plan) -> Strategy:
 
 
 def available_devices() -> dict[str, int]:
-    """How many devices of each registered accelerator this machine has, the preferred ones first."""
+    """Count this machine's devices of each registered accelerator, in the order of preference."""
     return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in ACCELERATOR_REGISTRY.items()}
 
 
 def _sort(plugins: Any) -> Parts:
-    """The parts of a strategy among the plugins."""
+    """Sort the plugins into the parts of a strategy."""
     found: dict[str, Any] = {}
     for plugin in [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]:
         for kind, (name, what) in _PLUGINS.items():
@@ -180,7 +180,10 @@ def _sort(plugins: Any) -> Parts:
 
 
 def _one(what: str, first: T | None, second: T | None) -> T | None:
-    """The object that was given, if any. The same object given twice is no conflict: a strategy may be used again."""
+    """Return the object that was given, if any, and refuse two different ones.
+
+    The same object given twice is no conflict, because a strategy may be used again.
+    """
     if first is not None and second is not None and first is not second:
         raise MisconfigurationException(
             f"Two objects for the {what} were given: {type(first).__name__} and {type(second).__name__}. Give one, "
@@ -190,7 +193,7 @@ def _one(what: str, first: T | None, second: T | None) -> T | None:
 
 
 def _sample(strategy: Any) -> Strategy | None:
-    """An object to ask for its capabilities; None for ``"auto"``."""
+    """Return a strategy object whose capabilities can be read; None for ``"auto"``."""
     if strategy == "auto" or isinstance(strategy, Strategy):
         return None if strategy == "auto" else strategy
     if isinstance(strategy, str):

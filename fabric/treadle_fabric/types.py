@@ -16,7 +16,7 @@ PathLike: TypeAlias = str | os.PathLike[str] | Path
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Anything a checkpoint can keep."""
+    """Any object whose state a checkpoint can keep."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 

@@ -1,4 +1,4 @@
-"""Durations as the Trainer's arguments give them."""
+"""Parse durations, as the Trainer's arguments give them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _UNITS = {"weeks", "days", "hours", "minutes", "seconds"}
 
 
 def parse_duration(value: Any, name: str) -> timedelta | None:
-    """A duration given as "DD:HH:MM:SS", a timedelta, or a dict of timedelta arguments.
+    """Parse a duration: "DD:HH:MM:SS", a timedelta, or a dict of timedelta arguments; None stays None.
 
     Raises:
-        MisconfigurationException: it is none of these, or not positive.
+        MisconfigurationException: the value is none of these, or not positive.
     """
     if value is None:
         return None
@@ -36,5 +36,5 @@ def parse_duration(value: Any, name: str) -> timedelta | None:
             f" {sorted(_UNITS)}."
         )
     if duration.total_seconds() <= 0:
-        raise MisconfigurationException(f"{name}={value!r} must be longer than nothing.")
+        raise MisconfigurationException(f"{name}={value!r} must be longer than zero.")
     return duration

@@ -1,4 +1,4 @@
-"""Run one micro-batch that was not finite again, as it was."""
+"""Replay a micro-batch whose loss or gradients were not finite, from the file that the run wrote."""
 
 from __future__ import annotations
 
@@ -46,16 +46,17 @@ _REMEDY: Final = "Give --module path/to/file.py:Class, or --module package.modul
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of a replay."""
+    """The result of a replay."""
 
     findings: Findings
-    """The loss, the first layer and the gradients that are not finite, of this time."""
+    """The loss, the first layer and the gradients that are not finite, in the replay."""
     recorded: Tensor | None
-    """The loss of the run."""
+    """The loss in the run."""
     same_loss: bool
-    """Whether the loss is that of the run, to the last bit."""
+    """Whether the replay's loss is that of the run, to the last bit."""
     same_gradients: bool | None
-    """The same of the gradients; None where the run had none of this micro-batch alone."""
+    """Whether the replay's gradients are those of the run, to the last bit; None where the run had no gradients of
+    this micro-batch alone."""
 
     @property
     def reproduced(self) -> bool:
@@ -69,10 +70,10 @@ def replay(path: PathLike, module: str | None = None) -> Replay:
     Args:
         path: a file from the folder ``nonfinite`` of a run.
         module: where the module's class is, ``"path/to/file.py:Class"`` or ``"package.module:Class"``. Default: where
-            the file says, if that is in or below the working directory, or installed. It is imported, which runs it.
+            the file says, if that is in or below the working directory, or installed. Importing the code runs it.
 
     Raises:
-        CheckpointError: the file is missing, damaged, unsafe or none of these, or does not fit the module.
+        CheckpointError: the file is missing, damaged, unsafe or no replay file, or does not fit the module.
         MisconfigurationException: the module cannot be found or made.
     """
     return run_bundle(read_bundle(path), module)
@@ -82,7 +83,7 @@ def replay(path: PathLike, module: str | None = None) -> Replay:
 
 
 def read_bundle(path: PathLike) -> dict[str, Any]:
-    """What a replay file holds, checked; reading it runs nothing of it."""
+    """Read and check a replay file, without running code of it."""
     bundle: Any = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
     origin = bundle.get("class") if isinstance(bundle, dict) else None
     whole = isinstance(origin, dict) and all(isinstance(origin.get(k), str) for k in ("module", "name", "file"))
@@ -136,7 +137,7 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
 
 @contextmanager
 def _flags(bundle: dict[str, Any]) -> Generator[None]:
-    """Threads and determinism of the run, for as long as the replay takes; what is imported is found so long too."""
+    """Set the run's number of threads and determinism for the replay; restore them and ``sys.path`` afterwards."""
     threads, deterministic = bundle.get("threads"), bundle.get("deterministic") or [False, False]
     before, path = torch.get_num_threads(), sys.path[:]
     flags = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -152,7 +153,7 @@ def _flags(bundle: dict[str, Any]) -> Generator[None]:
 
 
 def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
-    """Parameters, buffers and modes of before the step."""
+    """Restore the parameters, buffers and modes that the module had before the step."""
     for kind, mine in (("parameters", module.named_parameters()), ("buffers", module.named_buffers())):
         saved, own = bundle[kind], dict(mine)
         if saved.keys() != own.keys():
@@ -164,7 +165,7 @@ def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
                     " whose `configure_model` makes them. If not, check out the code of the run."
                 )
             raise CheckpointMismatchError(
-                f"{kind_of} is not what ran: {name!r} is only {'there' if name in saved else 'here'}."
+                f"{kind_of} is not what ran: only {'the file' if name in saved else 'this class'} has {name!r}."
                 f" {near_names(name, own if name in saved else saved)} {remedy}"
             )
         with torch.no_grad():
@@ -172,7 +173,7 @@ def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
                 if tensor.shape != saved[name].shape:
                     raise CheckpointMismatchError(
                         f"{type(module).__qualname__} is not what ran: {name!r} has the shape {tuple(tensor.shape)},"
-                        f" and had {tuple(saved[name].shape)}. Save the arguments of __init__ with"
+                        f" and in the run {tuple(saved[name].shape)}. Save the arguments of __init__ with"
                         " `self.save_hyperparameters()`, or check out the code of the run."
                     )
                 tensor.copy_(saved[name])
@@ -188,7 +189,7 @@ def _make(cls: type[LightningModule], bundle: dict[str, Any]) -> LightningModule
         return instantiate(cls, dict(bundle["hyper_parameters"]), bundle.get("hparams_name"), {})
     except Exception as error:
         raise MisconfigurationException(
-            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {error} Have"
+            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {error} Call"
             " `self.save_hyperparameters()` in __init__, or give with --module a class that needs no arguments."
         ) from error
 
@@ -223,7 +224,7 @@ def _find(origin: dict[str, str], where: str | None) -> type[LightningModule]:
 
 
 def _trusted(origin: dict[str, str]) -> Path:
-    """The file that holds the class, if it may be imported without being asked for by name."""
+    """Return the file that holds the class, if it may be imported without being named by the user."""
     name, recorded = origin["name"], origin["file"]
     if "<locals>" in name:
         raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""What a trainer is asked to do, what it is doing, and how it ended."""
+"""What a trainer is asked to do, what it is doing, and how its last run ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"]
 
 
 class TrainerFn(StrEnum):
-    """What the user asked for."""
+    """The method that the user called."""
 
     FITTING = "fit"
     VALIDATING = "validate"
@@ -28,12 +28,13 @@ class RunningStage(StrEnum):
 
 
 class TrainerStatus(StrEnum):
-    """How the last run goes, or how it ended."""
+    """How the current run goes, or how the last one ended."""
 
     INITIALIZING = "initializing"
     RUNNING = "running"
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
+    """Ctrl-C, a signal or an error ended the run."""
 
 
 @dataclass(slots=True)

@@ -1,4 +1,8 @@
-"""Accelerators: the hardware behind one small interface."""
+"""Accelerators: the hardware behind one small interface.
+
+Start with ``accelerator.py``, the base class. ``registry.py`` finds accelerators by name; every other file is one kind
+of hardware. Imports only the foundation.
+"""
 
 from __future__ import annotations
 

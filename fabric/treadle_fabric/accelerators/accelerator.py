@@ -1,4 +1,4 @@
-"""What an accelerator is, and how a request for devices is read."""
+"""The base class of accelerators, and how a request for devices is parsed."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from treadle_fabric.errors import DeviceUnavailableError
 __all__ = ["Accelerator", "Devices", "parse_count", "parse_indices"]
 
 Devices = int | str | Sequence[int]
-"""How devices are asked for: a count, indices, ``"auto"``, or -1 for all; ``"2"`` and ``"0,1"`` as strings."""
+"""A request for devices: a count, a list of indices, ``"auto"``, -1 for all; also a string, ``"2"`` or ``"0,1"``."""
 
 
 class Accelerator(ABC):
     """The hardware that runs the model: which devices there are, and what they need before use.
 
-    To add one, implement everything that is abstract here and register it in ``ACCELERATOR_REGISTRY``.
+    To add a kind of hardware, implement every abstract method and register the class in ``ACCELERATOR_REGISTRY``.
     """
 
     is_gpu: ClassVar[bool] = False
-    """``accelerator="gpu"`` may mean it; its devices are numbered from 0."""
+    """Whether ``accelerator="gpu"`` may choose this hardware; its devices are numbered from 0."""
     has_process_group: ClassVar[bool] = True
-    """torch.distributed can connect several of its devices."""
+    """Whether torch.distributed can connect several devices of this kind."""
     has_float64: ClassVar[bool] = True
-    """It computes in double precision."""
+    """Whether this hardware computes in double precision."""
     shares_batch_norm: ClassVar[bool] = False
-    """``torch.nn.SyncBatchNorm`` works on it."""
+    """Whether ``torch.nn.SyncBatchNorm`` works on this hardware."""
 
     @staticmethod
     @abstractmethod
     def name() -> str:
-        """The name users give, such as ``"cuda"``."""
+        """Return the name that users give, such as ``"cuda"``."""
 
     @staticmethod
     @abstractmethod
     def is_available() -> bool:
-        """Whether this machine has it. Must not initialize it, so that processes can still be forked."""
+        """Return whether this machine has the hardware, without initializing it, so that processes can be forked."""
 
     @staticmethod
     @abstractmethod
     def auto_device_count() -> int:
-        """How many devices ``devices="auto"`` takes."""
+        """Return the number of devices that ``devices="auto"`` takes."""
 
     @staticmethod
     @abstractmethod
     def parse_devices(devices: Any) -> Any:
-        """Read a request for devices.
+        """Parse a request for devices.
 
         Raises:
-            DeviceUnavailableError: for one that this machine cannot satisfy; it says what there is.
+            DeviceUnavailableError: This machine cannot satisfy the request; the message says which devices it has.
         """
 
     @staticmethod
     @abstractmethod
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """The torch devices for what :meth:`parse_devices` returned, one for each process."""
+        """Return the torch devices for the result of :meth:`parse_devices`, one for each process."""
 
     @abstractmethod
     def setup_device(self, device: torch.device) -> None:
@@ -70,21 +70,24 @@ class Accelerator(ABC):
 
     @abstractmethod
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Numbers about the device's memory and load, by name."""
+        """Return numbers about the device's memory and load, by name."""
 
     @classmethod
     def register_accelerators(cls, accelerator_registry: Any) -> None:
-        """Register under :meth:`name`."""
+        """Register this class under its :meth:`name`."""
         accelerator_registry.register(cls.name(), cls)
 
 
 def parse_count(devices: Any, kind: str, available: int | None = None) -> int:
-    """A number of devices from an int or a string of digits.
+    """Parse a number of devices, given as an int or a string of digits.
 
     Args:
         devices: The request.
         kind: The accelerator's name, for the message.
-        available: How many there are; ``None`` for no limit.
+        available: The number of devices on this machine. Default: None, no limit.
+
+    Raises:
+        DeviceUnavailableError: The request is no number from 1, or more than ``available``.
     """
     count = int(devices) if isinstance(devices, str) and devices.strip().isdecimal() else devices
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -97,7 +100,11 @@ def parse_count(devices: Any, kind: str, available: int | None = None) -> int:
 
 
 def parse_indices(devices: Any, kind: str, available: int) -> list[int]:
-    """Device indices from any of :data:`Devices`."""
+    """Parse device indices, given in any form of :data:`Devices`.
+
+    Raises:
+        DeviceUnavailableError: The request is malformed, or names a device that is not among the ``available`` ones.
+    """
     if isinstance(devices, str):
         text = devices.strip()
         if text == "auto":

@@ -1,4 +1,4 @@
-"""The processor."""
+"""The CPU as an accelerator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["CPUAccelerator"]
 
 
 class CPUAccelerator(Accelerator):
-    """The processor. ``devices`` is a number of processes, and ``"auto"`` is one, which uses all cores."""
+    """The CPU. ``devices`` is the number of processes; ``"auto"`` is one process, which uses all cores."""
 
     @staticmethod
     def name() -> str:
@@ -51,10 +51,10 @@ class CPUAccelerator(Accelerator):
         pass
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
-        """Load and memory in per cent.
+        """Return load and used memory in per cent.
 
         Raises:
-            MisconfigurationException: without psutil.
+            MisconfigurationException: psutil is not installed.
         """
         if find_spec("psutil") is None:
             raise MisconfigurationException(

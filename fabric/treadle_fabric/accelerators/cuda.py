@@ -13,7 +13,7 @@ __all__ = ["CUDAAccelerator", "find_usable_cuda_devices"]
 
 
 class CUDAAccelerator(Accelerator):
-    """CUDA devices. A number takes the first ones, a list takes these indices, ``"auto"`` and -1 take all."""
+    """CUDA devices. A number takes the first ones, a list takes those with its indices, ``"auto"`` and -1 take all."""
 
     is_gpu = True
     shares_batch_norm = True
@@ -48,18 +48,20 @@ class CUDAAccelerator(Accelerator):
             torch.cuda.empty_cache()
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """What ``torch.cuda.memory_stats`` counts, in bytes and numbers of blocks."""
+        """Return what ``torch.cuda.memory_stats`` counts, in bytes and numbers of blocks."""
         return torch.cuda.memory_stats(device)
 
 
 def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
-    """Indices of GPUs that this process can put a tensor on, which one in exclusive use by another refuses.
+    """Return the indices of GPUs on which this process can make a tensor.
+
+    A GPU that another process uses exclusively is left out.
 
     Args:
-        num_devices: How many to find; -1 for all that are usable, however few.
+        num_devices: How many to find. Default: -1, all that are usable.
 
     Raises:
-        DeviceUnavailableError: if there are fewer.
+        DeviceUnavailableError: Fewer than ``num_devices`` are usable.
     """
     if num_devices == 0:
         return []

@@ -48,7 +48,7 @@ class MPSAccelerator(Accelerator):
             torch.mps.empty_cache()
 
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Memory that tensors and the driver hold, in bytes."""
+        """Return the memory that tensors and the driver hold, in bytes."""
         return {
             "mps_allocated_bytes": torch.mps.current_allocated_memory(),
             "mps_driver_allocated_bytes": torch.mps.driver_allocated_memory(),

@@ -12,18 +12,18 @@ __all__ = ["ACCELERATOR_REGISTRY", "AcceleratorRegistry"]
 
 
 class AcceleratorRegistry(dict[str, type[Accelerator]]):
-    """Accelerator classes by the name users give."""
+    """Accelerator classes by the names that users give."""
 
     def register(self, name: str, accelerator: type[Accelerator], override: bool = False) -> None:
-        """Add a class.
+        """Add an accelerator class.
 
         Args:
             name: What users write as ``accelerator=``.
             accelerator: The class.
-            override: Replace one that has the name already.
+            override: Replace a class that has this name already. Default: False.
 
         Raises:
-            MisconfigurationException: if the name is taken and not to be replaced.
+            MisconfigurationException: The name is taken, and ``override`` is False.
         """
         if name in self and not override:
             raise MisconfigurationException(
@@ -32,21 +32,21 @@ class AcceleratorRegistry(dict[str, type[Accelerator]]):
         self[name] = accelerator
 
     def get(self, name: str) -> type[Accelerator]:  # type: ignore[override]
-        """The class with this name.
+        """Return the class with this name.
 
         Raises:
-            MisconfigurationException: if there is none.
+            MisconfigurationException: There is none; the message has similar names.
         """
         if name not in self:
             raise MisconfigurationException(f"accelerator={name!r} is unknown. {near_names(name, self)}")
         return self[name]
 
     def remove(self, name: str) -> None:
-        """Forget a name."""
+        """Remove a name."""
         self.pop(name)
 
     def available_accelerators(self) -> set[str]:
-        """All registered names, of hardware that this machine may or may not have."""
+        """Return all registered names, whether or not this machine has the hardware."""
         return set(self)
 
 

@@ -1,4 +1,8 @@
-"""Environments tell a process its rank, and where the ranks meet."""
+"""Environments tell a process its rank, and the address and port where the ranks meet.
+
+Start with ``environment.py``, the base class. Every other file is one way to start processes. Imports only the
+foundation.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,10 @@ __all__ = [
 
 
 def detect_environment(environ: Mapping[str, str] | None = None) -> ClusterEnvironment:
-    """The environment of this process: torchrun, SLURM, LSF, MPI, or none of them.
+    """Detect the environment of this process: torchrun, SLURM, LSF, MPI, or none of them.
 
     Args:
-        environ: The environment variables to decide by; this process's own by default.
+        environ: The environment variables to decide by. Default: those of this process.
     """
     # torchrun comes first because it also runs inside SLURM and LSF jobs.
     for kind in (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment):

@@ -1,4 +1,4 @@
-"""What an environment is."""
+"""The base classes of cluster environments, and how they read environment variables."""
 
 from __future__ import annotations
 
@@ -12,94 +12,92 @@ __all__ = ["ClusterEnvironment", "StartedEnvironment", "require_number", "requir
 
 
 class ClusterEnvironment(ABC):
-    """Where a process learns its rank, and where the ranks meet.
+    """The base class of environments, which tell a process its rank and where the ranks meet.
 
-    One subclass for each way to start processes. To write one, implement everything that is abstract here.
+    There is one subclass for each way to start processes. To write a new one, implement every abstract method.
     """
 
     environ: Mapping[str, str] | None = None
-    """The environment variables to go by; this process's own by default."""
+    """The environment variables to read. Default: those of this process."""
 
     @property
     def variables(self) -> Mapping[str, str]:
-        """The environment variables to go by."""
+        """The environment variables that this object reads."""
         return os.environ if self.environ is None else self.environ
 
     @property
     @abstractmethod
     def creates_processes_externally(self) -> bool:
-        """Whether the processes are there already, so that nothing has to be launched."""
+        """Whether something else has started the processes, so that nothing has to be launched."""
 
     @property
     @abstractmethod
     def main_address(self) -> str:
-        """Host name or address of rank 0."""
+        """The host name or address of rank 0."""
 
     @property
     @abstractmethod
     def main_port(self) -> int:
-        """A port on that host that all ranks know and nobody uses."""
+        """A free port on the host of rank 0, the same on all ranks."""
 
     @staticmethod
     @abstractmethod
     def detect() -> bool:
-        """Whether the current process runs in this environment."""
+        """Return whether the current process runs in this environment."""
 
     @abstractmethod
     def world_size(self) -> int:
-        """Number of processes on all machines."""
+        """Return the number of processes on all machines."""
 
     @abstractmethod
     def set_world_size(self, size: int) -> None:
-        """Told by the strategy; ignored where the environment knows it."""
+        """Set the number of processes that the strategy counted; ignored where the environment knows the number."""
 
     @abstractmethod
     def global_rank(self) -> int:
-        """This process among all, from 0."""
+        """Return this process's rank among all processes, from 0."""
 
     @abstractmethod
     def set_global_rank(self, rank: int) -> None:
-        """Told by the strategy; ignored where the environment knows it."""
+        """Set the rank that the strategy computed; ignored where the environment knows the rank."""
 
     @abstractmethod
     def local_rank(self) -> int:
-        """This process among those on its machine, from 0."""
+        """Return this process's rank among those on its machine, from 0."""
 
     @abstractmethod
     def node_rank(self) -> int:
-        """This machine among all, from 0."""
+        """Return this machine's rank among all machines, from 0."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Compare what the user asked for with what was started.
-
-        Nothing, unless a subclass knows better.
+        """Refuse numbers of devices and machines that differ from what was started; by default nothing is checked.
 
         Args:
-            num_devices: Processes on each machine.
-            num_nodes: Machines.
+            num_devices: Processes on each machine that the user asked for.
+            num_nodes: Machines that the user asked for.
 
         Raises:
-            MisconfigurationException: if they differ.
+            MisconfigurationException: The numbers differ.
         """
 
     def processes_per_node(self) -> int | None:
-        """Processes on this machine, where the environment says; None, unless a subclass knows."""
+        """Return the number of processes on this machine; None where the environment does not tell."""
         return None
 
     def started_processes(self) -> int:
-        """The processes that a cluster manager started, on all machines; 1 where Treadle or the user starts them."""
+        """Return the number of processes that a cluster manager started, on all machines; 1 without such a manager."""
         return 1
 
     def announcing_signal(self) -> int:
-        """The number of the signal with which the cluster announces the end of the job; 0: none."""
+        """Return the number of the signal with which the cluster announces the end of the job; 0 for none."""
         return 0
 
     def teardown(self) -> None:
-        """Undo what the environment changed. Nothing, unless a subclass changes something."""
+        """Undo what the environment changed; by default nothing."""
 
 
 class StartedEnvironment(ClusterEnvironment):
-    """Processes that somebody else has started, and that find their ranks in what was set for them."""
+    """The base class of environments in which another program starts the processes and tells them their ranks."""
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -115,10 +113,16 @@ class StartedEnvironment(ClusterEnvironment):
         pass
 
     def check_count(self, num_devices: int, num_nodes: int, who: str, remedy: str) -> None:
-        """Compare the number of processes that the user asked for with those that ``who`` started.
+        """Refuse a number of processes that differs from the number that ``who`` started.
+
+        Args:
+            num_devices: Processes on each machine that the user asked for.
+            num_nodes: Machines that the user asked for.
+            who: The program that started the processes, for the error.
+            remedy: What to do, for the error.
 
         Raises:
-            MisconfigurationException: if they differ, with the remedy.
+            MisconfigurationException: The numbers differ.
         """
         if num_devices * num_nodes != self.world_size():
             raise MisconfigurationException(
@@ -128,30 +132,30 @@ class StartedEnvironment(ClusterEnvironment):
 
 
 def require_variable(name: str, environ: Mapping[str, str]) -> str:
-    """The value of an environment variable that the environment must have set.
+    """Return the value of an environment variable that must be set.
 
     Raises:
-        MisconfigurationException: if it is not set.
+        MisconfigurationException: The variable is not set.
     """
     value = environ.get(name)
     if value is None:
         raise MisconfigurationException(
-            f"The environment variable {name} is not set, which whoever starts the processes has to do. Set it, or "
-            "choose another environment: Fabric(plugins=LightningEnvironment())."
+            f"The environment variable {name} is not set; the program that starts the processes has to set it. Set it, "
+            "or choose another environment: Fabric(plugins=LightningEnvironment())."
         )
     return value
 
 
 def require_number(name: str, environ: Mapping[str, str], default: int | None = None) -> int:
-    """The value of an environment variable that holds a rank, a count or a port.
+    """Return the value of an environment variable that holds a rank, a count or a port.
 
     Args:
-        name: Of the variable.
-        environ: The environment variables to go by.
-        default: Taken where the variable is not set; None: it must be.
+        name: The variable's name.
+        environ: The environment variables to read.
+        default: The result where the variable is not set. Default: None, and the variable must be set.
 
     Raises:
-        MisconfigurationException: if it is no whole number, or not set and without a default.
+        MisconfigurationException: The value is no whole number, or the variable is not set and there is no default.
     """
     if default is not None and name not in environ:
         return default
@@ -160,5 +164,5 @@ def require_number(name: str, environ: Mapping[str, str], default: int | None = 
         return int(value)
     except ValueError:
         raise MisconfigurationException(
-            f"{name}={value!r} is no whole number. Whoever starts the processes has to set it to one."
+            f"{name}={value!r} is no whole number. The program that starts the processes has to set it to one."
         ) from None

@@ -11,7 +11,7 @@ __all__ = ["KubeflowEnvironment"]
 class KubeflowEnvironment(StartedEnvironment):
     """Pods of a Kubeflow PyTorchJob, one process in each: ``Fabric(plugins=KubeflowEnvironment())``.
 
-    Never detected, because its variables are also those of other set-ups.
+    It is never detected, because other ways to start processes set the same variables.
     """
 
     @property

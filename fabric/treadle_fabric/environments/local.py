@@ -15,8 +15,8 @@ __all__ = ["LightningEnvironment", "find_free_port"]
 class LightningEnvironment(ClusterEnvironment):
     """Processes that Treadle starts itself, or that the user starts with LOCAL_RANK set for each.
 
-    On one machine nothing needs to be set. On several, the user starts the script once on each, with MASTER_ADDR and
-    MASTER_PORT naming the first and NODE_RANK counting them from 0.
+    On one machine nothing needs to be set. On several, the user starts the script once on each machine: MASTER_ADDR
+    and MASTER_PORT name the first machine, and NODE_RANK numbers the machines from 0.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class LightningEnvironment(ClusterEnvironment):
         self._world_size = size
 
     def global_rank(self) -> int:
-        # What a launched process finds in its environment is right; what was set may come from another process.
+        # A launched process trusts its environment variables first: a rank that was set may be another process's.
         if "LOCAL_WORLD_SIZE" in self.variables and "LOCAL_RANK" in self.variables:
             return self.node_rank() * require_number("LOCAL_WORLD_SIZE", self.variables) + self.local_rank()
         if self._global_rank is not None:
@@ -87,8 +87,8 @@ class LightningEnvironment(ClusterEnvironment):
 
 
 def find_free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
-    # Below the ports that systems hand out for connections: one of those may be gone before rank 0 listens on it.
+    """Find a TCP port on which no process listens at the moment."""
+    # Below the range that systems assign to outgoing connections: such a port may be taken before rank 0 listens.
     candidates = [random.SystemRandom().randrange(15000, 32768) for _ in range(100)]
     for port in (*candidates, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:

@@ -19,10 +19,10 @@ _REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_
 class LSFEnvironment(StartedEnvironment):
     """Processes started by ``jsrun``, one for each device.
 
-    The rank file that LSF names in LSB_DJOB_RANKFILE lists the hosts: the launch node first, then one line a slot.
+    The rank file that LSF names in LSB_DJOB_RANKFILE lists the hosts: the launch node first, then one line per slot.
 
     Raises:
-        MisconfigurationException: on use, where the rank file is empty or cannot be read.
+        MisconfigurationException: The rank file is empty or cannot be read; raised when a rank or address is asked for.
     """
 
     @cached_property
@@ -37,7 +37,7 @@ class LSFEnvironment(StartedEnvironment):
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
             return require_number("MASTER_PORT", self.variables)
-        # All ranks know the job's number, and two jobs on one machine differ in it.
+        # All ranks know the job's number, and two jobs on one machine have different numbers.
         return 10000 + require_number("LSB_JOBID", self.variables) % 1000
 
     @staticmethod
@@ -68,7 +68,7 @@ class LSFEnvironment(StartedEnvironment):
 
 
 def _compute_hosts(rank_file: str) -> list[str]:
-    """The hosts that compute, each once, in the order of the file."""
+    """Read the hosts that compute, each once, in the order of the file."""
     try:
         hosts = Path(rank_file).read_text().split()
     except OSError as exc:

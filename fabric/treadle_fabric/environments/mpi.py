@@ -16,7 +16,7 @@ from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["MPIEnvironment"]
 
-# Open MPI, then MPICH, Intel MPI and MVAPICH. What MPI implementations say without being asked.
+# The variables that MPI launchers set: Open MPI, then MPICH and Intel MPI, then MVAPICH.
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
 _LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
@@ -27,8 +27,8 @@ _JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVSNAME")
 class MPIEnvironment(StartedEnvironment):
     """Processes started by ``mpirun`` or ``mpiexec``.
 
-    Ranks come from the variables that the MPI launcher sets. On several machines, mpi4py is asked for what they leave
-    open.
+    Ranks come from the variables that the MPI launcher sets. On several machines, mpi4py is asked for what these
+    variables do not tell.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class MPIEnvironment(StartedEnvironment):
         return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        remedy = "Make them equal; devices='auto' takes what runs on a machine."
+        remedy = "Make the numbers equal; devices='auto' takes the number of processes on a machine."
         self.check_count(num_devices, num_nodes, "MPI", remedy)
 
     def processes_per_node(self) -> int | None:
@@ -87,8 +87,9 @@ class MPIEnvironment(StartedEnvironment):
     def _world(self) -> Any:
         if find_spec("mpi4py") is None:
             raise MisconfigurationException(
-                "The variables of this MPI launcher do not say enough, and mpi4py, which knows, is not installed. "
-                "Install mpi4py, or set MASTER_ADDR and MASTER_PORT for all processes (mpirun -x MASTER_ADDR ...)."
+                "The variables of this MPI launcher do not tell every rank, address and port, and mpi4py, which does, "
+                "is not installed. Install mpi4py, or set MASTER_ADDR and MASTER_PORT for all processes (mpirun -x "
+                "MASTER_ADDR ...)."
             )
         from mpi4py import MPI  # starts MPI
 
@@ -96,14 +97,14 @@ class MPIEnvironment(StartedEnvironment):
 
     @cached_property
     def _places(self) -> list[tuple[int, int]]:
-        """For each global rank its node rank and local rank."""
+        """The node rank and the local rank of each global rank."""
         hosts = self._world.allgather(socket.gethostname())
         nodes = list(dict.fromkeys(hosts))
         return [(nodes.index(host), hosts[:rank].count(host)) for rank, host in enumerate(hosts)]
 
 
 def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
-    """The first of the names that is set."""
+    """Return the first of the names that is set; None if none is."""
     return next((name for name in names if name in environ), None)
 
 

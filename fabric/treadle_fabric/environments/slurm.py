@@ -19,9 +19,10 @@ class SLURMEnvironment(StartedEnvironment):
     """Processes started by ``srun``, one for each device.
 
     Args:
-        auto_requeue: Save a checkpoint and stop, with exit status 143, when the job's time is nearly up, so that it
-            can be queued again. (Needs a signal before the end: ``#SBATCH --signal=SIGUSR1@90``.)
-        requeue_signal: The signal that announces the end; SIGUSR1 by default.
+        auto_requeue: Save a checkpoint and stop, with exit status 143, when the job's time is nearly up, so that the
+            job can be queued again. SLURM has to send a signal before the end: ``#SBATCH --signal=SIGUSR1@90``.
+            Default: True.
+        requeue_signal: The signal that announces the end. Default: SIGUSR1.
     """
 
     def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
@@ -43,7 +44,7 @@ class SLURMEnvironment(StartedEnvironment):
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
             return require_number("MASTER_PORT", self.variables)
-        # All ranks know the job's number, and two jobs on one machine differ in it.
+        # All ranks know the job's number, and two jobs on one machine have different numbers.
         job = self.variables.get("SLURM_JOB_ID", "")
         return 15000 + int(job) % 10000 if job.isdecimal() else 29500
 
@@ -54,12 +55,12 @@ class SLURMEnvironment(StartedEnvironment):
 
     @staticmethod
     def job_name() -> str | None:
-        """The job's name; None outside a job."""
+        """Return the job's name; None outside a job."""
         return os.environ.get("SLURM_JOB_NAME")
 
     @staticmethod
     def job_id() -> int | None:
-        """The job's number; None in an interactive job."""
+        """Return the job's number; None in an interactive job, and outside a job."""
         if SLURMEnvironment.job_name() in _INTERACTIVE_JOB_NAMES:
             return None
         try:
@@ -80,12 +81,12 @@ class SLURMEnvironment(StartedEnvironment):
         return require_number("SLURM_NODEID", self.variables)
 
     def announcing_signal(self) -> int:
-        """SLURM's ``--signal=USR1@60``, where the job is to be queued again."""
+        """Return the number of ``requeue_signal`` with ``auto_requeue``, else 0."""
         return int(self.requeue_signal or 0) if self.auto_requeue else 0
 
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
-        """The first host of a list as SLURM writes it: ``alpha[02-04,7],beta`` gives ``alpha02``."""
+        """Return the first host of a list as SLURM writes it: ``alpha[02-04,7],beta`` gives ``alpha02``."""
         nodes = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes)
         return re.split(r"[\s,]", nodes.strip(), maxsplit=1)[0]
 

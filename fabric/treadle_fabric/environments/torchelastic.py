@@ -39,8 +39,8 @@ class TorchElasticEnvironment(StartedEnvironment):
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         remedy = (
-            "Make devices equal to --nproc-per-node and num_nodes to --nnodes; devices='auto' takes what torchrun "
-            "started on a machine."
+            "Make devices equal to --nproc-per-node and num_nodes to --nnodes; devices='auto' takes the number of "
+            "processes that torchrun started on a machine."
         )
         self.check_count(num_devices, num_nodes, "torchrun", remedy)
 

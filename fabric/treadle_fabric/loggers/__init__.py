@@ -1,4 +1,4 @@
-"""Where metrics and hyper-parameters are written: one file a logger.
+"""Loggers, which write metrics and hyper-parameters: one file for each logger.
 
 Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger,
 ``scalars.py`` and ``hyperparameters.py`` turn values into what loggers write. Imports only the foundation.

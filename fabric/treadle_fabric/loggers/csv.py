@@ -1,4 +1,4 @@
-"""Metrics in a ``metrics.csv``, one row a step, and hyper-parameters in a ``hparams.yaml``."""
+"""The logger that writes metrics to ``metrics.csv``, one row per step, and hyper-parameters to ``hparams.yaml``."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ __all__ = ["CSVLogger", "ExperimentWriter"]
 class CSVLogger(FolderLogger):
     """Writes ``metrics.csv`` and ``hparams.yaml`` into ``root_dir/name/version_n``.
 
-    What is logged at one step shares a row. A ``metrics.csv`` that an earlier run has left in the folder gets another
-    name first, with a warning.
+    Values logged at the same step share a row. If an earlier run left a ``metrics.csv`` in the folder, that file is
+    renamed first, with a warning.
 
     Args:
         root_dir: The folder above all experiments, a local path or an fsspec URL.
-        name: The experiment; without one the runs lie in ``root_dir`` itself.
-        version: A number n for ``version_n``, a string for that name, None for the next free number.
-        prefix: Stands before the name of each metric, with a ``/``.
-        flush_logs_every_n_steps: After how many steps, or calls, the rows are written to the file.
-        save_dir: The other name of ``root_dir``.
+        name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
+        version: A number n for ``version_n``, or the folder's name as a string. Default: the next free number.
+        prefix: Put before the name of each metric, with a ``/`` between them. Default: none.
+        flush_logs_every_n_steps: Rows are written to the file after this many steps, or this many calls. Default: 100.
+        save_dir: Another name for ``root_dir``.
 
     Raises:
         MisconfigurationException: No folder is given, or ``flush_logs_every_n_steps`` is below 1.
@@ -99,7 +99,7 @@ class ExperimentWriter:
     """Keeps the rows of ``metrics.csv`` that are not written yet, and writes them.
 
     Args:
-        folder: Where the files go.
+        folder: The folder that the files go to.
     """
 
     METRICS = "metrics.csv"
@@ -114,14 +114,14 @@ class ExperimentWriter:
         self._step = -1
         self._file: str | None = None  # the local file, and for a remote folder the local copy
         self._is_copy = False
-        self._steps: set[int] = set()  # in the file
-        self._last: tuple[int, dict[str, Any]] | None = None  # the last row in the file, and where it begins
+        self._steps: set[int] = set()  # the steps that have a row in the file
+        self._last: tuple[int, dict[str, Any]] | None = None  # the last row in the file: step and values
         self._last_offset = 0
         self._size = 0
 
     @property
     def metrics_file_path(self) -> str:
-        """Where ``metrics.csv`` lies."""
+        """The path of ``metrics.csv``."""
         return self._folder.file(self.METRICS)
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
@@ -130,7 +130,7 @@ class ExperimentWriter:
         self._hparams_changed = True
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> int:
-        """Add values to the row of ``step`` (None: the step after the last one), and return that step."""
+        """Add values to the row of ``step`` (None: the step after the last one), and return the step."""
         numbers = to_numbers(metrics)
         self._step = step = self._step + 1 if step is None else int(step)
         row = self._pending.setdefault(step, {})
@@ -179,7 +179,7 @@ class ExperimentWriter:
         return os.path.join(folder, self.METRICS)
 
     def _append(self, path: str) -> None:
-        """Write the new rows behind the others; one that belongs to the last row's step replaces it."""
+        """Append the new rows to the file; a new row of the same step as the last row is merged into that row."""
         rows = dict(self._pending)
         start = self._size
         if self._last is not None and self._last[0] in rows:
@@ -194,7 +194,7 @@ class ExperimentWriter:
         self._remember(list(rows.items())[-1], start + sum(map(len, chunks)), len(chunks[-1]))
 
     def _rewrite(self, path: str, columns: dict[str, None]) -> None:
-        """Write the whole file again, with all columns, beside the old one, and put it in its place."""
+        """Write a new file with all columns beside the old file, and move it into the old file's place."""
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             with open(temporary, "xb") as file:

@@ -20,10 +20,10 @@ _UNPRINTABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff
 
 
 def to_dict(params: Any) -> dict[str, Any]:
-    """The entries of a mapping, a ``Namespace`` or a dataclass, with string keys and nested ones turned likewise.
+    """Turn a mapping, a ``Namespace`` or a dataclass, and those nested in it, into dictionaries with string keys.
 
     Raises:
-        MisconfigurationException: It is something else.
+        MisconfigurationException: ``params`` is something else.
     """
     if params is None:
         return {}
@@ -47,7 +47,7 @@ def _entries(value: Any) -> Mapping[Any, Any] | None:
 
 
 def flatten(params: Mapping[str, Any], separator: str = "/") -> dict[str, bool | int | float | str]:
-    """Nested entries under joined names, every value a number or a string."""
+    """Give nested entries joined names, and turn every value into a number or a string."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in params.items():
         if isinstance(value, Mapping) and value:
@@ -59,14 +59,14 @@ def flatten(params: Mapping[str, Any], separator: str = "/") -> dict[str, bool |
 
 
 def _number(value: Any) -> Any:
-    """Tensors and NumPy scalars of one element as Python numbers; anything else as it is."""
+    """Turn a tensor or a NumPy scalar of shape () into a Python number; return anything else as it is."""
     if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
         return value.item()
     return value
 
 
 def to_yaml(params: Mapping[str, Any]) -> str:
-    """YAML with one ``key: value`` a line, the values in its JSON-like form; what has no such form becomes a string."""
+    """Format as YAML: one ``key: value`` per line, each value in YAML's JSON-like form, or as a string without one."""
     lines = (f"{_key(key)}: {_value(value)}\n" for key, value in params.items())
     return "".join(lines) or "{}\n"
 

@@ -1,4 +1,4 @@
-"""What every logger offers."""
+"""The base class of all loggers, and loggers that write nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["DummyExperiment", "DummyLogger", "Logger", "rank_zero_experiment"]
 
 
 class Logger(ABC):
-    """Writes metrics and hyper-parameters somewhere; on rank 0 only."""
+    """The base class of loggers, which write metrics and hyper-parameters, on rank 0 only."""
 
     @property
     @abstractmethod
@@ -26,7 +26,7 @@ class Logger(ABC):
     @property
     @abstractmethod
     def version(self) -> int | str | None:
-        """Which run of the experiment this is."""
+        """The number or the name of this run of the experiment."""
 
     @property
     def root_dir(self) -> str | None:
@@ -40,21 +40,21 @@ class Logger(ABC):
 
     @property
     def save_dir(self) -> str | None:
-        """The name that the trainer's users know for ``root_dir``."""
+        """The same as :attr:`root_dir`, under the name that the trainer's users know."""
         return self.root_dir
 
     @property
     def group_separator(self) -> str:
-        """What stands between the prefix and the name of a metric."""
+        """The separator between the prefix and the name of a metric."""
         return "/"
 
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record values.
+        """Record metrics.
 
         Args:
-            metrics: Numbers, or tensors of one element.
-            step: The step that they belong to.
+            metrics: Numbers, or tensors of one element, by name.
+            step: The step that the values belong to.
         """
 
     @abstractmethod
@@ -65,17 +65,17 @@ class Logger(ABC):
         """Record the graph of ``model``; by default nothing happens."""
 
     def save(self) -> None:
-        """Write what is still held in memory; by default nothing is."""
+        """Write what is still held in memory; by default nothing happens."""
 
     def finalize(self, status: str) -> None:
-        """The run is over, with ``status`` "success", "failed" or "finished"; by default nothing happens."""
+        """Close the logger after a run with ``status`` "success", "failed" or "finished". Default: nothing happens."""
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """A checkpoint callback has saved; by default nothing happens."""
+        """Called after a checkpoint callback has saved; by default nothing happens."""
 
 
 class DummyExperiment:
-    """Swallows every call. Ranks other than 0 get it, so that code which uses the experiment runs everywhere."""
+    """An experiment that ignores every call. Ranks other than 0 get it, so that the same code runs on every rank."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
@@ -90,7 +90,7 @@ class DummyExperiment:
 
 
 class DummyLogger(Logger):
-    """Stands in for the logger where nothing should be written. It has every method, and none does anything."""
+    """A logger that writes nothing: it has every method, and no method does anything."""
 
     def __init__(self) -> None:
         self._experiment = DummyExperiment()
@@ -105,7 +105,7 @@ class DummyLogger(Logger):
 
     @property
     def experiment(self) -> DummyExperiment:
-        """An object that swallows every call."""
+        """An object that ignores every call."""
         return self._experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -128,7 +128,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def rank_zero_experiment(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Decorate an ``experiment`` property: rank 0 gets the real one, any other rank one that swallows every call."""
+    """Decorate an ``experiment`` property: rank 0 gets the experiment, any other rank one that ignores every call."""
 
     @functools.wraps(fn)
     def experiment(self: Any) -> Any:

@@ -18,14 +18,14 @@ __all__ = ["FolderLogger", "RunFolder"]
 
 
 class RunFolder:
-    """``root/name/version``, where the version is counted up from the runs that are already there.
+    """The folder ``root/name/version`` of a run; the version is counted up from the runs that are already there.
 
     Args:
         root_dir: The folder above all experiments, a local path or an fsspec URL.
-        name: The experiment; without one the runs lie in ``root_dir`` itself.
-        version: A number n for ``version_n``, a string for that name, None for the next free number.
-        sub_dir: A folder in the run's folder to write to.
-        save_dir: The other name of ``root_dir``.
+        name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
+        version: A number n for ``version_n``, or the folder's name as a string; None: the next free number.
+        sub_dir: A folder inside the run's folder to write to. Default: the run's folder itself.
+        save_dir: Another name for ``root_dir``.
 
     Raises:
         MisconfigurationException: Neither ``root_dir`` nor ``save_dir`` is given, or they contradict each other.
@@ -44,7 +44,8 @@ class RunFolder:
             raise MisconfigurationException("A logger needs a folder to write to. Give root_dir (or save_dir).")
         if root_dir is not None and save_dir is not None and os.fspath(root_dir) != os.fspath(save_dir):
             raise MisconfigurationException(
-                f"root_dir={os.fspath(root_dir)!r} and save_dir={os.fspath(save_dir)!r} name the same thing. Give one."
+                f"root_dir={os.fspath(root_dir)!r} and save_dir={os.fspath(save_dir)!r} are two values for the folder. "
+                "Give one."
             )
         given = root_dir if root_dir is not None else save_dir
         assert given is not None
@@ -55,23 +56,23 @@ class RunFolder:
 
     @property
     def version(self) -> int | str:
-        """The version; counted when it is first needed."""
+        """The version; the next free number is looked up when it is first needed."""
         if self._version is None:
             self._version = self._next_version()
         return self._version
 
     @property
     def path(self) -> str:
-        """Where the files go, as the user would write it."""
+        """The path of the folder as the user would write it, which may be a URL."""
         version = self.version if isinstance(self.version, str) else f"version_{self.version}"
         return _join(self.root, self.name, version, self.sub_dir or "")
 
     def file(self, name: str) -> str:
-        """The path of a file in the folder."""
+        """Return the path of a file in the folder."""
         return _join(self.path, name)
 
     def local_path(self) -> str | None:
-        """The folder on the local disk, made if it is not there; None if it is elsewhere."""
+        """Make the folder if needed, and return its path on the local disk; None if the folder is not local."""
         fs, path = self._file_system(self.path)
         if not isinstance(fs, LocalFileSystem):
             return None
@@ -79,7 +80,7 @@ class RunFolder:
         return str(path)
 
     def set_aside(self, name: str) -> str | None:
-        """Give a file that an earlier run has left another name, and return that."""
+        """Rename a file that an earlier run left, and return the new name; None if there is no such file."""
         fs, path = self._file_system(self.file(name))
         if not fs.exists(path):
             return None
@@ -125,20 +126,20 @@ class RunFolder:
 
     @staticmethod
     def _file_system(path: str) -> tuple[Any, str]:
-        fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have come since
+        fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have made a folder since
         return fs, where
 
 
 class FolderLogger(Logger):
-    """A logger that writes into a folder of its run, through an object that stays in its process.
+    """The base class of loggers that write into a folder of the run.
 
     Args:
-        folder: Where the files go.
+        folder: The folder that the files go to.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._experiment: Any = None  # what writes the files; made when it is first needed
+        self._experiment: Any = None  # writes the files; made when first needed, never pickled
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Metrics as a logger gets them, turned into Python numbers."""
+"""Turn metrics into the names and Python numbers that a logger writes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["add_prefix", "to_numbers"]
 
 
 def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mapping[str, Any]:
-    """The metrics under ``prefix + separator + name``."""
+    """Return the metrics under the names ``prefix + separator + name``; unchanged without a prefix."""
     return {f"{prefix}{separator}{name}": value for name, value in metrics.items()} if prefix else metrics
 
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Every tensor as a Python number, in one transfer for each device and dtype; other values, and the order, as they
-    are.
+    """Turn every tensor into a Python number, in one transfer for each device and dtype.
+
+    Other values, and the order of the names, stay the same.
 
     Raises:
         MisconfigurationException: A tensor has more or less than one element.

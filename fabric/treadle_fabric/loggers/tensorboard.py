@@ -1,4 +1,4 @@
-"""Metrics, hyper-parameters and graphs for TensorBoard."""
+"""The logger that writes metrics, hyper-parameters and graphs for TensorBoard."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class TensorBoardLogger(FolderLogger):
 
     Args:
         root_dir: The folder above all experiments, a local path or an fsspec URL.
-        name: The experiment; without one the runs lie in ``root_dir`` itself.
-        version: A number n for ``version_n``, a string for that name, None for the next free number.
+        name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
+        version: A number n for ``version_n``, or the folder's name as a string. Default: the next free number.
         default_hp_metric: Log ``hp_metric = -1`` with the first hyper-parameters, so that TensorBoard lists them.
-        prefix: Stands before the name of each metric, with a ``/``.
-        sub_dir: A folder in the run's folder to write to.
-        save_dir: The other name of ``root_dir``.
-        log_graph: Write the graph of a model that has an ``example_input_array``.
+            Default: True.
+        prefix: Put before the name of each metric, with a ``/`` between them. Default: none.
+        sub_dir: A folder inside the run's folder to write to. Default: the run's folder itself.
+        save_dir: Another name for ``root_dir``.
+        log_graph: Write the graph of a model that has an ``example_input_array``. Default: False.
         **kwargs: For :class:`torch.utils.tensorboard.writer.SummaryWriter`, such as ``flush_secs``.
 
     Raises:
@@ -77,7 +78,7 @@ class TensorBoardLogger(FolderLogger):
 
     @property
     def sub_dir(self) -> str | None:
-        """The folder in the run's folder that is written to."""
+        """The folder inside the run's folder that is written to; None for the run's folder itself."""
         return self._folder.sub_dir
 
     @property
@@ -91,11 +92,11 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Record values; those of a nested mapping share a chart.
+        """Record metrics; the values of a nested mapping share a chart.
 
         Args:
             metrics: Numbers, tensors of one element, or mappings of these.
-            step: The step that they belong to.
+            step: The step that the values belong to.
 
         Raises:
             MisconfigurationException: A value is no number.
@@ -114,7 +115,7 @@ class TensorBoardLogger(FolderLogger):
                     f"The metric {name!r} is {value!r}, a {type(value).__qualname__}, and TensorBoard draws numbers. "
                     "Log a number, or use `logger.experiment.add_text` and its like."
                 ) from None
-        # One event for all: a fifth of the cost of an add_scalar for each
+        # One event for all values costs a fifth of one add_scalar for each value
         if values:
             writer._get_file_writer().add_summary(summary(value=values), step)
 
@@ -137,7 +138,7 @@ class TensorBoardLogger(FolderLogger):
         self._hparams, self._hparams_changed = changed, True
 
     def _table_metrics(self, metrics: Any | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """The metrics that the table shows, and those of them to log now."""
+        """Return the metrics that the table shows, and those of them to log now."""
         if metrics is not None:
             metrics = metrics if isinstance(metrics, Mapping) else {"hp_metric": metrics}
             self._hp_metric_logged |= "hp_metric" in metrics
@@ -160,7 +161,8 @@ class TensorBoardLogger(FolderLogger):
 
         Args:
             model: The module.
-            input_array: What to call it with. By default its ``example_input_array``, if ``log_graph=True``.
+            input_array: The input to call the model with. Default: its ``example_input_array`` if ``log_graph=True``,
+                else no graph is recorded.
         """
         if input_array is None:
             if not self._log_graph:
@@ -178,7 +180,7 @@ class TensorBoardLogger(FolderLogger):
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about tracing, which the user did not ask for
-                model.eval()  # tracing runs the model, and batch statistics should not notice
+                model.eval()  # tracing runs the model, and must not change batch statistics
                 self.experiment.add_graph(model, inputs)
         except Exception as e:
             rank_zero_warn(f"The graph of {type(model).__qualname__} was not logged, it cannot be traced: {e}")
@@ -199,12 +201,12 @@ class TensorBoardLogger(FolderLogger):
         self.save()
         if self._experiment is not None:
             self._experiment.close()
-            self._experiment = None  # logging more opens another event file in the same folder
+            self._experiment = None  # later values open another event file in the same folder
 
 
 @functools.cache
 def _backend() -> tuple[Any, Any, Any]:
-    """The writer class, the protocol buffer class of its summaries, and what makes those of hyper-parameters."""
+    """Return the writer class, the class of its summaries, and the function that makes those of hyper-parameters."""
     if importlib.util.find_spec("tensorboard") is not None:
         package, messages = "torch.utils.tensorboard", "tensorboard.compat.proto"
     else:

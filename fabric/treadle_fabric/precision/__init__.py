@@ -1,4 +1,8 @@
-"""Precisions, and the names they go by."""
+"""Precisions: the dtypes of weights, inputs and outputs, loss scaling, and the names that users give them.
+
+Start with ``precision.py``, the base class. ``autocast.py``, ``half.py`` and ``double.py`` have one precision each.
+Imports only the foundation.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +40,7 @@ _SHORT = {
 
 
 def canonical_precision(name: str | int | None) -> str:
-    """The full name of a precision.
+    """Return the full name of a precision.
 
     Args:
         name: A full name such as ``"bf16-true"``, or a short one: 64, 32, 16, ``"bf16"``, ``"fp32"``. The short names
@@ -56,7 +60,11 @@ def canonical_precision(name: str | int | None) -> str:
 
 
 def make_precision(name: str | int | None, device_type: str) -> Precision:
-    """The precision of a name, for a device type such as ``"cuda"``."""
+    """Make the precision with this name, short or full, for a device type such as ``"cuda"``.
+
+    Raises:
+        MisconfigurationException: There is no such precision.
+    """
     canonical = canonical_precision(name)
     if canonical in ("16-mixed", "bf16-mixed"):
         return MixedPrecision(canonical, device_type)  # type: ignore[arg-type]

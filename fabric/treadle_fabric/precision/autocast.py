@@ -16,12 +16,15 @@ _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 class MixedPrecision(Precision):
-    """``torch.autocast`` around the forward pass.
+    """Mixed precision: ``torch.autocast`` around the forward pass.
 
     Args:
         precision: ``"16-mixed"`` or ``"bf16-mixed"``.
         device: The device type, such as ``"cuda"``.
         scaler: Keeps small float16 gradients from vanishing. Default: a new ``GradScaler`` for ``"16-mixed"``.
+
+    Raises:
+        MisconfigurationException: The name is another one, or ``"bf16-mixed"`` comes with a scaler.
     """
 
     converts = True
@@ -51,13 +54,13 @@ class MixedPrecision(Precision):
         self._scaling = _Scaling(scaler)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast."""
+        """Return the autocast context in the lower precision."""
         return torch.autocast(self.device, dtype=self._dtype)
 
     def convert_input(self, data: Any) -> Any:
-        """Floating-point tensors in the lower precision."""
+        """Cast floating-point tensors to the lower precision."""
         return cast_floating(data, self._dtype)
 
     def convert_output(self, data: Any) -> Any:
-        """Floating-point tensors in torch's default dtype."""
+        """Cast floating-point tensors to torch's default dtype."""
         return cast_floating(data, torch.get_default_dtype())

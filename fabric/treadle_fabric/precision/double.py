@@ -1,4 +1,4 @@
-"""Double precision."""
+"""Double precision: weights, inputs and computation in float64."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ __all__ = ["DoublePrecision"]
 
 
 class DoublePrecision(Precision):
-    """Everything in float64."""
+    """Double precision: everything in float64."""
 
     precision = "64-true"
     converts = True
 
     def convert_module(self, module: Module) -> Module:
-        """Cast the weights."""
+        """Cast the weights to float64."""
         return module.double()
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """float64 as torch's default dtype."""
+        """Return a context in which float64 is torch's default dtype."""
         return default_dtype(torch.float64)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """float64 as torch's default dtype."""
+        """Return a context in which float64 is torch's default dtype."""
         return default_dtype(torch.float64)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """float64 as torch's default dtype, for tensors that the forward pass creates."""
+        """Return a context in which float64 is torch's default dtype, for tensors that the forward pass creates."""
         return default_dtype(torch.float64)
 
     def convert_input(self, data: Any) -> Any:
-        """Floating-point tensors in float64."""
+        """Cast floating-point tensors to float64."""
         return cast_floating(data, torch.float64)
 
     def convert_output(self, data: Any) -> Any:
-        """Floating-point tensors in torch's default dtype."""
+        """Cast floating-point tensors to torch's default dtype."""
         return cast_floating(data, torch.get_default_dtype())

@@ -1,4 +1,4 @@
-"""True half precision: weights, inputs and computation."""
+"""True half precision: weights, inputs and computation in float16 or bfloat16."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ _DTYPES = {"16-true": torch.float16, "bf16-true": torch.bfloat16}
 
 
 class HalfPrecision(Precision):
-    """Everything in float16 or bfloat16; half the memory of single precision, and no scaling.
+    """True half precision: everything in float16 or bfloat16, in half the memory of single precision, unscaled.
 
     Args:
-        precision: ``"16-true"`` or ``"bf16-true"``.
+        precision: ``"16-true"`` (default) or ``"bf16-true"``.
+
+    Raises:
+        MisconfigurationException: The name is another one.
     """
 
     converts = True
@@ -35,25 +38,25 @@ class HalfPrecision(Precision):
         self._dtype = _DTYPES[precision]
 
     def convert_module(self, module: Module) -> Module:
-        """Cast the weights."""
+        """Cast the weights to the half type."""
         return module.to(dtype=self._dtype)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """The half type as torch's default dtype."""
+        """Return a context in which the half type is torch's default dtype."""
         return default_dtype(self._dtype)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """The half type as torch's default dtype."""
+        """Return a context in which the half type is torch's default dtype."""
         return default_dtype(self._dtype)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """The half type as torch's default dtype, for tensors that the forward pass creates."""
+        """Return a context in which the half type is torch's default dtype, for tensors of the forward pass."""
         return default_dtype(self._dtype)
 
     def convert_input(self, data: Any) -> Any:
-        """Floating-point tensors in the half type."""
+        """Cast floating-point tensors to the half type."""
         return cast_floating(data, self._dtype)
 
     def convert_output(self, data: Any) -> Any:
-        """Floating-point tensors in torch's default dtype."""
+        """Cast floating-point tensors to torch's default dtype."""
         return cast_floating(data, torch.get_default_dtype())

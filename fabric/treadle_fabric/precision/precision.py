@@ -1,4 +1,4 @@
-"""What a precision decides: the dtypes of weights, inputs and outputs, and whether losses are scaled."""
+"""The base class of precisions, which decide the dtypes of weights, inputs and outputs, and the scaling of losses."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ __all__ = ["Precision", "cast_floating", "default_dtype", "needs_closure"]
 class Precision:
     """Single precision, and the hooks that other precisions implement.
 
-    A leaf declares its contexts and conversions. How a loss is scaled and a scaled gradient applied is written once,
-    here, and switched on by giving a ``scaler``.
+    A subclass implements its contexts and conversions. The scaling of losses and gradients is implemented once, here;
+    a ``scaler`` switches it on.
     """
 
     precision: str = "32-true"
     """The canonical name, such as ``"bf16-mixed"``."""
     converts: bool = False
-    """``False``: :meth:`forward_context`, :meth:`convert_input` and :meth:`convert_output` do nothing, and wrappers
-    leave them out."""
+    """Whether :meth:`forward_context`, :meth:`convert_input` and :meth:`convert_output` do anything; if not, wrappers
+    do not call them."""
     autocasts: bool = False
-    """Each operation picks its own dtype, so a whole step is given its batch unrounded: there are targets in it."""
+    """Whether each operation picks its own dtype. If so, a step gets its batch unrounded, because the batch may hold
+    targets."""
 
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
@@ -43,7 +44,7 @@ class Precision:
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The gradient scaler, with every finished step taken into account; ``None`` without scaling."""
+        """The gradient scaler, updated after every finished step; ``None`` without scaling."""
         self._scaling.settle()
         return self._scaling.scaler
 
@@ -53,19 +54,19 @@ class Precision:
         return self._scaling.scaler is not None
 
     def convert_module(self, module: Module) -> Module:
-        """Give the module's weights their dtype."""
+        """Cast the module's weights to this precision's dtype, and return the module."""
         return module
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """Tensors created inside get this precision's dtype."""
+        """Return a context in which new tensors have this precision's dtype."""
         return contextlib.nullcontext()
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """Modules created inside get this precision's weights."""
+        """Return a context in which the weights of new modules have this precision's dtype."""
         return contextlib.nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Surrounds the forward pass."""
+        """Return the context that surrounds a forward pass."""
         return contextlib.nullcontext()
 
     def convert_input(self, data: Any) -> Any:
@@ -73,18 +74,18 @@ class Precision:
         return data
 
     def convert_output(self, data: Any) -> Any:
-        """Cast the floating-point tensors that come out of it."""
+        """Cast the floating-point tensors that come out of a forward pass."""
         return data
 
     def pre_backward(self, tensor: Tensor, module: Module | None) -> Any:
-        """Runs before :meth:`backward`."""
+        """Called before :meth:`backward`; by default nothing happens."""
 
     def backward(self, tensor: Tensor, model: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate ``tensor``, scaled if there is a scaler; the arguments are those of ``Tensor.backward``."""
         self.backward_by(Tensor.backward, tensor, *args, **kwargs)
 
     def backward_by(self, function: Callable[..., Any], tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        """As :meth:`backward`, by a function of the caller's own; it gets the tensor, scaled if there is a scaler."""
+        """Differentiate with the caller's ``function``, which gets the tensor, scaled if there is a scaler."""
         scaling = self._scaling
         if scaling.scaler is None:
             function(tensor, *args, **kwargs)
@@ -93,24 +94,24 @@ class Precision:
                 function(scaling.scale(tensor), *args, **kwargs)
 
     def post_backward(self, tensor: Tensor, module: Module | None) -> Any:
-        """Runs after :meth:`backward`."""
+        """Called after :meth:`backward`; by default nothing happens."""
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
-        """Step, or under a scaler: unscale, and step where all gradients are finite.
+        """Step the optimizer; with a scaler, unscale the gradients first, and step only if all of them are finite.
 
         Args:
             optimizer: The optimizer, unwrapped.
-            **kwargs: Arguments of its ``step``, ``closure`` among them.
+            **kwargs: Arguments of the optimizer's ``step``, such as ``closure``.
 
         Returns:
-            What the optimizer's ``step`` returned, or the closure's result under a scaler.
+            What the optimizer's ``step`` returned; with a scaler and a closure, the closure's result.
         """
         if self._scaling.scaler is None:
             return optimizer.step(**kwargs)
         return self._scaling.step(optimizer, **kwargs)
 
     def unscale_gradients(self, optimizer: Optimizer) -> None:
-        """Make gradients true to the loss, for reading or clipping. Twice within a step does no harm."""
+        """Divide gradients by the scale, for reading or clipping; a second call within a step changes nothing."""
         if self._scaling.scaler is not None:
             self._scaling.unscale(optimizer)
 
@@ -118,7 +119,7 @@ class Precision:
         """Refuse an optimizer that cannot work in this precision.
 
         Raises:
-            MisconfigurationException: It evaluates its closure by itself, and gradients are scaled.
+            MisconfigurationException: The optimizer evaluates its closure itself, and gradients are scaled.
         """
         if self._scaling.scaler is not None and needs_closure(optimizer):
             raise MisconfigurationException(
@@ -128,9 +129,9 @@ class Precision:
             )
 
     def guard_module(self, module: Module) -> None:
-        """Under a scaler, make an unscaled backward pass into the module's parameters an error.
+        """With a scaler, make the backward pass of an unscaled loss into the module's parameters an error.
 
-        Gradients that do not end there, such as those of ``torch.autograd.grad``, stay free.
+        Gradients that do not go into the parameters, such as those of ``torch.autograd.grad``, are not checked.
         """
         scaling = self._scaling
 
@@ -142,27 +143,27 @@ class Precision:
                 )
 
         for parameter in module.parameters():
-            parameter.__dict__.pop("_treadle_guard", None)  # of a run before this one
+            parameter.__dict__.pop("_treadle_guard", None)  # left by an earlier run
             if scaling.scaler is not None and parameter.requires_grad:
                 parameter.__dict__["_treadle_guard"] = id(scaling)
                 self._guards.append(parameter.register_post_accumulate_grad_hook(refuse))  # type: ignore[no-untyped-call]
 
     def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
-        """The parameters that the optimizer updates."""
+        """Iterate over the parameters that the optimizer updates."""
         for group in optimizer.param_groups:
             yield from group["params"]
 
     def state_dict(self) -> dict[str, Any]:
-        """The scaler's state; empty without one."""
+        """Return the scaler's state; empty without a scaler."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         if self._scaling.scaler is not None and state_dict:
             self._scaling.scaler.load_state_dict(dict(state_dict))
 
     def teardown(self) -> None:
-        """Undo what the precision set up: the gradients of guarded modules may be computed by hand again."""
+        """Undo what the precision set up: ``loss.backward()`` is allowed again on guarded modules."""
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
@@ -170,16 +171,17 @@ class Precision:
 
 
 class _Scaling:
-    """A gradient scaler, told when an iteration is over.
+    """A gradient scaler whose scale changes only between iterations.
 
-    The scale may only change once all optimizers of an iteration have stepped, or gradients of the later ones are
-    divided by another scale than they were multiplied with. That is known for sure when the next loss is scaled.
+    An iteration may step several optimizers. If the scale changed before all of them have stepped, the gradients of
+    the later ones would be divided by another scale than they were multiplied with. So the scale is updated when the
+    next loss is scaled: the iteration is certainly over then.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
         self.scaler: Final = scaler
         self.active = False  # a scaled loss is being differentiated, perhaps by another thread
-        self._unscaled: dict[int, Optimizer] = {}  # those whose step is still to come
+        self._unscaled: dict[int, Optimizer] = {}  # optimizers that have not stepped since
         self._stepped = False
 
     @contextlib.contextmanager
@@ -191,13 +193,13 @@ class _Scaling:
             self.active = False
 
     def settle(self) -> None:
-        """Adapt the scale, unless an optimizer is between unscaling and stepping."""
+        """Update the scale, unless an optimizer is between unscaling and stepping."""
         if self._stepped and not self._unscaled and self.scaler is not None:
             self.scaler.update()
             self._stepped = False
 
     def forget(self) -> None:
-        """The run is over, perhaps between unscaling and stepping."""
+        """Forget optimizers that were unscaled and never stepped, because the run is over."""
         if self._unscaled:
             self._unscaled.clear()
             self._stepped = True
@@ -206,7 +208,7 @@ class _Scaling:
         assert self.scaler is not None
         for key, optimizer in tuple(self._unscaled.items()):
             if not _has_gradients(optimizer):
-                del self._unscaled[key]  # its step was left out, and its gradients thrown away
+                del self._unscaled[key]  # the optimizer never stepped, and its gradients are gone
                 self._stepped = True
         self.settle()
         return self.scaler.scale(loss)
@@ -237,7 +239,7 @@ def _has_gradients(optimizer: Optimizer) -> bool:
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether ``step`` of the optimizer, or of one that it wraps, evaluates the loss again, as that of LBFGS does."""
+    """Return whether ``step`` of the optimizer, or of one that it wraps, needs a closure of the loss, as LBFGS does."""
     for one in (optimizer, getattr(optimizer, "optimizer", None)):
         if isinstance(one, Optimizer):
             closure = inspect.signature(type(one).step).parameters.get("closure")
@@ -247,13 +249,13 @@ def needs_closure(optimizer: Optimizer) -> bool:
 
 
 def cast_floating(data: Any, dtype: torch.dtype) -> Any:
-    """Every floating-point tensor of a collection as ``dtype``; the same object where nothing changes."""
+    """Cast every floating-point tensor of a collection to ``dtype``; the same object where nothing changes."""
     return map_tensors(data, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Generator[None]:
-    """Floating-point tensors created inside are ``dtype``."""
+    """Make ``dtype`` torch's default dtype inside, that of new floating-point tensors."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -1,4 +1,4 @@
-"""Refuse what cannot be set up, before any work."""
+"""Checks that refuse, before any work, what cannot be set up."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.setup.wrapped import is_wrapped
 
 __all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "check_ownership"]
-
-
-# What cannot be set up is refused before any work
 
 
 def check_module(module: Any) -> None:
@@ -66,7 +63,7 @@ def check_loader(loader: Any) -> None:
 
 
 def check_loggers(loggers: list[Any]) -> list[Any]:
-    """Refuse what cannot log."""
+    """Refuse an object that cannot log, and return the loggers."""
     for logger in loggers:
         if isinstance(logger, type) or not callable(getattr(logger, "log_metrics", None)):
             raise MisconfigurationException(
@@ -77,7 +74,7 @@ def check_loggers(loggers: list[Any]) -> list[Any]:
 
 
 def check_ownership(module: Module, optimizer: Optimizer, others: Iterable[Module]) -> None:
-    """Refuse an optimizer with parameters of neither the model nor those set up before it."""
+    """Refuse an optimizer that holds parameters of neither the model nor the models set up before."""
     own = {id(p) for p in module.parameters()}
     foreign = [(label, p) for label, p in _labelled(optimizer) if id(p) not in own]
     if foreign:  # the rare case: look at the others too
@@ -94,7 +91,7 @@ def check_ownership(module: Module, optimizer: Optimizer, others: Iterable[Modul
 
 
 def _labelled(optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    """Parameters with their names where the optimizer knows them, otherwise their places."""
+    """Return the optimizer's parameters with labels: names where the optimizer has them, otherwise positions."""
     labelled = []
     for i, group in enumerate(optimizer.param_groups):
         names = group.get("param_names")

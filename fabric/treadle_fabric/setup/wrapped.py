@@ -1,4 +1,4 @@
-"""Tell wrapped objects from the user's own, and get the one out of the other."""
+"""Tell wrapped objects from the user's own, and unwrap them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["engine_of", "is_wrapped", "put_back", "unwrap"]
 
 
 def is_wrapped(obj: object) -> bool:
-    """Whether an object is what ``Fabric.setup`` or ``setup_dataloaders`` returned."""
+    """Return whether ``Fabric.setup`` or ``Fabric.setup_dataloaders`` returned this object."""
     return isinstance(obj, (FabricModule, FabricOptimizer, WrappedLoader))
 
 
 def engine_of(module: Any, what: str) -> Module:
-    """The engine of a wrapped module; ``what`` names the caller for the error."""
+    """Return the engine of a wrapped module; ``what`` names the caller, for the error."""
     if not isinstance(module, FabricModule):
         raise MisconfigurationException(
             f"{what} needs the model that setup returned, and got {type(module).__name__}. "
@@ -30,7 +30,7 @@ def engine_of(module: Any, what: str) -> Module:
 
 
 def unwrap(state: Any) -> Any:
-    """Engines and users' optimizers in place of wrappers; a container without any is the same object."""
+    """Replace wrappers by engines and users' optimizers; a container without wrappers stays the same object."""
     if isinstance(state, FabricModule):
         return state.forward_module
     if isinstance(state, FabricOptimizer):
@@ -47,7 +47,7 @@ def unwrap(state: Any) -> Any:
 
 
 def _saveable(loader: WrappedLoader) -> Any:
-    """What a checkpoint gets of a loader: its own state, or that of the loader inside."""
+    """Return the object whose state a checkpoint keeps of a loader: the wrapper, or the loader inside."""
     for candidate in (loader, loader.dataloader):
         if callable(getattr(type(candidate), "state_dict", None)):
             return candidate
@@ -58,7 +58,7 @@ def _saveable(loader: WrappedLoader) -> Any:
 
 
 def put_back(state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Give the user's dict the plain values that loading put into its unwrapped copy."""
+    """Copy the plain values that loading put into the unwrapped copy of a dict into the user's dict."""
     for key, old in list(state.items()):
         if isinstance(old, dict) and unwrap(old) is not old:
             put_back(old, loaded[key])

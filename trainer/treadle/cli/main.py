@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
     Args:
-        arguments: Default: those of the process.
+        arguments: The arguments after the command's name. Default: those of the process.
     """
     parser = argparse.ArgumentParser("treadle", description="Tools for what Treadle's runs leave behind.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -28,8 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = given.run(given)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has enough, `head` say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's exit would complain
+    except BrokenPipeError:  # the program that reads, `head` for example, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
         return 1
     except TreadleError as e:
         print(f"treadle: {e}", file=sys.stderr)

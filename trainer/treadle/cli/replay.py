@@ -1,4 +1,4 @@
-"""``treadle replay``: one micro-batch that was not finite, run again as it was."""
+"""``treadle replay``: run a micro-batch again whose loss or gradients were not finite."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_replay_command(commands: Any) -> None:
     parser = commands.add_parser(
         "replay",
         help="run a batch that was not finite again; exit status 1 if it comes out differently",
-        description="Run the batch of a file that on_nonfinite left again. This imports the module's code.",
+        description="Run again the batch in a file that on_nonfinite wrote. This imports the module's code.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="such as nonfinite/epoch=0-step=12-batch=12-rank=0.replay")
     parser.add_argument("--module", metavar="WHERE:CLASS", help="path/to/file.py:Class or package.module:Class")

@@ -10,7 +10,7 @@ __all__ = ["limit_batches"]
 
 
 def limit_batches(length: int | None, limit: float, name: str) -> float:
-    """The number of batches of a loader to use.
+    """Compute the number of batches of a loader to use.
 
     Args:
         length: The loader's length; None where it is unknown.
@@ -19,6 +19,9 @@ def limit_batches(length: int | None, limit: float, name: str) -> float:
 
     Returns:
         The number of batches; infinity where it is unknown and not limited.
+
+    Raises:
+        MisconfigurationException: a fraction is asked of an unknown length, or is less than one batch.
     """
     if limit == 0:
         return 0

@@ -23,11 +23,11 @@ __all__ = ["Evaluation"]
 
 
 class Evaluation:
-    """Runs ``validation_step`` or ``test_step`` over the loaders; what it calls is decided once.
+    """Runs ``validation_step`` or ``test_step`` over the loaders; which methods it calls is decided once.
 
     Args:
-        run: the run it belongs to.
-        data: the loaders and how many batches of each.
+        run: the run that the evaluation belongs to.
+        data: the loaders and the number of batches of each.
         name: "validation" or "test".
         inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
     """
@@ -43,7 +43,7 @@ class Evaluation:
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
-        self._asked = 0  # batches before which `interrupted` was called
+        self._asked = 0  # the number of calls of `interrupted`
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
         self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
 
@@ -57,12 +57,12 @@ class Evaluation:
         """Evaluate.
 
         Args:
-            num_batches: of each loader; default: the limits of the data.
-            silent: write nothing to the loggers, as in the sanity check.
+            num_batches: the number of batches of each loader. Default: the limits of the data.
+            silent: write nothing to the loggers, as in the sanity check. Default: False.
             interrupted: called before every batch with its number over all loaders; returns whether to end there.
 
         Returns:
-            For every loader the logged names and values; None if it was interrupted.
+            For every loader the logged names and values; None if the evaluation was interrupted.
         """
         run, name, dispatch, results = self._run, self._name, self._run.dispatch, self._results
         limits = self.data.num_batches if num_batches is None else num_batches
@@ -85,7 +85,7 @@ class Evaluation:
                     return None
                 logged, per_loader = run.metrics.close_epoch(results, loaders=len(limits))
                 dispatch.call(f"{hook}_epoch_end")
-                late, extra = run.metrics.close_epoch(results, loaders=len(limits))  # what was logged there
+                late, extra = run.metrics.close_epoch(results, loaders=len(limits))  # what was logged in that hook
                 logged |= late
                 per_loader = [{**mine, **more} for mine, more in zip(per_loader, extra, strict=True)]
                 if not silent:
@@ -93,7 +93,7 @@ class Evaluation:
                     run.write(logged, max(step - 1, 0) if run.state.fn is TrainerFn.FITTING else step)
                 results.reset()
                 if run.state.stage is RunningStage.VALIDATING and run.progress.phase is Phase.LOGGED:
-                    run.progress.phase = Phase.VALIDATED  # a checkpoint saved in the hook must not validate again
+                    run.progress.phase = Phase.VALIDATED  # a checkpoint of the hook must not validate again
                 dispatch.call(f"{hook}_end")
         finally:
             results.reset()
@@ -105,7 +105,7 @@ class Evaluation:
         return per_loader
 
     def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> bool:
-        """Evaluate on one loader; whether that came to its end."""
+        """Evaluate on one loader; return whether the evaluation came to its end."""
         run, results, step = self._run, self._results, self._step
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
         on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end

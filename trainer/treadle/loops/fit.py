@@ -33,16 +33,16 @@ _SHORT_S = 1.0
 
 
 class Parts(Protocol):
-    """Makes what a fit loop is made of, when the loop needs it."""
+    """Makes the parts of a fit loop when the loop needs them."""
 
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
-        """The epoch loop over the training loader, asked for anew from the second time on; None without batches."""
+        """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
     def make_validation(self, run: ReadyRun, /) -> Evaluation | None:
-        """The validation with fresh loaders; None where fit does not validate."""
+        """Make the validation, with new loaders; None where fit does not validate."""
 
     def restore(self, run: ReadyRun, /) -> None:
-        """Put back what a resumed run had at its checkpoint, random state last; does it once."""
+        """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
 
 
 class FitLoop:
@@ -50,10 +50,10 @@ class FitLoop:
 
     Args:
         run: the run.
-        parts: what the loop is made of, made when it is needed.
+        parts: makes the epoch loop and the validation when they are needed.
         durations: when to stop.
         controls: holds ``should_stop``.
-        sanity: batches of each validation loader to try first; empty to skip.
+        sanity: the number of batches of each validation loader in the sanity check; empty to skip the check.
         validation: the evaluation to run in between, or None.
         reload_every: epochs after which epoch loop and validation are made anew; 0 for never.
     """
@@ -73,14 +73,14 @@ class FitLoop:
         self._sanity, self.validation, self._reload_every = sanity, validation, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
-        self._validation_s = math.inf  # how long the last one took
+        self._validation_s = math.inf  # how long the last validation took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
-        """How several ranks stop after the same batch."""
+        """Lets several ranks stop after the same batch; None on one rank."""
 
     def run(self) -> None:
-        """Train."""
+        """Run the sanity check, then the training epochs."""
         run = self._run
         self._sanity_check()
         run.state.stage = RunningStage.TRAINING
@@ -133,7 +133,7 @@ class FitLoop:
         logged |= run.metrics.close_epoch(run.results)[0]  # what the hooks logged: monitoring callbacks see it
         step = max(run.progress.logging_step - 1, 0)
         run.write(logged, step)
-        epoch.end()  # before them too: a checkpoint of the epoch's end leaves nothing to do
+        epoch.end()  # before monitoring callbacks, so that their checkpoint has the whole epoch's end
         run.dispatch.call(MONITORS, hook="on_train_epoch_end")
         run.write(run.metrics.close_epoch(run.results, local=True)[0], step)
         run.results.reset()
@@ -145,22 +145,22 @@ class FitLoop:
         if self.validation is None or not any(self._sanity):
             return
         run.state.stage = RunningStage.SANITY_CHECKING
-        with isolate_rng():  # training draws what it would without the check
+        with isolate_rng():  # so that training draws the random numbers that it draws without the check
             run.dispatch.call("on_sanity_check_start")
             self.validation(self._sanity, silent=True)
             run.dispatch.call("on_sanity_check_end")
         run.metrics.clear()
 
     def validate(self, interrupted: Callable[[int], bool]) -> bool:
-        """A validation in the middle of training, which ends between two batches where ``interrupted`` says so.
+        """Run a validation in the middle of training; it ends between two batches once ``interrupted`` returns True.
 
         Returns:
-            Whether it came to its end; if not, a checkpoint saved now begins it anew.
+            Whether the validation came to its end. If not, a run resumed from a checkpoint saved now begins it anew.
         """
         assert self.validation is not None
         run, state = self._run, self._run.state
         state.stage = RunningStage.VALIDATING
-        # a short one is waited for; several ranks do not know alike whether it is
+        # A short validation is not interrupted. Ranks may disagree on which is short, so several always ask.
         watched = run.fabric.world_size > 1 or self._validation_s > _SHORT_S
         if watched or self._may_save_in_validation:
             run.before_validation.update(moment(run))
@@ -174,11 +174,11 @@ class FitLoop:
         return completed
 
     def validation_elapsed(self, span: timedelta) -> bool:
-        """Whether the last validation is that long ago; every rank asks after each batch."""
+        """Return whether the last validation ended at least ``span`` ago; every rank asks after each batch."""
         return self._clock.over(span.total_seconds() - (time.monotonic() - self._validated_at))
 
     def may_stop(self) -> bool:
-        """Whether ``should_stop`` is heeded: not before ``min_epochs`` and ``min_steps``."""
+        """Return whether ``should_stop`` may end the fit: not before ``min_epochs`` and ``min_steps``."""
         d, progress = self._durations, self._run.progress
         epochs = progress.epoch + (1 if progress.is_last_batch else 0)
         enough = (not d.min_epochs or epochs >= d.min_epochs) and (not d.min_steps or progress.step >= d.min_steps)
@@ -191,7 +191,7 @@ class FitLoop:
         return enough
 
     def _done(self) -> str:
-        """Why training is over; empty while it is not."""
+        """Return the reason why training is over; empty while training goes on."""
         d, progress = self._durations, self._run.progress
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch, and the epoch's end follows
             return ""

@@ -1,4 +1,4 @@
-"""What ``configure_optimizers`` may return, made uniform."""
+"""Read the optimizers and schedulers that ``configure_optimizers`` returned, and step the schedulers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _KEYS = {"scheduler", "name", "interval", "frequency", "reduce_on_plateau", "mon
 
 
 def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
-    """The optimizers and schedulers in any of the shapes that ``configure_optimizers`` may return.
+    """Read the optimizers and schedulers in any of the forms that ``configure_optimizers`` may return.
 
     Raises:
-        MisconfigurationException: the shape is none that is known, a key is misspelled, an optimizer holds parameters
-            of another model, several optimizers without manual optimization, a plateau scheduler without a monitor, ...
+        MisconfigurationException: the form or a key is unknown, an optimizer holds parameters of another model, there
+            are several optimizers without manual optimization, a plateau scheduler has no monitor, ...
     """
     if returned is None:
         rank_zero_warn(
@@ -157,18 +157,18 @@ def step_schedulers(
     """Step the schedulers that are due.
 
     Args:
-        configs: all of them.
+        configs: all schedulers.
         interval: "step" or "epoch": what has just ended.
-        count: how many of those have ended.
+        count: the number of steps or epochs that have ended.
         plateau: True: step the schedulers that monitor a metric; False: the others.
         step: ``lr_scheduler_step(scheduler, metric)``.
-        metrics: gives the logged metrics.
+        metrics: returns the logged metrics.
 
     Returns:
-        How many stepped.
+        The number of schedulers that stepped.
 
     Raises:
-        MisconfigurationException: a monitored metric was not logged (with ``strict``); names the near ones.
+        MisconfigurationException: a monitored metric was not logged (with ``strict``); the message has similar names.
     """
     stepped = 0
     for config in configs:

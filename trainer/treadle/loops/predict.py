@@ -23,8 +23,8 @@ class Prediction:
     """Runs ``predict_step`` over the loaders.
 
     Args:
-        run: the run it belongs to.
-        data: the loaders and how many batches of each.
+        run: the run that the prediction belongs to.
+        data: the loaders and the number of batches of each.
         inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
         keep: whether to keep what the steps return.
     """
@@ -38,11 +38,11 @@ class Prediction:
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
 
     def __call__(self) -> list[Any] | None:
-        """Predict.
+        """Predict over all loaders.
 
         Returns:
             What ``predict_step`` returned for each batch, on the CPU; a list of such lists with several loaders; None
-            where they are not kept. What ranks share is whole and in order on each of them.
+            if outputs are not kept. Of a loader that ranks share, each rank gets the outputs of all ranks, in order.
         """
         predictions: list[list[Any]] = [[] for _ in self._data.num_batches]
         for loader_idx, output in self._outputs():
@@ -54,7 +54,7 @@ class Prediction:
         return predictions[0] if len(predictions) == 1 else predictions
 
     def stream(self) -> Iterator[Any]:
-        """Predict a batch when the caller asks for it: the outputs and order of a call, one loader after the other.
+        """Predict one batch each time the caller asks for an output, one loader after the other.
 
         Where ranks share a loader, outputs are exchanged batch by batch, so every rank has to ask for the same number.
         """
@@ -62,11 +62,11 @@ class Prediction:
             yield output
 
     def _outputs(self, *, share: bool = False) -> Iterator[tuple[int, Any]]:
-        """Loader and output of each batch; with ``share`` those of the other ranks too."""
+        """Yield the loader's index and the output of each batch; with ``share``, those of the other ranks too."""
         run, dispatch = self._run, self._run.dispatch
         modes = module_modes(run.module)
         try:
-            with self._no_grad():  # never across a yield: it would be on in the caller's code, too
+            with self._no_grad():  # never across a yield: it would hold in the caller's code, too
                 dispatch.call("on_predict_model_eval")
                 run.module.eval()
                 dispatch.call("on_predict_start")
@@ -105,7 +105,7 @@ class Prediction:
             yield move_data_to_device(output, cpu) if keep else None
 
     def _gathered(self, loader_idx: int, kept: list[Any]) -> list[Any]:
-        """The outputs of all ranks in the order of one process: they took turns with the batches."""
+        """Return the outputs of all ranks in the order of one process: the ranks took turns with the batches."""
         if not self._data.is_shared(loader_idx):
             return kept
         fabric, absent = self._run.fabric, object()
@@ -117,7 +117,7 @@ class Prediction:
         while True:
             mine = [*islice(outputs, 1)]
             turn = all_gather_objects(fabric, mine)
-            if not turn[0]:  # rank 0 has the first of each turn
+            if not turn[0]:  # rank 0 has the first batch of each turn, so no rank has one
                 return
             for theirs in turn:
                 yield from theirs

@@ -1,4 +1,4 @@
-"""When things fall in a run, computed from the arguments by pure functions."""
+"""When a run validates and when it ends, computed from the arguments by pure functions."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def check_limit(value: Any, name: str) -> None:
 
 
 def window_size(batch_idx: int, total: float, accumulate: int) -> int:
-    """How many batches the accumulation window of ``batch_idx`` has: fewer at the end of an epoch of known length."""
+    """Return the number of batches in ``batch_idx``'s accumulation: fewer at the end of an epoch of known length."""
     start = batch_idx - batch_idx % accumulate
     return int(min(accumulate, total - start))
 
 
 def total_steps(durations: Durations, batches: float, accumulate: int) -> float:
-    """The optimizer steps of a fit with this many batches an epoch; infinity where nothing bounds them."""
+    """Return the optimizer steps of a fit with ``batches`` batches per epoch; infinity where nothing bounds them."""
     bound = math.inf if durations.max_steps == -1 else durations.max_steps
     if durations.max_epochs == -1:
         return bound
@@ -81,16 +81,26 @@ class ValidationSchedule:
     """When validation runs in fit."""
 
     every_n_batches: float
-    """Infinity: only at the end of an epoch of unknown length, or by time."""
+    """The batches between two validations. Infinity: only at the end of an epoch of unknown length, or by time."""
     every_n_epochs: int | None
-    """None: batches are counted across epochs."""
+    """The epochs between two validations. None: batches are counted across epochs."""
     every: timedelta | None = None
+    """The time between two validations. None: batches decide."""
     at_epoch_end: bool = False
-    """After the epoch's last batch, independent of the number of batches."""
+    """Whether validation follows the epoch's last batch, whatever the number of batches."""
 
     @classmethod
     def resolve(cls, interval: Any, every_n_epochs: int | None, num_batches: float) -> ValidationSchedule:
-        """Compute it from ``val_check_interval``, ``check_val_every_n_epoch`` and the number of training batches."""
+        """Compute the schedule from the Trainer's arguments and the number of training batches.
+
+        Args:
+            interval: ``val_check_interval``.
+            every_n_epochs: ``check_val_every_n_epoch``.
+            num_batches: the training batches of an epoch; infinity where that is not known.
+
+        Raises:
+            MisconfigurationException: validation would never run, or a fraction is asked of an unknown length.
+        """
         if isinstance(interval, (str, dict, timedelta)):
             return cls(math.inf, every_n_epochs, parse_duration(interval, "val_check_interval"))
         if isinstance(interval, int):
@@ -111,17 +121,17 @@ class ValidationSchedule:
         return cls(max(1, int(num_batches * interval)), every_n_epochs, at_epoch_end=interval == 1.0)
 
     def in_epoch(self, epoch: int) -> bool:
-        """Whether validation runs at all in the epoch after ``epoch`` completed ones."""
+        """Return whether validation runs at all in the epoch after ``epoch`` completed epochs."""
         return self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs == 0
 
     def due(self, epoch: int, batch: int, batches: int, *, is_last: bool) -> bool:
-        """Whether validation follows the batch that has just been trained on, where batches decide and not time.
+        """Return whether validation follows the batch that was just trained on, where batches decide and not time.
 
         Args:
             epoch: completed epochs.
             batch: batches of this epoch so far, this one included.
             batches: batches of all epochs so far, this one included.
-            is_last: whether it is the epoch's last.
+            is_last: whether the batch is the epoch's last.
         """
         if not self.in_epoch(epoch):
             return False

@@ -1,4 +1,4 @@
-"""The way of a value from ``self.log`` to loggers, progress bar and callbacks.
+"""The path of a value from ``self.log`` to loggers, progress bar and callbacks.
 
 Start with ``bus.py``: values go into slots (``slot.py``) and leave them together, reduced over the ranks in one
 collective (``reduction.py``). ``latest.py`` keeps the newest value of each name, ``table.py`` prints results. Imports

@@ -55,7 +55,7 @@ class Results:
         self.slots: dict[tuple[str, str, int | None], Slot] = {}
         self.open = False
         """Whether something was logged since epoch values were taken the last time."""
-        self._resumed_samples = 1.0  # of the batch that a checkpoint was saved in the end of
+        self._resumed_samples = 1.0  # of the batch at whose end the checkpoint was saved
         self._names: dict[str, str] = {}  # a final name -> the hook that logs it
         self._fabric = fabric
         self.alone = fabric.world_size == 1
@@ -64,7 +64,7 @@ class Results:
         """Where torchmetrics objects are looked up by path."""
 
     def belongs_to(self, module: LightningModule) -> None:
-        """The module whose values are logged here."""
+        """Set the module whose values are logged here."""
         self._roots = [module]
 
     def log(
@@ -120,7 +120,7 @@ class Results:
         self.batch_size = None
 
     def reset(self) -> None:
-        """Forget values and metric objects' states; the epoch is over."""
+        """Forget values and reset metric objects, because the epoch is over."""
         for slot in self.slots.values():
             if slot.metric is not None and slot.on_epoch:
                 slot.metric.reset()
@@ -130,9 +130,9 @@ class Results:
         self.begin_batch(None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The slots of the unfinished epoch, as tensors and plain containers; every rank calls it.
+        """Return the slots of the unfinished epoch, as tensors and plain containers; every rank calls it.
 
-        Of a callable reduction its result so far is kept, which counts until the callable is passed again.
+        A callable reduction cannot be saved: its result so far is, and is used until the callable is passed again.
         """
         slots = []
         everywhere = self._gathered()
@@ -147,7 +147,7 @@ class Results:
         return {"slots": slots, "samples": self._samples()}
 
     def _gathered(self) -> dict[str, Any]:
-        """The values of all ranks for callable reductions; the ranks may have logged different names."""
+        """Gather the values of all ranks for callable reductions; the ranks may have logged different names."""
         if self.alone:
             return {}
         rows: list[Row] = [
@@ -158,7 +158,7 @@ class Results:
         return reduce_over_ranks(self._fabric, rows)
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave; ``metrics`` are the module's torchmetrics objects by path."""
+        """Restore what :meth:`state_dict` returned; ``metrics`` are the module's torchmetrics objects by path."""
         self.reset()
         for entry in state["slots"]:
             self.hook, name, self.dataloader_idx = entry["key"]
@@ -231,7 +231,7 @@ class Results:
     # ------------------------------------------------------------------------------------------------ what leaves
 
     def latest(self, view: Literal["callback", "logged", "bar"]) -> dict[str, Any]:
-        """The last value of every step-logged name, as one of the three sees it in the middle of an epoch."""
+        """Return the last value of every name logged on steps, for callbacks, loggers or the progress bar."""
         out: dict[str, Any] = {}
         for slot in self.slots.values():
             if not (slot.on_step and slot.has_value):
@@ -247,9 +247,9 @@ class Results:
         return out
 
     def take_step_metrics(self) -> dict[str, Any]:
-        """For the loggers: what was logged on steps since the last call.
+        """Return, for the loggers, the values logged on steps since the last call.
 
-        In training it is reduced over the ranks, weighted by the samples of the batch; every rank has to ask then.
+        In training they are reduced over the ranks, weighted by the samples of the batch; every rank calls it then.
         """
         out: dict[str, Any] = {}
         rows: list[Row] = []
@@ -274,9 +274,9 @@ class Results:
         return 1.0 if size is None else float(size)
 
     def epoch_metrics(self, *, local: bool = False) -> list[tuple[Slot, Any]]:
-        """The value of every epoch-logged slot that was not taken yet: scalar tensors on the device, or numbers.
+        """Return the epoch value of every slot that was not taken yet: scalar tensors on the device, or numbers.
 
-        They are reduced over the ranks unless ``local``; every rank has to ask then, with or without values.
+        Unless ``local``, they are reduced over the ranks, and every rank calls it, with or without values.
         """
         self.open = False
         found: list[tuple[Slot, Any]] = []
@@ -315,7 +315,7 @@ class Results:
 
 
 class _Reduced:
-    """Replaces a callable reduction, which a checkpoint cannot keep, and gives its result so far."""
+    """Stands in for a callable reduction, which a checkpoint cannot keep, and returns its result so far."""
 
     def __init__(self, result: Any) -> None:
         self.result = result
@@ -325,7 +325,7 @@ class _Reduced:
 
 
 def _same_code(one: LogOptions, other: LogOptions) -> bool:
-    """Whether only ``reduce_fx`` differs, and only because a lambda is made anew each time or training was resumed."""
+    """Return whether only ``reduce_fx`` differs, because a lambda is made anew each time or training was resumed."""
     code = getattr(one.reduce_fx, "__code__", None)
     same = code is not None and code is getattr(other.reduce_fx, "__code__", None)
     same |= isinstance(one.reduce_fx, _Reduced)
@@ -334,7 +334,7 @@ def _same_code(one: LogOptions, other: LogOptions) -> bool:
 
 
 def _elsewhere(row: str, value: Tensor) -> tuple[Slot, Any]:
-    """A value that only other ranks logged (this rank had no samples, for example), for this rank to show too."""
+    """Make a slot for a value that only other ranks logged (this rank had no samples, for example)."""
     label, _, _ = row.rpartition(" in ")
     name, mark, loader = label.partition("/dataloader_idx_")
     slot = Slot(name, LogOptions(logger=False), on_step=False, on_epoch=True)

@@ -44,7 +44,7 @@ class Metrics:
         return to_floats({**self._bar, **self.active.latest("bar")} if self.active else self._bar)
 
     def detached(self) -> Metrics:
-        """A copy on the CPU, which other processes can read."""
+        """Return a copy on the CPU, which other processes can read."""
         copy = Metrics()
         for name in ("_callback", "_logged", "_bar"):
             values = getattr(self, name)
@@ -52,11 +52,11 @@ class Metrics:
         return copy
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything known so far, as tensors and numbers."""
+        """Return everything known so far, as tensors and numbers."""
         return {"callback": dict(self._callback), "logged": dict(self._logged), "bar": dict(self._bar)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self._callback, self._logged, self._bar = dict(state["callback"]), dict(state["logged"]), dict(state["bar"])
 
     def clear(self) -> None:
@@ -66,7 +66,7 @@ class Metrics:
         self._bar.clear()
 
     def keep(self, results: Results) -> None:
-        """Keep the last step values of a stage that is left."""
+        """Keep the last step values of a stage that ends or is paused."""
         if not results.slots:
             return
         self._callback.update(results.latest("callback"))
@@ -78,20 +78,20 @@ class Metrics:
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Take the epoch values of a stage: of every slot with ``on_epoch`` and a value that was not taken before.
 
-        A slot counts as taken once this has reduced it, until the next epoch empties it; so a second call gives only
-        what was logged first in between. Without ``local`` it is a collective: every rank calls it, also one without
-        values.
+        A slot counts as taken once this method has reduced it, until the next epoch empties it; so a second call
+        returns only names that were first logged in between. Without ``local`` this is a collective: every rank calls
+        it, even without values.
 
         Args:
-            results: of the stage.
-            local: take this rank's own values, without a collective.
-            loaders: of the evaluation; 1 in training.
+            results: the slots of the stage.
+            local: take this rank's own values, without a collective. Default: False.
+            loaders: the number of loaders of the evaluation. Default: 1, as in training.
 
         Returns:
-            What goes to the loggers, and for every dataloader its names and values. A name has the suffix ``_epoch``
-            where step values are logged under it too.
+            The names and values for the loggers, and those of every dataloader. A name has the suffix ``_epoch`` where
+            step values are logged under it too.
         """
-        if local or not results.training:  # the last time: until then they are looked up where they are
+        if local or not results.training:  # step values are read from the slots until now
             self.keep(results)
         if not results.open and (local or results.alone):
             return {}, [{} for _ in range(loaders)]

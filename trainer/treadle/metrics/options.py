@@ -28,5 +28,5 @@ class LogOptions(NamedTuple):
 
 
 def read_options(saved: Mapping[str, Any] | tuple[Any, ...] | list[Any]) -> LogOptions:
-    """The options in a checkpoint: by field name, or by position as earlier checkpoints have them."""
+    """Read the options in a checkpoint: by field name, or by position as earlier checkpoints have them."""
     return LogOptions(**saved) if isinstance(saved, Mapping) else LogOptions(*saved)

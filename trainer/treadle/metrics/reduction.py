@@ -1,4 +1,4 @@
-"""Logged scalars reduced over the ranks, all of them in one packed collective."""
+"""Reduce logged scalars over the ranks, all of them in one packed collective."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
 
 
 def compute_alone(metric: Any) -> Any:
-    """What a torchmetrics object computes of this rank's values: the others would wait for ranks that lack it."""
+    """Compute a torchmetrics object of this rank's values alone: a collective would wait for ranks that lack it."""
     before = getattr(metric, "_to_sync", False)
     metric._to_sync = False
     try:
@@ -40,13 +40,13 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
     """Reduce scalars over all ranks in one collective (two above 64 of them).
 
     Args:
-        fabric: whose ranks.
-        rows: name, reduction, this rank's total (for a mean: the weighted sum), weight. "gather" takes a list of
-            numbers in the total's place, and "count" nothing.
+        fabric: the Fabric of these ranks.
+        rows: for each scalar its name, reduction, total on this rank (for a mean: the weighted sum) and weight.
+            "gather" takes a list of numbers in the total's place, and "count" None.
 
     Returns:
         The reduced value of every name that any rank logged, in float64; for "gather" the numbers of
-        all ranks, for "count" how many ranks have the name.
+        all ranks, for "count" the number of ranks that have the name.
     """
     rows = sorted(rows, key=lambda r: r[0])
     names = [f"{name}:{how}" for name, how, *_ in rows]
@@ -89,7 +89,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
 
 
 def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | None:
-    """Every rank's (total, weight) pairs, ``(world_size, 2 * len(rows))``; None where the names differ."""
+    """Gather the (total, weight) pairs of all ranks, ``(world_size, 2 * len(rows))``; None where the names differ."""
     checksum = float(zlib.crc32("\n".join(names).encode()))
     dtype = torch.float64
     head = [checksum, float(len(rows))]

@@ -23,7 +23,7 @@ class MetricSink(Protocol):
 
 
 class _NotLogging:
-    """Where values go without a trainer: to the Fabric that set the module up, if any."""
+    """The sink without a trainer: sends values to the Fabric that set the module up, if any."""
 
     def log(
         self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
@@ -43,7 +43,7 @@ NOT_LOGGING: Final = _NotLogging()
 
 
 class _Nowhere:
-    """Where values go when a batch runs again."""
+    """The sink for a batch that runs again: drops every value."""
 
     def log(self, *args: Any) -> None:
         pass

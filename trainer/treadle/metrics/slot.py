@@ -39,7 +39,7 @@ class Slot:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the epoch."""
+        """Forget the values of the epoch."""
         self.value: Any = None
         self.has_value = self.fresh = self.closed = False
         self.pending: list[Any] = []
@@ -49,23 +49,23 @@ class Slot:
         self.weight = 0.0
 
     def entries(self, value: Any, fork: str = "") -> list[tuple[str, Any]]:
-        """A value under the names it leaves with; ``fork`` is added where step and epoch values both do."""
+        """Return a value with the names it is logged under; ``fork`` is added where step and epoch values both are."""
         end = (fork if self.forked else "") + self.suffix
         if isinstance(value, Mapping):  # a torchmetrics object may compute several
             return [(name + end, scalar) for name, scalar in flatten_metrics(value, f"{self.name}/")]
         return [(self.name + end, value)]
 
     def accumulate(self, value: Any, weight: float) -> None:
-        """Take a value into the epoch's reduction."""
+        """Add a value to the epoch's reduction."""
         if not weight and self.reduce == "mean":
-            return  # of no samples: it counts for nothing, and may be NaN
+            return  # a value of no samples counts for nothing, and may be NaN
         self.pending.append(value)
         self.weights.append(weight)
         if len(self.pending) >= _FOLD_EVERY:
             self.fold()
 
     def fold(self) -> None:
-        """Reduce what is pending in one operation, without waiting for the device."""
+        """Reduce the pending values in one operation, without waiting for the device."""
         if not self.pending:
             return
         values, weights = self.pending, self.weights
@@ -90,18 +90,18 @@ class Slot:
         return _ON_NUMBERS[self.reduce](values)  # type: ignore[index]
 
     def _of_tensors(self, values: list[Any], weights: list[float]) -> Tensor:
-        """With tensors among them it is one, whichever kind of value was logged last."""
+        """Reduce values among which are tensors; the result is a tensor, whichever kind of value came last."""
         if self.reduce in ("mean", "sum") and all(map(_is_at_hand, values)):
             numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
             return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64)
         stacked = stack(values)
         if self.reduce == "mean":
-            alike = weights.count(weights[0]) == len(weights)  # to send several to the device would wait for it
+            alike = weights.count(weights[0]) == len(weights)  # several weights would have to be sent to the device
             return stacked.sum() * weights[0] if alike else stacked @ stacked.new_tensor(weights)
         return _ON_TENSORS[self.reduce](stacked)  # type: ignore[index]
 
     def compute(self) -> Any:
-        """The epoch's value on this rank."""
+        """Return the epoch's value on this rank."""
         if self.metric is not None:
             return self.metric.compute()
         self.fold()
@@ -113,12 +113,12 @@ class Slot:
 
 
 def _is_at_hand(value: Any) -> bool:
-    """Whether reading the value as a Python number, which is as exact as float64, waits for no device."""
+    """Return whether reading the value as a Python number, which is as exact as float64, waits for no device."""
     return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
 
 
 def stack(values: list[Any]) -> Tensor:
-    """Scalars of any kind as one vector, in double precision where the device has it."""
+    """Stack scalars of any kind into one vector, in double precision where the device has it."""
     device = next((v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if all(isinstance(v, Tensor) and v.device == device and v.dtype == values[0].dtype for v in values):

@@ -1,4 +1,4 @@
-"""The results of an evaluation as a table, for a person to read."""
+"""Print the results of an evaluation as a table, for a person to read."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["print_results", "results_table"]
 
 
 def results_table(results: Sequence[Mapping[str, float]], stage: str, width: int = 80) -> str:
-    """One row a metric, one column a dataloader.
+    """Format results as a table with one row for each metric and one column for each dataloader.
 
     Args:
-        results: for every dataloader names and values; the suffix ``/dataloader_idx_N`` is left out of the names.
-        stage: "validate" or "test", the heading.
-        width: of the terminal, in characters; columns that do not fit go below.
+        results: for every dataloader its names and values; the suffix ``/dataloader_idx_N`` is left out of the names.
+        stage: "validate" or "test", for the heading.
+        width: the width of the terminal, in characters; columns that do not fit go below. Default: 80.
     """
     columns = [
         {name.removesuffix(f"/dataloader_idx_{i}"): value for name, value in found.items()}

@@ -1,4 +1,4 @@
-"""What can be logged: numbers, tensors, torchmetrics objects, and dictionaries of them."""
+"""Values that can be logged: numbers, tensors, torchmetrics objects, and dictionaries of these."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["flatten_metrics", "is_metric", "to_floats"]
 
 
 def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The entries of a dictionary, of nested ones joined by ``/``, or of a torchmetrics collection."""
+    """Yield the entries of a dictionary or a torchmetrics collection; nested names are joined by ``/``."""
     if hasattr(dictionary, "compute_groups"):
         items: Iterable[tuple[Any, Any]] = dictionary.items(keep_base=False, copy_state=False)
     elif isinstance(dictionary, Mapping):
@@ -30,16 +30,16 @@ def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, An
 
 
 def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The same names and floats, in one transfer to the host for every device and dtype among the tensors."""
+    """Turn metrics into floats, in one transfer to the host for every device and dtype among the tensors."""
     return {name: float(value) for name, value in to_numbers(metrics).items()}
 
 
 def is_metric(value: Any) -> bool:
-    """Whether it is a torchmetrics object, or behaves like one."""
+    """Return whether a value is a torchmetrics object, or behaves like one."""
     return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
 
 
 def step_value(metric: Any) -> Any:
-    """What a torchmetrics object computed of the last batch; of all so far where it was only updated."""
+    """Return what a torchmetrics object computed of the last batch, or of all so far if it was only updated."""
     cached = getattr(metric, "_forward_cache", None)
     return metric.compute() if cached is None else cached

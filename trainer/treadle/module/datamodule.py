@@ -41,33 +41,33 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
     trainer: Trainer | None = None
     """The trainer of the current run; ``None`` before the first."""
     prepare_data_per_node: bool = True
-    """Whether :meth:`prepare_data` runs once on every node or once in all (where nodes share a file system)."""
+    """Whether :meth:`prepare_data` runs once on every node; False: once in all, for nodes that share a file system."""
 
     def train_dataloader(self) -> Any:
-        """The training data: a loader, or a list or dictionary of loaders."""
+        """Return the training data: a loader, or a list or dictionary of loaders."""
         raise _missing(self, "train_dataloader")
 
     def val_dataloader(self) -> Any:
-        """The validation data: a loader or a list of loaders."""
+        """Return the validation data: a loader or a list of loaders."""
         raise _missing(self, "val_dataloader")
 
     def test_dataloader(self) -> Any:
-        """The test data: a loader or a list of loaders."""
+        """Return the test data: a loader or a list of loaders."""
         raise _missing(self, "test_dataloader")
 
     def predict_dataloader(self) -> Any:
-        """The data to predict on: a loader or a list of loaders."""
+        """Return the data to predict on: a loader or a list of loaders."""
         raise _missing(self, "predict_dataloader")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""
+        """Return what a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
 
     def on_exception(self, exception: BaseException) -> None:
-        """The run is ending with an exception, KeyboardInterrupt included."""
+        """Called when the run ends with an exception, KeyboardInterrupt included."""
 
     @class_only
     def from_datasets(
@@ -80,15 +80,15 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         num_workers: int = 0,
         **datamodule_kwargs: Any,
     ) -> D:
-        """A datamodule around datasets that exist already. Only the training data is shuffled.
+        """Make a datamodule from datasets. Only the training data is shuffled.
 
         Args:
             train_dataset: A dataset, or a list or dictionary of datasets that are iterated side by side.
             val_dataset: A dataset or a list of datasets.
-            test_dataset: The same.
-            predict_dataset: The same.
-            batch_size: Samples per batch. Handed to ``__init__`` too if it takes it.
-            num_workers: Loading processes per loader. Handed to ``__init__`` too if it takes it.
+            test_dataset: A dataset or a list of datasets.
+            predict_dataset: A dataset or a list of datasets.
+            batch_size: Samples per batch, passed to ``__init__`` too if that takes the argument. Default: 1.
+            num_workers: Loading processes per loader, passed to ``__init__`` likewise. Default: 0.
             **datamodule_kwargs: Arguments of ``__init__``.
         """
         takes = {} if cls.__init__ is object.__init__ else inspect.signature(cls.__init__).parameters
@@ -111,14 +111,19 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> D:
-        """A datamodule made from the hyperparameters and the state in a checkpoint.
+        """Make a datamodule with the hyperparameters in a checkpoint, and restore its state.
 
         Args:
             checkpoint_path: A path, a URL or an open file.
-            map_location: Where tensors go, as in :func:`torch.load`.
-            hparams_file: ``.yaml`` or ``.csv`` with hyperparameters, for a checkpoint that has none.
+            map_location: Where tensors go, as in :func:`torch.load`. Default: the device that each tensor was saved
+                from, or the CPU if that device is not here.
+            hparams_file: A ``.yaml`` or ``.csv`` file with hyperparameters, instead of those in the checkpoint.
             weights_only: ``False`` unpickles arbitrary objects: only for files you trust. Default: ``True``.
-            **kwargs: Arguments of ``__init__``; they win over the saved ones.
+            **kwargs: Arguments of ``__init__``; they replace the saved ones.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+            MisconfigurationException: ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
         """
         return load_datamodule_from_checkpoint(
             cls, checkpoint_path, map_location, hparams_file, weights_only=weights_only, **kwargs

@@ -1,6 +1,6 @@
-"""The hook vocabulary, and the loop they hang on.
+"""The hooks of a run, in the order in which they are called.
 
-Callbacks run before the module, in the order of the list. A hook that is not overridden costs one truth test.
+Callbacks come before the module, in the order of the list. A hook that is not overridden costs one truth test.
 
 Fit::
 
@@ -21,7 +21,7 @@ Fit::
         for batch_idx, batch in enumerate(train_dataloader):
             on_before_batch_transfer(); transfer_batch_to_device(); on_after_batch_transfer()
             on_train_batch_start()                                       # -1 skips the rest of the epoch
-            optimizer_step:                                              # only its inside while accumulating
+            optimizer_step:                                              # while accumulating, only what is inside
                 loss = training_step(batch, batch_idx)
                 on_before_zero_grad(); optimizer_zero_grad()             # at the first batch of an accumulation
                 on_before_backward(loss); backward(loss); on_after_backward()
@@ -49,7 +49,7 @@ validate (in fit, and by itself; test is the same under its own names)::
         transfer hooks
         on_validation_batch_start(); validation_step(); on_validation_batch_end()
     on_validation_epoch_end(); loggers; on_validation_end()
-    on_validation_model_train()                                          # in fit only
+    on_validation_model_train()                                          # if overridden; else modes are put back
 
 predict::
 
@@ -80,29 +80,30 @@ _STAGE_HOOKS: Final = ("setup", "teardown")
 
 
 class DataHooks:
-    """Where batches come from and how they reach the device; a module and a data module share these."""
+    """Hooks for where batches come from and how they reach the device, shared by modules and data modules."""
 
     def prepare_data(self) -> None:
-        """Download and preprocess to disk, in one process (of each node): the others do not see what it assigns."""
+        """Download and preprocess data to disk. One process (of each node) runs this: do not assign attributes here."""
 
     def setup(self, stage: str) -> None:
-        """A fit, validate, test or predict begins, in every process; ``stage`` is its name."""
+        """Called in every process when a run begins; ``stage`` is "fit", "validate", "test" or "predict"."""
 
     def teardown(self, stage: str) -> None:
-        """It has ended."""
+        """Called in every process when a run has ended; ``stage`` is the one of :meth:`setup`."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch while it is still where the loader made it; returns the batch."""
+        """Change a batch before it moves to the device, and return it."""
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch to ``device``; returns the batch. Override it for types of your own: tensors in lists, tuples
-        and dictionaries are moved.
+        """Move a batch to ``device``, and return it.
+
+        Tensors in lists, tuples and dictionaries are moved. Override this for types of your own.
         """
         return move_data_to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch on the device, for example augment it on the GPU; returns the batch."""
+        """Change a batch on the device, for example augment it on the GPU, and return it."""
         return batch
 
 
@@ -110,40 +111,44 @@ class ModuleHooks(DataHooks, nn.Module):
     """The hooks of a :class:`~treadle.LightningModule`, in the order of a run."""
 
     def on_fit_start(self) -> None:
-        """Fit begins; optimizers exist."""
+        """Called when fit begins; the optimizers exist."""
 
     def on_fit_end(self) -> None:
-        """Fit has ended."""
+        """Called when fit has ended."""
 
     def on_train_start(self) -> None:
-        """Training begins, after the sanity check."""
+        """Called when training begins, after the sanity check."""
 
     def on_train_end(self) -> None:
-        """Training has ended."""
+        """Called when training has ended."""
 
     def on_train_epoch_start(self) -> None:
-        """A training epoch begins."""
+        """Called when a training epoch begins."""
 
     def on_train_epoch_end(self) -> None:
-        """A training epoch has ended, its validation included."""
+        """Called when a training epoch has ended, its validation included."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        """A training batch begins. Return -1 to skip the rest of the epoch."""
+        """Called when a training batch begins. Return -1 to skip the rest of the epoch."""
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A training batch has ended; ``outputs`` is what ``training_step`` returned, detached."""
+        """Called when a training batch has ended; ``outputs`` is what ``training_step`` returned, detached."""
 
     def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        """Gradients are about to be zeroed."""
+        """Called before gradients are zeroed."""
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Backward is about to run on ``loss``, divided by the accumulation, or times weight over a power of two."""
+        """Called before backward runs on ``loss``.
+
+        The loss is divided by the number of batches of the accumulation. A loss with a weight is instead multiplied by
+        its weight over a power of two, the same in the whole run.
+        """
 
     def on_after_backward(self) -> None:
-        """Gradients are there (still scaled under 16-mixed)."""
+        """Called after backward; gradients are still scaled under 16-mixed."""
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """The optimizer is about to step; gradients are unscaled, not yet clipped."""
+        """Called before the optimizer steps; gradients are unscaled, and not clipped yet."""
 
     def on_validation_model_zero_grad(self) -> None:
         """Free gradients before a validation in fit; not called while an accumulation is under way."""
@@ -154,84 +159,84 @@ class ModuleHooks(DataHooks, nn.Module):
         self.eval()
 
     def on_validation_model_train(self) -> None:
-        """Put the model back into training mode. Left alone, every submodule gets back the mode it had."""
+        """Put the model back into training mode. If not overridden, every submodule gets back the mode it had."""
         self.train()
 
     def on_validation_start(self) -> None:
-        """Validation begins."""
+        """Called when validation begins."""
 
     def on_validation_end(self) -> None:
-        """Validation has ended."""
+        """Called when validation has ended."""
 
     def on_validation_epoch_start(self) -> None:
-        """A validation epoch begins."""
+        """Called when a validation epoch begins."""
 
     def on_validation_epoch_end(self) -> None:
-        """A validation epoch has ended."""
+        """Called when a validation epoch has ended."""
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A validation batch begins."""
+        """Called when a validation batch begins."""
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A validation batch has ended."""
+        """Called when a validation batch has ended; ``outputs`` is what ``validation_step`` returned."""
 
     def on_test_model_eval(self) -> None:
         """Put the model into evaluation mode."""
         self.eval()
 
     def on_test_model_train(self) -> None:
-        """Put the model back into training mode. Left alone, every submodule gets back the mode it had."""
+        """Put the model back into training mode. If not overridden, every submodule gets back the mode it had."""
         self.train()
 
     def on_test_start(self) -> None:
-        """Testing begins."""
+        """Called when testing begins."""
 
     def on_test_end(self) -> None:
-        """Testing has ended."""
+        """Called when testing has ended."""
 
     def on_test_epoch_start(self) -> None:
-        """A test epoch begins."""
+        """Called when a test epoch begins."""
 
     def on_test_epoch_end(self) -> None:
-        """A test epoch has ended."""
+        """Called when a test epoch has ended."""
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A test batch begins."""
+        """Called when a test batch begins."""
 
     def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A test batch has ended."""
+        """Called when a test batch has ended; ``outputs`` is what ``test_step`` returned."""
 
     def on_predict_model_eval(self) -> None:
         """Put the model into evaluation mode."""
         self.eval()
 
     def on_predict_start(self) -> None:
-        """Prediction begins."""
+        """Called when prediction begins."""
 
     def on_predict_end(self) -> None:
-        """Prediction has ended."""
+        """Called when prediction has ended."""
 
     def on_predict_epoch_start(self) -> None:
-        """A prediction epoch begins."""
+        """Called when a prediction epoch begins."""
 
     def on_predict_epoch_end(self) -> None:
-        """A prediction epoch has ended."""
+        """Called when a prediction epoch has ended."""
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A prediction batch begins."""
+        """Called when a prediction batch begins."""
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """A prediction batch has ended."""
+        """Called when a prediction batch has ended; ``outputs`` is what ``predict_step`` returned."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint is about to be written; add to it or change it in place."""
+        """Called before a checkpoint is written; add to it or change it in place."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint was read, before weights are restored."""
+        """Called after a checkpoint was read, before weights are restored."""
 
 
 def hook_arguments(declared_by: type, passed_before: int) -> dict[str, tuple[str, ...]]:
-    """The hooks that a class declares, and the names of the arguments that the loops pass to each.
+    """Read off a class which hooks it declares, and the names of the arguments that the loops pass to each.
 
     Args:
         declared_by: the class.

@@ -20,7 +20,7 @@ __all__ = ["HyperparametersMixin"]
 class HyperparametersMixin:
     """Gives :meth:`save_hyperparameters` and :attr:`hparams` to modules and datamodules."""
 
-    # Class attributes, so that neither the order of super().__init__() nor a dataclass matters.
+    # Class attributes, so that they exist before super().__init__() is called, and in a dataclass.
     _hparams: AttributeDict | None = None
     _hparams_initial: AttributeDict | None = None
     _hparams_name: str | None = None
@@ -35,17 +35,17 @@ class HyperparametersMixin:
     ) -> None:
         """Keep arguments of ``__init__`` in :attr:`hparams`, in checkpoints and with the loggers.
 
-        Without ``args``, all of them: those of every ``__init__`` of the class hierarchy that is running, the most
-        derived winning, ``**kwargs`` among them. Called again, it adds.
+        Without ``args`` it keeps all arguments, ``**kwargs`` included, of every ``__init__`` of the class hierarchy
+        that is running; of two values for a name, that of the most derived class. A second call adds to the first.
 
         Args:
             *args: Names of arguments; or one object (mapping, namespace or dataclass) that holds them all.
             ignore: Names to leave out.
             frame: The frame of the ``__init__`` to read. Default: the caller's.
-            logger: Whether the loggers get them too.
+            logger: Whether the loggers get the hyperparameters too. Default: True.
 
         Raises:
-            MisconfigurationException: If a name is not an argument, or the object holds no named values.
+            MisconfigurationException: A name is not an argument, or the object holds no named values.
         """
         if frame is None:
             current = inspect.currentframe()
@@ -90,7 +90,7 @@ class HyperparametersMixin:
 
     @property
     def hparams_initial(self) -> AttributeDict:
-        """A copy of the hyperparameters as they were when last saved."""
+        """A copy of the hyperparameters as they were after the last :meth:`save_hyperparameters`."""
         return AttributeDict() if self._hparams_initial is None else _copied(self._hparams_initial)
 
     def remove_ignored_hparams(self, ignore_list: Iterable[str]) -> None:
@@ -102,7 +102,7 @@ class HyperparametersMixin:
 
 
 def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
-    """The arguments of every running ``__init__`` of ``obj``, from ``frame`` outwards; the outermost class wins."""
+    """Collect the arguments of every running ``__init__`` of ``obj``, from ``frame`` outwards; the last one wins."""
     if dataclasses.is_dataclass(obj):
         return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
     found: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Making a module or a datamodule from a checkpoint."""
+"""Make a module or a datamodule from a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
 
     class class_only(classmethod):
-        """A class method that refuses to be called on an instance, whose state it would silently leave alone."""
+        """A class method that refuses to be called on an instance, because the call would not change the instance."""
 
         def __get__(self, instance, owner=None):
             if instance is None:
@@ -56,21 +56,21 @@ def load_module_from_checkpoint(
     weights_only: bool | None = None,
     **kwargs: Any,
 ) -> M:
-    """A module made with the hyperparameters in a checkpoint, with its weights.
+    """Make a module with the hyperparameters in a checkpoint, and load its weights.
 
     Args:
         cls: The class to make.
         checkpoint_path: A path, a URL or an open file.
-        map_location: Where tensors go, as in :func:`torch.load`. Default: where they were saved from, or the CPU if
-            that device is not here.
-        hparams_file: ``.yaml`` or ``.csv`` with hyperparameters, for a checkpoint that has none.
+        map_location: Where tensors, and with them the module, go, as in :func:`torch.load`. Default: the device that
+            each tensor was saved from, or the CPU if that device is not here.
+        hparams_file: A ``.yaml`` or ``.csv`` file with hyperparameters, instead of those in the checkpoint.
         strict: Whether the parameter names must match exactly. Default: the module's ``strict_loading``.
         weights_only: ``False`` unpickles arbitrary objects: only for files you trust. Default: ``True``.
-        **kwargs: Arguments of ``__init__``; they win over the saved ones.
+        **kwargs: Arguments of ``__init__``; they replace the saved ones.
 
     Raises:
-        CheckpointError: If the file cannot be read, or holds no ``state_dict``.
-        MisconfigurationException: If ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
+        CheckpointError: The file cannot be read, or holds no ``state_dict``.
+        MisconfigurationException: ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
     """
     checkpoint = _read(checkpoint_path, map_location, weights_only)
     hparams, name = _hparams_of(checkpoint, hparams_file, "hyper_parameters", "hparams_name")
@@ -86,7 +86,7 @@ def load_module_from_checkpoint(
     strict = module.strict_loading if strict is None else strict
     keys = module.load_state_dict(state, strict=strict)
     if not strict:
-        for kind, names in (("does not have", keys.missing_keys), ("has, unused,", keys.unexpected_keys)):
+        for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
             if names:
                 rank_zero_warn(f"{checkpoint_path} {kind} {', '.join(names)}.")
     device = next((value.device for value in state.values() if isinstance(value, Tensor)), None)
@@ -101,9 +101,9 @@ def load_datamodule_from_checkpoint(
     weights_only: bool | None = None,
     **kwargs: Any,
 ) -> D:
-    """A datamodule made with the hyperparameters in a checkpoint, with its state if it has one there.
+    """Make a datamodule with the hyperparameters in a checkpoint, and restore the state that it has there, if any.
 
-    Args and errors as in :func:`load_module_from_checkpoint`.
+    Arguments and errors are those of :func:`load_module_from_checkpoint`.
     """
     checkpoint = _read(checkpoint_path, map_location, weights_only)
     hparams, name = _hparams_of(checkpoint, hparams_file, "datamodule_hyper_parameters", "datamodule_hparams_name")
@@ -134,7 +134,7 @@ def _read(path: PathLike | IO[bytes], map_location: Any, weights_only: bool | No
 
 
 def _where_saved(storage: Any, location: str) -> Any:
-    """``map_location``: the device it was saved from, or the CPU where that is not available."""
+    """Put a tensor on the device it was saved from, or on the CPU where that device is not here."""
     kind, _, index = location.partition(":")
     here = {
         "cuda": torch.cuda.device_count() if kind == "cuda" else 0,
@@ -154,7 +154,7 @@ def _hparams_of(
 
 
 def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs: dict[str, Any]) -> T:
-    """A module or a datamodule made with saved hyperparameters and ``kwargs``, which win."""
+    """Make a module or a datamodule with saved hyperparameters and ``kwargs``, which replace saved ones."""
     if cls.__init__ is object.__init__:
         parameters: dict[str, inspect.Parameter] = {}
     else:
@@ -188,7 +188,7 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs:
 
 
 def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any]) -> Any:
-    """The saved object in the type that ``__init__`` declares for it."""
+    """Return the saved hyperparameters as one object, of the type that ``__init__`` declares for it."""
     try:
         declared = get_type_hints(cls.__init__).get(name)
     except Exception:  # a name that only a type checker sees

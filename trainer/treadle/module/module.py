@@ -41,7 +41,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     forward_methods: ClassVar[tuple[str, ...]] = ("training_step", "validation_step", "test_step", "predict_step")
     """Methods that run through the strategy's engine and precision when called on the wrapped module."""
     automatic_optimization: bool = True
-    """Whether the trainer steps the optimizer; False, in ``__init__`` or in the class, if ``training_step`` does."""
+    """Whether the trainer steps the optimizer. Set it to False, in ``__init__`` or in the class, if ``training_step``
+    steps the optimizer."""
     example_input_array: Any = None
     """An input of ``forward``, for the graph, the summary and the export to ONNX."""
 
@@ -85,14 +86,17 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 child.fabric = fabric
 
     def attach(self, trainer: Trainer | None, metrics: MetricSink = NOT_LOGGING) -> None:
-        """Called by the trainer when a run begins and, without ``metrics``, when it ends."""
+        """Set the trainer, and where :meth:`log` goes.
+
+        The trainer calls this when a run begins and, without ``metrics``, when it ends.
+        """
         self.trainer = trainer
         for module in self.modules():
             if isinstance(module, LightningModule):
                 module.attach_metrics(metrics)
 
     def attach_metrics(self, metrics: MetricSink) -> None:
-        """Called by the trainer when a stage begins: where :meth:`log` goes."""
+        """Set where :meth:`log` goes; the trainer calls this when a stage begins."""
         self.__dict__["_metrics"] = metrics  # past nn.Module.__setattr__, which is slow
 
     @property
@@ -107,7 +111,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @property
     def global_rank(self) -> int:
-        """This process's rank among all; 0 without a trainer."""
+        """This process's rank among all processes; 0 without a trainer."""
         return self._trainer.global_rank if self._trainer else 0
 
     @property
@@ -163,10 +167,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of ``(batch, batch_idx)``: a scalar tensor, a dict with ``loss``, or None to skip the batch.
 
-        The dict may also have a ``weight``, the number of tokens or samples that the loss is the mean of: batches of an
-        accumulation and of all ranks are averaged by it.
+        The dict may also have a ``weight``, the number of tokens or samples over which the loss is a mean: the batches
+        of an accumulation and of all ranks are then averaged by weight.
 
-        An argument called ``dataloader_iter`` instead gets the loader's iterator.
+        A step whose argument is called ``dataloader_iter`` gets the loader's iterator instead of a batch.
         """
         raise MisconfigurationException(f"{type(self).__qualname__} has no `training_step`; fit needs one: define it.")
 
@@ -195,41 +199,42 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         )
 
     def configure_callbacks(self) -> Callback | list[Callback]:
-        """Callbacks this model needs; one of a type that the Trainer has too replaces that. Default: none."""
+        """Return callbacks that this model needs; they replace the Trainer's of the same type. Default: none."""
         return []
 
     def configure_model(self) -> None:
         """Create layers here, rather than in ``__init__``, when they should be made on their device or sharded."""
 
     def train_dataloader(self) -> Any:
-        """The training batches: an iterable, or a list, tuple or dict of them."""
+        """Return the training batches: an iterable, or a list, tuple or dict of iterables."""
         raise MisconfigurationException(f"{type(self).__qualname__} has no `train_dataloader`.")
 
     def val_dataloader(self) -> Any:
-        """The validation batches: an iterable or a list of them."""
+        """Return the validation batches: an iterable or a list of iterables."""
         raise MisconfigurationException(f"{type(self).__qualname__} has no `val_dataloader`.")
 
     def test_dataloader(self) -> Any:
-        """The test batches: an iterable or a list of them."""
+        """Return the test batches: an iterable or a list of iterables."""
         raise MisconfigurationException(f"{type(self).__qualname__} has no `test_dataloader`.")
 
     def predict_dataloader(self) -> Any:
-        """The batches to predict: an iterable or a list of them."""
+        """Return the batches to predict: an iterable or a list of iterables."""
         raise MisconfigurationException(f"{type(self).__qualname__} has no `predict_dataloader`.")
 
     # ------------------------------------------------------------------------------------------------ optimization
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
-        """The optimizers, for manual optimization: one, or a list where there are several.
+        """Return the optimizers, for manual optimization: one, or a list where there are several.
 
         Args:
             use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and counting.
+                Default: True.
         """
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
 
     def lr_schedulers(self) -> LRScheduler | list[LRScheduler] | None:
-        """The learning-rate schedulers: one, a list, or None where there is none."""
+        """Return the learning-rate schedulers: one, a list, or None where there is none."""
         found = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         return found[0] if len(found) == 1 else (found or None)
 
@@ -246,7 +251,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self.trainer.manual_backward(loss, *args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Run backward on ``loss``. Override to do it your way."""
+        """Run backward on ``loss``. Override this to change how."""
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def optimizer_step(
@@ -256,11 +261,11 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         optimizer: Optimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step ``optimizer``. Override to step it differently; the closure runs forward, backward and clipping."""
+        """Step ``optimizer``. Override this to change how; the closure runs forward, backward and clipping."""
         optimizer.step(closure=optimizer_closure)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Zero the gradients. Override to do it differently."""
+        """Zero the gradients. Override this to change how."""
         optimizer.zero_grad()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -276,7 +281,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip gradients before the step. Override and call :meth:`clip_gradients` to do it differently."""
+        """Clip gradients before the step. To change how, override this and call :meth:`clip_gradients`."""
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def clip_gradients(
@@ -288,9 +293,12 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """Clip the gradients of ``optimizer`` by global norm or by value.
 
         Args:
-            optimizer: whose parameters to clip.
-            gradient_clip_val: the largest norm or absolute value. Default: none, nothing is clipped.
-            gradient_clip_algorithm: "norm" (default) or "value".
+            optimizer: the optimizer whose parameters' gradients are clipped.
+            gradient_clip_val: the largest norm or absolute value. Default: the Trainer's; without one, nothing happens.
+            gradient_clip_algorithm: "norm" or "value". Default: the Trainer's, else "norm".
+
+        Raises:
+            MisconfigurationException: the Trainer has another ``gradient_clip_val``, or the algorithm is unknown.
         """
         self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -315,7 +323,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:
-        """:meth:`toggle_optimizer` for the length of a with block."""
+        """Call :meth:`toggle_optimizer` for the length of a with block, then :meth:`untoggle_optimizer`."""
         self.toggle_optimizer(optimizer)
         try:
             yield
@@ -362,8 +370,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             rank_zero_only: only rank 0 logs this name; it is never reduced over ranks.
 
         Raises:
-            MisconfigurationException: in a hook where nothing can be logged; for a value that is no scalar; where a
-                name is logged again with other options.
+            MisconfigurationException: nothing can be logged in this hook, the value is no scalar, or the name was
+                logged in this hook with other options.
         """
         self._metrics.log(
             self,
@@ -444,15 +452,16 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """Make the module with the hyper-parameters of a checkpoint and load its weights.
 
         Args:
-            checkpoint_path: a checkpoint of this library or of Lightning 2.x.
-            map_location: where tensors go. Default: the device that they were saved from, or the CPU where it is not
-            here. hparams_file: a .yaml or .csv file with the hyper-parameters, instead of the checkpoint's.
+            checkpoint_path: a checkpoint of this library or of Lightning 2.x: a path, a URL or an open file.
+            map_location: where tensors, and with them the module, go, as in :func:`torch.load`. Default: the device
+                that each tensor was saved from, or the CPU if that device is not here.
+            hparams_file: a .yaml or .csv file with the hyper-parameters, instead of those in the checkpoint.
             strict: whether keys must match exactly. Default: the module's ``strict_loading``.
             weights_only: False unpickles arbitrary objects; only for files you trust. Default: True.
-            **kwargs: override hyper-parameters, or give those that were not saved.
+            **kwargs: arguments of ``__init__`` that replace saved hyper-parameters, or were not saved.
 
         Raises:
-            CheckpointError: the file is missing, damaged, unsafe or does not match.
+            CheckpointError: the file is missing, damaged or unsafe, or does not match.
             MisconfigurationException: arguments of ``__init__`` are missing.
         """
         return load_module_from_checkpoint(
@@ -463,9 +472,15 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """Export ``forward`` to ONNX.
 
         Args:
-            file_path: where to; None returns the exported program.
-            input_sample: an input; default: ``example_input_array``.
+            file_path: the file to write. Default: none, the exported program is only returned.
+            input_sample: an input of ``forward``. Default: ``example_input_array``.
             **kwargs: passed to :func:`torch.onnx.export`.
+
+        Returns:
+            What :func:`torch.onnx.export` returns.
+
+        Raises:
+            MisconfigurationException: there is no input.
         """
         sample = self.example_input_array if input_sample is None else input_sample
         if sample is None:

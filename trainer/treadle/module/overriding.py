@@ -1,4 +1,4 @@
-"""Whether an object overrides a hook, and whether the hook takes what it will be called with."""
+"""Find out whether an object overrides a hook, and whether the hook takes the arguments it will be called with."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["check_signature", "overrides"]
 
 
 def overrides(obj: object, name: str, base: type) -> bool:
-    """Whether ``obj`` has its own ``name``, in its class or on the instance, rather than the one of ``base``."""
+    """Return whether ``obj`` has its own ``name``, in its class or on the instance, and not the one of ``base``."""
     method = getattr(obj, name, None)
     return method is not None and getattr(method, "__func__", method) is not getattr(base, name, None)
 
 
 def check_signature(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> None:
-    """Refuse a hook that cannot take what it will be called with.
+    """Refuse a hook that cannot take the arguments it will be called with.
 
     Raises:
-        MisconfigurationException: names the hook, its signature and the right one.
+        MisconfigurationException: the message has the hook, its signature and the right signature.
     """
     try:
         signature = inspect.signature(method)

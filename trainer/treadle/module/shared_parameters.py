@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def find_shared_parameters(module: nn.Module) -> list[list[str]]:
-    """Groups of names, each of one parameter, for example ``[["embed.weight", "head.weight"]]``."""
+    """Find the parameters with several names: one list of names each, as in ``[["embed.weight", "head.weight"]]``."""
     names: dict[int, list[str]] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
@@ -21,9 +21,13 @@ def find_shared_parameters(module: nn.Module) -> list[list[str]]:
 
 
 def set_shared_parameters(module: M, shared_params: Iterable[Sequence[str]]) -> M:
-    """Tie the parameters of each group to the group's first, as :func:`find_shared_parameters` names them.
+    """Let all names of a group name one parameter again: the first name's.
 
-    Moving a module to a device where tensors cannot be moved in place separates them; this joins them again.
+    Moving a module to a device where tensors cannot be moved in place separates parameters that were shared.
+
+    Args:
+        module: The module, changed in place.
+        shared_params: Groups of names, as :func:`find_shared_parameters` returned them before the move.
 
     Returns:
         ``module``.

@@ -1,4 +1,4 @@
-"""Who is called at each hook, decided once per run."""
+"""Decide, once per run, which methods are called at each hook."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Listeners = tuple[Callable[..., Any], ...]
 MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
 """Monitoring callbacks get on_train_epoch_end in a call of their own, after the module has logged in that hook."""
 _AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
-"""Hooks in which monitoring callbacks come after the module: the checkpoint that they save has the whole hook."""
+"""Hooks in which monitoring callbacks come after the module, so that their checkpoints have the whole hook's work."""
 _RETIRED: Final = {
     "training_epoch_end": "on_train_epoch_end",
     "validation_epoch_end": "on_validation_epoch_end",
@@ -36,7 +36,7 @@ def check_hook_names(obj: object) -> None:
     """Warn of methods of a module or a callback that look like hooks and would never be called.
 
     Raises:
-        MisconfigurationException: a hook of Lightning 1.x, whose work would be lost.
+        MisconfigurationException: a method is a hook of Lightning 1.x, which would never be called.
     """
     for cls in type(obj).__mro__:
         if cls.__module__.partition(".")[0] in ("treadle", "treadle_fabric", "torch"):
@@ -60,7 +60,7 @@ class Dispatch:
         self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], results: Results
     ) -> None:
         self.results = results
-        """Where ``self.log`` goes now; it is told which hook runs."""
+        """Where ``self.log`` goes now. Its ``hook`` is set to the hook that runs."""
         self._table: dict[str, Listeners] = {}
         for name in dict.fromkeys([*MODULE_HOOKS, *CALLBACK_HOOKS]):
             first: list[Callable[..., Any]] = []
@@ -85,11 +85,17 @@ class Dispatch:
                 self._table[name] = tuple(first)
 
     def listeners(self, name: str) -> Listeners:
-        """The methods to call at a hook; empty where nothing overrides it."""
+        """Return the methods to call at a hook; empty where nothing overrides the hook."""
         return self._table.get(name, ())
 
     def call(self, name: str, *args: Any, hook: str = "") -> None:
-        """Call a hook that is not on the hot path; ``hook`` is its name where ``name`` is only a part of it."""
+        """Call the methods of a hook that is not on the hot path.
+
+        Args:
+            name: the hook, or :data:`MONITORS`.
+            *args: of the hook.
+            hook: the hook's name, where ``name`` is another one.
+        """
         listeners = self._table.get(name)
         if listeners:
             self.results.hook = hook or name
@@ -108,7 +114,7 @@ class Dispatch:
 
 
 def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
-    """The callbacks with those of the module's ``configure_callbacks``, which replace others of their type."""
+    """Add the callbacks of the module's ``configure_callbacks``, which replace others of their type."""
     found = module.configure_callbacks()
     extra = list(found) if isinstance(found, (list, tuple)) else [found]
     kinds = {type(c) for c in extra}
@@ -118,7 +124,7 @@ def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule)
 
 
 def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
-    """Tuner callbacks first, checkpoint callbacks last, the others as the user gave them."""
+    """Put tuner callbacks first and checkpoint callbacks last, and leave the others in the user's order."""
     return sorted(callbacks, key=lambda c: c.call_order)
 
 

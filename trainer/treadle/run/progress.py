@@ -1,4 +1,4 @@
-"""How far a run has come, typed."""
+"""The counters of a run: epochs, batches and steps."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class FitProgress:
     """Batches at which an optimizer stepped, in all epochs."""
     step_in_epoch: int = 0
     logging_step: int = 0
-    """Batches that ended an accumulation; one less is the x axis of the loggers."""
+    """Batches that ended an accumulation. The loggers' x axis is this number minus one."""
     optimizer_steps: int = 0
-    """Steps of every single optimizer; differs from ``step`` with several of them."""
+    """Steps of all optimizers, each counted; more than ``step`` where several optimizers step at a batch."""
     scheduler_steps: int = 0
     scheduler_steps_in_epoch: int = 0
     is_last_batch: bool = False
@@ -56,12 +56,12 @@ class FitProgress:
     validation_due: bool = False
     """Whether validation follows the current batch."""
     phase: Phase = Phase.BETWEEN
-    """How far the end of the current batch has come: a checkpoint saved there goes on from there."""
+    """How far the end of the current batch has come; a run resumed from a checkpoint saved now goes on there."""
     epoch_ended: bool = False
-    """Whether the epoch is in its end hooks: a checkpoint saved there resumes at the next one."""
+    """Whether the epoch is in its end hooks; a run resumed from a checkpoint saved now begins the next epoch."""
 
     def begin_epoch(self) -> None:
-        """Start counting an epoch."""
+        """Reset the counters of the epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
         self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = False
         self.phase = Phase.BETWEEN

@@ -1,4 +1,4 @@
-"""What a run is made of: decided once, and never assigned again."""
+"""The parts of a run: decided once, and never assigned again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ReadyRun", "Run"]
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of one fit, validate, test or predict that exist before the module is set up: hooks can be called."""
+    """The parts of a fit, validate, test or predict that exist before the module is set up; hooks can be called."""
 
     fabric: Fabric
     module: LightningModule
@@ -37,10 +37,11 @@ class Run:
     modules: list[LightningModule]
     """The module and its children that are LightningModules: all of them may log."""
     optimizers: list[FabricOptimizer] = field(default_factory=list)
-    """Their ``step`` goes through precision and strategy. Empty before ``configure_optimizers``, and outside of fit."""
+    """The wrapped optimizers, whose ``step`` goes through precision and strategy. Empty before
+    ``configure_optimizers``, and outside of fit."""
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     validated: dict[int, int] = field(default_factory=dict)
-    """Batches of each loader in all evaluations of this run: the x axis of values logged on their steps."""
+    """The batches of each loader in all evaluations of this run: the x axis of values logged on evaluation steps."""
 
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
@@ -49,9 +50,9 @@ class Run:
         return [m for _, m in found if hasattr(m, "compute_groups")], {n: m for n, m in found if is_metric(m)}
 
     def log_to(self, results: Results) -> Results:
-        """Send ``self.log`` to the slots of another stage; returns those it went to before."""
+        """Send ``self.log`` to the slots of another stage, and return the slots that it went to before."""
         before = self.dispatch.results
-        self.metrics.keep(before)  # its step values stay in sight
+        self.metrics.keep(before)  # its step values can still be read
         self.dispatch.results = results
         self.metrics.active = results
         for module in self.modules:
@@ -71,7 +72,7 @@ class Run:
             logger.log_metrics(scalars, step)
 
     def ready(self, **parts: Any) -> ReadyRun:
-        """This run with the parts that :class:`ReadyRun` adds."""
+        """Return this run with the parts that :class:`ReadyRun` adds."""
         return ReadyRun(**{each.name: getattr(self, each.name) for each in fields(Run)}, **parts)
 
 
@@ -81,9 +82,9 @@ class ReadyRun(Run):
 
     wrapped: FabricModule
     transfer: Callable[[Any, int], Any]
-    """How a batch of a loader reaches the device: takes the batch and the index of its loader."""
+    """Moves a batch to the device: takes the batch and the index of its loader."""
     loss: LossPolicy
     """How losses become the gradients of an optimizer step."""
     before_validation: dict[str, Any] = field(default_factory=dict)
-    """What a checkpoint in the middle of a validation keeps: a resumed run begins that validation anew. Empty
-    outside."""
+    """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
+    Empty outside of a validation."""

@@ -35,28 +35,28 @@ class SIGTERMException(SystemExit, TreadleError):
     """The process was asked to terminate; its exit status is 143 (128 + SIGTERM)."""
 
     together = False
-    """Whether all ranks end at the same place."""
+    """Whether all ranks end between the same two batches."""
 
 
 class Signals:
-    """Notes SIGTERM while it is entered, in the main thread; elsewhere it does nothing.
+    """Notes SIGTERM while this context is entered, in the main thread; in another thread it does nothing.
 
-    The main thread runs no handler while it waits in a collective. If it does not come to the end of a batch within
-    ``TREADLE_SIGTERM_GRACE`` seconds (default: 20), and is not saving, another thread ends the process.
+    The main thread runs no handler while it waits in a collective. If the batch does not end within
+    ``TREADLE_SIGTERM_GRACE`` seconds (default: 20), and the main thread is not saving, another thread ends the process.
 
     Args:
-        also: The number of a signal that means the same but sets no such limit; 0: none.
+        also: The number of another signal that ends the run likewise, but without this limit. Default: 0, none.
     """
 
     def __init__(self, also: int = 0) -> None:
         self.received: int = 0
-        """The signal's number, 0 while none came."""
+        """The number of the signal that came; 0 while none came."""
         self.saving = 0
         """How many saves are under way, one inside the other."""
         self._also = also
         self._before: dict[int, Any] = {}
         self._listener: SignalListener | None = None
-        self._heeded: threading.Event | None = None  # made on entry: the trainer is pickled before
+        self._heeded: threading.Event | None = None  # made on entry: the trainer is pickled before that
         self._grace = GRACE_S
 
     def __enter__(self) -> Signals:
@@ -65,7 +65,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             self._grace = _grace()
             self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._note)}
-            if self._also and signal.getsignal(self._also) is signal.SIG_DFL:  # a handler of the user's is left alone
+            if self._also and signal.getsignal(self._also) is signal.SIG_DFL:  # keep a user's handler
                 self._before[self._also] = signal.signal(self._also, self._note)
             self._listener = SignalListener(self._hear)
         return self
@@ -78,14 +78,14 @@ class Signals:
         for number, before in self._before.items():
             signal.signal(number, before if before is not None else signal.SIG_DFL)
         self._before = {}
-        if self.received and exc[0] is None:  # it came after the last batch
+        if self.received and exc[0] is None:  # the signal came after the last batch
             self.raise_received()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
     def raise_received(self, *, together: bool = False) -> None:
-        """End the run; ``together``: between two batches, which are the same on all ranks."""
+        """Raise what ends the run; ``together``: all ranks end between the same two batches."""
         self._heed()
         raised = SIGTERMException(128 + signal.SIGTERM)
         raised.together = together
@@ -128,11 +128,11 @@ def _grace() -> float:
 
 
 def claim_together(error: BaseException, strategy: Strategy) -> None:
-    """Claim an end that all ranks come to, as rank 0's, whose exit status is the run's.
+    """Claim an end that all ranks come to; rank 0 claims it first, because its exit status is the run's.
 
-    A rank that did not claim it would be taken for a stuck one, and be ended in the middle of its clean-up.
+    A rank that did not claim the end would be taken for stuck, and be killed in the middle of its clean-up.
     """
-    meet(strategy)  # so would a rank that has not come here yet
+    meet(strategy)  # a rank that has not come here yet would be taken for stuck, too
     if strategy.is_global_zero:
         claim_failure(error)
     meet(strategy)
@@ -140,7 +140,7 @@ def claim_together(error: BaseException, strategy: Strategy) -> None:
 
 
 def meet(strategy: Strategy) -> None:
-    """Wait for the other ranks, as long as they are there."""
+    """Wait for the other ranks, unless one of them has ended."""
     with contextlib.suppress(RuntimeError):
         strategy.barrier()
 
@@ -153,7 +153,7 @@ S = TypeVar("S", bound=_HasSignals)
 
 
 def during_a_save(method: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
-    """Let SIGTERM's limit wait for a method that saves."""
+    """Decorate a method that saves: the time limit after SIGTERM waits for its end."""
 
     def saving(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
         self._signals.saving += 1

@@ -1,8 +1,9 @@
-"""The Trainer: the facade, and what it is put together from.
+"""The Trainer: the facade, and the parts behind it.
 
-Start with ``trainer.py``. ``settings.py`` checks the arguments, ``preflight.py`` what does not fit together before a
-run, ``assembly.py`` makes the parts of a run, ``view.py`` is what a trainer shows of itself, and ``outcome.py``
-brings the results of other processes back. Imports every layer below.
+Start with ``trainer.py``. ``settings.py`` checks the arguments; ``preflight.py`` checks, before a run, that module,
+loaders and settings fit together; ``session.py`` says what happens when in a run; ``assembly.py`` makes the parts of a
+run; ``fitting.py`` has the parts of a fit; ``outcome.py`` brings the results of other processes back. Imports every
+layer below.
 """
 
 from treadle.trainer.trainer import Trainer

@@ -1,4 +1,4 @@
-"""The parts of a run put together: optimizers, evaluations, epochs."""
+"""Make the parts of a run: optimizers, evaluations, epochs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ __all__: list[str] = []
 
 
 def share_batch_norm(module: nn.Module, accelerator: Accelerator) -> None:
-    """Let the batch-norm layers of ``module`` share their statistics over the ranks."""
+    """Let the batch-norm layers of ``module`` share their statistics over the ranks.
+
+    Raises:
+        MisconfigurationException: torch cannot do this between devices of this accelerator.
+    """
     nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     layers = [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]
     if layers and not accelerator.shares_batch_norm:
@@ -45,9 +49,10 @@ def share_batch_norm(module: nn.Module, accelerator: Accelerator) -> None:
 
 
 def set_up(run: Run, settings: Settings) -> ReadyRun:
-    """Bring the module to its device and into its engine; in fit, make the optimizers and schedulers too.
+    """Bring the module to its device and into its engine.
 
-    ``configure_optimizers`` comes after the module's set-up, or before it where the strategy sets up both together.
+    Where the strategy sets up module and optimizers together, a fit makes its optimizers and schedulers here;
+    otherwise :func:`set_up_optimizers` makes them afterwards.
     """
     fabric = run.fabric
     loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
@@ -61,7 +66,7 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
 
 
 def set_up_optimizers(run: ReadyRun) -> None:
-    """Make the optimizers and schedulers, unless the module's set-up has made them."""
+    """Make the optimizers and schedulers, unless :func:`set_up` has made them."""
     strategy = run.fabric.strategy
     if not strategy.sets_up_jointly:
         _add_optimizers(run, [strategy.setup_optimizer(optimizer) for optimizer in _configure_optimizers(run)])
@@ -75,7 +80,7 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
 
 
 def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
-    """Add the optimizers to the run; in manual optimization their steps are counted and have their hook."""
+    """Add the optimizers to the run; in manual optimization, their steps are counted and call the step's hook."""
     prepare, progress, strategy = Preparation(run), run.progress, run.fabric.strategy
     manual = not run.module.automatic_optimization
     left_out: set[Optimizer] = set()
@@ -95,7 +100,7 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
 
 
 def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
-    """The validation loaders of a fit; None where it does not validate."""
+    """Find the validation loaders of a fit; None where it does not validate."""
     if settings.limits["val"] == 0 or not overrides(run.module, "validation_step", LightningModule):
         return None
     loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
@@ -103,7 +108,7 @@ def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
 
 
 def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> EvaluationData:
-    """The loaders of "val", "test" or "predict", shared out and limited."""
+    """Share out the loaders of "val", "test" or "predict" over the ranks, and limit their batches."""
     return EvaluationData(
         loaders,
         run.fabric,
@@ -115,7 +120,7 @@ def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> E
 
 
 def training_data(run: Run, settings: Settings, train: Any) -> TrainingData | None:
-    """The training loader, shared out and limited; None where no batch is to be trained on."""
+    """Find the training loader, share it out over the ranks, and limit its batches; None for a limit of 0."""
     loader = run.dispatch.run("train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule)
     if settings.limits["train"] == 0:
         return None
@@ -136,7 +141,7 @@ def make_epoch(
     controls: Controls,
     signals: Signals,
 ) -> TrainingEpoch:
-    """The epoch loop over ``data``."""
+    """Make the epoch loop over ``data``."""
     schedule = None
     if loop.validation is not None:
         schedule = ValidationSchedule.resolve(

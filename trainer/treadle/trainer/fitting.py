@@ -1,4 +1,4 @@
-"""The parts of a fit: its loaders, its loop, and what a resumed one has still to put back."""
+"""The parts of a fit: its loaders, its loop, and the state that a resumed fit has still to restore."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["Fitting"]
 
 
 class Fitting:
-    """What the trainer and the loop of a fit share. The trainer keeps the last one, so that users can look at it.
+    """The loaders and the loop of a fit. The trainer keeps its last ``Fitting``, so that users can look at them.
 
     Args:
-        session: The session it belongs to.
-        run: Its run, before the module is set up: schedulers may ask how many steps there will be.
-        settings: The trainer's.
-        train: The training batches as they were given; None: those of data module or module.
-        val: The same for validation.
+        session: The session that the fit belongs to.
+        run: The run before the module is set up: schedulers may ask for the number of steps then.
+        settings: The trainer's settings.
+        train: The training batches that the user passed; None: those of the data module or the module.
+        val: The validation batches, likewise.
         controls: Holds ``should_stop`` and ``accumulate_grad_batches``.
-        signals: What ends the fit after the current batch.
+        signals: The signals that end the fit after the current batch.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Fitting:
         self._session, self._run, self._settings = session, run, settings
         self._train, self._val = train, val
         self._controls, self._signals = controls, signals
-        self._unrestored: dict[str, Any] = {}  # of the checkpoint, until the first batch
+        self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
@@ -73,19 +73,19 @@ class Fitting:
         return self.loop
 
     def estimated_steps(self) -> float:
-        """The optimizer steps of the whole fit; asks for the training loader if that was not done yet."""
+        """Compute the optimizer steps of the whole fit; asks for the training loader if that was not done yet."""
         self._ask_for_data()
         batches = self.data.num_batches if self.data is not None else 0
         return total_steps(self._settings.durations, batches, self._controls.accumulate_grad_batches)
 
     def exact_state(self, run: ReadyRun) -> dict[str, Any]:
-        """What a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
+        """Collect what a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
         return self._unrestored or capture_exact(run, self.data, accumulate=self._controls.accumulate_grad_batches)
 
     # What the loop asks for
 
     def make_epoch(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch | None:
-        """Make the epochs over the training loader, asked for anew from the second time on; None without batches."""
+        """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
         if loop.epoch is not None:
             before, self._data_asked = self.data, False
             self._ask_for_data()
@@ -97,7 +97,7 @@ class Fitting:
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
     def make_validation(self, run: ReadyRun) -> Evaluation | None:
-        """The validation, with loaders that are asked for anew; None where fit does not validate."""
+        """Make the validation, with new loaders; None where fit does not validate."""
         loaders = assembly.validation_loaders(run, self._settings, self._val)
         if loaders is None:
             return None
@@ -105,7 +105,7 @@ class Fitting:
         return Evaluation(run, data, "validation", inference_mode=self._settings.inference_mode)
 
     def restore(self, run: ReadyRun) -> None:
-        """Put back, once, what a resumed run had in the middle of things; the random state last."""
+        """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
         exact, self._unrestored = self._unrestored, {}
         if exact:
             assert self.data is not None

@@ -1,4 +1,4 @@
-"""What comes back from processes of their own (spawn, fork): weights, metrics and states, to the trainer that waits."""
+"""Bring the outcome of a run in other processes (spawn, fork) back to the trainer that waits for them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_mod
 
 @dataclass
 class Outcome:
-    """A run's result and what it changed."""
+    """A run's result, and what the run changed: weights, metrics, counters and the state of callbacks."""
 
     result: Any
     weights: dict[str, Any]
@@ -38,7 +38,7 @@ class Outcome:
 
 
 def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
-    """Run a stage in a process of its own; what came of it, on the CPU."""
+    """Run a stage in a process of its own; return the outcome, with its tensors on the CPU."""
     result = stage(*args)
     cpu = torch.device("cpu")
     return Outcome(
@@ -55,7 +55,7 @@ def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric,
 
 
 def adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
-    """Take it over in the process that waited."""
+    """Take over an outcome in the process that waited for it."""
     module.load_state_dict(outcome.weights, strict=False)
     trainer.take_outcome(module, outcome.state, outcome.progress, outcome.metrics, outcome.should_stop)
     for callback, copied in zip(trainer.callbacks, outcome.callbacks, strict=False):

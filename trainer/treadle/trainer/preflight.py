@@ -1,4 +1,4 @@
-"""What is checked before a run starts: the module, its loaders and the settings fit together."""
+"""Check, before a run starts, that the module, its loaders and the settings fit together."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _MODULE_METHODS = frozenset(
 
 
 def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
-    """A data module may be passed in the place of the loaders."""
+    """Tell loaders from a data module, which may be passed in the place of the loaders."""
     if isinstance(loaders, LightningDataModule):
         if datamodule is not None:
             raise MisconfigurationException("Two data modules were passed, one as the dataloaders: pass one.")
         loaders, datamodule = None, loaders
     if datamodule is not None and not isinstance(datamodule, LightningDataModule):
         raise MisconfigurationException(
-            f"datamodule is a {type(datamodule).__name__}; it derives from `treadle.LightningDataModule`."
+            f"datamodule is a {type(datamodule).__name__}; it must derive from `treadle.LightningDataModule`."
         )
     if loaders is not None and datamodule is not None:
         raise MisconfigurationException("Both dataloaders and a datamodule were passed: pass one of them.")
@@ -69,7 +69,7 @@ def check_model(model: Any, what: str) -> None:
 
 
 def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
-    """The model that was passed, or the one of the last run."""
+    """Return the model that was passed, or the one of the last run."""
     if model is None:
         if last is None:
             raise MisconfigurationException(
@@ -82,7 +82,7 @@ def model_or_last(model: Any, last: LightningModule | None, what: str) -> Lightn
 
 
 def check_idle(state: TrainerState, fn: TrainerFn) -> None:
-    """Refuse a run inside a run: there is one set of loops and progress."""
+    """Refuse a run inside a run: a trainer has one set of loops and counters."""
     if state.status is TrainerStatus.RUNNING:
         raise MisconfigurationException(
             f"Trainer.{fn.value} was called inside {state.fn}: make another Trainer for it. If a stream of predictions"
@@ -189,7 +189,7 @@ def check_predict(module: LightningModule, given: Any, datamodule: LightningData
 
 
 def check_return_predictions(value: Any, strategy: Strategy) -> None:
-    """Refuse what predict cannot return."""
+    """Refuse a value of ``return_predictions`` that is unknown, or that the strategy cannot do."""
     if value not in (None, True, False, "stream"):
         raise MisconfigurationException(f"return_predictions={value!r} must be True, False or 'stream'.")
     if value == "stream" and strategy.launches_function:
@@ -200,7 +200,7 @@ def check_return_predictions(value: Any, strategy: Strategy) -> None:
 
 
 def merged_hyperparameters(module: LightningModule, datamodule: LightningDataModule | None) -> dict[str, Any]:
-    """The hyper-parameters to log: the module's and the data module's.
+    """Return the hyper-parameters to log: the module's and the data module's.
 
     Raises:
         MisconfigurationException: both have one of the same name with different values.
@@ -218,7 +218,7 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
 
 @contextmanager
 def backend_flags(settings: Settings) -> Generator[None]:
-    """Set ``deterministic`` and ``benchmark`` for the run, and put back what was."""
+    """Set torch's flags for ``deterministic`` and ``benchmark`` during the run, and restore them afterwards."""
     deterministic, benchmark = settings.deterministic, settings.benchmark
     before = (
         torch.are_deterministic_algorithms_enabled(),

@@ -31,24 +31,24 @@ __all__ = ["Session"]
 
 
 class Session:
-    """What surrounds the batches of a call of fit, validate, test or predict, and what the trainer shows of it.
+    """One call of fit, validate, test or predict: what surrounds its batches, and what the trainer shows of it.
 
     What happens when::
 
         with session.guarded(trainer), session.flagged(settings, signals):
-            module and data module learn of the trainer; self.log goes to this session
+            session.attach: module and data module get the trainer, and self.log goes to this session
             configure_callbacks                                        # Trainer._running
             session.start: prepare_data, all ranks meet, setup, configure_model
             the stage: checkpoint, set-up of the module, loaders, batches
             session.finish: on_fit_end, teardown, loggers and checkpoint IO are closed
         an error:    the other ranks learn of it; on_exception; loggers are closed as failed
-        in any case: what was logged last stays in sight, and the module logs nowhere any more
+        in any case: the last metrics can still be read, and the module logs nowhere any more
 
     Args:
         fabric: The runtime.
         module: The module that runs.
-        datamodule: Where its data comes from, if from one.
-        state: What is asked for, and how it goes.
+        datamodule: The data module, or None.
+        state: What the user asked for, and how the run goes.
         metrics: What was logged. Default: nothing yet.
     """
 
@@ -64,17 +64,17 @@ class Session:
         self.module, self.datamodule, self.state = module, datamodule, state
         self.metrics = Metrics() if metrics is None else metrics
         self.run: Run | None = None
-        """What runs; a :class:`ReadyRun` from the set-up of the module on."""
+        """The run; a :class:`ReadyRun` once the module is set up."""
         self.evaluations: dict[str, EvaluationData] = {}
         """The loaders of "val", "test" and "predict"."""
         self.ckpt_path: str | None = None
         self.log_dir: str | None = None
         self.terminated = False
-        """Whether SIGTERM ended it."""
+        """Whether SIGTERM ended the session."""
 
     @contextmanager
     def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
-        """Set torch's global flags as the settings say, and in fit heed the signals that end it, while entered."""
+        """While entered, set torch's global flags as the settings say and, in fit, heed the signals that end it."""
         with ExitStack() as stack:
             stack.enter_context(preflight.backend_flags(settings))
             if self.state.fn is TrainerFn.FITTING:
@@ -84,7 +84,7 @@ class Session:
             yield
 
     def attach(self, trainer: Trainer) -> Results:
-        """Let module and data module know the trainer; returns where ``self.log`` goes from now on."""
+        """Give module and data module the trainer; return the slots that ``self.log`` goes to from now on."""
         results = Results(training=self.state.fn is TrainerFn.FITTING, fabric=self._fabric)
         results.belongs_to(self.module)
         if self.datamodule is not None:
@@ -118,14 +118,14 @@ class Session:
         return run
 
     def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:
-        """Find the loaders of "val", "test" or "predict": those that were given, else data module's or module's."""
+        """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module."""
         name = f"{stage}_dataloader"
         loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)
         data = self.evaluations[stage] = assembly.evaluation_data(run, settings, loaders, stage)
         return data
 
     def finish(self, trainer: Trainer, run: Run) -> None:
-        """Call the last hooks of a run that came to its end, and close what writes."""
+        """Call the last hooks of a run that came to its end, and close loggers and checkpoint IO."""
         fn = self.state.fn
         assert fn is not None
         if fn is TrainerFn.FITTING:
@@ -141,16 +141,20 @@ class Session:
 
     @contextmanager
     def guarded(self, trainer: Trainer) -> Generator[None]:
-        """Tell everybody of an error, and let go of the module in any case. Ctrl-C ends the run without an error."""
+        """Report an error to other ranks, hooks and loggers, and detach the module in any case.
+
+        Ctrl-C ends the run without an error.
+        """
         strategy = self._fabric.strategy
         try:
             yield
         except KeyboardInterrupt as interrupt:
             self._failed(interrupt, trainer)
             rank_zero_info(
-                "Interrupted: fit has ended, its state is intact, and your script goes on; `trainer.interrupted` tells."
+                "Interrupted: the run has ended, and its state is intact. Your script goes on; `trainer.interrupted` is"
+                " True."
                 if self._fabric.world_size == 1
-                else "Interrupted: fit has ended, and your script goes on; `trainer.interrupted` tells. The ranks may"
+                else "Interrupted: the run has ended. Your script goes on; `trainer.interrupted` is True. The ranks may"
                 " be at different batches, so do not save now; SIGTERM saves, and ends all ranks after the same batch."
             )
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""The Trainer's arguments, checked once and made uniform, before anything starts."""
+"""Check the Trainer's arguments once, before anything starts, and fill in their defaults."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Settings:
     on_nonfinite: str | None
 
     def sanity_batches(self, num_batches: list[float]) -> list[float]:
-        """The number of batches of each validation loader in the sanity check, given how many each loader has."""
+        """Return the sanity check's batches of each validation loader, given the number that each loader has."""
         steps = self.num_sanity_val_steps
         return [n if steps == -1 else min(n, steps) for n in num_batches]
 
@@ -77,7 +77,7 @@ def _boolean(value: Any, name: str) -> bool:
 
 
 def _barebones(given: dict[str, Any]) -> None:
-    """In barebones everything that costs is off; asking for some of it at the same time is a contradiction."""
+    """Turn off, for ``barebones``, everything that costs time; refuse arguments that ask for some of it."""
     expected: dict[str, tuple[Any, ...]] = {
         "enable_checkpointing": (None, False),
         "logger": (None, False),
@@ -107,7 +107,7 @@ def _check_flags(given: dict[str, Any]) -> None:
     """Check the arguments that do not depend on others."""
     if given["profiler"] is not None:
         raise MisconfigurationException(
-            f"profiler={given['profiler']!r}: profilers are not there yet; use torch.profiler around `fit`."
+            f"profiler={given['profiler']!r}: profilers are not available yet; use torch.profiler around `fit`."
         )
     for name in (
         "inference_mode",
@@ -128,7 +128,7 @@ def _check_flags(given: dict[str, Any]) -> None:
         )
     if given["on_nonfinite"] not in (None, "raise", "skip", "warn"):
         raise MisconfigurationException(
-            f"on_nonfinite={given['on_nonfinite']!r} must be 'raise', 'skip' or 'warn', or None for no look at all."
+            f"on_nonfinite={given['on_nonfinite']!r} must be 'raise', 'skip' or 'warn', or None for no check."
             f" {near_names(str(given['on_nonfinite']), ['raise', 'skip', 'warn'])}"
         )
     if given["deterministic"] not in (None, True, False, "warn"):
@@ -152,7 +152,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         given: the constructor's arguments by name; ``logger`` and the ``enable_*`` flags may be changed in it.
 
     Raises:
-        MisconfigurationException: names the argument, its value, the rule and the remedy.
+        MisconfigurationException: the message has the argument, its value, the rule and the remedy.
     """
     if _boolean(given["barebones"], "barebones"):
         _barebones(given)
@@ -211,7 +211,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
 
 
 def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
-    """The loggers: one, several, none, or the default (TensorBoard; CSV where that is not installed)."""
+    """Return the user's loggers, or the default one: TensorBoard, or CSV where TensorBoard is not installed."""
     if settings.fast_dev_run or logger is False:
         return []
     if logger is None or logger is True:
@@ -233,7 +233,7 @@ def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
 
 
 def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
-    """The user's callbacks and the default ones: checkpoint, progress bar, model summary, timer."""
+    """Return the user's callbacks and the default ones: checkpoint, progress bar, model summary, timer."""
     if callbacks is None:
         found: list[Any] = []
     elif isinstance(callbacks, (list, tuple)):
@@ -256,9 +256,7 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
                 f"{flag}=False, but callbacks has {type(mine[0]).__name__}: leave it out, or set {flag}=True."
             )
     if sum(isinstance(c, ProgressBar) for c in found) > 1:
-        raise MisconfigurationException(
-            "callbacks has several progress bars; the terminal has room for one: leave one."
-        )
+        raise MisconfigurationException("callbacks has several progress bars; the terminal has room for one: keep one.")
     if settings.fast_dev_run:
         found = [c for c in found if not isinstance(c, (Checkpoint, EarlyStopping))]
     if settings.enable_checkpointing and not any(isinstance(c, Checkpoint) for c in found):

@@ -1,4 +1,4 @@
-"""The Trainer: everything around ``training_step``."""
+"""The Trainer: runs everything around ``training_step``."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ class Trainer:
         accelerator: "cpu", "cuda", "mps", "gpu" or "auto" (the best there is).
         strategy: "auto", "ddp", "ddp_spawn", ... or a strategy object.
         devices: a number, a list of indices, "0,1", -1 or "auto" (all).
-        num_nodes: nodes.
+        num_nodes: the number of nodes. Default: 1.
         precision: "32-true" (default), "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", and short names.
         logger: True (default: TensorBoard, or CSV where that is not installed), False, a logger or a list.
         callbacks: a callback or a list.
         fast_dev_run: run n (True: 1) batches of everything, without loggers and checkpoints.
         max_epochs: default: 1000 where nothing else bounds the run; -1 for no bound.
-        min_epochs: do not stop before.
-        max_steps: optimizer steps; -1 for no bound.
-        min_steps: do not stop before.
+        min_epochs: do not stop before this number of epochs.
+        max_steps: the largest number of optimizer steps. Default: -1, no bound.
+        min_steps: do not stop before this number of optimizer steps.
         max_time: "DD:HH:MM:SS", a timedelta or a dict of its arguments.
         limit_train_batches: a number of batches (int) or a fraction (float). Default: 1.0.
         limit_val_batches: the same for validation.
@@ -81,28 +81,28 @@ class Trainer:
         limit_predict_batches: the same for prediction.
         overfit_batches: train and validate on this many batches (or this fraction), without shuffling.
         val_check_interval: batches (int), a fraction of an epoch (float) or a duration. Default: 1.0.
-        check_val_every_n_epoch: epochs between validations; None counts batches across epochs.
+        check_val_every_n_epoch: epochs between validations. Default: 1; None counts batches across epochs.
         num_sanity_val_steps: validation batches to try before training. Default: 2; -1 for all.
-        log_every_n_steps: how often step values go to the loggers. Default: 50.
+        log_every_n_steps: steps between two writes of step values to the loggers. Default: 50.
         enable_checkpointing: whether there is a ModelCheckpoint by default. Default: True.
-        enable_progress_bar: default: True.
-        enable_model_summary: default: True.
-        accumulate_grad_batches: batches of one optimizer step.
+        enable_progress_bar: whether there is a progress bar. Default: True.
+        enable_model_summary: whether fit prints a summary of the model first. Default: True.
+        accumulate_grad_batches: batches of one optimizer step. Default: 1.
         gradient_clip_val: the largest gradient norm or value; None clips nothing.
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: True refuses non-deterministic operations, "warn" warns of them.
         benchmark: ``torch.backends.cudnn.benchmark`` during the run.
-        inference_mode: evaluate under ``torch.inference_mode`` rather than ``torch.no_grad``.
-        use_distributed_sampler: share the samples of loaders out over the ranks.
-        profiler: None; profilers are not there yet.
-        detect_anomaly: find the operation that made a NaN gradient.
+        inference_mode: evaluate under ``torch.inference_mode`` rather than ``torch.no_grad``. Default: True.
+        use_distributed_sampler: share the samples of loaders out over the ranks. Default: True.
+        profiler: must be None; profilers are not available yet.
+        detect_anomaly: find the operation that made a NaN gradient. Default: False.
         barebones: turn off everything that costs time: bar, loggers, checkpoints, summary, sanity check, callbacks.
         plugins: precision, cluster environment and checkpoint IO objects.
         sync_batchnorm: share batch-norm statistics over the ranks.
-        reload_dataloaders_every_n_epochs: ask for the training loader anew every n epochs; 0 never.
+        reload_dataloaders_every_n_epochs: ask for fit's loaders anew every n epochs. Default: 0, never.
         default_root_dir: where logs and checkpoints go. Default: the working directory.
         enable_autolog_hparams: log hyper-parameters when fit starts.
-        model_registry: not used; there for scripts that pass it.
+        model_registry: not used; accepted for scripts that pass it.
         auto_resume: fit without ``ckpt_path`` goes on from the newest checkpoint that is whole, if there is one.
         on_save_error: "warn": training goes on where a checkpoint could not be written. Default: "raise".
         on_nonfinite: what a loss or gradient that is NaN or infinite does: "raise" NonFiniteError, "skip" the step, or
@@ -195,7 +195,9 @@ class Trainer:
         ckpt_path: PathLike | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Train from the beginning, or from the checkpoint ``ckpt_path``. Ctrl-C ends it and sets ``interrupted``.
+        """Train from the beginning, or go on from the checkpoint ``ckpt_path``.
+
+        Ctrl-C ends the fit without an error: the call returns, and :attr:`interrupted` is True.
 
         Args:
             model: the module.
@@ -267,17 +269,17 @@ class Trainer:
             model: the module; default: the one of the last run.
             dataloaders: an iterable of batches, a list of them, or a data module.
             datamodule: gives the loaders instead.
-            return_predictions: keep what the steps return. Default: True. "stream": give it out one batch at a time, so
-                that no more than one batch of each rank is in memory; the trainer is busy until the end, and on several
-                ranks each has to go through all of it.
+            return_predictions: keep what the steps return. Default: True. "stream": return an iterator that predicts
+                one batch at a time, so that no more than one batch of each rank is in memory. The trainer runs nothing
+                else until the iterator ends or is closed, and every rank has to read the iterator to its end.
             ckpt_path: load these weights first: a path, "best" or "last".
             weights_only: False unpickles arbitrary objects from the checkpoint. Default: True.
 
         Returns:
             What ``predict_step`` returned for each batch, on the CPU, in the order of the loader; a list of such lists
-            with several loaders; None where predictions are not kept. Ranks take turns with the batches, and each gets
-            the whole. Of a loader that shares itself out (a stream, say), and of a ``CombinedLoader`` that runs side by
-            side, a rank gets its own part.
+            with several loaders; None where predictions are not kept. Ranks take turns with the batches, and each rank
+            gets the predictions of all. Of a loader that shares itself out (a stream, for example), and of a
+            ``CombinedLoader`` that runs side by side, a rank gets its own part.
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._last_module, "predict")
@@ -300,9 +302,13 @@ class Trainer:
         """Write a checkpoint; every rank calls it.
 
         Args:
-            filepath: where to; a local path or an fsspec URL.
+            filepath: a local path or an fsspec URL.
             weights_only: leave out optimizers, schedulers and callbacks. Default: False.
-            storage_options: for the checkpoint IO.
+            storage_options: passed to the checkpoint IO.
+
+        Raises:
+            MisconfigurationException: there is no module that was set up.
+            CheckpointError: the file cannot be written.
         """
         run = self._run
         if not isinstance(run, ReadyRun):
@@ -341,12 +347,12 @@ class Trainer:
 
     @property
     def strategy(self) -> Strategy:
-        """How the model is placed on devices and processes."""
+        """The strategy: how the model is placed on devices and processes."""
         return self.fabric.strategy
 
     @property
     def accelerator(self) -> Accelerator:
-        """The hardware."""
+        """The accelerator: the hardware of this run."""
         return self.fabric.accelerator
 
     @property
@@ -361,7 +367,7 @@ class Trainer:
 
     @property
     def scaler(self) -> Any:
-        """The gradient scaler under 16-mixed; else None."""
+        """The gradient scaler with 16-mixed; else None."""
         return getattr(self.fabric.strategy.precision, "scaler", None)
 
     @property
@@ -393,7 +399,7 @@ class Trainer:
 
     @property
     def global_rank(self) -> int:
-        """This process's rank among all."""
+        """This process's rank among all processes."""
         return self.fabric.global_rank
 
     @property
@@ -413,17 +419,17 @@ class Trainer:
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this is the process of rank 0, which writes and prints."""
         return self.fabric.is_global_zero
 
     @property
     def num_devices(self) -> int:
-        """The devices on this node."""
+        """The number of devices on this node."""
         return max(1, self.world_size // self.num_nodes)
 
     @property
     def num_nodes(self) -> int:
-        """The nodes."""
+        """The number of nodes."""
         return self.strategy.num_nodes
 
     @property
@@ -433,14 +439,14 @@ class Trainer:
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
-        """Number of replicas and rank for samplers; None on one process."""
+        """The number of replicas and the rank, for samplers; None on one process."""
         return self.strategy.distributed_sampler_kwargs
 
     # ------------------------------------------------------------------------------------------------ paths
 
     @property
     def default_root_dir(self) -> str:
-        """Where logs and checkpoints go by default; itself the working directory by default."""
+        """The folder that logs and checkpoints go to unless they have one of their own."""
         return self._settings.default_root_dir
 
     @property
@@ -486,7 +492,7 @@ class Trainer:
 
     @property
     def training(self) -> bool:
-        """Whether a training loop is running, between its evaluations."""
+        """Whether fit is training now, and not validating."""
         return self.state.stage is RunningStage.TRAINING
 
     @property
@@ -516,7 +522,7 @@ class Trainer:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the last run ended early: by Ctrl-C, a signal or an error."""
+        """Whether the last run ended early: True after Ctrl-C, a signal or an error."""
         return self.state.status is TrainerStatus.INTERRUPTED
 
     @property
@@ -541,19 +547,19 @@ class Trainer:
 
     @property
     def current_epoch(self) -> int:
-        """The completed epochs; inside an epoch, its number from 0."""
+        """The number of completed epochs, which inside an epoch is its number from 0."""
         return self.fit_progress.epoch
 
     # ------------------------------------------------------------------------------------------------ settings
 
     @property
     def fast_dev_run(self) -> int:
-        """The batches of a trial run; 0 where it is none."""
+        """The number of batches of a trial run; 0 without ``fast_dev_run``."""
         return self._settings.fast_dev_run
 
     @property
     def on_save_error(self) -> str:
-        """What happens where a checkpoint cannot be written: "raise" or "warn"."""
+        """What happens when a checkpoint cannot be written: "raise" or "warn"."""
         return self._settings.on_save_error
 
     @property
@@ -578,7 +584,7 @@ class Trainer:
 
     @property
     def log_every_n_steps(self) -> int:
-        """How often step values go to the loggers."""
+        """The steps between two writes of step values to the loggers."""
         return self._settings.log_every_n_steps
 
     @property
@@ -608,12 +614,12 @@ class Trainer:
 
     @property
     def val_check_interval(self) -> Any:
-        """As given: batches, a fraction of an epoch, or a duration."""
+        """``val_check_interval`` as given: batches, a fraction of an epoch, or a duration."""
         return self._settings.val_check_interval
 
     @property
     def val_check_batch(self) -> float:
-        """The batches between two validations; infinity where it goes by epochs or time."""
+        """The batches between two validations; infinity where epochs or time decide."""
         loop = self._fitting.loop if self._fitting is not None else None
         return loop.epoch.val_check_batch if loop is not None and loop.epoch is not None else math.inf
 
@@ -629,12 +635,12 @@ class Trainer:
 
     @property
     def gradient_clip_val(self) -> float | None:
-        """The largest gradient norm or value."""
+        """The largest gradient norm or value; None clips nothing."""
         return self._settings.gradient_clip_val
 
     @property
     def gradient_clip_algorithm(self) -> str | None:
-        """What is limited: "norm" or "value"."""
+        """What ``gradient_clip_val`` limits: "norm" or "value"."""
         return self._settings.gradient_clip_algorithm
 
     @property
@@ -739,20 +745,20 @@ class Trainer:
         return self._metrics.bar
 
     def metrics_on_cpu(self) -> Metrics:
-        """A copy of what was logged that can be sent to another process."""
+        """Return a copy of the metrics that can be sent to another process."""
         return self._metrics.detached()
 
     def take_outcome(
         self, module: LightningModule, state: TrainerState, progress: FitProgress, metrics: Metrics, should_stop: bool
     ) -> None:
-        """Take over how a run went that another process did."""
+        """Take over the outcome of a run in another process."""
         self.state, self.fit_progress, self.should_stop = state, progress, should_stop
         self._session = Session(self.fabric, module, None, state, metrics)
 
     # ------------------------------------------------------------------------------------------------ for modules
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """Make a module on the device and in the precision of this trainer, in a with block."""
+        """Return a context in which new modules are on the device and in the precision of this trainer."""
         return self.fabric.init_module(empty_init=empty_init)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -762,7 +768,7 @@ class Trainer:
             (print if bar is None else bar.print)(*args, **kwargs)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
+        """Run backward in manual optimization, with its hooks; modules call it as ``self.manual_backward``."""
         manual_backward(self._ready_run("manual_backward"), loss, *args, **kwargs)
 
     def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
@@ -779,7 +785,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ a run
 
     def _launch(self, stage: Callable[..., Any], *args: Any) -> Any:
-        """Run a stage in every process; this one is rank 0, or waits for it."""
+        """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         if not self.strategy.launches_function:
             self.fabric.launch()
             return stage(*args)
@@ -791,7 +797,7 @@ class Trainer:
     def _running(
         self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None
     ) -> Generator[Run]:
-        """Everything around a stage; see :class:`Session`."""
+        """Do everything around a stage; see :class:`Session`."""
         preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
         if fn is TrainerFn.FITTING:
@@ -807,7 +813,7 @@ class Trainer:
             session.finish(self, run)
 
     def _prepare(self, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
-        """Weights from a checkpoint, and the module on its device and in its engine."""
+        """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
         ckpt_path, weights_only = source
         session, fitting = self._open_session, self.state.fn is TrainerFn.FITTING
 
