@@ -13,9 +13,9 @@ import torch
 from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.content import dump_checkpoint
-from treadle.checkpoint.exact import capture_exact, keep_own_part, restore_exact
-from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
-from treadle.checkpoint.restore import restore_training, restore_weights
+from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.checkpoint.find import find_together, preempted_path
+from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.data.evaluation import EvaluationData
 from treadle.data.find import find_loaders
 from treadle.data.training import TrainingData
@@ -43,13 +43,11 @@ from treadle_fabric import (
     MisconfigurationException,
     PathLike,
     claim_failure,
-    on_rank_zero,
     rank_zero_info,
     rank_zero_warn,
     suggests_arguments,
 )
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.checkpoint import parts_on_demand
 from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Strategy
 
@@ -454,21 +452,14 @@ class Trainer(TrainerView):
         """Weights from a checkpoint, then the module to its device and into its engine."""
         ckpt_path, weights_only = source
         fitting = self.state.fn is TrainerFn.FITTING
-
-        def find() -> str | None:
-            path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
-            if path is None and fitting and self._settings.auto_resume:
-                path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
-            return path
-
-        path = self._ckpt_path = on_rank_zero(self.strategy, find, "found no checkpoint to start from")
+        newest_of = self.loggers if fitting and self._settings.auto_resume else None
+        path = self._ckpt_path = find_together(
+            self.strategy, ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting, newest_of=newest_of
+        )
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
-            with parts_on_demand():  # a rank needs its own of the exact states, or none
-                checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
-                if fitting and "treadle" in checkpoint:
-                    checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], self.global_rank, self.world_size)
+            checkpoint = read_checkpoint(self.strategy, path, weights_only, training=fitting)
             restore_weights(run, checkpoint, self.callbacks, training=fitting)
         run.wrapped = self.fabric.setup_module(run.module)
         run.transfer = make_transfer(run.module, run.datamodule, self.fabric.device, run.dispatch.run)

@@ -62,6 +62,11 @@ class Ranks:
 
 
 def local_path(path: PathLike) -> str:
+    """The absolute path, if it is a local one.
+
+    Raises:
+        MisconfigurationException: It is a URL.
+    """
     text = os.fspath(path)
     if "://" in text:
         raise MisconfigurationException(

@@ -80,6 +80,7 @@ def _is_large(value: Any) -> bool:
 
 
 def is_sharded_tensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor or a ShardedTensor, without importing what nobody has imported yet."""
     homes = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._shard.sharded_tensor", "ShardedTensor"))
     for home, name in homes:
         module = sys.modules.get(home)  # where nobody imported it there is none

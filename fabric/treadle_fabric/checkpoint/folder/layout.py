@@ -144,4 +144,5 @@ def size_of(path: str | os.PathLike[str]) -> int:
 
 
 def is_folder(path: str) -> bool:
+    """Whether a folder lies at ``path``, and not a link to one."""
     return os.path.isdir(path) and not os.path.islink(path)
