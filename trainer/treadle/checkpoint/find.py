@@ -10,11 +10,11 @@ from pathlib import Path, PurePath
 from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric import MisconfigurationException, Strategy, newest_good, on_rank_zero, rank_zero_warn
+from treadle_fabric import MisconfigurationException, newest_good, rank_zero_warn
 from treadle_fabric.checkpoint import checkpoints_in, written_at
 from treadle_fabric.loggers import Logger
 
-__all__ = ["find_checkpoint", "find_newest", "find_together"]
+__all__ = ["find_checkpoint", "find_newest"]
 PREEMPTED: Final = "preempted.ckpt"
 """What a run saves when it is asked to terminate; "last" finds it beside the last checkpoint."""
 _NEEDED: Final = ("state_dict", "optimizer_states")
@@ -25,33 +25,6 @@ def preempted_path(callbacks: Sequence[Callback], root: str) -> str:
     """Where a run that is asked to terminate saves: beside its checkpoints."""
     folders = [folder for c in callbacks if (folder := getattr(c, "dirpath", None))]
     return str(Path(folders[0] if folders else root) / PREEMPTED)
-
-
-def find_together(
-    strategy: Strategy,
-    ckpt_path: Any,
-    callbacks: Sequence[Callback],
-    root: str,
-    *,
-    fitting: bool,
-    newest_of: Sequence[Logger] | None,
-) -> str | None:
-    """Where a run starts from, as rank 0 finds it; every rank calls this. The arguments are :func:`find_checkpoint`'s.
-
-    Args:
-        strategy: tells the other ranks.
-        ckpt_path: see there.
-        callbacks: see there.
-        root: see there.
-        fitting: see there.
-        newest_of: where ``ckpt_path`` means nothing, :func:`find_newest` looks, for these loggers; None: it does not.
-    """
-
-    def find() -> str | None:
-        path = find_checkpoint(ckpt_path, callbacks, root, fitting=fitting)
-        return find_newest(callbacks, newest_of, root) if path is None and newest_of is not None else path
-
-    return on_rank_zero(strategy, find, "found no checkpoint to start from")
 
 
 def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *, fitting: bool) -> str | None:

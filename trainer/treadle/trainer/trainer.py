@@ -14,7 +14,7 @@ from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.content import dump_checkpoint
 from treadle.checkpoint.exact import capture_exact, restore_exact
-from treadle.checkpoint.find import find_together, preempted_path
+from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.data.evaluation import EvaluationData
 from treadle.data.find import find_loaders
@@ -43,6 +43,7 @@ from treadle_fabric import (
     MisconfigurationException,
     PathLike,
     claim_failure,
+    on_rank_zero,
     rank_zero_info,
     rank_zero_warn,
     suggests_arguments,
@@ -452,10 +453,14 @@ class Trainer(TrainerView):
         """Weights from a checkpoint, then the module to its device and into its engine."""
         ckpt_path, weights_only = source
         fitting = self.state.fn is TrainerFn.FITTING
-        newest_of = self.loggers if fitting and self._settings.auto_resume else None
-        path = self._ckpt_path = find_together(
-            self.strategy, ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting, newest_of=newest_of
-        )
+
+        def find() -> str | None:
+            path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
+            if path is None and fitting and self._settings.auto_resume:
+                path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
+            return path
+
+        path = self._ckpt_path = on_rank_zero(self.strategy, find, "found no checkpoint to start from")
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
