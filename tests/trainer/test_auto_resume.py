@@ -12,7 +12,7 @@ from tests.trainer.models import Net, loader
 
 from treadle import Trainer
 from treadle.callbacks import ModelCheckpoint
-from treadle.checkpoint.auto_resume import find_newest
+from treadle.checkpoint.find import find_newest
 from treadle_fabric.loggers import CSVLogger
 
 

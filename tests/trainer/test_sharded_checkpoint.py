@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,54 @@ def test_two_processes_save_and_one_goes_on(tmp_path: Path) -> None:
     two.fit(Wide(), loader(16))
     assert names() == ["last.ckpt", "step=8.ckpt"]
     files = {p.name for p in Path("c/last.ckpt").iterdir()}
-    assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"}
+    parts = {"rank_0.pt", "rank_1.pt"}
+    assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"} | parts
     assert Path("c/last.ckpt/__1_0.distcp").stat().st_size > 1000
     saver = ModelCheckpoint("d", "{step}", "score", every_n_train_steps=1)
     with pytest.warns(UserWarning, match="was written for the folder"):
         one = fit(tmp_path, saver, "c/last.ckpt")
     assert one.global_step == 12 and one.current_epoch == 3
+
+
+class ReadsItsOwn(L.Callback):
+    """Notes which ranks' parts this process opens while fit starts."""
+
+    def __init__(self) -> None:
+        self.opened: set[str] = set()
+        sys.addaudithook(lambda event, args: self.note(args[0]) if event == "open" else None)
+
+    def note(self, path: Any) -> None:
+        if isinstance(path, str) and (name := os.path.basename(path)).startswith("rank_"):
+            self.opened.add(name)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.opened.clear()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.opened == {f"rank_{trainer.global_rank}.pt"}, self.opened
+
+
+@pytest.mark.timeout(110)
+def test_two_processes_go_on_in_mid_accumulation_each_from_its_own_part(tmp_path: Path) -> None:
+    def fit_two(ckpt_path: str | None, *callbacks: L.Callback, **kwargs: Any) -> Any:
+        L.seed_everything(3)
+        two = trainer(tmp_path, devices=2, strategy="ddp_fork", plugins=DistributedCheckpointIO(), max_epochs=1,
+                      accumulate_grad_batches=2, callbacks=[*callbacks], **kwargs)  # fmt: skip
+        two.fit(Wide(), loader(16), ckpt_path=ckpt_path)
+        return two.lightning_module.state_dict()
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                trainer.save_checkpoint("a.ckpt")
+
+    whole = fit_two(None, Saves())
+    ranks = DistributedCheckpointIO().load_checkpoint("a.ckpt")["treadle"]["ranks"]
+    gradients = [part["gradients"]["layers.0.weight"] for part in ranks]
+    assert len(gradients) == 2 and not torch.equal(*gradients)
+    assert "buffers" in ranks[1] and "seen" in ranks[1]["buffers"]
+    resumed = fit_two("a.ckpt", ReadsItsOwn())
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,21 @@
 """Where checkpoints are stored, and how: a file of one process, or a folder of all.
 
-Start with ``io.py``, the interface. ``torch_file.py`` writes and reads one file, ``distributed/`` a folder whose layout
-is in ``folder/``. ``seal.py`` makes every byte of a file count, ``archive.py`` finds out what a file is without running
-anything in it, ``newest.py`` finds the newest checkpoint that is whole, and ``asynchronous.py`` writes while training
-goes on. Imports only the foundation.
+Start with ``io.py``, the interface; ``torch_io.py``, ``distributed_io.py`` and ``asynchronous.py`` implement it. From
+the bottom: ``seal.py`` and ``archive.py`` check a file without running anything in it; ``folder/`` has the layout of a
+folder and its manifest; ``torch_file.py`` writes and reads one file, ``distributed/`` one folder; ``reading.py`` reads
+the one or the other, and ``newest.py`` lists the checkpoints in a folder. ``per_rank.py`` marks values that each rank
+has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor. Imports only the foundation.
+
+For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
+``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names; ``PerRank``,
+``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
-from treadle_fabric.checkpoint.folder import link_folder, put_in_place, size_of
+from treadle_fabric.checkpoint.folder.layout import size_of
+from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand

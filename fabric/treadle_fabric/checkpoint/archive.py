@@ -1,4 +1,4 @@
-"""What a file is, found out without running anything that it holds."""
+"""Find out what a file is, without running anything that it holds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_archive(file: IO[bytes], path: str) -> bool:
     """Make sure that ``file`` is a whole checkpoint; True for a zip archive, False for torch's older format.
 
     Raises:
-        CheckpointCorruptError: It is not.
+        CheckpointCorruptError: It is damaged, cut off, or no checkpoint.
         CheckpointUnsafeError: It is a bare pickle that would run code.
     """
     head = file.read(64)
@@ -72,7 +72,7 @@ def check_archive(file: IO[bytes], path: str) -> bool:
     if names:
         raise CheckpointUnsafeError(
             f"{path!r} was not loaded: it is a bare pickle, no checkpoint, and unpickling it would call "
-            f"{', '.join(names)}. If you trust whoever wrote it, open it yourself and `torch.save` the tensors."
+            f"{', '.join(names)}. If you trust its author, open it yourself and `torch.save` the tensors."
         )
     raise CheckpointCorruptError(f"{path!r} is a bare pickle, no checkpoint. Write its contents with `torch.save`.")
 
@@ -103,7 +103,7 @@ def _check_zip(file: IO[bytes], path: str) -> None:
 
 
 def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: str) -> None:
-    """Torch does not look at the checksums that it writes, so a flipped bit would go straight into the weights."""
+    """Compare a checksum: torch writes checksums and never reads them, so a flipped bit would reach the weights."""
     if not record.CRC:  # written with torch.serialization.set_crc32_options(False)
         return
     try:
@@ -156,7 +156,7 @@ def forbidden_globals(file: IO[bytes], is_zip: bool, error: Exception) -> list[s
 
 
 def numpy_allowed() -> AbstractContextManager[Any]:
-    """Lets NumPy's numbers and arrays through ``weights_only=True``: they hold plain data, and run nothing."""
+    """Let ``weights_only=True`` accept NumPy's numbers and arrays: they hold plain data, and run nothing."""
     numpy: Any = sys.modules.get("numpy")
     if numpy is None:
         return nullcontext()
@@ -167,14 +167,14 @@ def numpy_allowed() -> AbstractContextManager[Any]:
 
 
 def weights_only_reason(error: Exception) -> str:
-    """The line in which torch's restricted unpickler says what it met, without the advice around it."""
+    """The reason in an error of torch's restricted unpickler, without the advice around it."""
     text = str(error)
     reason = text.partition("WeightsUnpickler error:")[2] or text.partition("\n")[0]
     return reason.strip().partition("\n")[0].rstrip(". ")
 
 
 def state_path_of(state: Any, path: str = "state") -> str:
-    """Which entry of a nested state it is that cannot be pickled."""
+    """Find the entry of a nested state that cannot be pickled."""
     items: list[tuple[Any, Any]] = []
     if isinstance(state, Mapping):
         items = list(state.items())

@@ -1,4 +1,4 @@
-"""Saves that a thread of their own writes, while training goes on."""
+"""Checkpoints that a background thread writes while training goes on."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ __all__ = ["AsyncCheckpointIO"]
 class AsyncCheckpointIO(CheckpointIO):
     """Writes checkpoints in the background; a save returns as soon as the state is copied to host memory.
 
-    Later changes of the weights do not reach the file. One write is in flight at most: a second save waits for the
+    Later changes of the weights do not reach the file. At most one write is in flight: a second save waits for the
     first before it copies, so that no more than one copy is in memory. Removals and writes happen in the order in which
-    they were asked for, and after a write that failed nothing is removed. What fails in the background is raised by the
-    next save or load, by :meth:`wait` or by :meth:`teardown`; where none of them comes, it is printed when the process
+    they were asked for, and after a write that failed nothing is removed. An error in the background is raised by the
+    next save or load, by :meth:`wait` or by :meth:`teardown`; if none of them is called, it is printed when the process
     ends, with exit status 1. The process does not end before everything is written.
 
     Args:
         checkpoint_io: Does the writing. Default: :class:`TorchCheckpointIO`.
 
     Raises:
-        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, writes in the background itself, or is one to
-            which all ranks write (:class:`DistributedCheckpointIO`).
+        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, writes in the background itself, or is written
+            to by all ranks (:class:`DistributedCheckpointIO`).
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
@@ -90,11 +90,11 @@ class AsyncCheckpointIO(CheckpointIO):
 
         Args:
             checkpoint: Anything that ``torch.save`` takes.
-            path: As the wrapped CheckpointIO has it.
-            storage_options: Likewise.
+            path: As for the wrapped CheckpointIO.
+            storage_options: As for the wrapped CheckpointIO.
 
         Raises:
-            CheckpointError: The state cannot be pickled, or an earlier save failed; this one was not begun then.
+            CheckpointError: The state cannot be pickled, or an earlier save failed. This save was not begun then.
         """
         self.wait()
         state = _copy(checkpoint, path)
@@ -109,7 +109,7 @@ class AsyncCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: PathLike) -> None:
         """Have the checkpoint at ``path`` deleted once all saves so far have ended well; if one fails, it stays.
 
-        That it cannot be deleted is a warning: nothing is lost.
+        If it cannot be deleted, that is a warning: nothing is lost.
         """
 
         def remove() -> None:
@@ -162,11 +162,11 @@ class AsyncCheckpointIO(CheckpointIO):
 # --- the end of the process ---
 
 _used: set[AsyncCheckpointIO] = set()
-"""Those whose errors, if any, were not raised yet. Not weak: an error outlives the last reference to its origin."""
+"""Stores whose errors, if any, were not raised yet. The references are strong: an error must outlive its store."""
 
 
 def _report() -> None:
-    """Runs when the writers have ended, after all that was registered later than this module was imported."""
+    """Runs at the end of the process, after the writers have ended and after the exit handlers registered later."""
     errors = [each._error for each in _used if each._error is not None and each._process == os.getpid()]
     if not errors:
         return
@@ -188,8 +188,8 @@ atexit.register(_report)
 def _copy(checkpoint: Any, path: PathLike) -> Callable[[], Any]:
     """Copy ``checkpoint`` as ``torch.save`` would write it, and return a function that puts it together again.
 
-    What is no tensor is pickled, so that everything is frozen, tensors that share memory still do, and what cannot be
-    pickled is told to the caller.
+    Everything but the bytes of tensors is pickled at once, so that nothing changes any more, tensors that share memory
+    still do, and the caller learns what cannot be pickled.
     """
     try:
         stream, storages = tensor_pickle.dump(checkpoint)

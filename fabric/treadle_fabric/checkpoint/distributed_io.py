@@ -1,4 +1,4 @@
-"""Checkpoints as folders that all ranks write at the same time."""
+"""Checkpoints as folders that all ranks write together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DistributedCheckpointIO(CheckpointIO):
             storage_options: None; remote paths are refused.
 
         Raises:
-            CheckpointError: A rank could not write, and all raise. An earlier checkpoint of that name stands.
+            CheckpointError: A rank could not write, and all ranks raise. An earlier checkpoint is untouched.
             MisconfigurationException: ``path`` is remote, or ``storage_options`` are given.
         """
         if storage_options:
@@ -48,7 +48,7 @@ class DistributedCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Read the checkpoint at ``path``, a folder or a file; the arguments are those of :class:`TorchCheckpointIO`.
 
-        No other process takes part: each that calls this gets all of it.
+        A process that calls this reads all of it; no other process takes part.
         """
         return load_any(path, map_location, weights_only)
 

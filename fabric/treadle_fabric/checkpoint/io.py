@@ -1,4 +1,4 @@
-"""What every way of storing a checkpoint offers."""
+"""The interface of everything that stores checkpoints."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ __all__ = ["CheckpointIO"]
 
 
 class CheckpointIO(ABC):
-    """Stores a checkpoint under a path, and gets it back."""
+    """Stores checkpoints under paths, and reads them back."""
 
     sharded: ClassVar[bool] = False
-    """Every rank calls :meth:`save_checkpoint`, with its part, and all learn whether all could; else rank 0 does.
+    """Whether every rank calls :meth:`save_checkpoint`, with its part, and raises if any rank failed; else rank 0 does.
 
-    Values that are marked as :class:`PerRank` come to such a store as they are; to others as the list of all ranks'.
+    Where every rank calls, values of :class:`PerRank` are in the state as they are, and each rank stores its own. Where
+    rank 0 calls, the list of the values of all ranks has taken the place of each.
     """
 
     @abstractmethod
@@ -25,7 +26,7 @@ class CheckpointIO(ABC):
         """Write ``checkpoint`` to ``path``, whole or not at all.
 
         Raises:
-            CheckpointError: Nothing was written; what lay at ``path`` before is still there.
+            CheckpointError: Nothing was written; what was at ``path`` before is still there.
         """
 
     @abstractmethod
@@ -35,7 +36,7 @@ class CheckpointIO(ABC):
         """Read the checkpoint at ``path``.
 
         Raises:
-            CheckpointError: See its subclasses for what can be wrong.
+            CheckpointError: It cannot be read; the subclasses say why.
         """
 
     @abstractmethod
@@ -44,15 +45,18 @@ class CheckpointIO(ABC):
 
     @property
     def after_saves(self) -> Callable[[Callable[[], None]], None] | None:
-        """Runs a function once all saves so far have ended well; None where a save has ended when its call returns."""
+        """A function that calls what it is given once all saves so far have ended well.
+
+        None: a save has ended when its call returns.
+        """
         return None
 
     def wait(self) -> None:
-        """Return when all saves so far have ended; where they end with their call, there is nothing to wait for.
+        """Wait until all saves so far have ended. Default: return at once, because a save ends with its call.
 
         Raises:
-            CheckpointError: One of them failed, and nobody was told yet.
+            CheckpointError: A save failed, and that was not raised before.
         """
 
     def teardown(self) -> None:
-        """The run is over. A store that works in the background finishes here, and raises as :meth:`wait` does."""
+        """Called when the run is over. A store that works in the background finishes, and raises as :meth:`wait`."""

@@ -24,16 +24,16 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")
 def newest_good(
     folders: PathLike | Iterable[PathLike], *, recursive: bool = True, holds: Collection[str] = ()
 ) -> Path | None:
-    """The newest checkpoint that is whole; one that is not is named in a warning, and the one before it is tried.
+    """Find the newest checkpoint that is whole. A damaged one is named in a warning, and the one before it is tried.
 
     Args:
-        folders: Local folders, one or several; those that are not there count as empty.
+        folders: One local folder or several; a folder that does not exist counts as empty.
         recursive: Look into their subfolders too.
-        holds: Keys that the checkpoint must have; one without them is passed over.
+        holds: Keys that the checkpoint must have; a checkpoint that lacks one of them is passed over.
 
     Returns:
-        The path of a ``.ckpt`` file, or of the folder of a sharded checkpoint; None where there is no good one. Of
-        those written at the same time it is the one with the greatest ``global_step``.
+        The path of a ``.ckpt`` file, or of the folder of a sharded checkpoint; None if no checkpoint is good. Of
+        several that were written at the same time, the one with the greatest ``global_step``.
     """
     best: tuple[int, Path] | None = None
     time = 0
@@ -63,7 +63,7 @@ def checkpoints_in(
     moved aside, to replace it, gets its name again.
 
     Args:
-        folders: One folder or several; those that are not there count as empty.
+        folders: One local folder or several; a folder that does not exist counts as empty.
         recursive: Look into their subfolders too.
         names: Patterns such as ``"*last*.ckpt"``; a checkpoint has to have a name that one of them matches.
 

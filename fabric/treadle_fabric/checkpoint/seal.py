@@ -1,9 +1,9 @@
-"""What makes every byte of a checkpoint file count.
+"""A checksum for the bytes of a checkpoint file that no other checksum covers.
 
-The archive that ``torch.save`` writes is its own manifest: its table of contents has the size and the CRC-32 of each
-record, and those are compared on every load. What no record covers are the headers, the padding between them and the
-table itself. Their CRC-32 stands in the comment at the end of the archive, which every reader of zip files passes over;
-so no second file has to be kept in step with the first.
+The archive that ``torch.save`` writes has a table of contents with the size and the CRC-32 of each record, and these
+are compared on every load. They do not cover the headers, the padding between them and the table itself. The CRC-32 of
+those bytes is written into the comment at the end of the archive, which every reader of zip files skips; so no second
+file is needed.
 """
 
 from __future__ import annotations

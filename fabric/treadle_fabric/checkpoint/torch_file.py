@@ -106,9 +106,9 @@ def _save_local(checkpoint: dict[str, Any], path: str) -> None:
 
 
 def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
-    """Write a file that bears its name, if the system can do that, only once it is complete and on the disk.
+    """Write a file that has no name, if the system can do that, until it is complete and on the disk.
 
-    A process that is killed in the middle then leaves nothing behind.
+    A process that is killed while it writes then leaves nothing behind.
     """
     nameless = None
     with contextlib.suppress(OSError, AttributeError):  # another system, or a file system without the feature
@@ -155,18 +155,18 @@ def why_not_written(error: BaseException, checkpoint: Any) -> str:
     """What went wrong in a save, and the remedy, in sentences."""
     if isinstance(error, CheckpointError):
         return str(error)
-    stands = "An earlier one of that name is untouched."
+    kept = "An earlier one of that name is untouched."
     cause = _first_os_error(error)
     if cause is not None:
-        return f"{reason_of(cause)}. {stands} {_REMEDIES.get(cause.errno or 0, 'Save elsewhere.')}"
+        return f"{reason_of(cause)}. {kept} {_REMEDIES.get(cause.errno or 0, 'Save elsewhere.')}"
     if isinstance(error, pickle.PicklingError | AttributeError | TypeError):
         where = state_path_of(checkpoint)
         return f"{where} cannot be pickled ({error}). Save its state_dict() or plain values, or leave it out."
-    return f"{reason_of(error)}. {stands}"
+    return f"{reason_of(error)}. {kept}"
 
 
 def _first_os_error(error: BaseException) -> OSError | None:
-    """Torch reports a failed write as an internal check that did not hold; the reason is what it was handling."""
+    """The OSError behind an error: torch reports a failed write as an internal check that did not hold."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -220,7 +220,7 @@ def _opened(fs: Any | None, where: str, path: PathLike) -> Iterator[IO[bytes]]:
 def _leaves_the_host(target: Any) -> bool:
     """Whether every tensor is copied away from the file, so that mapping it into memory is safe.
 
-    On the CPU a tensor would stay the file itself, and break as soon as somebody rewrites that in place.
+    On the CPU a tensor would stay a part of the file, and break as soon as a program rewrites the file in place.
     """
     return isinstance(target, str | torch.device) and not str(target).startswith("cpu")
 
@@ -255,13 +255,13 @@ def _load_error(error: Exception, file: IO[bytes], path: PathLike, is_zip: bool,
             listed, last = ", ".join(names), names[-1].rpartition(".")[2]
             return CheckpointUnsafeError(
                 f"{str(path)!r} was not loaded: it holds {listed}, and only tensors and plain containers are loaded "
-                "without being asked, because anything else can run code. If you trust whoever wrote it, either allow "
+                "without being asked, because anything else can run code. If you trust its author, either allow "
                 f"those by name with `torch.serialization.add_safe_globals([{last}])`, or pass `weights_only=False`."
             )
         if is_zip:
             return CheckpointUnsafeError(
                 f"{str(path)!r} was not loaded: it builds its objects in a way that can run code "
-                f"({weights_only_reason(error)}). If you trust whoever wrote it, pass `weights_only=False`."
+                f"({weights_only_reason(error)}). If you trust its author, pass `weights_only=False`."
             )
     if isinstance(error, ImportError | AttributeError):
         return CheckpointError(

@@ -1,4 +1,4 @@
-"""What rank 0 alone does, and all ranks learn."""
+"""An action of rank 0 alone, whose result or failure all ranks learn."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Ranked(Protocol):
 
 
 def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
-    """Let rank 0 act, and tell all ranks what came of it; every rank calls this.
+    """Run an action on rank 0, and give its result to all ranks; every rank calls this.
 
     Args:
         strategy: A strategy or a Fabric: whose ranks.
         action: What rank 0 does. What it returns must be something that can be pickled.
-        failure: What it means if that fails, for the message on the other ranks: "could not write 'a.ckpt'".
+        failure: What rank 0 failed to do, for the message on the other ranks: "could not write 'a.ckpt'".
 
     Returns:
         On every rank what ``action`` returned on rank 0.
 
     Raises:
-        Exception: On rank 0 what ``action`` raised.
-        CheckpointError: On the other ranks, where that was a CheckpointError or an OSError.
-        TreadleError: On the other ranks, where it was anything else.
+        Exception: On rank 0, what ``action`` raised.
+        CheckpointError: On the other ranks, if ``action`` raised a CheckpointError or an OSError.
+        TreadleError: On the other ranks, if ``action`` raised any other exception.
     """
     if strategy.world_size == 1:
         return action()

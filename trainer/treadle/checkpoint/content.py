@@ -27,7 +27,7 @@ _PLAIN: Final = (bool, int, float, complex, str, bytes, Tensor, torch.dtype, tor
 
 
 def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_only: bool = False) -> dict[str, Any]:
-    """The checkpoint of a run as it stands. Every rank calls it.
+    """The checkpoint of a run in its present state. Every rank calls this.
 
     Args:
         run: the run.

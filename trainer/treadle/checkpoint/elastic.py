@@ -1,4 +1,4 @@
-"""The states of the ranks of one run, made into those of another number of ranks."""
+"""Turn the states of the ranks of a run into the states of another number of ranks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _MERGEABLE: Final = ("dim_zero_sum", "dim_zero_max", "dim_zero_min")  # other ra
 def part_of_rank(
     ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What one of ``world_size`` ranks takes over of a run that had ``len(ranks)`` of them.
+    """The part with which one of ``world_size`` ranks continues a run that had ``len(ranks)`` ranks.
 
-    Rank 0 takes what was logged and accumulated by all; the others begin with nothing. A rank there was before keeps
-    its random state, a new one gets one of its own.
+    Rank 0 takes what all ranks had logged and accumulated; the other ranks begin with nothing. A rank that existed
+    before keeps its random state, a new rank gets a random state of its own.
 
     Args:
-        ranks: what each had.
+        ranks: the parts of the ranks that saved.
         rank: the new rank.
-        world_size: how many there are now.
+        world_size: the number of ranks now.
         metrics: the module's torchmetrics objects by path.
     """
     first = ranks[0]
@@ -97,7 +97,7 @@ def _merged_total(how: str | None, one: Any, other: Any) -> Any:
 
 
 def _emptied(slots: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without what counts for the epoch; the last value stays, for a step that is still to be logged."""
+    """Slots without what counts for the epoch. The last value is kept, for a step that is still to be logged."""
 
     def nothing(entry: dict[str, Any]) -> dict[str, Any]:
         value = 0.0 if _reduction(entry) == "sum" else entry["value"]

@@ -37,7 +37,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
     """
     module = run.module
     if run.progress.epoch_ended:
-        run.metrics.keep(run.results)  # else they are looked up in slots that the next epoch does not have
+        run.metrics.keep(run.results)  # the slots in which they would be looked up are gone in the next epoch
     validating = run.before_validation if run.progress.phase is Phase.LOGGED else {}
     mine: dict[str, Any] = {
         **(validating or moment(run)),
@@ -60,7 +60,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
 
 
 def moment(run: Run) -> dict[str, Any]:
-    """What validation changes: random state, torchmetrics objects, how many batches were validated on."""
+    """The part of the state that validation changes: random state, torchmetrics objects, batches validated on."""
     collections, metrics = run.metric_objects
     for collection in collections:  # only here do members of a group get their shared state
         deque(collection.items(keep_base=True, copy_state=False), maxlen=0)
@@ -139,7 +139,7 @@ def restore_metrics(run: Run, states: dict[str, Any]) -> None:
 
 
 def _buffers(module: Module) -> dict[str, Tensor]:
-    """Those that are saved. Each rank has its own until a forward takes over rank 0's, and validates with them."""
+    """The buffers that a state dict has. They differ between ranks until DDP's next forward copies those of rank 0."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer.detach()
         for prefix, part in module.named_modules()

@@ -223,7 +223,7 @@ def _prune(given: argparse.Namespace) -> int:
 
 
 def _was_checkpoint(path: Path) -> bool:
-    """Whether what cannot be read is the remains of a checkpoint, and not a file of somebody else's."""
+    """Whether a file or folder that cannot be read is the remains of a checkpoint, and not another program's file."""
     if path.is_dir():
         return True
     with open(path, "rb") as file:

@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.content import dump_checkpoint
-from treadle.checkpoint.exact import keep_own_part
 from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
-from treadle.checkpoint.restore import restore_training, restore_weights
+from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
 from treadle.loops.step.backward import manual_backward
@@ -48,7 +47,6 @@ from treadle_fabric import (
     suggests_arguments,
 )
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.checkpoint import parts_on_demand
 from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Strategy
 
@@ -827,10 +825,7 @@ class Trainer:
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
-            with parts_on_demand():  # a rank needs its own of the exact states, or none
-                checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
-                if fitting and "treadle" in checkpoint:
-                    checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], self.global_rank, self.world_size)
+            checkpoint = read_checkpoint(self.strategy, path, weights_only, training=fitting)
         late = self.strategy.restores_after_setup
         if checkpoint is not None and not late:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)

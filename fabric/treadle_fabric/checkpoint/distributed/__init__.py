@@ -1,5 +1,5 @@
-"""One checkpoint, one folder that all processes write, each its part.
+"""One checkpoint, one folder: all processes write it together, each process its part.
 
-Start with ``saving.py`` and ``loading.py``. ``split.py`` takes a state apart, ``ranks.py`` lets the ranks fail
-together, and ``dcp.py`` is all that is used of torch.distributed.checkpoint.
+Start with ``saving.py`` and ``loading.py``. ``split.py`` decides which part of a state goes to which file, ``ranks.py``
+makes the ranks fail together, and ``dcp.py`` has everything that is used of torch.distributed.checkpoint.
 """

@@ -1,4 +1,4 @@
-"""What of torch.distributed.checkpoint is used, and how: it moves tensors, and never pickles or unpickles for us.
+"""How torch.distributed.checkpoint is used: it moves tensors, and never pickles or unpickles anything.
 
 Imported only where a sharded checkpoint is written or read, because torch.distributed.checkpoint takes long to import.
 """
@@ -44,7 +44,7 @@ class RanksFailedError(Exception):
 def write_tensors(
     tensors: dict[str, Any], folder: str, process_group: Any | None, alone: bool
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
-    """Write what this rank has; every rank calls it.
+    """Write the tensors of this rank; every rank calls this.
 
     Returns:
         Size and CRC-32 of the files that this rank wrote; and for rank 0 where in the files of all ranks the tensors
@@ -68,7 +68,7 @@ def write_tensors(
 def read_tensors(
     tensors: dict[str, Any], folder: str, manifest: Mapping[str, Any], process_group: Any | None, alone: bool
 ) -> None:
-    """Fill tensors in place, each rank those parts that it has.
+    """Fill tensors in place, on each rank the parts that it holds.
 
     Raises:
         RanksFailedError: On all ranks.
@@ -99,7 +99,7 @@ def _failing_together() -> Iterator[None]:
 
 
 class _Writer(FileSystemWriter):
-    """Also keeps the checksums of the files and the places of the tensors."""
+    """A writer that also keeps the checksums of the files and the places of the tensors in them."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
@@ -151,7 +151,7 @@ class _Files(FileSystem):
 
 
 class _Reader(FileSystemReader):
-    """Takes the index from the manifest; the one in the folder is a pickle, and stays closed."""
+    """A reader that takes the index from the manifest; the index in the folder is a pickle, and is never opened."""
 
     def __init__(self, folder: str, tensors: Mapping[str, Any]) -> None:
         super().__init__(folder)

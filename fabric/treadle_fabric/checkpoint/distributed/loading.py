@@ -66,15 +66,15 @@ def _load_all(where: str, path: PathLike, map_location: Any | None, weights_only
 
 
 def load_sharded_into(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
-    """Read a folder into ``state``: tensors in place, each rank what it holds of them; other values are replaced.
+    """Read a folder into ``state``. Tensors are filled in place, on each rank the part it holds; other values replaced.
 
     Every rank of the group calls this, with the same keys. How many ranks wrote, and what each held, does not matter.
-    It is for strategies that shard, whose ranks have no room for all of a checkpoint.
+    This is for strategies that shard, where no rank has room for all of a checkpoint.
 
     Args:
-        state: As for :func:`save_sharded`. What the folder has beyond it is left out.
-        path: Local.
-        process_group: Whose ranks read, sharing out the check of the files. Default: all.
+        state: As for :func:`save_sharded`. What else the folder holds is not read.
+        path: A local path.
+        process_group: The ranks that read; each checks some of the files. Default: all.
 
     Raises:
         CheckpointNotFoundError: Nothing lies at ``path``.
@@ -122,7 +122,7 @@ def _read_into(state: dict[str, Any], where: str, path: PathLike, ranks: Ranks) 
 
 
 def _raising_alike(ranks: Ranks, action: Callable[[], None]) -> None:
-    """As ``together``, but the ranks on which it failed raise their own error."""
+    """Act as ``together`` does, but the ranks on which the action failed raise their own error."""
     error: list[CheckpointError] = []
 
     def noted() -> None:

@@ -21,7 +21,13 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that act together, and fail together."""
+    """The ranks of a process group, which act together and fail together.
+
+    Args:
+        group: The process group. None: all ranks, or this process alone where there is no process group.
+        failure: The first words of the error that all raise: "The checkpoint 'a.ckpt' was not written".
+        state: What is being saved, to name in it what cannot be pickled. None: nothing is saved.
+    """
 
     def __init__(self, group: Any | None, failure: str, state: Any = None) -> None:
         self.group = group
@@ -31,7 +37,7 @@ class Ranks:
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
 
     def together(self, action: Callable[[], T]) -> list[T]:
-        """Every rank acts, and gets what all got; if one failed, all raise."""
+        """Act on every rank, and return the results of all ranks; if one rank fails, all raise."""
         result: Any = None
         error: BaseException | None = None
         try:
@@ -62,6 +68,11 @@ class Ranks:
 
 
 def local_path(path: PathLike) -> str:
+    """The absolute path, if it is a local one.
+
+    Raises:
+        MisconfigurationException: It is a URL.
+    """
     text = os.fspath(path)
     if "://" in text:
         raise MisconfigurationException(

@@ -28,16 +28,16 @@ __all__ = ["save_sharded"]
 def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
     """Write a state to the folder ``path``; every rank of the group calls this.
 
-    :class:`DistributedCheckpointIO` is this with all ranks; a strategy that shards can name the group that does.
+    :class:`DistributedCheckpointIO` calls it for all ranks; a strategy that shards over a group can name that group.
 
     Args:
         state: Tensors, DTensors and ShardedTensors, and plain values, in dicts, lists and tuples nested as you like.
-            Its structure, and what is no tensor, is rank 0's, but for what is marked as :class:`PerRank`.
-        path: Local. Rank 0's counts.
-        process_group: Whose ranks write. Default: all; without a process group there is only this process.
+            Its structure, and what is no tensor, is taken from rank 0, except for values of :class:`PerRank`.
+        path: A local path; that of rank 0 counts.
+        process_group: The ranks that write. Default: all; without a process group there is only this process.
 
     Raises:
-        CheckpointError: A rank could not write its part. All raise, and what lay at ``path`` before is still there.
+        CheckpointError: A rank could not write its part. All ranks raise, and what was at ``path`` is still there.
     """
     ranks = Ranks(process_group, f"The checkpoint {str(path)!r} was not written", state)
     where = local_path(path)
@@ -104,7 +104,7 @@ def _write(
 
 
 def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
-    """Which rank writes which tensor: the one with the least so far if all have it alike, else rank 0."""
+    """The rank that writes each tensor: the one with the fewest bytes so far if all have the same, else rank 0."""
     load = [0] * len(summaries)
     owners: dict[str, int] = {}
     for name, summary in summaries[0].items():

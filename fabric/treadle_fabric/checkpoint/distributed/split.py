@@ -1,4 +1,4 @@
-"""Take a state apart: large tensors by name, and the structure with stand-ins for them.
+"""Split a state: large tensors by name, and the structure with stand-ins for them.
 
 Large tensors are written by torch.distributed.checkpoint, one file a process. Tensors that every rank has alike are
 shared out between the ranks; of a DTensor or ShardedTensor each rank writes what it holds. What a rank has of its own
@@ -24,11 +24,11 @@ __all__ = []
 _LARGE = 32 * 1024  # bytes; to write a smaller tensor by itself takes longer than to write its bytes
 
 
-# --- what is large, and what stands in its place ---
+# --- which values go to a file of their own ---
 
 
 class Split:
-    """A state taken apart: by name large tensors and what a rank has of its own, and the structure with stand-ins."""
+    """A state that is split: by name large tensors and what a rank has of its own, and the structure with stand-ins."""
 
     def __init__(self, state: Any) -> None:
         self.replicated: dict[str, Tensor] = {}
@@ -40,7 +40,7 @@ class Split:
         self.structure = map_leaves(state, self._replace, "")
 
     def content(self) -> dict[str, Any]:
-        """What goes into ``meta.pt``; the names of the stand-ins survive there, because each is one object."""
+        """The content of ``meta.pt``. A stand-in and its name stay together, because each stand-in is one object."""
         return {"state": self.structure, "tensors": self._stand_ins, "per_rank": self._own_stand_ins}
 
     def _replace(self, value: Any, name: str) -> Any:
@@ -80,9 +80,10 @@ def _is_large(value: Any) -> bool:
 
 
 def is_sharded_tensor(value: Any) -> bool:
+    """Whether ``value`` is a DTensor or a ShardedTensor, without importing the modules of these classes."""
     homes = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._shard.sharded_tensor", "ShardedTensor"))
     for home, name in homes:
-        module = sys.modules.get(home)  # where nobody imported it there is none
+        module = sys.modules.get(home)  # before that module is imported there is no such tensor
         if module is not None and isinstance(value, getattr(module, name)):
             return True
     return False

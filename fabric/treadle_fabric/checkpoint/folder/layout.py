@@ -1,4 +1,4 @@
-"""The files that make up a checkpoint folder, and what else may lie at its path."""
+"""Which files a checkpoint folder has, and how to tell it from a user's own folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MANIFEST: Final = "manifest.json"
 PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
 _INDEX: Final = ".metadata"
-"""What torch.distributed.checkpoint would read. It is a pickle; here nobody does."""
+"""The index that torch.distributed.checkpoint would read. It is a pickle, and is never read here."""
 PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp|rank_\d+\.pt")
 _READS: Final = 5
 HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
@@ -84,32 +84,32 @@ def refuse_foreign(path: str) -> None:
 
 
 def _foreign_in(path: str | os.PathLike[str]) -> str | None:
-    """Something in a folder that is no part of a checkpoint."""
+    """The name of something in a folder that is no part of a checkpoint; None if there is no such thing."""
     with os.scandir(path) as entries:
         strange = (e.name for e in entries if e.is_dir(follow_symlinks=False) or not PART.fullmatch(e.name))
         return next(strange, None)
 
 
 def representative(path: str | os.PathLike[str]) -> str:
-    """The file whose identity and time count as those of the checkpoint at ``path``: itself, or its manifest."""
+    """The file that has the identity and the time of the checkpoint at ``path``: the file itself, or the manifest."""
     manifest = os.path.join(path, MANIFEST)
     return manifest if os.path.isfile(manifest) else os.fspath(path)
 
 
 def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[bool], bool] = bool) -> T:
-    """What ``read`` finds in the folder ``path``, all of it from one checkpoint.
+    """Read the folder ``path`` with ``read``, so that all that is read is of one checkpoint.
 
-    If another one took the name meanwhile, what was read, or what was found to be damaged, may be a part of this and a
-    part of that; so it is read again.
+    If another checkpoint takes the name meanwhile, what was read, or found to be damaged, may be a mixture of both; so
+    it is read again.
 
     Args:
-        path: Where.
+        path: The folder.
         name: What the user calls it.
         read: Reads all of it.
-        anywhere: Where several processes read together: makes their answers one, True if any is.
+        anywhere: If several processes read together: whether the answer of any process is True.
 
     Raises:
-        CheckpointError: What ``read`` raised, or time and again another one took the name.
+        CheckpointError: What ``read`` raised, or other checkpoints took the name again and again.
     """
     for _ in range(_READS):
         before = identity(path)
@@ -144,4 +144,5 @@ def size_of(path: str | os.PathLike[str]) -> int:
 
 
 def is_folder(path: str) -> bool:
+    """Whether a folder lies at ``path``, and not a link to one."""
     return os.path.isdir(path) and not os.path.islink(path)

@@ -104,7 +104,7 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
 
 
 def _check_content(content: Mapping[str, Any]) -> None:
-    """Raises one of the errors of what is not there, or not what it should be, where a manifest cannot be followed."""
+    """Raise a ValueError, KeyError, TypeError or AttributeError if the content of a manifest is not consistent."""
     files, tensors, world_size = content["files"], content["tensors"], content["world_size"]
     if type(world_size) is not int or not 1 <= world_size < 2**24:
         raise ValueError(f"the number of its processes is {world_size!r}")
@@ -155,10 +155,10 @@ def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def verify(folder: str, path: str, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:
-    """Read every byte of the files in a manifest, or of those named.
+    """Read every byte of the files in a manifest, or of the files in ``names``.
 
     Raises:
-        CheckpointCorruptError: One of them is missing, has another size, or is damaged; it is named.
+        CheckpointCorruptError: A file is missing, has another size, or is damaged; the message names it.
     """
     for name, expected in manifest["files"].items():
         if names is not None and name not in names:
@@ -187,7 +187,7 @@ def verify(folder: str, path: str, manifest: Mapping[str, Any], names: Collectio
 
 
 def sync_folder(folder: str) -> None:
-    """Make the names in a folder survive a power cut, where the system lets us."""
+    """Make the names in a folder survive a power cut, where the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -68,7 +68,7 @@ def lock_folder(folder: str) -> int | None:
 
 
 def _remove_stale(parent: str) -> None:
-    """Remove what killed processes left half written: temporary folders that nobody holds a lock on any more."""
+    """Remove what killed processes left half written: temporary folders on which no process holds a lock."""
     with contextlib.suppress(OSError):
         left = [e.path for e in os.scandir(parent) if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", e.name) and e.is_dir()]
         for folder in left:
@@ -82,13 +82,14 @@ def _remove_stale(parent: str) -> None:
 
 
 def put_in_place(fresh: str, at: str) -> None:
-    """Give what lies at ``fresh`` the name ``at``; what bore it before, file or folder, is removed.
+    """Rename the file or folder ``fresh`` to ``at``; a file or a checkpoint folder of that name is replaced.
 
-    Whenever the process is killed, ``at`` is the old one or the new one, or :func:`bring_back` makes it the old one.
+    At whatever moment the process is killed, ``at`` is the old one or the new one, or :func:`bring_back` restores the
+    old one; a reader never finds a mixture.
 
     Raises:
         CheckpointError: ``at`` is a folder with more in it than a checkpoint, and stays as it is.
-        OSError: It cannot be done. ``at`` is what it was.
+        OSError: The rename failed. ``at`` is what it was.
     """
     for attempt in range(5):
         refuse_foreign(at)
@@ -99,7 +100,7 @@ def put_in_place(fresh: str, at: str) -> None:
             else:
                 os.replace(fresh, at)
             break
-        except OSError as e:  # somebody else's bring_back came between
+        except OSError as e:  # the bring_back of another process came between
             if e.errno not in _TAKEN or attempt == 4:
                 raise
     sync_folder(os.path.dirname(at))
@@ -131,7 +132,7 @@ def _move_aside(fresh: str, at: str) -> None:
 
 
 def bring_back(parent: str | os.PathLike[str]) -> None:
-    """Where a process was killed while it replaced a checkpoint in ``parent``, give the old one its name again."""
+    """Give checkpoints in ``parent`` their names again, if a process was killed while it replaced them."""
     try:
         entries = os.listdir(parent)
     except OSError:
@@ -161,7 +162,7 @@ def remove_folder(path: str) -> None:
 
 
 def forget_asides(path: str) -> None:
-    """Remove what a killed process had moved aside for ``path``, which came or is to go: it must not come back."""
+    """Remove what a killed process had moved aside for ``path``, so that :func:`bring_back` never restores it."""
     parent, name = os.path.split(os.path.abspath(path))
     with contextlib.suppress(OSError):
         for entry in os.listdir(parent):
@@ -178,11 +179,13 @@ def _delete(path: str) -> None:
 
 
 def link_folder(target: str, link: str) -> None:
-    """Make ``link`` a folder of its own with the files of ``target``, hard links that take no room.
+    """Make ``link`` a second checkpoint folder whose files are hard links to the files of ``target``.
+
+    It takes no room, and stays when ``target`` is removed.
 
     Raises:
         CheckpointError: ``link`` is a folder with more in it than a checkpoint, and stays as it is.
-        OSError: Links cannot be made there. ``link`` is what it was.
+        OSError: The file system has no hard links. ``link`` is what it was.
     """
     fresh = make_temporary(os.path.abspath(link))
     lock = lock_folder(fresh)
