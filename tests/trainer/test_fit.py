@@ -347,7 +347,11 @@ def test_a_batch_without_loss_is_skipped_under_a_scaler(tmp_path: Path, clip: fl
 def test_after_fit_the_gradients_are_the_users_again(tmp_path: Path) -> None:
     model = Net()
     trainer(tmp_path, precision="16-mixed").fit(model, loader(8))
-    model.loss(torch.ones(2, 4)).backward()
+    model.zero_grad()
+    loss = model.loss(torch.ones(2, 4))
+    expected = torch.autograd.grad(loss, model.layer.weight, retain_graph=True)
+    loss.backward()
+    assert torch.equal(model.layer.weight.grad, expected[0])  # not scaled, not refused
 
 
 def test_a_step_may_take_the_batch_alone(tmp_path: Path) -> None:
