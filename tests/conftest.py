@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch._dynamo  # seconds of work that each forked rank would do at its first optimizer
 
 from tests.processes import wait_until
 

@@ -192,11 +192,22 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("end", "status"), [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError('the run failed')", 1)])
-def test_the_end_of_the_process_waits(tmp_path: Path, end: str, status: int) -> None:
-    result = run(f"AsyncCheckpointIO(Slow()).save_checkpoint({{'n': 5}}, 'a.ckpt')\n{end}", tmp_path)
-    assert result.returncode == status, result.stderr
-    assert TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["n"] == 5
+ENDS = {"": 0, "sys.exit(3)": 3, "raise RuntimeError('the run failed')": 1}
+
+
+def test_the_end_of_the_process_waits(tmp_path: Path) -> None:
+    code = f"""
+    for number, end in enumerate({list(ENDS)}):
+        if os.fork() == 0:  # goes on below, and ends as a program does
+            AsyncCheckpointIO(Slow()).save_checkpoint({{"n": 5}}, f"{{number}}.ckpt")
+            exec(end)
+            break
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+    """
+    result = run(code, tmp_path)
+    assert result.returncode == 0 and result.stdout.split() == [str(status) for status in ENDS.values()], result.stderr
+    for number in range(len(ENDS)):
+        assert TorchCheckpointIO().load_checkpoint(tmp_path / f"{number}.ckpt")["n"] == 5
 
 
 def test_an_error_that_nobody_asked_for_is_printed_and_is_the_exit_status(tmp_path: Path) -> None:
