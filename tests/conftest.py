@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch._dynamo  # seconds of work that each forked rank would do at its first optimizer
+
+from tests.processes import wait_until
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -90,9 +93,8 @@ def no_process_left(isolated: None) -> Iterator[None]:
     left = _children()
     if left:
         gc.collect()  # workers of a loader that is only garbage end here
-    until = time.monotonic() + 10
-    while left and time.monotonic() < until:
-        time.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not _children(), timeout=10, every=0.05)
         left = _children()
     if left:
         _end([process for process, _ in left])
@@ -110,9 +112,8 @@ def _end(processes: list[psutil.Process]) -> None:
     try:
         for process in processes:
             process.kill()
-        until = time.monotonic() + 5
-        while _children() and time.monotonic() < until:
-            time.sleep(0.01)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: not _children(), timeout=5)
         multiprocessing.active_children()  # takes notice of those that are dead, so that the handler does not
     finally:
         signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)

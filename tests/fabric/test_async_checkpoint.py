@@ -9,13 +9,13 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.processes import importing_tests, thread_runs, wait_until
 
 from treadle_fabric import AsyncCheckpointIO, CheckpointError, Fabric, MisconfigurationException, TorchCheckpointIO
 from treadle_fabric.checkpoint import CheckpointIO
@@ -85,10 +85,19 @@ def test_one_write_at_a_time_and_removals_in_their_order(tmp_path: Path) -> None
     weights = torch.zeros(3)
     io.save_checkpoint({"w": weights}, tmp_path / "old")
     io.remove_checkpoint(tmp_path / "older")
-    threading.Timer(0.3, slow.gate.set).start()
-    start = time.monotonic()
-    io.save_checkpoint({"w": weights + 1}, tmp_path / "new")
-    assert time.monotonic() - start > 0.25 and slow.done[:2] == ["save old", "remove older"]
+    done_before: list[str] = []
+
+    def save_again() -> None:
+        io.save_checkpoint({"w": weights + 1}, tmp_path / "new")
+        done_before.extend(slow.done[:2])
+
+    second = threading.Thread(target=save_again)
+    second.start()
+    wait_until(lambda: thread_runs("wait", second) or not second.is_alive())
+    assert second.is_alive() and slow.done == []
+    slow.gate.set()
+    second.join(30)
+    assert done_before == ["save old", "remove older"]
     io.remove_checkpoint(tmp_path / "old")
     io.teardown()
     assert slow.done == ["save old", "remove older", "save new", "remove old"]
@@ -164,27 +173,41 @@ def test_fabric_saves_with_it(tmp_path: Path) -> None:
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     prelude = """
-    import os, sys, time, torch
+    import os, sys, torch
+    from tests.processes import thread_runs, wait_until
     from treadle_fabric import AsyncCheckpointIO, CheckpointError, Fabric, TorchCheckpointIO
     class Slow(TorchCheckpointIO):
         def save_checkpoint(self, checkpoint, path, storage_options=None):
-            time.sleep(0.3)
+            self.hold(path)
             super().save_checkpoint(checkpoint, path)
+        def hold(self, path):
+            wait_until(lambda: not thread_runs("<module>"))  # the program has come to its end
     class Full(Slow):
         def save_checkpoint(self, checkpoint, path, storage_options=None):
             raise CheckpointError("No space left")
     """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(prelude) + textwrap.dedent(code)],
-        cwd=folder, capture_output=True, text=True, timeout=60,
+        cwd=folder, capture_output=True, text=True, timeout=60, env=importing_tests(),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("end", "status"), [("", 0), ("sys.exit(3)", 3), ("raise RuntimeError('the run failed')", 1)])
-def test_the_end_of_the_process_waits(tmp_path: Path, end: str, status: int) -> None:
-    result = run(f"AsyncCheckpointIO(Slow()).save_checkpoint({{'n': 5}}, 'a.ckpt')\n{end}", tmp_path)
-    assert result.returncode == status, result.stderr
-    assert TorchCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")["n"] == 5
+ENDS = {"": 0, "sys.exit(3)": 3, "raise RuntimeError('the run failed')": 1}
+
+
+def test_the_end_of_the_process_waits(tmp_path: Path) -> None:
+    code = f"""
+    for number, end in enumerate({list(ENDS)}):
+        if os.fork() == 0:  # goes on below, and ends as a program does
+            AsyncCheckpointIO(Slow()).save_checkpoint({{"n": 5}}, f"{{number}}.ckpt")
+            exec(end)
+            break
+        print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+    """
+    result = run(code, tmp_path)
+    assert result.returncode == 0 and result.stdout.split() == [str(status) for status in ENDS.values()], result.stderr
+    for number in range(len(ENDS)):
+        assert TorchCheckpointIO().load_checkpoint(tmp_path / f"{number}.ckpt")["n"] == 5
 
 
 def test_an_error_that_nobody_asked_for_is_printed_and_is_the_exit_status(tmp_path: Path) -> None:
@@ -195,10 +218,17 @@ def test_an_error_that_nobody_asked_for_is_printed_and_is_the_exit_status(tmp_pa
 
 def test_two_ranks_read_what_rank_zero_has_only_begun_to_write(tmp_path: Path) -> None:
     code = """
+    class SlowRank(Slow):
+        def hold(self, path):
+            if str(path).endswith("a.ckpt"):
+                wait_until(lambda: os.path.exists("reading0") and os.path.exists("reading1"))
+            else:
+                wait_until(lambda: not thread_runs("work"))
     if __name__ == "__main__":
-        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", plugins=AsyncCheckpointIO(Slow()))
+        fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork", plugins=AsyncCheckpointIO(SlowRank()))
         def work(fabric):
             fabric.save("a.ckpt", {"n": 5})
+            open(f"reading{fabric.global_rank}", "w").close()
             assert fabric.load("a.ckpt")["n"] == 5
             fabric.save("b.ckpt", {"n": 6})
         fabric.launch(work)

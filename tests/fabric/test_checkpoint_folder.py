@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.processes import wait_until
 
 from treadle_fabric import (
     CheckpointCorruptError,
@@ -256,8 +256,12 @@ def read_with_two(fabric: Fabric, folder: str) -> None:
         os.rename(path, os.path.join(folder, f".last.ckpt.{'0' * 32}.old"))
     dist.barrier()
     with pytest.MonkeyPatch.context() as patch:
+        other = Path(folder, "rank 1 has come")
         if rank == 0:
-            patch.setattr(loading, "bring_back", saving_before(loading, "bring_back", lambda: time.sleep(0.5)))
+            late = saving_before(loading, "bring_back", lambda: wait_until(other.exists))
+            patch.setattr(loading, "bring_back", late)
+        else:  # its first collective is where it has to wait
+            patch.setattr(dist, "all_gather_object", saving_before(dist, "all_gather_object", other.touch))
         load_sharded_into(state := state_of(0), path)
         assert state["step"] == 2
     dist.barrier()

@@ -153,7 +153,7 @@ def test_settings_that_do_not_fit(kind: Any, environ: dict[str, str], devices: i
     ],
 )
 def test_settings_that_fit(kind: Any, environ: dict[str, str], devices: int, nodes: int) -> None:
-    use(kind, environ).validate_settings(devices, nodes)
+    use(kind, environ).validate_settings(devices, nodes)  # passes if nothing is raised
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_messages_name_the_line_that_sent_them(caplog: pytest.LogCaptureFixture)
 
 def test_other_ranks_do_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 2)
-    rank_zero_warn("a warning is an error in the tests, so this would raise")
+    rank_zero_warn("a warning is an error in the tests, so this would raise")  # passes if nothing is raised
 
 
 def test_warnings_show_the_line_of_the_users_that_led_to_them() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from tests.processes import ROOT, run_as_program
+from tests.processes import importing_tests, run_in_ranks
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
@@ -487,18 +487,18 @@ def main(folder: str, devices: int, batch_size: int, save_every: int, kill_at: i
 def live(folder: Path, devices: int, batch_size: int, save_every: int, kill_at: int = 0) -> list[list[Any]]:
     """Run the program once more; what each rank saw, also in earlier lives with as many."""
     folder.mkdir(exist_ok=True)
-    arguments = [str(a) for a in (folder, devices, batch_size, save_every, kill_at)]
     if kill_at:
+        arguments = [str(a) for a in (folder, devices, batch_size, save_every, kill_at)]
         done = subprocess.run(
             [sys.executable, __file__, *arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            env=importing_tests(),
             timeout=90,
             capture_output=True,
             text=True,
         )
         assert done.returncode == -signal.SIGKILL or "SIGKILL" in done.stderr, done.stderr
     else:
-        run_as_program(__file__, *arguments)
+        run_in_ranks(main, str(folder), devices, batch_size, save_every, 0, devices=devices)
     return seen_by(folder, devices)
 
 

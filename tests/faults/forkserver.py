@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 from tests.faults.victim import Case, train
-from tests.processes import ROOT
+from tests.processes import ROOT, wait_until
 from tests.processes import session as processes_of
 from torch.utils.data._utils import worker
 
@@ -83,12 +82,10 @@ class ForkServer:
 
     def _wait_for_the_rest(self, session: int, output: Path) -> None:
         """Workers and ranks see that their parent has gone, and go too."""
-        until = time.monotonic() + 20
-        while left := processes_of(session):
-            if time.monotonic() > until:
-                _end(left, output)
-                return
-            time.sleep(0.01)
+        try:
+            wait_until(lambda: not processes_of(session), timeout=20)
+        except TimeoutError:
+            _end(processes_of(session), output)
 
     def close(self) -> None:
         """End the server."""
@@ -106,7 +103,8 @@ def _end(left: list[psutil.Process], output: Path) -> None:
     """
     for process in left:
         process.send_signal(signal.SIGUSR1)
-    time.sleep(1)
+    with contextlib.suppress(TimeoutError):
+        wait_until(lambda: "in _worker_loop" in output.read_text(), timeout=5)
     for process in left:
         process.kill()
     stacks = output.read_text()[-10000:]

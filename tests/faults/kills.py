@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 from tests.faults.forkserver import ForkServer
 from tests.faults.victim import LOADERS, Case, find, read
+from tests.processes import wait_until
 
 NO_WORKERS = ("custom", "list", "stateful", "unsized stateful", "distributed")
 
@@ -86,7 +87,7 @@ class Sender:
         try:
             process = psutil.Process(pid)
             wait_for(self.trace, process if self.training else None)
-            time.sleep(self.delay)
+            time.sleep(self.delay)  # until a random moment: that is what is tested
             several = self.ranks or self.by == signal.SIGKILL
             targets = [process, *(process.children(recursive=self.by == signal.SIGKILL) if several else [])]
             targets[int(self.choice * len(targets))].send_signal(self.by)
@@ -107,8 +108,8 @@ class Stopwatch:
 
 def wait_for(trace: Path, process: psutil.Process | None) -> None:
     """Until a trace is there, as long as its process is."""
-    while process is not None and not trace.exists() and process.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.002)
+    if process is not None:
+        wait_until(lambda: trace.exists() or process.status() == psutil.STATUS_ZOMBIE, timeout=180, every=0.002)
 
 
 class Endurance:

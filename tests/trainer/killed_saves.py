@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.processes import ROOT, wait_until
 from torch import Tensor, nn
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
 from treadle_fabric import AsyncCheckpointIO, DistributedCheckpointIO, TorchCheckpointIO, newest_good
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Model(L.LightningModule):
@@ -90,11 +89,9 @@ def kill_at_random_moments(
                 server.stdin.flush()
                 child = int(server.stdout.readline())
                 before = _mark(at)
-                deadline = time.monotonic() + 30
-                while _mark(at) == before:  # until it saves
-                    assert time.monotonic() < deadline, "the run saves nothing"
-                    time.sleep(0.001)
-                time.sleep(draw.uniform(0, 0.2 if job["way"] == "folder" else 0.05))  # about as long as two saves
+                wait_until(lambda: _mark(at) != before, timeout=30, every=0.001)  # noqa: B023  until it saves
+                # A random moment of about the next two saves: that is what is tested
+                time.sleep(draw.uniform(0, 0.2 if job["way"] == "folder" else 0.05))
                 os.kill(child, signal.SIGKILL)
                 status = int(server.stdout.readline())
                 assert os.WIFSIGNALED(status), f"the run ended by itself, with status {status}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,15 @@ def find(trainer: Trainer) -> str | None:
     return None if found is None else os.path.realpath(found)
 
 
+def age_all_checkpoints() -> None:
+    """Make all checkpoints so far a second older than one that is written from now on: file clocks tick slowly."""
+    for path in Path().rglob("*.ckpt"):
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))
+
+
 def newest(trainer: Trainer) -> str:
-    time.sleep(0.02)  # clocks of file systems tick slowly
+    age_all_checkpoints()
     return str(trainer.checkpoint_callback.best_model_path)
 
 
@@ -52,7 +58,7 @@ def test_it_is_found_where_the_callback_and_the_loggers_put_it() -> None:
 
 def test_a_damaged_one_and_one_without_optimizers_are_passed_over() -> None:
     trainer = run(callbacks=ModelCheckpoint("c", save_top_k=-1, filename="{step}"), max_epochs=3)
-    time.sleep(0.02)
+    age_all_checkpoints()
     trainer.save_checkpoint("c/weights.ckpt", weights_only=True)
     content = bytearray(Path("c/step=12.ckpt").read_bytes())
     content[1000] ^= 1
@@ -63,7 +69,7 @@ def test_a_damaged_one_and_one_without_optimizers_are_passed_over() -> None:
 
 def test_what_a_requeued_job_left_counts_too() -> None:
     trainer = run()
-    newest(trainer)
+    age_all_checkpoints()
     trainer.save_checkpoint("root/hpc_ckpt_1.ckpt")
     assert find(trainer) == os.path.abspath("root/hpc_ckpt_1.ckpt")
 

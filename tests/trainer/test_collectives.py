@@ -9,14 +9,13 @@ import functools
 import itertools
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from tests.processes import run_as_program
+from tests.processes import run_in_ranks
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
@@ -108,7 +107,7 @@ def ranks(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("collectives")
-    run_as_program(__file__, folder)
+    run_in_ranks(ranks, folder)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -132,7 +131,3 @@ def between(marks: list[dict[str, int]]) -> list[dict[str, int]]:
 
 def test_ranks_agree_on_stops_and_saves_that_only_one_can_decide(found: list[dict[str, Any]]) -> None:
     assert found[0]["stopped"] == found[1]["stopped"] == [3, 2, "epoch=0.ckpt"]
-
-
-if __name__ == "__main__":
-    ranks(Path(sys.argv[1]))

@@ -6,20 +6,20 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from tests.processes import run_in_ranks, wait_until
 from tests.trainer.models import Net, Samples, loader, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
-from treadle_fabric import MisconfigurationException, UnusedParametersError
+from treadle_fabric import MisconfigurationException, ProcessFailedError, UnusedParametersError
 
 pytestmark = pytest.mark.timeout(110)
 
@@ -238,17 +238,6 @@ def run_what_needs_two(folder: Path) -> dict[str, Any]:
     return out
 
 
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-from tests.trainer import test_ddp
-
-folder = Path(sys.argv[1])
-out = {**test_ddp.run_everything(folder, 2), **test_ddp.run_what_needs_two(folder)}
-(folder / f"out{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(out))
-"""
-
-
 def start(folder: Path, source: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "script.py").write_text(source)
@@ -265,17 +254,18 @@ def start(folder: Path, source: str) -> subprocess.Popen[str]:
     )
 
 
+def run_rank(folder: Path) -> None:
+    """Write down what a rank finds out."""
+    out = {**run_everything(folder, 2), **run_what_needs_two(folder)}
+    (folder / f"out{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(out))
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str]:
     """What each of two ranks found out, and what they said."""
     folder = tmp_path_factory.mktemp("ddp")
-    process = start(folder, SCRIPT)
-    try:
-        stdout, stderr = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert process.returncode == 0, stdout + stderr
-    return [json.loads((folder / f"out{rank}.json").read_text()) for rank in range(WORLD)], stderr
+    said = run_in_ranks(run_rank, folder)
+    return [json.loads((folder / f"out{rank}.json").read_text()) for rank in range(WORLD)], said
 
 
 @pytest.fixture(scope="module")
@@ -392,24 +382,9 @@ def launched(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
     return out
 
 
-LAUNCHING = """
-import json, os, sys
-from pathlib import Path
-from tests.trainer import test_ddp
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    out = {strategy: test_ddp.launched(folder, strategy, 2) for strategy in ("ddp_spawn", "ddp_fork")}
-    assert "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
-    (folder / "out.json").write_text(json.dumps(out))
-"""
-
-
 def test_spawned_and_forked_processes_send_back_what_they_did(tmp_path: Path) -> None:
-    process = start(tmp_path, LAUNCHING)
-    stdout, stderr = process.communicate(timeout=100)
-    assert process.returncode == 0, stdout + stderr
-    found = json.loads((tmp_path / "out.json").read_text())
+    found = {strategy: launched(tmp_path, strategy, 2) for strategy in ("ddp_spawn", "ddp_fork")}
+    assert "RANK" not in os.environ and "LOCAL_RANK" not in os.environ
     expected = launched(tmp_path, "auto", 1)
     expected["best"] = [True]
     for strategy in ("ddp_spawn", "ddp_fork"):
@@ -451,15 +426,8 @@ class Failing(Net):
         super().validation_step(batch, batch_idx)
 
 
-class Bad(Samples):
-    def __getitem__(self, index):
-        if where == "loader" and rank == 1 and index == 9:
-            fail()
-        return super().__getitem__(index)
-
-
 trainer(folder, devices=2, num_sanity_val_steps=0).fit(
-    Failing(), DataLoader(Bad(16), 2, num_workers=0), DataLoader(Samples(16), 2)
+    Failing(), DataLoader(Samples(16), 2), DataLoader(Samples(16), 2)
 )
 (folder / "finished").touch()
 """
@@ -494,18 +462,27 @@ def test_a_save_in_mid_epoch_does_not_wait_for_names_that_one_rank_lacks(tmp_pat
 
 
 def test_a_rank_that_raises_ends_all_with_its_traceback(tmp_path: Path) -> None:
-    processes = {where: start(tmp_path / where, FAILING) for where in ("fit", "validation", "loader")}
+    processes = {where: start(tmp_path / where, FAILING) for where in ("fit", "validation")}
     for where, process in processes.items():
         folder = tmp_path / where
-        stdout, stderr = process.communicate(timeout=90)
-        ended = time.time()
+        wait_until((folder / "failed").exists, timeout=90)
+        stdout, stderr = process.communicate(timeout=10)
         assert process.returncode == 1, stdout + stderr
         assert stderr.count("RuntimeError: broken on purpose") == 1, stderr
         failing = 0 if where == "validation" else 1
         assert f"rank {failing} failed:" in stderr
         assert f"rank {1 - failing} stopped because rank {failing} failed" in stderr
         assert not (folder / "finished").exists()
-        if where == "fit":  # the others may have ended long before
-            assert ended - (folder / "failed").stat().st_mtime < 10
         for rank in range(WORLD):
             assert not psutil.pid_exists(int((folder / f"pid{rank}").read_text())), "an orphan"
+
+
+def test_a_rank_whose_loader_raises_ends_all_with_its_traceback(tmp_path: Path) -> None:
+    class Bad(Samples):
+        def __getitem__(self, index: int) -> Tensor:
+            if index == 9 and os.environ["LOCAL_RANK"] == "1":
+                raise RuntimeError("broken on purpose")
+            return super().__getitem__(index)
+
+    with pytest.raises(ProcessFailedError, match=r"rank 1 failed:[\s\S]*RuntimeError: broken on purpose"):
+        trainer(tmp_path, strategy="ddp_fork", devices=2).fit(Net(), DataLoader(Bad(16), 2, num_workers=0))

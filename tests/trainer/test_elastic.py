@@ -1,20 +1,16 @@
-"""A run that goes on with another number of processes: the same samples in the same global batches, each once an epoch.
-
-As a program, this file is one life of such a run.
-"""
+"""A run that goes on with another number of processes: the same samples in the same global batches, once an epoch."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.processes import run_as_program
+from tests.processes import run_in_ranks
 from tests.trainer.models import Samples, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -100,13 +96,11 @@ def lives(
     folder.mkdir()
     found: dict[Any, list[float]] = {}
     for number, (devices, stop) in enumerate(plan):
-        arguments = [str(folder), f"life{number}", str(devices), str(stop), str(accumulate), str(batch_size)]
-        arguments.append(str(int(several)))
+        arguments = folder, f"life{number}", devices, stop, accumulate, batch_size, int(several)
         if devices == 1 and stop == -1:
-            live(folder, f"life{number}", *map(int, arguments[2:]))
-            found |= read(folder, number, devices, found, number * apart)
-            continue
-        run_as_program(__file__, *arguments, timeout=60)
+            live(*arguments)
+        else:
+            run_in_ranks(live, *arguments, devices=devices, timeout=60)
         found |= read(folder, number, devices, found, number * apart)
     return {key: sorted(samples) for key, samples in found.items()}
 
@@ -188,7 +182,3 @@ def test_with_another_global_batch_in_an_accumulation(tmp_path: Path, again: boo
     assert sum(samples.values()) == SAMPLES + 12 + (6 if again else 0)
     for epoch in range(1, EPOCHS):
         assert Counter(s for (e, _), b in seen.items() if e == epoch for s in b) == Counter(range(SAMPLES))
-
-
-if __name__ == "__main__":
-    live(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

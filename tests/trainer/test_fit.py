@@ -201,37 +201,41 @@ def test_validation_runs_when_it_should_and_restores_every_mode(tmp_path: Path) 
     assert seen == [(0, 2), (0, 4), (1, 7), (1, 9)]
 
 
+@pytest.mark.alone  # the two batches before the third have to take less than a second
 def test_validation_by_time(tmp_path: Path) -> None:
     seen: list[int] = []
 
     class Timed(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if batch_idx == 2:
-                time.sleep(1.1)
+                time.sleep(1.1)  # longer than the shortest interval that the text form can give
             return self.loss(batch)
 
         def on_validation_start(self) -> None:
             seen.append(self.global_step)
 
     args = {"val_check_interval": "00:00:00:01", "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer(tmp_path).fit(Net(), loader(4))  # what is imported at first use takes no time below
     trainer(tmp_path, **args).fit(Timed(), loader(8), loader(4))
     assert seen == [3]
 
 
+@pytest.mark.alone  # an epoch has to take less than the interval
 def test_the_time_between_validations_goes_on_where_loaders_are_made_anew(tmp_path: Path) -> None:
     epochs: list[int] = []
 
     class Timed(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            time.sleep(0.06)
+            time.sleep(0.02)
             return self.loss(batch)
 
         def on_validation_start(self) -> None:
             epochs.append(self.current_epoch)
 
-    args = {"val_check_interval": timedelta(seconds=0.5), "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    args = {"val_check_interval": timedelta(seconds=0.2), "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer(tmp_path).fit(Net(), loader(4))  # what is imported at first use takes no time below
     trainer(tmp_path, max_epochs=6, reload_dataloaders_every_n_epochs=1, **args).fit(Timed(), loader(8), loader(4))
-    assert epochs  # each takes half as long
+    assert epochs and 0 not in epochs  # each takes half as long
 
 
 @pytest.mark.parametrize("batches", [0, 2.5, True])
@@ -343,7 +347,11 @@ def test_a_batch_without_loss_is_skipped_under_a_scaler(tmp_path: Path, clip: fl
 def test_after_fit_the_gradients_are_the_users_again(tmp_path: Path) -> None:
     model = Net()
     trainer(tmp_path, precision="16-mixed").fit(model, loader(8))
-    model.loss(torch.ones(2, 4)).backward()
+    model.zero_grad()
+    loss = model.loss(torch.ones(2, 4))
+    expected = torch.autograd.grad(loss, model.layer.weight, retain_graph=True)
+    loss.backward()
+    assert torch.equal(model.layer.weight.grad, expected[0])  # not scaled, not refused
 
 
 def test_a_step_may_take_the_batch_alone(tmp_path: Path) -> None:

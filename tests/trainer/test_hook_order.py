@@ -1,627 +1,462 @@
-"""Every hook of a run, line by line: what a callback, a module and a data module see that override all of them."""
+"""The order of the hooks of whole runs, as text files to read: ``hook_orders/*.txt``, one file a scenario.
+
+Each scenario is a small real run whose callback, module, data module, optimizer, schedulers, logger and checkpoint
+files write down every call. A line is one call. Lines are indented that happen within a call, or between a hook
+``on_..._start`` and its ``on_..._end``. An optimizer changes the weights at the end of its ``step``. A line
+``... these 20 lines with batch 1, 2`` says that the 20 lines above it follow again for these batches, and nothing else.
+
+``TREADLE_WRITE_GOLDEN=1 pytest tests/trainer/test_hook_order.py`` writes all files anew. Read what changed, line by
+line: it is what users see.
+"""
 
 from __future__ import annotations
 
-import functools
+import difflib
+import inspect
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.trainer.models import Net, loader, trainer
+from tests.trainer.hook_calls import as_text, forget
+from tests.trainer.models import loader, trainer
+from tests.trainer.recorded import (
+    MemoryLogger,
+    Model,
+    ModelWithLoaders,
+    RecordedCallback,
+    RecordedData,
+    RecordedFiles,
+    RecordedModel,
+    RecordedModelWithLoaders,
+    RecordedStopping,
+    StraightModel,
+    checkpoint,
+    module_like,
+)
 
 import treadle as L
-from treadle.callbacks import EarlyStopping, ModelCheckpoint
-from treadle_fabric.loggers import Logger
+from treadle.callbacks import ModelCheckpoint
 
-STAGES = ("validation", "test", "predict")
-POINTS = "start end epoch_start epoch_end batch_start batch_end".split()
-SHARED = """setup teardown on_fit_start on_fit_end on_train_start on_train_end on_train_epoch_start on_train_epoch_end
-    on_train_batch_start on_train_batch_end on_before_zero_grad on_before_backward on_after_backward
-    on_before_optimizer_step on_save_checkpoint on_load_checkpoint""".split()
-SHARED += [f"on_{stage}_{point}" for stage in STAGES for point in POINTS]
-CALLBACK = [*SHARED, *"on_sanity_check_start on_sanity_check_end on_exception state_dict load_state_dict".split()]
-LOADERS = "train_dataloader val_dataloader test_dataloader predict_dataloader".split()
-TRANSFER = "on_before_batch_transfer transfer_batch_to_device on_after_batch_transfer".split()
-# Overriding one of these makes the step take another way than the straight line.
-STEPPING = """optimizer_step optimizer_zero_grad backward configure_gradient_clipping clip_gradients
-    lr_scheduler_step""".split()
-MODULE = [*SHARED, *STEPPING, *TRANSFER, *LOADERS, "prepare_data"]
-MODULE += "configure_callbacks configure_model configure_optimizers".split()
-MODULE += "training_step validation_step test_step predict_step on_validation_model_zero_grad".split()
-MODULE += [f"on_{stage}_model_{mode}" for stage in STAGES for mode in ("eval", "train")][:-1]
-DATA = [*LOADERS, *TRANSFER, *"prepare_data setup teardown state_dict load_state_dict on_exception".split()]
-
-TRACE: list[str] = []
-
-
-@pytest.fixture(autouse=True)
-def _empty_trace() -> None:
-    TRACE.clear()
-
-
-def recording(base: type, tag: str, hooks: list[str]) -> Any:
-    """A subclass of ``base`` that writes down each call of ``hooks`` and does what ``base`` does."""
-
-    def recorded(hook: str) -> Callable[..., Any]:
-        original = getattr(base, hook)
-
-        @functools.wraps(original)  # the trainer looks at signatures
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            stage = f"[{args[-1]}]" if hook in ("setup", "teardown") else ""
-            TRACE.append(f"{tag}.{hook}{stage}")
-            return original(self, *args, **kwargs)
-
-        return method
-
-    return type(f"Recorded{base.__name__}", (base,), {hook: recorded(hook) for hook in hooks})
-
-
-class SGD(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        TRACE.append("optimizer.step")
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        TRACE.append("optimizer.zero_grad")
-        super().zero_grad(set_to_none)
-
-
-class LBFGS(torch.optim.LBFGS):
-    def step(self, closure: Any) -> Any:
-        loss = super().step(closure)
-        TRACE.append("optimizer.step")
-        return loss
-
-
-class StepLR(torch.optim.lr_scheduler.StepLR):
-    made = False  # the constructor steps too
-
-    def step(self, epoch: int | None = None) -> None:
-        if self.made:
-            TRACE.append("scheduler.step")
-        super().step(epoch)
-
-
-class Model(Net):
-    """What the recording modules add their hooks to; options are plain attributes."""
-
-    interval: str | None = "step"
-    lbfgs = plateau = False
-    optimizers_made = 1
-    step_result: Callable[[Any, int], Any] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer.weight.register_hook(lambda grad: TRACE.append("gradient"))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch["a"] if isinstance(batch, dict) else batch, batch_idx)
-        return loss if self.step_result is None else self.step_result(loss, batch_idx)
-
-    def configure_optimizers(self) -> Any:
-        if self.lbfgs:
-            return LBFGS(self.parameters(), lr=0.1, max_iter=1)
-        optimizers = [SGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_made)]
-        if len(optimizers) > 1 or self.interval is None:
-            return optimizers
-        if self.plateau:
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[0])
-            return {"optimizer": optimizers[0], "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
-        scheduler = StepLR(optimizers[0], 1)
-        scheduler.made = True
-        return [optimizers[0]], [{"scheduler": scheduler, "interval": self.interval}]
-
-
-class ModelWithLoaders(Model):
-    """Defines the loaders itself."""
-
-    def train_dataloader(self) -> Any:
-        return loader(4)
-
-    def val_dataloader(self) -> Any:
-        return loader(2)
-
-
-class Data(L.LightningDataModule):
-    batches = 2
-    val_loaders = 1
-
-    def train_dataloader(self) -> Any:
-        return loader(2 * self.batches)
-
-    def val_dataloader(self) -> Any:
-        return [loader(2) for _ in range(self.val_loaders)]
-
-    def test_dataloader(self) -> Any:
-        return loader(2)
-
-    def predict_dataloader(self) -> Any:
-        return loader(2)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": 1}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        assert state_dict == {"seen": 1}
-
-
-class Stateful(L.Callback):
-    def state_dict(self) -> dict[str, Any]:
-        return {"seen": 2}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        assert state_dict == {"seen": 2}
-
-
-RecordedModel = recording(Model, "module", [hook for hook in MODULE if hook not in LOADERS])
-StraightModel = recording(Model, "module", [h for h in MODULE if h not in (*LOADERS, *STEPPING, *TRANSFER)])
-RecordedModelWithLoaders = recording(ModelWithLoaders, "module", MODULE)
-RecordedData = recording(Data, "data", DATA)
-RecordedCallback = recording(Stateful, "callback", CALLBACK)
-RecordedCheckpoint = recording(ModelCheckpoint, "checkpoint", CALLBACK)
-RecordedStopping = recording(EarlyStopping, "stopping", CALLBACK)
+GOLDEN = Path(__file__).parent / "hook_orders"
+WRITE = bool(os.environ.get("TREADLE_WRITE_GOLDEN"))
 
 
 def fit(tmp_path: Path, model: Any = None, data: Any = None, callbacks: Any = None, **kwargs: Any) -> L.Trainer:
-    """A fit of recording objects; ``ckpt_path`` and loaders go to fit, other ``kwargs`` to the Trainer."""
+    """A fit of recording objects; ``ckpt_path`` and loaders go to fit, other ``kwargs`` to the Trainer.
+
+    Without loaders the data come from a recording data module with two batches of training and one of validation.
+    """
     run = {name: kwargs.pop(name) for name in ("ckpt_path", "train_dataloaders") if name in kwargs}
-    fitting = trainer(tmp_path, callbacks=[RecordedCallback()] if callbacks is None else callbacks, **kwargs)
+    if data is None and "train_dataloaders" not in run and not isinstance(model, ModelWithLoaders):
+        data = RecordedData()
+    callbacks = [RecordedCallback()] if callbacks is None else callbacks
+    fitting = trainer(tmp_path, callbacks=callbacks, plugins=[RecordedFiles()], **kwargs)
     fitting.fit(model or RecordedModel(), datamodule=data, **run)
     return fitting
 
 
-MONITORING = ("stopping", "checkpoint")
-MAY_SAVE = ("on_train_batch_end", "on_validation_end")
+def data_of(batches: int) -> Any:
+    data = RecordedData()
+    data.batches = batches
+    return data
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The named pieces of a trace. ``callbacks``: who else is there, in order; ``data``: whose transfer hooks run."""
-
-    callbacks: tuple[str, ...] = ("callback",)
-    data: str = "data"
-
-    def all(self, *hooks: str) -> list[str]:
-        """Each hook on every callback and then on the module; where they may save, monitoring callbacks come last."""
-        return [f"{who}.{hook}" for hook in hooks for who in self.order(hook)]
-
-    def order(self, hook: str) -> list[str]:
-        monitors = [c for c in self.callbacks if c in MONITORING] if hook in MAY_SAVE else []
-        return [*(c for c in self.callbacks if c not in monitors), "module", *monitors]
-
-    def each(self, hook: str) -> list[str]:
-        """A hook on the callbacks alone."""
-        return [f"{who}.{hook}" for who in self.callbacks]
-
-    @property
-    def transfer(self) -> list[str]:
-        return [f"{self.data}.{hook}" for hook in TRANSFER]
-
-    def setup(self, stage: str) -> list[str]:
-        owners = ["data", "module"] if self.data == "data" else ["module"]
-        return [
-            "module.configure_callbacks",
-            *[f"{owner}.prepare_data" for owner in owners],
-            *(["data.setup[" + stage + "]"] if self.data == "data" else []),
-            *self.all(f"setup[{stage}]"),
-            "module.configure_model",
-        ]
-
-    def teardown(self, stage: str) -> list[str]:
-        return [*(["data.teardown[" + stage + "]"] if self.data == "data" else []), *self.all(f"teardown[{stage}]")]
-
-    @property
-    def zero(self) -> list[str]:
-        return [*self.all("on_before_zero_grad"), "module.optimizer_zero_grad", "optimizer.zero_grad"]
-
-    @property
-    def backward(self) -> list[str]:
-        return [*self.all("on_before_backward"), "module.backward", "gradient", *self.all("on_after_backward")]
-
-    @property
-    def before_step(self) -> list[str]:
-        return [*self.all("on_before_optimizer_step"), "module.configure_gradient_clipping", "module.clip_gradients"]
-
-    def step(self, inside: list[str] | None = None) -> list[str]:
-        inside = [*self.zero, *self.backward] if inside is None else inside
-        return ["module.optimizer_step", "module.training_step", *inside, *self.before_step, "optimizer.step"]
-
-    def batch(self, *inside: str, scheduler: bool = True, end: list[str] | None = None) -> list[str]:
-        """One training batch; ``inside``: what happens in the step, and ``end`` at its end, other than the usual."""
-        return [
-            *self.transfer,
-            *self.all("on_train_batch_start"),
-            *(inside or self.step()),
-            *(["module.lr_scheduler_step", "scheduler.step"] if scheduler else []),
-            *(self.all("on_train_batch_end") if end is None else end),
-        ]
-
-    def evaluation(self, name: str = "validation", batches: int = 1, end: list[str] | None = None) -> list[str]:
-        batch = [
-            *self.transfer,
-            *self.all(f"on_{name}_batch_start"),
-            f"module.{name}_step",
-            *self.all(f"on_{name}_batch_end"),
-        ]
-        return [
-            f"module.on_{name}_model_eval",
-            *self.all(f"on_{name}_start", f"on_{name}_epoch_start"),
-            *batch * batches,
-            *self.all(f"on_{name}_epoch_end"),
-            *(self.all(f"on_{name}_end") if end is None else end),
-            *([f"module.on_{name}_model_train"] if name != "predict" else []),
-        ]
-
-    def validation(self, batches: int = 1, end: list[str] | None = None) -> list[str]:
-        """Within fit."""
-        return ["module.on_validation_model_zero_grad", *self.evaluation(batches=batches, end=end)]
-
-    @property
-    def save(self) -> list[str]:
-        state = [*self.each("state_dict"), *(["data.state_dict"] if self.data == "data" else [])]
-        return [*state, *self.all("on_save_checkpoint")]
-
-    def epoch_end(self, *monitoring: str) -> list[str]:
-        """The ordinary callbacks, the module, and then whoever monitors a metric."""
-        ordinary = [who for who in self.callbacks if who not in monitoring]
-        return [f"{who}.on_train_epoch_end" for who in (*ordinary, "module", *monitoring)]
-
-    def fit(
-        self,
-        *epochs: list[str],
-        load: list[str] | None = None,
-        sanity: int = 1,
-        validates: bool = True,
-        loaders: bool = True,
-    ) -> list[str]:
-        """A whole fit. ``load``: what a checkpoint adds; ``sanity``: batches tried; ``loaders``: defined in a hook."""
-        val, train = ([f"{self.data}.{stage}_dataloader"] if loaders else [] for stage in ("val", "train"))
-        check = [
-            *self.each("on_sanity_check_start"),
-            *self.evaluation(batches=sanity),
-            *self.each("on_sanity_check_end"),
-        ]
-        return [
-            *self.setup("fit"),
-            *(load or []),
-            "module.configure_optimizers",
-            *self.all("on_fit_start"),
-            *(val if validates else []),  # before the check starts, where progress bars ask how long it is
-            *(check if sanity else []),
-            *train,
-            *self.all("on_train_start"),
-            *[line for epoch in epochs for line in [*self.all("on_train_epoch_start"), *epoch]],
-            *self.all("on_train_end", "on_fit_end"),
-            *self.teardown("fit"),
-        ]
+def with_step_result(model: Any, step_result: Callable[[Any, int], Any]) -> Any:
+    """``model``, whose ``training_step`` returns ``step_result(loss, batch_idx)``."""
+    model.step_result = step_result
+    return model
 
 
-E = Expected()
-EPOCH = [*E.batch() * 2, *E.validation(), *E.epoch_end()]
+def stopping_at(last: int, model: Any) -> Any:
+    """``model``, which asks the trainer to stop in each batch from ``last`` on."""
+
+    def step_result(loss: Any, batch_idx: int) -> Any:
+        if batch_idx >= last:
+            model.trainer.should_stop = True
+        return loss
+
+    return with_step_result(model, step_result)
 
 
-def check(expected: list[str]) -> None:
-    assert "\n".join(TRACE) == "\n".join(expected)
+def failing_at(failing: int, model: Any) -> Any:
+    def step_result(loss: Any, batch_idx: int) -> Any:
+        if batch_idx == failing:
+            raise ZeroDivisionError("in the step")
+        return loss
+
+    return with_step_result(model, step_result)
 
 
-def straight(expected: list[str]) -> list[str]:
-    """What a module sees of it that overrides nothing of the step."""
-    hidden = {f"module.{hook}" for hook in (*STEPPING, *TRANSFER)}
-    return [line for line in expected if line not in hidden]
+SCENARIOS: dict[str, Callable[[Path], object]] = {}
+
+
+def scenario(run: Callable[[Path], object]) -> Callable[[Path], object]:
+    """A run whose calls are compared with the file of its name; its docstring is the first line of that file."""
+    SCENARIOS[run.__name__] = run
+    return run
+
+
+def check(name: str) -> None:
+    """Compare the calls so far with a golden file, or write the file."""
+    path = GOLDEN / f"{name}.txt"
+    text = f"{inspect.getdoc(SCENARIOS[name])}\n\n{as_text()}"
+    if WRITE:
+        GOLDEN.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return
+    golden = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = difflib.unified_diff(golden.splitlines(), text.splitlines(), path.name, "this run", lineterm="")
+    difference = "\n".join(lines)
+    assert not difference, f"the hooks are called in another order:\n{difference}"
 
 
 # ------------------------------------------------------------------------------------------------ a fit
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_fit(tmp_path: Path, epochs: int) -> None:
-    fit(tmp_path, data=RecordedData(), max_epochs=epochs)
-    check(E.fit(*[EPOCH] * epochs))
+@scenario
+def fit_two_epochs(tmp_path: Path) -> None:
+    """Fit of two epochs with two batches and a validation each; the module and the data module override every hook."""
+    fit(tmp_path, max_epochs=2)
 
 
-def test_a_module_with_its_own_loaders_has_the_transfer_hooks(tmp_path: Path) -> None:
+@scenario
+def fit_straight_line(tmp_path: Path) -> None:
+    """Fit of one epoch; the module overrides no hook of the step and of the transfer, as most modules."""
+    fit(tmp_path, StraightModel())
+
+
+@scenario
+def fit_with_loaders_of_the_module(tmp_path: Path) -> None:
+    """Fit of one epoch without a data module: the module defines the loaders, so its transfer hooks are called."""
     fit(tmp_path, RecordedModelWithLoaders())
-    e = Expected(data="module")
-    check(e.fit([*e.batch() * 2, *e.validation(), *e.epoch_end()]))
 
 
-def test_without_validation_there_is_no_sanity_check(tmp_path: Path) -> None:
+@scenario
+def fit_without_validation(tmp_path: Path) -> None:
+    """Fit of one epoch with a loader that is given to fit: nothing to validate, and so no sanity check."""
     fit(tmp_path, train_dataloaders=loader(4))
-    e = Expected(data="module")
-    check(e.fit([*e.batch() * 2, *e.epoch_end()], sanity=0, validates=False, loaders=False))
 
 
-def test_the_sanity_check_can_be_left_out(tmp_path: Path) -> None:
-    fit(tmp_path, data=RecordedData(), num_sanity_val_steps=0)
-    check(E.fit(EPOCH, sanity=0))
+@scenario
+def fit_without_sanity_check(tmp_path: Path) -> None:
+    """Fit of one epoch with num_sanity_val_steps=0."""
+    fit(tmp_path, num_sanity_val_steps=0)
 
 
-@pytest.mark.parametrize("straight_line", [False, True])
-def test_accumulation(tmp_path: Path, straight_line: bool) -> None:
-    data = RecordedData()
-    data.batches = 5
-    fit(tmp_path, (StraightModel if straight_line else RecordedModel)(), data, accumulate_grad_batches=2)
-    first = E.batch("module.training_step", *E.zero, *E.backward, scheduler=False)
-    second = E.batch(*E.step(E.backward))
-    expected = E.fit([*first, *second, *first, *second, *E.batch(), *E.validation(), *E.epoch_end()])
-    check(straight(expected) if straight_line else expected)
-
-
-@pytest.mark.parametrize("clip", [None, 0.5])
-def test_the_straight_line_has_the_same_order(tmp_path: Path, clip: float | None) -> None:
-    fit(tmp_path, StraightModel(), RecordedData(), gradient_clip_val=clip)
-    check(straight(E.fit(EPOCH)))
-
-
-@pytest.mark.parametrize("optimizers", [1, 2])
-def test_manual_optimization(tmp_path: Path, optimizers: int) -> None:
-    class Manual(Model):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            found = self.optimizers()
-            for optimizer in [found] if optimizers == 1 else found:
-                loss = self.loss(batch)
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
-
-    model = recording(Manual, "module", [hook for hook in MODULE if hook not in LOADERS])()
-    model.optimizers_made = optimizers
-    fit(tmp_path, model, RecordedData())
-    step = ["optimizer.zero_grad", *E.backward, *E.all("on_before_optimizer_step"), "optimizer.step"]
-    batch = E.batch("module.training_step", *step * optimizers, scheduler=False)
-    check(E.fit([*batch * 2, *E.validation(), *E.epoch_end()]))
-
-
-def test_several_loaders(tmp_path: Path) -> None:
+@scenario
+def fit_several_validation_loaders(tmp_path: Path) -> None:
+    """Fit of one epoch with two loaders of validation."""
     data = RecordedData()
     data.val_loaders = 2
     fit(tmp_path, data=data)
-    check(E.fit([*E.batch() * 2, *E.validation(2), *E.epoch_end()], sanity=2))
 
 
-def test_several_training_loaders_make_one_batch(tmp_path: Path) -> None:
+@scenario
+def fit_several_training_loaders(tmp_path: Path) -> None:
+    """Fit of one epoch with two training loaders, which make one batch."""
     fit(tmp_path, train_dataloaders={"a": loader(4), "b": loader(2)})
-    e = Expected(data="module")
-    check(e.fit([*e.batch() * 2, *e.epoch_end()], sanity=0, validates=False, loaders=False))
 
 
-def test_validation_in_mid_epoch(tmp_path: Path) -> None:
-    data = RecordedData()
-    data.batches = 4
-    fit(tmp_path, data=data, val_check_interval=0.5)
-    half = [*E.batch() * 2, *E.validation()]
-    check(E.fit([*half, *half, *E.epoch_end()]))
+@scenario
+def fit_validation_in_mid_epoch(tmp_path: Path) -> None:
+    """Fit of one epoch with four batches and val_check_interval=0.5."""
+    fit(tmp_path, data=data_of(4), val_check_interval=0.5)
 
 
-def test_epoch_scheduler_steps_at_the_last_batch_before_its_end(tmp_path: Path) -> None:
+@scenario
+def fit_all_at_once(tmp_path: Path) -> None:
+    """Fit of one epoch with 4 batches: validation each 2 batches, accumulation over 2, three schedulers (each step,
+    each epoch, plateau), early stopping, checkpoints of the best and of each step, gradient clipping, a logger."""
     model = RecordedModel()
-    model.interval = "epoch"
-    fit(tmp_path, model, RecordedData(), max_epochs=2)
-    check(E.fit(*[[*E.batch(scheduler=False), *E.batch(), *E.validation(), *E.epoch_end()]] * 2))
+    model.schedulers = ("step", "epoch", "plateau")
+    best = checkpoint("best", tmp_path, "best-{step}", monitor="val_loss")
+    steps = checkpoint("steps", tmp_path, "last", every_n_train_steps=1, enable_version_counter=False)
+    callbacks = [best, steps, RecordedStopping("val_loss"), RecordedCallback()]
+    fit(
+        tmp_path,
+        model,
+        data_of(4),
+        callbacks,
+        val_check_interval=0.5,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.5,
+        enable_checkpointing=True,
+        logger=MemoryLogger(),
+        log_every_n_steps=1,
+    )
 
 
-def test_plateau_scheduler_steps_after_the_module_and_before_a_checkpoint(tmp_path: Path) -> None:
+@scenario
+def fit_fast_dev_run(tmp_path: Path) -> None:
+    """Fit with fast_dev_run=True: one batch of each loader, no sanity check, no checkpoint, no logger."""
+    callbacks = [checkpoint("checkpoint", tmp_path), RecordedCallback()]
+    fit(tmp_path, None, data_of(4), callbacks, fast_dev_run=True, enable_checkpointing=True, logger=MemoryLogger())
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ the step
+
+
+@scenario
+def step_accumulation(tmp_path: Path) -> None:
+    """Fit of five batches with accumulate_grad_batches=2; the last batch steps alone."""
+    fit(tmp_path, train_dataloaders=loader(10), accumulate_grad_batches=2)
+
+
+@scenario
+def step_accumulation_straight_line(tmp_path: Path) -> None:
+    """Fit of five batches with accumulate_grad_batches=2; the module overrides no hook of the step."""
+    fit(tmp_path, StraightModel(), train_dataloaders=loader(10), accumulate_grad_batches=2)
+
+
+@scenario
+def step_closure(tmp_path: Path) -> None:
+    """Fit of one batch with L-BFGS, which evaluates the closure twice."""
     model = RecordedModel()
-    model.plateau = True
-    checkpoint = RecordedCheckpoint(tmp_path, save_on_train_epoch_end=True)
-    fit(tmp_path, model, RecordedData(), [checkpoint, RecordedCallback()], enable_checkpointing=True)
-    e = Expected(("callback", "checkpoint"))
-    *hooks, last = e.epoch_end("checkpoint")
-    end = [*hooks, "module.lr_scheduler_step", last, *e.save]
-    check(e.fit([*e.batch(scheduler=False) * 2, *e.validation(), *end]))
-
-
-@pytest.mark.parametrize("straight_line", [False, True])
-def test_an_optimizer_with_a_closure_repeats_the_step(tmp_path: Path, straight_line: bool) -> None:
-    model = (StraightModel if straight_line else RecordedModel)()
     model.lbfgs = True
-    fit(tmp_path, model, train_dataloaders=loader(2), callbacks=[RecordedCallback()])
-    zero = [*E.all("on_before_zero_grad"), "module.optimizer_zero_grad"]
-    evaluate = ["module.training_step", *zero, *E.backward, *E.before_step]
-    step = TRACE.count("module.training_step") * evaluate
-    assert TRACE.count("module.training_step") >= 1
-    e = Expected(data="module")
-    batch = e.batch("module.optimizer_step", *step, "optimizer.step", scheduler=False)
-    expected = e.fit([*batch, *e.epoch_end()], sanity=0, validates=False, loaders=False)
-    check(straight(expected) if straight_line else expected)
+    fit(tmp_path, model, train_dataloaders=loader(2))
+
+
+@scenario
+def step_closure_straight_line(tmp_path: Path) -> None:
+    """Fit of one batch with L-BFGS, which evaluates the closure twice; the module overrides no hook of the step."""
+    model = StraightModel()
+    model.lbfgs = True
+    fit(tmp_path, model, train_dataloaders=loader(2))
+
+
+class StepsEverySecondTime(Model):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.step(closure=optimizer_closure)
+        else:
+            optimizer_closure()
+
+
+@scenario
+def step_own_optimizer_step(tmp_path: Path) -> None:
+    """Fit of four batches; optimizer_step is overridden: batch 1 and 3 only run the closure."""
+    fit(tmp_path, module_like(StepsEverySecondTime)(), train_dataloaders=loader(8))
+
+
+@scenario
+def step_without_loss(tmp_path: Path) -> None:
+    """Fit of two batches whose training_step returns None: no backward."""
+    with pytest.warns(UserWarning, match="no loss for any of the 2 batches"):
+        fit(tmp_path, with_step_result(RecordedModel(), lambda loss, batch_idx: None), train_dataloaders=loader(4))
+
+
+@scenario
+def step_without_loss_straight_line(tmp_path: Path) -> None:
+    """Fit of two batches whose training_step returns None; the module overrides no hook of the step."""
+    with pytest.warns(UserWarning, match="no loss for any of the 2 batches"):
+        fit(tmp_path, with_step_result(StraightModel(), lambda loss, batch_idx: None), train_dataloaders=loader(4))
+
+
+class Manual(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        found = self.optimizers()
+        for optimizer in found if isinstance(found, list) else [found]:
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+
+@scenario
+def step_manual(tmp_path: Path) -> None:
+    """Fit of two batches with manual optimization."""
+    fit(tmp_path, module_like(Manual)(), train_dataloaders=loader(4))
+
+
+@scenario
+def step_manual_two_optimizers(tmp_path: Path) -> None:
+    """Fit of two batches with manual optimization of two optimizers."""
+    model = module_like(Manual)()
+    model.optimizers_made = 2
+    fit(tmp_path, model, train_dataloaders=loader(4))
+
+
+@scenario
+def schedulers_by_epoch(tmp_path: Path) -> None:
+    """Fit of two epochs with a scheduler that steps each epoch: at the last batch, before its on_train_batch_end."""
+    model = RecordedModel()
+    model.schedulers = ("epoch",)
+    fit(tmp_path, model, train_dataloaders=loader(4), max_epochs=2)
+
+
+@scenario
+def schedulers_by_metric(tmp_path: Path) -> None:
+    """Fit of one epoch with a plateau scheduler: after the module's on_train_epoch_end and before the checkpoint."""
+    model = RecordedModel()
+    model.schedulers = ("plateau",)
+    saving = checkpoint("checkpoint", tmp_path, save_on_train_epoch_end=True)
+    fit(tmp_path, model, callbacks=[saving, RecordedCallback()], enable_checkpointing=True)
 
 
 # ------------------------------------------------------------------------------------------------ ways to end
 
 
-def test_stopped_in_mid_epoch_validates_at_once(tmp_path: Path) -> None:
-    model, data = RecordedModel(), RecordedData()
-    data.batches = 4
-    model.step_result = lambda loss, batch_idx: setattr(model.trainer, "should_stop", True) or loss
-    fit(tmp_path, model, data, max_epochs=3)
-    check(E.fit([*E.batch(), *E.validation(), *E.epoch_end()]))
+@scenario
+def end_stopped_in_mid_epoch(tmp_path: Path) -> None:
+    """Fit of up to three epochs with four batches; the first batch asks to stop: validation follows at once."""
+    fit(tmp_path, stopping_at(0, RecordedModel()), data_of(4), max_epochs=3)
 
 
-def test_stopped_in_the_last_batch(tmp_path: Path) -> None:
-    model = RecordedModel()
-    model.step_result = lambda loss, batch_idx: setattr(model.trainer, "should_stop", batch_idx == 1) or loss
-    fit(tmp_path, model, RecordedData(), max_epochs=3)
-    check(E.fit(EPOCH))
+@scenario
+def end_stopped_in_last_batch(tmp_path: Path) -> None:
+    """Fit of up to three epochs with two batches; the second batch asks to stop."""
+    fit(tmp_path, stopping_at(1, RecordedModel()), max_epochs=3)
 
 
-def test_min_epochs_outlasts_a_stop(tmp_path: Path) -> None:
-    model = RecordedModel()
-    model.step_result = lambda loss, batch_idx: setattr(model.trainer, "should_stop", True) or loss
-    fit(tmp_path, model, RecordedData(), max_epochs=3, min_epochs=2)
-    check(E.fit(EPOCH, [*E.batch() * 2, *E.validation(), *E.epoch_end()]))
+@scenario
+def end_stopped_before_min_epochs(tmp_path: Path) -> None:
+    """Fit with min_epochs=2 and max_epochs=3; each batch asks to stop."""
+    fit(tmp_path, stopping_at(0, RecordedModel()), max_epochs=3, min_epochs=2)
 
 
-def test_max_steps_in_mid_epoch_does_not_validate(tmp_path: Path) -> None:
-    fit(tmp_path, data=RecordedData(), max_epochs=-1, max_steps=3)
-    check(E.fit(EPOCH, [*E.batch(), *E.epoch_end()]))
+@scenario
+def end_max_steps_in_mid_epoch(tmp_path: Path) -> None:
+    """Fit with max_steps=3, which is in the middle of the second epoch: that epoch does not validate."""
+    fit(tmp_path, max_epochs=-1, max_steps=3)
 
 
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_minus_one_skips_the_rest_of_the_epoch(tmp_path: Path, interval: str) -> None:
-    class Skips(Model):
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-            return -1 if batch_idx == 1 else None
-
-    data = RecordedData()
-    data.batches = 3
-    model = recording(Skips, "module", [hook for hook in MODULE if hook not in LOADERS])()
-    model.interval = interval
-    fit(tmp_path, model, data, max_epochs=2)
-    skipped = [*E.transfer, *E.all("on_train_batch_start")]
-    if interval == "epoch":  # it is over, however it ended
-        skipped += ["module.lr_scheduler_step", "scheduler.step"]
-    check(E.fit(*[[*E.batch(scheduler=interval == "step"), *skipped, *E.epoch_end()]] * 2))
+class Skips(Model):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 1 else None
 
 
-@pytest.mark.parametrize("straight_line", [False, True])
-def test_a_step_without_loss_has_no_backward(tmp_path: Path, straight_line: bool) -> None:
-    model = (StraightModel if straight_line else RecordedModel)()
-    model.step_result = lambda loss, batch_idx: None
-    with pytest.warns(UserWarning, match="no loss for any of the 2 batches"):
-        fit(tmp_path, model, RecordedData())
-    expected = E.fit([*E.batch(*E.step(E.zero)) * 2, *E.validation(), *E.epoch_end()])
-    check(straight(expected) if straight_line else expected)
+@scenario
+def end_epoch_skipped(tmp_path: Path) -> None:
+    """Fit of two epochs with three batches; on_train_batch_start returns -1 in the second, which skips the rest."""
+    fit(tmp_path, module_like(Skips)(), data_of(3), max_epochs=2)
 
 
-def test_a_failure_tears_nothing_down(tmp_path: Path) -> None:
-    model = RecordedModel()
+@scenario
+def end_epoch_skipped_scheduler_by_epoch(tmp_path: Path) -> None:
+    """Fit of two epochs; the rest of each is skipped, and a scheduler that steps each epoch steps all the same."""
+    model = module_like(Skips)()
+    model.schedulers = ("epoch",)
+    fit(tmp_path, model, data_of(3), max_epochs=2)
 
-    def fails(loss: Any, batch_idx: int) -> Any:
-        if batch_idx == 1:
-            raise ZeroDivisionError("in the step")
-        return loss
 
-    model.step_result = fails
+@scenario
+def end_error_in_step(tmp_path: Path) -> None:
+    """Fit of two batches; the second training_step raises: on_exception follows, and no teardown."""
     with pytest.raises(ZeroDivisionError, match="in the step"):
-        fit(tmp_path, model, RecordedData())
-    expected = E.fit(E.batch())
-    del expected[expected.index("callback.on_train_end") :]
-    failing = [*E.transfer, *E.all("on_train_batch_start"), "module.optimizer_step", "module.training_step"]
-    check([*expected, *failing, "callback.on_exception", "data.on_exception"])
+        fit(tmp_path, failing_at(1, RecordedModel()))
 
 
-# ------------------------------------------------------------------------------------------------ with checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_checkpoints_and_early_stopping_come_after_the_module(tmp_path: Path) -> None:
-    checkpoint = RecordedCheckpoint(tmp_path, monitor="val_loss", save_on_train_epoch_end=True)
-    callbacks = [checkpoint, RecordedStopping("val_loss"), RecordedCallback()]
-    fit(tmp_path, data=RecordedData(), callbacks=callbacks, enable_checkpointing=True)
-    e = Expected(("stopping", "callback", "checkpoint"))
-    check(e.fit([*e.batch() * 2, *e.validation(), *e.epoch_end("stopping", "checkpoint"), *e.save]))
+@scenario
+def checkpoint_monitored(tmp_path: Path) -> None:
+    """Fit of one epoch; a checkpoint and early stopping monitor val_loss: at the epoch's end, after the module."""
+    saving = checkpoint("checkpoint", tmp_path, monitor="val_loss", save_on_train_epoch_end=True)
+    callbacks = [saving, RecordedStopping("val_loss"), RecordedCallback()]
+    fit(tmp_path, callbacks=callbacks, enable_checkpointing=True)
 
 
-def test_checkpoints_without_a_monitor_are_saved_at_the_end_of_the_epoch(tmp_path: Path) -> None:
-    callbacks = [RecordedCheckpoint(tmp_path), RecordedCallback()]
-    fit(tmp_path, data=RecordedData(), callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
-    e = Expected(("callback", "checkpoint"))
-    check(e.fit([*e.batch() * 2, *e.epoch_end("checkpoint"), *e.save], sanity=0, validates=False))
+@scenario
+def checkpoint_each_epoch(tmp_path: Path) -> None:
+    """Fit of one epoch without validation; a checkpoint is saved at its end."""
+    callbacks = [checkpoint("checkpoint", tmp_path), RecordedCallback()]
+    fit(tmp_path, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
 
 
-def test_step_checkpoints_wait_for_the_validation_they_belong_to(tmp_path: Path) -> None:
-    callbacks = [RecordedCheckpoint(tmp_path, every_n_train_steps=1), RecordedCallback()]
-    fit(tmp_path, data=RecordedData(), callbacks=callbacks, enable_checkpointing=True)
-    e = Expected(("callback", "checkpoint"))
-    first = e.batch(end=[*e.all("on_train_batch_end"), *e.save])
-    validation = e.validation(end=[*e.all("on_validation_end"), *e.save])
-    check(e.fit([*first, *e.batch(), *validation, *e.epoch_end("checkpoint")]))
+@scenario
+def checkpoint_each_step(tmp_path: Path) -> None:
+    """Fit of two batches with every_n_train_steps=1: the second save waits for the validation that belongs to it."""
+    callbacks = [checkpoint("checkpoint", tmp_path, every_n_train_steps=1), RecordedCallback()]
+    fit(tmp_path, callbacks=callbacks, enable_checkpointing=True)
 
 
-def test_saving_by_hand(tmp_path: Path) -> None:
-    fitted = fit(tmp_path, data=RecordedData())
-    TRACE.clear()
+@scenario
+def checkpoint_by_hand(tmp_path: Path) -> None:
+    """trainer.save_checkpoint after a fit: the whole state, and then only the weights."""
+    fitted = fit(tmp_path)
+    forget()
     fitted.save_checkpoint(tmp_path / "whole.ckpt")
-    check(E.save)
-    TRACE.clear()
     fitted.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    check(["module.on_save_checkpoint"])
 
 
-LOAD = [
-    "module.on_load_checkpoint",
-    "data.load_state_dict",
-    "callback.on_load_checkpoint",
-    "callback.load_state_dict",
-]
-
-
-def test_resumed_after_an_epoch(tmp_path: Path) -> None:
+def saved_after_an_epoch(tmp_path: Path) -> Path:
     path = tmp_path / "one.ckpt"
-    fit(tmp_path, data=RecordedData()).save_checkpoint(path)
-    TRACE.clear()
-    fit(tmp_path, data=RecordedData(), ckpt_path=path, max_epochs=2)
-    check(E.fit(EPOCH, load=LOAD))
+    fit(tmp_path).save_checkpoint(path)
+    forget()
+    return path
 
 
-def test_resumed_in_mid_epoch(tmp_path: Path) -> None:
+@scenario
+def resume_after_an_epoch(tmp_path: Path) -> None:
+    """Fit up to the second epoch from a checkpoint of the end of the first."""
+    fit(tmp_path, ckpt_path=saved_after_an_epoch(tmp_path), max_epochs=2)
+
+
+@scenario
+def resume_in_mid_epoch(tmp_path: Path) -> None:
+    """Fit of two batches from a checkpoint of the first."""
     saving = [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1), RecordedCallback()]
-    fit(tmp_path, data=RecordedData(), callbacks=saving, enable_checkpointing=True)
-    TRACE.clear()
+    fit(tmp_path, callbacks=saving, enable_checkpointing=True)
+    forget()
     with pytest.warns(UserWarning, match="states of callbacks"):
-        fit(tmp_path, data=RecordedData(), ckpt_path=tmp_path / "step=1.ckpt")
-    check(E.fit([*E.batch(), *E.validation(), *E.epoch_end()], load=LOAD))
+        fit(tmp_path, ckpt_path=tmp_path / "step=1.ckpt")
 
 
-def test_nothing_left_to_train(tmp_path: Path) -> None:
-    path = tmp_path / "one.ckpt"
-    fit(tmp_path, data=RecordedData()).save_checkpoint(path)
-    TRACE.clear()
-    fit(tmp_path, data=RecordedData(), ckpt_path=path)
-    assert not [line for line in TRACE if "on_train" in line]
-    assert TRACE[-5:] == [*E.all("on_fit_end"), *E.teardown("fit")]
+@scenario
+def resume_nothing_left(tmp_path: Path) -> None:
+    """Fit of one epoch from a checkpoint of its end: nothing is left to train."""
+    fit(tmp_path, ckpt_path=saved_after_an_epoch(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------ other stages
 
 
-@pytest.mark.parametrize(("stage", "name"), [("validate", "validation"), ("test", "test"), ("predict", "predict")])
-def test_other_stages(tmp_path: Path, stage: str, name: str) -> None:
-    running = trainer(tmp_path, callbacks=RecordedCallback())
-    getattr(running, stage)(RecordedModel(), datamodule=RecordedData())
-    asked = f"data.{'val' if stage == 'validate' else stage}_dataloader"
-    check([*E.setup(stage), asked, *E.evaluation(name), *E.teardown(stage)])
+def evaluate(tmp_path: Path, stage: str, data: Any = None, **kwargs: Any) -> None:
+    running = trainer(tmp_path, callbacks=RecordedCallback(), plugins=[RecordedFiles()])
+    getattr(running, stage)(RecordedModel(), datamodule=data or RecordedData(), **kwargs)
 
 
-def test_validate_with_several_loaders(tmp_path: Path) -> None:
+@scenario
+def evaluate_validate(tmp_path: Path) -> None:
+    """trainer.validate with one batch."""
+    evaluate(tmp_path, "validate")
+
+
+@scenario
+def evaluate_validate_several_loaders(tmp_path: Path) -> None:
+    """trainer.validate with two loaders of one batch each."""
     data = RecordedData()
     data.val_loaders = 2
-    trainer(tmp_path, callbacks=RecordedCallback()).validate(RecordedModel(), datamodule=data)
-    check([*E.setup("validate"), "data.val_dataloader", *E.evaluation(batches=2), *E.teardown("validate")])
+    evaluate(tmp_path, "validate", data)
 
 
-def test_validate_a_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "one.ckpt"
-    fit(tmp_path, data=RecordedData()).save_checkpoint(path)
-    TRACE.clear()
-    running = trainer(tmp_path, callbacks=RecordedCallback())
-    running.validate(RecordedModel(), datamodule=RecordedData(), ckpt_path=path)
-    load = ["module.on_load_checkpoint", "callback.on_load_checkpoint"]
-    check([*E.setup("validate"), *load, "data.val_dataloader", *E.evaluation(), *E.teardown("validate")])
+@scenario
+def evaluate_validate_checkpoint(tmp_path: Path) -> None:
+    """trainer.validate of a checkpoint."""
+    evaluate(tmp_path, "validate", ckpt_path=saved_after_an_epoch(tmp_path))
+
+
+@scenario
+def evaluate_test(tmp_path: Path) -> None:
+    """trainer.test with one batch."""
+    evaluate(tmp_path, "test")
+
+
+@scenario
+def evaluate_predict(tmp_path: Path) -> None:
+    """trainer.predict with one batch."""
+    evaluate(tmp_path, "predict")
 
 
 # ------------------------------------------------------------------------------------------------ loggers
-
-
-class RecordedLogger(Logger):
-    name, version, experiment = "recorded", 0, None
-    log_dir = root_dir = None
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        TRACE.append(f"logger.log_metrics {' '.join(m for m in metrics if m != 'epoch')}")
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        TRACE.append("logger.log_hyperparams")
-
-    def finalize(self, status: str) -> None:
-        TRACE.append(f"logger.finalize {status}")
 
 
 class Logs(Model):
@@ -633,32 +468,31 @@ class Logs(Model):
         self.log("at_the_end", 1.0)
 
 
-def test_when_loggers_are_written_to(tmp_path: Path) -> None:
-    hooks = """on_fit_start on_train_batch_end on_validation_epoch_end on_validation_end on_train_epoch_end
-        teardown""".split()
-    fit(tmp_path, recording(Logs, "module", hooks)(), Data(), [], logger=RecordedLogger(), log_every_n_steps=1)
-    TRACE[:] = [line for line in TRACE if line.startswith(("module", "logger"))]
-    check(
-        [
-            "module.on_fit_start",
-            "logger.log_hyperparams",
-            *["module.on_validation_epoch_end", "module.on_validation_end"],  # the sanity check
-            *["module.on_train_batch_end", "logger.log_metrics train_loss"] * 2,
-            *["module.on_validation_epoch_end", "logger.log_metrics val_loss", "module.on_validation_end"],
-            *["module.on_train_epoch_end", "logger.log_metrics at_the_end"],
-            "module.teardown[fit]",
-            "logger.finalize success",
-        ]
-    )
+@scenario
+def logger_fit(tmp_path: Path) -> None:
+    """Fit of one epoch with a logger, log_every_n_steps=1; the module logs in its steps and in on_train_epoch_end."""
+    fit(tmp_path, module_like(Logs)(), logger=MemoryLogger(), log_every_n_steps=1)
 
 
-def test_a_failure_closes_the_loggers(tmp_path: Path) -> None:
-    model = RecordedModel()
-
-    def fails(loss: Any, batch_idx: int) -> Any:
-        raise ZeroDivisionError
-
-    model.step_result = fails
+@scenario
+def logger_error(tmp_path: Path) -> None:
+    """Fit with a logger; the first training_step raises."""
     with pytest.raises(ZeroDivisionError):
-        fit(tmp_path, model, RecordedData(), logger=RecordedLogger())
-    assert TRACE[-3:] == ["callback.on_exception", "data.on_exception", "logger.finalize failed"]
+        fit(tmp_path, failing_at(0, RecordedModel()), logger=MemoryLogger())
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_order_of_the_hooks(tmp_path: Path, name: str) -> None:
+    forget()
+    SCENARIOS[name](tmp_path)
+    check(name)
+
+
+def test_clipping_leaves_the_order_of_the_straight_line(tmp_path: Path) -> None:
+    forget()
+    fit(tmp_path, StraightModel(), gradient_clip_val=0.5)
+    check("fit_straight_line")
+
+
+def test_each_golden_file_has_a_scenario() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == set(SCENARIOS)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_in_ranks
 from tests.trainer.models import Net, trainer
 from torch import Tensor, nn
 
@@ -366,7 +365,7 @@ class Adds(Net):
         return self.loss(batch) + together * 0 + (float("inf") if batch_idx == BAD and self.global_rank else 0.0)
 
 
-def run_two(folder: Path) -> dict[str, Any]:
+def run_two(folder: Path) -> None:
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     out: dict[str, Any] = {}
     data = batches(*([BAD] if rank else []))
@@ -386,29 +385,11 @@ def run_two(folder: Path) -> dict[str, Any]:
         fit(folder, Net(), data, "raise", **arguments)
     except NonFiniteError as error:
         out["raise"] = str(error)
-    return out
-
-
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-from tests.trainer import test_nonfinite
-
-folder = Path(sys.argv[1])
-out = test_nonfinite.run_two(folder)
-(folder / f"out{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(out))
-"""
+    (folder / f"out{rank}.json").write_text(json.dumps(out))
 
 
 def test_two_ranks_do_the_same_when_one_has_a_bad_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE"))}
-    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "script.py", str(tmp_path)], cwd=tmp_path, env=environ, capture_output=True, text=True,
-        timeout=90,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_ranks(run_two, tmp_path)
     zero, one = (json.loads((tmp_path / f"out{rank}.json").read_text()) for rank in range(2))
     assert zero == one
     for accumulate, steps in ((1, 5), (2, 2)):

@@ -10,7 +10,6 @@ import csv
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from tests.faults import victim
 from tests.faults.forkserver import ForkServer
 from tests.faults.victim import Case, Trace, find, read
+from tests.processes import wait_until
 from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
@@ -179,10 +179,7 @@ class KillAfter:
         self.trace, self.events, self.child = trace, events, child
 
     def __call__(self, pid: int) -> None:
-        until = time.monotonic() + 60
-        while len(read(self.trace)) < self.events:
-            assert time.monotonic() < until
-            time.sleep(0.001)
+        wait_until(lambda: len(read(self.trace)) >= self.events, every=0.001)
         targets = psutil.Process(pid).children(recursive=True)
         os.kill(pid if self.child is None else targets[self.child].pid, signal.SIGKILL)
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.processes import run_as_program
+from tests.processes import run_in_ranks
 from tests.trainer.models import Net, Samples, loader, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -86,7 +85,7 @@ def ranks(folder: Path) -> None:
 
 
 def test_ranks_that_run_out_at_different_times_end_together(tmp_path: Path) -> None:
-    said = run_as_program(__file__, tmp_path)
+    said = run_in_ranks(ranks, tmp_path)
     zero, one = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     mean = (sum(range(10)) + sum(range(3))) / 13  # evaluation counts each sample once
     for name, batches in {"stream": 7, "one is empty": 0, "list": 4, "wrong length": 5, "of two kinds": 3}.items():
@@ -167,7 +166,3 @@ def test_samplers_of_validation_hear_of_every_epoch(tmp_path: Path) -> None:
     val = DataLoader(Samples(4), 2, sampler=sampler)
     trainer(tmp_path, max_epochs=3, num_sanity_val_steps=0).fit(Net(), loader(4), val)
     assert sampler.epochs == [0, 1, 2]
-
-
-if __name__ == "__main__":
-    ranks(Path(sys.argv[1]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections import UserDict
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_in_ranks
 from tests.trainer.models import Net, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -340,8 +339,8 @@ def together(folder: Path, model: Any, mine: Any, **arguments: Any) -> list[floa
     return [*weights(model), run.global_step]
 
 
-def run_two(folder: Path) -> dict[str, Any]:
-    """What a rank finds out."""
+def run_two(folder: Path) -> None:
+    """Writes down what a rank finds out."""
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     out: dict[str, Any] = {}
     parts = batches([5, 2, 3, 8, 2, 2, 7, 4, 6, 2, 3, 2])
@@ -370,31 +369,14 @@ def run_two(folder: Path) -> dict[str, Any]:
         run.fit(model, mine, mine)
         out["empty"] = weights(model)
         out["logged"] = {k: v.item() for k, v in run.callback_metrics.items() if k != "train_loss_step"}
-    return out
-
-
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-from tests.trainer import test_weights
-
-folder = Path(sys.argv[1])
-out = test_weights.run_two(folder)
-(folder / f"out{os.environ.get('LOCAL_RANK', '0')}.json").write_text(json.dumps(out))
-"""
+    (folder / f"out{rank}.json").write_text(json.dumps(out))
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks found out."""
     folder = tmp_path_factory.mktemp("weights")
-    (folder / "script.py").write_text(SCRIPT)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "TREADLE"))}
-    environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "script.py", str(folder)], cwd=folder, env=environ, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_in_ranks(run_two, folder)
     return [json.loads((folder / f"out{rank}.json").read_text()) for rank in range(WORLD)]
 
 
