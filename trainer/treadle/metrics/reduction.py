@@ -22,7 +22,7 @@ _PACKET: Final = 130  # doubles in the packed collective: a checksum, a count an
 
 
 def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
-    """The values of all ranks, in their order."""
+    """Gather the values of all ranks, in the order of the ranks."""
     return [v for theirs in all_gather_objects(fabric, [float(v) for v in values]) for v in theirs]
 
 

@@ -236,7 +236,7 @@ class ModuleHooks(DataHooks, nn.Module):
 
 
 def hook_arguments(declared_by: type, passed_before: int) -> dict[str, tuple[str, ...]]:
-    """Read off a class which hooks it declares, and the names of the arguments that the loops pass to each.
+    """Collect the hooks that a class declares, and the names of the arguments that the loops pass to each.
 
     Args:
         declared_by: the class.
