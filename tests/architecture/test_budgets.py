@@ -99,6 +99,6 @@ def test_every_folder_says_what_lives_there() -> None:
         str(folder.relative_to(ROOT))
         for root in PACKAGES.values()
         for folder in root.rglob("*")
-        if folder.is_dir() and folder.name != "__pycache__" and not (folder / "__init__.py").exists()
+        if list(folder.glob("*.py")) and not (folder / "__init__.py").exists()
     ]
     assert not empty, f"folders without an __init__.py: {empty}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,7 @@ from treadle_fabric.batches import batch_mover
 from treadle_fabric.data.samplers import sampler_epoch, seed_workers, set_epoch
 from treadle_fabric.data.sharding import shard_dataloader
 from treadle_fabric.randomness.seeds import global_seed
-
-if TYPE_CHECKING:
-    from treadle_fabric.strategies import Strategy
+from treadle_fabric.strategies import Strategy
 
 __all__ = ["FabricDataLoader", "WrappedLoader", "share_loader"]
 

@@ -113,19 +113,23 @@ def _layers(module: nn.Module, found: Findings) -> Generator[None]:
 
 
 def loss_of(output: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned; None without one."""
     found = output.get("loss") if isinstance(output, Mapping) else output
     return found if isinstance(found, Tensor) else None
 
 
 def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that require a gradient, with their names."""
     return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
 
 
 def values_of(tensor: Tensor) -> Tensor:
+    """The values that a tensor stores, of a sparse tensor too."""
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
+    """Whether every value of a tensor is finite; waits for the device."""
     return bool(values_of(tensor.detach()).isfinite().all())
 
 
@@ -150,6 +154,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def digest(gradients: Mapping[str, Tensor | None]) -> str:
+    """A hash of gradients, the same for the same bits."""
     whole = hashlib.sha256()
     for name, gradient in gradients.items():
         whole.update(name.encode())

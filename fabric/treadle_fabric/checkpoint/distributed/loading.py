@@ -182,7 +182,7 @@ def _pair(
 def _fill(target: Tensor, source: Tensor) -> None:
     with torch.no_grad():
         if is_sharded_tensor(target) and not is_sharded_tensor(source):
-            from torch.distributed.tensor import DTensor, distribute_tensor
+            from torch.distributed.tensor import DTensor, distribute_tensor  # heavy
 
             assert isinstance(target, DTensor)
             source = source.to(target.device)  # every rank has all of it: nothing is sent
@@ -257,7 +257,7 @@ def _read(
 ) -> None:
     if not tensors:
         return
-    from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, read_tensors
+    from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, read_tensors  # heavy
 
     group, alone = (None, True) if ranks is None or ranks.size == 1 else (ranks.group, False)
     try:

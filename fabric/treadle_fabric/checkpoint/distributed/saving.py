@@ -95,7 +95,7 @@ def _write(
     ranks: Ranks, split: Split, summaries: list[dict[str, Any]], folder: str
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
     mine = {**split.sharded, **{n: split.replicated[n] for n, r in _share_out(summaries).items() if r == ranks.rank}}
-    from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, write_tensors
+    from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, write_tensors  # heavy
 
     try:
         return write_tensors(mine, folder, ranks.group, ranks.size == 1)

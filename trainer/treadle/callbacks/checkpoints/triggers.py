@@ -7,12 +7,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from treadle.callbacks.monitoring.monitored_metric import decides_at_epoch_end
-from treadle_fabric import MisconfigurationException, check_integer
+from treadle_fabric import Fabric, MisconfigurationException, check_integer
 from treadle_fabric.coordination import StepClock
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
-    from treadle_fabric import Fabric
 
 __all__ = ["SaveTriggers"]
 

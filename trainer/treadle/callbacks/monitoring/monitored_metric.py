@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from treadle_fabric import MisconfigurationException, near_names, on_rank_zero, rank_zero_warn
+from treadle_fabric import MisconfigurationException, Strategy, near_names, on_rank_zero, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
-    from treadle_fabric import Strategy
 
 __all__ = ["MonitoredMetric", "decides_at_epoch_end", "worst_value"]
 

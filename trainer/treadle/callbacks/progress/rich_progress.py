@@ -149,7 +149,7 @@ class RichProgressBar(TimedProgressBar):
         self._console_kwargs = console_kwargs or {}
 
     def _make_display(self) -> Display:
-        from rich.console import Console
+        from rich.console import Console  # an extra
 
         console = Console(**self._console_kwargs)
         live = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
@@ -160,6 +160,7 @@ class RichProgressBar(TimedProgressBar):
 
         Each task has rich's own fields and the texts ``batches``, ``time``, ``speed`` and ``metrics``.
         """
+        # an extra
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.table import Column
@@ -183,7 +184,7 @@ class RichProgressBar(TimedProgressBar):
         ]
 
     def _new_progress(self, console: Console) -> Progress:
-        from rich.progress import Progress
+        from rich.progress import Progress  # an extra
 
         # the hooks refresh the display, so that no drawing thread competes with the training loop
         return Progress(*self.configure_columns(self.trainer), console=console, auto_refresh=False)

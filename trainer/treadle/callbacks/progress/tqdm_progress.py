@@ -42,7 +42,7 @@ def _fit(metrics: str, room: int) -> str:
 
 @cache
 def _tqdm_class() -> type[tqdm[Any]]:
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # an extra
 
     class Tqdm(tqdm):  # type: ignore[type-arg]
         """A tqdm bar whose speed (batches a second) is set from outside, and that cuts no number in two.

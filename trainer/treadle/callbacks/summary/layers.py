@@ -113,7 +113,7 @@ class ModelSummary:
         return layers
 
     def _run_example(self) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
+        from torch.utils.flop_counter import FlopCounterMode  # heavy
 
         model = self._model
         counter = FlopCounterMode(display=False)
