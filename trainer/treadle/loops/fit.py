@@ -10,9 +10,10 @@ from datetime import timedelta
 import torch
 
 from treadle.checkpoint.exact import moment
-from treadle.loops.epoch import Controls, TrainingEpoch
+from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.schedule import Durations
+from treadle.loops.stopping import Controls
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import Run
