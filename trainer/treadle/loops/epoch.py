@@ -5,32 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from treadle.data.lookahead import BatchIterator
 from treadle.data.training import TrainingData
 from treadle.data.transfer import stay
-from treadle.loops.optimizers import step_schedulers
 from treadle.loops.schedule import ValidationSchedule, window_size
+from treadle.loops.schedulers import Schedulers
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
-from treadle.module import LightningModule
-from treadle.module.overriding import overrides
+from treadle.loops.stopping import Controls, Stops
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
 from treadle_fabric import StopAgreement, rank_zero_warn
 
-__all__ = ["Controls", "TrainingEpoch"]
+__all__ = ["TrainingEpoch"]
 
-_BETWEEN: Final = 2**32  # boundaries from one training batch to the next: room for those of a validation
-
-
-class Controls(Protocol):
-    """What the user and callbacks may change while training."""
-
-    should_stop: bool
-    accumulate_grad_batches: int
+_BATCH_END: Final = Phase.BATCH_END  # each look into an Enum costs as much as a function call
+_BETWEEN: Final = Phase.BETWEEN
 
 
 class TrainingEpoch:
@@ -52,17 +45,14 @@ class TrainingEpoch:
         signals: Signals,
         agreement: StopAgreement | None,
     ) -> None:
-
         self._run, self._data, self._step, self._controls = run, data, step, controls
-        self._schedule, self._validate, self._elapsed, self._may_stop = schedule, validate, elapsed, may_stop
+        self._schedule, self._validate, self._elapsed = schedule, validate, elapsed
         self._max_steps, self._log_every = max_steps, log_every_n_steps
-        self._signals, self._agreement = signals, agreement
+        self._stops = Stops(run, controls, signals, agreement, may_stop)
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
         self._automatic = run.module.automatic_optimization
-        self._schedulers = run.schedulers if self._automatic else []
-        own = overrides(run.module, "lr_scheduler_step", LightningModule)
-        self._step_scheduler = self._scheduler_hook if own else run.module.lr_scheduler_step
+        self._schedulers = Schedulers(run)
         self._told_idle = False
         if step.wants_iterator:
             data.epochs.look_ahead()
@@ -74,25 +64,19 @@ class TrainingEpoch:
 
     def run(self) -> None:
         """Train for one epoch, from where the progress stands."""
-        run, progress, results = self._run, self._run.progress, self._run.results
-        step, transfer, begin_batch = self._step, run.transfer, results.begin_batch
-        accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
+        run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
+        accumulate = self._accumulate
         step.begin_epoch(accumulate)
-        take_step, accumulate_only = step.step, step.accumulate
-        if self._data.has_ended(progress.batch):  # with the batches of another number of processes
-            self._end_resumed()
-        if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch
-            stop = self._finish_batch()
-            if stop or progress.is_last_batch:
-                self._data.epochs.finish(progress.epoch, progress.batch, drain=not stop)
-                return
+        if self._ends_resumed():
+            return
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
-        total = self._data.stop
+        total, transfer, begun = self._data.stop, run.transfer, progress.batch
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
-        on_batch_start, on_batch_end, schedulers = self._on_batch_start, self._on_batch_end, self._schedulers
-        schedule, begun = self._schedule, progress.batch
+        begin_batch, train, train_and_step = results.begin_batch, step.accumulate, step.step
+        on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
+        schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
         progress.begun = True
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
@@ -101,28 +85,28 @@ class TrainingEpoch:
             if on_batch_start:
                 results.hook = "on_train_batch_start"
                 if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
-                    self._step_schedulers("epoch", progress.epoch + 1, plateau=False)  # it is over all the same
+                    schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
             stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
             window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)
             before = progress.optimizer_steps
-            outputs = (take_step if stepping else accumulate_only)(batch, batch_idx, window)
+            outputs = (train_and_step if stepping else train)(batch, batch_idx, window)
             progress.batch = batch_idx + 1
             progress.batches += 1
             progress.stepping, progress.stepped = stepping, (stepped := progress.optimizer_steps != before)
             if stepped:
                 progress.step += 1
                 progress.step_in_epoch += 1
-            if schedulers and stepping:
+            if configs and stepping:
                 if stepped:
-                    self._step_schedulers("step", progress.step, plateau=False)
+                    schedulers.step("step", progress.step)
                 if is_last:
-                    self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
+                    schedulers.step("epoch", progress.epoch + 1)
             if schedule is not None:
                 progress.validation_due = self._is_due(schedule, is_last)
             if stepping:
                 progress.logging_step += 1
-            progress.phase = Phase.BATCH_END
+            progress.phase = _BATCH_END
             if on_batch_end:
                 results.hook = "on_train_batch_end"
                 for listener in on_batch_end:
@@ -131,21 +115,32 @@ class TrainingEpoch:
                     progress.step += 1
                     progress.step_in_epoch += 1
             results.hook = ""
-            if self._finish_batch():
+            if finish_batch():
                 break
         begin_batch(None)
         if step.idle:
             self._tell_of_idleness(progress.batch - begun)
 
-    def _end_resumed(self) -> None:
-        """What follows the last batch of an epoch, where the one that was resumed turns out to be over."""
+    @property
+    def _accumulate(self) -> int:
+        return self._controls.accumulate_grad_batches if self._automatic else 1
+
+    def _ends_resumed(self) -> bool:
+        """Do what is left of the last batch of a resumed run; whether nothing else is left of the epoch."""
         progress = self._run.progress
-        progress.is_last_batch, progress.phase = True, Phase.BATCH_END
-        progress.stepping = progress.stepped = False
-        if self._schedulers:
-            self._step_schedulers("epoch", progress.epoch + 1, plateau=False)
-        if self._schedule is not None:
-            progress.validation_due = self._is_due(self._schedule, True)
+        if self._data.has_ended(progress.batch):  # with the batches of another number of processes
+            progress.is_last_batch, progress.phase = True, _BATCH_END
+            progress.stepping = progress.stepped = False
+            self._schedulers.step("epoch", progress.epoch + 1)
+            if self._schedule is not None:
+                progress.validation_due = self._is_due(self._schedule, True)
+        if progress.phase is _BETWEEN:
+            return False
+        stop = self._finish_batch()
+        if not stop and not progress.is_last_batch:
+            return False
+        self._data.epochs.finish(progress.epoch, progress.batch, drain=not stop)
+        return True
 
     def _tell_of_idleness(self, batches: int) -> None:
         if self._step.idle == batches and not self._told_idle:
@@ -159,42 +154,28 @@ class TrainingEpoch:
     def _finish_batch(self) -> bool:
         """What follows ``on_train_batch_end``, from wherever the progress stands; returns whether to stop."""
         run, progress, schedule = self._run, self._run.progress, self._schedule
-        if progress.stepping and progress.phase is Phase.BATCH_END and progress.logging_step % self._log_every == 0:
+        if progress.stepping and progress.logging_step % self._log_every == 0 and progress.phase is _BATCH_END:
             if run.loggers:
                 run.write(run.results.take_step_metrics(), progress.logging_step - 1)
-        stop, terminated = self._stops_here()
+        stop, terminated = self._stops.after_batch()
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED
             if progress.validation_due or (stop and schedule.in_epoch(progress.epoch)):
                 if not self._run_validation():
-                    self._signals.raise_received(together=True)
-                stop = self.agree_to_stop() and self._may_stop()
+                    self._stops.terminate()
+                stop = self._stops.after_validation()
         if terminated:  # the run that goes on does the rest of this batch, and ends where this one would have
             progress.phase = max(progress.phase, Phase.LOGGED)
-            self._signals.raise_received(together=True)
-        if self._schedulers and progress.stepped:
-            self._step_schedulers("step", progress.step, plateau=True)
-        progress.phase = Phase.BETWEEN
+            self._stops.terminate()
+        if self._schedulers.configs and progress.stepped:
+            self._schedulers.step("step", progress.step, plateau=True)
+        progress.phase = _BETWEEN
         progress.validation_due = False
         return stop or progress.step == self._max_steps
 
-    def _stops_here(self) -> tuple[bool, bool]:
-        """Whether to stop, and whether because of a signal; with several ranks the same answer after the same batch."""
-        stop = self._controls.should_stop and self._may_stop()
-        if self._agreement is None:
-            return stop, bool(self._signals.received)
-        wish = "signal" if self._signals.received else "stop" if stop else ""
-        reason = self._agreement.at_boundary(self._run.progress.batches * _BETWEEN, wish)
-        if reason == "stop":
-            self._controls.should_stop = True
-        return reason == "stop", reason == "signal"
-
     def agree_to_stop(self) -> bool:
         """``should_stop`` where any rank set it, at a place that all ranks come to."""
-        if self._agreement is not None:
-            strategy = self._run.fabric.strategy
-            self._controls.should_stop = strategy.reduce_boolean_decision(self._controls.should_stop, all=False)
-        return self._controls.should_stop
+        return self._stops.agree()
 
     def close(self) -> None:
         """Let go of the loader's workers; the loop is used no more."""
@@ -202,8 +183,7 @@ class TrainingEpoch:
 
     def end(self) -> None:
         """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""
-        if self._schedulers:
-            self._step_schedulers("epoch", self._run.progress.epoch + 1, plateau=True)
+        self._schedulers.step("epoch", self._run.progress.epoch + 1, plateau=True)
 
     def _is_due(self, schedule: ValidationSchedule, is_last: bool) -> bool:
         progress = self._run.progress
@@ -211,34 +191,9 @@ class TrainingEpoch:
             return schedule.in_epoch(progress.epoch) and self._elapsed(schedule.every)
         return schedule.due(progress.epoch, progress.batch, progress.batches, is_last=is_last)
 
-    def _terminated(self, batch: int) -> bool:
-        """Whether to end before this batch of a validation, on all ranks alike, because one was asked to terminate."""
-        if self._agreement is None:
-            return bool(self._signals.received)
-        wish = "signal" if self._signals.received else ""
-        return self._agreement.at_boundary(self._run.progress.batches * _BETWEEN + batch + 1, wish) == "signal"
-
     def _run_validation(self) -> bool:
         """Whether it came to its end."""
         progress = self._run.progress
-        accumulate = self._controls.accumulate_grad_batches if self._automatic else 1
-        if progress.is_last_batch or progress.batch % accumulate == 0:
+        if progress.is_last_batch or progress.batch % self._accumulate == 0:
             self._run.dispatch.call("on_validation_model_zero_grad")
-        return self._validate(self._terminated)
-
-    def _step_schedulers(self, interval: str, count: int, *, plateau: bool) -> None:
-        progress = self._run.progress
-        metrics = self._run.metrics
-        stepped = step_schedulers(
-            self._schedulers,
-            interval=interval,
-            count=count,
-            plateau=plateau,
-            step=self._step_scheduler,
-            metrics=lambda: metrics.callback,
-        )
-        progress.scheduler_steps += stepped
-        progress.scheduler_steps_in_epoch += stepped
-
-    def _scheduler_hook(self, scheduler: Any, metric: Any) -> None:
-        self._run.dispatch.run("lr_scheduler_step", self._run.module.lr_scheduler_step, scheduler, metric)
+        return self._validate(self._stops.before_validation_batch)

@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 
 from treadle.checkpoint.exact import moment
-from treadle.loops.epoch import Controls, TrainingEpoch
+from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.schedule import Durations
+from treadle.loops.stopping import Controls
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun

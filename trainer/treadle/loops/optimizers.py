@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -14,7 +13,7 @@ from treadle.module import LightningModule
 from treadle.run.progress import LRSchedulerConfig
 from treadle_fabric import LRScheduler, MisconfigurationException, check_integer, near_names, rank_zero_warn
 
-__all__ = ["parse_optimizers", "step_schedulers"]
+__all__ = ["parse_optimizers"]
 
 _SHAPES = (
     "an optimizer, a list of optimizers, a list of optimizers and a list of schedulers, a dict with 'optimizer' and "
@@ -143,50 +142,3 @@ def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:
             f"{type(optimizer).__name__} holds {len(foreign)} of {len(held)} parameters (shapes {shapes}) that are not"
             f" this {type(module).__qualname__}'s: make it with `self.parameters()`."
         )
-
-
-def step_schedulers(
-    configs: Sequence[LRSchedulerConfig],
-    *,
-    interval: str,
-    count: int,
-    plateau: bool,
-    step: Callable[[Any, Any], None],
-    metrics: Callable[[], Mapping[str, torch.Tensor]],
-) -> int:
-    """Step the schedulers that are due.
-
-    Args:
-        configs: all schedulers.
-        interval: "step" or "epoch": what has just ended.
-        count: the number of steps or epochs that have ended.
-        plateau: True: step the schedulers that monitor a metric; False: the others.
-        step: ``lr_scheduler_step(scheduler, metric)``.
-        metrics: returns the logged metrics.
-
-    Returns:
-        The number of schedulers that stepped.
-
-    Raises:
-        MisconfigurationException: a monitored metric was not logged (with ``strict``); the message has similar names.
-    """
-    stepped = 0
-    for config in configs:
-        if config.interval != interval or config.reduce_on_plateau is not plateau or count % config.frequency:
-            continue
-        value = None
-        if config.reduce_on_plateau and config.monitor is not None:
-            found = metrics()
-            value = found.get(config.monitor)
-            if value is None:
-                message = (
-                    f"The scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody logged."
-                    f" {near_names(config.monitor, found)}"
-                )
-                if config.strict:
-                    raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")
-                rank_zero_warn(f"{message} The step is skipped.")
-                continue
-        step(config.scheduler, value)
-        stepped += 1
-    return stepped

@@ -11,7 +11,7 @@ from treadle.data.evaluation import EvaluationData
 from treadle.data.find import find_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
-from treadle.loops.epoch import Controls, TrainingEpoch
+from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.fit import FitLoop
 from treadle.loops.optimizers import parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
@@ -19,6 +19,7 @@ from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.manual import ManualStep
 from treadle.loops.step.preparation import Preparation
+from treadle.loops.stopping import Controls
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy

@@ -6,10 +6,11 @@ from typing import Any
 
 from treadle.checkpoint.exact import capture_exact, restore_exact
 from treadle.data.training import TrainingData
-from treadle.loops.epoch import Controls, TrainingEpoch
+from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
 from treadle.loops.schedule import total_steps
+from treadle.loops.stopping import Controls
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.trainer import assembly

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -40,7 +41,10 @@ class AutomaticStep:
         self._gradients = (WholeBatchGradients if strategy.runs_whole_batch else Gradients)(run, optimizer)
         clips = clipping.active and not strategy.handles_gradient_clipping
         self._prepare = Preparation(run, clipping if clips else None)
-        self._optimizer, self._optimizer_step = optimizer, partial(strategy.optimizer_step, optimizer)
+        self._optimizer = optimizer
+        self._optimizer_step: Callable[[], Any] = partial(strategy.optimizer_step, optimizer)
+        if strategy.plain_step:
+            self._optimizer_step = lambda: optimizer.step()  # schedulers put another `step` into its place
         self._no_sync = partial(run.fabric.no_backward_sync, run.wrapped) if strategy.world_size > 1 else nullcontext
         self._needs_loss = optimizer is not None and needs_closure(optimizer)
         self.accumulate = self._accumulate_in_engine if strategy.handles_gradient_accumulation else self._accumulate
