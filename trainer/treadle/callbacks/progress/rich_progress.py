@@ -163,7 +163,7 @@ class RichProgressBar(TimedProgressBar):
         # an extra
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
-        from rich.table import Column
+        from rich.table import Column  # an extra
 
         theme, width = self.theme, Console(**self._console_kwargs).width
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from treadle.callbacks.summary.formatting import Column, Totals, format_summary, get_human_readable_count, not_counted
+from treadle.module.modes import module_modes, restore_modes
 from treadle_fabric import check_integer, isolate_rng, move_data_to_device
 
 __all__ = ["LayerSummary", "ModelSummary", "parse_batch_shape", "summarize"]
@@ -120,7 +121,8 @@ class ModelSummary:
         with ExitStack() as stack, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # the counter's hooks do no harm
             stack.enter_context(isolate_rng())
-            stack.enter_context(_eval_mode(model))
+            stack.callback(restore_modes, module_modes(model))
+            model.eval()
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # an example is not worth a compilation
             inputs = move_data_to_device(self._example, _device_of(model))
@@ -279,17 +281,6 @@ class ModelSummary:
 def _device_of(model: nn.Module) -> torch.device:
     tensor = next(iter([*model.parameters(), *model.buffers()]), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def summarize(lightning_module: nn.Module, max_depth: int = 1) -> ModelSummary:
