@@ -134,3 +134,26 @@ def test_a_strategy_that_shards_saves_folders(tmp_path: Path) -> None:
     model = fabric.setup_module(nn.Linear(2, 2))
     fabric.save(tmp_path / "model.ckpt", {"model": model})
     assert (tmp_path / "model.ckpt").is_dir()
+
+
+class Saving(L.Callback):
+    """Saves in the middle of an accumulation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.current_epoch == 1 and args[-1] == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def test_gradients_of_shards_are_saved_with_the_state_that_all_ranks_share(tmp_path: Path) -> None:
+    class Sharding(Recording):
+        shards_parameters = True
+
+    path = tmp_path / "within.ckpt"
+    whole = fit(Sharding(), tmp_path, accumulate_grad_batches=2, callbacks=Saving(path))
+    saved = DistributedCheckpointIO().load_checkpoint(path)["treadle"]
+    assert saved["gradients"].keys() == {"layer.weight", "layer.bias"}
+    assert not any("gradients" in part for part in saved["ranks"])
+    assert same_weights(whole, fit(Sharding(), tmp_path, path, accumulate_grad_batches=2))

@@ -12,6 +12,7 @@ For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
+from treadle_fabric.checkpoint.distributed.loading import placed_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
@@ -34,6 +35,7 @@ __all__ = [
     "names_of",
     "newest_good",
     "parts_on_demand",
+    "placed_like",
     "put_in_place",
     "read_outline",
     "size_of",

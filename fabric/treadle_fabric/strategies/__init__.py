@@ -1,15 +1,18 @@
 """Strategies, and the names they go by."""
 
+from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
+from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = [
     "METHOD_KEYWORD",
     "STRATEGY_REGISTRY",
+    "CheckpointingStrategy",
     "DDPStrategy",
     "NativeStepStrategy",
     "ParallelStrategy",
@@ -17,6 +20,7 @@ __all__ = [
     "SingleDeviceStrategy",
     "Strategy",
     "StrategyRegistry",
+    "WholeStateStrategy",
 ]
 
 for _strategy in (SingleDeviceStrategy, DDPStrategy):

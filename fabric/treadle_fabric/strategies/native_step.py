@@ -78,12 +78,14 @@ class NativeStepStrategy(Strategy):
     ) -> Tensor:
         precision = self.precision
         precision.unscale_gradients(optimizer)
-        return torch.nn.utils.clip_grad_norm_(
+        norm: Any = torch.nn.utils.clip_grad_norm_(
             precision.main_params(optimizer),
             max_norm,
             norm_type=norm_type,
             error_if_nonfinite=error_if_nonfinite and not precision.requires_fabric_backward,
         )
+        whole: Tensor = norm.full_tensor() if self.shards_parameters else norm
+        return whole
 
     def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
         self.precision.unscale_gradients(optimizer)

@@ -1,92 +1,24 @@
-"""Checkpoints of states that every process has whole: rank 0 writes a file, or all share out a folder."""
+"""Strategies under which every rank has the whole model and optimizer."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.checkpoint import PerRank
-from treadle_fabric.coordination import gather_objects, on_rank_zero
-from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException, near_names
-from treadle_fabric.strategies.strategy import Strategy
-from treadle_fabric.types import PathLike
+from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 
 __all__ = ["WholeStateStrategy"]
 
-Filter = Callable[[str, Any], bool]
 
-
-class WholeStateStrategy(Strategy):
-    """A strategy where every process has the whole state."""
+class WholeStateStrategy(CheckpointingStrategy):
+    """A strategy under which every rank has the whole state."""
 
     @abstractmethod
     def original(self, module: Module) -> Module:
         """The user's module in the engine that :meth:`setup_module` made; without one, the module itself."""
-
-    def save_checkpoint(
-        self,
-        path: PathLike,
-        state: dict[str, Any],
-        storage_options: Any | None = None,
-        filter: dict[str, Filter] | None = None,
-    ) -> None:
-        """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
-        filters = filter or {}
-        _check_state(path, state)
-        _check_filters(state, filters)
-        content = {key: _plain(self, value) for key, value in state.items()}
-        for key, keep in filters.items():
-            content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
-        io = self.checkpoint_io
-        if io.sharded:
-            io.save_checkpoint(content, path, storage_options)
-            return
-        on_rank_zero(
-            self,
-            lambda: io.save_checkpoint(content, path, storage_options),
-            f"could not write {str(path)!r}",
-        )
-
-    def load_checkpoint(
-        self,
-        path: PathLike,
-        state: Module | Optimizer | dict[str, Any] | None = None,
-        strict: bool = True,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        """Every rank reads the file."""
-        if isinstance(state, Mapping) and not state:
-            raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
-        if state is not None and not isinstance(state, (Module, Optimizer)):
-            _check_state(path, state)
-        if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
-            on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
-        content: Any = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
-        if state is None:
-            return dict(content) if isinstance(content, dict) else content
-        if isinstance(state, (Module, Optimizer)):
-            _restore(self, path, "", state, content, strict)
-            return {}
-        if not isinstance(content, dict):
-            raise CheckpointMismatchError(
-                f"{str(path)!r} holds an object {_kind(content)}, not a dict with the keys "
-                f"{', '.join(map(repr, state))}. Use load_raw for it."
-            )
-        missing = [key for key in state if key not in content]
-        if missing and strict:
-            raise CheckpointMismatchError(
-                f"{str(path)!r} has no {', '.join(map(repr, missing))}. {near_names(missing[0], content)} "
-                "Correct the key, or pass strict=False to leave what is missing as it is."
-            )
-        remainder = dict(content)
-        # Modules first: they are what does not fit, and plain values are not to be touched before that is known
-        for key in sorted((key for key in state if key in content), key=lambda k: not isinstance(state[k], Module)):
-            state[key] = _restore(self, path, key, state[key], remainder.pop(key), strict)
-        return remainder
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
         return self.original(module).state_dict()
@@ -99,120 +31,3 @@ class WholeStateStrategy(Strategy):
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         optimizer.load_state_dict(state)
-
-
-def _check_state(path: Any, state: Any) -> None:
-    if not isinstance(path, str) and not hasattr(path, "__fspath__"):
-        raise MisconfigurationException(f"path={path!r} is no path. Give a string or a pathlib.Path.")
-    if not isinstance(state, Mapping):
-        raise MisconfigurationException(
-            f"state is {_kind(state)}, and must be a dict: each key names a part, such as "
-            "state={'model': model, 'optimizer': optimizer, 'step': step}."
-        )
-    for key in state:
-        if not isinstance(key, str):
-            raise MisconfigurationException(f"The key {key!r} of state is {_kind(key)}, and must be a string.")
-
-
-def _check_filters(state: Mapping[str, Any], filters: Mapping[str, Filter]) -> None:
-    if not isinstance(filters, Mapping):
-        raise MisconfigurationException(
-            f"filter is {_kind(filters)}, and must be a dict from keys of state to functions."
-        )
-    for key, keep in filters.items():
-        if key not in state:
-            raise MisconfigurationException(f"filter has the key {key!r}, and state has not. {near_names(key, state)}")
-        if not callable(keep):
-            raise MisconfigurationException(
-                f"filter[{key!r}] is {_kind(keep)}, and must be a function of a name and a value that returns a bool."
-            )
-        if not (isinstance(state[key], Mapping) or callable(getattr(state[key], "state_dict", None))):
-            raise MisconfigurationException(
-                f"filter[{key!r}] has nothing to filter: state[{key!r}] is {_kind(state[key])}. "
-                "Filter modules, optimizers and dicts."
-            )
-
-
-def _kind(value: Any) -> str:
-    return f"of type {type(value).__name__}"
-
-
-def _is_stateful(value: Any) -> bool:
-    return (
-        callable(getattr(value, "state_dict", None))
-        and callable(getattr(value, "load_state_dict", None))
-        and not isinstance(value, type)
-    )
-
-
-def _plain(strategy: Strategy, value: Any) -> Any:
-    """State dicts in place of the objects; a container without any stays the same object."""
-    if isinstance(value, PerRank):
-        mine = _plain(strategy, value.value)
-        return PerRank(mine) if strategy.checkpoint_io.sharded else gather_objects(strategy, mine)
-    if isinstance(value, Module):
-        return strategy.get_module_state_dict(value)
-    if isinstance(value, Optimizer):
-        return strategy.get_optimizer_state(value)
-    if _is_stateful(value):
-        return value.state_dict()
-    if isinstance(value, dict):
-        new = {k: _plain(strategy, v) for k, v in value.items()}
-        # not even an AttributeDict is loaded with weights_only=True
-        return value if _is_builtin(value) and all(new[k] is v for k, v in value.items()) else new
-    if type(value) is list or type(value) is tuple:
-        items = [_plain(strategy, v) for v in value]
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
-    return value
-
-
-def _is_builtin(value: dict[Any, Any]) -> bool:
-    return type(value).__module__ in ("builtins", "collections")
-
-
-def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: Any, strict: bool) -> Any:
-    """What takes the place of ``current``: itself, restored, or the saved value."""
-    if _is_stateful(current):
-        try:
-            if isinstance(current, Module):
-                strategy.load_module_state_dict(current, saved, strict=strict)
-            elif isinstance(current, Optimizer):
-                strategy.load_optimizer_state(current, saved)
-            else:
-                current.load_state_dict(saved)
-        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
-            what = f"state[{key!r}]" if key else "the object"
-            unfit = f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}"
-            if isinstance(e, CheckpointMismatchError):  # says what to do
-                raise CheckpointMismatchError(unfit) from e
-            raise CheckpointMismatchError(
-                f"{unfit}. "
-                "Build it as it was when the file was written" + (", or pass strict=False." if strict else ".")
-            ) from e
-        return current
-    if isinstance(current, dict) and isinstance(saved, dict) and _holds_stateful(current):
-        missing = [k for k in current if k not in saved]
-        if missing and strict:
-            raise CheckpointMismatchError(
-                f"{key!r} of {str(path)!r} has no {', '.join(map(repr, missing))}. {near_names(str(missing[0]), saved)}"
-            )
-        for k in current:
-            if k in saved:
-                current[k] = _restore(strategy, path, f"{key}.{k}", current[k], saved[k], strict)
-        return current
-    if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)) and _holds_stateful(current):
-        if len(current) != len(saved):
-            raise CheckpointMismatchError(
-                f"{key!r} of {str(path)!r} has {len(saved)} entries, and state has {len(current)} there."
-            )
-        pairs = enumerate(zip(current, saved, strict=True))
-        return type(current)([_restore(strategy, path, f"{key}.{i}", c, s, strict) for i, (c, s) in pairs])
-    return saved
-
-
-def _holds_stateful(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_stateful(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_stateful(v) for v in value)
-    return _is_stateful(value)

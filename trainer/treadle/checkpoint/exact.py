@@ -18,7 +18,7 @@ from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun, Run
 from treadle_fabric import rank_zero_info
-from treadle_fabric.checkpoint import PerRank, fingerprint
+from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
 __all__ = ["capture_exact", "keep_own_part", "moment", "restore_exact", "restore_metrics"]
@@ -47,16 +47,21 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
         "weights": run.loss.state_dict(),
     }
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
+    gradients: dict[str, Tensor] = {}
     if within or not module.automatic_optimization:
-        mine["gradients"] = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
-    fabric = run.fabric
+        gradients = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
+    fabric, shared = run.fabric, {}
+    if fabric.strategy.shards_parameters:
+        shared["gradients"] = gradients  # each rank holds a part of what is one gradient, averaged over the ranks
+    else:
+        mine["gradients"] = gradients
     if fabric.world_size > 1:
         buffers = _buffers(module)
         prints = {name: fingerprint(buffer) for name, buffer in buffers.items()}
         saved = fabric.broadcast(prints)  # the state dict has rank 0's buffers
         mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved[name]}
         mine["engine"] = fabric.strategy.engine_state()
-    return {"ranks": PerRank(mine)}
+    return {"ranks": PerRank(mine), **shared}
 
 
 def moment(run: Run) -> dict[str, Any]:
@@ -101,12 +106,13 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     elsewhere, begins = not isinstance(ranks, PerRank), not progress.begun
     saved_by = len(ranks) if elsewhere else fabric.world_size
     mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics) if elsewhere else ranks.value
+    gradients = saved.get("gradients") or mine.get("gradients", {})
     ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
     there = data.epochs.resume(
         mine["data"], saved_by, progress.batch, begun=progress.begun, ended=ended, accumulate=accumulate
     )
     if there != progress.batch:
-        progress.batch, begins, mine["gradients"] = there or 0, there is None, {}
+        progress.batch, begins, gradients = there or 0, there is None, {}
         mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
     if elsewhere and not begins:
         rank_zero_info(
@@ -118,8 +124,8 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     if begins:
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
-    for name, gradient in mine.get("gradients", {}).items():
-        parameters[name].grad = gradient.to(parameters[name].device)
+    for name, gradient in gradients.items():
+        parameters[name].grad = placed_like(gradient, parameters[name])
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():

@@ -29,7 +29,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["load_sharded_into"]
+__all__ = ["load_sharded_into", "placed_like"]
 
 
 # --- loading ---
@@ -181,13 +181,22 @@ def _pair(
 
 def _fill(target: Tensor, source: Tensor) -> None:
     with torch.no_grad():
-        if is_sharded_tensor(target) and not is_sharded_tensor(source):
-            from torch.distributed.tensor import DTensor, distribute_tensor  # heavy
+        target.copy_(placed_like(source, target))
 
-            assert isinstance(target, DTensor)
-            source = source.to(target.device)  # every rank has all of it: nothing is sent
-            source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-        target.copy_(source)
+
+def placed_like(source: Tensor, target: Tensor) -> Tensor:
+    """Return ``source`` on the device of ``target``, and sharded as ``target`` is; nothing is sent between ranks.
+
+    Args:
+        source: Whole on every rank, or sharded already.
+        target: A tensor or a DTensor of the same shape.
+    """
+    if is_sharded_tensor(target) and not is_sharded_tensor(source):
+        from torch.distributed.tensor import DTensor, distribute_tensor  # heavy
+
+        assert isinstance(target, DTensor)
+        return distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    return source.to(target.device)
 
 
 def _has_tensor(value: Any) -> bool:
