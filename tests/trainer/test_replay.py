@@ -107,7 +107,11 @@ def bundle(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(tmp_path)
     models = importlib.import_module(f"{name}.models")
     path = tmp_path / "nonfinite" / NAME
+<<<<<<< HEAD
     torch.manual_seed(1)  # the weights, whatever was drawn before
+=======
+    torch.manual_seed(5)  # of the weights: with others all that overflows may be dropped
+>>>>>>> h-tests
     fit(models.Net(3), models.batches())
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -198,22 +202,23 @@ def test_of_accumulated_and_weighted_batches_the_loss_is_compared(bundle: Path, 
         assert found.reproduced and found.same_loss and found.same_gradients is None
 
 
-@pytest.mark.parametrize("guarded", [True, False])
-def test_a_script_needs_a_main_guard(tmp_path: Path, guarded: bool) -> None:
-    guard = 'if __name__ == "__main__":' if guarded else "if True:"
-    (tmp_path / "train.py").write_text(SCRIPT.format(definitions=SOURCE, guard=guard))
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-
-    def run(*command: str) -> Any:
+@pytest.mark.timeout(110)
+def test_a_script_needs_a_main_guard(tmp_path: Path) -> None:
+    def run(guard: str, *command: str) -> Any:
+        (tmp_path / "train.py").write_text(SCRIPT.format(definitions=SOURCE, guard=guard))
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         return subprocess.run([sys.executable, *command], env=environ, capture_output=True, text=True, timeout=50)
 
-    done = run("train.py")
+    with_guard, without = 'if __name__ == "__main__":', "if True:"
+    done = run(with_guard, "train.py")
     assert "NonFiniteError: The loss is inf at epoch 0, batch_idx 4, global_step 4" in done.stderr, done.stderr
-    (tmp_path / "imported").unlink()
-    done = run("-m", "treadle.cli", "replay", f"nonfinite/{NAME}")
-    assert done.returncode == (0 if guarded else 2), done.stdout + done.stderr
-    assert (tmp_path / "imported").exists() == guarded
-    assert guarded or "__main__" in done.stderr
+    replaying = ("-m", "treadle.cli", "replay", f"nonfinite/{NAME}")
+    for guard, status in ((with_guard, 0), (without, 2)):
+        (tmp_path / "imported").unlink(missing_ok=True)
+        done = run(guard, *replaying)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert (tmp_path / "imported").exists() == (status == 0)
+    assert "__main__" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------- what is refused
