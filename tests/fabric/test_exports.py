@@ -12,7 +12,8 @@ import pytest
 import treadle
 import treadle_fabric
 
-MODULES = """accelerators attribute_dict batches checkpoint checks containers coordination data environments errors fabric
+MODULES = """accelerators attribute_dict batches checkpoint checks containers coordination data environments errors
+fabric
     failures launchers loggers precision randomness rank_zero resolve setup strategies types wrappers""".split()
 # What users of the runtime are told to import.
 PROMISED = """

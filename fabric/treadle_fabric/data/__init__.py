@@ -8,31 +8,17 @@ and ``combined/`` iterates several loaders as one. Imports strategies and what i
 
 from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
-from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
-from treadle_fabric.data.resumable import ResumableDataLoader, wrap_loader
-from treadle_fabric.data.samplers import (
-    has_len,
-    sampler_epoch,
-    seed_workers,
-    set_epoch,
-    sized_len,
-)
-from treadle_fabric.data.sharding import ShardedSampler, is_shared, shard_dataloader
+from treadle_fabric.data.loader import FabricDataLoader, share_loader
+from treadle_fabric.data.samplers import set_epoch, sized_len
+from treadle_fabric.data.sharding import ShardedSampler, is_shared
 
 __all__ = [
     "CombinedLoader",
     "Epochs",
     "FabricDataLoader",
-    "ResumableDataLoader",
     "ShardedSampler",
-    "WrappedLoader",
-    "has_len",
     "is_shared",
-    "sampler_epoch",
-    "seed_workers",
     "set_epoch",
-    "shard_dataloader",
     "share_loader",
     "sized_len",
-    "wrap_loader",
 ]

@@ -7,17 +7,15 @@ a loader draw apart from the global generators. Imports only the foundation.
 
 from treadle_fabric.randomness.generators import generator_state, is_generator, set_generator_state
 from treadle_fabric.randomness.private import PrivateRandomness
-from treadle_fabric.randomness.seeds import global_seed, reset_seed, seed_everything, worker_init_function
+from treadle_fabric.randomness.seeds import seed_everything, worker_init_function
 from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, rng_states_of, set_rng_states
 
 __all__ = [
     "PrivateRandomness",
     "collect_rng_states",
     "generator_state",
-    "global_seed",
     "is_generator",
     "isolate_rng",
-    "reset_seed",
     "rng_states_of",
     "seed_everything",
     "set_generator_state",

@@ -4,10 +4,3 @@
 ``preparation.py`` makes gradients ready for the optimizer; ``clipping.py`` clips them. ``manual.py`` is manual
 optimization.
 """
-
-from treadle.loops.step.automatic import AutomaticStep
-from treadle.loops.step.backward import manual_backward
-from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.manual import ManualStep
-
-__all__ = ["AutomaticStep", "Clipping", "ManualStep", "manual_backward"]
