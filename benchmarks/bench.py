@@ -80,7 +80,8 @@ def main() -> int:
     options = _arguments()
     rounds = options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS)
     facts = machine_facts() | ({"clock": options.clock} if options.clock != "wall" else {})
-    if facts["load_before"] > _BUSY * (facts["cores"] or 1):
+    timed = any(item.kind not in ("frames", "instructions") for item in options.items)
+    if timed and facts["load_before"] > _BUSY * (facts["cores"] or 1):
         print(f"The machine is busy (load {facts['load_before']}): believe --clock cpu, or wait.", file=sys.stderr)
     results = _run(options.items, rounds, options.quick, options.clock)
     print(table(results))
