@@ -166,8 +166,8 @@ ITEMS: tuple[Item, ...] = (
         450,
         limit=6.0,
         explain=(
-            "as 'Trainer step, bare', but counted once by valgrind instead of timed, so that a busy machine changes nothing;"
-            " raw in thousands of instructions, costs in percent of it"
+            "as 'Trainer step, bare', but counted once by valgrind instead of timed, so that a busy machine changes"
+            " nothing; raw in thousands of instructions, costs in percent of it"
         ),
     ),
     Item(

@@ -52,13 +52,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.fabric import Fabric
 from treadle_fabric.failures import claim_failure, end_run, first_failure
-from treadle_fabric.launchers import (
-    ExternalLauncher,
-    Launcher,
-    SignalListener,
-    SpawnLauncher,
-    SubprocessLauncher,
-)
+from treadle_fabric.launchers import ExternalLauncher, Launcher, SignalListener, SpawnLauncher, SubprocessLauncher
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, rank_zero_experiment
 from treadle_fabric.precision import (
     DoublePrecision,
@@ -83,13 +77,7 @@ from treadle_fabric.resolve import Plan, resolve
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
-from treadle_fabric.strategies import (
-    STRATEGY_REGISTRY,
-    DDPStrategy,
-    ParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
+from treadle_fabric.strategies import STRATEGY_REGISTRY, DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 
 __version__ = "0.1.0"

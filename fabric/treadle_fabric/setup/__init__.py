@@ -8,8 +8,4 @@ from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
 
-__all__ = [
-    "FabricModule",
-    "FabricOptimizer",
-    "is_wrapped",
-]
+__all__ = ["FabricModule", "FabricOptimizer", "is_wrapped"]

@@ -12,14 +12,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
-from treadle_fabric import (
-    MisconfigurationException,
-    SignalListener,
-    Strategy,
-    TreadleError,
-    claim_failure,
-    end_run,
-)
+from treadle_fabric import MisconfigurationException, SignalListener, Strategy, TreadleError, claim_failure, end_run
 
 __all__ = ["SIGTERMException", "Signals", "claim_together", "during_a_save", "meet"]
 

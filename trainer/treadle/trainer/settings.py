@@ -8,15 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from treadle.callbacks import (
-    Callback,
-    Checkpoint,
-    EarlyStopping,
-    ModelCheckpoint,
-    ModelSummary,
-    ProgressBar,
-    Timer,
-)
+from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks

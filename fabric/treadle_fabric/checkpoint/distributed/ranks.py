@@ -9,10 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from treadle_fabric.checkpoint.torch_file import reason_of, why_not_written
-from treadle_fabric.errors import (
-    CheckpointError,
-    MisconfigurationException,
-)
+from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.types import PathLike
 
 __all__ = []

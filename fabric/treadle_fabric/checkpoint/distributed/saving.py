@@ -14,9 +14,7 @@ from treadle_fabric.checkpoint.folder.checksummed import save_checksummed
 from treadle_fabric.checkpoint.folder.layout import PLAIN, rank_file, refuse_foreign
 from treadle_fabric.checkpoint.folder.manifest import write_manifest
 from treadle_fabric.checkpoint.folder.placing import lock_folder, make_temporary, put_in_place
-from treadle_fabric.errors import (
-    CheckpointError,
-)
+from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
 __all__ = ["save_sharded"]
