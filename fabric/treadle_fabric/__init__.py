@@ -18,6 +18,7 @@ from treadle_fabric.checkpoint import (
     newest_good,
 )
 from treadle_fabric.checks import check_integer
+from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
 from treadle_fabric.data.resumable import ResumableDataLoader
@@ -158,6 +159,7 @@ __all__ = [
     "infer_batch_size",
     "is_wrapped",
     "isolate_rng",
+    "leaves",
     "make_precision",
     "map_tensors",
     "move_data_to_device",

@@ -3,7 +3,7 @@
 Start with ``loader.py`` (what ``setup_dataloaders`` returns) and ``sharding.py`` (how samples are shared out).
 ``samplers.py`` finds the samplers of a loader, ``order.py`` keeps the order of samples independent of the number of
 ranks, ``epochs.py`` and ``cursors/`` go on from any position, ``resumable.py`` is the loader whose position is saved,
-and ``combined/`` iterates several loaders as one. Imports strategies and what is below them.
+and ``combined.py`` iterates several loaders as one. Imports strategies and what is below them.
 """
 
 from treadle_fabric.data.combined import CombinedLoader

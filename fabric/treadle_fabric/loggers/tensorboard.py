@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 
+from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
@@ -175,7 +174,7 @@ class TensorBoardLogger(FolderLogger):
             )
             return
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        inputs = apply_to_collection(input_array, Tensor, lambda t: t.to(device))
+        inputs = move_data_to_device(input_array, device)
         modes = {module: module.training for module in model.modules()}
         try:
             with torch.no_grad(), warnings.catch_warnings():

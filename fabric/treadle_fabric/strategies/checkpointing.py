@@ -9,6 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import PerRank
+from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import gather_objects, on_rank_zero
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.strategies.strategy import Strategy
@@ -194,8 +195,4 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
 
 
 def _holds_stateful(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_stateful(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_stateful(v) for v in value)
-    return _is_stateful(value)
+    return any(True for _ in leaves(value, _is_stateful))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from treadle.metrics.values import is_metric
 from treadle.module.module import LightningModule
 from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
-from treadle_fabric import Precision, map_tensors
+from treadle_fabric import Precision
 
 __all__ = ["Findings", "examine", "same_values"]
 
@@ -134,15 +134,8 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _floats(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.is_floating_point() or tensor.is_complex():
-            found.append(tensor)
-        return tensor
-
-    map_tensors(value, keep)
-    return found
+    tensors = leaves(value, lambda leaf: isinstance(leaf, Tensor))
+    return [tensor for tensor in tensors if tensor.is_floating_point() or tensor.is_complex()]
 
 
 def _bytes(tensor: Tensor) -> bytes:

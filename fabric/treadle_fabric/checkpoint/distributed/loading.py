@@ -19,6 +19,7 @@ from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back
 from treadle_fabric.checkpoint.per_rank import RankParts, on_demand
 from treadle_fabric.checkpoint.torch_file import load_file, neighbours, reason_of
+from treadle_fabric.containers import leaves
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -171,9 +172,13 @@ def _pair(
                 later.append(functools.partial(_fill, mine, large[name]))
         elif isinstance(mine, Tensor):
             raise CheckpointMismatchError(f"{at!r} of {path!r} is a {type(theirs).__name__}, and state has a tensor.")
-        elif isinstance(mine, dict | list | tuple) and isinstance(theirs, dict | list | tuple) and _has_tensor(mine):
+        elif (
+            isinstance(mine, dict | list | tuple)
+            and isinstance(theirs, dict | list | tuple)
+            and any(isinstance(leaf, Tensor) for leaf in leaves(mine))
+        ):
             _pair(mine, theirs, at, path, names, large, later)
-        elif _has_stand_in(theirs, names):
+        elif any(id(leaf) in names for leaf in leaves(theirs)):
             raise CheckpointMismatchError(f"{at!r} of {path!r} holds tensors, and state has none there to fill.")
         elif not isinstance(state, tuple):
             later.append(functools.partial(state.__setitem__, key, theirs))
@@ -197,18 +202,6 @@ def placed_like(source: Tensor, target: Tensor) -> Tensor:
         assert isinstance(target, DTensor)
         return distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return source.to(target.device)
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_tensor(each) for each in value.values())
-    return any(map(_has_tensor, value)) if isinstance(value, list | tuple) else isinstance(value, Tensor)
-
-
-def _has_stand_in(value: Any, names: Mapping[int, str]) -> bool:
-    if isinstance(value, dict):
-        return any(_has_stand_in(each, names) for each in value.values())
-    return any(_has_stand_in(v, names) for v in value) if isinstance(value, list | tuple) else id(value) in names
 
 
 def _read_plain(
