@@ -386,8 +386,8 @@ class Fabric:
                 "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
         engine = None if model is None else engine_of(model, "backward")
-        if self._plain_backward:
-            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self._plain_backward and not args and not kwargs:
+            tensor.backward()  # type: ignore[no-untyped-call]
         else:
             self._strategy.backward(tensor, engine, *args, **kwargs)
 

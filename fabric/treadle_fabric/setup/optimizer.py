@@ -37,7 +37,7 @@ class FabricOptimizer:
         fields["_strategy"] = strategy
         fields["_before_step"] = before_step
         fields["_after_step"] = after_step
-        fields["_plain_step"] = strategy.plain_step
+        fields["_plain"] = strategy.plain_step and before_step is None and after_step is None
         cls = type(optimizer)
         for name in dir(cls):
             # Bound once: a method found on the class would run with the wrapper as its self
@@ -52,14 +52,13 @@ class FabricOptimizer:
             closure: Evaluates the loss anew and returns it, for optimizers that need that.
             **kwargs: What else the optimizer's own ``step`` takes.
         """
-        if self._before_step is not None:
-            self._before_step(self.optimizer)
         if closure is not None:
             kwargs["closure"] = closure
-        if self._plain_step:
-            result: Any = self.optimizer.step(**kwargs)
-        else:
-            result = self._strategy.optimizer_step(self.optimizer, **kwargs)
+        if self._plain:  # each read of an attribute is slow here, because the class has `__getattr__`
+            return self.optimizer.step(**kwargs) if kwargs else self.optimizer.step()
+        if self._before_step is not None:
+            self._before_step(self.optimizer)
+        result: Any = self._strategy.optimizer_step(self.optimizer, **kwargs)
         if self._after_step is not None:
             self._after_step(self.optimizer)
         return result

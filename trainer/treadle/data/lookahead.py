@@ -11,18 +11,19 @@ Transfer = Callable[[Any, int], Any]
 
 
 class Lookahead:
-    """Batches together with whether each is the last one.
+    """Iterates over triples: the number of a batch, the batch, and whether it is the last one.
 
-    Where the length is known that costs a comparison; where it is not, one batch is fetched ahead.
+    Where the length is known, the last batch is found by its number; where it is not, one batch is fetched ahead.
 
     Args:
         batches: what to iterate.
-        start: the number of the first.
-        stop: the number to end before; infinity for none.
-        what: names the batches in errors.
-        exact: whether there are batches up to ``stop``.
-        drain: ask for one more in the end.
-        agree: with several ranks and no exact length: whether all have a batch of this number.
+        start: the number of the first batch.
+        stop: the number before which iteration ends; infinity for no end.
+        what: names the batches in errors, "of epoch 3 from the training loader" say.
+        exact: whether the number of batches up to ``stop`` is known to be right.
+        drain: ask for one more batch in the end, so that samplers come to their end.
+        agree: on several ranks without an exact length: called with a number, and whether this rank has a batch of that
+            number; tells whether all ranks do.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Lookahead:
 
 
 class BatchIterator:
-    """What a step that asks for ``dataloader_iter`` gets: (batch, batch_idx, dataloader_idx), batches on the device."""
+    """The ``dataloader_iter`` of a step: iterates over triples: the batch on the device, batch_idx, dataloader_idx."""
 
     def __init__(self, batches: Iterable[tuple[int, Any, bool]], transfer: Transfer, dataloader_idx: int = 0) -> None:
         self._batches = iter(batches)
@@ -101,7 +102,7 @@ class BatchIterator:
         return self._ahead is None
 
     def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
-        """One item a step, as :class:`Lookahead` gives them; the step itself draws the batches."""
+        """One triple a step, as :class:`Lookahead` gives; the step itself draws the batches from this object."""
         while self._ahead is not None:
             index, _, is_last = self._ahead  # a step draws one batch: the one ahead tells whether it is the last
             yield index, self, is_last

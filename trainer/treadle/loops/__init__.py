@@ -1,5 +1,6 @@
 """The loops: fit, its epochs and steps, evaluation and prediction.
 
-Start with ``fit.py``, then ``epoch.py`` and ``step/``. ``optimizers.py`` reads what ``configure_optimizers`` returned
-and steps the schedulers; ``schedule.py`` computes when things fall. Imports run, data, checkpoint and numbers.
+Start with ``fit.py``, then ``epoch.py`` and ``step/``. ``optimizers.py`` reads what ``configure_optimizers`` returned,
+``schedulers.py`` steps the learning-rate schedulers, ``stopping.py`` asks whether training ends, and ``schedule.py``
+computes when validation and other things are due. Imports run, data, checkpoint and numbers.
 """

@@ -1,4 +1,4 @@
-"""One training epoch: batches, schedulers, logging, validation where due."""
+"""One training epoch: batches, schedulers, logging, and validation where it is due."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BETWEEN: Final = Phase.BETWEEN
 
 
 class TrainingEpoch:
-    """Runs epochs; everything that does not change between batches is decided here, once."""
+    """Runs training epochs; what does not change between batches is decided in the constructor."""
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ class TrainingEpoch:
 
     @property
     def val_check_batch(self) -> float:
-        """The batches between two validations; infinity where it goes by epochs or time, or never runs."""
+        """The number of batches between two validations; infinity where epochs or time decide, or nobody validates."""
         return self._schedule.every_n_batches if self._schedule is not None else math.inf
 
     def run(self) -> None:
-        """Train for one epoch, from where the progress stands."""
+        """Train for one epoch, from the batch that the progress tells."""
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
         accumulate = self._accumulate
         step.begin_epoch(accumulate)
@@ -152,7 +152,7 @@ class TrainingEpoch:
             )
 
     def _finish_batch(self) -> bool:
-        """What follows ``on_train_batch_end``, from wherever the progress stands; returns whether to stop."""
+        """Do what follows ``on_train_batch_end`` and is not done yet; returns whether to stop."""
         run, progress, schedule = self._run, self._run.progress, self._schedule
         if progress.stepping and progress.logging_step % self._log_every == 0 and progress.phase is _BATCH_END:
             if run.loggers:
@@ -164,7 +164,7 @@ class TrainingEpoch:
                 if not self._run_validation():
                     self._stops.terminate()
                 stop = self._stops.after_validation()
-        if terminated:  # the run that goes on does the rest of this batch, and ends where this one would have
+        if terminated:  # the resumed run does the rest of this batch, and ends where this run would have
             progress.phase = max(progress.phase, Phase.LOGGED)
             self._stops.terminate()
         if self._schedulers.configs and progress.stepped:
@@ -174,15 +174,15 @@ class TrainingEpoch:
         return stop or progress.step == self._max_steps
 
     def agree_to_stop(self) -> bool:
-        """``should_stop`` where any rank set it, at a place that all ranks come to."""
+        """Set ``should_stop`` where any rank did; every rank calls it."""
         return self._stops.agree()
 
     def close(self) -> None:
-        """Let go of the loader's workers; the loop is used no more."""
+        """End the loader's workers; no epoch follows."""
         self._data.epochs.close()
 
     def end(self) -> None:
-        """After the epoch's end hooks: plateau schedulers that monitor an epoch value."""
+        """Step the plateau schedulers that monitor a value of the epoch; called after its end hooks."""
         self._schedulers.step("epoch", self._run.progress.epoch + 1, plateau=True)
 
     def _is_due(self, schedule: ValidationSchedule, is_last: bool) -> bool:
@@ -192,7 +192,7 @@ class TrainingEpoch:
         return schedule.due(progress.epoch, progress.batch, progress.batches, is_last=is_last)
 
     def _run_validation(self) -> bool:
-        """Whether it came to its end."""
+        """Validate; returns whether the validation came to its end."""
         progress = self._run.progress
         if progress.is_last_batch or progress.batch % self._accumulate == 0:
             self._run.dispatch.call("on_validation_model_zero_grad")

@@ -59,7 +59,7 @@ class Stops:
         return self.agree() and self._may_stop()
 
     def agree(self) -> bool:
-        """Set ``should_stop`` where any rank did, at a place that all ranks come to."""
+        """Set ``should_stop`` where any rank did; every rank calls it."""
         if self._agreement is not None:
             strategy = self._run.fabric.strategy
             self._controls.should_stop = strategy.reduce_boolean_decision(self._controls.should_stop, all=False)
@@ -73,5 +73,5 @@ class Stops:
         return self._agreement.at_boundary(self._run.progress.batches * _BETWEEN + batch + 1, wish) == "signal"
 
     def terminate(self) -> None:
-        """End the run because of a signal, at a place that all ranks come to."""
+        """End the run because of a signal; every rank calls it."""
         self._signals.raise_received(together=True)

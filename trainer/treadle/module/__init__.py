@@ -1,6 +1,7 @@
 """What users subclass: LightningModule, LightningDataModule, and the hooks they inherit.
 
-Start with ``hooks.py``, which has the order of all hooks. ``hparams.py`` keeps constructor arguments. Imports metrics,
+Start with ``hooks.py``, which has the order of all hooks. ``hparams.py`` keeps constructor arguments;
+``overriding.py`` and ``step_arguments.py`` read what a user's methods override and take. Imports metrics,
 ``checkpoint/loading.py`` and contracts.
 """
 

@@ -1,5 +1,5 @@
-"""Numbers of the training itself: weighted losses, gradient norms, and what is not finite.
+"""Numbers of the training itself: what becomes of losses, gradient norms, and values that are not finite.
 
-Start with ``watch.py`` (``on_nonfinite``) or ``loss_weights.py``. ``examine.py`` finds the first layer that is not
-finite. Imports run and below.
+Start with ``losses.py``, which chooses the loss policy of a run. ``watch.py`` is ``on_nonfinite``; ``examine.py`` finds
+the first layer with an output that is not finite. Imports checkpoint, run and below.
 """

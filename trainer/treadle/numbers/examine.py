@@ -22,17 +22,17 @@ __all__ = ["Findings", "examine", "same_values"]
 
 @dataclass
 class Findings:
-    """What running a micro-batch tells."""
+    """What a run of a micro-batch showed."""
 
     loss: Tensor | None = None
     layer: str = ""
-    """The first layer with an output that is not finite, described; empty where there is none."""
+    """A description of the first layer with an output that is not finite; empty where there is none."""
     gradients: list[str] = field(default_factory=list)
     """The parameters whose gradients of this micro-batch are not finite."""
     digest: str = ""
-    """Of all gradients of this micro-batch."""
+    """The hash of all gradients of this micro-batch."""
     failure: str = ""
-    """Why it could not be run; the rest is empty then."""
+    """Why the micro-batch could not be run; the other fields are empty then."""
 
 
 def examine(module: LightningModule, precision: Precision, batch: Any, batch_idx: int) -> Findings:
@@ -40,7 +40,7 @@ def examine(module: LightningModule, precision: Precision, batch: Any, batch_idx
 
     Args:
         module: with the state that it had before the step.
-        precision: the run's.
+        precision: the precision of the run.
         batch: on the module's device.
         batch_idx: the number of the batch in its epoch.
 
@@ -61,7 +61,7 @@ def examine(module: LightningModule, precision: Precision, batch: Any, batch_idx
                 return found
             trained = dict(trained_parameters(module))
             values = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-    except Exception as error:  # the user's code, which was not made to run twice
+    except Exception as error:  # the user's code may not be able to run twice
         return Findings(failure=f"{type(error).__name__}: {error}")
     gradients = dict(zip(trained, values, strict=True))
     found.loss = loss.detach()
@@ -73,7 +73,7 @@ def examine(module: LightningModule, precision: Precision, batch: Any, batch_idx
 
 
 def same_values(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are the same to the last bit; any NaN is as good as another."""
+    """Whether two tensors are equal to the last bit; all NaNs count as equal."""
     if one is None or other is None:
         return one is other
     return one.dtype == other.dtype and one.shape == other.shape and _bytes(one.cpu()) == _bytes(other.cpu())
@@ -81,7 +81,7 @@ def same_values(one: Tensor | None, other: Tensor | None) -> bool:
 
 @contextmanager
 def _layers(module: nn.Module, found: Findings) -> Generator[None]:
-    """Describe the first layer with an output that is not finite."""
+    """Describe in ``found`` the first layer with an output that is not finite."""
     handles = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -113,7 +113,7 @@ def _layers(module: nn.Module, found: Findings) -> Generator[None]:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what ``training_step`` returned; None without one."""
+    """The loss in what ``training_step`` returned; None where there is none."""
     found = output.get("loss") if isinstance(output, Mapping) else output
     return found if isinstance(found, Tensor) else None
 
@@ -124,12 +124,12 @@ def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def values_of(tensor: Tensor) -> Tensor:
-    """The values that a tensor stores, of a sparse tensor too."""
+    """The values of a sparse tensor; a dense one as it is."""
     return tensor.coalesce().values() if tensor.layout == torch.sparse_coo else tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every value of a tensor is finite; waits for the device."""
+    """Whether no value of a tensor is NaN or infinite; waits for the device."""
     return bool(values_of(tensor.detach()).isfinite().all())
 
 
@@ -139,7 +139,7 @@ def _floats(value: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """The bits of a tensor, with one NaN for all."""
+    """The bytes of a tensor, with the same NaN for all NaNs."""
     values = values_of(tensor.detach()).cpu().contiguous()
     if values.is_floating_point():
         values = values.masked_fill(values.isnan(), float("nan"))
@@ -147,7 +147,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def digest(gradients: Mapping[str, Tensor | None]) -> str:
-    """A hash of gradients, the same for the same bits."""
+    """A hash of gradients by name, which all NaNs enter as the same one."""
     whole = hashlib.sha256()
     for name, gradient in gradients.items():
         whole.update(name.encode())

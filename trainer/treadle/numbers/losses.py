@@ -31,12 +31,8 @@ def choose_loss_policy(run: Run, on_nonfinite: str | None, root: str) -> LossPol
         root: the folder for files of what is not finite.
     """
     strategy = run.fabric.strategy
-    rule: PlainLosses | EngineLosses | None = None
-    if not run.module.automatic_optimization:
-        rule = PlainLosses()
-    elif strategy.handles_gradient_accumulation:
-        rule = EngineLosses()
-    losses = Losses(strategy, rule)
+    rule: _Rule | None = EngineLosses() if strategy.handles_gradient_accumulation else None
+    losses = Losses(strategy, rule if run.module.automatic_optimization else PlainLosses())
     if on_nonfinite is None:
         return losses
     from treadle.numbers.watch import WatchedLosses  # only runs that watch load it
@@ -174,10 +170,13 @@ class Losses:
     scale: Callable[[Tensor | None, Any, int, bool], Tensor | None]
     prepare: Callable[[Optimizer | None, int, int], bool]
 
-    def __init__(self, strategy: Strategy, rule: PlainLosses | EngineLosses | None = None) -> None:
+    def __init__(self, strategy: Strategy, rule: _Rule | None) -> None:
         self._strategy = strategy
         self._weighted: WeightedLosses | None = None
-        self._follow(rule or _FirstLoss(strategy, self._follow))
+        if rule is None:
+            self.scale, self.prepare = self._scale_first, lambda *_: True  # without a loss there are no gradients
+        else:
+            self._follow(rule)
 
     def observe(self, training_step: Callable[..., Any], *, wants_iterator: bool) -> Callable[..., Any]:
         """Return the step as it is."""
@@ -202,15 +201,8 @@ class Losses:
         self.scale, self.prepare = rule.scale, rule.prepare
         self._weighted = rule if isinstance(rule, WeightedLosses) else None
 
-
-class _FirstLoss:
-    """Finds out at the first loss whether losses have weights, and puts the rule for them in its own place."""
-
-    def __init__(self, strategy: Strategy, follow: Callable[[_Rule], None]) -> None:
-        self._strategy, self._follow = strategy, follow
-
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
-        """Several ranks agree, once; they ask again while no rank has a loss."""
+    def _scale_first(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+        """Find out whether losses have weights. Several ranks agree, once; they ask again while no rank has a loss."""
         strategy = self._strategy
         kind = _NOTHING if loss is None else _PLAIN if weight is None else _WEIGHTED
         number = float(_checked(weight)) if kind == _WEIGHTED else 0.0
@@ -224,20 +216,12 @@ class _FirstLoss:
                 f"`training_step` returned a loss with a weight on rank {', '.join(map(str, weighted))}, and without"
                 f" one on rank {', '.join(map(str, plain))}: {_RULE}."
             )
-        rule: _Rule
-        if weighted:
-            unit = next((w for _, w in found if w > 0), 1.0)
-            rule = WeightedLosses(strategy, reference=2.0 ** round(math.log2(unit * window)))
-        elif plain:
-            rule = PlainLosses()
-        else:
+        if not plain and not weighted:
             return None
-        self._follow(rule)
-        return rule.scale(loss, weight, window, first)
-
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
-        """No rank had a loss yet: there are no gradients."""
-        return True
+        unit = next((w for _, w in found if w > 0), 1.0)
+        reference = 2.0 ** round(math.log2(unit * window))
+        self._follow(WeightedLosses(strategy, reference) if weighted else PlainLosses())
+        return self.scale(loss, weight, window, first)
 
 
 def _mixture(given: str) -> MisconfigurationException:

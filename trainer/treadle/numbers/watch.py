@@ -40,7 +40,7 @@ __all__ = ["WatchedLosses"]
 
 _MAX_NAMED: Final = 5
 _MAX_TOLD: Final = 3
-"""Warnings in full, and files, of a run and rank; what comes after is counted."""
+"""Warnings with an explanation, and files, of one run and rank; later ones are only counted."""
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -53,8 +53,8 @@ class _Record:
     rng: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     loss: Tensor | None = None
-    taken: bool = False  # its loss was differentiated
-    exact: bool = False  # and neither divided nor weighted
+    taken: bool = False  # the loss was differentiated
+    exact: bool = False  # the loss was differentiated as it is, neither divided nor weighted
 
 
 class WatchedLosses:
@@ -62,9 +62,9 @@ class WatchedLosses:
 
     Args:
         run: the run.
-        losses: what becomes of the losses otherwise.
-        mode: "raise", "skip" (leave the step out) or "warn" (step all the same).
-        root: the folder in which the files go, into ``nonfinite/``.
+        losses: the policy that scales the losses.
+        mode: "raise", "skip" (no step) or "warn" (a warning, and the step).
+        root: the folder whose subfolder ``nonfinite`` gets the files.
     """
 
     def __init__(self, run: Run, losses: LossPolicy, mode: str, root: str) -> None:
@@ -73,7 +73,7 @@ class WatchedLosses:
         self._records: list[_Record] = []
         self._count = 0
         self._observes = self._reruns = False
-        self._steps = True  # an optimizer does
+        self._steps = True  # there is an optimizer
         module = run.module
         self._touched = bool(run.dispatch.listeners("on_after_backward")) or overrides(
             module, "backward", LightningModule
@@ -166,7 +166,7 @@ class WatchedLosses:
         return False
 
     def report(self) -> None:
-        """The end of fit: how often it was."""
+        """Tell at the end of fit how many times something was not finite."""
         if self._count and self._run.fabric.is_global_zero:
             what = "were skipped" if self._mode == "skip" else "were taken all the same"
             text = f"{self._count} optimizer step(s) with a loss or gradients that were not finite {what}."
@@ -174,10 +174,10 @@ class WatchedLosses:
                 text = f"{self._count} time(s) a loss was not finite."
             warn_user(text)
 
-    # ------------------------------------------------------------------------------------------------ what it was
+    # ------------------------------------------------------------------------------------------------ the explanation
 
     def _explain(self, records: list[_Record], optimizer: Optimizer | None) -> str:
-        """What is known of it, on all ranks the same text: the ranks in which it began say so."""
+        """Describe what is not finite: the ranks where it began do, and all ranks get the same text."""
         fabric = self._run.fabric
         mine = self._diagnose(records, optimizer)
         if fabric.world_size > 1:
@@ -185,7 +185,7 @@ class WatchedLosses:
         return mine or f"Gradients are not finite {self._where()}: {_listed(self._named(optimizer))}."
 
     def _diagnose(self, records: list[_Record], optimizer: Optimizer | None) -> str:
-        """Find the micro-batch, and the layer; empty where all is well on this rank."""
+        """Describe the micro-batch and the layer where it began; empty if it did not begin on this rank."""
         fabric = self._run.fabric
         bad = [r for r in records if r.taken and r.loss is not None and not bool(r.loss.isfinite().all())]
         culprit, found = (bad[0] if bad else None), Findings()
@@ -237,7 +237,7 @@ class WatchedLosses:
         ]
 
     def _run_again(self, record: _Record) -> Findings:
-        """Run a micro-batch once more; apart from attributes that the user's code counts up, it leaves no trace."""
+        """Run a micro-batch once more; nothing but attributes that the user's code sets is changed by that."""
         run = self._run
         module, buffers = run.module, dict(run.module.named_buffers())
         before = {name: b.detach().clone() for name, b in buffers.items()}
@@ -255,7 +255,7 @@ class WatchedLosses:
     # ------------------------------------------------------------------------------------------------ the file
 
     def _save(self, record: _Record, found: Findings, names: list[str], digest: str) -> str:
-        """Write the file of a micro-batch; returns what to say of it."""
+        """Write the file of a micro-batch; returns a sentence about the file."""
         run, progress = self._run, self._run.progress
         name = f"epoch={progress.epoch}-step={progress.step}-batch={record.batch_idx}-rank={run.fabric.global_rank}"
         path = os.path.join(self._folder, f"{name}.replay")
@@ -327,7 +327,7 @@ def _origin(cls: type) -> dict[str, str]:
 
 
 def _foreign(batch: Any) -> Iterator[str]:
-    """The types in a batch that a file cannot hold without code to make them again."""
+    """The types in a batch that can be loaded from a file only by running code."""
     if type(batch) in (list, tuple):
         for item in batch:
             yield from _foreign(item)
@@ -345,7 +345,7 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _any_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """1 where any is not finite, otherwise 0; nobody waits for the device."""
+    """1 where any tensor is not finite, otherwise 0; the host does not wait for the device."""
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if tensor.numel():

@@ -1,4 +1,4 @@
-"""Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
+"""Gradient clipping, as the arguments of the Trainer or the hooks of the module say."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ __all__ = ["Clipping"]
 
 
 class Clipping:
-    """Gradient clipping as the Trainer's arguments say, or as the module overrides it."""
+    """Clips gradients by the module's ``configure_gradient_clipping`` or ``clip_gradients`` hook, or by itself.
+
+    Args:
+        run: the run.
+        value: the largest norm, or the largest entry; None or 0 for no clipping.
+        algorithm: "norm" or "value". Default: "norm".
+    """
 
     def __init__(self, run: ReadyRun, value: float | None, algorithm: str | None) -> None:
-
         module = run.module
         self._strategy, self._engine = run.fabric.strategy, run.wrapped.forward_module
         self._value, self._algorithm = value, algorithm
@@ -40,7 +45,7 @@ class Clipping:
             self._dispatch.run("clip_gradients", self._clip, optimizer, self._value, self._algorithm)
 
     def clip(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
-        """Clip the gradients of ``optimizer``; with the Trainer's own value or algorithm they must agree."""
+        """Clip the gradients of ``optimizer``; a value must agree with the Trainer's, if that has one."""
         if value is None:
             value = self._value
         elif self._value is not None and self._value != value:

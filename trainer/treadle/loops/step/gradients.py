@@ -37,6 +37,7 @@ class Gradients:
         self._backward = automatic_backward(run)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
         self._told_empty = False
+        self._graph: Tensor | None = None  # of the last loss: the next forward finds its nodes of the parameters there
         self.accumulate = 1
         """The number of batches of an accumulation in this epoch."""
         self.idle = 0
@@ -56,10 +57,9 @@ class Gradients:
         self._results.hook = "training_step"
         output = self._training_step(batch, batch_idx)
         mean, weight = (output, None) if isinstance(output, Tensor) else _loss_of(output)
+        loss = mean
         if mean is not None and _is_empty(batch) and not self._is_finite(mean, batch_idx):
             loss = None  # a mean over no samples
-        else:
-            loss = mean
         first = batch_idx % self.accumulate == 0
         if first:
             self._zero_grad()
@@ -68,6 +68,7 @@ class Gradients:
             self._go_without()
         else:
             self._backward(loss)
+            self._graph = loss
         learned = None if loss is None else mean
         if not self._gives_outputs:
             return None, learned
@@ -180,9 +181,11 @@ def _loss_of(output: Any) -> tuple[Tensor | None, Any]:
 
 def _is_empty(batch: Any) -> bool:
     """Whether a batch has 0 samples, as far as the first tensor in it tells without a search."""
-    first = batch
-    if type(batch) in (tuple, list, dict) and batch:
-        first = next(iter(batch.values())) if type(batch) is dict else batch[0]
+    kind, first = type(batch), batch
+    if (kind is tuple or kind is list) and batch:
+        first = batch[0]
+    elif kind is dict and batch:
+        first = next(iter(batch.values()))
     if isinstance(first, Tensor):
         return not first.numel() and first.shape[:1] == (0,)
     if first is not batch and type(first) in (tuple, list, dict):

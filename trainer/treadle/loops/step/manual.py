@@ -1,4 +1,4 @@
-"""One training batch in manual optimization: the user's step does it all."""
+"""Manual optimization: ``training_step`` runs backward and steps the optimizers itself."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["ManualStep"]
 
 
 class ManualStep:
-    """Manual optimization: the module steps its optimizers itself."""
+    """Runs the ``training_step`` of a module that steps its optimizers itself."""
 
-    idle = 0
+    idle = 0  # whether the module learned from a batch is not known
 
     def __init__(self, run: ReadyRun) -> None:
         self._results, self._loss = run.results, run.loss
         step, call = run.module.training_step, run.wrapped.method("training_step")
         self._training_step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
-        self._prepares = not run.optimizers  # those of `configure_optimizers` do it before they step
+        self._prepares = not run.optimizers  # an optimizer of `configure_optimizers` does it before each step
 
     def begin_epoch(self, accumulate: int) -> None:
         """Do nothing: the module accumulates by itself."""
