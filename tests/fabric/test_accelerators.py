@@ -1,3 +1,5 @@
+"""Tests of ``treadle_fabric.accelerators.accelerator``, ``treadle_fabric.accelerators.cpu``."""
+
 from __future__ import annotations
 
 from typing import Any

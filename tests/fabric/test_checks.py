@@ -1,3 +1,5 @@
+"""Tests of ``treadle_fabric.checks``."""
+
 from __future__ import annotations
 
 from typing import Any

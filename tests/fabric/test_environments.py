@@ -1,3 +1,8 @@
+"""Tests of ``treadle_fabric.environments.environment``, ``treadle_fabric.environments.local``,
+``treadle_fabric.environments.lsf``, ``treadle_fabric.environments.mpi``, ``treadle_fabric.environments.slurm``,
+``treadle_fabric.environments.torchelastic``.
+"""
+
 from __future__ import annotations
 
 import signal

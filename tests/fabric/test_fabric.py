@@ -1,4 +1,7 @@
-"""Fabric in a hand-written loop: it changes nothing there, and says clearly what cannot work."""
+"""Fabric in a hand-written loop: it changes nothing there, and says clearly what cannot work.
+
+Tests of ``treadle_fabric.fabric``, ``treadle_fabric.setup.checks``, ``treadle_fabric.setup.wrapped``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Launchers with real processes, real signals and a real gloo group."""
+"""Launchers with real processes, real signals and a real gloo group.
+
+Tests of ``treadle_fabric.launchers.subprocess``, ``treadle_fabric.launchers.spawn``,
+``treadle_fabric.launchers.external``, ``treadle_fabric.launchers.supervisor``,
+``treadle_fabric.launchers.under_pytest``, ``treadle_fabric.launchers.listener``,
+``treadle_fabric.launchers.launcher``, ``treadle_fabric.failures.membership``, ``treadle_fabric.failures.process``.
+"""
 
 from __future__ import annotations
 

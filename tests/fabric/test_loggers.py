@@ -1,4 +1,9 @@
-"""Loggers: what they leave on the disk, read back as their users read it."""
+"""Loggers: what they leave on the disk, read back as their users read it.
+
+Tests of ``treadle_fabric.loggers.csv``, ``treadle_fabric.loggers.hyperparameters``,
+``treadle_fabric.loggers.logger``, ``treadle_fabric.loggers.run_folder``, ``treadle_fabric.loggers.scalars``,
+``treadle_fabric.loggers.tensorboard``.
+"""
 
 from __future__ import annotations
 

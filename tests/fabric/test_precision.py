@@ -1,4 +1,8 @@
-"""Precisions: names, dtypes inside and outside of the forward pass, gradient scaling."""
+"""Precisions: names, dtypes inside and outside of the forward pass, gradient scaling.
+
+Tests of ``treadle_fabric.precision.precision``,
+``treadle_fabric.precision.autocast``, ``treadle_fabric.precision.double``, ``treadle_fabric.precision.half``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Messages, warnings and calls of the first process only."""
+"""Messages, warnings and calls of the first process only.
+
+Tests of ``treadle_fabric.rank_zero``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Strategies: collectives, DDP against one process, files, names."""
+"""Strategies: collectives, DDP against one process, files, names.
+
+Tests of ``treadle_fabric.strategies.strategy``, ``treadle_fabric.strategies.native_step``,
+``treadle_fabric.strategies.checkpointing``, ``treadle_fabric.strategies.whole_state``,
+``treadle_fabric.strategies.single_device``, ``treadle_fabric.strategies.parallel``,
+``treadle_fabric.strategies.ddp``, ``treadle_fabric.strategies.registry``.
+"""
 
 from __future__ import annotations
 

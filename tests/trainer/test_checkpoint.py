@@ -1,4 +1,7 @@
-"""Checkpoints: what they hold, what comes back from them, and that they travel between this library and Lightning."""
+"""Checkpoints: what they hold, what comes back from them, and that they travel between this library and Lightning.
+
+Tests of ``treadle.checkpoint.content``, ``treadle.checkpoint.restore``, ``treadle.checkpoint.exact``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Two real processes: what they compute together is what one process computes alone, and they live and die together."""
+"""Two real processes: what they compute together is what one process computes alone, and they live and die together.
+
+Tests of ``treadle_fabric.strategies.ddp``, ``treadle_fabric.strategies.parallel``, ``treadle.trainer.outcome``.
+"""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Tests of ``treadle.callbacks.early_stopping``, ``treadle.callbacks.monitoring.monitored_metric``."""
+
 from __future__ import annotations
 
 from typing import Any

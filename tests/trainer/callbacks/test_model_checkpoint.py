@@ -1,3 +1,8 @@
+"""Tests of ``treadle.callbacks.model_checkpoint``, ``treadle.callbacks.checkpoints.links``,
+``treadle.callbacks.checkpoints.paths``, ``treadle.callbacks.checkpoints.ranking``,
+``treadle.callbacks.checkpoints.triggers``.
+"""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,8 @@
-"""The table of layers."""
+"""The table of layers.
+
+Tests of ``treadle.callbacks.model_summary``, ``treadle.callbacks.summary.layers``,
+``treadle.callbacks.summary.formatting``.
+"""
 
 from __future__ import annotations
 

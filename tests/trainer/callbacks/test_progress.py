@@ -1,4 +1,9 @@
-"""What a person sees while a real Trainer runs: in a terminal (a pty and what it would show), and in a log file."""
+"""What a person sees while a real Trainer runs: in a terminal (a pty and what it would show), and in a log file.
+
+Tests of ``treadle.callbacks.progress.progress_bar``, ``treadle.callbacks.progress.display``,
+``treadle.callbacks.progress.plain_progress``, ``treadle.callbacks.progress.rich_progress``,
+``treadle.callbacks.progress.tqdm_progress``.
+"""
 
 from __future__ import annotations
 

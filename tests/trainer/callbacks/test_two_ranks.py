@@ -106,7 +106,7 @@ def test_both_ranks_decide_alike(tmp_path: Path) -> None:
     (found, zero), (other, one) = ranks
     assert found == other
     assert zero == [5, "ValueError: out of order"]
-    assert one == [5, "CheckpointError: Rank 0 could not act: out of order"]
+    assert one == [5, "TreadleError: Rank 0 could not act: out of order"]
     assert found["epochs"] == 4
     assert found["stopping"] == [1, 3, 1.0]
     assert found["dirpath"] == "rank0"
