@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -38,12 +38,6 @@ def choose_loss_policy(run: Run, on_nonfinite: str | None, root: str) -> LossPol
     from treadle.numbers.watch import WatchedLosses  # only runs that watch load it
 
     return WatchedLosses(run, losses, on_nonfinite, root)
-
-
-class _Rule(Protocol):
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None: ...
-
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool: ...
 
 
 class PlainLosses:
@@ -156,6 +150,9 @@ class WeightedLosses:
     def state_dict(self) -> dict[str, Any]:
         """Return the reference, and the weights of the accumulation so far."""
         return {"reference": self._reference, "total": self._total, "count": self._count}
+
+
+_Rule = PlainLosses | EngineLosses | WeightedLosses
 
 
 class Losses:

@@ -28,9 +28,10 @@ class AutomaticStep:
     Attributes:
         accumulate: trains on a micro-batch that others of its accumulation follow.
         step: trains on the last micro-batch of an accumulation, and steps the optimizer.
+        wants_iterator: whether ``training_step`` draws its batches itself.
 
-    Both take a batch on the device, its number in the epoch, and the number of batches of the accumulation, which the
-    loss is divided by. Both return what ``on_train_batch_end`` gets.
+    ``accumulate`` and ``step`` take a batch on the device, its number in the epoch, and the number of batches of the
+    accumulation, which the loss is divided by. They return what ``on_train_batch_end`` gets.
     """
 
     def __init__(self, run: ReadyRun, clipping: Clipping) -> None:
@@ -39,6 +40,7 @@ class AutomaticStep:
         self._wrapped_optimizer = run.optimizers[0] if run.optimizers else None
         optimizer: Any = self._wrapped_optimizer.optimizer if self._wrapped_optimizer is not None else None
         self._gradients = (WholeBatchGradients if strategy.runs_whole_batch else Gradients)(run, optimizer)
+        self.wants_iterator = self._gradients.wants_iterator
         clips = clipping.active and not strategy.handles_gradient_clipping
         self._prepare = Preparation(run, clipping if clips else None)
         self._optimizer = optimizer
@@ -47,17 +49,13 @@ class AutomaticStep:
             self._optimizer_step = lambda: optimizer.step()  # schedulers put another `step` into its place
         self._no_sync = partial(run.fabric.no_backward_sync, run.wrapped) if strategy.world_size > 1 else nullcontext
         self._needs_loss = optimizer is not None and needs_closure(optimizer)
-        self.accumulate = self._accumulate_in_engine if strategy.handles_gradient_accumulation else self._accumulate
+        in_engine = strategy.handles_gradient_accumulation and optimizer is not None
+        self.accumulate = self._accumulate_in_engine if in_engine else self._accumulate
         self.step = self._step
         if optimizer is None:
             self.step = self._step_without_optimizer
         elif self._needs_loss or overrides(module, "optimizer_step", LightningModule):
             self.step = self._step_with_closure
-
-    @property
-    def wants_iterator(self) -> bool:
-        """Whether ``training_step`` draws its batches itself."""
-        return self._gradients.wants_iterator
 
     @property
     def idle(self) -> int:

@@ -47,8 +47,11 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
     """Make the backward pass of automatic optimization, with an explanation where it fails because of the loss."""
     strategy, engine = run.fabric.strategy, run.wrapped.forward_module
     by_strategy = Tensor.backward if strategy.plain_backward else lambda loss: strategy.backward(loss, engine)
+    kept: Tensor | None = None
 
     def differentiate(loss: Tensor) -> None:
+        nonlocal kept
+        kept = loss  # until the next forward, which would make the graph's nodes of the parameters anew without it
         try:
             by_strategy(loss)
         except RuntimeError:

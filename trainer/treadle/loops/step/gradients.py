@@ -37,7 +37,6 @@ class Gradients:
         self._backward = automatic_backward(run)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
         self._told_empty = False
-        self._graph: Tensor | None = None  # of the last loss: the next forward finds its nodes of the parameters there
         self.accumulate = 1
         """The number of batches of an accumulation in this epoch."""
         self.idle = 0
@@ -68,7 +67,6 @@ class Gradients:
             self._go_without()
         else:
             self._backward(loss)
-            self._graph = loss
         learned = None if loss is None else mean
         if not self._gives_outputs:
             return None, learned
@@ -137,7 +135,7 @@ def _make_zero_grad(run: ReadyRun, optimizer: Optimizer | None) -> Callable[[], 
     """What empties the gradients, with its hooks; nothing where there is no optimizer, or an engine does it."""
     strategy, dispatch, progress, results = run.fabric.strategy, run.dispatch, run.progress, run.results
     if optimizer is None or strategy.handles_gradient_accumulation or strategy.owns_optimizer_step:
-        return _nothing
+        return lambda: None
     listeners, hook = dispatch.listeners("on_before_zero_grad"), run.module.optimizer_zero_grad
 
     def by_hook() -> None:
@@ -155,10 +153,6 @@ def _make_zero_grad(run: ReadyRun, optimizer: Optimizer | None) -> Callable[[], 
         zero_grad()
 
     return announced
-
-
-def _nothing() -> None:
-    """Do nothing."""
 
 
 def _loss_of(output: Any) -> tuple[Tensor | None, Any]:
