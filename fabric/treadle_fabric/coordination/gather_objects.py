@@ -45,10 +45,18 @@ def gather_objects(strategy: Ranked, obj: T, dst: int = 0) -> list[T] | None:
         return None
     headers: list[Any] = [None] * strategy.world_size
     dist.gather_object(None, headers, dst=dst, group=group)
-    return [
-        obj if src == dst else _put_together(header, functools.partial(dist.recv, src=src, group=group))
+    arriving: list[Any] = []
+
+    def receive(src: int, part: Tensor) -> None:
+        arriving.append(dist.irecv(part, src, group))  # from all ranks at the same time
+
+    found = [
+        obj if src == dst else _put_together(header, functools.partial(receive, src))
         for src, header in enumerate(headers)
     ]
+    for work in arriving:
+        work.wait()
+    return found
 
 
 def all_gather_objects(strategy: Ranked, obj: T) -> list[T]:
