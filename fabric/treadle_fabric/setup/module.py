@@ -65,7 +65,8 @@ class FabricModule(Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward`` through the engine."""
-        return self._run(*args, **kwargs)  # hooks are the user's module's, so there are none to look for here
+        # hooks are the user's module's, so there are none to look for here; empty keywords would be copied
+        return self._run(*args, **kwargs) if kwargs else self._run(*args)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The same as calling."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from torch.optim import Optimizer
@@ -37,12 +38,14 @@ class FabricOptimizer:
         fields["_strategy"] = strategy
         fields["_before_step"] = before_step
         fields["_after_step"] = after_step
-        fields["_plain"] = strategy.plain_step and before_step is None and after_step is None
         cls = type(optimizer)
         for name in dir(cls):
             # Bound once: a method found on the class would run with the wrapper as its self
             if name != "step" and not name.startswith("__") and callable(getattr(cls, name)):
                 fields[name] = getattr(optimizer, name)
+        if strategy.plain_step and before_step is None and after_step is None:
+            # A method, as learning-rate schedulers require, of an object whose attributes are quick to read
+            fields["step"] = MethodType(_plain_step, SimpleNamespace(optimizer=optimizer))
         self.__class__ = _also(type(self), cls)  # type: ignore[arg-type] # classes are hashable
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -54,8 +57,6 @@ class FabricOptimizer:
         """
         if closure is not None:
             kwargs["closure"] = closure
-        if self._plain:  # each read of an attribute is slow here, because the class has `__getattr__`
-            return self.optimizer.step(**kwargs) if kwargs else self.optimizer.step()
         if self._before_step is not None:
             self._before_step(self.optimizer)
         result: Any = self._strategy.optimizer_step(self.optimizer, **kwargs)
@@ -102,6 +103,13 @@ class FabricOptimizer:
 
     def __reduce__(self) -> Any:
         return FabricOptimizer, (self.optimizer, self._strategy, self._before_step, self._after_step)
+
+
+def _plain_step(self: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    """:meth:`FabricOptimizer.step` where there is nothing but the step of ``self.optimizer``."""
+    if closure is not None:
+        kwargs["closure"] = closure
+    return self.optimizer.step(**kwargs) if kwargs else self.optimizer.step()
 
 
 @functools.cache
