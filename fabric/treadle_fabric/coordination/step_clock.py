@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+
+from treadle_fabric.coordination.on_rank_zero import Ranked
 
 __all__ = ["StepClock"]
-
-
-class Broadcasting(Protocol):
-    """A Fabric or a strategy, as far as a clock needs one."""
-
-    @property
-    def world_size(self) -> int: ...
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
 
 
 class StepClock:
@@ -26,7 +18,7 @@ class StepClock:
 
     _LONGEST = 5.0  # seconds between two looks
 
-    def __init__(self, fabric: Broadcasting) -> None:
+    def __init__(self, fabric: Ranked) -> None:
         self._fabric = fabric
         self._alone = fabric.world_size == 1
         self._steps = 0

@@ -41,11 +41,11 @@ class CheckpointingStrategy(Strategy):
         if io.sharded:
             io.save_checkpoint(content, path, storage_options)
             return
-        on_rank_zero(
-            self,
-            lambda: io.save_checkpoint(content, path, storage_options),
-            f"could not write {str(path)!r}",
-        )
+
+        def write() -> None:  # without a result: what a user's CheckpointIO returns need not be something to send
+            io.save_checkpoint(content, path, storage_options)
+
+        on_rank_zero(self, write, f"could not write {str(path)!r}")
 
     def load_checkpoint(
         self,

@@ -119,7 +119,7 @@ class Strategy(ABC):
     @property
     @abstractmethod
     def given(self) -> Parts:
-        """The parts that the user gave the strategy object."""
+        """The parts that the user gave the strategy object, or that :meth:`bind` filled in before."""
 
     @abstractmethod
     def assign_devices(
@@ -340,7 +340,7 @@ class Strategy(ABC):
         """Step an optimizer; the arguments are those of its ``step``."""
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """A chance to refuse gradients that are not what the other ranks have."""
+        """Raise where gradients are not the same as on the other ranks. Default: do nothing."""
 
     @abstractmethod
     def clip_gradients_norm(

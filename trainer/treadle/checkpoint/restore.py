@@ -78,7 +78,7 @@ def restore_weights(
 
 
 def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
-    """After they exist: optimizers, schedulers, precision and progress."""
+    """Restore optimizers, schedulers, precision and progress; call it after ``configure_optimizers``."""
     if "optimizer_states" not in checkpoint:
         raise CheckpointMismatchError(
             "The checkpoint holds weights only, so training cannot go on from it: load the weights with "

@@ -11,7 +11,7 @@ from treadle_fabric import StopAgreement
 
 __all__ = ["Controls", "Stops"]
 
-_BETWEEN: Final = 2**32  # boundaries from one training batch to the next: room for those of a validation
+_BOUNDARIES_PER_BATCH: Final = 2**32  # boundaries from one training batch to the next: room for those of a validation
 
 
 class Controls(Protocol):
@@ -49,7 +49,7 @@ class Stops:
         if self._agreement is None:
             return stop, bool(self._signals.received)
         wish = "signal" if self._signals.received else "stop" if stop else ""
-        reason = self._agreement.at_boundary(self._run.progress.batches * _BETWEEN, wish)
+        reason = self._agreement.at_boundary(self._run.progress.batches * _BOUNDARIES_PER_BATCH, wish)
         if reason == "stop":
             self._controls.should_stop = True
         return reason == "stop", reason == "signal"
@@ -70,7 +70,10 @@ class Stops:
         if self._agreement is None:
             return bool(self._signals.received)
         wish = "signal" if self._signals.received else ""
-        return self._agreement.at_boundary(self._run.progress.batches * _BETWEEN + batch + 1, wish) == "signal"
+        return (
+            self._agreement.at_boundary(self._run.progress.batches * _BOUNDARIES_PER_BATCH + batch + 1, wish)
+            == "signal"
+        )
 
     def terminate(self) -> None:
         """End the run because of a signal; every rank calls it."""

@@ -54,7 +54,7 @@ class PlainLosses:
     def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
         """Multiply the gradients where an epoch of unknown length ended before the accumulation was complete."""
         if done != window and optimizer is not None:
-            for gradient in _gradients(optimizer):
+            for gradient in gradients_of(optimizer):
                 gradient.mul_(window / done)
         return True
 
@@ -142,7 +142,7 @@ class WeightedLosses:
                 self._warned = True
                 rank_zero_warn("The weights of an optimizer step are 0 in total: such steps are skipped.")
             return False
-        gradients = _gradients(optimizer)
+        gradients = gradients_of(optimizer)
         if gradients:
             torch._foreach_mul_(gradients, strategy.world_size * self._reference / total)
         return True
@@ -225,7 +225,7 @@ def _mixture(given: str) -> MisconfigurationException:
     return MisconfigurationException(f"`training_step` returned a loss with {given}: {_RULE}.")
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 

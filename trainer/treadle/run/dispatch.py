@@ -11,11 +11,11 @@ from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.metrics.bus import Results
 from treadle.module import LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
+from treadle.module.overriding import check_signature, overrides
 from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
-from treadle.module.overriding import check_signature, overrides
 
 __all__ = ["Dispatch", "check_hook_names"]
 

@@ -107,12 +107,12 @@ class Fitting:
 
     def restore(self, run: ReadyRun) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
-        exact, self._unrestored = self._unrestored, {}
-        if exact:
+        if self._unrestored:  # until all of it is back, a save keeps it as it was
             assert self.data is not None
-            restore_exact(run, exact, self.data, accumulate=self._controls.accumulate_grad_batches)
+            restore_exact(run, self._unrestored, self.data, accumulate=self._controls.accumulate_grad_batches)
+            self._unrestored = {}
 
     def _ask_for_data(self) -> None:
         if not self._data_asked:
-            self._data_asked = True
             self.data = assembly.training_data(self._run, self._settings, self._train)
+            self._data_asked = True

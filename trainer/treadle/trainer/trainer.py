@@ -857,9 +857,10 @@ class Trainer:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
                 self.should_stop |= bool(exact.get("should_stop", False))
-                del checkpoint
+            loop = fitting.make_loop(ready, exact)
+            del checkpoint, exact  # the fitting drops what it has put back
             try:
-                fitting.make_loop(ready, exact).run()
+                loop.run()
             except SIGTERMException:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
@@ -898,7 +899,7 @@ class Trainer:
         stage, name = ("val", "validation") if validating else ("test", "test")
         found: list[dict[str, float]] = []
         with self._running(fn, module, datamodule) as run:
-            ready, _ = self._prepare(run, source)
+            ready = self._prepare(run, source)[0]
             data = self._open_session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
@@ -932,7 +933,7 @@ class Trainer:
                 pass
 
     def _prediction(self, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
-        ready, _ = self._prepare(run, source)
+        ready = self._prepare(run, source)[0]
         data = self._open_session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
         return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)

@@ -15,17 +15,15 @@ from treadle_fabric import MisconfigurationException
 __all__ = ["automatic_backward", "manual_backward"]
 
 
-def _with_hooks(run: ReadyRun, differentiate: Callable[..., None]) -> Callable[..., None]:
+def _with_listeners(run: ReadyRun, differentiate: Callable[..., None]) -> Callable[..., None]:
     """Make the function that differentiates a loss and tells the listeners before and after.
 
     Args:
         run: the run.
-        differentiate: what does it, unless the module overrides ``backward``.
+        differentiate: what does it.
     """
     results, listeners = run.results, run.dispatch.listeners
     before, after = listeners("on_before_backward"), listeners("on_after_backward")
-    if overrides(run.module, "backward", LightningModule):
-        differentiate = _by_hook(run)
     if not before and not after:
         return differentiate
 
@@ -51,28 +49,38 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
 
     def differentiate(loss: Tensor) -> None:
         nonlocal kept
-        kept = loss  # until the next forward, which would make the graph's nodes of the parameters anew without it
+        kept = (
+            loss  # as the variable of a hand-written loop: the next forward finds the graph's nodes of the parameters
+        )
         try:
             by_strategy(loss)
         except RuntimeError:
             _check_loss(loss)
             raise
 
-    return _with_hooks(run, differentiate)
+    return _with_listeners(run, _own_backward(run) or differentiate)
 
 
 def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     """Differentiate a loss in manual optimization; the arguments are those of ``Tensor.backward``."""
-    strategy, engine = run.fabric.strategy, run.wrapped.forward_module
-    run.loss.scale(loss, None, 1, True)
-    strategy.expect_backward(loss)
-    backward = _with_hooks(run, lambda loss, *args, **kwargs: strategy.backward(loss, engine, *args, **kwargs))
-    backward(loss, *args, **kwargs)
+    strategy, engine, own = run.fabric.strategy, run.wrapped.forward_module, _own_backward(run)
+
+    def differentiate(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        run.loss.scale(loss, None, 1, True)
+        strategy.expect_backward(loss)
+        if own is not None:
+            own(loss, *args, **kwargs)
+        else:
+            strategy.backward(loss, engine, *args, **kwargs)
+
+    _with_listeners(run, differentiate)(loss, *args, **kwargs)
     run.results.hook = "training_step"
 
 
-def _by_hook(run: ReadyRun) -> Callable[..., None]:
-    """The module's ``backward`` hook, with a scaled loss where the precision scales."""
+def _own_backward(run: ReadyRun) -> Callable[..., None] | None:
+    """The module's own ``backward``, with a scaled loss where the precision scales; None where it has none."""
+    if not overrides(run.module, "backward", LightningModule):
+        return None
     module, precision, engine = run.module, run.fabric.strategy.precision, run.wrapped.forward_module
 
     def differentiate(loss: Tensor, *args: Any, **kwargs: Any) -> None:

@@ -121,14 +121,14 @@ class WholeBatchGradients:
         first = batch_idx % self.accumulate == 0
         if first:
             self._zero_grad()
-        loss: Tensor | None = self._run_batch(self._engine, batch, window)
-        loss = self._loss.scale(loss, None, window, first)
+        mean: Tensor = self._run_batch(self._engine, batch, window)
+        loss = self._loss.scale(mean, None, window, first)
         self._results.hook = "on_after_backward"
         for listener in self._after_backward:
             listener()
         if not self._gives_outputs:
-            return None, loss
-        return {} if loss is None else {"loss": loss.detach()}, loss
+            return None, mean
+        return {} if loss is None else {"loss": loss.detach()}, mean
 
 
 def _make_zero_grad(run: ReadyRun, optimizer: Optimizer | None) -> Callable[[], None]:
