@@ -449,7 +449,7 @@ def test_numpy_numbers_and_arrays_are_plain_data(io: TorchCheckpointIO, tmp_path
 
 def test_a_class_is_loaded_once_it_is_allowed_by_name(io: TorchCheckpointIO, tmp_path: Path) -> None:
     io.save_checkpoint({"x": Unused()}, tmp_path / "a")
-    with pytest.raises(CheckpointUnsafeError, match=r"test_checkpoint\.Unused.*add_safe_globals\(\[Unused\]\)"):
+    with pytest.raises(CheckpointUnsafeError, match=r"test_torch_file\.Unused.*add_safe_globals\(\[Unused\]\)"):
         io.load_checkpoint(tmp_path / "a")
     with torch.serialization.safe_globals([Unused]):
         assert isinstance(io.load_checkpoint(tmp_path / "a")["x"], Unused)

@@ -226,6 +226,7 @@ def _mixture(given: str) -> MisconfigurationException:
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of the parameters of an optimizer, those that have one."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
