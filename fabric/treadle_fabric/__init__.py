@@ -1,5 +1,11 @@
 """Treadle's runtime: what a hand-written PyTorch loop needs to run on any device, in any number of processes."""
 
+import gc
+
+_collects = gc.isenabled()
+gc.disable()  # one full collection of what torch has made takes as long as all of these imports
+
+
 from treadle_fabric.accelerators import (
     ACCELERATOR_REGISTRY,
     Accelerator,
@@ -80,6 +86,9 @@ from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies import STRATEGY_REGISTRY, DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
+
+if _collects:
+    gc.enable()
 
 __version__ = "0.1.0"
 

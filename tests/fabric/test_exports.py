@@ -71,3 +71,10 @@ print(sorted(m for m in set(sys.modules) - before if m.startswith(heavy)))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("before", ["enable", "disable"])
+def test_the_garbage_collector_is_as_it_was_after_the_import(before: str) -> None:
+    code = f"import gc, torch; gc.{before}(); import treadle; print(gc.isenabled())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str(before == "enable")
