@@ -38,7 +38,7 @@ def instructions_a_step(
     """
     valgrind = shutil.which("valgrind")
     if valgrind is None:
-        return {}, dict.fromkeys(runs, "skipped, because valgrind is not installed")
+        return {}, {"raw": "skipped, because valgrind is not installed"}
     request = {"short": short, "long": long, "runs": runs}
     done = subprocess.run(
         [valgrind, *_OPTIONS, sys.executable, "-W", "ignore", str(_HERE / "counted.py"), json.dumps(request)],
@@ -50,7 +50,7 @@ def instructions_a_step(
         check=False,
     )
     if done.returncode:
-        return {}, dict.fromkeys(runs, f"failed under valgrind: {done.stderr.strip() or done.returncode}")
+        return {}, {"raw": f"failed under valgrind: {done.stderr.strip() or done.returncode}"}
     counts: dict[tuple[str, str], float] = {}
     problems: dict[str, str] = {}
     for path in Path(folder).glob("*.json"):

@@ -64,6 +64,7 @@ def _environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     # Relative entries would point elsewhere from a worker's folder.
     paths = [str(Path(part).resolve()) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment["PYTHONPATH"] = os.pathsep.join([str(_HERE), *paths])
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # or each process compiles the packages anew
     environment |= {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
