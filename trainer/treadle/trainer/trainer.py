@@ -287,7 +287,7 @@ class Trainer:
         if return_predictions == "stream":
             self.fabric.launch()
             stream = self._stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
-            next(stream)  # errors are raised here, not at the first batch
+            next(stream, None)  # errors are raised here, not at the first batch; Ctrl-C leaves an empty stream
             return stream
         keep = return_predictions is not False
         found = self._launch(self._predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep)
@@ -308,11 +308,7 @@ class Trainer:
             MisconfigurationException: there is no module that was set up.
             CheckpointError: the file cannot be written.
         """
-        run = self._run
-        if not isinstance(run, ReadyRun):
-            raise MisconfigurationException(
-                "save_checkpoint needs a module that was set up: call it in or after fit, validate or test."
-            )
+        run = self._ready_run("save_checkpoint", "in or after fit, validate or test")
         checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
         if not weights_only and self.state.fn is TrainerFn.FITTING and self._fitting is not None:
             checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
@@ -774,10 +770,10 @@ class Trainer:
         run, settings = self._ready_run("clip_gradients"), self._settings
         Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm).clip(optimizer, value, algorithm)
 
-    def _ready_run(self, what: str) -> ReadyRun:
+    def _ready_run(self, what: str, where: str = "inside fit") -> ReadyRun:
         run = self._run
         if not isinstance(run, ReadyRun):
-            raise MisconfigurationException(f"{what} needs a module that was set up: call it inside fit.")
+            raise MisconfigurationException(f"{what} needs a module that was set up: call it {where}.")
         return run
 
     # ------------------------------------------------------------------------------------------------ a run
@@ -791,20 +787,21 @@ class Trainer:
         adopt(self, args[0], outcome)
         return outcome.result
 
-    @contextmanager
-    def _running(
-        self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None
-    ) -> Generator[Run]:
-        """Do everything around a stage; see :class:`Session`."""
+    def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
         preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
         if fn is TrainerFn.FITTING:
             self.fit_progress, self._fitting = FitProgress(), None
         self._session = session = Session(self.fabric, module, datamodule, self.state)
-        with session.guarded(self), session.flagged(self._settings, self._signals):
+        return session
+
+    @contextmanager
+    def _started(self, session: Session) -> Generator[Run]:
+        """Call the hooks before and after a stage; see :class:`Session`."""
+        with session.flagged(self._settings, self._signals):
             results = session.attach(self)
             results.hook = "configure_callbacks"
-            self.callbacks = with_model_callbacks(self.callbacks, module)
+            self.callbacks = with_model_callbacks(self.callbacks, session.module)
             results.hook = ""
             run = session.start(self, results, self.fit_progress, self._settings)
             yield run
@@ -844,9 +841,10 @@ class Trainer:
         val: Any,
         source: Source,
     ) -> None:
-        with self._running(TrainerFn.FITTING, module, datamodule) as run:
+        session = self._open(TrainerFn.FITTING, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             self._fitting = fitting = Fitting(
-                self._open_session, run, self._settings, train, val, controls=self, signals=self._signals
+                session, run, self._settings, train, val, controls=self, signals=self._signals
             )
             ready, checkpoint = self._prepare(run, source)
             assembly.set_up_optimizers(ready)
@@ -898,9 +896,10 @@ class Trainer:
         validating = fn is TrainerFn.VALIDATING
         stage, name = ("val", "validation") if validating else ("test", "test")
         found: list[dict[str, float]] = []
-        with self._running(fn, module, datamodule) as run:
+        session = self._open(fn, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             ready = self._prepare(run, source)[0]
-            data = self._open_session.add_evaluation(ready, stage, dataloaders, self._settings)
+            data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation() or []]
@@ -917,14 +916,16 @@ class Trainer:
         keep: bool,
     ) -> list[Any] | None:
         predictions: list[Any] | None = None
-        with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
+        session = self._open(TrainerFn.PREDICTING, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             predictions = self._prediction(run, dataloaders, source, keep=keep)()
         return predictions
 
     def _stream(
         self, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any, source: Source
     ) -> Iterator[Any]:
-        with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
+        session = self._open(TrainerFn.PREDICTING, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             prediction = self._prediction(run, dataloaders, source, keep=True)
             try:
                 yield None
@@ -942,7 +943,7 @@ class Trainer:
 
     @property
     def _open_session(self) -> Session:
-        assert self._session is not None  # only stages ask, and _running has made it
+        assert self._session is not None  # only stages ask, and _open has made it
         return self._session
 
     @property
