@@ -40,14 +40,13 @@ class TrainingEpoch:
         validate: Callable[[Callable[[int], bool]], bool],
         elapsed: Callable[[timedelta], bool],
         may_stop: Callable[[], bool],
-        max_steps: int,
         log_every_n_steps: int,
         signals: Signals,
         agreement: StopAgreement | None,
     ) -> None:
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._schedule, self._validate, self._elapsed = schedule, validate, elapsed
-        self._max_steps, self._log_every = max_steps, log_every_n_steps
+        self._log_every, self._max_steps = log_every_n_steps, controls.max_steps
         self._stops = Stops(run, controls, signals, agreement, may_stop)
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
@@ -62,13 +61,14 @@ class TrainingEpoch:
         """The number of batches between two validations; infinity where epochs or time decide, or nobody validates."""
         return self._schedule.every_n_batches if self._schedule is not None else math.inf
 
-    def run(self) -> None:
-        """Train for one epoch, from the batch that the progress tells."""
+    def run(self) -> bool:
+        """Train for one epoch, from the batch that the progress tells; returns whether a stop left batches of it."""
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
         accumulate = self._accumulate
+        self._max_steps, stop = self._controls.max_steps, False
         step.begin_epoch(accumulate)
         if self._ends_resumed():
-            return
+            return not progress.is_last_batch
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
         total, transfer, begun = self._data.stop, run.transfer, progress.batch
         if step.wants_iterator:
@@ -115,11 +115,12 @@ class TrainingEpoch:
                     progress.step += 1
                     progress.step_in_epoch += 1
             results.hook = ""
-            if finish_batch():
+            if stop := finish_batch():
                 break
         begin_batch(None)
         if step.idle:
             self._tell_of_idleness(progress.batch - begun)
+        return stop and not progress.is_last_batch
 
     @property
     def _accumulate(self) -> int:

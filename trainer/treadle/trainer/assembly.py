@@ -164,7 +164,6 @@ def make_epoch(
         validate=loop.validate,
         elapsed=loop.validation_elapsed,
         may_stop=loop.may_stop,
-        max_steps=settings.durations.max_steps,
         log_every_n_steps=every,
         signals=signals,
         agreement=loop.agreement,

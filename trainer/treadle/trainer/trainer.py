@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
@@ -20,6 +21,7 @@ from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
+from treadle.loops.schedule import change_durations
 from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
@@ -32,10 +34,12 @@ from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
+from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
 from treadle.trainer.outcome import Outcome, adopt, run_and_capture
 from treadle.trainer.session import Session
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
+from treadle.trainer.view import FitLoopView
 from treadle_fabric import (
     Fabric,
     FabricOptimizer,
@@ -181,6 +185,7 @@ class Trainer:
         self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
         self._session: Session | None = None  # the current or last one
         self._fitting: Fitting | None = None  # the current or last one
+        self._fits = Fits()
 
     # ------------------------------------------------------------------------------------------------ entry points
 
@@ -213,6 +218,9 @@ class Trainer:
         preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
+        self._fits.begin(
+            model, self.callbacks, self.loggers, resumes=ckpt_path is not None or self._settings.auto_resume
+        )
         self.should_stop = False
         self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only))
 
@@ -540,6 +548,11 @@ class Trainer:
         return self.fit_progress.step
 
     @property
+    def fit_loop(self) -> FitLoopView:
+        """The counters and bounds of fit under the names of Lightning's loops."""
+        return FitLoopView(self, self._fitting is not None and self._fitting.restoring)
+
+    @property
     def current_epoch(self) -> int:
         """The number of completed epochs, which inside an epoch is its number from 0."""
         return self.fit_progress.epoch
@@ -558,23 +571,39 @@ class Trainer:
 
     @property
     def max_epochs(self) -> int | None:
-        """The largest number of epochs; -1 where there is no bound."""
+        """The largest number of epochs; -1 where there is no bound. It may be set before a fit that goes on."""
         return self._settings.durations.max_epochs
+
+    @max_epochs.setter
+    def max_epochs(self, epochs: int | None) -> None:
+        self._settings.durations = change_durations(self._settings.durations, max_epochs=epochs)
 
     @property
     def min_epochs(self) -> int | None:
         """The smallest number of epochs."""
         return self._settings.durations.min_epochs
 
+    @min_epochs.setter
+    def min_epochs(self, epochs: int | None) -> None:
+        self._settings.durations = change_durations(self._settings.durations, min_epochs=epochs)
+
     @property
     def max_steps(self) -> int:
-        """The largest number of steps; -1 where there is no bound."""
+        """The largest number of steps; -1 where there is no bound. It may be set before a fit that goes on."""
         return self._settings.durations.max_steps
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        self._settings.durations = change_durations(self._settings.durations, max_steps=steps)
 
     @property
     def min_steps(self) -> int | None:
         """The smallest number of steps."""
         return self._settings.durations.min_steps
+
+    @min_steps.setter
+    def min_steps(self, steps: int | None) -> None:
+        self._settings.durations = change_durations(self._settings.durations, min_steps=steps)
 
     @property
     def log_every_n_steps(self) -> int:
@@ -748,6 +777,8 @@ class Trainer:
         """Take over the outcome of a run in another process."""
         self.state, self.fit_progress, self.should_stop = state, progress, should_stop
         self._session = Session(self.fabric, module, None, state, metrics)
+        if state.fn is TrainerFn.FITTING:
+            self._fits.end(Continuation(module, replace(progress)))
 
     # ------------------------------------------------------------------------------------------------ for modules
 
@@ -782,7 +813,10 @@ class Trainer:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         if not self.strategy.launches_function:
             self.fabric.launch()
-            return stage(*args)
+            try:
+                return stage(*args)
+            finally:
+                self._fits.after_run()
         outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), *args)
         adopt(self, args[0], outcome)
         return outcome.result
@@ -791,7 +825,7 @@ class Trainer:
         preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
         if fn is TrainerFn.FITTING:
-            self.fit_progress, self._fitting = FitProgress(), None
+            self.fit_progress, self._fitting = self._fits.progress, None
         self._session = session = Session(self.fabric, module, datamodule, self.state)
         return session
 
@@ -850,7 +884,7 @@ class Trainer:
             assembly.set_up_optimizers(ready)
             ready.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(ready, self._settings)
-            exact: dict[str, Any] = {}
+            exact = self._fits.exact
             if checkpoint is not None:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
@@ -859,11 +893,16 @@ class Trainer:
             del checkpoint, exact  # the fitting drops what it has put back
             try:
                 loop.run()
+                self._fits.end(fitting.left(ready, interrupted=False))
             except SIGTERMException:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
                         self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
                         rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
+                raise
+            except BaseException:
+                with suppress(Exception):  # the error that ended the fit is the one to report
+                    self._fits.end(fitting.left(ready, interrupted=True))
                 raise
 
     def _evaluate(
