@@ -871,4 +871,4 @@ def test_values_with_a_graph_are_weighted_by_samples_too(tmp_path: Path, samples
 
     run = trainer(tmp_path)
     run.fit(Graphs(), loader(samples))
-    assert float(run.callback_metrics["mean"]) == pytest.approx((samples - 1) / 2)
+    assert run.callback_metrics["mean"].item() == pytest.approx((samples - 1) / 2)
