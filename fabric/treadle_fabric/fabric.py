@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -472,7 +473,7 @@ class Fabric:
         """Gather the tensors of every process, stacked along a new first dimension.
 
         Args:
-            data: A tensor, a number, or containers of these; shapes are the same on every process.
+            data: A tensor, a number, an array, or containers of these; shapes are the same on every process.
             group: A process group. Default: all processes.
             sync_grads: Let gradients flow back. Default: False.
 
@@ -486,7 +487,8 @@ class Fabric:
         """Reduce tensors over all processes.
 
         Args:
-            data: A tensor, a number, or containers of these; shapes are the same on every process. It is not changed.
+            data: A tensor, a number, an array, or containers of these; shapes are the same on every process. It is
+                not changed.
             group: A process group. Default: all processes.
             reduce_op: ``"mean"`` (default), ``"sum"``, ``"max"``, ``"min"``, or a ``torch.distributed.ReduceOp``.
 
@@ -500,7 +502,8 @@ class Fabric:
         def apply(value: Any) -> Any:
             return function(value if isinstance(value, Tensor) else torch.tensor(value, device=self.device))
 
-        return map_tensors(data, apply, leaf=(Tensor, Number))
+        numpy = sys.modules.get("numpy")
+        return map_tensors(data, apply, leaf=(Tensor, Number) if numpy is None else (Tensor, Number, numpy.ndarray))
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None]:

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from treadle.metrics.sinks import NOT_LOGGING, MetricSink
@@ -488,7 +489,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 "to_onnx needs an input: pass `input_sample` or set `self.example_input_array`."
             )
         mode = self.training
-        inputs = sample if isinstance(sample, tuple) else (sample,)
+        inputs = sample if isinstance(sample, tuple) and not isinstance(sample, PackedSequence) else (sample,)
         try:
             return torch.onnx.export(self.eval(), inputs, file_path, **kwargs)
         finally:
