@@ -44,3 +44,7 @@ class TrainerState:
     fn: TrainerFn | None = None
     stage: RunningStage | None = None
     status: TrainerStatus = TrainerStatus.INITIALIZING
+
+    def __reduce__(self) -> Any:  # what runs here does not run in a copy
+        status = TrainerStatus.INTERRUPTED if self.status is TrainerStatus.RUNNING else self.status
+        return TrainerState, (self.fn, None, status)

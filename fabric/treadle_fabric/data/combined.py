@@ -51,6 +51,9 @@ class CombinedLoader:
         self._limits: list[int | float] | None = None
         self._running: Generator[Item] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": None}
+
     @property
     def mode(self) -> CombinedLoaderMode:
         """How the loaders are combined."""

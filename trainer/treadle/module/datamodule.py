@@ -43,6 +43,10 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
     prepare_data_per_node: bool = True
     """Whether :meth:`prepare_data` runs once on every node; False: once in all, for nodes that share a file system."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # workers that are spawned get a copy where `collate_fn` is a method, and a copy is not a copy of the run
+        return {**self.__dict__, "trainer": None}
+
     def train_dataloader(self) -> Any:
         """Return the training data: a loader, or a list or dictionary of loaders."""
         raise _missing(self, "train_dataloader")

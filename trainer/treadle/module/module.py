@@ -496,9 +496,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             self.train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING)  # a copy of the model is not a copy of its run
-        return state
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        # a copy of the model is not a copy of its run
+        return {**state, "_trainer": None, "_fabric": None, "_metrics": NOT_LOGGING, "_toggled": {}}
 
 
 def _identity(optimizer: Optimizer) -> int:

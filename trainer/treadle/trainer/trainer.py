@@ -182,6 +182,10 @@ class Trainer:
         self._session: Session | None = None  # the current or last one
         self._fitting: Fitting | None = None  # the current or last one
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of a trainer has: settings, parts, counters, metrics and the last module; nothing runs in it."""
+        return {**self.__dict__, "_fitting": None}
+
     # ------------------------------------------------------------------------------------------------ entry points
 
     def fit(
