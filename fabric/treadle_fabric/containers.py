@@ -56,7 +56,8 @@ def children(value: Any) -> Iterable[tuple[Any, Any]] | None:
     Returns:
         Pairs of index, key or attribute name, and value. ``None`` for a leaf.
     """
-    kind = _kind(type(value))
+    cls: Any = type(value)
+    kind = _kind(cls)
     if kind == "leaf":
         return None
     if kind == "mapping":

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from numbers import Number
 from typing import Any, TypeVar
 
@@ -17,7 +18,9 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
+from treadle_fabric.checks import is_several, one_or_several
 from treadle_fabric.data.resumable import wrap_loader
+from treadle_fabric.data.several import several_loaders
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
 from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
@@ -79,8 +82,8 @@ class Fabric:
             plugins=plugins,
         )
         self._strategy: Strategy = build(plan)
-        self._callbacks: list[Any] = _as_list(callbacks)
-        self._loggers: list[Any] = check_loggers(_as_list(loggers))
+        self._callbacks: list[Any] = one_or_several(callbacks)
+        self._loggers: list[Any] = check_loggers(one_or_several(loggers))
         self._launched = False
         self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # the modules that were set up
         self._plain_backward = self._strategy.plain_backward
@@ -254,13 +257,13 @@ class Fabric:
 
         Args:
             module: The model.
-            *optimizers: Optimizers of its parameters.
+            *optimizers: Optimizers of its parameters, or lists of some.
             scheduler: A learning-rate scheduler, for strategies that step it themselves.
             move_to_device: Move the model to :attr:`device`. Default: True.
 
         Returns:
-            The wrapped model. With optimizers, a tuple: the wrapped model, the wrapped optimizers, and the scheduler
-            if there is one.
+            The wrapped model. With optimizers, a tuple: the wrapped model, the wrapped optimizers (a list for a list
+            of them), and the scheduler if there is one.
 
         Raises:
             MisconfigurationException: A model or an optimizer is set up already, or an optimizer holds parameters of
@@ -268,15 +271,16 @@ class Fabric:
         """
         self._require_launch("setup")
         check_module(module)
-        for optimizer in optimizers:
+        flat, counts = _spread(optimizers, lambda each: list(each) if is_several(each) else None)
+        for optimizer in flat:
             check_optimizer(optimizer)
             check_ownership(module, optimizer, self._modules)
         module = self._prepare(module, move_to_device)
-        engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, optimizers, scheduler)
+        engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, flat, scheduler)
         wrapped = self._wrap_module(engine, module)
-        if not optimizers:
+        if not flat:
             return wrapped if scheduler is None else (wrapped, scheduler)
-        result = (wrapped, *(self._wrap_optimizer(optimizer) for optimizer in stepped))
+        result = (wrapped, *_like(counts, map(self._wrap_optimizer, stepped)))
         return result if scheduler is None else (*result, scheduler)
 
     def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:
@@ -287,7 +291,11 @@ class Fabric:
         return self._wrap_module(self._strategy.setup_module(module), module)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Prepare optimizers of one or several models; returns the wrapped optimizer, or a tuple of several."""
+        """Prepare optimizers of one or several models.
+
+        Returns:
+            The wrapped optimizer, or a tuple of several; a list for a list of optimizers.
+        """
         self._require_launch("setup_optimizers")
         if self._strategy.sets_up_jointly:
             raise MisconfigurationException(
@@ -296,9 +304,11 @@ class Fabric:
             )
         if not optimizers:
             raise MisconfigurationException("setup_optimizers() got no optimizer.")
-        for optimizer in optimizers:
+        flat, counts = _spread(optimizers, lambda each: list(each) if is_several(each) else None)
+        for optimizer in flat:
             check_optimizer(optimizer)
-        wrapped = tuple(self._wrap_optimizer(self._strategy.setup_optimizer(optimizer)) for optimizer in optimizers)
+        stepped = [self._strategy.setup_optimizer(optimizer) for optimizer in flat]
+        wrapped = tuple(_like(counts, map(self._wrap_optimizer, stepped)))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
@@ -311,7 +321,8 @@ class Fabric:
         """Prepare loaders: each rank gets its share of the samples, on its device.
 
         Args:
-            *dataloaders: ``DataLoader`` objects, or any iterables of batches, which must share out samples themselves.
+            *dataloaders: ``DataLoader`` objects, or any iterables of batches, which must share out samples themselves;
+                or lists of these.
             use_distributed_sampler: Share out the samples of a ``DataLoader``, in the order of its own sampler.
                 Default: True.
             move_to_device: Move batches to :attr:`device`. Default: True.
@@ -319,18 +330,19 @@ class Fabric:
                 :class:`ResumableDataLoader`. Default: False.
 
         Returns:
-            The wrapped loader, or a list of several.
+            The wrapped loader, or a list of several; a list for a list of loaders.
         """
         self._require_launch("setup_dataloaders")
         if not dataloaders:
             raise MisconfigurationException("setup_dataloaders() got no loader.")
-        for loader in dataloaders:
+        flat, counts = _spread(dataloaders, _several)
+        for loader in flat:
             check_loader(loader)
         where = self.device if move_to_device else None
         wrap = functools.partial(
             wrap_loader, strategy=self._strategy, share=use_distributed_sampler, device=where, resumable=resumable
         )
-        wrapped = [wrap(loader) for loader in dataloaders]
+        wrapped = _like(counts, map(wrap, flat))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _prepare(self, module: Module, move_to_device: bool) -> Module:
@@ -611,5 +623,20 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+def _spread(arguments: Iterable[Any], several: Callable[[Any], list[Any] | None]) -> tuple[list[Any], list[int | None]]:
+    """All objects in arguments that take one or several, and of each argument the length of its list, if it is one."""
+    given = [(each, several(each)) for each in arguments]
+    flat = [each for one, found in given for each in ([one] if found is None else found)]
+    return flat, [None if found is None else len(found) for _, found in given]
+
+
+def _like(counts: Iterable[int | None], objects: Iterable[Any]) -> list[Any]:
+    """Put objects into lists where the arguments that they come from were lists."""
+    rest = iter(objects)
+    return [next(rest) if count is None else list(islice(rest, count)) for count in counts]
+
+
+def _several(loaders: Any) -> list[Any] | None:
+    """As :func:`several_loaders`, but a list of lists is one loader, as it has always been here."""
+    found = several_loaders(loaders)
+    return None if found is None or any(isinstance(each, (list, tuple)) for each in found) else found

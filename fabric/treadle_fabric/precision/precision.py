@@ -246,7 +246,7 @@ def _between_iterations(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
     """The same scaler, without what it knows of the gradients of an iteration; torch refuses to pickle that."""
     other = object.__new__(type(scaler))
     vars(other).update(vars(scaler))
-    states = scaler._per_optimizer_states
+    states: Any = scaler._per_optimizer_states  # a defaultdict
     other._per_optimizer_states = type(states)(states.default_factory)
     return other
 

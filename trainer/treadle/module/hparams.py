@@ -113,8 +113,8 @@ def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
             if arguments.keywords is not None:
                 found.update(values.get(arguments.keywords, {}))
     if dataclasses.is_dataclass(obj):  # its ``__init__`` is over, or holds placeholders of defaults
-        arguments = inspect.signature(type(obj).__init__).parameters
-        found.update({name: value for name, value in _fields(obj).items() if name in arguments})
+        takes = inspect.signature(type(obj).__init__).parameters
+        found.update({name: value for name, value in _fields(obj).items() if name in takes})
     return found
 
 
