@@ -29,6 +29,7 @@ from treadle_fabric.resolve import build, resolve
 from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
+from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.wrapped import engine_of, put_back, unwrap
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
@@ -87,6 +88,7 @@ class Fabric:
         self._launched = False
         self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # the modules that were set up
         self._plain_backward = self._strategy.plain_backward
+        self._told: set[tuple[str, type]] = set()  # what was left out of checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
         # in the process that unpickles this object, nothing is set up yet
@@ -539,6 +541,8 @@ class Fabric:
         Args:
             path: The path to write to.
             state: A dict of models, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
+                Of a loader without a state, that of its dataset and sampler; loaders, samplers and datasets that have
+                none are left out, with a warning.
             filter: For a name in ``state``, a function of an entry's name and value that returns whether to keep it.
 
         Raises:
@@ -546,7 +550,15 @@ class Fabric:
             MisconfigurationException: ``state`` or ``filter`` are not as described here.
         """
         self._require_launch("save")
-        self._strategy.save_checkpoint(path, unwrap(state), filter=filter)
+        for place, value in left_out(state):
+            if (place, type(value)) not in self._told:
+                self._told.add((place, type(value)))
+                rank_zero_warn(
+                    f"{place} ({type(getattr(value, 'dataloader', value)).__name__}) has no state, and is left out of "
+                    f"{str(path)!r}; loading leaves it as it is. For a loader that goes on in mid-epoch, use "
+                    "fabric.setup_dataloaders(loader, resumable=True)."
+                )
+        self._strategy.save_checkpoint(path, unwrap(without_stateless(state)), filter=filter)
         self._strategy.barrier()
 
     def load(
@@ -561,7 +573,8 @@ class Fabric:
 
         Args:
             path: The path to read.
-            state: A state as in :meth:`save`; plain values in it are replaced. Default: ``None``, restore nothing.
+            state: A state as in :meth:`save`; plain values in it are replaced, and what has no state stays as it is.
+                Default: ``None``, restore nothing.
             strict: Refuse a file that lacks something in ``state``. Default: True.
             weights_only: ``False`` lets the file run code of its own; only for files you trust. Default: ``True``.
 
@@ -572,10 +585,11 @@ class Fabric:
             CheckpointError: The file is missing, damaged or unsafe, or does not fit ``state``.
         """
         self._require_launch("load")
-        unwrapped = unwrap(state)
+        wanted = without_stateless(state)
+        unwrapped = unwrap(wanted) if wanted or not state else None
         remainder = self._strategy.load_checkpoint(path, unwrapped, strict=strict, weights_only=weights_only)
         self._strategy.barrier()
-        if isinstance(state, dict) and unwrapped is not state:
+        if isinstance(state, dict) and unwrapped is not None and unwrapped is not state:
             put_back(state, unwrapped)
         return remainder
 
