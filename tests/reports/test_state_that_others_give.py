@@ -1,4 +1,4 @@
-"""A loader, a sampler or a dataset in the state of ``fabric.save``: its state is saved, or it is left out with a word."""
+"""A loader, a sampler or a dataset in the state of ``fabric.save``: its state is saved, or is left out with a word."""
 
 from __future__ import annotations
 
