@@ -104,7 +104,7 @@ def _has_to(value: Any) -> bool:
     return callable(getattr(value, "to", None)) and not isinstance(value, type)
 
 
-_NO_SIZE = (str, bytes, int, float, complex, type, type(None))
+_NO_SIZE = frozenset({str, bytes, int, float, bool, complex, type, type(None)})
 
 
 def infer_batch_size(batch: Any) -> int | None:
@@ -122,27 +122,31 @@ def infer_batch_size(batch: Any) -> int | None:
     seen: dict[int, Any] = {}
     while stack:
         item = stack.pop()
-        if isinstance(item, _NO_SIZE) or id(item) in seen:
+        if isinstance(item, Tensor):
+            return int(item.size(0)) if item.dim() else 1  # a nested tensor has no shape
+        kind = type(item)
+        if kind in _NO_SIZE or id(item) in seen:
             continue
         seen[id(item)] = item  # an object may hold one that holds the first
-        if (size := _own_size(item)) is not None:
-            return size
-        held = children(item)
-        inner = [value for _, value in held] if held is not None else _public(item)
-        stack += reversed(inner)
+        if kind is tuple or kind is list:
+            stack += item[::-1]
+        elif kind is dict:
+            stack += [*item.values()][::-1]
+        else:
+            held = children(item)
+            size = _own_size(item, container=held is not None)
+            if size is not None:
+                return size
+            stack += ([value for _, value in held] if held is not None else _public(item))[::-1]
     return None
 
 
-def _own_size(item: Any) -> int | None:
+def _own_size(item: Any, *, container: bool) -> int | None:
     """The number of samples as an object itself says it, without a look at what a container holds."""
-    if isinstance(item, Tensor):
-        return int(item.size(0)) if item.dim() else 1  # a nested tensor has no shape
     if isinstance(item, PackedSequence):
         return int(item.batch_sizes[0])
-    if type(item) in (list, tuple, dict):
-        return None
     shape = getattr(item, "shape", None)  # of a container, "shape" may be just a field
-    if isinstance(shape, tuple if children(item) is None and _is_array(item) else torch.Size):
+    if isinstance(shape, tuple if not container and _is_array(item) else torch.Size):
         return int(shape[0]) if shape else 1
     for name in ("batch_size", "num_graphs"):
         size = getattr(item, name, None)
