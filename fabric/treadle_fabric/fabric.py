@@ -67,7 +67,7 @@ class Fabric:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: list[int] | str | int = "auto",
+        devices: Iterable[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
         plugins: Any | None = None,

@@ -6,7 +6,7 @@ a row in a test; :func:`build` makes the objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -69,7 +69,7 @@ def resolve(
     *,
     accelerator: str | Accelerator = "auto",
     strategy: str | Strategy = "auto",
-    devices: Sequence[int] | str | int = "auto",
+    devices: Iterable[int] | str | int = "auto",
     num_nodes: int = 1,
     precision: str | int | Precision | None = None,
     plugins: Any = None,

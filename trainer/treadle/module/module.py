@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
@@ -199,7 +199,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             f"{type(self).__qualname__} has no `configure_optimizers`; fit needs one: define it (it may return None)."
         )
 
-    def configure_callbacks(self) -> Callback | list[Callback]:
+    def configure_callbacks(self) -> Callback | Iterable[Callback] | None:
         """Return callbacks that this model needs; they replace the Trainer's of the same type. Default: none."""
         return []
 
