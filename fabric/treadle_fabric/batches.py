@@ -118,12 +118,14 @@ def infer_batch_size(batch: Any) -> int | None:
         ``batch_size`` or ``num_graphs`` (a batch of graphs has no dimension of that size); the first dimension of a
         tensor or array, 1 for a scalar. ``None`` where there is none of these.
     """
+    if isinstance(batch, Tensor):
+        return int(batch.size(0)) if batch.dim() else 1  # a nested tensor has no shape
     stack = [batch]
     seen: dict[int, Any] = {}
     while stack:
         item = stack.pop()
         if isinstance(item, Tensor):
-            return int(item.size(0)) if item.dim() else 1  # a nested tensor has no shape
+            return int(item.size(0)) if item.dim() else 1
         kind = type(item)
         if kind in _NO_SIZE or id(item) in seen:
             continue

@@ -186,7 +186,9 @@ def _is_empty(batch: Any) -> bool:
     if isinstance(first, Tensor):
         return not first.numel() and infer_batch_size(first) == 0
     if kind not in (tuple, list, dict):
-        return infer_batch_size(batch) == 0
+        held = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+        first = next((value for value in held.values() if isinstance(value, Tensor)), batch)
+        return infer_batch_size(first) == 0
     items = islice(batch.values() if kind is dict else batch, _FIRST_ITEMS)
     first = next((item for item in items if isinstance(item, Tensor)), first)
     return first is not batch and _is_empty(first)
