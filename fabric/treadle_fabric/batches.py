@@ -104,7 +104,7 @@ def _has_to(value: Any) -> bool:
     return callable(getattr(value, "to", None)) and not isinstance(value, type)
 
 
-_NO_SIZE = frozenset({str, bytes, int, float, bool, complex, type, type(None)})
+_NO_SIZE = frozenset({str, bytes, int, float, bool, complex, type(None)})
 
 
 def infer_batch_size(batch: Any) -> int | None:
@@ -134,7 +134,7 @@ def infer_batch_size(batch: Any) -> int | None:
             stack += item[::-1]
         elif kind is dict:
             stack += [*item.values()][::-1]
-        else:
+        elif not isinstance(item, type):
             held = children(item)
             size = _own_size(item, container=held is not None)
             if size is not None:
@@ -148,7 +148,7 @@ def _own_size(item: Any, *, container: bool) -> int | None:
     if isinstance(item, PackedSequence):
         return int(item.batch_sizes[0])
     shape = getattr(item, "shape", None)  # of a container, "shape" may be just a field
-    if isinstance(shape, tuple if not container and _is_array(item) else torch.Size):
+    if isinstance(shape, tuple if not container and _is_array(item) else torch.Size) and (shape or not container):
         return int(shape[0]) if shape else 1
     for name in ("batch_size", "num_graphs"):
         size = getattr(item, name, None)
