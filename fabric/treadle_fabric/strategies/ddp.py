@@ -83,6 +83,9 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         self._engines: list[weakref.ref[DistributedDataParallel]] = []
         self._unchecked: list[weakref.ref[DistributedDataParallel]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_engines": [], "_unchecked": []}  # of this process's group
+
     def setup_module(self, module: Module) -> Module:
         target = _MethodForward(module)
         if not any(p.requires_grad for p in module.parameters()):

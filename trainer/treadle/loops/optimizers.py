@@ -11,7 +11,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from treadle.module import LightningModule
 from treadle.run.progress import LRSchedulerConfig
-from treadle_fabric import LRScheduler, MisconfigurationException, check_integer, near_names, rank_zero_warn
+from treadle_fabric import (
+    LRScheduler,
+    MisconfigurationException,
+    check_integer,
+    is_several,
+    near_names,
+    one_or_several,
+    rank_zero_warn,
+)
 
 __all__ = ["parse_optimizers"]
 
@@ -63,15 +71,14 @@ def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
         return [returned], []
     if isinstance(returned, Mapping):
         return _from_dict(returned)
-    if isinstance(returned, (list, tuple)) and returned:
-        if len(returned) == 2 and isinstance(returned[0], (list, tuple)):
-            optimizers, schedulers = returned
-            return list(optimizers), list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
-        if all(isinstance(item, Mapping) for item in returned):
-            pairs = [_from_dict(item) for item in returned]
-            return [o for os, _ in pairs for o in os], [s for _, ss in pairs for s in ss]
-        if all(isinstance(item, Optimizer) for item in returned):
-            return list(returned), []
+    found = one_or_several(returned)
+    if len(found) == 2 and is_several(found[0]):
+        return one_or_several(found[0]), one_or_several(found[1])
+    if found and all(isinstance(item, Mapping) for item in found):
+        pairs = [_from_dict(item) for item in found]
+        return [o for os, _ in pairs for o in os], [s for _, ss in pairs for s in ss]
+    if found and all(isinstance(item, Optimizer) for item in found):
+        return found, []
     raise MisconfigurationException(f"configure_optimizers returned {returned!r:.200}; it may return {_SHAPES}.")
 
 
@@ -86,7 +93,7 @@ def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     found = entry.get("lr_scheduler")
     if found is None:
         return [entry["optimizer"]], []
-    schedulers = list(found) if isinstance(found, (list, tuple)) else [found]
+    schedulers = one_or_several(found)
     if "monitor" in entry:
         schedulers = [
             (

@@ -103,8 +103,6 @@ class HyperparametersMixin:
 
 def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     """Collect the arguments of every running ``__init__`` of ``obj``, from ``frame`` outwards; the last one wins."""
-    if dataclasses.is_dataclass(obj):
-        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
     found: dict[str, Any] = {}
     for running in _frames(frame):
         code = running.f_code
@@ -114,7 +112,16 @@ def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
             found.update({name: values[name] for name in arguments.args[1:] if name in values})
             if arguments.keywords is not None:
                 found.update(values.get(arguments.keywords, {}))
+    if dataclasses.is_dataclass(obj):  # its ``__init__`` is over, or holds placeholders of defaults
+        takes = inspect.signature(type(obj).__init__).parameters
+        found.update({name: value for name, value in _fields(obj).items() if name in takes})
     return found
+
+
+def _fields(obj: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are set; those that ``__init__`` does not take may not be."""
+    names = [field.name for field in dataclasses.fields(obj)]
+    return {name: getattr(obj, name) for name in names if hasattr(obj, name)}
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
@@ -129,7 +136,7 @@ def _as_mapping(obj: Any) -> dict[str, Any]:
     if isinstance(obj, Namespace):
         return vars(obj).copy()
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
+        return _fields(obj)
     raise MisconfigurationException(
         f"save_hyperparameters got a {type(obj).__name__}, which holds no named values. Give a mapping, a namespace, a "
         "dataclass, or names of arguments as strings."

@@ -12,7 +12,7 @@ from treadle.metrics.bus import Results
 from treadle.module import LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle.module.overriding import check_signature, overrides
-from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
+from treadle_fabric import MisconfigurationException, one_or_several, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -116,7 +116,8 @@ class Dispatch:
 def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
     """Add the callbacks of the module's ``configure_callbacks``, which replace others of their type."""
     found = module.configure_callbacks()
-    extra = list(found) if isinstance(found, (list, tuple)) else [found]
+    extra = one_or_several(found)
+    check_callbacks(extra)
     kinds = {type(c) for c in extra}
     if names := sorted({type(c).__name__ for c in callbacks if type(c) in kinds}):
         rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")

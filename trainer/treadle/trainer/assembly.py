@@ -28,7 +28,7 @@ from treadle.run.signals import Signals
 from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
-from treadle_fabric import FabricOptimizer, MisconfigurationException, rank_zero_info
+from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info
 from treadle_fabric.accelerators import Accelerator
 
 __all__: list[str] = []
@@ -105,7 +105,7 @@ def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
     if settings.limits["val"] == 0 or not overrides(run.module, "validation_step", LightningModule):
         return None
     loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
-    return None if loaders is None or (isinstance(loaders, (list, tuple)) and not loaders) else loaders
+    return None if loaders is None or (is_list(loaders) and not loaders) else loaders
 
 
 def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> EvaluationData:

@@ -72,6 +72,10 @@ class Session:
         self.terminated = False
         """Whether SIGTERM ended the session."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What the trainer still shows of a session in a copy: not the run, its loaders and its optimizers."""
+        return {**self.__dict__, "metrics": self.metrics.detached(), "run": None, "evaluations": {}}
+
     @contextmanager
     def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
         """While entered, set torch's global flags as the settings say and, in fit, heed the signals that end it."""

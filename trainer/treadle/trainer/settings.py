@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +11,7 @@ from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoi
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks
-from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info
+from treadle_fabric import MisconfigurationException, check_integer, near_names, one_or_several, rank_zero_info
 from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 
 __all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
@@ -215,7 +214,7 @@ def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
             "progress bars."
         )
         return [CSVLogger(root)]
-    loggers = list(logger) if isinstance(logger, Sequence) and not isinstance(logger, str) else [logger]
+    loggers = one_or_several(logger)
     for item in loggers:
         if not isinstance(item, Logger):
             raise MisconfigurationException(
@@ -226,12 +225,7 @@ def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
 
 def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     """Return the user's callbacks and the default ones: checkpoint, progress bar, model summary, timer."""
-    if callbacks is None:
-        found: list[Any] = []
-    elif isinstance(callbacks, (list, tuple)):
-        found = list(callbacks)
-    else:
-        found = [callbacks]
+    found = one_or_several(callbacks)
     check_callbacks(found)
     if settings.barebones and found:
         names = ", ".join(type(c).__name__ for c in found)

@@ -120,11 +120,11 @@ class Trainer:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: list[int] | str | int = "auto",
+        devices: Iterable[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
         logger: Logger | Iterable[Logger] | bool | None = None,
-        callbacks: list[Callback] | Callback | None = None,
+        callbacks: Iterable[Callback] | Callback | None = None,
         fast_dev_run: int | bool = False,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
@@ -186,6 +186,10 @@ class Trainer:
         self._session: Session | None = None  # the current or last one
         self._fitting: Fitting | None = None  # the current or last one
         self._fits = Fits()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of a trainer has: settings, parts, counters, metrics and the last module; nothing runs in it."""
+        return {**self.__dict__, "_fitting": None}
 
     # ------------------------------------------------------------------------------------------------ entry points
 
