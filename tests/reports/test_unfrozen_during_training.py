@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tests.processes import run_in_ranks
+from tests.reports.two_layers import Two, weights
 from tests.trainer.models import loader, trainer
 from torch import Tensor, nn
 
@@ -25,26 +26,6 @@ pytestmark = pytest.mark.timeout(110)
 
 WORLD = 2
 FINDING = "ddp_find_unused_parameters_true"
-
-
-class Two(L.LightningModule):
-    """A frozen layer under a trainable one."""
-
-    def __init__(self, frozen: str = "below") -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.below, self.above = nn.Linear(4, 4), nn.Linear(4, 2)
-        if frozen:
-            self.get_submodule(frozen).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.above(self.below(x / 10).relu())
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self(batch).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
 class AllFrozen(Two):
@@ -136,10 +117,6 @@ CASES: dict[str, dict[str, Any]] = {
     "another dtype": {"model": Cast, "callbacks": At(1, nn.Module.double)},
     "a new layer": {"model": Growing, "callbacks": At(1, lambda model: model.grow())},
 }
-
-
-def weights(model: nn.Module) -> list[float]:
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()]).tolist()
 
 
 def trained(folder: Path, world: int, **arguments: Any) -> list[float]:

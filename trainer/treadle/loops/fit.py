@@ -15,11 +15,12 @@ from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.schedule import Durations
 from treadle.loops.stopping import Controls
+from treadle.module import LightningModule
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage
-from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
+from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info, rank_zero_warn
 from treadle_fabric.coordination import StepClock
 
 __all__ = ["FitLoop"]
@@ -44,6 +45,21 @@ class Parts(Protocol):
 
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
+
+
+def _tell_of_evaluation_mode(module: LightningModule) -> None:
+    """Submodules stay in the modes that the user gave them, which for a pretrained model may not be meant."""
+    names = [name for name, m in module.named_modules() if not m.training]
+    if not module.training:
+        rank_zero_warn(
+            f"{type(module).__qualname__} is in evaluation mode when training begins, and stays so: dropout and batch"
+            " norm do not train. Call its `train()` before fit if that is not meant."
+        )
+    elif names:
+        rank_zero_info(
+            f"{len(names)} submodules are in evaluation mode when training begins, and stay so: {', '.join(names[:5])}"
+            + (", ..." if len(names) > 5 else ".")
+        )
 
 
 class FitLoop:
@@ -101,10 +117,11 @@ class FitLoop:
             rank_zero_info(f"`Trainer.fit` has nothing to train: {reason if epoch else 'there are no batches'}.")
             return
         reason = ""
-        run.module.train()
+        _tell_of_evaluation_mode(run.module)
         self._validated_at = time.monotonic()
         with torch.enable_grad():
-            dispatch.call("on_train_start")
+            with run.changes.repeated(run.optimizers):
+                dispatch.call("on_train_start")
             first = True
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
@@ -114,11 +131,13 @@ class FitLoop:
                     assert epoch is not None
                 first = False
                 within = progress.begun
-                if not within:
+                if within:  # the hook ran before the checkpoint was saved
+                    with run.changes.unchanged(run.optimizers):
+                        dispatch.call("on_train_epoch_start")
                     self._parts.restore(run)
-                dispatch.call("on_train_epoch_start")
-                if within:
+                else:
                     self._parts.restore(run)
+                    dispatch.call("on_train_epoch_start")
                 epoch.run()
                 progress.epoch_ended = True
                 self._end_epoch(epoch)

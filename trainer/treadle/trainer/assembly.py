@@ -74,8 +74,10 @@ def set_up_optimizers(run: ReadyRun) -> None:
 
 
 def _configure_optimizers(run: Run) -> list[Optimizer]:
-    returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
+    with run.changes.undone(run.module):
+        returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, schedulers = parse_optimizers(returned, run.module)
+    run.changes.note_groups(run.module, optimizers)
     run.schedulers.extend(schedulers)
     return optimizers
 

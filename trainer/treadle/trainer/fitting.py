@@ -110,6 +110,7 @@ class Fitting:
         if self._unrestored:  # until all of it is back, a save keeps it as it was
             assert self.data is not None
             restore_exact(run, self._unrestored, self.data, accumulate=self._controls.accumulate_grad_batches)
+            run.changes.restored(run.module)
             self._unrestored = {}
 
     def _ask_for_data(self) -> None:

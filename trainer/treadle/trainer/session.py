@@ -113,6 +113,7 @@ class Session:
         dispatch.call("setup", fn.value)
         with self._fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
+        run.changes.begin(module)
         if settings.sync_batchnorm and self._fabric.world_size > 1:
             assembly.share_batch_norm(module, self._fabric.accelerator)
         return run
