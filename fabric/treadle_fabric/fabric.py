@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
+from treadle_fabric.checks import check_loss
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
 from treadle_fabric.loggers import Logger
@@ -378,7 +379,8 @@ class Fabric:
             **kwargs: For ``Tensor.backward``.
 
         Raises:
-            MisconfigurationException: ``tensor`` is no tensor, or the model is not set up.
+            MisconfigurationException: ``tensor`` is no tensor, is not one number, or depends on no parameter that
+                requires a gradient; or the model is not set up.
         """
         if not isinstance(tensor, Tensor):
             raise MisconfigurationException(
@@ -386,10 +388,17 @@ class Fabric:
                 "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
         engine = None if model is None else engine_of(model, "backward")
-        if self._plain_backward and not args and not kwargs:
-            tensor.backward()  # type: ignore[no-untyped-call]
-        else:
-            self._strategy.backward(tensor, engine, *args, **kwargs)
+        try:
+            if self._plain_backward and not args and not kwargs:
+                tensor.backward()  # type: ignore[no-untyped-call]
+            else:
+                self._strategy.backward(tensor, engine, *args, **kwargs)
+        except RuntimeError as error:
+            if not args and not kwargs:
+                check_loss(tensor, "backward got")
+            if (explained := self._strategy.explain_error(engine, error)) is not None:
+                raise explained from error
+            raise
 
     def clip_gradients(
         self,

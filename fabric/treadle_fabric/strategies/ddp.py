@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.nn import Module
+from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -161,6 +161,8 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
     def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
         """Torch gives the indices of parameters, or none; users know them by name."""
         text = str(error)
+        if "sparse gradient to be defined" in text:
+            return self._unused([])
         if "finished reduction in the prior iteration" not in text:
             return None
         found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", text)
@@ -169,7 +171,14 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         indices = [int(i) for i in re.findall(r"\d+", found.group(1))] if found else []
         return self._unused([names[i] if i < len(names) else f"number {i}" for i in indices])
 
-    def _unused(self, names: list[str]) -> UnusedParametersError:
+    def _unused(self, names: Sequence[str]) -> UnusedParametersError:
+        tables = [table for engine in self._engines if (alive := engine()) is not None for table in _tables(alive)]
+        if any(name in tables for name in names) or not names:
+            return UnusedParametersError(
+                f"Sparse parameters that got no gradient on rank {self.global_rank}: {listed(tables)}. DDP waits for"
+                " it, and find_unused_parameters does not help. Make the loss depend on these parameters at every step,"
+                " freeze them with requires_grad_(False), or make the embedding with sparse=False."
+            )
         return UnusedParametersError(
             f"Parameters that got no gradient on rank {self.global_rank}: {listed(names)}. DDP waits for every "
             "gradient before it averages them. Make the loss depend on these parameters, freeze them with "
@@ -205,3 +214,12 @@ def _refuse_lazy(module: Module) -> None:
             " first batch: run a batch through the model first, alike on every rank (in `configure_model` under the"
             " Trainer, before `setup` under Fabric), or give the layer its number of inputs."
         )
+
+
+def _tables(engine: DDPEngine) -> list[str]:
+    """The parameters of an engine's module that have sparse gradients, and have none now."""
+    return [
+        f"{path}.weight" if path else "weight"
+        for path, m in engine.module.named_modules()
+        if isinstance(m, (Embedding, EmbeddingBag)) and m.sparse and m.weight.requires_grad and m.weight.grad is None
+    ]

@@ -52,7 +52,7 @@ class TrainingEpoch:
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
         self._automatic = run.module.automatic_optimization
-        self._schedulers = Schedulers(run)
+        self._schedulers = Schedulers(run, validates=schedule is not None)
         self._told_idle = False
         if step.wants_iterator:
             data.epochs.look_ahead()

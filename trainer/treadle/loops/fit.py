@@ -13,6 +13,7 @@ import torch
 from treadle.checkpoint.exact import moment
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
+from treadle.loops.optimizers import explained_steps
 from treadle.loops.schedule import Durations
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule
@@ -138,7 +139,8 @@ class FitLoop:
                 else:
                     self._parts.restore(run)
                     dispatch.call("on_train_epoch_start")
-                epoch.run()
+                with explained_steps(run.module):
+                    epoch.run()
                 progress.epoch_ended = True
                 self._end_epoch(epoch)
                 progress.begin_epoch()
