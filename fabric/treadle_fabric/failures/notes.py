@@ -101,7 +101,7 @@ class _OfBoth(_OfFailure[C]):
 
 @dataclass(frozen=True)
 class _OfWrapping(Note[C]):
-    engine: int
+    engine: str
     generation: int
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 import json
@@ -51,6 +50,7 @@ class DDPEngine(Module):
         timeout: How long a rank that has to wrap again waits for the others.
         wrapped: Called each time DDP has wrapped the module.
         arguments: For ``DistributedDataParallel``.
+        number: The same for this engine on every rank. Default: the next one.
     """
 
     ddp: DistributedDataParallel | None
@@ -62,15 +62,17 @@ class DDPEngine(Module):
         timeout: timedelta | None,
         wrapped: Callable[[DDPEngine], None],
         arguments: dict[str, Any],
+        number: str = "",
     ) -> None:
         super().__init__()
         _count_registrations()
         self.target = MethodForward(module)
-        self.number = next(_made)
+        self.number = number or str(next(_made))
         fields = self.__dict__  # past Module.__setattr__, which is slow, and would register DDP as a submodule
         fields["_wrapped"], fields["_arguments"] = wrapped, arguments
         fields["_timeout"] = timeout or default_pg_timeout
         fields["_generation"] = 0  # how often the module was wrapped again
+        fields["_copies"] = itertools.count()
         fields["_forwards"] = itertools.count()
         fields["_begun"] = -1  # the number of the last forward pass that synchronizes
         fields["_synchronizes"] = True
@@ -139,8 +141,10 @@ class DDPEngine(Module):
                 raise
             return getattr(ddp, name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DDPEngine:
-        return DDPEngine(copy.deepcopy(self.module, memo), self._timeout, self._wrapped, self._arguments)
+    def __reduce__(self) -> Any:
+        # a copy has weights that are alike already, and other ranks need not copy
+        arguments, number = {**self._arguments, "init_sync": False}, f"{self.number}.{next(self._copies)}"
+        return DDPEngine, (self.module, self._timeout, self._wrapped, arguments, number)
 
     # What is trainable
 
