@@ -44,6 +44,9 @@ class Parts(Protocol):
     def make_validation(self, run: ReadyRun, /) -> Evaluation | None:
         """Make the validation, with new loaders; None where fit does not validate."""
 
+    def remake(self, run: ReadyRun, loop: FitLoop, /) -> tuple[TrainingEpoch, Evaluation | None]:
+        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
 
@@ -91,6 +94,7 @@ class FitLoop:
         self._sanity, self.validation, self._reload_every = sanity, validation, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
+        self._changed = False  # other listeners than when the epoch loop was made
         self._validation_s = math.inf  # how long the last validation took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
         self.epoch: TrainingEpoch | None = None
@@ -131,22 +135,33 @@ class FitLoop:
                     self.epoch = epoch = self._parts.make_epoch(run, self)
                     assert epoch is not None
                 first = False
-                within = progress.begun
-                if within:  # the hook ran before the checkpoint was saved
-                    with run.changes.unchanged(run.optimizers):
-                        dispatch.call("on_train_epoch_start")
-                    self._parts.restore(run)
-                else:
-                    self._parts.restore(run)
-                    dispatch.call("on_train_epoch_start")
+                epoch = self._begin_epoch(epoch)
                 with explained_steps(run.module):
                     epoch.run()
+                self._changed = dispatch.refresh("fit")
                 progress.epoch_ended = True
                 self._end_epoch(epoch)
                 progress.begin_epoch()
+            dispatch.refresh("fit")
             dispatch.call("on_train_end")
         run.loss.report()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
+
+    def _begin_epoch(self, epoch: TrainingEpoch) -> TrainingEpoch:
+        """Call the hook, restore what a resumed run has to, and return the loop for what listens and is defined now."""
+        run, dispatch = self._run, self._run.dispatch
+        self._changed |= dispatch.refresh("fit")
+        if run.progress.begun:  # the hook ran before the checkpoint was saved
+            with run.changes.unchanged(run.optimizers):
+                dispatch.call("on_train_epoch_start")
+            self._parts.restore(run)
+        else:
+            self._parts.restore(run)
+            dispatch.call("on_train_epoch_start")
+        if dispatch.refresh("fit") or self._changed:
+            self.epoch, self.validation = epoch, _ = self._parts.remake(run, self)
+            self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))
+        return epoch
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:
         run = self._run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any
 
 from treadle.metrics.bus import Results
@@ -46,7 +45,7 @@ class Run:
     changes: ModelChanges = field(default_factory=ModelChanges)
     """What the run changes about its module and optimizers: what is trainable, modes, parameter groups."""
 
-    @cached_property
+    @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
         """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
         found = list(self.module.named_modules())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
@@ -97,12 +98,23 @@ class Fitting:
             return None
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
+    def remake(self, run: ReadyRun, loop: FitLoop) -> tuple[TrainingEpoch, Evaluation | None]:
+        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+        assert self.data is not None
+        validation = loop.validation
+        if validation is not None:
+            validation = self._evaluation(run, validation.data)
+        return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals), validation
+
     def make_validation(self, run: ReadyRun) -> Evaluation | None:
         """Make the validation, with new loaders; None where fit does not validate."""
         loaders = assembly.validation_loaders(run, self._settings, self._val)
         if loaders is None:
             return None
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
+        return self._evaluation(run, data)
+
+    def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
         return Evaluation(run, data, "validation", inference_mode=self._settings.inference_mode)
 
     def restore(self, run: ReadyRun) -> None:
