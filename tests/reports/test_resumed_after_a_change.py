@@ -280,3 +280,42 @@ def test_a_file_without_names_says_where_groups_can_be_added(tmp_path: Path) -> 
         outcome(tmp_path, case, path=tmp_path / "foreign.ckpt")
     adding = {"callback": lambda: Adding("unfreeze", "group")}
     assert outcome(tmp_path, adding, path=tmp_path / "foreign.ckpt") == whole
+
+
+class Growing(Head):
+    """Gets another layer, and knows it again where it goes on."""
+
+    knows = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extra(super().forward(x))
+
+    def grow(self) -> None:
+        self.extra = nn.Linear(2, 2)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.knows and "extra.weight" in checkpoint["state_dict"]:
+            self.grow()
+
+
+class Grow(Change):
+    def change(self, trainer: L.Trainer, model: Any) -> None:
+        model.grow()
+        trainer.optimizers[0].add_param_group({"params": model.extra.parameters(), "lr": 0.003})
+
+
+class Forgetting(Growing):
+    knows = False
+
+
+def test_a_layer_that_came_during_the_run(tmp_path: Path) -> None:
+    case: dict[str, Any] = {"model": Growing, "callback": Grow}
+    whole = outcome(tmp_path, case, save=tmp_path)
+    for name in ("later", "ended", "before"):
+        assert outcome(tmp_path, case, path=tmp_path / f"{name}.ckpt") == whole, name
+    with pytest.raises(CheckpointMismatchError, match="came during the run: extra.weight, extra.bias. Make them in"):
+        outcome(tmp_path, {**case, "model": Forgetting}, path=tmp_path / "later.ckpt")

@@ -244,3 +244,32 @@ def test_other_layers_on_each_rank_are_an_error_that_names_them(tmp_path: Path) 
     with pytest.raises(AssertionError):
         run_in_ranks(run_unlike, tmp_path)
     assert "not the same on rank 1 as on rank 0: below.bias, below.weight" in (tmp_path / "1.txt").read_text()
+
+
+@pytest.mark.parametrize("schedule", ["LambdaLR", "OneCycleLR", "StepLR"])
+def test_a_scheduler_and_a_group_that_was_added(tmp_path: Path, schedule: str) -> None:
+    class Scheduled(Two):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.above.parameters(), 0.1, momentum=0.9)
+            arguments = {"LambdaLR": [lambda epoch: 0.9], "OneCycleLR": [0.1, 9], "StepLR": [1]}[schedule]
+            return [optimizer], [getattr(torch.optim.lr_scheduler, schedule)(optimizer, *arguments)]
+
+    def add(model: Two) -> None:
+        model.below.requires_grad_(True)
+        model.optimizers().add_param_group({"params": model.below.parameters()})
+
+    run, model = trainer(tmp_path, max_epochs=3, callbacks=At(1, add)), Scheduled()
+    if schedule == "StepLR":
+        run.fit(model, loader())
+        return
+    with pytest.raises(MisconfigurationException, match=f"{schedule} was made for 1 parameter groups, and.* has 2"):
+        run.fit(model, loader())
+
+
+def test_a_layer_without_an_optimizer_is_told_of(tmp_path: Path) -> None:
+    class Above(Two):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.above.parameters(), 0.1)
+
+    with pytest.warns(UserWarning, match=r"below.weight, below.bias can be trained now, but no optimizer has them"):
+        trainer(tmp_path, max_epochs=3, callbacks=At(1, unfreeze)).fit(Above(), loader())

@@ -57,9 +57,15 @@ def restore_weights(
     try:
         run.fabric.strategy.load_module_state_dict(engine, checkpoint["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
+        added = (
+            f" Parameters that came during the run: {', '.join(run.changes.added[:5])}. Make them in the module's"
+            " `on_load_checkpoint`, which comes before its weights."
+            if run.changes.added
+            else ""
+        )
         raise CheckpointMismatchError(
             f"The checkpoint's weights do not fit {type(module).__qualname__}: {error}\nUse the model that was saved,"
-            " or set `self.strict_loading = False` to load what fits."
+            f" or set `self.strict_loading = False` to load what fits.{added}"
         ) from None
     if not training:
         for callback in callbacks:

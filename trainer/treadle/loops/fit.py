@@ -158,6 +158,7 @@ class FitLoop:
         else:
             self._parts.restore(run)
             dispatch.call("on_train_epoch_start")
+        run.changes.tell_untrained(run.module, run.optimizers)
         if dispatch.refresh("fit") or self._changed:
             self.epoch, self.validation = epoch, _ = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))

@@ -61,7 +61,11 @@ class Schedulers:
                         raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")
                     rank_zero_warn(f"{message} The step is skipped.")
                     continue
-            self._step(config.scheduler, value)
+            try:
+                self._step(config.scheduler, value)
+            except (ValueError, KeyError) as error:
+                _check_groups(config.scheduler, error)
+                raise
             self._progress.scheduler_steps += 1
             self._progress.scheduler_steps_in_epoch += 1
 
@@ -75,3 +79,15 @@ class Schedulers:
             self._told.add(monitor)
             before = "first validation" if self._validates and not self._validated else "end of the first epoch"
             rank_zero_info(f"A plateau scheduler monitors {monitor!r}: before the {before} it skips its steps.")
+
+
+def _check_groups(scheduler: Any, error: Exception) -> None:
+    """Explain why a scheduler cannot step, where the reason is a parameter group that was added after it was made."""
+    made, optimizer = getattr(scheduler, "base_lrs", None), getattr(scheduler, "optimizer", None)
+    if made is not None and optimizer is not None and len(made) != len(optimizer.param_groups):
+        raise MisconfigurationException(
+            f"{type(scheduler).__name__} was made for {len(made)} parameter groups, and its optimizer has"
+            f" {len(optimizer.param_groups)} now. Make the groups in configure_optimizers, with parameters that are"
+            " frozen so far, or use a scheduler that takes added groups, such as StepLR, ExponentialLR or"
+            " CosineAnnealingLR."
+        ) from error

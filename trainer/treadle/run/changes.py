@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treadle.module.modes import restore_modes
-from treadle_fabric import FabricOptimizer, rank_zero_info
+from treadle_fabric import FabricOptimizer, rank_zero_info, rank_zero_warn
 
 __all__ = ["ModelChanges", "group_names"]
 
@@ -31,6 +31,7 @@ class ModelChanges:
         self._modes: dict[str, bool] = {}
         self._groups: list[Groups] = []
         self._saved: Mapping[str, Any] = {}
+        self._told: set[str] = set()
         self.modes_before: list[tuple[nn.Module, bool]] = []
         """The modes of all submodules before the evaluation that runs; empty outside of one."""
 
@@ -51,6 +52,20 @@ class ModelChanges:
         before = {id(m): mode for m, mode in self.modes_before}
         return {name: before.get(id(m), m.training) for name, m in module.named_modules()}
 
+    def tell_untrained(self, module: nn.Module, optimizers: Sequence[FabricOptimizer]) -> None:
+        """Warn of parameters that came, or became trainable, during the run, and that no optimizer has."""
+        new = {name: p for name, p in module.named_parameters() if p.requires_grad and not self._trainable.get(name)}
+        if not new or not optimizers:
+            return
+        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+        names = [name for name, p in new.items() if id(p) not in held and name not in self._told]
+        if names:
+            self._told.update(names)
+            rank_zero_warn(
+                f"{_shown(names)} can be trained now, but no optimizer has them, so they do not learn. Add them: "
+                "`self.optimizers().add_param_group({'params': ...})`."
+            )
+
     # Going on from a checkpoint
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,6 +76,12 @@ class ModelChanges:
     def resumed(self) -> bool:
         """Whether there is something to restore."""
         return bool(self._saved)
+
+    @property
+    def added(self) -> list[str]:
+        """The parameters that came after the saved run had begun."""
+        made = self._saved.get("made", {}).get("requires_grad", {})
+        return [name for name in self._saved.get("requires_grad", {}) if name not in made]
 
     def restore_trainable(self, module: nn.Module, *, tell: bool = False) -> None:
         """Let the parameters require gradients that did when the checkpoint was saved, and no others.
@@ -75,11 +96,9 @@ class ModelChanges:
         for name in changed:
             now[name].requires_grad_(wanted[name])
         if tell and changed:
-            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             rank_zero_info(
-                f"What is trainable was changed before the first batch ({', '.join(changed[:_SHOWN])}{more}), and is"
-                " again what it was when the checkpoint was saved. To change it where a run is resumed, build the"
-                " module otherwise."
+                f"What is trainable was changed before the first batch ({_shown(changed)}), and is again what it was"
+                " when the checkpoint was saved. To change it where a run is resumed, build the module otherwise."
             )
 
     def restore_modes(self, module: nn.Module) -> None:
@@ -114,8 +133,9 @@ class ModelChanges:
             state: Its state in the checkpoint, with the options of each group.
         """
         wanted: Groups = self.saved_groups("groups", index)
-        have = group_names(module, optimizer)
-        if have == wanted or have != self.saved_groups("made", index):
+        have, added = group_names(module, optimizer), {*self.added}
+        begun = [[name for name in names if name not in added] for names in have]  # added layers are there at once now
+        if have == wanted or begun != self.saved_groups("made", index):
             return
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if not all(name in parameters for names in wanted for name in names):
@@ -174,6 +194,10 @@ def group_names(module: nn.Module, optimizer: Optimizer) -> Groups:
     """Return, for each parameter group, the names of its parameters; empty for one that the module has not."""
     names = {id(p): name for name, p in module.named_parameters()}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _trainable(module: nn.Module) -> dict[str, bool]:
