@@ -530,6 +530,10 @@ class Fabric:
     ) -> None:
         """Write a checkpoint, whole or not at all; every process must call this.
 
+        A model's and an optimizer's state dict are written. Which parameters require gradients is in neither, nor are
+        the names in parameter groups: a program that changes them in its loop makes the same changes, as far as it had
+        come, before it calls :meth:`load`. Keep in ``state`` what it needs to know for that, such as the epoch.
+
         Args:
             path: The path to write to.
             state: A dict of models, optimizers, other objects with a ``state_dict``, and plain values; may be nested.

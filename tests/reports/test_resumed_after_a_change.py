@@ -18,7 +18,7 @@ from tests.trainer.models import loader, trainer
 from torch import Tensor, nn
 
 import treadle as L
-from treadle_fabric import CheckpointMismatchError
+from treadle_fabric import CheckpointMismatchError, Fabric
 
 pytestmark = pytest.mark.timeout(110)
 
@@ -319,3 +319,34 @@ def test_a_layer_that_came_during_the_run(tmp_path: Path) -> None:
         assert outcome(tmp_path, case, path=tmp_path / f"{name}.ckpt") == whole, name
     with pytest.raises(CheckpointMismatchError, match="came during the run: extra.weight, extra.bias. Make them in"):
         outcome(tmp_path, {**case, "model": Forgetting}, path=tmp_path / "later.ckpt")
+
+
+def test_a_hand_written_loop_that_adds_a_group(tmp_path: Path) -> None:
+    """What is trainable and the groups are the loop's: it makes the same changes, then loads."""
+
+    def change(model: Two, optimizer: Any) -> None:
+        model.below.requires_grad_(True)
+        optimizer.add_param_group({"params": model.below.parameters(), "lr": 0.003})
+
+    def train(start: int, stop: int, *, load: bool, changes: bool = True) -> list[float]:
+        fabric = Fabric(accelerator="cpu", devices=1)
+        module = Two()
+        model, optimizer = fabric.setup(module, torch.optim.Adam(module.above.parameters(), 0.01))
+        if start > 2 and changes:
+            change(module, optimizer)
+        if load:
+            fabric.load(tmp_path / "loop.ckpt", {"model": model, "optimizer": optimizer})
+        for step in range(start, stop):
+            if step == 2:
+                change(module, optimizer)
+            fabric.backward(model(torch.full((2, 4), step + 1.0)).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 3:
+                fabric.save(tmp_path / "loop.ckpt", {"model": model, "optimizer": optimizer})
+        return weights(module)
+
+    assert train(0, 6, load=False) == train(4, 6, load=True)
+    message = r"groups of the sizes \[2\], and those in the file are \[2, 2\].*optimizer.add_param_group"
+    with pytest.raises(CheckpointMismatchError, match=message):
+        train(4, 6, load=True, changes=False)
