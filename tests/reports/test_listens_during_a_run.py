@@ -184,3 +184,38 @@ def test_what_cannot_be_replaced_says_so(tmp_path: Path, name: str) -> None:
 
     with pytest.raises((MisconfigurationException, AttributeError), match=name):
         trainer(tmp_path, callbacks=Replacing()).fit(Net(), loader())
+
+
+def test_a_late_callback_has_its_state_where_the_run_goes_on(tmp_path: Path) -> None:
+    class Counting(L.Callback):
+        def __init__(self) -> None:
+            self.batches = 0
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.batches += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"batches": self.batches}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.batches = state["batches"]
+
+    counts = []
+    for epochs, path in ((1, None), (3, tmp_path / "one.ckpt")):
+        late = Counting()
+        run = trainer(tmp_path, callbacks=Adding("on_train_start", late), max_epochs=epochs)
+        run.fit(Net(), loader(8, 2), ckpt_path=path)
+        run.save_checkpoint(tmp_path / "one.ckpt")
+        counts.append(late.batches)
+    assert counts == [4, 12]
+    with pytest.warns(UserWarning, match="the states of callbacks that this Trainer does not have"):
+        trainer(tmp_path, max_epochs=4).fit(Net(), loader(8, 2), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_another_kind_of_optimization_is_refused(tmp_path: Path) -> None:
+    class Manual(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.automatic_optimization = trainer.current_epoch == 0
+
+    with pytest.raises(MisconfigurationException, match="automatic_optimization became False during the run"):
+        trainer(tmp_path, callbacks=Manual(), max_epochs=2).fit(Net(), loader())

@@ -15,7 +15,7 @@ from treadle.checkpoint.exact import keep_own_part
 from treadle.run.changes import group_names
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
-from treadle_fabric import CheckpointMismatchError, Strategy, rank_zero_warn
+from treadle_fabric import CheckpointMismatchError, Strategy
 from treadle_fabric.checkpoint import parts_on_demand
 
 __all__ = ["read_checkpoint", "restore_training", "restore_weights"]
@@ -78,11 +78,7 @@ def restore_weights(
     for callback in callbacks:
         run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
     known = {callback.state_key for callback in callbacks}
-    if missing := set(states) - known:
-        rank_zero_warn(
-            f"The checkpoint has the states of callbacks that this Trainer does not have: {sorted(missing)}. Add them"
-            " to go on as before."
-        )
+    run.dispatch.keep_states({key: state for key, state in states.items() if key not in known})
     for callback in callbacks:
         if callback.state_key in states:
             callback.load_state_dict(states[callback.state_key])

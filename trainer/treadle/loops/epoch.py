@@ -18,7 +18,7 @@ from treadle.loops.stopping import Controls, Stops
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
-from treadle_fabric import StopAgreement, rank_zero_warn
+from treadle_fabric import MisconfigurationException, StopAgreement, rank_zero_warn
 
 __all__ = ["TrainingEpoch"]
 
@@ -120,6 +120,14 @@ class TrainingEpoch:
         begin_batch(None)
         if step.idle:
             self._tell_of_idleness(progress.batch - begun)
+
+    def check_optimization(self) -> None:
+        """Refuse another kind of optimization than when the run began."""
+        if self._run.module.automatic_optimization is not self._automatic:
+            raise MisconfigurationException(
+                f"automatic_optimization became {not self._automatic} during the run, and the run began with"
+                f" {self._automatic}: set it in `__init__`, and step by hand in all epochs or in none."
+            )
 
     @property
     def _accumulate(self) -> int:

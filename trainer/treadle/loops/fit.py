@@ -151,6 +151,7 @@ class FitLoop:
         """Call the hook, restore what a resumed run has to, and return the loop for what listens and is defined now."""
         run, dispatch = self._run, self._run.dispatch
         self._changed |= dispatch.refresh("fit")
+        dispatch.tell_of_states()
         if run.progress.begun:  # the hook ran before the checkpoint was saved
             with run.changes.unchanged(run.optimizers):
                 dispatch.call("on_train_epoch_start")
@@ -159,6 +160,7 @@ class FitLoop:
             self._parts.restore(run)
             dispatch.call("on_train_epoch_start")
         run.changes.tell_untrained(run.module, run.optimizers)
+        epoch.check_optimization()
         if dispatch.refresh("fit") or self._changed:
             self.epoch, self.validation = epoch, _ = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))

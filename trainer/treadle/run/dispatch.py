@@ -81,13 +81,14 @@ class Dispatch:
         self._trainer, self._module = trainer, module
         self._table: dict[str, Listeners] = {}
         self._known: tuple[Callback, ...] = tuple(callbacks)
+        self._states: dict[str, Any] = {}  # in the checkpoint, of callbacks that may still come
         self._signature: Signature | None = None  # to be compared once the hooks of the set-up have run
         self._fill(callbacks)
 
     def refresh(self, stage: str) -> bool:
         """Take over callbacks that were added or removed, and methods that were assigned to module or callbacks.
 
-        A callback that comes to a running fit gets its ``setup``.
+        A callback that comes to a running fit gets its ``setup``, and its state where the fit goes on.
 
         Args:
             stage: The stage that runs, such as "fit".
@@ -106,7 +107,22 @@ class Dispatch:
         self._fill(reorder_callbacks(callbacks))
         for callback in added:
             self.run("setup", callback.setup, self._trainer, self._module, stage)
+            if (state := self._states.pop(callback.state_key, None)) is not None:
+                callback.load_state_dict(state)
         return True
+
+    def keep_states(self, states: Mapping[str, Any]) -> None:
+        """Keep the saved states of callbacks that the trainer does not have yet."""
+        self._states = dict(states)
+
+    def tell_of_states(self) -> None:
+        """Warn of the states that no callback has taken; the first epoch begins."""
+        if self._states:
+            rank_zero_warn(
+                "The checkpoint has the states of callbacks that this Trainer does not have:"
+                f" {sorted(self._states)}. Add them to go on as before."
+            )
+            self._states = {}
 
     def _current_signature(self) -> Signature:
         """What decides who listens, as far as a run may change it; cheap enough for every epoch."""
