@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import treadle as L
 from treadle_fabric import DDPStrategy, Fabric, MisconfigurationException
+from treadle_fabric.loggers import CSVLogger
 
 pytestmark = pytest.mark.timeout(110)
 
@@ -273,3 +274,50 @@ def test_a_layer_without_an_optimizer_is_told_of(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match=r"below.weight, below.bias can be trained now, but no optimizer has them"):
         trainer(tmp_path, max_epochs=3, callbacks=At(1, unfreeze)).fit(Above(), loader())
+
+
+@pytest.mark.parametrize("hook", ["__init__", "setup", "on_fit_start", "on_train_epoch_start"])
+def test_submodules_stay_in_evaluation_mode(tmp_path: Path, hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    seen: set[tuple[bool, bool]] = set()
+
+    class Partly(Two):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            seen.add((self.training, self.below.training))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            assert not self.training and not self.above.training
+
+    def evaluate(self: Any, *args: Any) -> None:
+        if hook == "__init__":
+            Two.__init__(self)
+        self.below.eval()
+
+    setattr(Partly, hook, evaluate)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, max_epochs=2).fit(Partly(), loader(), loader())
+    assert seen == {(True, False)}
+    told = "1 submodules are in evaluation mode when training begins, and stay so: below." in caplog.text
+    assert told is (hook != "on_train_epoch_start")
+
+
+def test_a_model_in_evaluation_mode_is_told_of(tmp_path: Path) -> None:
+    model = Two()
+    with pytest.warns(UserWarning, match="Two is in evaluation mode when training begins, and stays so"):
+        trainer(tmp_path).fit(model.eval(), loader())
+    assert not model.training
+
+
+def test_learning_rates_of_added_groups_are_logged(tmp_path: Path) -> None:
+    class Above(Two):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.above.parameters(), 0.1)
+
+    def add(model: Two) -> None:
+        model.below.requires_grad_(True)
+        model.optimizers().add_param_group({"params": model.below.parameters(), "lr": 0.05})
+
+    monitor = L.callbacks.LearningRateMonitor("epoch")
+    run = trainer(tmp_path, max_epochs=3, callbacks=[At(1, add), monitor], logger=CSVLogger(tmp_path))
+    run.fit(Above(), loader())
+    assert monitor.lrs == {"lr-SGD": [0.1], "lr-SGD/pg1": [0.1, 0.1], "lr-SGD/pg2": [0.05, 0.05]}
