@@ -73,11 +73,6 @@ class ModelChanges:
         self._saved = state
 
     @property
-    def resumed(self) -> bool:
-        """Whether there is something to restore."""
-        return bool(self._saved)
-
-    @property
     def added(self) -> list[str]:
         """The parameters that came after the saved run had begun."""
         made = self._saved.get("made", {}).get("requires_grad", {})
@@ -90,11 +85,7 @@ class ModelChanges:
             module: The module.
             tell: Say which parameters something has changed since they were restored.
         """
-        wanted = self._wanted("requires_grad", self._trainable)
-        now = dict(module.named_parameters())
-        changed = [name for name, required in wanted.items() if name in now and now[name].requires_grad is not required]
-        for name in changed:
-            now[name].requires_grad_(wanted[name])
+        changed = _require(module, self._wanted("requires_grad", self._trainable))
         if tell and changed:
             rank_zero_info(
                 f"What is trainable was changed before the first batch ({_shown(changed)}), and is again what it was"
@@ -174,10 +165,11 @@ class ModelChanges:
     @contextmanager
     def unchanged(self, optimizers: Sequence[FabricOptimizer]) -> Generator[None]:
         """The same, and parameter groups are afterwards as before: what the hook changes was saved with the rest."""
-        before = [[{**g, "params": list(g["params"])} for g in each.param_groups] for each in optimizers]
+        resumed = optimizers if self._saved else ()
+        before = [[{**g, "params": list(g["params"])} for g in each.param_groups] for each in resumed]
         with self.repeated(optimizers):
             yield
-        for each, groups in zip(optimizers, before, strict=True):
+        for each, groups in zip(resumed, before, strict=True):
             for group, old in zip(each.param_groups, groups, strict=False):
                 group.clear()
                 group.update(old)
@@ -204,10 +196,13 @@ def _trainable(module: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in module.named_parameters()}
 
 
-def _require(module: nn.Module, wanted: Mapping[str, bool]) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad is not wanted.get(name, parameter.requires_grad):
-            parameter.requires_grad_(wanted[name])
+def _require(module: nn.Module, wanted: Mapping[str, bool]) -> list[str]:
+    """Let parameters require gradients or not; return the names of those that changed."""
+    now = dict(module.named_parameters())
+    changed = [name for name, required in wanted.items() if name in now and now[name].requires_grad is not required]
+    for name in changed:
+        now[name].requires_grad_(wanted[name])
+    return changed
 
 
 @contextmanager
