@@ -125,3 +125,10 @@ def test_an_explicit_limit_stays(tmp_path: Path, arguments: Any, train: float, v
 def test_a_limit_that_cannot_be_compared_is_told_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="overfit_batches=2 decides, and not limit_train_batches=0.5"):
         trainer(tmp_path, overfit_batches=2, limit_train_batches=0.5)
+
+
+def test_a_time_limit_beside_a_timer_is_told_of(tmp_path: Path) -> None:
+    timer = L.callbacks.Timer("00:00:01:00")
+    with pytest.warns(UserWarning, match="max_time has no effect, because callbacks has a Timer"):
+        run = trainer(tmp_path, callbacks=timer, max_time="00:00:02:00")
+    assert [c for c in run.callbacks if isinstance(c, L.callbacks.Timer)] == [timer]

@@ -269,6 +269,11 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
         found.append(default_progress_bar())
     if settings.enable_model_summary and not any(isinstance(c, ModelSummary) for c in found):
         found.append(ModelSummary())
-    if settings.durations.max_time is not None and not any(isinstance(c, Timer) for c in found):
-        found.append(Timer(settings.durations.max_time))
+    if settings.durations.max_time is not None:
+        if any(isinstance(c, Timer) for c in found):
+            rank_zero_warn(
+                "max_time has no effect, because callbacks has a Timer, which decides: leave one of them out."
+            )
+        else:
+            found.append(Timer(settings.durations.max_time))
     return reorder_callbacks(found)
