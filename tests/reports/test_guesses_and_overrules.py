@@ -127,8 +127,9 @@ def test_a_limit_that_cannot_be_compared_is_told_of(tmp_path: Path) -> None:
         trainer(tmp_path, overfit_batches=2, limit_train_batches=0.5)
 
 
-def test_a_time_limit_beside_a_timer_is_told_of(tmp_path: Path) -> None:
+def test_a_time_limit_beside_a_timer_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     timer = L.callbacks.Timer("00:00:01:00")
-    with pytest.warns(UserWarning, match="max_time has no effect, because callbacks has a Timer"):
+    with caplog.at_level(logging.INFO):
         run = trainer(tmp_path, callbacks=timer, max_time="00:00:02:00")
     assert [c for c in run.callbacks if isinstance(c, L.callbacks.Timer)] == [timer]
+    assert "max_time has no effect, because callbacks has a Timer" in caplog.text

@@ -271,7 +271,7 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
         found.append(ModelSummary())
     if settings.durations.max_time is not None:
         if any(isinstance(c, Timer) for c in found):
-            rank_zero_warn(
+            rank_zero_info(
                 "max_time has no effect, because callbacks has a Timer, which decides: leave one of them out."
             )
         else:
