@@ -23,7 +23,7 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checks import check_integer, is_list, is_several, one_or_several
+from treadle_fabric.checks import check_integer, check_loss, is_list, is_several, one_or_several
 from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
@@ -156,6 +156,7 @@ __all__ = [
     "batch_mover",
     "canonical_precision",
     "check_integer",
+    "check_loss",
     "claim_failure",
     "collect_rng_states",
     "detect_environment",

@@ -8,9 +8,11 @@ from collections.abc import Iterator, MappingView, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
+from torch import Tensor
+
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["check_integer", "is_list", "is_several", "one_or_several"]
+__all__ = ["check_integer", "check_loss", "is_list", "is_several", "one_or_several"]
 
 
 def is_several(value: Any) -> bool:
@@ -66,3 +68,24 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning:
     raise MisconfigurationException(
         f"{name}={value!r} must be an integer{least}{note}: pass a number such as {max(1, minimum or 1)}."
     )
+
+
+def check_loss(loss: Tensor, what: str) -> None:
+    """Explain why a backward pass failed, where the loss itself is the reason; otherwise do nothing.
+
+    Args:
+        loss: what was to be differentiated, without a ``gradient``.
+        what: whose loss, for the message, such as ``"`training_step` returned"``.
+
+    Raises:
+        MisconfigurationException: the loss is not one number, or depends on no parameter that requires a gradient.
+    """
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"{what} a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()` say."
+        ) from None
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            f"{what} a loss that does not depend on any parameter that requires a gradient: compute it from the model's"
+            " output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
+        ) from None

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
-from treadle_fabric.checks import is_several, one_or_several
+from treadle_fabric.checks import check_loss, is_several, one_or_several
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
@@ -393,7 +393,8 @@ class Fabric:
             **kwargs: For ``Tensor.backward``.
 
         Raises:
-            MisconfigurationException: ``tensor`` is no tensor, or the model is not set up.
+            MisconfigurationException: ``tensor`` is no tensor, is not one number, or depends on no parameter that
+                requires a gradient; or the model is not set up.
         """
         if not isinstance(tensor, Tensor):
             raise MisconfigurationException(
@@ -401,10 +402,17 @@ class Fabric:
                 "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
         engine = None if model is None else engine_of(model, "backward")
-        if self._plain_backward and not args and not kwargs:
-            tensor.backward()  # type: ignore[no-untyped-call]
-        else:
-            self._strategy.backward(tensor, engine, *args, **kwargs)
+        try:
+            if self._plain_backward and not args and not kwargs:
+                tensor.backward()  # type: ignore[no-untyped-call]
+            else:
+                self._strategy.backward(tensor, engine, *args, **kwargs)
+        except RuntimeError as error:
+            if not args and not kwargs:
+                check_loss(tensor, "backward got")
+            if (explained := self._strategy.explain_error(engine, error)) is not None:
+                raise explained from error
+            raise
 
     def clip_gradients(
         self,
@@ -537,6 +545,10 @@ class Fabric:
         self, path: PathLike, state: Mapping[str, Any], filter: dict[str, Callable[[str, Any], bool]] | None = None
     ) -> None:
         """Write a checkpoint, whole or not at all; every process must call this.
+
+        A model's and an optimizer's state dict are written. Which parameters require gradients is in neither, nor are
+        the names in parameter groups: a program that changes them in its loop makes the same changes, as far as it had
+        come, before it calls :meth:`load`. Keep in ``state`` what it needs to know for that, such as the epoch.
 
         Args:
             path: The path to write to.

@@ -168,8 +168,9 @@ def test_copies_taken_in_a_run_train_again(tmp_path: Path) -> None:
         assert other.global_step == 2
         other.fit(module, loader())
         weights = {**module.state_dict()}
+        other.max_epochs = 2
         other.fit(other.lightning_module, datamodule=Data())
-        assert other.global_step in (4, 8), name
+        assert other.global_step == 8, name
         assert all(v.isfinite().all() for v in weights.values())
     assert run.global_step == 4
 

@@ -169,6 +169,15 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
             unfit = f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}"
             if isinstance(e, CheckpointMismatchError):  # says what to do
                 raise CheckpointMismatchError(unfit) from e
+            if isinstance(current, Optimizer):
+                saved_sizes = (
+                    [len(group["params"]) for group in saved["param_groups"]] if "param_groups" in saved else "?"
+                )
+                sizes = [len(group["params"]) for group in current.param_groups]
+                raise CheckpointMismatchError(
+                    f"{unfit}. It has parameter groups of the sizes {sizes}, and those in the file are {saved_sizes}:"
+                    " make the same groups before loading, those too that the run added (optimizer.add_param_group)."
+                ) from e
             raise CheckpointMismatchError(
                 f"{unfit}. "
                 "Build it as it was when the file was written" + (", or pass strict=False." if strict else ".")

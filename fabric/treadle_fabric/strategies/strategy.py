@@ -373,8 +373,13 @@ class Strategy(ABC):
     def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Backward passes inside leave gradients unreduced, for all but the last micro-batch of an accumulation."""
 
-    def explain_error(self, engine: Module, error: RuntimeError) -> Exception | None:
-        """A clearer exception for what the engine's forward raised. Default: none."""
+    def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
+        """A clearer exception for what the engine's forward raised, or a backward pass. Default: none.
+
+        Args:
+            engine: The engine; None where it is not known whose backward pass it was.
+            error: What torch raised.
+        """
         return None
 
     # Communication

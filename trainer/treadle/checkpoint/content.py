@@ -44,6 +44,7 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         "treadle": {"progress": {**dataclasses.asdict(progress), "phase": int(progress.phase)}},
     }
     if not weights_only:
+        checkpoint["treadle"]["changes"] = run.changes.state_dict(module, run.optimizers)
         states = {c.state_key: c.state_dict() for c in callbacks if overrides(c, "state_dict", Callback)}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         checkpoint["optimizer_states"] = [strategy.get_optimizer_state(o.optimizer) for o in run.optimizers]

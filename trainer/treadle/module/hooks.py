@@ -123,7 +123,10 @@ class ModuleHooks(DataHooks, nn.Module):
         """Called when training has ended."""
 
     def on_train_epoch_start(self) -> None:
-        """Called when a training epoch begins."""
+        """Called when a training epoch begins, and again when a run goes on within one.
+
+        What it does to parameter groups is then undone: they are in the checkpoint.
+        """
 
     def on_train_epoch_end(self) -> None:
         """Called when a training epoch has ended, its validation included."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any
 
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
 from treadle.module import LightningDataModule, LightningModule
+from treadle.run.changes import ModelChanges
 from treadle.run.dispatch import Dispatch
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
@@ -42,8 +42,10 @@ class Run:
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     validated: dict[int, int] = field(default_factory=dict)
     """The batches of each loader in all evaluations of this run: the x axis of values logged on evaluation steps."""
+    changes: ModelChanges = field(default_factory=ModelChanges)
+    """What the run changes about its module and optimizers: what is trainable, modes, parameter groups."""
 
-    @cached_property
+    @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
         """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
         found = list(self.module.named_modules())

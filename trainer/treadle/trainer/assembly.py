@@ -13,7 +13,7 @@ from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.fit import FitLoop
-from treadle.loops.optimizers import parse_optimizers
+from treadle.loops.optimizers import explained_optimizers, parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
@@ -74,8 +74,10 @@ def set_up_optimizers(run: ReadyRun) -> None:
 
 
 def _configure_optimizers(run: Run) -> list[Optimizer]:
-    returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
+    with run.changes.undone(run.module), explained_optimizers(run.module):
+        returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, schedulers = parse_optimizers(returned, run.module)
+    run.changes.note_groups(run.module, optimizers)
     run.schedulers.extend(schedulers)
     return optimizers
 

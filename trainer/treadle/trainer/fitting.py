@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
@@ -106,12 +107,23 @@ class Fitting:
             return None
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
+    def remake(self, run: ReadyRun, loop: FitLoop) -> tuple[TrainingEpoch, Evaluation | None]:
+        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+        assert self.data is not None
+        validation = loop.validation
+        if validation is not None:
+            validation = self._evaluation(run, validation.data)
+        return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals), validation
+
     def make_validation(self, run: ReadyRun) -> Evaluation | None:
         """Make the validation, with new loaders; None where fit does not validate."""
         loaders = assembly.validation_loaders(run, self._settings, self._val)
         if loaders is None:
             return None
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
+        return self._evaluation(run, data)
+
+    def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
         return Evaluation(run, data, "validation", inference_mode=self._settings.inference_mode)
 
     def stopped(self, run: ReadyRun) -> None:
@@ -132,6 +144,7 @@ class Fitting:
         if self._unrestored:  # until all of it is back, a save keeps it as it was
             assert self.data is not None
             restore_exact(run, self._unrestored, self.data, accumulate=self._controls.accumulate_grad_batches)
+            run.changes.restored(run.module)
             self._unrestored = {}
 
     def _ask_for_data(self) -> None:

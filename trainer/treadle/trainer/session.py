@@ -117,6 +117,10 @@ class Session:
         dispatch.call("setup", fn.value)
         with self._fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
+        dispatch.refresh(fn.value)
+        run.changes.begin(module)
+        run.modules[:] = [m for m in module.modules() if isinstance(m, LightningModule)]
+        module.attach(trainer, results)  # those that were made just now, too
         if settings.sync_batchnorm and self._fabric.world_size > 1:
             assembly.share_batch_norm(module, self._fabric.accelerator)
         return run

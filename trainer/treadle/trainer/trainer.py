@@ -381,6 +381,13 @@ class Trainer:
         """The torch optimizers of the current fit."""
         return [o.optimizer for o in self.wrapped_optimizers]
 
+    @optimizers.setter
+    def optimizers(self, optimizers: Any) -> None:
+        raise MisconfigurationException(
+            "trainer.optimizers cannot be replaced: schedulers and checkpoints belong to the optimizers that"
+            " configure_optimizers made. Change their param_groups, or call their add_param_group."
+        )
+
     @property
     def wrapped_optimizers(self) -> list[FabricOptimizer]:
         """The optimizers whose ``step`` goes through precision and strategy."""
@@ -893,6 +900,7 @@ class Trainer:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
                 self.should_stop |= bool(exact.get("should_stop", False))
+            ready.dispatch.refresh("fit")
             loop = fitting.make_loop(ready, exact)
             del checkpoint, exact  # the fitting drops what it has put back
             try:
