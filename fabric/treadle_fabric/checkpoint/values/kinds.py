@@ -10,7 +10,7 @@ from treadle_fabric.checkpoint.values.standard_kinds import KINDS
 
 __all__ = ["make_kind", "take_kind"]
 _BY_NAME: Final = {kind.name: kind for kind in KINDS.values()}
-_LIBRARIES: Final = {"numpy": numpy_kinds, "omegaconf": omegaconf_kinds}
+_LIBRARIES: Final[dict[str, Any]] = {"numpy": numpy_kinds, "omegaconf": omegaconf_kinds}
 
 
 def take_kind(value: Any) -> tuple[str, Any, Any] | None:
@@ -23,7 +23,8 @@ def take_kind(value: Any) -> tuple[str, Any, Any] | None:
     if kind is not None:
         return kind.name, *kind.take(value)
     for library, kinds in _LIBRARIES.items():
-        if library in sys.modules and (taken := kinds.take(value)) is not None:
+        taken: tuple[str, Any, Any] | None = kinds.take(value) if library in sys.modules else None
+        if taken is not None:
             return taken
     return None
 

@@ -45,8 +45,8 @@ class NotLoaded:
 
 _USES: Final = (
     "call getitem setitem delitem contains iter next len bool eq ne lt le gt ge add radd sub rsub mul rmul truediv "
-    "rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul and rand or ror xor rxor neg pos abs invert int float "
-    "complex index round enter exit fspath reduce_ex"
+    "rtruediv floordiv rfloordiv mod rmod pow rpow matmul rmatmul and rand or ror xor rxor neg pos abs invert int "
+    "float complex index round enter exit fspath reduce_ex"
 )
 for _use in _USES.split():
     setattr(NotLoaded, f"__{_use}__", NotLoaded.raise_error)

@@ -34,7 +34,7 @@ Path = tuple[Any, ...]
 _KEYS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _PLAIN: Final = frozenset({*_KEYS, bytearray, torch.Size, torch.layout, torch.qscheme})
 _MAPPINGS: Final = (dict, OrderedDict, Counter)
-_BASES: Final = (bool, int, float, complex, str, bytes, dict, list, tuple, set, frozenset)
+_BASES: Final[tuple[Any, ...]] = (bool, int, float, complex, str, bytes, dict, list, tuple, set, frozenset)
 _ABSENT: Final = object()
 """Stands for the content of a value that has no plain form at all."""
 
@@ -46,7 +46,7 @@ class Keeping:
     Args:
         classes: By key of the state, the dataclasses, enums and named tuples that will be known where it is loaded.
         lenient: Leave out what cannot be pickled, rather than refuse it.
-        name: What messages call the state. Default: "state".
+        name: What messages call the state. Default: "state". Without a name they call its keys by theirs.
     """
 
     classes: Mapping[str, Collection[type]] = field(default_factory=dict)
@@ -78,8 +78,8 @@ def pack(state: Mapping[str, Any], keeping: Keeping) -> Packed:
         own = content.get(OWN_KEY, {})
         if not isinstance(own, dict) or "values" in own:
             raise MisconfigurationException(
-                f"{keeping.name}[{OWN_KEY!r}] is in the place where the types of the other values are kept. Give it "
-                "another key."
+                f"The key {OWN_KEY!r} of the state is in the place where the types of the other values are kept. Give "
+                "what is there another key."
             )
         content[OWN_KEY] = {**own, "values": block}
     return Packed(content, packer.pickled, packer.left_out)
@@ -93,6 +93,12 @@ def pack_alone(value: Any, keeping: Keeping, path: Path) -> Any:
     """
     packer = _Packer(keeping)
     return packer.alone(packer.pack(value, path), path)
+
+
+def dotted(path: Path) -> str:
+    """A path in a checkpoint as people write it: "hyper_parameters.layers[0]"."""
+    steps = "".join(f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path)
+    return steps.removeprefix(".")
 
 
 class _Cycle(Exception):
@@ -163,9 +169,10 @@ class _Packer:
             _dump(each.value)
         except Exception as e:
             if not self._keeping.lenient:
+                reason = str(e).rstrip(".") or type(e).__name__
                 raise CheckpointError(
-                    f"{self._where(each.path)} ({_described(each.value)}) cannot be pickled "
-                    f"({str(e).rstrip('.') or type(e).__name__}). Save its state_dict() or plain values, or leave it out."
+                    f"{self._where(each.path)} ({_described(each.value)}) cannot be pickled ({reason}). Save its "
+                    "state_dict() or plain values, or leave it out."
                 ) from e
             if each.optional:
                 self._types = [entry for entry in self._types if entry[1] is not each.spec]
@@ -175,7 +182,7 @@ class _Packer:
         return True
 
     def _where(self, path: Path) -> str:
-        return self._keeping.name + "".join(f"[{key!r}]" for key in path)
+        return f"{self._keeping.name}{''.join(f'[{key!r}]' for key in path)}" if self._keeping.name else dotted(path)
 
     # --- the values ---
 
@@ -226,9 +233,7 @@ class _Packer:
             return packed
         return self._object(value, path, at, _view(value))
 
-    def _object(
-        self, value: Any, path: Path, at: int | None, view: Any, spec: dict[str, Any] | None = None
-    ) -> Any:
+    def _object(self, value: Any, path: Path, at: int | None, view: Any, spec: dict[str, Any] | None = None) -> Any:
         """Have a value pickled; ``view`` is what plain form it has, for readers that want no more."""
         packed = _ABSENT
         if view is not _ABSENT:
@@ -333,7 +338,7 @@ def _plain_names(keys: list[Any]) -> list[Any]:
 
 
 def _may_be_loaded(value: Any) -> bool:
-    """Whether the program allowed it by ``torch.serialization.add_safe_globals``, and torch loads it for that reason."""
+    """Whether torch loads it because the program allowed it, with ``torch.serialization.add_safe_globals``."""
     allowed = torch.serialization.get_safe_globals()
     if not any(each is type(value) or each is value for each in allowed):
         return False

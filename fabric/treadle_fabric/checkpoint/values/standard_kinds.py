@@ -97,7 +97,7 @@ def _zone_from(kept: Any) -> datetime.tzinfo | None:
         return None if kept is None else ZoneInfo(kept)
     days, seconds, microseconds, *name = kept
     offset = datetime.timedelta(days, seconds, microseconds)
-    return datetime.timezone(offset, *name) if name or offset else datetime.timezone.utc
+    return datetime.timezone(offset, *name) if name or offset else datetime.UTC
 
 
 def _delta(value: datetime.timedelta) -> list[int]:
@@ -135,7 +135,8 @@ def _make_generator(content: torch.Tensor, device: str) -> torch.Generator:
 
 
 _FORMATS: Final = {
-    str(each): each for each in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+    str(each): each
+    for each in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 _PATH: Final = _simple("Path", str, Path)
 

@@ -6,6 +6,7 @@ annotations of a constructor, or from objects that the program gives.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import inspect
@@ -129,9 +130,11 @@ def classes_in_state(state: Any) -> frozenset[type]:
 def _structures(value: Any) -> Iterator[Any]:
     if isinstance(value, enum.Enum):
         yield value
-    elif not isinstance(value, Module | type):
-        if take_structure(value) is not None:
-            yield value
+        return
+    structure = take_structure(value)
+    if structure is not None:
+        yield value
+    if structure is not None or isinstance(value, dict | list | tuple):
         for _, each in children(value) or ():
             yield from _structures(each)
 
@@ -162,20 +165,17 @@ def _add(annotation: Any, found: set[type]) -> None:
 
 def _hints(owner: Any) -> Iterable[Any]:
     """The annotations of a function or a class, each by itself, so that one unknown name does not hide the others."""
-    try:
+    with contextlib.suppress(Exception):  # a name that only a type checker sees
         return typing.get_type_hints(owner).values()
-    except Exception:  # a name that only a type checker sees
-        pass
-    function = inspect.unwrap(owner) if callable(owner) else owner
-    known = getattr(function, "__globals__", None) or vars(sys.modules.get(function.__module__, SimpleNamespace()))
+    if isinstance(owner, type):
+        found = [(cls, vars(cls).get("__annotations__", {})) for cls in owner.__mro__]
+    else:
+        found = [(owner, getattr(owner, "__annotations__", {}))]
     hints: list[Any] = []
-    for cls in reversed(owner.__mro__) if isinstance(owner, type) else (owner,):
-        for name, annotation in vars(cls).get("__annotations__", {}).items() if isinstance(cls, type) else (
-            getattr(cls, "__annotations__", {}).items()
-        ):
-            try:
+    for home, annotated in found:
+        known = dict(vars(sys.modules.get(home.__module__, SimpleNamespace())))
+        for name, annotation in annotated.items():
+            with contextlib.suppress(Exception):  # this one is not known
                 one = SimpleNamespace(__annotations__={name: annotation})
-                hints += typing.get_type_hints(one, globalns=dict(known)).values()
-            except Exception:  # this one is not known
-                continue
+                hints += typing.get_type_hints(one, globalns=known).values()
     return hints

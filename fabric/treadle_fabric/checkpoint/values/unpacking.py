@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treadle_fabric.checkpoint.values.kinds import make_kind
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
-from treadle_fabric.checkpoint.values.packing import ALONE, OWN_KEY, VERSION, Path
+from treadle_fabric.checkpoint.values.packing import ALONE, OWN_KEY, VERSION, Path, dotted
 from treadle_fabric.checkpoint.values.structures import make_structure, name_of
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
@@ -87,8 +87,8 @@ class _Unpacker:
         try:
             if block["version"] != VERSION:
                 raise CheckpointError(
-                    f"{name!r} keeps the types of its values in the format {block['version']!r}, and {VERSION} is known "
-                    "here. Load it with the release that wrote it."
+                    f"{name!r} keeps the types of its values in the format {block['version']!r}, and {VERSION} is "
+                    "known here. Load it with the release that wrote it."
                 )
             for path, spec in block["types"]:
                 node = self._root
@@ -189,8 +189,7 @@ class _Unpacker:
     # --- what was not loaded ---
 
     def _not_loaded(self, spec: Mapping[str, Any], path: Path, error: Exception | None = None) -> NotLoaded:
-        where = "".join(f"[{key!r}]" for key in path)
-        what = f"checkpoint{where} ({spec.get('class', spec['kind'])}), from {self._name!r},"
+        what = f"{dotted(path)!r} ({spec.get('class', spec['kind'])}) of {self._name!r}"
         argument = path[-1] if len(path) == 2 and str(path[0]).endswith("hyper_parameters") else None
         passed = f", or pass `{argument}=...` to `load_from_checkpoint`" if argument else ""
         if isinstance(error, ImportError):
@@ -210,7 +209,7 @@ class _Unpacker:
             reason = f"could not be pickled, and was left out when the file was saved. Make it anew{passed}."
         else:
             reason = (
-                f"is of the class {spec['class']}, which a file cannot name safely. Annotate the argument of `__init__` "
-                f"with that class{passed}."
+                f"is of the class {spec['class']}, which a file cannot name safely. Annotate the argument of "
+                f"`__init__` with that class{passed}."
             )
-        return NotLoaded(what.rstrip(","), f"{what} {reason}")
+        return NotLoaded(what, f"{what} {reason}")
