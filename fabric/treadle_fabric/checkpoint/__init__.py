@@ -8,9 +8,9 @@ has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor.
 plain for a file, and turns them back. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
-``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names; ``PerRank``,
-``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common; ``pack`` and ``unpack`` are for
-values of any kind.
+``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and
+``shortened`` make them; ``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in
+common; ``pack`` and ``unpack`` are for values of any kind.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
@@ -18,6 +18,7 @@ from treadle_fabric.checkpoint.distributed.loading import placed_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
+from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
 from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
@@ -30,6 +31,7 @@ from treadle_fabric.checkpoint.values.structures import classes_in_state, known_
 from treadle_fabric.checkpoint.values.unpacking import unpack
 
 __all__ = [
+    "NAME_BYTES",
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
@@ -40,6 +42,7 @@ __all__ = [
     "checkpoints_in",
     "classes_in_state",
     "fingerprint",
+    "hidden_beside",
     "known_classes",
     "link_folder",
     "names_of",
@@ -49,6 +52,7 @@ __all__ = [
     "placed_like",
     "put_in_place",
     "read_outline",
+    "shortened",
     "size_of",
     "unpack",
     "written_at",

@@ -16,8 +16,7 @@ _PYTHON_BYTES: Final = 16
 
 def take(value: Any) -> tuple[str, Any, Any] | None:
     """The kind of a value, its content and its dtype; None for what is not of NumPy."""
-    import numpy as np
-
+    np = _numpy()
     if isinstance(value, np.generic):
         if type(value) is not value.dtype.type:  # a class that someone derived
             return None
@@ -38,8 +37,7 @@ def take(value: Any) -> tuple[str, Any, Any] | None:
 
 def make(name: str, content: Any, more: Any) -> Any:
     """The value that :func:`take` took apart."""
-    import numpy as np
-
+    np = _numpy()
     if name == "numpy.array":
         return content.cpu().numpy().astype(_dtype(more), copy=False)
     if name == "numpy.scalar":
@@ -53,10 +51,15 @@ def make(name: str, content: Any, more: Any) -> Any:
     return array if name == "numpy.raw" else array[()]
 
 
+def _numpy() -> Any:
+    import numpy  # need not be installed
+
+    return numpy
+
+
 def _tensor_of(array: Any) -> torch.Tensor | None:
     """The array as a tensor, which shares its memory where it can; None where torch has no such dtype."""
-    import numpy as np
-
+    np = _numpy()
     if array.dtype.kind not in _NUMBERS or not array.dtype.isnative:
         return None
     whole = array.flags.c_contiguous and array.flags.writeable
@@ -83,8 +86,7 @@ def _described(dtype: Any) -> Any:
 
 
 def _dtype(described: Any) -> Any:
-    import numpy as np
-
+    np = _numpy()
     dtype: Any = np.dtype(described)
     if dtype.hasobject:
         raise ValueError(f"the dtype {dtype} is of Python objects")

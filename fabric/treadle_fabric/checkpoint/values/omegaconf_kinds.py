@@ -16,7 +16,7 @@ def take(value: Any) -> tuple[str, Any, Any] | None:
     An interpolation that came from a file could call a resolver of the program, ``${eval:...}`` for example, and so it
     is never written to one.
     """
-    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf  # need not be installed
     from omegaconf.errors import OmegaConfBaseException
 
     if type(value) not in (DictConfig, ListConfig):
@@ -33,7 +33,7 @@ def take(value: Any) -> tuple[str, Any, Any] | None:
 
 def make(name: str, content: Any, more: Any) -> Any:
     """The value that :func:`take` took apart."""
-    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf  # need not be installed
 
     cls = {"omegaconf.DictConfig": DictConfig, "omegaconf.ListConfig": ListConfig}[name]
     if _has_interpolation(content):
