@@ -10,7 +10,7 @@ plain for a file, and turns them back. Imports only the foundation.
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and
 ``shortened`` make them; ``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in
-common; ``pack`` and ``unpack`` are for values of any kind.
+common; ``pack`` and ``unpack`` are for values of any kind, and ``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
@@ -28,7 +28,7 @@ from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
 from treadle_fabric.checkpoint.values.structures import classes_in_state, known_classes
-from treadle_fabric.checkpoint.values.unpacking import unpack
+from treadle_fabric.checkpoint.values.unpacking import pickled_in, unpack
 
 __all__ = [
     "NAME_BYTES",
@@ -49,6 +49,7 @@ __all__ = [
     "newest_good",
     "pack",
     "parts_on_demand",
+    "pickled_in",
     "placed_like",
     "put_in_place",
     "read_outline",

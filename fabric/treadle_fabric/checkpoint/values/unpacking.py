@@ -16,7 +16,7 @@ from treadle_fabric.checkpoint.values.packing import ALONE, OWN_KEY, VERSION, Pa
 from treadle_fabric.checkpoint.values.structures import make_structure, name_of
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["unpack", "unpack_alone"]
+__all__ = ["pickled_in", "unpack", "unpack_alone"]
 
 _ABSENT: Any = object()
 
@@ -51,6 +51,13 @@ def unpack(
         bare[OWN_KEY] = rest
     made: dict[str, Any] = _Unpacker(own["values"], name, weights_only, map_location, classes).all_of(bare)
     return made
+
+
+def pickled_in(content: Mapping[str, Any]) -> dict[str, str]:
+    """What a checkpoint that was not unpacked keeps pickled: where it belongs, and what it is."""
+    own = content.get(OWN_KEY)
+    types = own["values"].get("types", ()) if isinstance(own, dict) and isinstance(own.get("values"), dict) else ()
+    return {dotted(path): str(spec["class"]) for path, spec in types if spec.get("pickled") is not None}
 
 
 def unpack_alone(
@@ -147,7 +154,7 @@ class _Unpacker:
 
         if isinstance(content, dict):
             known = {key: inner(key, value) for key, value in content.items()}
-            lacking = [(each.specs[0].get("at"), key) for key, each in node.inner.items() if key not in content]
+            lacking = [(s.get("at"), key) for key, n in node.inner.items() if key not in content for s in n.specs[:1]]
             items = list(known.items())
             for at, key in sorted((at, key) for at, key in lacking if isinstance(at, int)):
                 items.insert(at, (key, inner(key, _ABSENT)))
