@@ -11,6 +11,7 @@ import os
 import signal
 import warnings
 import zipfile
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -352,3 +353,47 @@ def test_a_killed_run_goes_on_with_its_objects(way: str) -> None:
     assert run.global_step == 8
     assert len(module.losses) == 5
     assert module.keep["loss"].weight.item() == 2.0
+
+
+# --- two ranks ---
+
+
+class Walker(torch.utils.data.IterableDataset[Any]):
+    """A loader with a state of its own, which is different on each rank and has values of several kinds."""
+
+    def __init__(self) -> None:
+        self.seen = deque([Path(f"{os.environ['LOCAL_RANK']}-begun")], maxlen=3)
+        self.restored: Any = None
+
+    def __iter__(self) -> Any:
+        for i in range(4):
+            self.seen.append(Path(f"{os.environ['LOCAL_RANK']}-{i}"))
+            yield torch.ones(2, 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": deque(self.seen, maxlen=3)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.restored = state["seen"]
+
+
+def train_two_ranks(way: str) -> None:
+    def make(max_steps: int) -> L.Trainer:
+        return trainer(Path(), max_steps=max_steps, max_epochs=2, devices=2, strategy="ddp", plugins=WAYS[way]())
+
+    warnings.simplefilter("ignore")
+    run = make(2)
+    run.fit(WithLoss(), Walker())
+    run.save_checkpoint("a.ckpt")
+    again, walker = WithLoss(), Walker()
+    make(3).fit(again, walker, ckpt_path="a.ckpt", weights_only=False)
+    assert isinstance(again.keep["loss"], Loss)
+    assert walker.restored
+    assert walker.restored.maxlen == 3
+    assert all(isinstance(seen, Path) and seen.name[0] == str(run.global_rank) for seen in walker.restored)
+
+
+@pytest.mark.parametrize("way", ["file", "folder"])
+def test_two_ranks_keep_them_too(way: str) -> None:
+    said = run_in_ranks(train_two_ranks, way)
+    assert said.count("kept pickled") <= 1
