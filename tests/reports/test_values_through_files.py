@@ -470,3 +470,41 @@ def test_a_resolver_is_never_called_by_a_file() -> None:
     with pytest.raises(CheckpointUnsafeError):
         fabric().load("a.ckpt")["cfg"].a
     assert not called
+
+
+def test_a_data_module_gets_its_values_back() -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self, root: Path, cfg: Config, stamp: datetime) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return loader(4)
+
+    given = {"root": Path("a"), "cfg": CONFIG, "stamp": datetime(2026, 1, 2)}
+    run = trainer(Path(), max_steps=1)
+    run.fit(Net(), datamodule=Data(**given))
+    run.save_checkpoint("a.ckpt")
+    loaded = Data.load_from_checkpoint("a.ckpt").hparams
+    assert all(same(value, loaded[name]) for name, value in given.items())
+
+
+def test_an_open_file_gives_them_too() -> None:
+    save(Annotated(CONFIG))
+    with open("a.ckpt", "rb") as file:
+        assert same(CONFIG, Annotated.load_from_checkpoint(file).hparams.cfg)
+
+
+def test_a_run_that_goes_on_sees_them_and_saves_them_again() -> None:
+    seen: list[Any] = []
+
+    class Looking(Annotated):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            seen.append(checkpoint["hyper_parameters"]["cfg"])
+
+    save(Looking(CONFIG))
+    run = trainer(Path(), max_steps=2, max_epochs=2)
+    run.fit(Looking(CONFIG), loader(4), ckpt_path="a.ckpt")
+    assert same(seen, [CONFIG])
+    run.save_checkpoint("b.ckpt")
+    assert same(CONFIG, Looking.load_from_checkpoint("b.ckpt").hparams.cfg)

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from treadle_fabric.checkpoint.per_rank import PerRank
 from treadle_fabric.checkpoint.values.kinds import take_kind
+from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
 from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
 from treadle_fabric.checkpoint.values.structures import name_of, take_structure
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
@@ -360,6 +361,8 @@ def _dump(value: Any) -> Tensor:
 
 def _described(value: Any) -> str:
     """What a value is, in a few words."""
+    if isinstance(value, NotLoaded):
+        return repr(value)
     if isinstance(value, type):
         return f"the class {value.__module__}.{value.__qualname__}".replace(" builtins.", " ")
     if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
