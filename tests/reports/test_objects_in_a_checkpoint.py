@@ -67,6 +67,7 @@ class Hyper(Net):
     def __init__(self, act: type[nn.Module], net: nn.Module, options: dict[str, Any], lr: float = 0.01) -> None:
         super().__init__(lr)
         self.save_hyperparameters()
+        self.act, self.net = act, net
 
 
 HYPER: dict[str, Any] = {
@@ -171,9 +172,12 @@ def test_classes_and_modules_among_the_hyperparameters_come_back(way: str) -> No
     assert hparams.act is nn.ReLU
     assert torch.equal(hparams.net.weight, HYPER["net"].weight)
     assert hparams.options == HYPER["options"]
+    with pytest.raises(CheckpointUnsafeError, match=r"hyper_parameters\.net.*weights_only=False.*`net=\.\.\.`"):
+        Hyper.load_from_checkpoint("a.ckpt", act=nn.GELU)  # it has weights for what is not there
+    stand_in = Hyper.load_from_checkpoint("a.ckpt", net=nn.Linear(2, 2)).act
     with pytest.raises(CheckpointUnsafeError, match=r"hyper_parameters\.act.*weights_only=False.*`act=\.\.\.`"):
-        Hyper.load_from_checkpoint("a.ckpt")
-    given = Hyper.load_from_checkpoint("a.ckpt", act=nn.GELU, net=nn.Identity(), lr=0.5).hparams
+        stand_in()
+    given = Hyper.load_from_checkpoint("a.ckpt", act=nn.GELU, net=nn.Linear(2, 2), lr=0.5).hparams
     assert given.options["width"] == 4
     with pytest.raises(CheckpointUnsafeError, match=r"hyper_parameters\.options\.fn"):
         given.options["fn"](1)

@@ -351,9 +351,12 @@ def test_a_class_that_no_annotation_names_is_told_and_pickled(value: Any) -> Non
         run.save_checkpoint("a.ckpt")  # it was told
     assert AnyArguments.load_from_checkpoint("a.ckpt", weights_only=False).hparams.thing == value
     assert AnyArguments.load_from_checkpoint("a.ckpt", thing=1).hparams == {"thing": 1, "lr": 0.1}
+    thing = AnyArguments.load_from_checkpoint("a.ckpt").hparams.thing
+    with pytest.raises(CheckpointUnsafeError, match=r"hyper_parameters\.thing.*weights_only=False"):
+        (thing[0] if isinstance(value, list) else thing).name
     if not isinstance(value, list):
-        with pytest.raises(CheckpointUnsafeError, match=r"hyper_parameters\.thing.*weights_only=False.*`thing=\.\.\.`"):
-            AnyArguments.load_from_checkpoint("a.ckpt")
+        with pytest.raises(CheckpointUnsafeError, match=r"`thing=\.\.\.` to `load_from_checkpoint`"):
+            thing()
 
 
 @pytest.mark.parametrize("whole", [CONFIG, Namespace(net=Inner(3), root=Path("a")), AttributeDict(net=Inner(1))])
@@ -373,7 +376,7 @@ def test_one_object_whose_class_is_not_known_is_told() -> None:
         def __init__(self, cfg: Any) -> None:
             super().__init__()
             self.save_hyperparameters(cfg)
-            self.cfg = cfg
+            self.cfg, self.dim = cfg, cfg.dim
 
     with pytest.warns(UserWarning, match=r"Inner"):
         save(One(Inner(7)))
@@ -385,8 +388,9 @@ def test_one_object_whose_class_is_not_known_is_told() -> None:
 
 def test_a_class_that_the_loading_program_does_not_know_is_named() -> None:
     class Other(Net):
-        def __init__(self, cfg: int) -> None:
+        def __init__(self, cfg: Any) -> None:
             super().__init__()
+            self.dim = cfg.net.dim
 
     save(Annotated(CONFIG))
     with pytest.raises(CheckpointUnsafeError, match=r"hyper_parameters\.cfg.*Config.*Annotate.*`cfg=\.\.\.`"):

@@ -25,7 +25,7 @@ from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_go
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
 from treadle_fabric.checkpoint.reading import read_outline
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
-from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
+from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
 from treadle_fabric.checkpoint.values.structures import classes_in_state, known_classes
 from treadle_fabric.checkpoint.values.unpacking import pickled_in, unpack
@@ -41,6 +41,7 @@ __all__ = [
     "TorchCheckpointIO",
     "checkpoints_in",
     "classes_in_state",
+    "error_of",
     "fingerprint",
     "hidden_beside",
     "known_classes",

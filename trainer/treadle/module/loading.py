@@ -8,7 +8,8 @@ import dataclasses
 import inspect
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import fsspec
@@ -19,12 +20,13 @@ from treadle.module.hparams import with_values
 from treadle_fabric import (
     AttributeDict,
     CheckpointMismatchError,
+    CheckpointUnsafeError,
     MisconfigurationException,
     PathLike,
     near_names,
     rank_zero_warn,
 )
-from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, known_classes, unpack
+from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, known_classes, unpack
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningDataModule, LightningModule
@@ -71,12 +73,13 @@ def load_module_from_checkpoint(
         **kwargs: Arguments of ``__init__``; they replace the saved ones.
 
     Raises:
-        CheckpointError: The file cannot be read, or holds no ``state_dict``; or an argument of ``__init__`` is kept
-            pickled.
+        CheckpointError: The file cannot be read, or holds no ``state_dict``; or the module needs a hyperparameter that
+            is kept pickled.
         MisconfigurationException: ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
     """
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
-    module = instantiate(cls, *_hparams_of(checkpoint, hparams_file, ""), kwargs)
+    hparams, name, whole = _hparams_of(checkpoint, hparams_file, "")
+    module = instantiate(cls, hparams, name, whole, kwargs)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     if "state_dict" not in checkpoint:
@@ -86,7 +89,8 @@ def load_module_from_checkpoint(
         )
     state = checkpoint["state_dict"]
     strict = module.strict_loading if strict is None else strict
-    keys = module.load_state_dict(state, strict=strict)
+    with _lack_is_the_reason(hparams | kwargs):
+        keys = module.load_state_dict(state, strict=strict)
     if not strict:
         for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
             if names:
@@ -168,7 +172,7 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: 
         kwargs: Arguments that replace saved ones.
 
     Raises:
-        CheckpointUnsafeError: A saved argument was not loaded; the message names the argument and the remedies.
+        CheckpointUnsafeError: A saved argument that was not loaded is needed; the message says what to do.
         MisconfigurationException: ``__init__`` needs arguments that are not there, or takes no such argument.
     """
     if cls.__init__ is object.__init__:
@@ -200,10 +204,22 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: 
             f"{cls.__name__}.__init__ needs {', '.join(missing)}, which the checkpoint does not hold. Pass "
             f"load_from_checkpoint(path, {example}), or call self.save_hyperparameters() in __init__ before saving."
         )
-    for value in arguments.values():
-        if isinstance(value, NotLoaded):
-            value.raise_error()
-    return cls(**arguments)
+    with _lack_is_the_reason(arguments):
+        return cls(**arguments)
+
+
+@contextmanager
+def _lack_is_the_reason(arguments: Mapping[str, Any]) -> Generator[None]:
+    """An error inside is that of the first argument that was not loaded, if there is such an argument."""
+    try:
+        yield
+    except CheckpointUnsafeError:
+        raise
+    except Exception as error:
+        for value in arguments.values():
+            if isinstance(value, NotLoaded):
+                raise error_of(value) from error
+        raise
 
 
 def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any], whole: Any) -> Any:

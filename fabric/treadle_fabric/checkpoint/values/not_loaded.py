@@ -6,7 +6,7 @@ from typing import Any, Final, NoReturn
 
 from treadle_fabric.errors import CheckpointUnsafeError
 
-__all__ = ["NotLoaded"]
+__all__ = ["NotLoaded", "error_of"]
 
 
 class NotLoaded:
@@ -34,13 +34,18 @@ class NotLoaded:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        self.raise_error()
-
-    def raise_error(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise the error that says why the value is not there."""
-        raise CheckpointUnsafeError(self._error)
+        raise error_of(self)
 
     __hash__ = object.__hash__
+
+
+def error_of(value: NotLoaded) -> CheckpointUnsafeError:
+    """What the use of a value raises: why the value is not there, and what to do."""
+    return CheckpointUnsafeError(value._error)
+
+
+def _raise(value: NotLoaded, *args: Any, **kwargs: Any) -> NoReturn:
+    raise error_of(value)
 
 
 _USES: Final = (
@@ -49,4 +54,4 @@ _USES: Final = (
     "float complex index round enter exit fspath reduce_ex"
 )
 for _use in _USES.split():
-    setattr(NotLoaded, f"__{_use}__", NotLoaded.raise_error)
+    setattr(NotLoaded, f"__{_use}__", _raise)
