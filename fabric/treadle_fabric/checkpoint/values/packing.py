@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from treadle_fabric.checkpoint.per_rank import PerRank
 from treadle_fabric.checkpoint.values.kinds import take_kind
@@ -33,7 +33,8 @@ ALONE: Final = frozenset({"treadle values", "content"})
 Path = tuple[Any, ...]
 
 _KEYS: Final = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-_PLAIN: Final = frozenset({*_KEYS, bytearray, torch.Size, torch.layout, torch.qscheme})
+_PLAIN: Final = frozenset({*_KEYS, Tensor, Parameter, bytearray, torch.Size, torch.layout, torch.qscheme})
+_PLAIN_KEYS: Final = frozenset(_KEYS)
 _MAPPINGS: Final = (dict, OrderedDict, Counter)
 _BASES: Final[tuple[Any, ...]] = (bool, int, float, complex, str, bytes, dict, list, tuple, set, frozenset)
 _ABSENT: Final = object()
@@ -262,6 +263,8 @@ class _Packer:
         return self._set(content, path) if type(content) is set else self.pack(content, path)
 
     def _mapping(self, value: dict[Any, Any], path: Path, may_lack: bool) -> Any:
+        if _PLAIN.issuperset(map(type, value.values())) and _PLAIN_KEYS.issuperset(map(type, value)):
+            return value
         names: list[Any] = list(value)
         if odd := not all(map(_is_plain_key, names)):
             keys = self._keys(names, path)
@@ -290,6 +293,8 @@ class _Packer:
         return packer.alone(content, path[:1])
 
     def _sequence(self, value: Any, path: Path) -> Any:
+        if _PLAIN.issuperset(map(type, value)):  # a million numbers, perhaps
+            return value
         items = [self.pack(each, (*path, i)) for i, each in enumerate(value)]
         if all(packed is each for packed, each in zip(items, value, strict=True)):
             return value
@@ -330,8 +335,8 @@ def _plain_names(keys: list[Any]) -> list[Any]:
     """Plain keys for keys that are not: each differs from all others."""
     names: dict[Any, None] = {}
     for key in keys:
-        plain = getattr(key, "value", None) if take_structure(key) is not None else None
-        name = key if _is_plain_key(key) else plain if type(plain) in (str, int) else str(key)
+        taken = take_structure(key) or take_kind(key)
+        name = next((each for each in (key, taken and taken[1]) if _is_plain_key(each)), str(key))
         while name in names:
             name = f"{name}'"
         names[name] = None
