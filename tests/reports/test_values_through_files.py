@@ -435,9 +435,11 @@ def test_the_key_of_the_types_is_the_users_as_long_as_it_is_a_dict() -> None:
 # --- OmegaConf ---
 
 
-def test_omegaconf_comes_back_without_its_interpolations() -> None:
+def test_omegaconf_comes_back() -> None:
     omegaconf = pytest.importorskip("omegaconf")
-    config = omegaconf.OmegaConf.create({"net": {"dim": 3, "layers": [1, {"p": Path("x")}]}, "dim": "${net.dim}"})
+    config = omegaconf.OmegaConf.create(
+        {"net": {"dim": 3, "layers": [1, {"p": Path("x")}]}, "dim": "${net.dim}", "none": None, "missing": "???"}
+    )
 
     class Hydra(Net):
         def __init__(self, cfg: Any, part: Any = None) -> None:
@@ -449,6 +451,7 @@ def test_omegaconf_comes_back_without_its_interpolations() -> None:
     assert type(loaded.cfg) is omegaconf.DictConfig
     assert loaded.cfg == config
     assert loaded.cfg.net.dim == loaded.cfg.dim == 3
+    assert omegaconf.OmegaConf.to_yaml(loaded.cfg) == omegaconf.OmegaConf.to_yaml(config)
     assert type(loaded.part) is omegaconf.ListConfig
     fabric().save("b.ckpt", {"cfg": config})
     assert fabric().load("b.ckpt")["cfg"] == config
@@ -459,20 +462,28 @@ def test_omegaconf_comes_back_without_its_interpolations() -> None:
             self.save_hyperparameters(cfg)
             self.cfg = cfg
 
-    save(Whole(config), "c.ckpt")
-    assert type(Whole.load_from_checkpoint("c.ckpt").cfg) is omegaconf.DictConfig
+    save(Whole(config.net), "c.ckpt")
+    loaded = Whole.load_from_checkpoint("c.ckpt").cfg
+    assert type(loaded) is omegaconf.DictConfig
+    assert loaded == config.net
 
 
 def test_a_resolver_is_never_called_by_a_file() -> None:
     omegaconf = pytest.importorskip("omegaconf")
     called: list[int] = []
     omegaconf.OmegaConf.register_resolver("told", lambda: called.append(1) or 1, replace=True)
-    fabric().save("a.ckpt", {"cfg": omegaconf.OmegaConf.create({"a": "b"})})
-    content = torch.load("a.ckpt", weights_only=True)
-    content["cfg"]["a"] = "${told:}"
-    torch.save(content, "a.ckpt")
-    with pytest.raises(CheckpointUnsafeError):
-        fabric().load("a.ckpt")["cfg"].a
+    fabric().save("a.ckpt", {"cfg": omegaconf.OmegaConf.create({"a": "${told:}", "b": "${a}"})})
+    assert fabric().load("a.ckpt")["cfg"] == {"a": 1, "b": 1}
+    called.clear()
+    for place in ("content", "links"):
+        content = torch.load("a.ckpt", weights_only=True)
+        if place == "content":
+            content["cfg"]["a"] = "${told:}"
+        else:
+            content["treadle"]["values"]["types"][0][1]["more"]["links"] = [(("a",), "${told:}")]
+        torch.save(content, "b.ckpt")
+        with pytest.raises(CheckpointUnsafeError):
+            fabric().load("b.ckpt")["cfg"].a
     assert not called
 
 

@@ -1,20 +1,25 @@
-"""OmegaConf's containers as plain values. OmegaConf is imported only where a program or a file has them."""
+"""OmegaConf's containers as plain values. OmegaConf is imported only where a program or a file has them.
+
+An interpolation may call a resolver of the program, ``${eval:...}`` for example, and a file must not be able to do
+that. So one that names another node, ``${net.dim}``, is kept as such, and of any other only its present value.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterator
+from typing import Any, Final
 
 from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
-from treadle_fabric.containers import leaves
 
 __all__ = ["make", "take"]
+_OF_NODES: Final = re.compile(r"\$\{[\w.\[\]-]+\}")
 
 
 def take(value: Any) -> tuple[str, Any, Any] | None:
-    """The kind of a value, its content with interpolations resolved, and its flags; None for what is no container.
+    """The kind of a value, its content with interpolations resolved, its flags and its interpolations that are kept.
 
-    An interpolation that came from a file could call a resolver of the program, ``${eval:...}`` for example, and so it
-    is never written to one.
+    Returns None for what is no container of OmegaConf.
     """
     from omegaconf import DictConfig, ListConfig, OmegaConf  # need not be installed
     from omegaconf.errors import OmegaConfBaseException
@@ -25,10 +30,15 @@ def take(value: Any) -> tuple[str, Any, Any] | None:
         content = OmegaConf.to_container(value, resolve=True)
     except (OmegaConfBaseException, ValueError) as e:
         raise NoPlainFormError from e
-    if not isinstance(content, dict | list) or _has_interpolation(content):
+    if not isinstance(content, dict | list) or any(_interpolations(content)):
         raise NoPlainFormError
-    flags = {"readonly": OmegaConf.is_readonly(value), "struct": OmegaConf.is_struct(value)}
-    return f"omegaconf.{type(value).__name__}", content, flags
+    links = [] if value._get_parent() is not None else list(_interpolations(OmegaConf.to_container(value)))
+    more = {
+        "readonly": OmegaConf.is_readonly(value),
+        "struct": OmegaConf.is_struct(value),
+        "links": [(path, text) for path, text in links if path and _names_nodes_only(text)],
+    }
+    return f"omegaconf.{type(value).__name__}", content, more
 
 
 def make(name: str, content: Any, more: Any) -> Any:
@@ -36,9 +46,15 @@ def make(name: str, content: Any, more: Any) -> Any:
     from omegaconf import DictConfig, ListConfig, OmegaConf  # need not be installed
 
     cls = {"omegaconf.DictConfig": DictConfig, "omegaconf.ListConfig": ListConfig}[name]
-    if _has_interpolation(content):
-        raise ValueError("a text with an interpolation, which may run code")
+    links = more["links"]
+    if any(_interpolations(content)) or not all(_names_nodes_only(text) for _, text in links):
+        raise ValueError("it has an interpolation that may run code")
     made = cls(content)
+    for path, text in links:
+        holder = made
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = text
     if more["readonly"]:
         OmegaConf.set_readonly(made, True)
     if more["struct"]:
@@ -46,12 +62,19 @@ def make(name: str, content: Any, more: Any) -> Any:
     return made
 
 
-def _has_interpolation(content: Any) -> bool:
-    keys = [key for each in _dicts(content) for key in each]
-    return any(isinstance(text, str) and "${" in text for text in (*leaves(content), *keys))
+def _names_nodes_only(text: str) -> bool:
+    return "${" not in _OF_NODES.sub("", text)
 
 
-def _dicts(content: Any) -> list[Any]:
-    if isinstance(content, dict):
-        return [content, *(inner for each in content.values() for inner in _dicts(each))]
-    return [inner for each in content for inner in _dicts(each)] if isinstance(content, list) else []
+def _interpolations(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """The texts in a container that OmegaConf takes for interpolations, and their places."""
+    if isinstance(content, str):
+        if "${" in content:
+            yield path, content
+    elif isinstance(content, dict):
+        for key, each in content.items():
+            yield from _interpolations(key, path)
+            yield from _interpolations(each, (*path, key))
+    elif isinstance(content, list):
+        for place, each in enumerate(content):
+            yield from _interpolations(each, (*path, place))
