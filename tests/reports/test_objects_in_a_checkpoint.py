@@ -11,7 +11,9 @@ import os
 import signal
 import warnings
 import zipfile
-from collections import deque
+from argparse import Namespace
+from collections import OrderedDict, deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,41 @@ def test_map_location_moves_what_is_pickled_too() -> None:
     locations.clear()
     WithLoss.load_from_checkpoint("a.ckpt", map_location=lambda storage, where: locations.append(where) or storage)
     assert with_part > len(locations)
+
+
+@dataclass
+class Parts:
+    net: Any
+    width: int = 3
+
+
+class InOthers(Net):
+    def __init__(self, parts: Parts, ns: Any, ordered: Any, pair: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@quiet()
+def test_objects_in_other_values_are_kept_where_they_were() -> None:
+    given = {
+        "parts": Parts(nn.ReLU),
+        "ns": Namespace(a=1, net=nn.Tanh, fn=lambda: 0, z=2),
+        "ordered": OrderedDict(a=1, net=nn.GELU, z=2),
+        "pair": (nn.SiLU, {"deep": deque([nn.ELU])}),
+    }
+    saved(InOthers(**given))
+    whole = InOthers.load_from_checkpoint("a.ckpt", weights_only=False).hparams
+    assert whole.parts == given["parts"]
+    assert whole.ordered == given["ordered"]
+    assert whole.pair == given["pair"]
+    assert (whole.ns.a, whole.ns.net, whole.ns.z) == (1, nn.Tanh, 2)
+    with pytest.raises(CheckpointUnsafeError, match=r"ns\.fn.*left out"):
+        whole.ns.fn()
+    rest = InOthers.load_from_checkpoint("a.ckpt").hparams
+    assert (rest.parts.width, rest.ns.z, list(rest.ordered)) == (3, 2, ["a", "net", "z"])
+    for stand_in in (rest.parts.net, rest.ns.net, rest.ordered["net"], rest.pair[0], rest.pair[1]["deep"][0]):
+        with pytest.raises(CheckpointUnsafeError, match="weights_only=False"):
+            stand_in()
 
 
 # --- Fabric ---

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
 from treadle_fabric.checkpoint.values.structures import name_of, take_structure
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 
-__all__ = ["Keeping", "Packed", "pack", "pack_alone"]
+__all__ = ["Keeping", "Packed", "pack"]
 
 OWN_KEY: Final = "treadle"
 """The entry of a checkpoint in which the types of its values lie, as ``values``."""
@@ -73,7 +73,7 @@ def pack(state: Mapping[str, Any], keeping: Keeping) -> Packed:
         MisconfigurationException: The state has something else under the key ``treadle``.
     """
     packer = _Packer(keeping)
-    packed = {key: packer.pack(value, (key,), at) for at, (key, value) in enumerate(state.items())}
+    packed = {key: packer.pack(value, (key,), _Place(at, True)) for at, (key, value) in enumerate(state.items())}
     content = {key: value for key, value in packed.items() if value is not _ABSENT}
     block = packer.block()
     if block is not None:
@@ -87,16 +87,6 @@ def pack(state: Mapping[str, Any], keeping: Keeping) -> Packed:
     return Packed(content, packer.pickled, packer.left_out)
 
 
-def pack_alone(value: Any, keeping: Keeping, path: Path) -> Any:
-    """A plain value, or a dict with a plain value and its types.
-
-    Raises:
-        CheckpointError: Something cannot be pickled, and is not to be left out.
-    """
-    packer = _Packer(keeping)
-    return packer.alone(packer.pack(value, path), path)
-
-
 def dotted(path: Path) -> str:
     """A path in a checkpoint as people write it: "hyper_parameters.layers[0]"."""
     steps = "".join(f".{key}" if isinstance(key, str) else f"[{key!r}]" for key in path)
@@ -108,6 +98,13 @@ class _Cycle(Exception):
 
     def __init__(self, container: int) -> None:
         self.container = container
+
+
+class _Place(NamedTuple):
+    """Where in a dict a value is, and whether the dict may be without the value."""
+
+    at: int
+    may_lack: bool
 
 
 @dataclass
@@ -188,28 +185,34 @@ class _Packer:
 
     # --- the values ---
 
-    def pack(self, value: Any, path: Path, at: int | None = None) -> Any:
-        """The plain form of a value; ``at`` is its place in a dict from which it may be missing."""
+    def pack(self, value: Any, path: Path, place: _Place | None = None) -> Any:
+        """The plain form of a value; ``place`` is where it is in a dict, if it is in one."""
         if type(value) in _PLAIN or _is_plain_tensor(value) or id(value) in self._known_plain:
             return value
         if isinstance(value, PerRank):
-            mine = pack_alone(value.value, self._keeping, path)
-            return value if mine is value.value else PerRank(mine)
+            return self._per_rank(value, path)
         if id(value) in self._open:
             raise _Cycle(id(value))
         types, objects = len(self._types), len(self._objects)
         self._open.add(id(value))
         try:
-            return self._packed(value, path, at)
+            return self._packed(value, path, place)
         except (_Cycle, NoPlainFormError) as e:
             if isinstance(e, _Cycle) and e.container != id(value):
                 raise
             del self._types[types:], self._objects[objects:]
-            return self._object(value, path, at, _ABSENT)
+            return self._object(value, path, place, _ABSENT)
         finally:
             self._open.discard(id(value))
 
-    def _packed(self, value: Any, path: Path, at: int | None) -> Any:
+    def _per_rank(self, value: PerRank, path: Path) -> PerRank:
+        packer = _Packer(self._keeping)
+        mine = packer.alone(packer.pack(value.value, path), path)
+        self.pickled |= packer.pickled
+        self.left_out |= packer.left_out
+        return value if mine is value.value else PerRank(mine)
+
+    def _packed(self, value: Any, path: Path, place: _Place | None) -> Any:
         if type(value) in (*_MAPPINGS, list, tuple, set):
             packed = self._content(value, path)
             if packed is value:
@@ -229,13 +232,15 @@ class _Packer:
             kind, content, more = structure
             spec = {"kind": kind, "class": name_of(type(value)), "more": more}
             if type(value) not in self._keeping.classes.get(path[0], ()):
-                return self._object(value, path, at, content, spec)
+                return self._object(value, path, place, content, spec)
             packed = self._content(content, path, may_lack=False)
             self._types.append((path, spec))
             return packed
-        return self._object(value, path, at, _view(value))
+        return self._object(value, path, place, _view(value))
 
-    def _object(self, value: Any, path: Path, at: int | None, view: Any, spec: dict[str, Any] | None = None) -> Any:
+    def _object(
+        self, value: Any, path: Path, place: _Place | None, view: Any, spec: dict[str, Any] | None = None
+    ) -> Any:
         """Have a value pickled; ``view`` is what plain form it has, for readers that want no more."""
         packed = _ABSENT
         if view is not _ABSENT:
@@ -245,10 +250,11 @@ class _Packer:
             finally:
                 self._within_objects -= 1
         spec = {"kind": "object", "class": _described(value)} if spec is None else spec
-        lacking = packed is _ABSENT and at is not None
-        if lacking:
-            spec["at"] = at
-        self._objects.append(_Object(spec, value, path, told=not self._within_objects, optional=lacking))
+        lacking = place if packed is _ABSENT else None
+        if lacking is not None:
+            spec["at"] = lacking.at
+        optional = lacking is not None and lacking.may_lack
+        self._objects.append(_Object(spec, value, path, told=not self._within_objects, optional=optional))
         self._types.append((path, spec))
         return packed
 
@@ -270,7 +276,7 @@ class _Packer:
             keys = self._keys(names, path)
             names = _plain_names(names)
         items = [
-            (name, each, self.pack(each, (*path, name), at if may_lack else None))
+            (name, each, self.pack(each, (*path, name), _Place(at, may_lack)))
             for at, (name, each) in enumerate(zip(names, value.values(), strict=True))
         ]
         if odd:

@@ -63,7 +63,7 @@ def pickled_in(content: Mapping[str, Any]) -> dict[str, str]:
 def unpack_alone(
     value: Any, name: str, *, weights_only: bool | None, map_location: Any = None, classes: Collection[type] = ()
 ) -> Any:
-    """The value that :func:`pack_alone` made plain; arguments and errors as of :func:`unpack`."""
+    """A value that each rank has of its own, which ``pack`` made plain by itself; else as :func:`unpack`."""
     if not isinstance(value, dict) or value.keys() != ALONE:
         return value
     unpacker = _Unpacker(value["treadle values"], name, weights_only, map_location, classes)
