@@ -247,7 +247,7 @@ def test_hooks_may_save_them_too(hook: str) -> None:
     run = trainer(Path(), max_steps=1, callbacks=Keeper())
     run.fit(Hooked(), datamodule=Data())
     run.save_checkpoint("a.ckpt")
-    trainer(Path(), max_steps=2, callbacks=Keeper()).fit(Hooked(), datamodule=Data(), ckpt_path="a.ckpt")
+    trainer(Path(), max_steps=2, max_epochs=2, callbacks=Keeper()).fit(Hooked(), datamodule=Data(), ckpt_path="a.ckpt")
     assert all(same(value, got[name]) for name, value in VALUES.items())
 
 
