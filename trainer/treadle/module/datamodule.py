@@ -64,7 +64,7 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         raise _missing(self, "predict_dataloader")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""
+        """Return what a checkpoint keeps of it, best without objects that need a pickle. Default: nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

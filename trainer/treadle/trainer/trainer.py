@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.callbacks.checkpoint import tolerated
-from treadle.checkpoint.content import dump_checkpoint
+from treadle.checkpoint.content import dump_checkpoint, keeping
 from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
@@ -326,7 +326,7 @@ class Trainer:
             checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
-        self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
+        self.strategy.save_checkpoint(filepath, checkpoint, storage_options, keeping=keeping(run))
 
     # ------------------------------------------------------------------------------------------------ the parts
 
@@ -867,7 +867,7 @@ class Trainer:
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
-            checkpoint = read_checkpoint(self.strategy, path, weights_only, training=fitting)
+            checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
         late = self.strategy.restores_after_setup
         if checkpoint is not None and not late:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
