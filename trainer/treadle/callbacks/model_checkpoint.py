@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from treadle.callbacks.checkpoint import Checkpoint, tolerated
+from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained, tolerated
 from treadle.callbacks.checkpoints.links import link_checkpoint
 from treadle.callbacks.checkpoints.names import check_template, fill_template
 from treadle.callbacks.checkpoints.paths import absolute, default_folder, path_exists, remove_replaced, warn_if_in_use
@@ -22,6 +22,7 @@ from treadle_fabric import (
     MisconfigurationException,
     PathLike,
     check_integer,
+    describe_error,
     on_rank_zero,
     rank_zero_info,
     rank_zero_warn,
@@ -43,6 +44,12 @@ def _metrics_of(trainer: Trainer) -> dict[str, Any]:
     return metrics
 
 
+def _trained(trainer: Trainer) -> tuple[int, int]:
+    """Return the number of optimizer steps and, in a run that makes no steps, the number of batches."""
+    step = trainer.global_step
+    return step, 0 if step else trainer.fit_progress.batches
+
+
 class _InRanking(Generic[T]):
     """A public attribute of :class:`ModelCheckpoint` that is a field of its ranking; to set it replaces the ranking."""
 
@@ -61,8 +68,8 @@ class _LastSave:
     """The newest file that this callback wrote, or has given to a background thread to write."""
 
     path: str = ""
-    step: int = 0
-    """The number of optimizer steps that had been made."""
+    at: tuple[int, int] | None = None
+    """What had been trained, as :func:`_trained` tells; None: nothing has been saved."""
     announced: bool = True
     """Whether the loggers know of the file."""
     settled: Ranking | None = None
@@ -216,7 +223,7 @@ class ModelCheckpoint(Checkpoint):
         if self._restored:
             self._forget_missing_files(trainer)
         else:
-            self._pending, self._last = False, replace(self._last, step=0)
+            self._pending, self._last = False, replace(self._last, at=None)
         self._triggers.start(trainer.fabric, trainer.global_step)
 
     def on_train_batch_end(
@@ -255,7 +262,8 @@ class ModelCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state as it is, if ``save_on_exception`` asks for it."""
-        if not self.save_on_exception or self.dirpath is None or self._skips(trainer):
+        trained = has_trained(trainer) and trainer.fit_progress.batches > 0
+        if not self.save_on_exception or self.dirpath is None or not trained or self._skips(trainer):
             return
         metrics = _metrics_of(trainer)
         try:
@@ -268,16 +276,16 @@ class ModelCheckpoint(Checkpoint):
                 self._save_last(trainer)
                 self._remove(trainer, [previous])
         except Exception as error:  # the exception that ends the run is the one to report
-            rank_zero_warn(f"ModelCheckpoint could not save on {type(exception).__name__}: {error}")
+            rank_zero_warn(f"{end_of_training(exception)} ModelCheckpoint could not save: {describe_error(error)}")
         else:
-            rank_zero_info(f"{type(exception).__name__}: {exception}. The state was saved as {path!r}.")
+            rank_zero_info(f"{end_of_training(exception)} The state was saved as {path!r}.")
 
     def _skips(self, trainer: Trainer) -> bool:
         return (
             bool(trainer.fast_dev_run)
             or trainer.state.fn != "fit"
             or trainer.sanity_checking
-            or self._last.step == trainer.global_step
+            or self._last.at == _trained(trainer)
         )
 
     def _save_if_due(self, trainer: Trainer, at_epoch_end: bool) -> None:
@@ -393,7 +401,7 @@ class ModelCheckpoint(Checkpoint):
         def link() -> bool:
             return link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=after_saves)
 
-        just_saved = last.step == trainer.global_step and last.path not in ("", path)
+        just_saved = last.at == _trained(trainer) and last.path not in ("", path)
         if not (just_saved and on_rank_zero(trainer.strategy, link, f"could not link {path!r}")):
             self._write(trainer, path, self._ranking)
 
@@ -403,7 +411,7 @@ class ModelCheckpoint(Checkpoint):
         """Write a checkpoint that knows of itself: ``ranking`` is in it, and stays if the write succeeds."""
         before = self._ranking, self._last
         self._ranking = ranking
-        self._last = replace(self._last, path=path, step=trainer.global_step, announced=False)
+        self._last = replace(self._last, path=path, at=_trained(trainer), announced=False)
         try:
             trainer.save_checkpoint(path, self.save_weights_only)
         except BaseException:
@@ -495,7 +503,7 @@ class ModelCheckpoint(Checkpoint):
             "kth_value": self.kth_value,
             "last_model_path": self.last_model_path,
             "pending": self._pending,
-            "last_global_step_saved": self._last.step,
+            "last_global_step_saved": self._last.at[0] if self._last.at else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -503,7 +511,8 @@ class ModelCheckpoint(Checkpoint):
         folder = state_dict.get("dirpath", self.dirpath)
         if self.dirpath in (None, folder):  # None: not settled yet
             self._ranking = self._ranking.restored(state_dict)
-            self._last = replace(self._last, step=state_dict.get("last_global_step_saved", 0))
+            step = state_dict.get("last_global_step_saved")
+            self._last = replace(self._last, at=None if step is None else (step, 0))
             self._pending, self._restored = state_dict.get("pending", False), True
             return
         rank_zero_warn(

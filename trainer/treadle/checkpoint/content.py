@@ -149,6 +149,7 @@ def read_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
     else:
         progress = _lightning_progress(checkpoint)
     progress.begun |= progress.batch > 0  # in checkpoints that do not tell
+    progress.stepped &= progress.phase is not Phase.BETWEEN
     if progress.epoch_ended:
         progress.epoch += 1
         progress.begin_epoch()

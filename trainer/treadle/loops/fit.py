@@ -87,7 +87,8 @@ class FitLoop:
         run.state.stage = RunningStage.TRAINING
         self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
         try:
-            self._train()
+            with run.steps.counting():
+                self._train()
         finally:
             if self.epoch is not None:
                 self.epoch.close()

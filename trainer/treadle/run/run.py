@@ -14,6 +14,7 @@ from treadle.module import LightningDataModule, LightningModule
 from treadle.run.dispatch import Dispatch
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.steps import StepCounter
 from treadle.stages import TrainerState
 from treadle_fabric import Fabric, FabricModule, FabricOptimizer
 from treadle_fabric.loggers import Logger
@@ -85,6 +86,16 @@ class ReadyRun(Run):
     """Moves a batch to the device: takes the batch and the index of its loader."""
     loss: LossPolicy
     """How losses become the gradients of an optimizer step."""
+    steps: StepCounter
+    """Counts the optimizer steps of a fit."""
+    told: set[str] = field(default_factory=set)
+    """What this run has warned of: parts that are made anew do not repeat it."""
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""
+
+    def first_time(self, what: str) -> bool:
+        """Return whether this run asks for the first time; for what is told once."""
+        first = what not in self.told
+        self.told.add(what)
+        return first
