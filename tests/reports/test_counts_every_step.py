@@ -75,7 +75,7 @@ def weight(model: L.LightningModule) -> Tensor:
 @pytest.mark.parametrize("at", ["training_step", "on_after_backward", "on_train_batch_start", "on_train_batch_end"])
 def test_a_step_counts_in_every_hook_and_with_every_optimizer(tmp_path: Path, at: str, kind: str) -> None:
     model = Manual(at, kind)
-    run = trainer(tmp_path, max_epochs=-1, max_steps=6)
+    run = trainer(tmp_path, max_epochs=4, max_steps=6)
     run.fit(model, loader())
     assert run.global_step == 6, "max_steps ends the run"
     assert model.steps == [1, 2, 3, 4, 5, 6], "a step is counted before the next line of the hook"
@@ -109,7 +109,7 @@ def test_a_step_between_two_epochs_counts(tmp_path: Path, at: str) -> None:
     run.fit(model, loader())
     assert run.global_step == 3 and model.steps == [1, 2, 3]
     assert torch.load(tmp_path / "last.ckpt")["global_step"] == 3
-    run = trainer(tmp_path, max_epochs=-1, max_steps=2)
+    run = trainer(tmp_path, max_epochs=4, max_steps=2)
     run.fit(Manual(at), loader())
     assert run.global_step == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
+from treadle.loops.inference import outside_inference_mode
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
@@ -41,6 +43,9 @@ class Evaluation:
         step, call = getattr(run.module, step_name), run.wrapped.method(step_name)
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
+        self._iterate: Callable[..., Any] = data.iterate
+        if inference_mode:
+            self._iterate = lambda *args: outside_inference_mode(partial(data.iterate, *args))
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
         self._asked = 0  # the number of calls of `interrupted`
@@ -115,7 +120,7 @@ class Evaluation:
             f"on_{self._name}_batch_end",
         )
         results.dataloader_idx = loader_idx if self._several else None
-        batches: Any = self.data.iterate(loader_idx, run.progress.epoch, limit)
+        batches: Any = self._iterate(loader_idx, run.progress.epoch, limit)
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay

@@ -13,6 +13,7 @@ import torch
 from treadle.checkpoint.exact import moment
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
+from treadle.loops.inference import explain_inference_tensor
 from treadle.loops.schedule import Durations
 from treadle.loops.stopping import Controls
 from treadle.run.dispatch import MONITORS
@@ -89,6 +90,10 @@ class FitLoop:
         try:
             with run.steps.counting():
                 self._train()
+        except RuntimeError as error:
+            if (clearer := explain_inference_tensor(error, run.module)) is not None:
+                raise clearer from error
+            raise
         finally:
             if self.epoch is not None:
                 self.epoch.close()

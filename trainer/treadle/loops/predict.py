@@ -11,6 +11,7 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
+from treadle.loops.inference import without_inference
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
@@ -102,7 +103,7 @@ class Prediction:
                 for listener in self._on_batch_end:
                     listener(output, batch, batch_idx, loader_idx)
                 results.hook = ""
-            yield move_data_to_device(output, cpu) if keep else None
+            yield without_inference(move_data_to_device(output, cpu)) if keep else None
 
     def _gathered(self, loader_idx: int, kept: list[Any]) -> list[Any]:
         """Return the outputs of all ranks in the order of one process: the ranks took turns with the batches."""

@@ -103,7 +103,7 @@ class Fitting:
         if loaders is None:
             return None
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
-        return Evaluation(run, data, "validation", inference_mode=self._settings.inference_mode)
+        return Evaluation(run, data, "validation", inference_mode=False)
 
     def restore(self, run: ReadyRun) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""

@@ -12,6 +12,7 @@ import torch
 from treadle.callbacks.checkpoint import tolerated
 from treadle.data.evaluation import EvaluationData
 from treadle.data.find import find_loaders
+from treadle.loops.inference import replace_inference_tensors
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
@@ -174,6 +175,8 @@ class Session:
                 self.metrics.active = None
             strategy.precision.teardown()
             self.module.attach(trainer)
+            if self.state.fn is not TrainerFn.FITTING:  # what was evaluated may be trained next
+                replace_inference_tensors([self.module, self.datamodule, *trainer.callbacks, self.metrics])
             self._fabric.callbacks[:] = [c for c in self._fabric.callbacks if c is not self.module]
 
     def _failed(self, error: BaseException, trainer: Trainer) -> None:

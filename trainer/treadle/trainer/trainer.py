@@ -90,7 +90,8 @@ class Trainer:
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: True refuses non-deterministic operations, "warn" warns of them.
         benchmark: ``torch.backends.cudnn.benchmark`` during the run.
-        inference_mode: evaluate under ``torch.inference_mode`` rather than ``torch.no_grad``. Default: True.
+        inference_mode: validate, test and predict under ``torch.inference_mode`` rather than ``torch.no_grad``. What
+            evaluates inside fit is always under ``torch.no_grad``. Default: True.
         use_distributed_sampler: share the samples of loaders out over the ranks. Default: True.
         profiler: must be None; profilers are not available yet.
         detect_anomaly: find the operation that made a NaN gradient. Default: False.
@@ -901,7 +902,7 @@ class Trainer:
         with self._running(fn, module, datamodule) as run:
             ready = self._prepare(run, source)[0]
             data = self._open_session.add_evaluation(ready, stage, dataloaders, self._settings)
-            evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
+            evaluation = Evaluation(ready, data, name, inference_mode=self._infers)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation() or []]
         if verbose and self.is_global_zero:
@@ -936,7 +937,11 @@ class Trainer:
         ready = self._prepare(run, source)[0]
         data = self._open_session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
-        return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
+        return Prediction(ready, data, inference_mode=self._infers, keep=keep)
+
+    @property
+    def _infers(self) -> bool:
+        return self._settings.inference_mode and self.strategy.allows_inference_mode
 
     # ------------------------------------------------------------------------------------------------ the last session
 
