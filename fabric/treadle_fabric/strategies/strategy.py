@@ -76,8 +76,7 @@ class Strategy(ABC):
     owns_optimizer_step: ClassVar[bool] = False
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
     allows_inference_mode: ClassVar[bool] = True
-    """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward, as sharding
-    engines do."""
+    """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     runs_whole_batch: ClassVar[bool] = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
 

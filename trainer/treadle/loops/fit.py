@@ -37,11 +37,18 @@ _SHORT_S = 1.0
 class Parts(Protocol):
     """Makes the parts of a fit loop when the loop needs them."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether fit validates. Known for certain once the validation was made."""
+
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
-    def make_validation(self, run: ReadyRun, /) -> Evaluation | None:
-        """Make the validation, with new loaders; None where fit does not validate."""
+    def first_validation(self, run: ReadyRun, /) -> tuple[Evaluation | None, list[float]]:
+        """Make the validation if the sanity check or the first epoch needs it; also give the sanity check's batches."""
+
+    def validation(self, run: ReadyRun, /) -> Evaluation | None:
+        """Give the validation with the loaders that this epoch is to have; None where there are none."""
 
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
@@ -55,9 +62,7 @@ class FitLoop:
         parts: makes the epoch loop and the validation when they are needed.
         durations: when to stop.
         controls: holds ``should_stop``.
-        sanity: the number of batches of each validation loader in the sanity check; empty to skip the check.
-        validation: the evaluation to run in between, or None.
-        reload_every: epochs after which epoch loop and validation are made anew; 0 for never.
+        reload_every: epochs after which the epoch loop is made anew; 0 for never.
     """
 
     def __init__(
@@ -67,12 +72,10 @@ class FitLoop:
         durations: Durations,
         controls: Controls,
         *,
-        sanity: list[float],
-        validation: Evaluation | None,
         reload_every: int,
     ) -> None:
         self._run, self._parts, self._durations, self._controls = run, parts, durations, controls
-        self._sanity, self.validation, self._reload_every = sanity, validation, reload_every
+        self._reload_every = reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
         self._validation_s = math.inf  # how long the last validation took
@@ -84,7 +87,8 @@ class FitLoop:
     def run(self) -> None:
         """Run the sanity check, then the training epochs."""
         run = self._run
-        self._sanity_check()
+        if not self._done():
+            self._sanity_check()
         run.state.stage = RunningStage.TRAINING
         self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
         try:
@@ -102,11 +106,11 @@ class FitLoop:
 
     def _train(self) -> None:
         run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
-        self.epoch = epoch = self._parts.make_epoch(run, self)
-        if epoch is None or (reason := self._done()):
-            rank_zero_info(f"`Trainer.fit` has nothing to train: {reason if epoch else 'there are no batches'}.")
+        reason = self._done()
+        self.epoch = epoch = None if reason else self._parts.make_epoch(run, self)
+        if epoch is None:
+            rank_zero_info(f"`Trainer.fit` has nothing to train: {reason or 'there are no batches'}.")
             return
-        reason = ""
         run.module.train()
         self._validated_at = time.monotonic()
         with torch.enable_grad():
@@ -115,7 +119,6 @@ class FitLoop:
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
                     epoch.close()
-                    self.validation = self._parts.make_validation(run)
                     self.epoch = epoch = self._parts.make_epoch(run, self)
                     assert epoch is not None
                 first = False
@@ -149,12 +152,13 @@ class FitLoop:
 
     def _sanity_check(self) -> None:
         run = self._run
-        if self.validation is None or not any(self._sanity):
+        validation, batches = self._parts.first_validation(run)
+        if validation is None or not any(batches):
             return
         run.state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():  # so that training draws the random numbers that it draws without the check
             run.dispatch.call("on_sanity_check_start")
-            self.validation(self._sanity, silent=True)
+            validation(batches, silent=True)
             run.dispatch.call("on_sanity_check_end")
         run.metrics.clear()
 
@@ -164,21 +168,28 @@ class FitLoop:
         Returns:
             Whether the validation came to its end. If not, a run resumed from a checkpoint saved now begins it anew.
         """
-        assert self.validation is not None
         run, state = self._run, self._run.state
+        validation = self._parts.validation(run)
+        if validation is None:
+            return True
         state.stage = RunningStage.VALIDATING
         # A short validation is not interrupted. Ranks may disagree on which is short, so several always ask.
         watched = run.fabric.world_size > 1 or self._validation_s > _SHORT_S
         if watched or self._may_save_in_validation:
             run.before_validation.update(moment(run))
         began = time.monotonic()
-        completed = self.validation(interrupted=interrupted if watched else None) is not None
+        completed = validation(interrupted=interrupted if watched else None) is not None
         self._validated_at = time.monotonic()
         self._validation_s = self._validated_at - began
         state.stage = RunningStage.TRAINING
         if completed:
             run.before_validation.clear()
         return completed
+
+    @property
+    def validates(self) -> bool:
+        """Whether fit validates, as far as that is known."""
+        return self._parts.validates
 
     def validation_elapsed(self, span: timedelta) -> bool:
         """Return whether the last validation ended at least ``span`` ago; every rank asks after each batch."""

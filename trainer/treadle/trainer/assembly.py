@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from treadle.data.evaluation import EvaluationData
-from treadle.data.find import find_loaders
+from treadle.data.find import defines_loader, find_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
@@ -102,10 +102,14 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
         run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
 
 
-def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
-    """Find the validation loaders of a fit; None where it does not validate."""
-    if settings.limits["val"] == 0 or not overrides(run.module, "validation_step", LightningModule):
-        return None
+def may_validate(run: Run, settings: Settings, val: Any) -> bool:
+    """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
+    given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
+    return given and settings.limits["val"] != 0 and overrides(run.module, "validation_step", LightningModule)
+
+
+def validation_loaders(run: Run, val: Any) -> Any:
+    """Find the validation loaders of a fit; None where there are none."""
     loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
     return None if loaders is None or (isinstance(loaders, (list, tuple)) and not loaders) else loaders
 
@@ -124,9 +128,9 @@ def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> E
 
 def training_data(run: Run, settings: Settings, train: Any) -> TrainingData | None:
     """Find the training loader, share it out over the ranks, and limit its batches; None for a limit of 0."""
-    loader = run.dispatch.run("train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule)
     if settings.limits["train"] == 0:
         return None
+    loader = run.dispatch.run("train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule)
     return TrainingData(
         loader,
         run.fabric,
@@ -146,7 +150,7 @@ def make_epoch(
 ) -> TrainingEpoch:
     """Make the epoch loop over ``data``."""
     schedule = None
-    if loop.validation is not None:
+    if loop.validates:
         schedule = ValidationSchedule.resolve(
             settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
         )

@@ -16,6 +16,7 @@ from treadle.run.signals import Signals
 from treadle.trainer import assembly
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
+from treadle_fabric import isolate_rng
 
 __all__ = ["Fitting"]
 
@@ -48,27 +49,27 @@ class Fitting:
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
+        self.validates = assembly.may_validate(run, settings, val)
+        """Whether fit validates. Known for certain once the validation loaders were asked for."""
+        self._validation: Evaluation | None = None
+        self._loaders_of = 0  # the epoch for which the validation loaders were made
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
 
     def make_loop(self, run: ReadyRun, exact: dict[str, Any]) -> FitLoop:
-        """Make the loop, and the validation in it.
+        """Make the loop.
 
         Args:
             run: The run, with its optimizers.
             exact: The ``treadle`` entry of the checkpoint that the fit goes on from; empty without one.
         """
         self._unrestored = exact
-        validation = self.make_validation(run)
-        batches = validation.data.num_batches if validation is not None else []
         self.loop = FitLoop(
             run,
             self,
             self._settings.durations,
             self._controls,
-            sanity=self._settings.sanity_batches(batches),
-            validation=validation,
             reload_every=self._settings.reload_dataloaders_every_n_epochs,
         )
         return self.loop
@@ -97,11 +98,32 @@ class Fitting:
             return None
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
-    def make_validation(self, run: ReadyRun) -> Evaluation | None:
-        """Make the validation, with new loaders; None where fit does not validate."""
-        loaders = assembly.validation_loaders(run, self._settings, self._val)
-        if loaders is None:
-            return None
+    def first_validation(self, run: ReadyRun) -> tuple[Evaluation | None, list[float]]:
+        """Make the validation if the sanity check or the first epoch needs it; also give the sanity check's batches."""
+        every = self._settings.check_val_every_n_epoch
+        in_first_epoch = every is not None and (run.progress.epoch + 1) % every == 0
+        if not in_first_epoch and not self._settings.num_sanity_val_steps:
+            return None, []
+        validation = self._renew_validation(run)
+        return validation, [] if validation is None else self._settings.sanity_batches(validation.data.num_batches)
+
+    def validation(self, run: ReadyRun) -> Evaluation | None:
+        """Give the validation with the loaders that this epoch is to have; None where there are none."""
+        epoch, every, before = run.progress.epoch, self._settings.reload_dataloaders_every_n_epochs, self._validation
+        reloads = every and epoch // every != self._loaders_of // every
+        if self.validates and (before is None or reloads):
+            with isolate_rng():  # a resumed run makes them at other times
+                self._renew_validation(run)
+        return self._validation
+
+    def _renew_validation(self, run: ReadyRun) -> Evaluation | None:
+        self._loaders_of = run.progress.epoch
+        loaders = assembly.validation_loaders(run, self._val) if self.validates else None
+        self.validates = loaders is not None
+        self._validation = self._make_validation(run, loaders) if self.validates else None
+        return self._validation
+
+    def _make_validation(self, run: ReadyRun, loaders: Any) -> Evaluation:
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
         return Evaluation(run, data, "validation", inference_mode=False)
 

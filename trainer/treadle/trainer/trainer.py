@@ -713,8 +713,7 @@ class Trainer:
     @property
     def enable_validation(self) -> bool:
         """Whether fit validates: there is a ``validation_step``, a loader, and the limit is not 0."""
-        loop = self._fitting.loop if self._fitting is not None else None
-        return loop is not None and loop.validation is not None
+        return self._fitting is not None and self._fitting.validates
 
     @property
     def estimated_stepping_batches(self) -> float:
