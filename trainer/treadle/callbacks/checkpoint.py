@@ -24,8 +24,9 @@ class Checkpoint(Callback):
 
 
 def has_trained(trainer: Trainer) -> bool:
-    """Tell whether a fit has come to its training: before that, the state is not more than what the fit began with."""
-    return trainer.state.fn == "fit" and trainer.state.stage not in (None, RunningStage.SANITY_CHECKING)
+    """Tell whether a fit has come to its first batch: before that, the state is only what the fit began with."""
+    training = trainer.state.fn == "fit" and trainer.state.stage not in (None, RunningStage.SANITY_CHECKING)
+    return training and (trainer.fit_progress.begun or trainer.fit_progress.batches > 0)
 
 
 def end_of_training(exception: BaseException) -> str:

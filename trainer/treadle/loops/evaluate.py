@@ -109,6 +109,10 @@ class Evaluation:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
+    def forget(self) -> None:
+        """Forget what was logged, because another number of loaders follows: their names are others."""
+        self._run.metrics.forget(self._results)
+
     def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> bool:
         """Evaluate on one loader; return whether the evaluation came to its end."""
         run, results, step = self._run, self._results, self._step

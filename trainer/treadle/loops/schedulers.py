@@ -18,7 +18,7 @@ class Schedulers:
 
     def __init__(self, run: Run) -> None:
         self.configs = run.schedulers if run.module.automatic_optimization else []
-        self._progress, self._metrics = run.progress, run.metrics
+        self._progress, self._metrics, self._first_time = run.progress, run.metrics, run.first_time
         hook: Any = run.module.lr_scheduler_step
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
         self._step = partial(run.dispatch.run, "lr_scheduler_step", hook) if own else hook
@@ -48,7 +48,8 @@ class Schedulers:
                     )
                     if config.strict:
                         raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")
-                    rank_zero_warn(f"{message} The step is skipped.")
+                    if self._first_time(f"no {config.monitor} to step by"):
+                        rank_zero_warn(f"{message} The step is skipped.")
                     continue
             self._step(config.scheduler, value)
             self._progress.scheduler_steps += 1

@@ -43,6 +43,8 @@ class Run:
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     validated: dict[int, int] = field(default_factory=dict)
     """The batches of each loader in all evaluations of this run: the x axis of values logged on evaluation steps."""
+    told: set[str] = field(default_factory=set)
+    """What this run has warned of: parts that are made anew do not repeat it."""
 
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
@@ -72,6 +74,12 @@ class Run:
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
 
+    def first_time(self, what: str) -> bool:
+        """Return whether this run asks for the first time; for what is told once."""
+        first = what not in self.told
+        self.told.add(what)
+        return first
+
     def ready(self, **parts: Any) -> ReadyRun:
         """Return this run with the parts that :class:`ReadyRun` adds."""
         return ReadyRun(**{each.name: getattr(self, each.name) for each in fields(Run)}, **parts)
@@ -88,14 +96,6 @@ class ReadyRun(Run):
     """How losses become the gradients of an optimizer step."""
     steps: StepCounter
     """Counts the optimizer steps of a fit."""
-    told: set[str] = field(default_factory=set)
-    """What this run has warned of: parts that are made anew do not repeat it."""
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""
-
-    def first_time(self, what: str) -> bool:
-        """Return whether this run asks for the first time; for what is told once."""
-        first = what not in self.told
-        self.told.add(what)
-        return first

@@ -120,11 +120,17 @@ class Fitting:
         self._loaders_of = run.progress.epoch
         loaders = assembly.validation_loaders(run, self._val) if self.validates else None
         self.validates = loaders is not None
-        self._validation = self._make_validation(run, loaders) if self.validates else None
+        before, self._validation = self._validation, None
+        if self.validates:
+            self._validation = self._make_validation(run, loaders, before)
+        elif before is not None:
+            before.forget()
         return self._validation
 
-    def _make_validation(self, run: ReadyRun, loaders: Any) -> Evaluation:
+    def _make_validation(self, run: ReadyRun, loaders: Any, before: Evaluation | None) -> Evaluation:
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
+        if before is not None and len(before.data.loaders) != len(data.loaders):
+            before.forget()
         return Evaluation(run, data, "validation", inference_mode=False)
 
     def restore(self, run: ReadyRun) -> None:
