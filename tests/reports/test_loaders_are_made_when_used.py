@@ -89,7 +89,8 @@ def test_a_run_with_nothing_left_to_train_makes_no_loader(tmp_path: Path) -> Non
     run.fit(Counted())
     run.save_checkpoint(tmp_path / "end.ckpt")
     model = Counted()
-    trainer(tmp_path).fit(model, ckpt_path=tmp_path / "end.ckpt")
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        trainer(tmp_path).fit(model, ckpt_path=tmp_path / "end.ckpt")
     assert model.made == {"train": 0, "val": 0}
     trainer(tmp_path, max_epochs=0).fit(model)
     assert model.made == {"train": 0, "val": 0}

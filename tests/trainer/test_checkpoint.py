@@ -94,7 +94,8 @@ def test_resuming_at_an_epochs_end_continues_as_if_nothing_had_happened(tmp_path
 
 def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
     model, run = fit(tmp_path, 2)
-    again, second = fit(tmp_path / "again", 2, run.checkpoint_callback.best_model_path)
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        again, second = fit(tmp_path / "again", 2, run.checkpoint_callback.best_model_path)
     assert same(model, again)
     assert second.global_step == 10
 

@@ -478,6 +478,35 @@ def test_an_interrupt_ends_the_run_with_its_state(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "state.ckpt", weights_only=True)["global_step"] == 2
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict", "stream"])
+@pytest.mark.parametrize("hook", ["configure_callbacks", "prepare_data", "setup", "configure_model", "teardown"])
+def test_an_interrupt_around_the_batches_ends_the_run_without_an_error(tmp_path: Path, stage: str, hook: str) -> None:
+    reached: list[str] = []
+
+    def interrupt(*args: Any, **kwargs: Any) -> list[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return []
+
+    class Marking(L.Callback):
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            reached.append("the end")
+
+    module = type("Interrupted", (Net,), {hook: interrupt})()
+    run = trainer(tmp_path, callbacks=Marking())
+    if stage == "fit":
+        assert run.fit(module, loader(8)) is None
+    elif stage == "validate":
+        assert bool(run.validate(module, loader(8), verbose=False)) == (hook == "teardown")
+    elif stage == "predict":
+        assert bool(run.predict(module, loader(8))) == (hook == "teardown")
+    else:
+        list(run.predict(module, loader(8), return_predictions="stream"))
+    assert run.interrupted
+    assert reached == ["the end"] * (hook == "teardown")
+    run.fit(Net(), loader(4))  # and the trainer can be used again
+    assert run.state.status == "finished"
+
+
 def test_an_error_in_on_exception_does_not_hide_the_first(tmp_path: Path) -> None:
     told: list[str] = []
 

@@ -85,6 +85,10 @@ class CSVLogger(FolderLogger):
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
         self.experiment.log_hparams(to_dict(params))
 
+    def begin_anew(self) -> None:
+        self._renew()
+        self._calls = self._flushed_at = 0
+
     @rank_zero_only
     def save(self) -> None:
         if self._experiment is not None:

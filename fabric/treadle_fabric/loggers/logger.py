@@ -70,6 +70,12 @@ class Logger(ABC):
     def finalize(self, status: str) -> None:
         """Close the logger after a run with ``status`` "success", "failed" or "finished". Default: nothing happens."""
 
+    def begin_anew(self) -> None:
+        """Begin another run, such as the next fold of a cross-validation, in a version of its own.
+
+        Default: nothing happens, so that the values go where they went before.
+        """
+
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """Called after a checkpoint callback has saved; by default nothing happens."""
 

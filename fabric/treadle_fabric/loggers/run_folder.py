@@ -52,7 +52,7 @@ class RunFolder:
         self.root = os.path.expandvars(os.path.expanduser(os.fspath(given)))
         self.name = name or ""
         self.sub_dir = None if sub_dir is None else os.path.expandvars(os.path.expanduser(os.fspath(sub_dir)))
-        self._version = version
+        self._given_version = self._version = version
 
     @property
     def version(self) -> int | str:
@@ -60,6 +60,10 @@ class RunFolder:
         if self._version is None:
             self._version = self._next_version()
         return self._version
+
+    def renew(self) -> None:
+        """Count the version up for another run, unless the user has named the version."""
+        self._version = self._given_version
 
     @property
     def path(self) -> str:
@@ -156,6 +160,12 @@ class FolderLogger(Logger):
     @property
     def log_dir(self) -> str:
         return self._folder.path
+
+    def _renew(self) -> None:
+        """End the experiment and begin another one in a new version."""
+        self.finalize("success")
+        self._experiment = None
+        self._folder.renew()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_experiment": None}

@@ -189,6 +189,10 @@ class TensorBoardLogger(FolderLogger):
             for module, training in modes.items():
                 module.training = training
 
+    def begin_anew(self) -> None:
+        self._renew()
+        self._hparams, self._hparams_changed, self._hp_metric_logged = {}, False, False
+
     @rank_zero_only
     def save(self) -> None:
         if self._experiment is not None:

@@ -854,3 +854,15 @@ def test_of_complex_numbers_the_real_part_counts(tmp_path: Path) -> None:
             self.log("z", torch.tensor(2 + 1j))
 
     assert trainer(tmp_path).validate(Complex(), loader(4)) == [{"z": 2.0}]
+
+
+@pytest.mark.parametrize("samples", [4, 5])
+def test_values_with_a_graph_are_weighted_by_samples_too(tmp_path: Path, samples: int) -> None:
+    class Graphs(Silent):
+        def train_logs(self, batch: Any, i: int) -> None:
+            value = batch[:, 0].mean() + 0 * self.layer.weight.sum()  # requires a gradient, so it is not read at once
+            self.log("mean", value, on_step=False, on_epoch=True, enable_graph=True)
+
+    run = trainer(tmp_path)
+    run.fit(Graphs(), loader(samples))
+    assert run.callback_metrics["mean"].item() == pytest.approx((samples - 1) / 2)

@@ -210,7 +210,8 @@ class ModelCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a folder that holds files of another run."""
-        if trainer.is_global_zero and self.save_top_k != 0 and not trainer.fast_dev_run:
+        wrote_here = os.path.dirname(self._last.path) == self.dirpath  # in the fit that this one continues
+        if trainer.is_global_zero and self.save_top_k != 0 and not trainer.fast_dev_run and not wrote_here:
             warn_if_in_use(self.dirpath or "", os.fspath(trainer.ckpt_path or ""))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -509,10 +510,12 @@ class ModelCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back paths and scores; from a run that wrote to another folder only ``best_model_path``."""
         folder = state_dict.get("dirpath", self.dirpath)
+        if folder is None:  # the state of a callback that has not chosen its folder
+            self.dirpath = None
         if self.dirpath in (None, folder):  # None: not settled yet
             self._ranking = self._ranking.restored(state_dict)
             step = state_dict.get("last_global_step_saved")
-            self._last = replace(self._last, at=None if step is None else (step, 0))
+            self._last = _LastSave(at=None if step is None else (step, 0))
             self._pending, self._restored = state_dict.get("pending", False), True
             return
         rank_zero_warn(

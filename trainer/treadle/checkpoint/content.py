@@ -148,11 +148,7 @@ def read_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
         progress.phase = Phase(progress.phase)
     else:
         progress = _lightning_progress(checkpoint)
-    progress.begun |= progress.batch > 0  # in checkpoints that do not tell
-    progress.stepped &= progress.phase is not Phase.BETWEEN
-    if progress.epoch_ended:
-        progress.epoch += 1
-        progress.begin_epoch()
+    progress.settle()
     return progress
 
 

@@ -40,14 +40,13 @@ class TrainingEpoch:
         validate: Callable[[Callable[[int], bool]], bool],
         elapsed: Callable[[timedelta], bool],
         may_stop: Callable[[], bool],
-        max_steps: int,
         log_every_n_steps: int,
         signals: Signals,
         agreement: StopAgreement | None,
     ) -> None:
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._schedule, self._validate, self._elapsed = schedule, validate, elapsed
-        self._max_steps, self._log_every = math.inf if max_steps == -1 else max_steps, log_every_n_steps
+        self._log_every, self._max_steps = log_every_n_steps, math.inf
         self._stops = Stops(run, controls, signals, agreement, may_stop)
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
@@ -61,13 +60,15 @@ class TrainingEpoch:
         """The number of batches between two validations; infinity where epochs or time decide, or nobody validates."""
         return self._schedule.every_n_batches if self._schedule is not None else math.inf
 
-    def run(self) -> None:
-        """Train for one epoch, from the batch that the progress tells."""
+    def run(self) -> bool:
+        """Train for one epoch, from the batch that the progress tells; returns whether a stop left batches of it."""
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
         accumulate = self._accumulate
+        max_steps, stop = self._controls.max_steps, False
+        self._max_steps = math.inf if max_steps == -1 else max_steps
         step.begin_epoch(accumulate)
-        if self._ends_resumed() or progress.step >= self._max_steps:
-            return
+        if self._ends_resumed():
+            return not progress.is_last_batch
         self._check_accumulation(self._data.num_batches)
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
         total, transfer, begun = self._data.stop, run.transfer, progress.batch
@@ -108,7 +109,7 @@ class TrainingEpoch:
                 for listener in on_batch_end:
                     listener(outputs, batch, batch_idx)
             results.hook = ""
-            if finish_batch():
+            if stop := finish_batch():
                 break
         progress.stepped = False  # a step in a hook from here on is one between two batches
         begin_batch(None)
@@ -116,6 +117,7 @@ class TrainingEpoch:
             self._tell_of_idleness(progress.batch - begun)
         if progress.is_last_batch:
             self._check_accumulation(progress.batch)
+        return stop and not progress.is_last_batch
 
     @property
     def _accumulate(self) -> int:

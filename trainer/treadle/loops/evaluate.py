@@ -31,7 +31,8 @@ class Evaluation:
         run: the run that the evaluation belongs to.
         data: the loaders and the number of batches of each.
         name: "validation" or "test".
-        inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
+        inference_mode: whether to run under ``torch.inference_mode``, where the strategy allows it, rather than under
+            ``torch.no_grad``.
     """
 
     def __init__(self, run: ReadyRun, data: EvaluationData, name: str, *, inference_mode: bool) -> None:
@@ -42,6 +43,7 @@ class Evaluation:
         self._several = len(data.loaders) > 1
         step, call = getattr(run.module, step_name), run.wrapped.method(step_name)
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
+        inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._iterate: Callable[..., Any] = data.iterate
         if inference_mode:

@@ -14,13 +14,12 @@ from treadle.checkpoint.exact import moment
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.inference import explain_inference_tensor
-from treadle.loops.schedule import Durations
 from treadle.loops.stopping import Controls
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage
-from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info
+from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info, rank_zero_warn
 from treadle_fabric.coordination import StepClock
 
 __all__ = ["FitLoop"]
@@ -50,6 +49,9 @@ class Parts(Protocol):
     def validation(self, run: ReadyRun, /) -> Evaluation | None:
         """Give the validation with the loaders that this epoch is to have; None where there are none."""
 
+    def stopped(self, run: ReadyRun, /) -> None:
+        """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
+
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
 
@@ -60,8 +62,7 @@ class FitLoop:
     Args:
         run: the run.
         parts: makes the epoch loop and the validation when they are needed.
-        durations: when to stop.
-        controls: holds ``should_stop``.
+        controls: holds ``should_stop`` and the bounds of the run.
         reload_every: epochs after which the epoch loop is made anew; 0 for never.
     """
 
@@ -69,13 +70,11 @@ class FitLoop:
         self,
         run: ReadyRun,
         parts: Parts,
-        durations: Durations,
         controls: Controls,
         *,
         reload_every: int,
     ) -> None:
-        self._run, self._parts, self._durations, self._controls = run, parts, durations, controls
-        self._reload_every = reload_every
+        self._run, self._parts, self._controls, self._reload_every = run, parts, controls, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
         self._validation_s = math.inf  # how long the last validation took
@@ -110,6 +109,11 @@ class FitLoop:
         self.epoch = epoch = None if reason else self._parts.make_epoch(run, self)
         if epoch is None:
             rank_zero_info(f"`Trainer.fit` has nothing to train: {reason or 'there are no batches'}.")
+            if progress.batches and not self._controls.should_stop:
+                rank_zero_warn(
+                    "This fit goes on from the last one or from a checkpoint, and nothing is left to do: to train on,"
+                    " raise `trainer.max_epochs` or `max_steps` before `fit`; to begin anew, make a new Trainer."
+                )
             return
         run.module.train()
         self._validated_at = time.monotonic()
@@ -128,7 +132,8 @@ class FitLoop:
                 dispatch.call("on_train_epoch_start")
                 if within:
                     self._parts.restore(run)
-                epoch.run()
+                if epoch.run():
+                    self._parts.stopped(run)
                 progress.epoch_ended = True
                 self._end_epoch(epoch)
                 progress.begin_epoch()
@@ -197,7 +202,7 @@ class FitLoop:
 
     def may_stop(self) -> bool:
         """Return whether ``should_stop`` may end the fit: not before ``min_epochs`` and ``min_steps``."""
-        d, progress = self._durations, self._run.progress
+        d, progress = self._controls, self._run.progress
         epochs = progress.epoch + (1 if progress.is_last_batch else 0)
         enough = (not d.min_epochs or epochs >= d.min_epochs) and (not d.min_steps or progress.step >= d.min_steps)
         if not enough and not self._told_min:
@@ -210,11 +215,11 @@ class FitLoop:
 
     def _done(self) -> str:
         """Return the reason why training is over; empty while training goes on."""
-        d, progress = self._durations, self._run.progress
+        d, progress = self._controls, self._run.progress
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch, and the epoch's end follows
             return ""
         if d.max_steps != -1 and progress.step >= d.max_steps:
             return f"max_steps={d.max_steps} reached"
-        if d.max_epochs != -1 and progress.epoch >= d.max_epochs:
+        if d.max_epochs is not None and -1 < d.max_epochs <= progress.epoch:
             return f"max_epochs={d.max_epochs} reached"
         return "a stop was asked for" if self._controls.should_stop and self.may_stop() else ""

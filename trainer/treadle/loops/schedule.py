@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 from treadle.durations import parse_duration
 from treadle_fabric import MisconfigurationException, check_integer
 
-__all__ = ["Durations", "ValidationSchedule", "resolve_durations", "total_steps", "window_size"]
+__all__ = ["Durations", "ValidationSchedule", "change_durations", "resolve_durations", "total_steps", "window_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,12 @@ def resolve_durations(
     if min_steps is not None and max_steps != -1 and min_steps > max_steps:
         raise MisconfigurationException(f"min_steps={min_steps} is more than max_steps={max_steps}: lower it.")
     return Durations(max_epochs, max_steps, min_epochs, min_steps, time, assumed)
+
+
+def change_durations(durations: Durations, **changes: Any) -> Durations:
+    """Check the durations with some of them changed, by name; the run's time stays as it is."""
+    given = {name: getattr(durations, name) for name in ("max_epochs", "min_epochs", "max_steps", "min_steps")}
+    return replace(resolve_durations(**{**given, **changes}, max_time=durations.max_time), max_epochs_assumed=False)
 
 
 def check_limit(value: Any, name: str) -> None:

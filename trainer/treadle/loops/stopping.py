@@ -19,6 +19,10 @@ class Controls(Protocol):
 
     should_stop: bool
     accumulate_grad_batches: int
+    max_epochs: int | None
+    min_epochs: int | None
+    max_steps: int
+    min_steps: int | None
 
 
 class Stops:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from treadle.run.loss import LossPolicy
+from treadle.run.loss import LossPolicy, gradients_of
 from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException, Strategy, rank_zero_warn
 
@@ -223,11 +223,6 @@ class Losses:
 
 def _mixture(given: str) -> MisconfigurationException:
     return MisconfigurationException(f"`training_step` returned a loss with {given}: {_RULE}.")
-
-
-def gradients_of(optimizer: Optimizer) -> list[Tensor]:
-    """The gradients of the parameters of an optimizer, those that have one."""
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _checked(weight: Any) -> float | Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 from treadle.checkpoint.content import plain
 from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.metrics.sinks import NOWHERE
-from treadle.module.module import LightningModule
+from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.run.loss import LossPolicy
+from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
+from treadle.run.loss import LossPolicy, gradients_of
 from treadle.run.run import Run
 from treadle_fabric import (
     CheckpointError,
@@ -33,8 +34,6 @@ from treadle_fabric.randomness import collect_rng_states, isolate_rng, set_rng_s
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
 
 __all__ = ["WatchedLosses"]
 
@@ -141,7 +140,7 @@ class WatchedLosses:
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
         scaled = strategy.precision.requires_fabric_backward
-        gradients = [] if optimizer is None or scaled else _gradients(optimizer)
+        gradients = [] if optimizer is None or scaled else [values_of(g) for g in gradients_of(optimizer)]
         flags = torch.stack([_any_nonfinite(each, strategy.root_device) for each in (losses, gradients)])
         if strategy.world_size > 1:
             flags = strategy.all_reduce(flags, reduce_op="sum")
@@ -337,11 +336,6 @@ def _foreign(batch: Any) -> Iterator[str]:
             yield from _foreign(value)
     elif type(batch) is not Tensor and type(batch) not in _PLAIN:
         yield type(batch).__qualname__
-
-
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    found = (p.grad for group in optimizer.param_groups for p in group["params"])
-    return [values_of(gradient) for gradient in found if gradient is not None]
 
 
 def _any_nonfinite(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -67,3 +67,8 @@ class LossPolicy(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients of the parameters of an optimizer, those that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

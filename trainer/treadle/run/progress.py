@@ -60,6 +60,14 @@ class FitProgress:
     epoch_ended: bool = False
     """Whether the epoch is in its end hooks; a run resumed from a checkpoint saved now begins the next epoch."""
 
+    def settle(self) -> None:
+        """Turn the counters of a state that was saved or left into those with which a run goes on from it."""
+        self.begun |= self.batch > 0  # in checkpoints that do not tell
+        self.stepped &= self.phase is not Phase.BETWEEN
+        if self.epoch_ended:
+            self.epoch += 1
+            self.begin_epoch()
+
     def begin_epoch(self) -> None:
         """Reset the counters of the epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0

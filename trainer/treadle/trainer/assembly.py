@@ -171,8 +171,7 @@ def make_epoch(
         validate=loop.validate,
         elapsed=loop.validation_elapsed,
         may_stop=loop.may_stop,
-        max_steps=settings.durations.max_steps,
-        log_every_n_steps=settings.log_every_n_steps,
+        log_every_n_steps=every,
         signals=signals,
         agreement=loop.agreement,
     )

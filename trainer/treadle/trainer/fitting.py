@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from treadle.checkpoint.exact import capture_exact, restore_exact
@@ -14,9 +15,11 @@ from treadle.loops.stopping import Controls
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.trainer import assembly
+from treadle.trainer.continuation import Continuation
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
 from treadle_fabric import isolate_rng
+from treadle_fabric.randomness import collect_rng_states
 
 __all__ = ["Fitting"]
 
@@ -56,19 +59,25 @@ class Fitting:
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
+        self._stopped: Continuation | None = None
+
+    @property
+    def restoring(self) -> bool:
+        """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
+        return bool(self._unrestored)
 
     def make_loop(self, run: ReadyRun, exact: dict[str, Any]) -> FitLoop:
         """Make the loop.
 
         Args:
             run: The run, with its optimizers.
-            exact: The ``treadle`` entry of the checkpoint that the fit goes on from; empty without one.
+            exact: The ``treadle`` entry of the checkpoint that the fit goes on from, or the state in which the last fit
+                stopped; empty where an epoch begins.
         """
         self._unrestored = exact
         self.loop = FitLoop(
             run,
             self,
-            self._settings.durations,
             self._controls,
             reload_every=self._settings.reload_dataloaders_every_n_epochs,
         )
@@ -132,6 +141,19 @@ class Fitting:
         if before is not None and len(before.data.loaders) != len(data.loaders):
             before.forget()
         return Evaluation(run, data, "validation", inference_mode=False)
+
+    def stopped(self, run: ReadyRun) -> None:
+        """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
+        self._stopped = Continuation(run.module, replace(run.progress), self.exact_state(run))
+
+    def left(self, run: ReadyRun, *, interrupted: bool) -> Continuation:
+        """Tell where the fit ended, for a later fit that goes on."""
+        module, progress, stopped = run.module, replace(run.progress), self._stopped
+        if stopped is not None and stopped.progress.batches == progress.batches:  # no batch since
+            return replace(stopped, rng=collect_rng_states())
+        if interrupted and run.fabric.world_size > 1:
+            return Continuation(module, progress, certain=False)
+        return Continuation(module, progress, self.exact_state(run) if interrupted else self._unrestored)
 
     def restore(self, run: ReadyRun) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from treadle.contracts import Trainer
 
-
 __all__ = ["Outcome", "adopt", "run_and_capture"]
 
 _COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_models", "kth_best_model_path", "dirpath")

@@ -38,7 +38,7 @@ class Session:
 
         with session.guarded(trainer), session.flagged(settings, signals):
             session.attach: module and data module get the trainer, and self.log goes to this session
-            configure_callbacks                                        # Trainer._running
+            configure_callbacks                                        # Trainer._started
             session.start: prepare_data, all ranks meet, setup, configure_model
             the stage: checkpoint, set-up of the module, loaders, batches
             session.finish: on_fit_end, teardown, loggers and checkpoint IO are closed

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
@@ -20,6 +21,7 @@ from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
+from treadle.loops.schedule import change_durations
 from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
@@ -32,10 +34,12 @@ from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
+from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
 from treadle.trainer.outcome import Outcome, adopt, run_and_capture
 from treadle.trainer.session import Session
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
+from treadle.trainer.view import FitLoopView
 from treadle_fabric import (
     Fabric,
     FabricOptimizer,
@@ -90,8 +94,8 @@ class Trainer:
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: True refuses non-deterministic operations, "warn" warns of them.
         benchmark: ``torch.backends.cudnn.benchmark`` during the run.
-        inference_mode: validate, test and predict under ``torch.inference_mode`` rather than ``torch.no_grad``. What
-            evaluates inside fit is always under ``torch.no_grad``. Default: True.
+        inference_mode: validate, test and predict under ``torch.inference_mode``. Default: True. False, and inside fit:
+            under ``torch.no_grad``.
         use_distributed_sampler: share the samples of loaders out over the ranks. Default: True.
         profiler: must be None; profilers are not available yet.
         detect_anomaly: find the operation that made a NaN gradient. Default: False.
@@ -182,6 +186,7 @@ class Trainer:
         self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
         self._session: Session | None = None  # the current or last one
         self._fitting: Fitting | None = None  # the current or last one
+        self._fits = Fits()
 
     # ------------------------------------------------------------------------------------------------ entry points
 
@@ -214,6 +219,9 @@ class Trainer:
         preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
+        self._fits.begin(
+            model, self.callbacks, self.loggers, resumes=ckpt_path is not None or self._settings.auto_resume
+        )
         self.should_stop = False
         self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only))
 
@@ -288,7 +296,7 @@ class Trainer:
         if return_predictions == "stream":
             self.fabric.launch()
             stream = self._stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
-            next(stream)  # errors are raised here, not at the first batch
+            next(stream, None)  # errors are raised here, not at the first batch; Ctrl-C leaves an empty stream
             return stream
         keep = return_predictions is not False
         found = self._launch(self._predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep)
@@ -309,11 +317,7 @@ class Trainer:
             MisconfigurationException: there is no module that was set up.
             CheckpointError: the file cannot be written.
         """
-        run = self._run
-        if not isinstance(run, ReadyRun):
-            raise MisconfigurationException(
-                "save_checkpoint needs a module that was set up: call it in or after fit, validate or test."
-            )
+        run = self._ready_run("save_checkpoint", "in or after fit, validate or test")
         checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
         if not weights_only and self.state.fn is TrainerFn.FITTING and self._fitting is not None:
             checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
@@ -545,6 +549,11 @@ class Trainer:
         return self.fit_progress.step
 
     @property
+    def fit_loop(self) -> FitLoopView:
+        """The counters and bounds of fit under the names of Lightning's loops."""
+        return FitLoopView(self, self._fitting is not None and self._fitting.restoring)
+
+    @property
     def current_epoch(self) -> int:
         """The number of completed epochs, which inside an epoch is its number from 0."""
         return self.fit_progress.epoch
@@ -563,23 +572,39 @@ class Trainer:
 
     @property
     def max_epochs(self) -> int | None:
-        """The largest number of epochs; -1 where there is no bound."""
+        """The largest number of epochs; -1 where there is no bound. It may be set before a fit that goes on."""
         return self._settings.durations.max_epochs
+
+    @max_epochs.setter
+    def max_epochs(self, epochs: int | None) -> None:
+        self._settings.durations = change_durations(self._settings.durations, max_epochs=epochs)
 
     @property
     def min_epochs(self) -> int | None:
         """The smallest number of epochs."""
         return self._settings.durations.min_epochs
 
+    @min_epochs.setter
+    def min_epochs(self, epochs: int | None) -> None:
+        self._settings.durations = change_durations(self._settings.durations, min_epochs=epochs)
+
     @property
     def max_steps(self) -> int:
-        """The largest number of steps; -1 where there is no bound."""
+        """The largest number of steps; -1 where there is no bound. It may be set before a fit that goes on."""
         return self._settings.durations.max_steps
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        self._settings.durations = change_durations(self._settings.durations, max_steps=steps)
 
     @property
     def min_steps(self) -> int | None:
         """The smallest number of steps."""
         return self._settings.durations.min_steps
+
+    @min_steps.setter
+    def min_steps(self, steps: int | None) -> None:
+        self._settings.durations = change_durations(self._settings.durations, min_steps=steps)
 
     @property
     def log_every_n_steps(self) -> int:
@@ -752,6 +777,8 @@ class Trainer:
         """Take over the outcome of a run in another process."""
         self.state, self.fit_progress, self.should_stop = state, progress, should_stop
         self._session = Session(self.fabric, module, None, state, metrics)
+        if state.fn is TrainerFn.FITTING:
+            self._fits.end(Continuation(module, replace(progress)))
 
     # ------------------------------------------------------------------------------------------------ for modules
 
@@ -774,10 +801,10 @@ class Trainer:
         run, settings = self._ready_run("clip_gradients"), self._settings
         Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm).clip(optimizer, value, algorithm)
 
-    def _ready_run(self, what: str) -> ReadyRun:
+    def _ready_run(self, what: str, where: str = "inside fit") -> ReadyRun:
         run = self._run
         if not isinstance(run, ReadyRun):
-            raise MisconfigurationException(f"{what} needs a module that was set up: call it inside fit.")
+            raise MisconfigurationException(f"{what} needs a module that was set up: call it {where}.")
         return run
 
     # ------------------------------------------------------------------------------------------------ a run
@@ -786,25 +813,29 @@ class Trainer:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         if not self.strategy.launches_function:
             self.fabric.launch()
-            return stage(*args)
+            try:
+                return stage(*args)
+            finally:
+                self._fits.after_run()
         outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), *args)
         adopt(self, args[0], outcome)
         return outcome.result
 
-    @contextmanager
-    def _running(
-        self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None
-    ) -> Generator[Run]:
-        """Do everything around a stage; see :class:`Session`."""
+    def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
         preflight.check_idle(self.state, fn)
         self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
         if fn is TrainerFn.FITTING:
-            self.fit_progress, self._fitting = FitProgress(), None
+            self.fit_progress, self._fitting = self._fits.progress, None
         self._session = session = Session(self.fabric, module, datamodule, self.state)
-        with session.guarded(self), session.flagged(self._settings, self._signals):
+        return session
+
+    @contextmanager
+    def _started(self, session: Session) -> Generator[Run]:
+        """Call the hooks before and after a stage; see :class:`Session`."""
+        with session.flagged(self._settings, self._signals):
             results = session.attach(self)
             results.hook = "configure_callbacks"
-            self.callbacks = with_model_callbacks(self.callbacks, module)
+            self.callbacks = with_model_callbacks(self.callbacks, session.module)
             results.hook = ""
             run = session.start(self, results, self.fit_progress, self._settings)
             yield run
@@ -844,15 +875,16 @@ class Trainer:
         val: Any,
         source: Source,
     ) -> None:
-        with self._running(TrainerFn.FITTING, module, datamodule) as run:
+        session = self._open(TrainerFn.FITTING, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             self._fitting = fitting = Fitting(
-                self._open_session, run, self._settings, train, val, controls=self, signals=self._signals
+                session, run, self._settings, train, val, controls=self, signals=self._signals
             )
             ready, checkpoint = self._prepare(run, source)
             assembly.set_up_optimizers(ready)
             ready.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(ready, self._settings)
-            exact: dict[str, Any] = {}
+            exact = self._fits.exact
             if checkpoint is not None:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
@@ -861,11 +893,16 @@ class Trainer:
             del checkpoint, exact  # the fitting drops what it has put back
             try:
                 loop.run()
+                self._fits.end(fitting.left(ready, interrupted=False))
             except SIGTERMException:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
                         self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
                         rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
+                raise
+            except BaseException:
+                with suppress(Exception):  # the error that ended the fit is the one to report
+                    self._fits.end(fitting.left(ready, interrupted=True))
                 raise
 
     def _evaluate(
@@ -898,10 +935,11 @@ class Trainer:
         validating = fn is TrainerFn.VALIDATING
         stage, name = ("val", "validation") if validating else ("test", "test")
         found: list[dict[str, float]] = []
-        with self._running(fn, module, datamodule) as run:
+        session = self._open(fn, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             ready = self._prepare(run, source)[0]
-            data = self._open_session.add_evaluation(ready, stage, dataloaders, self._settings)
-            evaluation = Evaluation(ready, data, name, inference_mode=self._infers)
+            data = session.add_evaluation(ready, stage, dataloaders, self._settings)
+            evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation() or []]
         if verbose and self.is_global_zero:
@@ -917,14 +955,16 @@ class Trainer:
         keep: bool,
     ) -> list[Any] | None:
         predictions: list[Any] | None = None
-        with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
+        session = self._open(TrainerFn.PREDICTING, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             predictions = self._prediction(run, dataloaders, source, keep=keep)()
         return predictions
 
     def _stream(
         self, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any, source: Source
     ) -> Iterator[Any]:
-        with self._running(TrainerFn.PREDICTING, module, datamodule) as run:
+        session = self._open(TrainerFn.PREDICTING, module, datamodule)
+        with session.guarded(self), self._started(session) as run:
             prediction = self._prediction(run, dataloaders, source, keep=True)
             try:
                 yield None
@@ -936,17 +976,13 @@ class Trainer:
         ready = self._prepare(run, source)[0]
         data = self._open_session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
-        return Prediction(ready, data, inference_mode=self._infers, keep=keep)
-
-    @property
-    def _infers(self) -> bool:
-        return self._settings.inference_mode and self.strategy.allows_inference_mode
+        return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
 
     # ------------------------------------------------------------------------------------------------ the last session
 
     @property
     def _open_session(self) -> Session:
-        assert self._session is not None  # only stages ask, and _running has made it
+        assert self._session is not None  # only stages ask, and _open has made it
         return self._session
 
     @property

@@ -49,9 +49,8 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
 
     def differentiate(loss: Tensor) -> None:
         nonlocal kept
-        kept = (
-            loss  # as the variable of a hand-written loop: the next forward finds the graph's nodes of the parameters
-        )
+        # As the variable of a hand-written loop: the next forward finds the graph's nodes of the parameters.
+        kept = loss
         try:
             by_strategy(loss)
         except RuntimeError:

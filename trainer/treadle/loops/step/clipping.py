@@ -12,7 +12,6 @@ from treadle_fabric import MisconfigurationException
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-
 __all__ = ["Clipping"]
 
 
