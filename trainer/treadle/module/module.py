@@ -227,7 +227,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """Return the optimizers, for manual optimization: one, or a list where there are several.
 
         Args:
-            use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and counting.
+            use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and hooks.
                 Default: True.
         """
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
