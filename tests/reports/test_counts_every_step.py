@@ -114,6 +114,14 @@ def test_a_step_between_two_epochs_counts(tmp_path: Path, at: str) -> None:
     assert run.global_step == 2
 
 
+def test_saves_by_step_see_a_step_between_two_epochs(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    model = Manual("on_train_epoch_end")
+    trainer(tmp_path, enable_checkpointing=True, callbacks=saving, max_epochs=3).fit(model, loader())
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
+    assert torch.equal(torch.load(tmp_path / "step=3.ckpt")["state_dict"]["layer.weight"], weight(model))
+
+
 def test_steps_at_the_end_of_an_epoch_and_in_its_batches_both_count(tmp_path: Path) -> None:
     class Both(Manual):
         def on_train_epoch_end(self) -> None:

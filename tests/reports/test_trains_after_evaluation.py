@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 import treadle as L
 from treadle import MisconfigurationException
 from treadle_fabric.strategies import SingleDeviceStrategy
+
+
+@dataclass(slots=True)
+class Slotted:
+    table: Any = None
 
 
 class Table(nn.Module):
@@ -38,6 +44,7 @@ class Table(nn.Module):
         self.tupled: Any = ()
         self.recent: deque[Any] = deque(maxlen=2)
         self.object = SimpleNamespace()
+        self.slotted = Slotted()
         self.hidden = [Inner()]  # no submodule: not in a ModuleList
 
     def kept(self) -> Any:
@@ -56,6 +63,8 @@ class Table(nn.Module):
                 return self.recent[0] if self.recent else None
             case "object":
                 return getattr(self.object, "table", None)
+            case "slots":
+                return self.slotted.table
             case "class":
                 return self.shared.get("table")
             case _:
@@ -77,6 +86,8 @@ class Table(nn.Module):
                 self.recent.append(table)
             case "object":
                 self.object.table = table
+            case "slots":
+                self.slotted.table = table
             case "class":
                 self.shared["table"] = table
             case _:
@@ -93,7 +104,7 @@ class Inner(nn.Module):
     table: Any = None
 
 
-PLACES = ["buffer", "attribute", "list", "nested", "tuple", "deque", "object", "class", "module in a list"]
+PLACES = ["buffer", "attribute", "list", "nested", "tuple", "deque", "object", "slots", "class", "module in a list"]
 
 
 class Rotary(Net):

@@ -248,6 +248,8 @@ class ModelCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the epochs for which their end decides, and what still waits for a metric."""
         self._metric.epoch_ended = True
+        if self._triggers.every_n_train_steps and self._triggers.fires(trainer.global_step):  # by a step in this hook
+            self._pending |= not self._skips(trainer)
         self._save_if_due(trainer, at_epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

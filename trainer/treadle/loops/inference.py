@@ -114,9 +114,8 @@ class _Search:
             if (new := self.of(old, depth)) is not old:
                 attributes[name] = new
         for cls in type(owner).__mro__:
-            if _library(cls) in _LIBRARIES or id(cls) in self._seen:
+            if _library(cls) in _LIBRARIES:
                 continue
-            self._seen[id(cls)] = cls
             for name, old in list(vars(cls).items()):
                 if isinstance(old, types.MemberDescriptorType):  # of __slots__
                     self._slot(owner, old, depth)
