@@ -74,14 +74,6 @@ class FitProgress:
         self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = self.stepped = False
         self.phase = Phase.BETWEEN
 
-    def count_step(self) -> None:
-        """Count a step of an optimizer; several at one batch, or between two batches, make one ``step``."""
-        self.optimizer_steps += 1
-        if not self.stepped:
-            self.stepped = True
-            self.step += 1
-            self.step_in_epoch += 1
-
     def settle_steps(self, optimizer_steps: int) -> None:
         """Count one step where torch reported none or several.
 
@@ -91,9 +83,11 @@ class FitProgress:
         Args:
             optimizer_steps: the number of optimizer steps with the one that was just made.
         """
-        if not self.stepped:
-            self.count_step()
         self.optimizer_steps = optimizer_steps
+        if not self.stepped:
+            self.stepped = True
+            self.step += 1
+            self.step_in_epoch += 1
 
 
 @dataclass(slots=True)

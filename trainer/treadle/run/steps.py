@@ -42,16 +42,23 @@ class StepCounter:
     @contextmanager
     def counting(self) -> Generator[None]:
         """While entered, count the steps."""
-        handle = register_optimizer_step_post_hook(self._stepped)
+        progress, counts = self._progress, self._counts.get
+
+        def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            known = counts(optimizer)
+            if not known and (known is False or not self._trains_module(optimizer)):
+                return
+            progress.optimizer_steps += 1
+            if not progress.stepped:  # several at one batch, or between two batches, make one `step`
+                progress.stepped = True
+                progress.step += 1
+                progress.step_in_epoch += 1
+
+        handle = register_optimizer_step_post_hook(stepped)
         try:
             yield
         finally:
             handle.remove()
-
-    def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        counts = self._counts.get(optimizer)
-        if counts or (counts is None and self._trains_module(optimizer)):
-            self._progress.count_step()
 
     def _trains_module(self, optimizer: Optimizer) -> bool:
         found = self._others.get(optimizer)
