@@ -84,6 +84,22 @@ def test_no_training_loader_is_made_for_no_batches(tmp_path: Path) -> None:
     assert model.made["train"] == 0
 
 
+@pytest.mark.parametrize(("stage", "method"), [("val", "validate"), ("test", "test"), ("predict", "predict")])
+def test_no_loader_is_made_for_an_evaluation_of_no_batches(tmp_path: Path, stage: str, method: str) -> None:
+    asked: list[str] = []
+
+    class Data(L.LightningDataModule):
+        def asked_for(self) -> Any:
+            asked.append(stage)
+            return loader()
+
+        val_dataloader = test_dataloader = predict_dataloader = asked_for
+
+    limits: dict[str, Any] = {f"limit_{stage}_batches": 0}
+    assert getattr(trainer(tmp_path, **limits), method)(Net(), datamodule=Data()) == []
+    assert not asked
+
+
 def test_a_run_with_nothing_left_to_train_makes_no_loader(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.fit(Counted())

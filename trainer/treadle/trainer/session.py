@@ -119,9 +119,13 @@ class Session:
         return run
 
     def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:
-        """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module."""
-        name = f"{stage}_dataloader"
-        loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)
+        """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module.
+
+        With a limit of 0 nobody is asked for loaders.
+        """
+        name, loaders = f"{stage}_dataloader", {}
+        if given is not None or settings.limits[stage] != 0:
+            loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)
         data = self.evaluations[stage] = assembly.evaluation_data(run, settings, loaders, stage)
         return data
 
