@@ -23,7 +23,7 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checks import check_integer
+from treadle_fabric.checks import check_integer, check_loss, is_list, is_several, one_or_several
 from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
@@ -157,6 +157,7 @@ __all__ = [
     "batch_mover",
     "canonical_precision",
     "check_integer",
+    "check_loss",
     "claim_failure",
     "collect_rng_states",
     "describe_error",
@@ -168,6 +169,8 @@ __all__ = [
     "gather_objects",
     "has_len",
     "infer_batch_size",
+    "is_list",
+    "is_several",
     "is_wrapped",
     "isolate_rng",
     "leaves",
@@ -177,6 +180,7 @@ __all__ = [
     "near_names",
     "newest_good",
     "on_rank_zero",
+    "one_or_several",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",

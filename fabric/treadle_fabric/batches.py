@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from treadle_fabric.containers import SEQUENCES, children, map_leaves
+from treadle_fabric.containers import children, map_leaves
 
 __all__ = ["batch_mover", "infer_batch_size", "map_tensors", "move_data_to_device"]
 
@@ -84,42 +84,86 @@ def map_tensors(
     """Apply a function to every tensor in nested containers.
 
     Args:
-        data: A tensor, or containers of some: lists, tuples, deques, mappings, dataclasses.
+        data: A tensor, or containers of some, of any type in :mod:`treadle_fabric.containers`.
         function: Gets a tensor, gives what takes its place.
         leaf: The types to apply the function to.
         movable: Also apply it to other objects that have a ``to`` method.
 
     Returns:
         The same structure; a container in which nothing changed is the same object.
+
+    Raises:
+        MisconfigurationException: The type of a container is one that cannot be made anew.
     """
     if movable:
-        return map_leaves(data, function, lambda x: isinstance(x, leaf) or callable(getattr(x, "to", None)))
+        return map_leaves(data, function, lambda x: isinstance(x, leaf) or _has_to(x))
     return map_leaves(data, function, lambda x: isinstance(x, leaf))
+
+
+def _has_to(value: Any) -> bool:
+    return callable(getattr(value, "to", None)) and not isinstance(value, type)
+
+
+_NO_SIZE = frozenset({str, bytes, int, float, bool, complex, type(None)})
 
 
 def infer_batch_size(batch: Any) -> int | None:
     """The number of samples in a batch.
 
     Args:
-        batch: A tensor or array, containers, or objects that keep some in public attributes.
+        batch: A tensor or array, containers, or objects that keep some in public attributes or entries.
 
     Returns:
-        The number of sequences of the first ``PackedSequence``, or the first dimension of the first tensor or array,
-        whichever is found first; 1 for a scalar; ``None`` where there is none.
+        What is found first: the number of sequences of a ``PackedSequence``; the number that an object gives as
+        ``batch_size`` or ``num_graphs`` (a batch of graphs has no dimension of that size); the first dimension of a
+        tensor or array, 1 for a scalar. ``None`` where there is none of these.
     """
+    if isinstance(batch, Tensor):
+        return int(batch.size(0)) if batch.dim() else 1  # a nested tensor has no shape
     stack = [batch]
+    seen: dict[int, Any] = {}
     while stack:
         item = stack.pop()
-        shape = getattr(item, "shape", None)
-        if isinstance(shape, tuple):  # a tensor's is one
-            return int(shape[0]) if shape else 1
-        if isinstance(item, PackedSequence):
-            return int(item.batch_sizes[0])
-        if isinstance(item, Mapping):
-            stack += reversed(list(item.values()))
-        elif isinstance(item, SEQUENCES):
-            stack += reversed(item)
-        else:
-            named = {**getattr(item, "__dict__", {}), **dict(children(item) or ())}  # slots are in no __dict__
-            stack += [value for name, value in named.items() if not name.startswith("_")][::-1]
+        if isinstance(item, Tensor):
+            return int(item.size(0)) if item.dim() else 1
+        kind = type(item)
+        if kind in _NO_SIZE or id(item) in seen:
+            continue
+        seen[id(item)] = item  # an object may hold one that holds the first
+        if kind is tuple or kind is list:
+            stack += item[::-1]
+        elif kind is dict:
+            stack += [*item.values()][::-1]
+        elif not isinstance(item, type):
+            held = children(item)
+            size = _own_size(item, container=held is not None)
+            if size is not None:
+                return size
+            stack += ([value for _, value in held] if held is not None else _public(item))[::-1]
     return None
+
+
+def _own_size(item: Any, *, container: bool) -> int | None:
+    """The number of samples as an object itself says it, without a look at what a container holds."""
+    if isinstance(item, PackedSequence):
+        return int(item.batch_sizes[0])
+    shape = getattr(item, "shape", None)  # of a container, "shape" may be just a field
+    if isinstance(shape, tuple if not container and _is_array(item) else torch.Size) and (shape or not container):
+        return int(shape[0]) if shape else 1
+    for name in ("batch_size", "num_graphs"):
+        size = getattr(item, name, None)
+        if isinstance(size, int) and not isinstance(size, bool):
+            return size
+    return None
+
+
+def _is_array(item: Any) -> bool:
+    return hasattr(item, "dtype") or hasattr(item, "__array__")
+
+
+def _public(item: Any) -> list[Any]:
+    """The entries of an object with keys, such as a graph, otherwise its public attributes."""
+    keys = getattr(item, "keys", None)
+    if callable(keys) and hasattr(type(item), "__getitem__"):
+        return [item[key] for key in keys()]
+    return [value for name, value in getattr(item, "__dict__", {}).items() if not name.startswith("_")]

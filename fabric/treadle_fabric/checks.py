@@ -3,12 +3,44 @@
 from __future__ import annotations
 
 import operator
+import sys
+from collections.abc import Iterator, MappingView, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
+from torch import Tensor
+
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["check_integer"]
+__all__ = ["check_integer", "check_loss", "is_list", "is_several", "one_or_several"]
+
+
+def is_several(value: Any) -> bool:
+    """Whether an argument that takes one object or several holds several.
+
+    Several are a list, a tuple or another sequence (omegaconf's ``ListConfig`` is one), a set, the keys or values of a
+    mapping, a generator and any other iterator. All else is one object; so is a string.
+    """
+    return isinstance(value, (Sequence, Set, MappingView, Iterator)) and not isinstance(value, (str, bytes))
+
+
+def one_or_several(value: Any) -> list[Any]:
+    """The objects of an argument that takes one or several, as :func:`is_several` tells; none for ``None``."""
+    if value is None:
+        return []
+    return list(value) if is_several(value) else [value]
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list, a tuple or omegaconf's ``ListConfig``.
+
+    For arguments where one object may be iterable: of loaders, such a list holds several, and any other iterable is one
+    loader.
+    """
+    if isinstance(value, (list, tuple)):
+        return True
+    omegaconf = sys.modules.get("omegaconf")  # before that module is imported there is no such object
+    return omegaconf is not None and isinstance(value, omegaconf.ListConfig)
 
 
 def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning: str = "") -> int:
@@ -36,3 +68,24 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning:
     raise MisconfigurationException(
         f"{name}={value!r} must be an integer{least}{note}: pass a number such as {max(1, minimum or 1)}."
     )
+
+
+def check_loss(loss: Tensor, what: str) -> None:
+    """Explain why a backward pass failed, where the loss itself is the reason; otherwise do nothing.
+
+    Args:
+        loss: what was to be differentiated, without a ``gradient``.
+        what: whose loss, for the message, such as ``"`training_step` returned"``.
+
+    Raises:
+        MisconfigurationException: the loss is not one number, or depends on no parameter that requires a gradient.
+    """
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"{what} a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()` say."
+        ) from None
+    if not loss.requires_grad:
+        raise MisconfigurationException(
+            f"{what} a loss that does not depend on any parameter that requires a gradient: compute it from the model's"
+            " output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
+        ) from None

@@ -1,20 +1,50 @@
 """Walk over nested containers: one list of container types, for moving, measuring, converting and saving.
 
-Containers are lists, tuples, named tuples and deques; mappings, every kind of dict included; instances of dataclasses,
-also frozen ones, ones with slots and ones with fields that ``__init__`` does not set. Everything else is a leaf.
+Containers are
+
+- sequences: lists, tuples, named tuples, deques and every other ``Sequence``, but for text, bytes and numbers in one
+  block of memory (``range``, ``array``);
+- sets and frozen sets;
+- mappings: every kind of dict, ``UserDict`` and every other ``Mapping``;
+- records: instances of dataclasses and attrs classes (also frozen ones, ones with slots, and ones with fields that
+  ``__init__`` does not set), ``Namespace`` and ``SimpleNamespace``, with all their attributes.
+
+Everything else is a leaf, modules included.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Any, Final
+from argparse import Namespace
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence, Set
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, Literal
 
-__all__ = ["SEQUENCES", "children", "leaves", "map_leaves", "with_children"]
+from torch.nn import Module
 
-SEQUENCES: Final = (list, tuple, deque)
+from treadle_fabric.errors import MisconfigurationException
+
+__all__ = ["children", "leaves", "map_leaves", "with_children"]
+
+_NO_SEQUENCES = (str, bytes, bytearray, memoryview, range, array)
+
+
+@lru_cache(1024)
+def _kind(cls: type) -> Literal["sequence", "set", "mapping", "record", "leaf"]:
+    if issubclass(cls, Mapping):
+        return "mapping"
+    if issubclass(cls, (Sequence, deque)):
+        return "leaf" if issubclass(cls, _NO_SEQUENCES) else "sequence"
+    if issubclass(cls, Set):
+        return "set"
+    records = issubclass(cls, (Namespace, SimpleNamespace)) or hasattr(cls, "__attrs_attrs__")
+    if (records or dataclasses.is_dataclass(cls)) and not issubclass(cls, Module):
+        return "record"
+    return "leaf"
 
 
 def children(value: Any) -> Iterable[tuple[Any, Any]] | None:
@@ -24,16 +54,27 @@ def children(value: Any) -> Iterable[tuple[Any, Any]] | None:
         value: Anything.
 
     Returns:
-        Pairs of index, key or field name, and value. ``None`` for a leaf.
+        Pairs of index, key or attribute name, and value. ``None`` for a leaf.
     """
-    if isinstance(value, SEQUENCES):
-        return enumerate(value)
-    if isinstance(value, Mapping):
-        return value.items()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
-    return None
+    cls: Any = type(value)
+    kind = _kind(cls)
+    if kind == "leaf":
+        return None
+    if kind == "mapping":
+        pairs: Iterable[tuple[Any, Any]] = value.items()
+        return pairs
+    if kind == "record":
+        return [(name, getattr(value, name)) for name in _attributes(value) if hasattr(value, name)]
+    return enumerate(value)
+
+
+def _attributes(record: Any) -> Iterable[str]:
+    """The names of the fields, which slots may hold, and of the other attributes."""
+    if dataclasses.is_dataclass(record):
+        names = [field.name for field in dataclasses.fields(record)]
+    else:
+        names = [field.name for field in getattr(record, "__attrs_attrs__", ())]
+    return dict.fromkeys([*names, *getattr(record, "__dict__", ())])
 
 
 def with_children(value: Any, changed: Mapping[Any, Any]) -> Any:
@@ -41,20 +82,71 @@ def with_children(value: Any, changed: Mapping[Any, Any]) -> Any:
 
     Args:
         value: The container.
-        changed: What it is to hold, by the index, key or field name that :func:`children` gives.
+        changed: What it is to hold, by the index, key or attribute name that :func:`children` gives.
+
+    Raises:
+        MisconfigurationException: The type of the container is one that cannot be made anew.
     """
-    kind: Any = type(value)
-    if kind is list or isinstance(value, tuple):
-        items = [changed.get(i, item) for i, item in enumerate(value)]
-        return items if kind is list else kind(*items) if hasattr(value, "_fields") else kind(items)
-    if kind is dict or (isinstance(value, Mapping) and not isinstance(value, MutableMapping)):
-        return kind({**value, **changed})
-    result = copy.copy(value)
-    for key, item in changed.items():
-        if isinstance(value, (list, deque, Mapping)):
+    cls = type(value)
+    if cls is dict:
+        return {**value, **changed}
+    if cls is list:
+        return [changed.get(i, item) for i, item in enumerate(value)]
+    try:
+        return _made_anew(value, changed)
+    except Exception as error:
+        raise MisconfigurationException(
+            f"A {cls.__module__}.{cls.__qualname__} holds tensors that are to be moved or converted, and there is no "
+            f"way to make another one with the new tensors ({type(error).__name__}: {error}). Give the class a method "
+            "to(device), use a dict, a tuple or a dataclass, or move batches in transfer_batch_to_device."
+        ) from error
+
+
+def _made_anew(value: Any, changed: Mapping[Any, Any]) -> Any:
+    cls: Any = type(value)
+    kind = _kind(cls)
+    if kind == "record":
+        result = copy.copy(value)
+        for name, item in changed.items():
+            object.__setattr__(result, name, item)  # frozen ones too
+        return result
+    if isinstance(value, (MutableMapping, MutableSequence)):
+        result = _copied(value)
+        for key, item in changed.items():
             result[key] = item
-        else:
-            object.__setattr__(result, key, item)  # frozen dataclasses too
+        return result
+    if kind == "mapping":
+        wanted = {**value, **changed}
+        result = cls(wanted)
+        same = len(result) == len(wanted) and all(result[key] is item for key, item in wanted.items())
+    else:
+        items = [changed.get(i, item) for i, item in enumerate(value)]
+        result = _tuple(value, items) if isinstance(value, tuple) else cls(items)
+        same = kind == "set" or (len(result) == len(items) and all(a is b for a, b in zip(result, items, strict=True)))
+    if not same:
+        raise TypeError(f"{cls.__qualname__}(entries) holds other entries")
+    return result
+
+
+def _copied(value: Any) -> Any:
+    """A shallow copy that shares no storage with the original."""
+    result = copy.copy(value)
+    if not isinstance(value, (list, dict, deque)):  # its entries are in one of its attributes, as in UserDict
+        for name, held in getattr(value, "__dict__", {}).items():
+            if type(held) in (list, dict, OrderedDict, deque) and vars(result).get(name) is held:
+                vars(result)[name] = copy.copy(held)
+    return result
+
+
+def _tuple(value: Any, items: list[Any]) -> Any:
+    """A tuple of the same type, with the attributes of ``value``; a ``__new__`` of the user's own is not called."""
+    cls = type(value)
+    try:
+        result = tuple.__new__(cls, items)
+    except TypeError:  # types of C's, such as torch.return_types.max
+        return cls(items)
+    if attributes := getattr(value, "__dict__", None):
+        vars(result).update(attributes)
     return result
 
 
@@ -68,6 +160,9 @@ def map_leaves(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any]
 
     Returns:
         The same structure; a container in which nothing changed is the same object.
+
+    Raises:
+        MisconfigurationException: The type of a container is one that cannot be made anew.
     """
     if is_leaf is not None and is_leaf(value):
         return change(value)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 from numbers import Number
 from typing import Any, TypeVar
 
@@ -16,7 +18,9 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
+from treadle_fabric.checks import check_loss, is_several, one_or_several
 from treadle_fabric.data.resumable import wrap_loader
+from treadle_fabric.data.several import several_loaders
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
 from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
@@ -25,6 +29,7 @@ from treadle_fabric.resolve import build, resolve
 from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
+from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.wrapped import engine_of, put_back, unwrap
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
@@ -62,7 +67,7 @@ class Fabric:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: list[int] | str | int = "auto",
+        devices: Iterable[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
         plugins: Any | None = None,
@@ -78,11 +83,12 @@ class Fabric:
             plugins=plugins,
         )
         self._strategy: Strategy = build(plan)
-        self._callbacks: list[Any] = _as_list(callbacks)
-        self._loggers: list[Any] = check_loggers(_as_list(loggers))
+        self._callbacks: list[Any] = one_or_several(callbacks)
+        self._loggers: list[Any] = check_loggers(one_or_several(loggers))
         self._launched = False
         self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # the modules that were set up
         self._plain_backward = self._strategy.plain_backward
+        self._told: set[tuple[str, type]] = set()  # what was left out of checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
         # in the process that unpickles this object, nothing is set up yet
@@ -253,13 +259,13 @@ class Fabric:
 
         Args:
             module: The model.
-            *optimizers: Optimizers of its parameters.
+            *optimizers: Optimizers of its parameters, or lists of some.
             scheduler: A learning-rate scheduler, for strategies that step it themselves.
             move_to_device: Move the model to :attr:`device`. Default: True.
 
         Returns:
-            The wrapped model. With optimizers, a tuple: the wrapped model, the wrapped optimizers, and the scheduler
-            if there is one.
+            The wrapped model. With optimizers, a tuple: the wrapped model, the wrapped optimizers (a list for a list
+            of them), and the scheduler if there is one.
 
         Raises:
             MisconfigurationException: A model or an optimizer is set up already, or an optimizer holds parameters of
@@ -267,15 +273,16 @@ class Fabric:
         """
         self._require_launch("setup")
         check_module(module)
-        for optimizer in optimizers:
+        flat, counts = _spread(optimizers, lambda each: list(each) if is_several(each) else None)
+        for optimizer in flat:
             check_optimizer(optimizer)
             check_ownership(module, optimizer, self._modules)
         module = self._prepare(module, move_to_device)
-        engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, optimizers, scheduler)
+        engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, flat, scheduler)
         wrapped = self._wrap_module(engine, module)
-        if not optimizers:
+        if not flat:
             return wrapped if scheduler is None else (wrapped, scheduler)
-        result = (wrapped, *(self._wrap_optimizer(optimizer) for optimizer in stepped))
+        result = (wrapped, *_like(counts, map(self._wrap_optimizer, stepped)))
         return result if scheduler is None else (*result, scheduler)
 
     def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:
@@ -286,7 +293,11 @@ class Fabric:
         return self._wrap_module(self._strategy.setup_module(module), module)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        """Prepare optimizers of one or several models; returns the wrapped optimizer, or a tuple of several."""
+        """Prepare optimizers of one or several models.
+
+        Returns:
+            The wrapped optimizer, or a tuple of several; a list for a list of optimizers.
+        """
         self._require_launch("setup_optimizers")
         if self._strategy.sets_up_jointly:
             raise MisconfigurationException(
@@ -295,9 +306,11 @@ class Fabric:
             )
         if not optimizers:
             raise MisconfigurationException("setup_optimizers() got no optimizer.")
-        for optimizer in optimizers:
+        flat, counts = _spread(optimizers, lambda each: list(each) if is_several(each) else None)
+        for optimizer in flat:
             check_optimizer(optimizer)
-        wrapped = tuple(self._wrap_optimizer(self._strategy.setup_optimizer(optimizer)) for optimizer in optimizers)
+        stepped = [self._strategy.setup_optimizer(optimizer) for optimizer in flat]
+        wrapped = tuple(_like(counts, map(self._wrap_optimizer, stepped)))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def setup_dataloaders(
@@ -310,7 +323,8 @@ class Fabric:
         """Prepare loaders: each rank gets its share of the samples, on its device.
 
         Args:
-            *dataloaders: ``DataLoader`` objects, or any iterables of batches, which must share out samples themselves.
+            *dataloaders: ``DataLoader`` objects, or any iterables of batches, which must share out samples themselves;
+                or lists of these.
             use_distributed_sampler: Share out the samples of a ``DataLoader``, in the order of its own sampler.
                 Default: True.
             move_to_device: Move batches to :attr:`device`. Default: True.
@@ -318,18 +332,19 @@ class Fabric:
                 :class:`ResumableDataLoader`. Default: False.
 
         Returns:
-            The wrapped loader, or a list of several.
+            The wrapped loader, or a list of several; a list for a list of loaders.
         """
         self._require_launch("setup_dataloaders")
         if not dataloaders:
             raise MisconfigurationException("setup_dataloaders() got no loader.")
-        for loader in dataloaders:
+        flat, counts = _spread(dataloaders, _several)
+        for loader in flat:
             check_loader(loader)
         where = self.device if move_to_device else None
         wrap = functools.partial(
             wrap_loader, strategy=self._strategy, share=use_distributed_sampler, device=where, resumable=resumable
         )
-        wrapped = [wrap(loader) for loader in dataloaders]
+        wrapped = _like(counts, map(wrap, flat))
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _prepare(self, module: Module, move_to_device: bool) -> Module:
@@ -378,7 +393,8 @@ class Fabric:
             **kwargs: For ``Tensor.backward``.
 
         Raises:
-            MisconfigurationException: ``tensor`` is no tensor, or the model is not set up.
+            MisconfigurationException: ``tensor`` is no tensor, is not one number, or depends on no parameter that
+                requires a gradient; or the model is not set up.
         """
         if not isinstance(tensor, Tensor):
             raise MisconfigurationException(
@@ -386,10 +402,17 @@ class Fabric:
                 "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
         engine = None if model is None else engine_of(model, "backward")
-        if self._plain_backward and not args and not kwargs:
-            tensor.backward()  # type: ignore[no-untyped-call]
-        else:
-            self._strategy.backward(tensor, engine, *args, **kwargs)
+        try:
+            if self._plain_backward and not args and not kwargs:
+                tensor.backward()  # type: ignore[no-untyped-call]
+            else:
+                self._strategy.backward(tensor, engine, *args, **kwargs)
+        except RuntimeError as error:
+            if not args and not kwargs:
+                check_loss(tensor, "backward got")
+            if (explained := self._strategy.explain_error(engine, error)) is not None:
+                raise explained from error
+            raise
 
     def clip_gradients(
         self,
@@ -472,7 +495,7 @@ class Fabric:
         """Gather the tensors of every process, stacked along a new first dimension.
 
         Args:
-            data: A tensor, a number, or containers of these; shapes are the same on every process.
+            data: A tensor, a number, an array, or containers of these; shapes are the same on every process.
             group: A process group. Default: all processes.
             sync_grads: Let gradients flow back. Default: False.
 
@@ -486,7 +509,8 @@ class Fabric:
         """Reduce tensors over all processes.
 
         Args:
-            data: A tensor, a number, or containers of these; shapes are the same on every process. It is not changed.
+            data: A tensor, a number, an array, or containers of these; shapes are the same on every process. It is
+                not changed.
             group: A process group. Default: all processes.
             reduce_op: ``"mean"`` (default), ``"sum"``, ``"max"``, ``"min"``, or a ``torch.distributed.ReduceOp``.
 
@@ -500,7 +524,8 @@ class Fabric:
         def apply(value: Any) -> Any:
             return function(value if isinstance(value, Tensor) else torch.tensor(value, device=self.device))
 
-        return map_tensors(data, apply, leaf=(Tensor, Number))
+        numpy = sys.modules.get("numpy")
+        return map_tensors(data, apply, leaf=(Tensor, Number) if numpy is None else (Tensor, Number, numpy.ndarray))
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None]:
@@ -521,17 +546,33 @@ class Fabric:
     ) -> None:
         """Write a checkpoint, whole or not at all; every process must call this.
 
+        A model's and an optimizer's state dict are written. Which parameters require gradients is in neither, nor are
+        the names in parameter groups: a program that changes them in its loop makes the same changes, as far as it had
+        come, before it calls :meth:`load`. Keep in ``state`` what it needs to know for that, such as the epoch.
+
         Args:
             path: The path to write to.
-            state: A dict of models, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
+            state: A dict of models, optimizers, other objects with a ``state_dict``, and values of any kind; may be
+                nested. Of a loader without a state, that of its dataset and sampler; loaders, samplers and datasets
+                that have none are left out, with a warning. A value that needs a pickle is kept apart, with a warning:
+                see ``weights_only`` of :meth:`load`.
             filter: For a name in ``state``, a function of an entry's name and value that returns whether to keep it.
 
         Raises:
-            CheckpointError: The file cannot be written; an earlier file of that name is intact.
+            CheckpointError: The file cannot be written, or a value cannot be pickled; an earlier file of that name is
+                intact.
             MisconfigurationException: ``state`` or ``filter`` are not as described here.
         """
         self._require_launch("save")
-        self._strategy.save_checkpoint(path, unwrap(state), filter=filter)
+        for place, value in left_out(state):
+            if (place, type(value)) not in self._told:
+                self._told.add((place, type(value)))
+                rank_zero_warn(
+                    f"{place} ({type(getattr(value, 'dataloader', value)).__name__}) has no state, and is left out of "
+                    f"{str(path)!r}; loading leaves it as it is. For a loader that goes on in mid-epoch, use "
+                    "fabric.setup_dataloaders(loader, resumable=True)."
+                )
+        self._strategy.save_checkpoint(path, unwrap(without_stateless(state)), filter=filter)
         self._strategy.barrier()
 
     def load(
@@ -546,21 +587,25 @@ class Fabric:
 
         Args:
             path: The path to read.
-            state: A state as in :meth:`save`; plain values in it are replaced. Default: ``None``, restore nothing.
+            state: A state as in :meth:`save`; values in it are replaced, and what has no state stays as it is.
+                Dataclasses, enums and named tuples of the classes in it can be loaded. Default: ``None``, restore
+                nothing.
             strict: Refuse a file that lacks something in ``state``. Default: True.
             weights_only: ``False`` lets the file run code of its own; only for files you trust. Default: ``True``.
 
         Returns:
-            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None``.
+            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None``. In the place of
+            a value that needs a pickle is, unless ``weights_only=False``, an object whose use raises an error.
 
         Raises:
             CheckpointError: The file is missing, damaged or unsafe, or does not fit ``state``.
         """
         self._require_launch("load")
-        unwrapped = unwrap(state)
+        wanted = without_stateless(state)
+        unwrapped = unwrap(wanted) if wanted or not state else None
         remainder = self._strategy.load_checkpoint(path, unwrapped, strict=strict, weights_only=weights_only)
         self._strategy.barrier()
-        if isinstance(state, dict) and unwrapped is not state:
+        if isinstance(state, dict) and unwrapped is not None and unwrapped is not state:
             put_back(state, unwrapped)
         return remainder
 
@@ -608,5 +653,20 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+def _spread(arguments: Iterable[Any], several: Callable[[Any], list[Any] | None]) -> tuple[list[Any], list[int | None]]:
+    """All objects in arguments that take one or several, and of each argument the length of its list, if it is one."""
+    given = [(each, several(each)) for each in arguments]
+    flat = [each for one, found in given for each in ([one] if found is None else found)]
+    return flat, [None if found is None else len(found) for _, found in given]
+
+
+def _like(counts: Iterable[int | None], objects: Iterable[Any]) -> list[Any]:
+    """Put objects into lists where the arguments that they come from were lists."""
+    rest = iter(objects)
+    return [next(rest) if count is None else list(islice(rest, count)) for count in counts]
+
+
+def _several(loaders: Any) -> list[Any] | None:
+    """As :func:`several_loaders`, but a list of lists is one loader, as it has always been here."""
+    found = several_loaders(loaders)
+    return None if found is None or any(isinstance(each, (list, tuple)) for each in found) else found

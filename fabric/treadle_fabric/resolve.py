@@ -6,7 +6,7 @@ a row in a test; :func:`build` makes the objects.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -15,7 +15,7 @@ import torch
 from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
-from treadle_fabric.checks import check_integer
+from treadle_fabric.checks import check_integer, is_several, one_or_several
 from treadle_fabric.environments import ClusterEnvironment, detect_environment
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
 from treadle_fabric.launchers import in_notebook, settle
@@ -69,7 +69,7 @@ def resolve(
     *,
     accelerator: str | Accelerator = "auto",
     strategy: str | Strategy = "auto",
-    devices: Sequence[int] | str | int = "auto",
+    devices: Iterable[int] | str | int = "auto",
     num_nodes: int = 1,
     precision: str | int | Precision | None = None,
     plugins: Any = None,
@@ -99,6 +99,7 @@ def resolve(
     interactive = in_notebook() if interactive is None else interactive
     available = available_devices() if available is None else available
     num_nodes = check_integer("num_nodes", num_nodes, minimum=1)
+    devices = list(devices) if is_several(devices) else devices  # type: ignore[arg-type]
     sample = _sample(strategy)
     own = strategy.given if isinstance(strategy, Strategy) else Parts()
     given = _sort(plugins)
@@ -166,7 +167,7 @@ def available_devices() -> dict[str, int]:
 def _sort(plugins: Any) -> Parts:
     """Sort the plugins into the parts of a strategy."""
     found: dict[str, Any] = {}
-    for plugin in [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]:
+    for plugin in one_or_several(plugins):
         for kind, (name, what) in _PLUGINS.items():
             if isinstance(plugin, kind):
                 found[name] = _one(what, found.get(name), plugin)

@@ -240,7 +240,7 @@ def test_init_module_without_initialization(monkeypatch: pytest.MonkeyPatch) -> 
         (lambda f, m, o: f.setup(nn.Sequential(f.setup(m))), "set up already"),
         (lambda f, m, o: f.setup(m, f.setup_optimizers(o)), "set up already"),
         (lambda f, m, o: f.setup_optimizers(f.setup_optimizers(o)), "set up already"),
-        (lambda f, m, o: f.setup(m, [o]), "of type list"),
+        (lambda f, m, o: f.setup(m, {"o": o}), "of type dict"),
         (lambda f, m, o: f.setup_optimizers(), "got no optimizer"),
         (lambda f, m, o: f.setup(nn.Linear(2, 2), o), r"2 parameter\(s\) that are not those of Linear"),
         (lambda f, m, o: f.setup_dataloaders(), "got no loader"),

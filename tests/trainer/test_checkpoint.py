@@ -134,6 +134,8 @@ def test_callbacks_and_datamodule_come_back(tmp_path: Path) -> None:
         return counter, data
 
     go(2)
+    saved = torch.load(tmp_path / "epoch=1-step=4.ckpt", weights_only=True)
+    assert saved["callbacks"][Counter.__qualname__] == {"epochs": 2}  # the name that Lightning gives the state
     counter, data = go(5, tmp_path / "epoch=1-step=4.ckpt")
     assert counter.epochs == 5
     assert data.seen == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +29,7 @@ def parse_duration(value: Any, name: str) -> timedelta | None:
         if len(parts) == 4 and all(p.isdigit() for p in parts):
             days, hours, minutes, seconds = map(int, parts)
             duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
-    elif isinstance(value, dict) and value and set(value) <= _UNITS:
+    elif isinstance(value, Mapping) and value and set(value) <= _UNITS:
         duration = timedelta(**value)
     if duration is None:
         raise MisconfigurationException(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 __all__ = ["RunningStage", "TrainerFn", "TrainerState", "TrainerStatus"]
 
@@ -44,3 +45,7 @@ class TrainerState:
     fn: TrainerFn | None = None
     stage: RunningStage | None = None
     status: TrainerStatus = TrainerStatus.INITIALIZING
+
+    def __reduce__(self) -> tuple[Any, ...]:  # what runs here does not run in a copy
+        status = TrainerStatus.INTERRUPTED if self.status is TrainerStatus.RUNNING else self.status
+        return TrainerState, (self.fn, None, status)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from treadle_fabric.checks import is_several
 from treadle_fabric.errors import DeviceUnavailableError
 
 __all__ = ["Accelerator", "Devices", "parse_count", "parse_indices"]
@@ -117,7 +118,7 @@ def parse_indices(devices: Any, kind: str, available: int) -> list[int]:
         if available == 0:
             raise DeviceUnavailableError(f"devices=-1, but this machine has {_there_is(kind, 0)}.")
         return list(range(available))
-    if not isinstance(devices, (list, tuple, range)):
+    if not is_several(devices):
         return list(range(parse_count(devices, kind, available)))
     try:
         indices = [_index(entry) for entry in devices]

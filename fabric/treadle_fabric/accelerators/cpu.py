@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from treadle_fabric.accelerators.accelerator import Accelerator, parse_count
+from treadle_fabric.checks import is_several, one_or_several
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException
 
 __all__ = ["CPUAccelerator"]
@@ -31,8 +32,8 @@ class CPUAccelerator(Accelerator):
     def parse_devices(devices: int | str) -> int:
         if devices in ("auto", -1, "-1"):
             return 1
-        if isinstance(devices, (list, tuple)) or (isinstance(devices, str) and "," in devices):
-            count = len(devices) if not isinstance(devices, str) else devices.count(",") + 1
+        if is_several(devices) or (isinstance(devices, str) and "," in devices):
+            count = devices.count(",") + 1 if isinstance(devices, str) else len(one_or_several(devices))
             raise DeviceUnavailableError(
                 f"devices={devices!r} lists indices, but there is one CPU and accelerator='cpu' takes a number of "
                 f"processes. Use devices={max(count, 1)}."

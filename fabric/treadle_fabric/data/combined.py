@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any, Literal, TypeAlias
 
-from treadle_fabric.containers import children, leaves, map_leaves
+from treadle_fabric.checks import is_list
+from treadle_fabric.containers import children, leaves, map_leaves, with_children
 from treadle_fabric.data.samplers import sized_len
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
 
@@ -44,12 +45,15 @@ class CombinedLoader:
     def __init__(self, iterables: Any, mode: CombinedLoaderMode = "min_size") -> None:
         if mode not in _WALKS:
             raise MisconfigurationException(f"mode={mode!r} is not one of {', '.join(map(repr, _WALKS))}.")
-        self._iterables = iterables
+        self._iterables = iterables = _in_lists_and_dicts(iterables)
         self._flattened = list(leaves(iterables, _is_leaf))
         self._shape = map_leaves(iterables, lambda _: object(), _is_leaf)
         self._mode: CombinedLoaderMode = mode
         self._limits: list[int | float] | None = None
         self._running: Generator[Item] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_running": None}
 
     @property
     def mode(self) -> CombinedLoaderMode:
@@ -269,9 +273,19 @@ _WALKS: dict[str, Callable[[CombinedLoader, Start, int], Generator[Item]]] = {
 
 def _is_leaf(tree: Any) -> bool:
     """Whether it is a loader: no container, or a container of plain values."""
-    if not isinstance(tree, (list, tuple, dict)):
+    if not is_list(tree) and not isinstance(tree, Mapping):
         return True
     return all(isinstance(child, (bool, int, float, str, bytes)) for _, child in children(tree) or ())
+
+
+def _in_lists_and_dicts(tree: Any) -> Any:
+    """The same structure of loaders, where it came in other lists and mappings, such as those of omegaconf."""
+    if _is_leaf(tree):
+        return tree
+    if not isinstance(tree, (list, tuple, dict)):
+        tree = dict(tree) if isinstance(tree, Mapping) else list(tree)
+    changed = {key: new for key, old in children(tree) or () if (new := _in_lists_and_dicts(old)) is not old}
+    return with_children(tree, changed) if changed else tree
 
 
 def _has(loader: Any, method: str) -> bool:

@@ -66,8 +66,9 @@ class Epochs:
 
     def look_ahead(self) -> None:
         """Say that batches are drawn before training comes to them. Call it before :meth:`resume`."""
-        self._looks_ahead = True
-        self._begin_order()
+        if not self._looks_ahead:
+            self._looks_ahead = True
+            self._begin_order()
 
     def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of an epoch.

@@ -70,7 +70,7 @@ class ResumableDataLoader(WrappedLoader):
         self, dataloader: Any, device: torch.device | None, strategy: Strategy, share_alone: Callable[[], Any]
     ) -> None:
         super().__init__(dataloader, device)
-        self._strategy = strategy
+        self._strategy, self._share_alone = strategy, share_alone
         self._epochs = Epochs(
             dataloader,
             [dataloader],
@@ -84,6 +84,10 @@ class ResumableDataLoader(WrappedLoader):
         self._position = 0
         self._begun = self._continues = False
         self._iteration: object = None
+
+    def __reduce__(self) -> Any:  # a copy begins the epoch anew: iterators are not copied
+        made_of = (self._dataloader, self._device, self._strategy, self._share_alone)
+        return ResumableDataLoader, made_of, {"_epoch": self._epoch}
 
     @property
     def epoch(self) -> int:

@@ -44,6 +44,9 @@ The notes (N: the number of a failure, counted from 1; R: a global rank)::
     LauncherDied     the first rank that notices     the others: end without a word
     Over             the rank that hosts the store   the others: release the store and ask it no more
     Released R       rank R                          the host: may end; peers: the end of rank R is healthy
+    Changed E G      a rank whose DDP engine E has   the others: those that went on without wrapping it say so
+                     to wrap its module again
+    Unchanged E G    a rank that went on             the rank that waits: raises an error
 
 What happens:
 
@@ -59,8 +62,8 @@ What happens:
 Imports only :mod:`treadle_fabric.errors` of the package; launchers, strategies and the trainer import it.
 """
 
-from treadle_fabric.failures.membership import claim_failure, end_run, first_failure
+from treadle_fabric.failures.membership import claim_failure, current_member, end_run, first_failure
 from treadle_fabric.failures.notes import Failure
 from treadle_fabric.failures.store_board import join_group, leave_group
 
-__all__ = ["Failure", "claim_failure", "end_run", "first_failure", "join_group", "leave_group"]
+__all__ = ["Failure", "claim_failure", "current_member", "end_run", "first_failure", "join_group", "leave_group"]

@@ -44,6 +44,8 @@ class Member:
         self.ending = threading.Lock()
         """Held while this process tells of the launching process's death, takes the board away and ends."""
         self.spare = SpareDescriptor()
+        self.answers: list[Callable[[], bool]] = []
+        """What answers other ranks at each look at the board; one that returns False is asked no more."""
         self._own = Failure(0, rank, "")  # the newest that this process has claimed; 0: none
         self._placed = 0
         self._final = grace.Stopwatch(self.process.now)
@@ -187,7 +189,10 @@ class Member:
                 self.end(failure.status)
 
     def note_place(self) -> None:
-        """Say where this rank is, if a collective failed on another rank."""
+        """Answer other ranks, and say where this rank is if a collective failed on another rank."""
+        for answer in tuple(self.answers):
+            if not answer():
+                self.answers.remove(answer)
         failure = self.board.newest_failure()
         if failure is not None and failure.number != self._placed:
             self._placed = failure.number

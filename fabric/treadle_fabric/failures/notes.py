@@ -99,6 +99,12 @@ class _OfBoth(_OfFailure[C]):
     rank: int
 
 
+@dataclass(frozen=True)
+class _OfWrapping(Note[C]):
+    engine: str
+    generation: int
+
+
 class Launch(Note[LaunchInfo]):
     """A launcher has started these processes."""
 
@@ -173,3 +179,11 @@ class Over(Note[str]):
 
 class Released(_OfRank[str]):
     """The rank needs the board no longer."""
+
+
+class Changed(_OfWrapping[str]):
+    """A rank waits, before the forward pass of this number, for the others to wrap their module in DDP again."""
+
+
+class Unchanged(_OfWrapping[str]):
+    """The rank of this number began that forward pass without wrapping its module again."""

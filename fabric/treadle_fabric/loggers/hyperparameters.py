@@ -42,7 +42,8 @@ def _entries(value: Any) -> Mapping[Any, Any] | None:
     if isinstance(value, Namespace):
         return vars(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value)]
+        return {name: getattr(value, name) for name in names if hasattr(value, name)}  # a field may be set later
     return None
 
 

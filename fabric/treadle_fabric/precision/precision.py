@@ -42,6 +42,9 @@ class Precision:
             getattr(type(self), name) is not getattr(Precision, name) for name in ("pre_backward", "post_backward")
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_guards": []}  # of modules of this process
+
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         """The gradient scaler, updated after every finished step; ``None`` without scaling."""
@@ -184,6 +187,11 @@ class _Scaling:
         self._unscaled: dict[int, Optimizer] = {}  # optimizers that have not stepped since
         self._stepped = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The scaler with the scale that it has; a copy begins between two iterations."""
+        scaler = None if self.scaler is None else _between_iterations(self.scaler)
+        return {"scaler": scaler, "active": False, "_unscaled": {}, "_stepped": False}
+
     @contextlib.contextmanager
     def activated(self) -> Generator[None]:
         self.active = True
@@ -232,6 +240,15 @@ class _Scaling:
         self._unscaled.pop(id(optimizer), None)
         self._stepped = True
         return done if closure is None else result
+
+
+def _between_iterations(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
+    """The same scaler, without what it knows of the gradients of an iteration; torch refuses to pickle that."""
+    other = object.__new__(type(scaler))
+    vars(other).update(vars(scaler))
+    states: Any = scaler._per_optimizer_states  # a defaultdict
+    other._per_optimizer_states = type(states)(states.default_factory)
+    return other
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:

@@ -102,7 +102,7 @@ class FabricOptimizer:
         return f"Fabric{self.optimizer!r}"
 
     def __reduce__(self) -> Any:
-        return FabricOptimizer, (self.optimizer, self._strategy, self._before_step, self._after_step)
+        return FabricOptimizer, (self.optimizer, self._strategy)  # those who listen to the steps belong to a run
 
 
 def _plain_step(self: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:

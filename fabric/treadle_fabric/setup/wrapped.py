@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch.nn import Module
+from torch.utils.data import DataLoader
 
 from treadle_fabric.data.loader import WrappedLoader
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
+from treadle_fabric.setup.stateless import left_out, state_of_loader
 
 __all__ = ["engine_of", "is_wrapped", "put_back", "unwrap"]
 
@@ -35,8 +37,8 @@ def unwrap(state: Any) -> Any:
         return state.forward_module
     if isinstance(state, FabricOptimizer):
         return state.optimizer
-    if isinstance(state, WrappedLoader):
-        return _saveable(state)
+    if isinstance(state, (WrappedLoader, DataLoader)):
+        return state_of_loader(state)
     if isinstance(state, dict):
         new = {key: unwrap(value) for key, value in state.items()}
         return state if all(new[key] is value for key, value in state.items()) else new
@@ -46,21 +48,22 @@ def unwrap(state: Any) -> Any:
     return state
 
 
-def _saveable(loader: WrappedLoader) -> Any:
-    """Return the object whose state a checkpoint keeps of a loader: the wrapper, or the loader inside."""
-    for candidate in (loader, loader.dataloader):
-        if callable(getattr(type(candidate), "state_dict", None)):
-            return candidate
-    raise MisconfigurationException(
-        f"The state holds a loader ({type(loader.dataloader).__name__}) that does not keep its position. Set it up "
-        "with fabric.setup_dataloaders(loader, resumable=True), or leave it out."
-    )
-
-
 def put_back(state: dict[str, Any], loaded: dict[str, Any]) -> None:
     """Copy the plain values that loading put into the unwrapped copy of a dict into the user's dict."""
     for key, old in list(state.items()):
-        if isinstance(old, dict) and unwrap(old) is not old:
-            put_back(old, loaded[key])
-        elif unwrap(old) is old:
-            state[key] = loaded[key]
+        if key in loaded:
+            state[key] = _merged(old, loaded[key])
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """The loaded value in the place of a plain one; a wrapper, and what was left out, stays."""
+    if unwrap(old) is old and next(left_out(old), None) is None:
+        return new
+    if isinstance(old, dict):
+        put_back(old, new)
+    elif type(old) in (list, tuple) and isinstance(new, (list, tuple)) and len(new) == len(old):
+        items = map(_merged, old, new)
+        if isinstance(old, tuple):
+            return tuple(items)
+        old[:] = items
+    return old

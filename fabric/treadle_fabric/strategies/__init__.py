@@ -1,4 +1,7 @@
-"""Strategies, and the names they go by."""
+"""Strategies, and the names they go by. Start with ``strategy.py``.
+
+``ddp_engine.py`` keeps DDP in step with what is trainable in its model.
+"""
 
 from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy

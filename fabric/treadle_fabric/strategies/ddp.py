@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,24 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.nn import Module
+from torch.nn import Embedding, EmbeddingBag, Module
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
-from treadle_fabric.errors import UnknownArgumentError, UnusedParametersError, near_names
+from treadle_fabric.errors import MisconfigurationException, UnknownArgumentError, UnusedParametersError, near_names
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.ddp_engine import DDPEngine, listed
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["DDPStrategy"]
 
-_MAX_NAMED = 10
-_made = itertools.count()  # every process sets up the same modules in the same order
 _ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
 
@@ -80,63 +78,55 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
                 known = {*inspect.signature(DDPStrategy).parameters, *_ENGINE_ARGUMENTS} - {"kwargs"}
                 raise UnknownArgumentError(f"DDPStrategy({name}=...) is no argument. {near_names(name, known)}")
         self._ddp_kwargs = kwargs
-        self._engines: list[weakref.ref[DistributedDataParallel]] = []
-        self._unchecked: list[weakref.ref[DistributedDataParallel]] = []
+        self._engines: list[weakref.ref[DDPEngine]] = []
+        self._unchecked: list[weakref.ref[DDPEngine]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_engines": [], "_unchecked": []}  # of this process's group
 
     def setup_module(self, module: Module) -> Module:
-        target = _MethodForward(module)
-        if not any(p.requires_grad for p in module.parameters()):
-            return target  # nothing to average, and DDP refuses it
+        _refuse_lazy(module)
         device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
-        engine = DistributedDataParallel(target, device_ids=device_ids, **self._ddp_kwargs)
+        arguments = {"device_ids": device_ids, **self._ddp_kwargs}
+        engine = DDPEngine(module, self._timeout, self._check_later, arguments)
         self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
-        if not engine.find_unused_parameters and not engine.static_graph:
-            self._unchecked.append(weakref.ref(engine))
         return engine
 
+    def _check_later(self, engine: DDPEngine) -> None:
+        """Look for unused parameters at the engine's next step: the first one since DDP wrapped the module."""
+        ddp = engine.ddp
+        if ddp is not None and not ddp.find_unused_parameters and not ddp.static_graph:
+            self._unchecked.append(weakref.ref(engine))
+
     def original(self, module: Module) -> Module:
-        if isinstance(module, DistributedDataParallel):
-            module = module.module
-        return module.module if isinstance(module, _MethodForward) else module
+        return module.module if isinstance(module, DDPEngine) else module
 
     def module_to_device(self, module: Module) -> None:
         module.to(self.root_device)
 
     def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
-        if enabled and isinstance(module, DistributedDataParallel):
+        if enabled and isinstance(module, DDPEngine):
             return module.no_sync()
         return nullcontext()
 
     def expect_backward(self, loss: Tensor) -> None:
         """DDP gets ready for a backward pass when its forward ends, and this one comes before that."""
         for engine in (reference() for reference in self._engines):
-            target = engine.module if engine is not None else None
-            if engine is None or not isinstance(target, _MethodForward) or not target.running:
-                continue
-            if target.backward_inside is None:
-                engine.register_forward_hook(_put_back_sync, always_call=True)
-                target.backward_inside = False
-            if not target.backward_inside:
-                if not engine.require_backward_grad_sync:  # no_backward_sync
-                    continue
-                target.backward_inside = True
-                engine.require_backward_grad_sync = False  # or it would expect another one after the forward
-            engine.require_forward_param_sync = True
-            engine.reducer._rebuild_buckets()
-            search = engine.find_unused_parameters and not engine.static_graph
-            engine.reducer.prepare_for_backward([loss] if search else [])
+            if engine is not None and engine.target.running:
+                engine.expect_backward(loss)
 
     def join_backward(self, module: Module, label: str) -> None:
         """A loss of zero; how many processes have nothing is counted where they met, which costs these alone."""
-        if not isinstance(module, DistributedDataParallel) or not module.require_backward_grad_sync:
+        ddp = module.ddp if isinstance(module, DDPEngine) else None
+        if ddp is None or not ddp.require_backward_grad_sync:
             return
         trained = [p for p in module.parameters() if p.requires_grad]
         untouched = all(p.grad is None for p in trained)
-        search = module.find_unused_parameters and not module.static_graph
+        search = ddp.find_unused_parameters and not ddp.static_graph
         # Where the others may have unused parameters, these must not seem to be used here
         zero = torch.stack([p.reshape(-1)[:0].sum() for p in (trained[:1] if search else trained)]).sum()
-        module.reducer.prepare_for_backward([zero] if search else [])  # anew: the forward may have had no output
-        key, store = f"treadle/idle/{module.module.number}/{label}", dist.distributed_c10d._get_default_store()
+        ddp.reducer.prepare_for_backward([zero] if search else [])  # anew: the forward may have had no output
+        key, store = f"treadle/idle/{module.number}/{label}", dist.distributed_c10d._get_default_store()
         if untouched:
             store.add(key, 1)
         self.backward(zero, module)
@@ -149,12 +139,12 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
     def engine_state(self) -> dict[str, Any]:
         engine = self._engines[-1]() if self._engines else None
         # whether the next forward takes over the buffers of rank 0
-        return {} if engine is None else {"synchronizes": engine.require_forward_param_sync}
+        return {} if engine is None or engine.ddp is None else {"synchronizes": engine.ddp.require_forward_param_sync}
 
     def load_engine_state(self, state: Mapping[str, Any]) -> None:
         engine = self._engines[-1]() if self._engines else None
-        if engine is not None and "synchronizes" in state:
-            engine.require_forward_param_sync = state["synchronizes"]
+        if engine is not None and engine.ddp is not None and "synchronizes" in state:
+            engine.ddp.require_forward_param_sync = state["synchronizes"]
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """On the first step: a parameter without gradient would leave others unreduced, without a word."""
@@ -163,37 +153,39 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for reference in tuple(self._unchecked):
             engine = reference()
-            named = (
-                []
-                if engine is None
-                else [(n, p) for n, p in self.original(engine).named_parameters() if p.requires_grad]
-            )
-            if engine is not None and not any(id(p) in stepped and p.grad is not None for _, p in named):
+            trained = {} if engine is None else {n: p for n, p in engine.trained.items() if p.requires_grad}
+            if engine is not None and not any(id(p) in stepped and p.grad is not None for p in trained.values()):
                 continue
             self._unchecked.remove(reference)
-            without = [name for name, p in named if p.grad is None]
+            without = [name for name, p in trained.items() if p.grad is None]
             if without:
                 raise self._unused(without)
 
-    def explain_error(self, engine: Module, error: RuntimeError) -> Exception | None:
-        """Torch gives the indices of parameters that got no gradient; users know them by name."""
+    def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
+        """Torch gives the indices of parameters, or none; users know them by name."""
         text = str(error)
+        if "sparse gradient to be defined" in text:
+            return self._unused([])
         if "finished reduction in the prior iteration" not in text:
             return None
         found = re.search(r"did not receive grad for rank \d+: ([\d ,]+)", text)
-        assert isinstance(engine, DistributedDataParallel)
-        names = engine.module.trained
+        assert isinstance(engine, DDPEngine)  # DDP says so at the begin of a forward pass
+        names = [*engine.trained]
         indices = [int(i) for i in re.findall(r"\d+", found.group(1))] if found else []
         return self._unused([names[i] if i < len(names) else f"number {i}" for i in indices])
 
-    def _unused(self, names: list[str]) -> UnusedParametersError:
-        listed = ", ".join(names[:_MAX_NAMED]) + (
-            f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-        )
+    def _unused(self, names: Sequence[str]) -> UnusedParametersError:
+        tables = [table for engine in self._engines if (alive := engine()) is not None for table in _tables(alive)]
+        if any(name in tables for name in names) or not names:
+            return UnusedParametersError(
+                f"Sparse parameters that got no gradient on rank {self.global_rank}: {listed(tables)}. DDP waits for"
+                " it, and find_unused_parameters does not help. Make the loss depend on these parameters at every step,"
+                " freeze them with requires_grad_(False), or make the embedding with sparse=False."
+            )
         return UnusedParametersError(
-            f"Parameters that got no gradient on rank {self.global_rank}: {listed}. DDP waits for every gradient "
-            "before it averages them. Make the loss depend on these parameters, freeze them with requires_grad_(False) "
-            "before setup, or use strategy='ddp_find_unused_parameters_true'."
+            f"Parameters that got no gradient on rank {self.global_rank}: {listed(names)}. DDP waits for every "
+            "gradient before it averages them. Make the loss depend on these parameters, freeze them with "
+            "requires_grad_(False), or use strategy='ddp_find_unused_parameters_true'."
         )
 
     @classmethod
@@ -217,31 +209,20 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
                 )
 
 
-class _MethodForward(Module):
-    """Runs any method of a module as its forward, so that the engine around it sees every step."""
-
-    def __init__(self, module: Module) -> None:
-        super().__init__()
-        self.module = module
-        self.trained = [name for name, p in module.named_parameters() if p.requires_grad]
-        self.number = next(_made)
-        self.running = False
-        self.backward_inside: bool | None = None
-        """Whether the forward that runs had a backward pass in it; None where none ever had."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        method = kwargs.pop(METHOD_KEYWORD, "forward")
-        if method == "forward":
-            return self.module(*args, **kwargs)
-        self.__dict__["running"] = True  # past Module.__setattr__, which is slow
-        try:
-            return getattr(self.module, method)(*args, **kwargs)
-        finally:
-            self.__dict__["running"] = False
+def _refuse_lazy(module: Module) -> None:
+    lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise MisconfigurationException(
+            f"DDP cannot wrap parameters that have no shape yet: {listed(lazy)}. A lazy layer gets its shape from its"
+            " first batch: run a batch through the model first, alike on every rank (in `configure_model` under the"
+            " Trainer, before `setup` under Fabric), or give the layer its number of inputs."
+        )
 
 
-def _put_back_sync(engine: Any, inputs: Any, output: Any) -> None:
-    """The forward has ended: DDP prepares for backward passes by itself again."""
-    if engine.module.backward_inside:
-        engine.module.backward_inside = False
-        engine.require_backward_grad_sync = True
+def _tables(engine: DDPEngine) -> list[str]:
+    """The parameters of an engine's module that have sparse gradients, and have none now."""
+    return [
+        f"{path}.weight" if path else "weight"
+        for path, m in engine.module.named_modules()
+        if isinstance(m, (Embedding, EmbeddingBag)) and m.sparse and m.weight.requires_grad and m.weight.grad is None
+    ]

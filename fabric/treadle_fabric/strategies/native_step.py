@@ -78,15 +78,37 @@ class NativeStepStrategy(Strategy):
     ) -> Tensor:
         precision = self.precision
         precision.unscale_gradients(optimizer)
-        norm: Any = torch.nn.utils.clip_grad_norm_(
-            precision.main_params(optimizer),
-            max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite and not precision.requires_fabric_backward,
-        )
+        strict = error_if_nonfinite and not precision.requires_fabric_backward
+        try:
+            norm: Any = torch.nn.utils.clip_grad_norm_(
+                precision.main_params(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=strict
+            )
+        except NotImplementedError:  # torch has no norm of sparse gradients
+            values = _values(precision.main_params(optimizer))
+            norm = torch.nn.utils.get_total_norm(values, norm_type, error_if_nonfinite=strict)
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            for value in values:
+                value.mul_(factor.to(value.device))
         whole: Tensor = norm.full_tensor() if self.shards_parameters else norm
         return whole
 
     def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
         self.precision.unscale_gradients(optimizer)
-        torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
+        try:
+            torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
+        except NotImplementedError:
+            for value in _values(self.precision.main_params(optimizer)):
+                value.clamp_(-clip_val, clip_val)
+
+
+def _values(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The entries of the gradients; of a sparse one those of the rows that it has, each row once."""
+    values = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            parameter.grad = gradient = gradient.coalesce()
+            gradient = gradient.detach().values()
+        if gradient is not None:
+            values.append(gradient.detach())
+    return values

@@ -17,6 +17,7 @@ from torch.distributed.constants import default_pg_timeout
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.checks import one_or_several
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.failures import join_group, leave_group
@@ -63,7 +64,7 @@ class ParallelStrategy(Strategy):
             raise MisconfigurationException(
                 f"start_method={start_method!r} is unknown. {near_names(str(start_method), _START_METHODS)}"
             )
-        self._parallel_devices = parallel_devices
+        self._parallel_devices = one_or_several(parallel_devices) or None
         self._environment = cluster_environment
         self._backend = process_group_backend
         self._timeout = timeout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from typing import Any
 
 from torch.nn import Module
@@ -27,7 +28,16 @@ class WholeStateStrategy(CheckpointingStrategy):
         self.original(module).load_state_dict(state_dict, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
+        try:
+            return optimizer.state_dict()
+        except KeyError:  # the state of a parameter that was taken out of its group
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            whole = optimizer.state
+            optimizer.state = defaultdict(dict, {p: state for p, state in whole.items() if id(p) in held})
+            try:
+                return optimizer.state_dict()
+            finally:
+                optimizer.state = whole
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         optimizer.load_state_dict(state)

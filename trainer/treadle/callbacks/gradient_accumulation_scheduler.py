@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from treadle.callbacks.callback import Callback
@@ -25,9 +26,9 @@ class GradientAccumulationScheduler(Callback):
             optimization, or the trainer was given ``accumulate_grad_batches``.
     """
 
-    def __init__(self, scheduling: dict[int, int]) -> None:
+    def __init__(self, scheduling: Mapping[int, int]) -> None:
         super().__init__()
-        if not isinstance(scheduling, dict) or not scheduling:
+        if not isinstance(scheduling, Mapping) or not scheduling:
             raise MisconfigurationException(
                 f"GradientAccumulationScheduler({scheduling!r}): it takes a dictionary of epochs and numbers of "
                 "batches, such as {0: 1, 4: 2}."

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained, tolerated
 from treadle.callbacks.checkpoints.links import link_checkpoint
-from treadle.callbacks.checkpoints.names import check_template, fill_template
+from treadle.callbacks.checkpoints.names import check_template, fill_template, with_ending
 from treadle.callbacks.checkpoints.paths import absolute, default_folder, path_exists, remove_replaced, warn_if_in_use
 from treadle.callbacks.checkpoints.ranking import Ranking
 from treadle.callbacks.checkpoints.triggers import SaveTriggers
@@ -446,8 +446,9 @@ class ModelCheckpoint(Checkpoint):
         template = filename or self.filename or f"{{epoch}}{join}{{step}}"
         check_template(template)
         name = fill_template(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
-        name = join.join(part for part in (prefix, name, f"v{ver}" if ver is not None else None) if part)
-        name += self.FILE_EXTENSION
+        name = join.join(part for part in (prefix, name) if part)
+        version = f"{join}v{ver}" if ver is not None else ""
+        name = with_ending(name, version + self.FILE_EXTENSION)
         return os.path.join(self.dirpath, name) if self.dirpath else name
 
     def file_exists(self, filepath: PathLike, trainer: Trainer) -> bool:

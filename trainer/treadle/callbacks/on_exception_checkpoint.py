@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained
+from treadle.callbacks.checkpoints.names import check_length
 from treadle.callbacks.checkpoints.paths import path_exists
 from treadle_fabric import MisconfigurationException, PathLike, describe_error, rank_zero_info, rank_zero_warn
 
@@ -23,7 +24,7 @@ class OnExceptionCheckpoint(Checkpoint):
         filename: the name of the checkpoint, without extension.
 
     Raises:
-        MisconfigurationException: ``filename`` is empty.
+        MisconfigurationException: ``filename`` is empty, or too long for a file system.
     """
 
     FILE_EXTENSION = ".ckpt"
@@ -34,6 +35,7 @@ class OnExceptionCheckpoint(Checkpoint):
             raise MisconfigurationException(
                 "OnExceptionCheckpoint(filename=''): the file needs a name, such as the default 'on_exception'."
             )
+        check_length(filename, f"OnExceptionCheckpoint(filename={filename!r})")
         self.dirpath = os.fspath(dirpath)
         self.filename = filename
         self._saved = False

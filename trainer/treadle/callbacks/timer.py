@@ -62,6 +62,12 @@ class Timer(Callback):
         self._spent = dict.fromkeys(_STAGES, 0.0)  # seconds in ended runs of a stage, earlier processes included
         self._clock: StepClock | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        now = time.monotonic()  # the stages that run do not run in a copy, and another machine has another clock
+        spent = {stage: self.time_elapsed(stage) for stage in self._spent}
+        ended = {**dict.fromkeys(self._start_time, now), **self._end_time}
+        return {**self.__dict__, "_spent": spent, "_end_time": ended, "_clock": None}
+
     def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
         """Return when a stage last began, on the clock of :func:`time.monotonic`; None if it never did."""
         return self._start_time.get(_stage(stage))

@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
-from treadle.checkpoint.content import read_progress
+from treadle.checkpoint.content import keeping, read_progress
 from treadle.checkpoint.exact import keep_own_part
+from treadle.run.changes import group_names
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
-from treadle_fabric import CheckpointMismatchError, Strategy, rank_zero_warn
+from treadle_fabric import CheckpointMismatchError
 from treadle_fabric.checkpoint import parts_on_demand
 
 __all__ = ["read_checkpoint", "restore_training", "restore_weights"]
 
 
-def read_checkpoint(strategy: Strategy, path: str, weights_only: bool | None, *, training: bool) -> dict[str, Any]:
+def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training: bool) -> dict[str, Any]:
     """Read a checkpoint, and for training what this rank needs of the states of all ranks; every rank calls this."""
+    strategy, classes = run.fabric.strategy, keeping(run).classes["treadle"]
     with parts_on_demand():
-        checkpoint = strategy.load_checkpoint(path, weights_only=weights_only)
+        checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
         if training and "treadle" in checkpoint:
             checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy.global_rank, strategy.world_size)
     return checkpoint
@@ -48,13 +51,22 @@ def restore_weights(
             f"The checkpoint has no 'state_dict' but {sorted(checkpoint)[:8]}: it was not written by a Trainer. Load it"
             " yourself with torch.load and `load_state_dict`."
         )
+    if training:
+        run.changes.load_state_dict(checkpoint.get("treadle", {}).get("changes", {}))
+        run.changes.restore_trainable(module)  # before the strategy asks what is trainable
     run.fabric.strategy.precision.convert_module(module)  # loaded into single precision, double would lose digits
     try:
         run.fabric.strategy.load_module_state_dict(engine, checkpoint["state_dict"], strict=module.strict_loading)
     except RuntimeError as error:
+        added = (
+            f" Parameters that came during the run: {', '.join(run.changes.added[:5])}. Make them in the module's"
+            " `on_load_checkpoint`, which comes before its weights."
+            if run.changes.added
+            else ""
+        )
         raise CheckpointMismatchError(
             f"The checkpoint's weights do not fit {type(module).__qualname__}: {error}\nUse the model that was saved,"
-            " or set `self.strict_loading = False` to load what fits."
+            f" or set `self.strict_loading = False` to load what fits.{added}"
         ) from None
     if not training:
         for callback in callbacks:
@@ -67,11 +79,7 @@ def restore_weights(
     for callback in callbacks:
         run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
     known = {callback.state_key for callback in callbacks}
-    if missing := set(states) - known:
-        rank_zero_warn(
-            f"The checkpoint has the states of callbacks that this Trainer does not have: {sorted(missing)}. Add them"
-            " to go on as before."
-        )
+    run.dispatch.keep_states({key: state for key, state in states.items() if key not in known})
     for callback in callbacks:
         if callback.state_key in states:
             callback.load_state_dict(states[callback.state_key])
@@ -93,13 +101,16 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
                 f"The checkpoint has {len(saved)} {kind} states, `configure_optimizers` made {len(have)} {kind}s: make"
                 " the same ones to resume."
             )
-    for optimizer, state in zip(run.optimizers, checkpoint["optimizer_states"], strict=True):
+    run.changes.restore_trainable(run.module)  # again: on_fit_start came in between
+    for i, (wrapped, state) in enumerate(zip(run.optimizers, checkpoint["optimizer_states"], strict=True)):
+        optimizer = wrapped.optimizer
+        run.changes.restore_groups(run.module, i, optimizer, state)
         try:
-            run.fabric.strategy.load_optimizer_state(optimizer.optimizer, state)
+            run.fabric.strategy.load_optimizer_state(optimizer, state)
         except ValueError as error:
             raise CheckpointMismatchError(
-                f"The checkpoint's state of {type(optimizer.optimizer).__name__} does not fit: {error}. Make the"
-                " optimizer with the same parameter groups to resume."
+                f"The checkpoint's state of {type(optimizer).__name__} does not fit: {error}. "
+                + _unlike_groups(run, i, optimizer, state)
             ) from None
     for config, state in zip(run.schedulers, checkpoint.get("lr_schedulers", []), strict=True):
         config.scheduler.load_state_dict(state)
@@ -111,3 +122,24 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
     found = read_progress(checkpoint)
     for field in dataclasses.fields(FitProgress):
         setattr(run.progress, field.name, getattr(found, field.name))
+
+
+def _unlike_groups(run: Run, index: int, optimizer: Optimizer, state: dict[str, Any]) -> str:
+    """Say how parameter groups differ, and what to do."""
+    made, saved = (run.changes.saved_groups(when, index) for when in ("made", "groups"))
+    have = group_names(run.module, optimizer)
+    if saved:
+        known = {name for names in saved for name in names}
+        mine = {name for names in have for name in names}
+        lists = [("Only the checkpoint has", known - mine), ("Only this run has", mine - known)]
+        parted = " ".join(f"{what} {', '.join(sorted(names)[:5])}." for what, names in lists if names)
+        sizes = f"{[len(names) for names in made]} parameters when the saved run began, and now {list(map(len, have))}"
+        return (
+            f"`configure_optimizers` made groups of {sizes}. {parted} Let it make the same groups as then; what the run"
+            " changed afterwards is restored."
+        )
+    sizes = f"{[len(group['params']) for group in state['param_groups']]} parameters, and now {list(map(len, have))}"
+    return (
+        f"The saved optimizer had groups of {sizes}. Groups that the run added belong into `configure_optimizers`, or"
+        " into `on_fit_start`, which comes before the state is restored (trainer.ckpt_path is not None there)."
+    )

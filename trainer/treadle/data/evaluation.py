@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
+from treadle.data.find import check_loader, first_loader, sequential
 from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, is_shared, set_epoch, share_loader, sized_len
+from treadle_fabric.data import CombinedLoader, is_shared, set_epoch, several_loaders, share_loader, sized_len
 
 __all__ = ["EvaluationData"]
 
@@ -46,10 +46,8 @@ class EvaluationData:
                 found = list(loaders.flattened)
             elif isinstance(loaders, Mapping):
                 found = list(loaders.values())
-            elif isinstance(loaders, (list, tuple)) and not is_batch_list(loaders):
-                found = list(loaders)
             else:
-                found = [loaders]
+                found = several_loaders(loaders) or [loaders]
             for loader in found:
                 check_loader(loader, name)
             if overfit:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from treadle.module import LightningDataModule, LightningModule
@@ -64,12 +63,3 @@ def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:
     """The batches of a CombinedLoader, without their numbers."""
     for batch, _, _ in triples:
         yield batch
-
-
-def is_batch_list(loader: Any) -> bool:
-    """Whether a list holds batches (tensors, or tuples of tensors), and so is one loader, not several."""
-    if isinstance(loader, Mapping):
-        return False
-    first = next(iter(loader), None)
-    part = first[0] if isinstance(first, (list, tuple)) and first else first
-    return first is None or isinstance(part, torch.Tensor)

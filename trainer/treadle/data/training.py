@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from treadle.data.find import check_loader, first_loader, is_batch_list, sequential
+from treadle.data.find import check_loader, first_loader, sequential
 from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, Epochs, share_loader, sized_len
+from treadle_fabric.data import CombinedLoader, Epochs, several_loaders, share_loader, sized_len
 
 __all__ = ["TrainingData"]
 
@@ -32,7 +32,7 @@ class TrainingData:
     """
 
     def __init__(self, loader: Any, fabric: Fabric, *, limit: float, overfit: bool, inject: bool) -> None:
-        several = isinstance(loader, (list, tuple, Mapping)) and not is_batch_list(loader)
+        several = isinstance(loader, Mapping) or several_loaders(loader) is not None
         combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else None  # the user's stays as it is
         combined = CombinedLoader(loader, "max_size_cycle") if several else combined
         parts = list(combined.flattened) if combined is not None else [loader]

@@ -18,7 +18,7 @@ from treadle.loops.stopping import Controls, Stops
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
-from treadle_fabric import StopAgreement, rank_zero_warn
+from treadle_fabric import MisconfigurationException, StopAgreement, rank_zero_warn
 
 __all__ = ["TrainingEpoch"]
 
@@ -51,7 +51,7 @@ class TrainingEpoch:
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
         self._automatic = run.module.automatic_optimization
-        self._schedulers = Schedulers(run)
+        self._schedulers = Schedulers(run, validates=schedule is not None)
         if step.wants_iterator:
             data.epochs.look_ahead()
 
@@ -118,6 +118,14 @@ class TrainingEpoch:
         if progress.is_last_batch:
             self._check_accumulation(progress.batch)
         return stop and not progress.is_last_batch
+
+    def check_optimization(self) -> None:
+        """Refuse another kind of optimization than when the run began."""
+        if self._run.module.automatic_optimization is not self._automatic:
+            raise MisconfigurationException(
+                f"automatic_optimization became {not self._automatic} during the run, and the run began with"
+                f" {self._automatic}: set it in `__init__`, and step by hand in all epochs or in none."
+            )
 
     @property
     def _accumulate(self) -> int:

@@ -75,7 +75,7 @@ class Evaluation:
         limits = self.data.num_batches if num_batches is None else num_batches
         hook = f"on_{name}"
         before = run.log_to(results)
-        modes = module_modes(run.module) if self._restores_modes else None
+        run.changes.modes_before = modes = module_modes(run.module)
         try:
             with self._no_grad():
                 dispatch.call(f"{hook}_model_eval")
@@ -105,9 +105,10 @@ class Evaluation:
         finally:
             results.reset()
             run.log_to(before)
-            if modes is not None:
+            run.changes.modes_before = []
+            if self._restores_modes:
                 restore_modes(modes)
-        if modes is None:
+        if not self._restores_modes:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 

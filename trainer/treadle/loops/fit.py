@@ -14,7 +14,9 @@ from treadle.checkpoint.exact import moment
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.inference import explain_inference_tensor
+from treadle.loops.optimizers import explained_steps
 from treadle.loops.stopping import Controls
+from treadle.module import LightningModule
 from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
@@ -52,8 +54,26 @@ class Parts(Protocol):
     def stopped(self, run: ReadyRun, /) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
 
+    def remake(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch:
+        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
+
+
+def _tell_of_evaluation_mode(module: LightningModule) -> None:
+    """Submodules stay in the modes that the user gave them, which for a pretrained model may not be meant."""
+    names = [name for name, m in module.named_modules() if not m.training]
+    if not module.training:
+        rank_zero_warn(
+            f"{type(module).__qualname__} is in evaluation mode when training begins, and stays so: dropout and batch"
+            " norm do not train. Call its `train()` before fit if that is not meant."
+        )
+    elif names:
+        rank_zero_info(
+            f"{len(names)} submodules are in evaluation mode when training begins, and stay so: {', '.join(names[:5])}"
+            + (", ..." if len(names) > 5 else ".")
+        )
 
 
 class FitLoop:
@@ -77,6 +97,7 @@ class FitLoop:
         self._run, self._parts, self._controls, self._reload_every = run, parts, controls, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
+        self._changed = False  # other listeners than when the epoch loop was made
         self._validation_s = math.inf  # how long the last validation took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
         self.epoch: TrainingEpoch | None = None
@@ -115,10 +136,11 @@ class FitLoop:
                     " raise `trainer.max_epochs` or `max_steps` before `fit`; to begin anew, make a new Trainer."
                 )
             return
-        run.module.train()
+        _tell_of_evaluation_mode(run.module)
         self._validated_at = time.monotonic()
         with torch.enable_grad():
-            dispatch.call("on_train_start")
+            with run.changes.repeated(run.optimizers):
+                dispatch.call("on_train_start")
             first = True
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
@@ -126,20 +148,38 @@ class FitLoop:
                     self.epoch = epoch = self._parts.make_epoch(run, self)
                     assert epoch is not None
                 first = False
-                within = progress.begun
-                if not within:
-                    self._parts.restore(run)
-                dispatch.call("on_train_epoch_start")
-                if within:
-                    self._parts.restore(run)
-                if epoch.run():
+                epoch = self._begin_epoch(epoch)
+                with explained_steps(run.module):
+                    stopped = epoch.run()
+                if stopped:
                     self._parts.stopped(run)
+                self._changed = dispatch.refresh("fit")
                 progress.epoch_ended = True
                 self._end_epoch(epoch)
                 progress.begin_epoch()
+            dispatch.refresh("fit")
             dispatch.call("on_train_end")
         run.loss.report()
         rank_zero_info(f"`Trainer.fit` stopped: {reason}.")
+
+    def _begin_epoch(self, epoch: TrainingEpoch) -> TrainingEpoch:
+        """Call the hook, restore what a resumed run has to, and return the loop for what listens and is defined now."""
+        run, dispatch = self._run, self._run.dispatch
+        self._changed |= dispatch.refresh("fit")
+        dispatch.tell_of_states()
+        if run.progress.begun:  # the hook ran before the checkpoint was saved
+            with run.changes.unchanged(run.optimizers):
+                dispatch.call("on_train_epoch_start")
+            self._parts.restore(run)
+        else:
+            self._parts.restore(run)
+            dispatch.call("on_train_epoch_start")
+        run.changes.tell_untrained(run.module, run.optimizers)
+        epoch.check_optimization()
+        if dispatch.refresh("fit") or self._changed:
+            self.epoch = epoch = self._parts.remake(run, self)
+            self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))
+        return epoch
 
     def _end_epoch(self, epoch: TrainingEpoch) -> None:
         run = self._run

@@ -2,24 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from treadle.module import LightningModule
 from treadle.run.progress import LRSchedulerConfig
-from treadle_fabric import LRScheduler, MisconfigurationException, check_integer, near_names, rank_zero_warn
+from treadle_fabric import (
+    LRScheduler,
+    MisconfigurationException,
+    TreadleError,
+    check_integer,
+    is_several,
+    near_names,
+    one_or_several,
+    rank_zero_warn,
+)
 
-__all__ = ["parse_optimizers"]
+__all__ = ["explained_optimizers", "explained_steps", "parse_optimizers"]
 
 _SHAPES = (
     "an optimizer, a list of optimizers, a list of optimizers and a list of schedulers, a dict with 'optimizer' and "
     "'lr_scheduler', a list of such dicts, or None"
 )
 _KEYS = {"scheduler", "name", "interval", "frequency", "reduce_on_plateau", "monitor", "strict"}
+
+
+@contextmanager
+def explained_optimizers(module: nn.Module) -> Generator[None]:
+    """While entered, explain what torch raises because of the module's parameters and not of the code inside.
+
+    Raises:
+        MisconfigurationException: an optimizer got no parameters, or parameters of lazy layers.
+    """
+    try:
+        yield
+    except ValueError as error:
+        lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+        if lazy and "uninitialized parameter" in str(error):
+            raise MisconfigurationException(
+                f"configure_optimizers made an optimizer that asks for the shape of {', '.join(lazy[:5])}, and a lazy"
+                " layer gets it from its first batch: run a batch through the model before, in `configure_model` or in"
+                " `setup`, or give the layer its number of inputs."
+            ) from error
+        if "empty parameter list" in str(error):
+            every = [p.requires_grad for p in module.parameters()]
+            raise MisconfigurationException(
+                f"configure_optimizers made an optimizer without parameters: {type(module).__qualname__} has"
+                f" {len(every)} parameters, of which {sum(every)} require gradients. Unfreeze what is to be trained,"
+                " make layers in `__init__` or `configure_model`, or return None to train nothing."
+            ) from error
+        raise
+
+
+@contextmanager
+def explained_steps(module: nn.Module) -> Generator[None]:
+    """While entered, name the layers where an optimizer cannot step with their sparse gradients.
+
+    Raises:
+        MisconfigurationException: the message has torch's own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        tables = [name for name, m in module.named_modules() if getattr(m, "sparse", None) is True]
+        if tables and "sparse" in str(error).lower() and not isinstance(error, TreadleError):
+            raise MisconfigurationException(
+                f"{error}. The layers with sparse gradients: {', '.join(tables)}. Make them with sparse=False, or give"
+                " their parameters to an optimizer of their own that supports them."
+            ) from error
+        raise
 
 
 def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
@@ -63,15 +120,14 @@ def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
         return [returned], []
     if isinstance(returned, Mapping):
         return _from_dict(returned)
-    if isinstance(returned, (list, tuple)) and returned:
-        if len(returned) == 2 and isinstance(returned[0], (list, tuple)):
-            optimizers, schedulers = returned
-            return list(optimizers), list(schedulers) if isinstance(schedulers, (list, tuple)) else [schedulers]
-        if all(isinstance(item, Mapping) for item in returned):
-            pairs = [_from_dict(item) for item in returned]
-            return [o for os, _ in pairs for o in os], [s for _, ss in pairs for s in ss]
-        if all(isinstance(item, Optimizer) for item in returned):
-            return list(returned), []
+    found = one_or_several(returned)
+    if len(found) == 2 and is_several(found[0]):
+        return one_or_several(found[0]), one_or_several(found[1])
+    if found and all(isinstance(item, Mapping) for item in found):
+        pairs = [_from_dict(item) for item in found]
+        return [o for os, _ in pairs for o in os], [s for _, ss in pairs for s in ss]
+    if found and all(isinstance(item, Optimizer) for item in found):
+        return found, []
     raise MisconfigurationException(f"configure_optimizers returned {returned!r:.200}; it may return {_SHAPES}.")
 
 
@@ -86,7 +142,7 @@ def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     found = entry.get("lr_scheduler")
     if found is None:
         return [entry["optimizer"]], []
-    schedulers = list(found) if isinstance(found, (list, tuple)) else [found]
+    schedulers = one_or_several(found)
     if "monitor" in entry:
         schedulers = [
             (

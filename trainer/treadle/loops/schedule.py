@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -107,7 +108,7 @@ class ValidationSchedule:
         Raises:
             MisconfigurationException: validation would never run, or a fraction is asked of an unknown length.
         """
-        if isinstance(interval, (str, dict, timedelta)):
+        if isinstance(interval, (str, Mapping, timedelta)):
             return cls(math.inf, every_n_epochs, parse_duration(interval, "val_check_interval"))
         if isinstance(interval, int):
             if every_n_epochs is not None and interval > num_batches:
@@ -149,7 +150,7 @@ class ValidationSchedule:
 
 def check_validation_arguments(interval: Any, every_n_epochs: Any) -> None:
     """Refuse impossible ``val_check_interval`` and ``check_val_every_n_epoch`` before anything starts."""
-    if isinstance(interval, (str, dict, timedelta)):
+    if isinstance(interval, (str, Mapping, timedelta)):
         parse_duration(interval, "val_check_interval")
     elif isinstance(interval, bool) or not isinstance(interval, (int, float)):
         raise MisconfigurationException(

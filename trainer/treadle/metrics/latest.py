@@ -46,9 +46,11 @@ class Metrics:
     def detached(self) -> Metrics:
         """Return a copy on the CPU, which other processes can read."""
         copy = Metrics()
-        for name in ("_callback", "_logged", "_bar"):
-            values = getattr(self, name)
-            getattr(copy, name).update({k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()})
+        copy.load_state_dict(self.state_dict())
+        if self.active is not None:
+            copy.keep(self.active)
+        for values in (copy._callback, copy._logged, copy._bar):
+            values.update({k: v.detach().cpu() for k, v in values.items() if isinstance(v, Tensor)})
         return copy
 
     def state_dict(self) -> dict[str, Any]:

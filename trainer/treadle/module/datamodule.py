@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from treadle.module.hooks import DataHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_datamodule_from_checkpoint
-from treadle_fabric import MisconfigurationException, PathLike, describe_error
+from treadle_fabric import MisconfigurationException, PathLike, describe_error, is_list
 from treadle_fabric.data import sized_len
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
     prepare_data_per_node: bool = True
     """Whether :meth:`prepare_data` runs once on every node; False: once in all, for nodes that share a file system."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        # workers that are spawned get a copy where `collate_fn` is a method, and a copy is not a copy of the run
+        return {**self.__dict__, "trainer": None}
+
     def train_dataloader(self) -> Any:
         """Return the training data: a loader, or a list or dictionary of loaders."""
         raise _missing(self, "train_dataloader")
@@ -60,7 +64,7 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         raise _missing(self, "predict_dataloader")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""
+        """Return what a checkpoint keeps of it, best without objects that need a pickle. Default: nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,7 +174,7 @@ def _describe(make_loaders: Any) -> str:
 def _describe_loaders(loaders: Any) -> str:
     if isinstance(loaders, Mapping):
         return "; ".join(f"{name}: {_describe_loaders(loader)}" for name, loader in loaders.items())
-    if isinstance(loaders, list | tuple):
+    if is_list(loaders):
         return "; ".join(f"{i}: {_describe_loaders(loader)}" for i, loader in enumerate(loaders)) or "none"
     dataset = getattr(loaders, "dataset", loaders)
     size = sized_len(dataset)

@@ -24,6 +24,7 @@ class HyperparametersMixin:
     _hparams: AttributeDict | None = None
     _hparams_initial: AttributeDict | None = None
     _hparams_name: str | None = None
+    _hparams_whole: Any = None
     _log_hyperparams: bool = False
 
     def save_hyperparameters(
@@ -61,6 +62,7 @@ class HyperparametersMixin:
         if objects:
             found = _as_mapping(objects[0])
             self._hparams_name = next((name for name, value in given.items() if value is objects[0]), None)
+            self._hparams_whole = objects[0] if self._hparams_name is not None else None
         else:
             for name in args:
                 if name not in given:
@@ -69,7 +71,7 @@ class HyperparametersMixin:
                         + near_names(name, given)
                     )
             found = {name: given[name] for name in args} if args else given
-            self._hparams_name = "kwargs" if found else None
+            self._hparams_name, self._hparams_whole = "kwargs" if found else None, None
         found = {name: value for name, value in found.items() if name not in ignored}
         for name, value in found.items():
             if isinstance(value, nn.Module):
@@ -89,6 +91,11 @@ class HyperparametersMixin:
         return self._hparams
 
     @property
+    def hparams_object(self) -> Any:
+        """The one object that was given to :meth:`save_hyperparameters`, with the present values; else None."""
+        return None if self._hparams_whole is None else with_values(self._hparams_whole, self.hparams)
+
+    @property
     def hparams_initial(self) -> AttributeDict:
         """A copy of the hyperparameters as they were after the last :meth:`save_hyperparameters`."""
         return AttributeDict() if self._hparams_initial is None else _copied(self._hparams_initial)
@@ -103,8 +110,6 @@ class HyperparametersMixin:
 
 def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     """Collect the arguments of every running ``__init__`` of ``obj``, from ``frame`` outwards; the last one wins."""
-    if dataclasses.is_dataclass(obj):
-        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
     found: dict[str, Any] = {}
     for running in _frames(frame):
         code = running.f_code
@@ -114,7 +119,16 @@ def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
             found.update({name: values[name] for name in arguments.args[1:] if name in values})
             if arguments.keywords is not None:
                 found.update(values.get(arguments.keywords, {}))
+    if dataclasses.is_dataclass(obj):  # its ``__init__`` is over, or holds placeholders of defaults
+        takes = inspect.signature(type(obj).__init__).parameters
+        found.update({name: value for name, value in _fields(obj).items() if name in takes})
     return found
+
+
+def _fields(obj: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are set; those that ``__init__`` does not take may not be."""
+    names = [field.name for field in dataclasses.fields(obj)]
+    return {name: getattr(obj, name) for name in names if hasattr(obj, name)}
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
@@ -129,11 +143,28 @@ def _as_mapping(obj: Any) -> dict[str, Any]:
     if isinstance(obj, Namespace):
         return vars(obj).copy()
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
+        return _fields(obj)
     raise MisconfigurationException(
         f"save_hyperparameters got a {type(obj).__name__}, which holds no named values. Give a mapping, a namespace, a "
         "dataclass, or names of arguments as strings."
     )
+
+
+def with_values(whole: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of an object that holds named values, with other values; None where it cannot hold them."""
+    try:
+        changed = copy.copy(whole)
+        if isinstance(whole, Namespace):
+            vars(changed).clear()
+            vars(changed).update(values)
+        elif dataclasses.is_dataclass(whole):
+            for name, value in values.items():
+                object.__setattr__(changed, name, value)  # frozen dataclasses, too
+        else:
+            changed = type(whole)(dict(values))
+    except Exception:  # a class of the user's
+        return None
+    return changed
 
 
 def _names(ignore: str | Iterable[str] | None) -> set[str]:

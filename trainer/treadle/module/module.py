@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from treadle.metrics.sinks import NOT_LOGGING, MetricSink
@@ -198,7 +199,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             f"{type(self).__qualname__} has no `configure_optimizers`; fit needs one: define it (it may return None)."
         )
 
-    def configure_callbacks(self) -> Callback | list[Callback]:
+    def configure_callbacks(self) -> Callback | Iterable[Callback] | None:
         """Return callbacks that this model needs; they replace the Trainer's of the same type. Default: none."""
         return []
 
@@ -489,16 +490,16 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 "to_onnx needs an input: pass `input_sample` or set `self.example_input_array`."
             )
         mode = self.training
-        inputs = sample if isinstance(sample, tuple) else (sample,)
+        inputs = sample if isinstance(sample, tuple) and not isinstance(sample, PackedSequence) else (sample,)
         try:
             return torch.onnx.export(self.eval(), inputs, file_path, **kwargs)
         finally:
             self.train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING)  # a copy of the model is not a copy of its run
-        return state
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        # a copy of the model is not a copy of its run
+        return {**state, "_trainer": None, "_fabric": None, "_metrics": NOT_LOGGING, "_toggled": {}}
 
 
 def _identity(optimizer: Optimizer) -> int:

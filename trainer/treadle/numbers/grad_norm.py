@@ -32,10 +32,14 @@ def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = 
     if not gradients:
         return {}
     norms = {
-        f"grad_{p}_norm{group_separator}{name}": torch.linalg.vector_norm(gradient.detach(), p)
+        f"grad_{p}_norm{group_separator}{name}": torch.linalg.vector_norm(_entries(gradient.detach()), p)
         for name, gradient in gradients.items()
     }
     device = next(iter(norms.values())).device
     # ||(||x||_p, ||y||_p)||_p is ||(x, y)||_p
     norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms.values()]), p)
     return norms
+
+
+def _entries(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient

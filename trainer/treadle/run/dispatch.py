@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from torch import nn
+
 from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.metrics.bus import Results
 from treadle.module import LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle.module.overriding import check_signature, overrides
-from treadle_fabric import MisconfigurationException, rank_zero_info, rank_zero_warn
+from treadle_fabric import MisconfigurationException, one_or_several, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
 __all__ = ["Dispatch", "check_hook_names"]
 
 Listeners = tuple[Callable[..., Any], ...]
+Signature = tuple[list[int], dict[tuple[int, str], Any]]
+_ASSIGNABLE: Final = frozenset(
+    name
+    for cls in (LightningModule, Callback)
+    for name in dir(cls)
+    if callable(getattr(cls, name)) and not hasattr(nn.Module, name)
+)
+"""The methods of modules and callbacks that may be assigned to an object during a run."""
 MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
 """Monitoring callbacks get on_train_epoch_end in a call of their own, after the module has logged in that hook."""
 _AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
@@ -54,14 +64,77 @@ def check_hook_names(obj: object) -> None:
 
 
 class Dispatch:
-    """The hooks of a run as tuples of bound methods: callbacks first, then the module."""
+    """The hooks of a run as tuples of bound methods: callbacks first, then the module.
+
+    Args:
+        trainer: Given to the callbacks' hooks.
+        module: The module.
+        callbacks: The trainer's, which may change during the run; see :meth:`refresh`.
+        results: Where ``self.log`` goes.
+    """
 
     def __init__(
         self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], results: Results
     ) -> None:
         self.results = results
         """Where ``self.log`` goes now. Its ``hook`` is set to the hook that runs."""
+        self._trainer, self._module = trainer, module
         self._table: dict[str, Listeners] = {}
+        self._known: tuple[Callback, ...] = tuple(callbacks)
+        self._states: dict[str, Any] = {}  # in the checkpoint, of callbacks that may still come
+        self._signature: Signature | None = None  # to be compared once the hooks of the set-up have run
+        self._fill(callbacks)
+
+    def refresh(self, stage: str) -> bool:
+        """Take over callbacks that were added or removed, and methods that were assigned to module or callbacks.
+
+        A callback that comes to a running fit gets its ``setup``, and its state where the fit goes on.
+
+        Args:
+            stage: The stage that runs, such as "fit".
+
+        Returns:
+            Whether anything has changed since the last time. Loops that keep listeners are then to be made anew.
+        """
+        signature = self._current_signature()
+        if signature == self._signature:
+            return False
+        callbacks = self._trainer.callbacks
+        check_callbacks(callbacks)
+        added = [c for c in callbacks if all(c is not known for known in self._known)]
+        self._known, self._signature = tuple(callbacks), signature
+        self._table.clear()
+        self._fill(reorder_callbacks(callbacks))
+        for callback in added:
+            self.run("setup", callback.setup, self._trainer, self._module, stage)
+            if (state := self._states.pop(callback.state_key, None)) is not None:
+                callback.load_state_dict(state)
+        return True
+
+    def keep_states(self, states: Mapping[str, Any]) -> None:
+        """Keep the saved states of callbacks that the trainer does not have yet."""
+        self._states = dict(states)
+
+    def tell_of_states(self) -> None:
+        """Warn of the states that no callback has taken; the first epoch begins."""
+        if self._states:
+            rank_zero_warn(
+                "The checkpoint has the states of callbacks that this Trainer does not have:"
+                f" {sorted(self._states)}. Add them to go on as before."
+            )
+            self._states = {}
+
+    def _current_signature(self) -> Signature:
+        """What decides who listens, as far as a run may change it; cheap enough for every epoch."""
+        callbacks = self._trainer.callbacks
+        assigned = {}
+        for owner in (self._module, *callbacks):
+            own = getattr(owner, "__dict__", {})  # what is no callback is refused afterwards
+            assigned.update({(id(owner), name): own[name] for name in own.keys() & _ASSIGNABLE})
+        return [*map(id, callbacks)], assigned
+
+    def _fill(self, callbacks: Sequence[Callback]) -> None:
+        trainer, module = self._trainer, self._module
         for name in dict.fromkeys([*MODULE_HOOKS, *CALLBACK_HOOKS]):
             first: list[Callable[..., Any]] = []
             last: list[Callable[..., Any]] = []
@@ -116,7 +189,8 @@ class Dispatch:
 def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
     """Add the callbacks of the module's ``configure_callbacks``, which replace others of their type."""
     found = module.configure_callbacks()
-    extra = list(found) if isinstance(found, (list, tuple)) else [found]
+    extra = one_or_several(found)
+    check_callbacks(extra)
     kinds = {type(c) for c in extra}
     if names := sorted({type(c).__name__ for c in callbacks if type(c) in kinds}):
         rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cached_property
 from typing import Any
 
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
 from treadle.module import LightningDataModule, LightningModule
+from treadle.run.changes import ModelChanges
 from treadle.run.dispatch import Dispatch
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
@@ -45,8 +45,10 @@ class Run:
     """The batches of each loader in all evaluations of this run: the x axis of values logged on evaluation steps."""
     told: set[str] = field(default_factory=set)
     """What this run has warned of: parts that are made anew do not repeat it."""
+    changes: ModelChanges = field(default_factory=ModelChanges)
+    """What the run changes about its module and optimizers: what is trainable, modes, parameter groups."""
 
-    @cached_property
+    @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
         """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
         found = list(self.module.named_modules())

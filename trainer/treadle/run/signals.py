@@ -49,8 +49,11 @@ class Signals:
         self._also = also
         self._before: dict[int, Any] = {}
         self._listener: SignalListener | None = None
-        self._heeded: threading.Event | None = None  # made on entry: the trainer is pickled before that
+        self._heeded: threading.Event | None = None
         self._grace = GRACE_S
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(Signals(self._also))  # handlers, and the signals that came, are those of this process
 
     def __enter__(self) -> Signals:
         self.received, self.saving = 0, 0

@@ -13,7 +13,7 @@ from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.fit import FitLoop
-from treadle.loops.optimizers import parse_optimizers
+from treadle.loops.optimizers import explained_optimizers, parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.clipping import Clipping
@@ -29,7 +29,7 @@ from treadle.run.steps import StepCounter
 from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
-from treadle_fabric import FabricOptimizer, MisconfigurationException, rank_zero_info
+from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.precision import needs_closure
 
@@ -77,8 +77,10 @@ def set_up_optimizers(run: ReadyRun) -> None:
 
 
 def _configure_optimizers(run: Run) -> list[Optimizer]:
-    returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
+    with run.changes.undone(run.module), explained_optimizers(run.module):
+        returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, schedulers = parse_optimizers(returned, run.module)
+    run.changes.note_groups(run.module, optimizers)
     run.schedulers.extend(schedulers)
     return optimizers
 
@@ -111,7 +113,7 @@ def may_validate(run: Run, settings: Settings, val: Any) -> bool:
 def validation_loaders(run: Run, val: Any) -> Any:
     """Find the validation loaders of a fit; None where there are none."""
     loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
-    return None if loaders is None or (isinstance(loaders, (list, tuple)) and not loaders) else loaders
+    return None if loaders is None or (is_list(loaders) and not loaders) else loaders
 
 
 def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> EvaluationData:

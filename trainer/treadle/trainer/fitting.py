@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
@@ -107,6 +108,13 @@ class Fitting:
             return None
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
+    def remake(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch:
+        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+        assert self.data is not None
+        if self._validation is not None:
+            self._validation = self._evaluation(run, self._validation.data)
+        return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
+
     def first_validation(self, run: ReadyRun) -> tuple[Evaluation | None, list[float]]:
         """Make the validation if the sanity check or the first epoch needs it; also give the sanity check's batches."""
         every = self._settings.check_val_every_n_epoch
@@ -140,6 +148,9 @@ class Fitting:
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
         if before is not None and len(before.data.loaders) != len(data.loaders):
             before.forget()
+        return self._evaluation(run, data)
+
+    def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
         return Evaluation(run, data, "validation", inference_mode=False)
 
     def stopped(self, run: ReadyRun) -> None:
@@ -160,6 +171,7 @@ class Fitting:
         if self._unrestored:  # until all of it is back, a save keeps it as it was
             assert self.data is not None
             restore_exact(run, self._unrestored, self.data, accumulate=self._controls.accumulate_grad_batches)
+            run.changes.restored(run.module)
             self._unrestored = {}
 
     def _ask_for_data(self) -> None:

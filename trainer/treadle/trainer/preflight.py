@@ -17,7 +17,7 @@ from treadle.run.dispatch import check_hook_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn
-from treadle_fabric.data import CombinedLoader
+from treadle_fabric.data import CombinedLoader, several_loaders
 from treadle_fabric.strategies import Strategy
 
 __all__: list[str] = []
@@ -95,7 +95,7 @@ def check_loaders(**loaders: Any) -> None:
     for name, given in loaders.items():
         if given is None or isinstance(given, (CombinedLoader, Mapping)):
             continue
-        for loader in given if isinstance(given, (list, tuple)) else (given,):
+        for loader in several_loaders(given) or (given,):
             if not isinstance(loader, (list, tuple, Mapping, torch.Tensor)):
                 check_loader(loader, name)
 

@@ -73,6 +73,10 @@ class Session:
         self.terminated = False
         """Whether SIGTERM ended the session."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What the trainer still shows of a session in a copy: not the run, its loaders and its optimizers."""
+        return {**self.__dict__, "metrics": self.metrics.detached(), "run": None, "evaluations": {}}
+
     @contextmanager
     def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
         """While entered, set torch's global flags as the settings say and, in fit, heed the signals that end it."""
@@ -114,6 +118,10 @@ class Session:
         dispatch.call("setup", fn.value)
         with self._fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
+        dispatch.refresh(fn.value)
+        run.changes.begin(module)
+        run.modules[:] = [m for m in module.modules() if isinstance(m, LightningModule)]
+        module.attach(trainer, results)  # those that were made just now, too
         if settings.sync_batchnorm and self._fabric.world_size > 1:
             assembly.share_batch_norm(module, self._fabric.accelerator)
         return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -12,7 +11,14 @@ from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoi
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks
-from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info
+from treadle_fabric import (
+    MisconfigurationException,
+    check_integer,
+    near_names,
+    one_or_several,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
 
 __all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
@@ -137,6 +143,18 @@ def _check_flags(given: dict[str, Any]) -> None:
         )
 
 
+def _overfit(given: dict[str, Any], limits: dict[str, int | float], overfit: int | float) -> None:
+    """Limit training and validation to ``overfit_batches``; a limit of the user's that is smaller stays."""
+    for stage in ("train", "val"):
+        name, own = f"limit_{stage}_batches", given[f"limit_{stage}_batches"]
+        if own is None or type(own) is not type(overfit):
+            if own not in (None, 0, 1.0):
+                rank_zero_warn(f"overfit_batches={overfit!r} decides, and not {name}={own!r}: leave one of them out.")
+            limits[stage] = 0 if own == 0 else overfit
+        else:
+            limits[stage] = min(own, overfit)
+
+
 def resolve_settings(given: dict[str, Any]) -> Settings:
     """Check the constructor's arguments and fill in defaults.
 
@@ -160,7 +178,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     overfit = given["overfit_batches"]
     check_limit(overfit, "overfit_batches")
     if overfit:
-        limits["train"] = limits["val"] = overfit
+        _overfit(given, limits, overfit)
     interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
     check_validation_arguments(interval, given["check_val_every_n_epoch"])
     sanity = (
@@ -176,7 +194,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     max_epochs, max_steps = given["max_epochs"], given["max_steps"]
     if fast:
         max_epochs, max_steps, sanity, interval, log_every = 1, fast, 0, 1.0, 1
-        limits = dict.fromkeys(limits, fast)
+        limits = {stage: fast if limits[stage] else limits[stage] for stage in limits}  # 0 is "leave it out"
         rank_zero_info(
             f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; no logger, no checkpoints."
         )
@@ -215,7 +233,7 @@ def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
             "progress bars."
         )
         return [CSVLogger(root)]
-    loggers = list(logger) if isinstance(logger, Sequence) and not isinstance(logger, str) else [logger]
+    loggers = one_or_several(logger)
     for item in loggers:
         if not isinstance(item, Logger):
             raise MisconfigurationException(
@@ -226,12 +244,7 @@ def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
 
 def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     """Return the user's callbacks and the default ones: checkpoint, progress bar, model summary, timer."""
-    if callbacks is None:
-        found: list[Any] = []
-    elif isinstance(callbacks, (list, tuple)):
-        found = list(callbacks)
-    else:
-        found = [callbacks]
+    found = one_or_several(callbacks)
     check_callbacks(found)
     if settings.barebones and found:
         names = ", ".join(type(c).__name__ for c in found)
@@ -257,6 +270,11 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
         found.append(default_progress_bar())
     if settings.enable_model_summary and not any(isinstance(c, ModelSummary) for c in found):
         found.append(ModelSummary())
-    if settings.durations.max_time is not None and not any(isinstance(c, Timer) for c in found):
-        found.append(Timer(settings.durations.max_time))
+    if settings.durations.max_time is not None:
+        if any(isinstance(c, Timer) for c in found):
+            rank_zero_info(
+                "max_time has no effect, because callbacks has a Timer, which decides: leave one of them out."
+            )
+        else:
+            found.append(Timer(settings.durations.max_time))
     return reorder_callbacks(found)

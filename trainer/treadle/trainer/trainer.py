@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.callbacks.checkpoint import tolerated
-from treadle.checkpoint.content import dump_checkpoint
+from treadle.checkpoint.content import dump_checkpoint, keeping
 from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
@@ -121,11 +121,11 @@ class Trainer:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: list[int] | str | int = "auto",
+        devices: Iterable[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
         logger: Logger | Iterable[Logger] | bool | None = None,
-        callbacks: list[Callback] | Callback | None = None,
+        callbacks: Iterable[Callback] | Callback | None = None,
         fast_dev_run: int | bool = False,
         max_epochs: int | None = None,
         min_epochs: int | None = None,
@@ -187,6 +187,10 @@ class Trainer:
         self._session: Session | None = None  # the current or last one
         self._fitting: Fitting | None = None  # the current or last one
         self._fits = Fits()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of a trainer has: settings, parts, counters, metrics and the last module; nothing runs in it."""
+        return {**self.__dict__, "_fitting": None}
 
     # ------------------------------------------------------------------------------------------------ entry points
 
@@ -323,7 +327,7 @@ class Trainer:
             checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
-        self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
+        self.strategy.save_checkpoint(filepath, checkpoint, storage_options, keeping=keeping(run))
 
     # ------------------------------------------------------------------------------------------------ the parts
 
@@ -377,6 +381,13 @@ class Trainer:
     def optimizers(self) -> list[Optimizer]:
         """The torch optimizers of the current fit."""
         return [o.optimizer for o in self.wrapped_optimizers]
+
+    @optimizers.setter
+    def optimizers(self, optimizers: Any) -> None:
+        raise MisconfigurationException(
+            "trainer.optimizers cannot be replaced: schedulers and checkpoints belong to the optimizers that"
+            " configure_optimizers made. Change their param_groups, or call their add_param_group."
+        )
 
     @property
     def wrapped_optimizers(self) -> list[FabricOptimizer]:
@@ -856,7 +867,7 @@ class Trainer:
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
-            checkpoint = read_checkpoint(self.strategy, path, weights_only, training=fitting)
+            checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
         late = self.strategy.restores_after_setup
         if checkpoint is not None and not late:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
@@ -889,6 +900,7 @@ class Trainer:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
                 self.should_stop |= bool(exact.get("should_stop", False))
+            ready.dispatch.refresh("fit")
             loop = fitting.make_loop(ready, exact)
             del checkpoint, exact  # the fitting drops what it has put back
             try:

@@ -47,6 +47,10 @@ class ProgressBar(Callback):
         self._refresh_rate = 1
         self._display: Display | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the bar is not a copy of its run; the place on the terminal belongs to this process
+        return {**self.__dict__, "_trainer": None, "_display": None}
+
     @property
     def trainer(self) -> Trainer:
         """The trainer of the current run."""
@@ -202,6 +206,9 @@ class TimedProgressBar(ProgressBar, ABC):
         self._loader_idx = 0
         self._places: dict[str, float] = {}  # where each metric is shown
         self._took: dict[Stage, float] = {}  # the seconds that the last bar of a stage took
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_bars": [], "_due": math.inf}
 
     @abstractmethod
     def _make_display(self) -> Display:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from treadle.callbacks.summary.formatting import Column, Totals, format_summary, get_human_readable_count, not_counted
@@ -133,7 +134,7 @@ class ModelSummary:
             stack.enter_context(counter)
             if isinstance(inputs, Mapping):
                 model(**inputs)
-            elif isinstance(inputs, (tuple, list)):
+            elif isinstance(inputs, (tuple, list)) and not isinstance(inputs, PackedSequence):
                 model(*inputs)
             else:
                 model(inputs)

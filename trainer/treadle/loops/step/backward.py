@@ -10,7 +10,7 @@ from torch import Tensor
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.run.run import ReadyRun
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import check_loss
 
 __all__ = ["automatic_backward", "manual_backward"]
 
@@ -53,8 +53,10 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
         kept = loss
         try:
             by_strategy(loss)
-        except RuntimeError:
-            _check_loss(loss)
+        except RuntimeError as error:
+            check_loss(loss, "`training_step` returned")
+            if (explained := strategy.explain_error(None, error)) is not None:
+                raise explained from error
             raise
 
     return _with_listeners(run, _own_backward(run) or differentiate)
@@ -64,13 +66,20 @@ def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> N
     """Differentiate a loss in manual optimization; the arguments are those of ``Tensor.backward``."""
     strategy, engine, own = run.fabric.strategy, run.wrapped.forward_module, _own_backward(run)
 
+    def by_strategy(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        strategy.backward(loss, engine, *args, **kwargs)
+
     def differentiate(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         run.loss.scale(loss, None, 1, True)
         strategy.expect_backward(loss)
-        if own is not None:
-            own(loss, *args, **kwargs)
-        else:
-            strategy.backward(loss, engine, *args, **kwargs)
+        try:
+            (own or by_strategy)(loss, *args, **kwargs)
+        except RuntimeError as error:
+            if not args and not kwargs:
+                check_loss(loss, "`manual_backward` got")
+            if (explained := strategy.explain_error(None, error)) is not None:
+                raise explained from error
+            raise
 
     _with_listeners(run, differentiate)(loss, *args, **kwargs)
     run.results.hook = "training_step"
@@ -88,17 +97,3 @@ def _own_backward(run: ReadyRun) -> Callable[..., None] | None:
         precision.post_backward(loss, engine)
 
     return differentiate
-
-
-def _check_loss(loss: Tensor) -> None:
-    """Explain why a backward pass failed, where the loss itself is the reason."""
-    if loss.numel() != 1:
-        raise MisconfigurationException(
-            f"`training_step` returned a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()`"
-            " say."
-        ) from None
-    if not loss.requires_grad:
-        raise MisconfigurationException(
-            "`training_step` returned a loss that does not depend on any parameter that requires a gradient: compute it"
-            " from the model's output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
-        ) from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 
@@ -12,12 +13,14 @@ from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
-from treadle_fabric import MisconfigurationException, warn_user
+from treadle_fabric import MisconfigurationException, infer_batch_size, warn_user
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 __all__ = ["Gradients", "WholeBatchGradients"]
+
+_FIRST_ITEMS: Final = 8  # a batch may be a list of many numbers
 
 
 class Gradients:
@@ -179,9 +182,11 @@ def _is_empty(batch: Any) -> bool:
     elif kind is dict and batch:
         first = next(iter(batch.values()))
     if isinstance(first, Tensor):
-        return not first.numel() and first.shape[:1] == (0,)
-    if first is not batch and type(first) in (tuple, list, dict):
-        return _is_empty(first)
-    named = batch if type(batch) is dict or isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
-    tensor = next((value for value in named.values() if isinstance(value, Tensor)), None)
-    return tensor is not None and tensor.shape[:1] == (0,)
+        return not first.numel() and infer_batch_size(first) == 0
+    if kind not in (tuple, list, dict):
+        held = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+        first = next((value for value in held.values() if isinstance(value, Tensor)), batch)
+        return infer_batch_size(first) == 0
+    items = islice(batch.values() if kind is dict else batch, _FIRST_ITEMS)
+    first = next((item for item in items if isinstance(item, Tensor)), first)
+    return first is not batch and _is_empty(first)

@@ -1,0 +1,349 @@
+"""The engine of DDP: it wraps the module again where other parameters are trainable than when it was wrapped."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import time
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.nn import Module, Parameter
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.failures import current_member, notes
+from treadle_fabric.rank_zero import rank_zero_info
+from treadle_fabric.strategies.strategy import METHOD_KEYWORD
+
+__all__ = ["DDPEngine", "listed"]
+
+_MAX_NAMED = 10
+_made = itertools.count()  # every process sets up the same modules in the same order
+_is_trainable = attrgetter("requires_grad")
+
+
+class DDPEngine(Module):
+    """Runs a module, or one of its methods, under DDP, and keeps DDP in step with what is trainable.
+
+    DDP averages the gradients of the parameters that were trainable when it wrapped the module, and waits for each of
+    them. Before a forward pass the engine looks whether these are the parameters that are trainable now; if not, all
+    ranks wrap the module again. A module without trainable parameters runs without DDP, which would refuse it.
+
+    Every attribute of :attr:`ddp` is one of the engine too.
+
+    Args:
+        module: The user's module, alike on every rank.
+        timeout: How long a rank that has to wrap again waits for the others.
+        wrapped: Called each time DDP has wrapped the module.
+        arguments: For ``DistributedDataParallel``.
+        number: The same for this engine on every rank. Default: the next one.
+    """
+
+    ddp: DistributedDataParallel | None
+    """The module under DDP; None while nothing is trainable."""
+
+    def __init__(
+        self,
+        module: Module,
+        timeout: timedelta | None,
+        wrapped: Callable[[DDPEngine], None],
+        arguments: dict[str, Any],
+        number: str = "",
+    ) -> None:
+        super().__init__()
+        _count_registrations()
+        self.target = MethodForward(module)
+        self.number = number or str(next(_made))
+        fields = self.__dict__  # past Module.__setattr__, which is slow, and would register DDP as a submodule
+        fields["_wrapped"], fields["_arguments"] = wrapped, arguments
+        fields["_timeout"] = timeout or default_pg_timeout
+        fields["_generation"] = 0  # how often the module was wrapped again
+        fields["_copies"] = itertools.count()
+        fields["_forwards"] = itertools.count()
+        fields["_begun"] = -1  # the number of the last forward pass that synchronizes
+        fields["_synchronizes"] = True
+        fields["_tolerant"] = arguments.get("find_unused_parameters", False) and not arguments.get("static_graph")
+        self._note_parameters()
+        self._run_under(DistributedDataParallel(self.target, **arguments) if self._trained else None)
+        _answer_others(self)
+
+    @property
+    def module(self) -> Module:
+        """The user's module."""
+        return self.target.module
+
+    @property
+    def trained(self) -> dict[str, Parameter]:
+        """The parameters that DDP averages the gradients of, by name."""
+        return dict(zip(self._names, self._trained, strict=True))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's ``forward``, or its method ``treadle_method``."""
+        if self._is_outdated():
+            self._wrap_again()
+        if self._synchronizes:
+            self.__dict__["_begun"] = next(self._forwards)
+        return self._run(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Generator[None]:
+        """Leave gradients as they are on each rank, as DDP's ``no_sync`` does; DDP may wrap the module again inside."""
+        before = self._synchronizes
+        self._synchronize(False)
+        try:
+            yield
+        finally:
+            self._synchronize(before)
+
+    def _synchronize(self, enabled: bool) -> None:
+        self.__dict__["_synchronizes"] = enabled
+        if self.ddp is not None:
+            self.ddp.require_backward_grad_sync = enabled
+
+    def expect_backward(self, loss: Tensor) -> None:
+        """Get DDP ready for a backward pass inside the forward that runs."""
+        ddp, target = self.ddp, self.target
+        if ddp is None:
+            return
+        if target.backward_inside is None:
+            ddp.register_forward_hook(_put_back_sync, always_call=True)
+            target.backward_inside = False
+        if not target.backward_inside:
+            if not ddp.require_backward_grad_sync:  # no_sync
+                return
+            target.backward_inside = True
+            ddp.require_backward_grad_sync = False  # or it would expect another one after the forward
+        ddp.require_forward_param_sync = True
+        ddp.reducer._rebuild_buckets()
+        search = ddp.find_unused_parameters and not ddp.static_graph
+        ddp.reducer.prepare_for_backward([loss] if search else [])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            ddp = self.__dict__.get("ddp")
+            if ddp is None:
+                raise
+            return getattr(ddp, name)
+
+    def __reduce__(self) -> Any:
+        # a copy has weights that are alike already, and other ranks need not copy
+        arguments, number = {**self._arguments, "init_sync": False}, f"{self.number}.{next(self._copies)}"
+        return DDPEngine, (self.module, self._timeout, self._wrapped, arguments, number)
+
+    # What is trainable
+
+    def _note_parameters(self) -> None:
+        """Note what is trainable now, which DDP is about to be told."""
+        named = list(self.module.named_parameters())
+        fields = self.__dict__
+        fields["_names"] = [name for name, p in named if p.requires_grad]
+        fields["_trained"] = [p for _, p in named if p.requires_grad]
+        fields["_frozen"] = [p for _, p in named if not p.requires_grad]
+        fields["_dtype"] = self._trained[0].dtype if self._trained else None
+        fields["_registered"] = _registrations.count
+
+    def _is_outdated(self) -> bool:
+        """Whether DDP would miss a gradient, or wait for one that does not come."""
+        if self._registered != _registrations.count:  # a module somewhere got a parameter or a submodule
+            self.__dict__["_registered"] = _registrations.count
+            if {*map(id, self.module.parameters())} != {*map(id, self._trained), *map(id, self._frozen)}:
+                return True
+        if any(map(_is_trainable, self._frozen)):
+            return True
+        trained = self._trained
+        if trained and trained[0].dtype is not self._dtype:  # a cast takes DDP's hooks off the parameters
+            return True
+        if self._tolerant or all(map(_is_trainable, trained)):
+            return False
+        # Where all is frozen, as that of a critic while a generator learns through it, no gradient comes, and DDP
+        # does not wait for the first one
+        return any(map(_is_trainable, trained))
+
+    def _wrap_again(self) -> None:
+        """Let DDP average the gradients of what is trainable now; every rank calls this before the same forward."""
+        before, known = self.trained, {*map(id, self._trained), *map(id, self._frozen)}
+        self._note_parameters()
+        fields, ddp, rank = self.__dict__, self.ddp, dist.get_rank()
+        self._meet(json.dumps(self._names), _difference(before, self.trained), rank)
+        group = self._arguments.get("process_group")
+        for tensor in self.module.parameters():
+            if id(tensor) not in known:  # made by each rank for itself
+                dist.broadcast(tensor.detach(), group=group, group_src=0)
+        for parameter in before.values():
+            if not parameter.requires_grad:
+                _average_gradient(parameter, group)
+        if ddp is not None:
+            ddp._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+        self._run_under(self._wrapped_like(ddp) if self._trained else None)
+        if fields["_generation"] == 0:
+            rank_zero_info(
+                f"What is trainable changed after set-up ({_difference(before, self.trained)}): the module is wrapped"
+                " in DDP again, so that all ranks average these gradients. Each such change costs some milliseconds."
+            )
+        fields["_generation"] += 1
+
+    def _wrapped_like(self, before: DistributedDataParallel | None) -> DistributedDataParallel:
+        """Wrap the module; buffers and the state of a gradient accumulation stay as they are."""
+        ddp = DistributedDataParallel(self.target, **{**self._arguments, "init_sync": False})
+        ddp.require_backward_grad_sync = self._synchronizes
+        self.target.backward_inside = None
+        if before is not None:
+            ddp.require_forward_param_sync = before.require_forward_param_sync
+            for hook, state in before._comm_hooks:
+                ddp.register_comm_hook(state, hook)
+        return ddp
+
+    def _run_under(self, ddp: DistributedDataParallel | None) -> None:
+        self.__dict__.update(ddp=ddp, _run=ddp or self.target)
+        self._wrapped(self)
+
+    def _meet(self, names: str, difference: str, rank: int) -> None:
+        """Wait until every rank wraps again, and see that all have the same in mind.
+
+        Raises:
+            MisconfigurationException: What is trainable changed on some ranks only.
+        """
+        store: Any = dist.distributed_c10d._get_default_store()
+        key, member = f"treadle/wrap/{self.number}/{self._generation}", current_member()
+        if rank == 0:
+            store.set(f"{key}/names", names)
+        if store.add(f"{key}/met", 1) == dist.get_world_size():
+            store.set(f"{key}/all", "")
+        changed, unchanged = (
+            notes.Changed(self.number, self._generation),
+            notes.Unchanged(self.number, self._generation),
+        )
+        until, pause = time.monotonic() + self._timeout.total_seconds(), 0.001
+        while not store.check([f"{key}/all"]):
+            time.sleep(pause := min(2 * pause, 0.05))
+            if member is None and time.monotonic() < until:
+                continue
+            if member is not None:
+                member.board.post(changed, str(self._begun + 1))
+            other = member.board.read(unchanged) if member is not None else None
+            if other is not None or time.monotonic() > until:
+                who = "the other ranks" if other is None else f"rank {other}"
+                raise MisconfigurationException(
+                    f"What is trainable changed on rank {rank} ({difference}), and {who} went on without that change:"
+                    " the gradients could not be averaged. Change requires_grad, and add parameters, on all ranks at"
+                    " the same step."
+                )
+        theirs = store.get(f"{key}/names").decode()
+        if theirs != names:
+            parted = sorted({*json.loads(theirs)} ^ {*json.loads(names)})
+            raise MisconfigurationException(
+                f"What is trainable is not the same on rank {rank} as on rank 0: {listed(parted)}. Change"
+                " requires_grad, and add parameters, on all ranks alike."
+            )
+
+    def _answer(self, board: Any) -> None:
+        """Tell a rank that waits for this one to wrap again if this one does not; another thread calls this."""
+        this = self.number, self._generation
+        asked = board.read(notes.Changed(*this))
+        if asked is not None and self._begun >= int(asked):
+            board.post(notes.Unchanged(*this), str(dist.get_rank()))
+
+
+class MethodForward(Module):
+    """Runs any method of a module as its forward, so that the engine around it sees every step."""
+
+    module: Module
+
+    def __init__(self, module: Module) -> None:
+        super().__init__()
+        self.module = module
+        self.running = False
+        self.backward_inside: bool | None = None
+        """Whether the forward that runs had a backward pass in it; None where none ever had."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        method = kwargs.pop(METHOD_KEYWORD, "forward")
+        if method == "forward":
+            return self.module(*args, **kwargs)
+        self.__dict__["running"] = True  # past Module.__setattr__, which is slow
+        try:
+            return getattr(self.module, method)(*args, **kwargs)
+        finally:
+            self.__dict__["running"] = False
+
+
+def _put_back_sync(ddp: Any, inputs: Any, output: Any) -> None:
+    """The forward has ended: DDP prepares for backward passes by itself again."""
+    if ddp.module.backward_inside:
+        ddp.module.backward_inside = False
+        ddp.require_backward_grad_sync = True
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _difference(before: dict[str, Parameter], after: dict[str, Parameter]) -> str:
+    added = [name for name in after if name not in before]
+    removed = [name for name in before if name not in after]
+    parts = [f"trainable now: {listed(added)}"] if added else []
+    parts += [f"not any more: {listed(removed)}"] if removed else []
+    return "; ".join(parts) or "other parameters or another dtype under the same names"
+
+
+def _average_gradient(parameter: Parameter, group: Any) -> None:
+    """Average what a parameter that is frozen now had accumulated on each rank, since an optimizer may step with it."""
+    gradient = parameter.grad
+    there = torch.tensor(float(gradient is not None), device=parameter.device)
+    dist.all_reduce(there, group=group)
+    if there:
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient.detach()
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        dist.all_reduce(gradient, group=group)
+        parameter.grad = gradient / dist.get_world_size(group)
+
+
+class _Registrations:
+    count = 0
+
+
+_registrations = _Registrations()
+
+
+@functools.cache
+def _count_registrations() -> None:
+    """Count, from now on, the parameters and submodules that any module gets: so seldom that nobody pays for it."""
+
+    def count(module: Module, name: str, value: Any) -> None:
+        _registrations.count += 1
+
+    register_module_parameter_registration_hook(count)
+    register_module_module_registration_hook(count)
+
+
+def _answer_others(engine: DDPEngine) -> None:
+    """Have the thread that looks at the board answer other ranks, as long as the engine lives."""
+    member, reference = current_member(), weakref.ref(engine)
+    if member is None:
+        return
+
+    def answer() -> bool:
+        alive = reference()
+        if alive is not None:
+            alive._answer(member.board)
+        return alive is not None
+
+    member.answers.append(answer)
