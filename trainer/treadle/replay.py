@@ -31,6 +31,7 @@ from treadle_fabric import (
     CheckpointMismatchError,
     MisconfigurationException,
     PathLike,
+    describe_error,
     isolate_rng,
     move_data_to_device,
     near_names,
@@ -191,7 +192,7 @@ def _make(cls: type[LightningModule], bundle: dict[str, Any]) -> LightningModule
         return instantiate(cls, dict(bundle["hyper_parameters"]), bundle.get("hparams_name"), whole, {})
     except Exception as error:
         raise MisconfigurationException(
-            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {error} Call"
+            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {describe_error(error)}. Call"
             " `self.save_hyperparameters()` in __init__, or give with --module a class that needs no arguments."
         ) from error
 

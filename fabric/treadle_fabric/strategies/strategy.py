@@ -75,6 +75,8 @@ class Strategy(ABC):
     """The engine clips gradients in its step, as it was configured."""
     owns_optimizer_step: ClassVar[bool] = False
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
+    allows_inference_mode: ClassVar[bool] = True
+    """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     runs_whole_batch: ClassVar[bool] = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
 

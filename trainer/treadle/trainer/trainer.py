@@ -94,7 +94,8 @@ class Trainer:
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: True refuses non-deterministic operations, "warn" warns of them.
         benchmark: ``torch.backends.cudnn.benchmark`` during the run.
-        inference_mode: evaluate under ``torch.inference_mode`` rather than ``torch.no_grad``. Default: True.
+        inference_mode: validate, test and predict under ``torch.inference_mode``. Default: True. False, and inside fit:
+            under ``torch.no_grad``.
         use_distributed_sampler: share the samples of loaders out over the ranks. Default: True.
         profiler: must be None; profilers are not available yet.
         detect_anomaly: find the operation that made a NaN gradient. Default: False.
@@ -748,8 +749,7 @@ class Trainer:
     @property
     def enable_validation(self) -> bool:
         """Whether fit validates: there is a ``validation_step``, a loader, and the limit is not 0."""
-        loop = self._fitting.loop if self._fitting is not None else None
-        return loop is not None and loop.validation is not None
+        return self._fitting is not None and self._fitting.validates
 
     @property
     def estimated_stepping_batches(self) -> float:
