@@ -852,10 +852,9 @@ class Trainer:
             yield run
             session.finish(self, run)
 
-    def _prepare(self, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
+    def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
         """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
-        ckpt_path, weights_only = source
-        session, fitting = self._open_session, self.state.fn is TrainerFn.FITTING
+        (ckpt_path, weights_only), fitting = source, self.state.fn is TrainerFn.FITTING
 
         def find() -> str | None:
             path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
@@ -879,19 +878,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the stages
 
     def _fit(
-        self,
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        train: Any,
-        val: Any,
-        source: Source,
+        self, module: LightningModule, datamodule: LightningDataModule | None, train: Any, val: Any, source: Source
     ) -> None:
         session = self._open(TrainerFn.FITTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
             self._fitting = fitting = Fitting(
                 session, run, self._settings, train, val, controls=self, signals=self._signals
             )
-            ready, checkpoint = self._prepare(run, source)
+            ready, checkpoint = self._prepare(session, run, source)
             assembly.set_up_optimizers(ready)
             ready.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(ready, self._settings)
@@ -949,7 +943,7 @@ class Trainer:
         found: list[dict[str, float]] = []
         session = self._open(fn, module, datamodule)
         with session.guarded(self), self._started(session) as run:
-            ready = self._prepare(run, source)[0]
+            ready = self._prepare(session, run, source)[0]
             data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
@@ -969,7 +963,7 @@ class Trainer:
         predictions: list[Any] | None = None
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
-            predictions = self._prediction(run, dataloaders, source, keep=keep)()
+            predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
         return predictions
 
     def _stream(
@@ -977,25 +971,20 @@ class Trainer:
     ) -> Iterator[Any]:
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
-            prediction = self._prediction(run, dataloaders, source, keep=True)
+            prediction = self._prediction(session, run, dataloaders, source, keep=True)
             try:
                 yield None
                 yield from prediction.stream()
             except GeneratorExit:  # the caller has enough predictions, which is no failure
                 pass
 
-    def _prediction(self, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
-        ready = self._prepare(run, source)[0]
-        data = self._open_session.add_evaluation(ready, "predict", dataloaders, self._settings)
+    def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
+        ready = self._prepare(session, run, source)[0]
+        data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
         return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
 
     # ------------------------------------------------------------------------------------------------ the last session
-
-    @property
-    def _open_session(self) -> Session:
-        assert self._session is not None  # only stages ask, and _open has made it
-        return self._session
 
     @property
     def _run(self) -> Run | None:
