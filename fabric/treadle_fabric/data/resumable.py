@@ -145,7 +145,7 @@ class ResumableDataLoader(WrappedLoader):
         self._check(state)
         ranks, rank, position = state["ranks"], self._strategy.global_rank, state["position"]
         mine = ranks[rank if len(ranks) == self._strategy.world_size else 0]["data"]
-        position = self._epochs.resume(mine, len(ranks), position, begun=position > 0, ended=position == 0) or 0
+        position = self._epochs.resume(mine, len(ranks), position, begun=position > 0, ended=position == 0).batch or 0
         self._dataloader = self._epochs.loader
         _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
         self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None

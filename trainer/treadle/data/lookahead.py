@@ -11,18 +11,19 @@ Transfer = Callable[[Any, int], Any]
 
 
 class Lookahead:
-    """Iterates over triples: the number of a batch, the batch, and whether it is the last one.
+    """Iterates over triples: the number of a batch, the batch, and whether it is known to be the last one.
 
-    Where the length is known, the last batch is found by its number; where it is not, one batch is fetched ahead.
+    The last batch is found by its number, or by fetching one batch ahead.
 
     Args:
         batches: what to iterate.
         start: the number of the first batch.
         stop: the number before which iteration ends; infinity for no end.
         what: names the batches in errors, "of epoch 3 from the training loader" say.
-        exact: whether the number of batches up to ``stop`` is known to be right.
+        ahead: whether to fetch one batch ahead. False: each batch is fetched when it is asked for; where the batches end
+            before ``stop``, the last one was not known as the last.
         drain: ask for one more batch in the end, so that samplers come to their end.
-        agree: on several ranks without an exact length: called with a number, and whether this rank has a batch of that
+        agree: on several ranks that fetch ahead: called with a number, and whether this rank has a batch of that
             number; tells whether all ranks do.
     """
 
@@ -33,16 +34,16 @@ class Lookahead:
         stop: float,
         what: str,
         *,
-        exact: bool,
+        ahead: bool,
         drain: bool = False,
         agree: Callable[[int, bool], bool] | None = None,
     ) -> None:
-        self._batches, self._next, self._stop, self._exact, self._drain = batches, start, stop, exact, drain
+        self._batches, self._next, self._stop, self._ahead, self._drain = batches, start, stop, ahead, drain
         self._what, self._agree = what, agree
 
     def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
         index, stop, batches = self._next, self._stop, self._batches
-        if not self._exact:
+        if self._ahead:
             yield from self._one_ahead()
             return
         last = stop - 1
@@ -94,26 +95,29 @@ class BatchIterator:
         self._transfer = transfer
         self._dataloader_idx = dataloader_idx
         self.batch: Any = None
-        self._ahead: tuple[int, Any, bool] | None = next(self._batches, None)
+        self._fetched: tuple[int, Any, bool] | None = None
 
     @property
     def done(self) -> bool:
         """Whether nothing is left."""
-        return self._ahead is None
+        if self._fetched is None:
+            self._fetched = next(self._batches, None)
+        return self._fetched is None
 
     def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
         """One triple a step, as :class:`Lookahead` gives; the step itself draws the batches from this object."""
-        while self._ahead is not None:
-            index, _, is_last = self._ahead  # a step draws one batch: the one ahead tells whether it is the last
+        while not self.done:
+            assert self._fetched is not None
+            index, _, is_last = self._fetched  # a step draws one batch
             yield index, self, is_last
 
     def __iter__(self) -> BatchIterator:
         return self
 
     def __next__(self) -> tuple[Any, int, int]:
-        if self._ahead is None:
+        if self.done:
             raise StopIteration
-        index, batch, _ = self._ahead
-        self._ahead = next(self._batches, None)
+        assert self._fetched is not None
+        (index, batch, _), self._fetched = self._fetched, None
         self.batch = self._transfer(batch, self._dataloader_idx)
         return self.batch, index, self._dataloader_idx

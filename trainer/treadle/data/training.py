@@ -15,7 +15,7 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, Epochs, share_loader, sized_len
+from treadle_fabric.data import CombinedLoader, Epochs, is_stream, keeps_position, share_loader, sized_len
 
 __all__ = ["TrainingData"]
 
@@ -53,6 +53,9 @@ class TrainingData:
         self.num_batches = limit_batches(length, limit, name)
         self.exact = length is not None and all(has_exact_length(p) for p in parts)
         """Whether the length is reliable; a stream may have fewer batches than it says."""
+        self._stream = is_stream(loader) and not keeps_position(loader)
+        """Whether batches are made while training goes on; what a loader with a state of its own saves at its last
+        batch may mean the beginning of the next epoch, so that it is asked ahead."""
 
         self.whole = self.num_batches in (length, math.inf)
         """Whether an epoch is the whole loader: then it is iterated to its end, where samplers may draw once more."""
@@ -113,17 +116,38 @@ class TrainingData:
             )
             self.num_batches, self.whole = min(lengths), False
 
-    def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
+    def knows_last(self, *, accumulates: bool) -> bool:
+        """Whether an epoch's last batch is known as the last, by its number or because one batch is fetched ahead.
+
+        A stream is asked for a batch when training has come to it, as in a hand-written loop: it may draw from the
+        global generators, or read the model's weights. Accumulations and several ranks need to know the last batch.
+
+        Args:
+            accumulates: Whether gradients are accumulated over several batches.
+        """
+        return self.exact or accumulates or self._agrees or not self._stream
+
+    def iterate(
+        self, epoch: int, skip: int = 0, *, accumulates: bool = False, saves_early: bool = False
+    ) -> Iterator[tuple[int, Any, bool]]:
         """The batches of an epoch after the first ``skip``, in the order of the epoch.
 
-        Each comes with its number, and with whether it is the last of the epoch on all ranks.
+        Each comes with its number, and with whether it is known to be the last of the epoch on all ranks.
+
+        Args:
+            epoch: The number of the epoch.
+            skip: The number of batches to leave out.
+            accumulates: As in :meth:`knows_last`.
+            saves_early: Whether a checkpoint may be saved after a batch was fetched, and before it is trained on.
         """
-        batches = self.epochs.iterate(epoch, skip)
+        ahead = not self.exact and self.knows_last(accumulates=accumulates)
+        batches = self.epochs.iterate(epoch, skip, ahead=ahead or (saves_early and self._stream))
         if self.combined is not None:
             batches = first_loader(batches)
         agree = partial(self._all_have_more, epoch) if self._agrees else None
-        what, drain = f"of epoch {epoch} from the training loader", self.whole and not self.epochs.ends_without_drawing
-        return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=drain, agree=agree))
+        what = f"of epoch {epoch} from the training loader"
+        drain = self.exact and self.whole and not self.epochs.ends_without_drawing
+        return iter(Lookahead(batches, skip, self.stop, what, ahead=ahead, drain=drain, agree=agree))
 
     def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
         """Whether every rank has a batch with the number ``index``; every rank calls this."""

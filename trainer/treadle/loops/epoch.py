@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Final
 
 from treadle.data.lookahead import BatchIterator
 from treadle.data.training import TrainingData
 from treadle.data.transfer import stay
-from treadle.loops.schedule import ValidationSchedule, window_size
+from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.schedulers import Schedulers
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
 from treadle.loops.stopping import Controls, Stops
+from treadle.run.accumulation import Accumulation
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
@@ -65,12 +66,13 @@ class TrainingEpoch:
     def run(self) -> None:
         """Train for one epoch, from the batch that the progress tells."""
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
-        accumulate = self._accumulate
-        step.begin_epoch(accumulate)
+        accumulation = self._begin_accumulating()
         if self._ends_resumed():
             return
-        batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
+        batches: Any = self._iterate()
         total, transfer, begun = self._data.stop, run.transfer, progress.batch
+        divided = accumulation.every > 1 or accumulation.carried > 0
+        stepping, window, done = True, 1.0, 0.0
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
@@ -87,10 +89,11 @@ class TrainingEpoch:
                 if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
-            stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
-            window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)
+            if divided:
+                done, window, stepping = accumulation.place(batch_idx, total)
+                stepping = stepping or is_last
             before = progress.optimizer_steps
-            outputs = (train_and_step if stepping else train)(batch, batch_idx, window)
+            outputs = (train_and_step if stepping else train)(batch, batch_idx, window, done)
             progress.batch = batch_idx + 1
             progress.batches += 1
             progress.stepping, progress.stepped = stepping, (stepped := progress.optimizer_steps != before)
@@ -116,7 +119,11 @@ class TrainingEpoch:
                     progress.step_in_epoch += 1
             results.hook = ""
             if finish_batch():
+                if self._is_over(batches):
+                    self._end_late()
                 break
+        else:
+            self._end_late()
         begin_batch(None)
         if step.idle:
             self._tell_of_idleness(progress.batch - begun)
@@ -125,18 +132,71 @@ class TrainingEpoch:
     def _accumulate(self) -> int:
         return self._controls.accumulate_grad_batches if self._automatic else 1
 
+    def _begin_accumulating(self) -> Accumulation:
+        """Divide the batches of an epoch into accumulations; a resumed epoch may be divided already."""
+        progress, accumulate = self._run.progress, self._accumulate
+        self._step.begin_epoch(accumulate)
+        if progress.accumulation.every != accumulate:
+            progress.accumulation = Accumulation(accumulate, progress.batch)
+        return progress.accumulation
+
+    def _iterate(self) -> Any:
+        """The batches of the epoch that are left."""
+        progress, early = self._run.progress, bool(self._on_batch_start) or self._step.wants_iterator
+        accumulates = progress.accumulation.every > 1
+        return self._data.iterate(progress.epoch, progress.batch, accumulates=accumulates, saves_early=early)
+
+    def _is_over(self, batches: Iterator[Any]) -> bool:
+        """Whether the last step was also the end of a stream; asked only where something is due at an epoch's end."""
+        progress, schedule = self._run.progress, self._schedule
+        known = self._data.knows_last(accumulates=progress.accumulation.every > 1)
+        if known or progress.is_last_batch or progress.step != self._max_steps:
+            return False
+        due = bool(self._schedulers.configs) or (schedule is not None and schedule.due_at_end(progress.epoch))
+        return due and next(batches, None) is None
+
+    def _end_late(self) -> None:
+        """Do what follows an epoch's last batch, where that was not known as the last: validation comes after it."""
+        progress, schedule = self._run.progress, self._schedule
+        if progress.is_last_batch or not progress.batch:
+            return
+        progress.is_last_batch, progress.stepping, progress.stepped = True, False, False
+        self._end_accumulation()
+        self._schedulers.step("epoch", progress.epoch + 1)
+        if schedule is not None and schedule.due_at_end(progress.epoch):
+            progress.phase, progress.validation_due = Phase.LOGGED, True
+            if not self._run_validation():
+                self._stops.terminate()
+            self._stops.after_validation()
+        progress.phase, progress.validation_due = _BETWEEN, False
+
+    def _end_accumulation(self) -> None:
+        """Step for the gradients of an accumulation to which no other batch comes."""
+        progress, before = self._run.progress, self._run.progress.optimizer_steps
+        done, window, _ = progress.accumulation.place(progress.batch, self._data.stop)
+        if done:
+            self._step.finish(window, done)
+            progress.logging_step += 1
+            if progress.optimizer_steps != before:
+                progress.step += 1
+                progress.step_in_epoch += 1
+                self._schedulers.step("step", progress.step)
+
     def _ends_resumed(self) -> bool:
         """Do what is left of the last batch of a resumed run; whether nothing else is left of the epoch."""
         progress = self._run.progress
         if self._data.has_ended(progress.batch):  # with the batches of another number of processes
             progress.is_last_batch, progress.phase = True, _BATCH_END
             progress.stepping = progress.stepped = False
+            self._end_accumulation()
             self._schedulers.step("epoch", progress.epoch + 1)
             if self._schedule is not None:
                 progress.validation_due = self._is_due(self._schedule, True)
         if progress.phase is _BETWEEN:
             return False
         stop = self._finish_batch()
+        if stop and self._is_over(self._iterate()):
+            self._end_late()
         if not stop and not progress.is_last_batch:
             return False
         self._data.epochs.finish(progress.epoch, progress.batch, drain=not stop)
@@ -194,6 +254,6 @@ class TrainingEpoch:
     def _run_validation(self) -> bool:
         """Validate; returns whether the validation came to its end."""
         progress = self._run.progress
-        if progress.is_last_batch or progress.batch % self._accumulate == 0:
+        if progress.is_last_batch or not progress.accumulation.place(progress.batch, self._data.stop).done:
             self._run.dispatch.call("on_validation_model_zero_grad")
         return self._validate(self._stops.before_validation_batch)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from treadle.run.accumulation import Accumulation
 from treadle_fabric import LRScheduler
 
 __all__ = ["FitProgress", "LRSchedulerConfig", "Phase"]
@@ -53,6 +54,8 @@ class FitProgress:
     """Whether the current batch ends an accumulation."""
     stepped: bool = True
     """Whether an optimizer stepped at the current batch."""
+    accumulation: Accumulation = field(default_factory=Accumulation)
+    """How the batches of this epoch are divided into accumulations."""
     validation_due: bool = False
     """Whether validation follows the current batch."""
     phase: Phase = Phase.BETWEEN
@@ -64,7 +67,7 @@ class FitProgress:
         """Reset the counters of the epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
         self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = False
-        self.phase = Phase.BETWEEN
+        self.phase, self.accumulation = Phase.BETWEEN, Accumulation()
 
 
 @dataclass(slots=True)

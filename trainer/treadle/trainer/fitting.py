@@ -81,7 +81,7 @@ class Fitting:
 
     def exact_state(self, run: ReadyRun) -> dict[str, Any]:
         """Collect what a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
-        return self._unrestored or capture_exact(run, self.data, accumulate=self._controls.accumulate_grad_batches)
+        return self._unrestored or capture_exact(run, self.data)
 
     # What the loop asks for
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any, final
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -10,36 +13,65 @@ from torch.utils.data import DataLoader, IterableDataset
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 from treadle_fabric.data.cursors.seeded import SeededStream
 from treadle_fabric.data.samplers import end_workers, index_sampler, with_sampler
-from treadle_fabric.randomness import PrivateRandomness
+from treadle_fabric.data.streams import is_stream
+from treadle_fabric.randomness import PrivateRandomness, collect_rng_states, same_rng_states, set_rng_states
+from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["ReplayedCursor"]
 
 _CHUNK = 16  # batches drawn with one change of the random state
+_CLOSELY = 8  # batches at the beginning of an epoch that are all watched
+_AHEAD = 4  # random states kept where batches are drawn before training comes to them, one of them to spare
+_DRAWS = (
+    "The training loader ({kind}) draws from the global random generators of this process for each batch. A run that is"
+    " resumed within an epoch goes on with the same random states, but the batches before are drawn again from other"
+    " states. That is exact unless the loader keeps something of them, such as a buffer to shuffle in or the state of a"
+    " simulation. It is exact in any case with workers (`DataLoader(..., num_workers=1)`), with generators of the loader's"
+    " own that are seeded when an epoch begins, or with `treadle_fabric.PrivateStream(loader)`: private random states."
+)
 
 
 @final
 class ReplayedCursor(OneLoaderCursor):
-    """Iterates the loader from its beginning, with random numbers of its own, so that training may draw any others.
+    """Iterates the loader from its beginning.
+
+    A stream shares the global generators with training, as in a loop without this class: it is drawn again from the
+    random states that the epoch began with, and then goes on with the states of the checkpoint. That is exact unless
+    the stream draws for each batch and keeps something of what it drew, which the user is told once, at the first save.
+    Any other loader has random numbers of its own, so that training may draw any others.
 
     Args:
         loader: The loader.
         rank: This process.
-        looks_ahead: As in :class:`OneLoaderCursor`.
     """
 
-    def __init__(self, loader: Any, rank: int, *, looks_ahead: bool) -> None:
-        super().__init__(loader, rank, looks_ahead=looks_ahead)
+    def __init__(self, loader: Any, rank: int) -> None:
+        super().__init__(loader, rank)
         self._stream: SeededStream | None = None
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset) and loader.persistent_workers:
             self._stream = SeededStream(loader.dataset)
             self._loader = with_sampler(loader, index_sampler(loader), dataset=self._stream)
+        self._shares = self._shares_now = is_stream(loader)
+        """Whether the loader draws from the global generators; and in this epoch, which may be of an old checkpoint."""
+        self._before: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_AHEAD)
+        """The random states before the newest batches, where each is drawn before training comes to it."""
+        self._watched: float = 1
+        """The next batch before and after which the random states are compared."""
+        self._draws = self._told = False
 
     def _batches(self, skip: int, resumed: dict[str, Any], now: dict[str, Any]) -> Iterator[Any]:
         if self._stream is not None:
             self._stream.begin(self._key)
-        return self._replay(skip)
+        self._shares_now = resumed.get("shares", False) if resumed else self._shares
+        if not self._shares_now:
+            return self._apart(skip)
+        self._watch(1)
+        if not resumed:
+            return self._shared(iter(self._loader), 0, now)
+        return self._shared_again(skip, resumed.get("before"), now)
 
-    def _replay(self, skip: int) -> Iterator[Any]:
+    def _apart(self, skip: int) -> Iterator[Any]:
+        """The batches after the first ``skip``, drawn from private random states."""
         private = PrivateRandomness(self._key)
         iterator, _ = private.take(lambda: iter(self._loader), 0)
         while skip > 0:
@@ -47,6 +79,76 @@ class ReplayedCursor(OneLoaderCursor):
             skip -= _CHUNK
         while batch := private.take(iterator, 1)[1]:
             yield batch[0]
+
+    def _shared(self, batches: Iterator[Any], number: int, before: dict[str, Any]) -> Iterator[Any]:
+        """The batches from ``number`` on, drawn from the global generators; some of them are watched.
+
+        Args:
+            batches: The batches.
+            number: The number of the first one.
+            before: The random states before it was drawn.
+        """
+        self._before.clear()
+        if self._ahead:
+            self._before.append((number, before))
+        watches = False
+        for batch in batches:
+            if watches:
+                watches = False
+                self._compare(before, collect_rng_states())
+            number += 1
+            yield batch
+            if self._ahead or number >= self._watched:
+                before, watches = collect_rng_states(), not self._draws
+                self._before.append((number, before))
+                self._watch(number + 1 if number + 1 < _CLOSELY else 1 << number.bit_length())
+
+    def _shared_again(self, skip: int, before: dict[str, Any] | None, now: dict[str, Any]) -> Iterator[Any]:
+        """The same, after the first ``skip`` were drawn again from the random states that the epoch began with.
+
+        Args:
+            skip: The number of batches to leave out at the beginning.
+            before: The random states before the next batch, where it had been drawn when the checkpoint was saved.
+            now: The random states after that.
+        """
+        set_rng_states(self._rng)
+        batches = iter(self._loader)
+        deque(islice(batches, min(skip, 1)), maxlen=0)
+        first = collect_rng_states()
+        deque(islice(batches, max(skip - 1, 0)), maxlen=0)
+        again = collect_rng_states()
+        if not same_rng_states(again, before or now):
+            self._compare(first, again)
+            self._tell()
+        drawn: list[Any] = []
+        if before is not None:
+            set_rng_states(before)
+            drawn = list(islice(batches, 1))
+        set_rng_states(now)
+        return self._shared(chain(drawn, batches), skip, before or now)
+
+    def _compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Note whether batches were drawn from the global generators."""
+        if not same_rng_states(before, after):
+            self._draws, self._watched = True, math.inf
+
+    def _watch(self, number: int) -> None:
+        """Compare the random states around the batch of this number, unless it is known that the loader draws."""
+        self._watched = math.inf if self._draws else number
+
+    def _tell(self) -> None:
+        """Tell once, where the loader was seen to draw, what a resumed run repeats and what not."""
+        if self._draws and not self._told:
+            self._told = True
+            rank_zero_warn(_DRAWS.format(kind=type(self._loader).__name__))
+
+    def _loader_state(self, position: int) -> dict[str, Any]:
+        if not self._shares_now:
+            return {}
+        self._tell()
+        self._watch(0)  # the next one
+        before = [states for number, states in self._before if number == position] if self._ahead else []
+        return {"shares": True, **({"before": before[-1]} if before else {})}
 
     def close(self) -> None:
         if self._stream is not None:
