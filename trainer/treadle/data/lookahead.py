@@ -20,8 +20,9 @@ class Lookahead:
         start: the number of the first batch.
         stop: the number before which iteration ends; infinity for no end.
         what: names the batches in errors, "of epoch 3 from the training loader" say.
-        ahead: whether to fetch one batch ahead. False: each batch is fetched when it is asked for; where the batches end
-            before ``stop``, the last one was not known as the last.
+        ahead: called with the number of a batch; tells whether to fetch one batch ahead, to know the last.
+            None: each batch is fetched when it is asked for. Where batches end before ``stop`` and none was fetched
+            ahead, the last one was not known as the last.
         drain: ask for one more batch in the end, so that samplers come to their end.
         agree: on several ranks that fetch ahead: called with a number, and whether this rank has a batch of that
             number; tells whether all ranks do.
@@ -34,7 +35,7 @@ class Lookahead:
         stop: float,
         what: str,
         *,
-        ahead: bool,
+        ahead: Callable[[int], bool] | None = None,
         drain: bool = False,
         agree: Callable[[int, bool], bool] | None = None,
     ) -> None:
@@ -43,8 +44,8 @@ class Lookahead:
 
     def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
         index, stop, batches = self._next, self._stop, self._batches
-        if self._ahead:
-            yield from self._one_ahead()
+        if self._ahead is not None:
+            yield from self._one_ahead(self._ahead)
             return
         last = stop - 1
         while index < stop:
@@ -60,16 +61,20 @@ class Lookahead:
         if self._drain:
             next(batches, None)
 
-    def _one_ahead(self) -> Iterator[tuple[int, Any, bool]]:
+    def _one_ahead(self, ahead: Callable[[int], bool]) -> Iterator[tuple[int, Any, bool]]:
         index, agree = self._next, self._agree
         more, batch = self._fetch(index)
         if agree is not None:
             more = agree(index, more)
         while more:
+            late = not ahead(index)
+            if late:
+                yield index, batch, index + 1 >= self._stop
             more, following = self._fetch(index + 1)
             if agree is not None:
                 more = agree(index + 1, more)
-            yield index, batch, not more
+            if not late:
+                yield index, batch, not more
             batch, index = following, index + 1
 
     def _fetch(self, index: int) -> tuple[bool, Any]:

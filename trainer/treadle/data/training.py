@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,19 +116,17 @@ class TrainingData:
             )
             self.num_batches, self.whole = min(lengths), False
 
-    def knows_last(self, *, accumulates: bool) -> bool:
-        """Whether an epoch's last batch is known as the last, by its number or because one batch is fetched ahead.
+    @property
+    def knows_last(self) -> bool:
+        """Whether each epoch's last batch is known as the last, by its number or because one batch is fetched ahead.
 
-        A stream is asked for a batch when training has come to it, as in a hand-written loop: it may draw from the
-        global generators, or read the model's weights. Accumulations and several ranks need to know the last batch.
-
-        Args:
-            accumulates: Whether gradients are accumulated over several batches.
+        A stream in one process is asked for a batch when training has come to it, as in a hand-written loop: it may
+        draw from the global generators, or read the model's weights.
         """
-        return self.exact or accumulates or self._agrees or not self._stream
+        return self.exact or self._agrees or not self._stream
 
     def iterate(
-        self, epoch: int, skip: int = 0, *, accumulates: bool = False, saves_early: bool = False
+        self, epoch: int, skip: int = 0, *, steps: Callable[[int], bool] | None = None, saves_early: bool = False
     ) -> Iterator[tuple[int, Any, bool]]:
         """The batches of an epoch after the first ``skip``, in the order of the epoch.
 
@@ -137,11 +135,15 @@ class TrainingData:
         Args:
             epoch: The number of the epoch.
             skip: The number of batches to leave out.
-            accumulates: As in :meth:`knows_last`.
+            steps: Tells whether an optimizer steps after the batch of a number, be it the last or not; one batch is
+                fetched ahead where that depends on whether another batch comes. Default: it steps after each.
             saves_early: Whether a checkpoint may be saved after a batch was fetched, and before it is trained on.
         """
-        ahead = not self.exact and self.knows_last(accumulates=accumulates)
-        batches = self.epochs.iterate(epoch, skip, ahead=ahead or (saves_early and self._stream))
+        ahead: Callable[[int], bool] | None = None
+        if not self.exact and (self.knows_last or steps is not None):
+            ahead = (lambda number: True) if self.knows_last or steps is None else (lambda number: not steps(number))
+        early = ahead is not None or (saves_early and self._stream)
+        batches = self.epochs.iterate(epoch, skip, ahead=early)
         if self.combined is not None:
             batches = first_loader(batches)
         agree = partial(self._all_have_more, epoch) if self._agrees else None

@@ -143,14 +143,14 @@ class TrainingEpoch:
     def _iterate(self) -> Any:
         """The batches of the epoch that are left."""
         progress, early = self._run.progress, bool(self._on_batch_start) or self._step.wants_iterator
-        accumulates = progress.accumulation.every > 1
-        return self._data.iterate(progress.epoch, progress.batch, accumulates=accumulates, saves_early=early)
+        place = progress.accumulation.place
+        steps = (lambda batch: place(batch, math.inf).ends) if progress.accumulation.every > 1 else None
+        return self._data.iterate(progress.epoch, progress.batch, steps=steps, saves_early=early)
 
     def _is_over(self, batches: Iterator[Any]) -> bool:
         """Whether the last step was also the end of a stream; asked only where something is due at an epoch's end."""
         progress, schedule = self._run.progress, self._schedule
-        known = self._data.knows_last(accumulates=progress.accumulation.every > 1)
-        if known or progress.is_last_batch or progress.step != self._max_steps:
+        if self._data.knows_last or progress.is_last_batch or progress.step != self._max_steps:
             return False
         due = bool(self._schedulers.configs) or (schedule is not None and schedule.due_at_end(progress.epoch))
         return due and next(batches, None) is None

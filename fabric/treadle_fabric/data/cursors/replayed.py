@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, islice
 from typing import Any, final
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -22,12 +21,14 @@ __all__ = ["ReplayedCursor"]
 _CHUNK = 16  # batches drawn with one change of the random state
 _CLOSELY = 8  # batches at the beginning of an epoch that are all watched
 _AHEAD = 4  # random states kept where batches are drawn before training comes to them, one of them to spare
+_NOTHING: Any = object()
 _DRAWS = (
     "The training loader ({kind}) draws from the global random generators of this process for each batch. A run that is"
     " resumed within an epoch goes on with the same random states, but the batches before are drawn again from other"
     " states. That is exact unless the loader keeps something of them, such as a buffer to shuffle in or the state of a"
-    " simulation. It is exact in any case with workers (`DataLoader(..., num_workers=1)`), with generators of the loader's"
-    " own that are seeded when an epoch begins, or with `treadle_fabric.PrivateStream(loader)`: private random states."
+    " simulation. It is exact in any case with workers (`DataLoader(..., num_workers=1)`), with generators of the"
+    " loader's own that are seeded when an epoch begins, or with `treadle_fabric.PrivateStream(loader)`, which gives it"
+    " private random states."
 )
 
 
@@ -57,7 +58,7 @@ class ReplayedCursor(OneLoaderCursor):
         """The random states before the newest batches, where each is drawn before training comes to it."""
         self._watched: float = 1
         """The next batch before and after which the random states are compared."""
-        self._draws = self._told = False
+        self._draws = self._told = self._ended = False
 
     def _batches(self, skip: int, resumed: dict[str, Any], now: dict[str, Any]) -> Iterator[Any]:
         if self._stream is not None:
@@ -66,9 +67,11 @@ class ReplayedCursor(OneLoaderCursor):
         if not self._shares_now:
             return self._apart(skip)
         self._watch(1)
+        self._before.clear()
+        self._ended = False
         if not resumed:
-            return self._shared(iter(self._loader), 0, now)
-        return self._shared_again(skip, resumed.get("before"), now)
+            return self._shared(iter(self._loader), 0, [])
+        return self._shared_again(skip, resumed.get("before", []), now)
 
     def _apart(self, skip: int) -> Iterator[Any]:
         """The batches after the first ``skip``, drawn from private random states."""
@@ -80,52 +83,57 @@ class ReplayedCursor(OneLoaderCursor):
         while batch := private.take(iterator, 1)[1]:
             yield batch[0]
 
-    def _shared(self, batches: Iterator[Any], number: int, before: dict[str, Any]) -> Iterator[Any]:
-        """The batches from ``number`` on, drawn from the global generators; some of them are watched.
+    def _shared(self, batches: Iterator[Any], number: int, drawn: list[Any]) -> Iterator[Any]:
+        """Batches drawn from the global generators, whose states are compared before and after some of the batches.
 
         Args:
-            batches: The batches.
-            number: The number of the first one.
-            before: The random states before it was drawn.
+            batches: What is not drawn yet.
+            number: The number of the first batch.
+            drawn: The first batches, where they are drawn already.
         """
-        self._before.clear()
-        if self._ahead:
-            self._before.append((number, before))
-        watches = False
-        for batch in batches:
-            if watches:
-                watches = False
+        yield from drawn
+        number += len(drawn)
+        before: dict[str, Any] | None = None
+        while True:
+            if self._ahead or number >= self._watched:
+                before = collect_rng_states()
+                if self._ahead:
+                    self._before.append((number, before))
+                self._watch(number + 1 if number + 1 < _CLOSELY else 1 << number.bit_length())
+            batch = next(batches, _NOTHING)
+            if before is not None:
                 self._compare(before, collect_rng_states())
+                before = None
+            if batch is _NOTHING:
+                break
             number += 1
             yield batch
-            if self._ahead or number >= self._watched:
-                before, watches = collect_rng_states(), not self._draws
-                self._before.append((number, before))
-                self._watch(number + 1 if number + 1 < _CLOSELY else 1 << number.bit_length())
+        self._ended = True
 
-    def _shared_again(self, skip: int, before: dict[str, Any] | None, now: dict[str, Any]) -> Iterator[Any]:
+    def _shared_again(self, skip: int, before: list[dict[str, Any]], now: dict[str, Any]) -> Iterator[Any]:
         """The same, after the first ``skip`` were drawn again from the random states that the epoch began with.
 
         Args:
             skip: The number of batches to leave out at the beginning.
-            before: The random states before the next batch, where it had been drawn when the checkpoint was saved.
-            now: The random states after that.
+            before: The random states before each batch after those that had been drawn when the checkpoint was saved.
+            now: The random states when it was saved.
         """
         set_rng_states(self._rng)
         batches = iter(self._loader)
-        deque(islice(batches, min(skip, 1)), maxlen=0)
+        _skip(batches, min(skip, 1))
         first = collect_rng_states()
-        deque(islice(batches, max(skip - 1, 0)), maxlen=0)
+        _skip(batches, skip - 1)
         again = collect_rng_states()
-        if not same_rng_states(again, before or now):
+        if not same_rng_states(again, before[0] if before else now):
             self._compare(first, again)
             self._tell()
-        drawn: list[Any] = []
-        if before is not None:
-            set_rng_states(before)
-            drawn = list(islice(batches, 1))
+        drawn = []
+        for number, states in enumerate(before, skip):
+            set_rng_states(states)
+            self._before.append((number, states))
+            drawn += [batch] if (batch := next(batches, _NOTHING)) is not _NOTHING else []
         set_rng_states(now)
-        return self._shared(chain(drawn, batches), skip, before or now)
+        return self._shared(batches, skip, drawn)
 
     def _compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """Note whether batches were drawn from the global generators."""
@@ -145,11 +153,18 @@ class ReplayedCursor(OneLoaderCursor):
     def _loader_state(self, position: int) -> dict[str, Any]:
         if not self._shares_now:
             return {}
-        self._tell()
+        if not self._ended:
+            self._tell()
         self._watch(0)  # the next one
-        before = [states for number, states in self._before if number == position] if self._ahead else []
-        return {"shares": True, **({"before": before[-1]} if before else {})}
+        before = [states for number, states in self._before if number >= position]
+        return {"shares": True, "before": before}
 
     def close(self) -> None:
         if self._stream is not None:
             end_workers(self._loader)
+
+
+def _skip(batches: Iterator[Any], number: int) -> None:
+    """Leave batches out; an iterator of the user's own may begin anew when it is asked for its iterator again."""
+    for _ in range(number):
+        next(batches, _NOTHING)
