@@ -9,6 +9,7 @@ Tests of ``treadle_fabric.data.streams``, ``treadle_fabric.data.cursors.replayed
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,8 @@ from torch.utils.data import DataLoader, IterableDataset
 import treadle as L
 from treadle.callbacks import EarlyStopping, ModelCheckpoint
 from treadle_fabric import Fabric, MisconfigurationException, PrivateStream
-from treadle_fabric.data import CombinedLoader
+from treadle_fabric.data import CombinedLoader, Epochs
+from treadle_fabric.randomness import PrivateRandomness
 
 BATCHES, EPOCHS = 5, 2
 DRAWS = "ignore:The training loader .* draws from the global random generators"
@@ -262,20 +264,28 @@ def test_a_generator_that_goes_on_from_epoch_to_epoch(tmp_path: Path) -> None:
     assert fit(tmp_path, endless, limit_train_batches=BATCHES).seen == by_hand(limited, epochs=1)
 
 
-def test_an_accumulation_needs_to_know_the_last_batch(tmp_path: Path) -> None:
-    """One batch is drawn ahead: the samples are those of the loop where training draws nothing itself."""
+@pytest.mark.parametrize("kind", ["iterable", "reads the weights", "DataLoader of a stream"])
+def test_within_an_accumulation_one_batch_is_asked_for_ahead(kind: str, tmp_path: Path) -> None:
+    """The samples are those of the loop all the same: weights change between accumulations only."""
 
     class Plain(Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net.eval()
-
         def on_train_start(self) -> None:
             super().on_train_start()
-            self.net.eval()
+            self.net.eval()  # whose dropout would draw in between
 
-    found = fit(tmp_path, Drawing, Plain(), accumulate_grad_batches=2).seen
-    assert [row[1:] for row in found][:BATCHES] == [row[1:] for row in by_stream_alone(Drawing)]
+    torch.manual_seed(0)
+    model = net().eval()
+    optimizer, batches, expected = torch.optim.SGD(model.parameters(), 0.1), STREAMS[kind](model), []
+    seed(5)
+    for _ in range(EPOCHS):
+        for number, batch in enumerate(batches, 1):
+            loss = model(batch).square().mean()
+            expected.append([loss.item(), *batch.flatten().tolist()])
+            (loss if number == BATCHES else loss / 2).backward()
+            if number % 2 == 0 or number == BATCHES:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert fit(tmp_path, STREAMS[kind], Plain(), accumulate_grad_batches=2).seen == expected
 
 
 def by_stream_alone(stream: Callable[[nn.Module], Iterable[Any]]) -> Seen:
@@ -364,6 +374,41 @@ def test_a_stream_that_draws_is_told_at_the_first_save(tmp_path: Path) -> None:
     assert not told(Late, 12, max_epochs=1), "no batch between the eighth and the sixteenth is, without a save"
     assert words(lambda: fit(tmp_path, Late, ckpt_path=tmp_path / "after12.ckpt")), "but a resumed run draws it again"
     assert not words(lambda: fit(tmp_path, Late, ckpt_path=tmp_path / "after7.ckpt"))
+
+
+def test_a_hand_written_loop_is_told_as_well(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+
+    def run(stream: Any) -> None:
+        batches = fabric.setup_dataloaders(stream, resumable=True)
+        for number, _ in enumerate(batches):
+            if number in (2, 3):
+                fabric.save(tmp_path / "it.ckpt", {"batches": batches})
+
+    (message,) = words(lambda: run(Walk(net())))
+    assert "The training loader (Walk)" in message
+    assert not words(lambda: run(PrivateStream(Walk(net()))))
+
+
+def test_an_epoch_of_an_older_checkpoint_goes_on_as_it_began() -> None:
+    """Streams had private random states before; the epochs after that one share the global generators."""
+
+    def epochs() -> Epochs:
+        stream = Drawing(net())
+        given: dict[str, Any] = {"rank": 0, "world_size": 1, "num_batches": math.inf, "exact": False, "whole": True}
+        return Epochs(stream, [stream], **given, share_alone=lambda: (stream, [stream]))
+
+    ours = epochs()
+    next(ours.iterate(0))
+    state = ours.state_dict(2)
+    del state["shares"], state["before"]
+    (expected,) = PrivateRandomness(state["key"]).chunks(Drawing(net()), 100)
+    other = epochs()
+    other.resume(state, 1, 2, begun=True, ended=False)
+    assert torch.equal(torch.stack(list(other.iterate(0, 2))), torch.stack(expected[2:]))
+    seed(5)
+    second = list(other.iterate(1))
+    assert [batch.flatten().tolist() for batch in second] == [row[1:] for row in by_stream_alone(Drawing)]
 
 
 # ------------------------------------------------------------------------------------- an end that nobody knew

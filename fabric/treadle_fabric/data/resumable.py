@@ -50,7 +50,8 @@ class ResumableDataLoader(WrappedLoader):
     the loop got last counts as done. The loader's state holds the position, what the order of the epoch was drawn from,
     and the random state of every rank, which is set again before the next batch. Resuming skips by index arithmetic
     where the dataset is indexed, through the loader's own ``state_dict`` where it has one, and otherwise by iterating
-    up to the position. With another number of processes or another batch size, the order of samples stays the same.
+    up to the position; a stream that keeps what it draws needs a :class:`PrivateStream` around it. With another number
+    of processes or another batch size, the order of samples stays the same.
 
     An epoch that was left with ``break`` is unfinished until the next one begins or ``set_epoch`` is called. The same
     holds for an epoch of which only the first batch was looked at, one that was ended by a shorter loader in a ``zip``,

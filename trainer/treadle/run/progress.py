@@ -49,7 +49,7 @@ class FitProgress:
     scheduler_steps: int = 0
     scheduler_steps_in_epoch: int = 0
     is_last_batch: bool = False
-    """Whether the current batch is the epoch's last."""
+    """Whether the current batch is known to be the epoch's last; where a stream ends, that is known after it."""
     stepping: bool = True
     """Whether the current batch ends an accumulation."""
     stepped: bool = True

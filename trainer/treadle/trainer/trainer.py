@@ -530,7 +530,7 @@ class Trainer:
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the current training batch is the epoch's last."""
+        """Whether the current training batch is known to be the epoch's last; False in the hooks of a stream's last."""
         return self.fit_progress.is_last_batch
 
     @property
