@@ -71,8 +71,7 @@ class TrainingEpoch:
             return
         batches: Any = self._iterate()
         total, transfer, begun = self._data.stop, run.transfer, progress.batch
-        divided = accumulation.every > 1 or accumulation.carried > 0
-        stepping, window, done = True, 1.0, 0.0
+        divides, stepping, window, done = accumulation.divides, True, 1.0, 0.0
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
@@ -89,7 +88,7 @@ class TrainingEpoch:
                 if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
-            if divided:
+            if divides:
                 done, window, stepping = accumulation.place(batch_idx, total)
                 stepping = stepping or is_last
             before = progress.optimizer_steps
@@ -119,14 +118,12 @@ class TrainingEpoch:
                     progress.step_in_epoch += 1
             results.hook = ""
             if finish_batch():
-                if self._is_over(batches):
-                    self._end_late()
+                self._end_late(batches)
                 break
         else:
             self._end_late()
         begin_batch(None)
-        if step.idle:
-            self._tell_of_idleness(progress.batch - begun)
+        self._tell_of_idleness(progress.batch - begun)
 
     @property
     def _accumulate(self) -> int:
@@ -147,17 +144,24 @@ class TrainingEpoch:
         steps = (lambda batch: place(batch, math.inf).ends) if progress.accumulation.every > 1 else None
         return self._data.iterate(progress.epoch, progress.batch, steps=steps, saves_early=early)
 
-    def _is_over(self, batches: Iterator[Any]) -> bool:
-        """Whether the last step was also the end of a stream; asked only where something is due at an epoch's end."""
+    def _may_be_over(self) -> bool:
+        """Whether ``max_steps`` was reached where a stream may be over, and something is due then."""
         progress, schedule = self._run.progress, self._schedule
         if self._data.knows_last or progress.is_last_batch or progress.step != self._max_steps:
             return False
-        due = bool(self._schedulers.configs) or (schedule is not None and schedule.due_at_end(progress.epoch))
-        return due and next(batches, None) is None
+        if self._controls.should_stop:  # has validated already
+            return False
+        return bool(self._schedulers.configs) or (schedule is not None and schedule.due_at_end(progress.epoch))
 
-    def _end_late(self) -> None:
-        """Do what follows an epoch's last batch, where that was not known as the last: validation comes after it."""
+    def _end_late(self, batches: Iterator[Any] | None = None) -> None:
+        """Do what follows an epoch's last batch, where that was not known as the last: schedulers, then validation.
+
+        Args:
+            batches: What may be left of the epoch, if training stops before its end. Default: nothing is left.
+        """
         progress, schedule = self._run.progress, self._schedule
+        if batches is not None and not (self._may_be_over() and next(batches, None) is None):
+            return
         if progress.is_last_batch or not progress.batch:
             return
         progress.is_last_batch, progress.stepping, progress.stepped = True, False, False
@@ -195,15 +199,15 @@ class TrainingEpoch:
         if progress.phase is _BETWEEN:
             return False
         stop = self._finish_batch()
-        if stop and self._is_over(self._iterate()):
-            self._end_late()
+        if stop and self._may_be_over():
+            self._end_late(self._iterate())
         if not stop and not progress.is_last_batch:
             return False
         self._data.epochs.finish(progress.epoch, progress.batch, drain=not stop)
         return True
 
     def _tell_of_idleness(self, batches: int) -> None:
-        if self._step.idle == batches and not self._told_idle:
+        if 0 < self._step.idle == batches and not self._told_idle:
             self._told_idle = True
             where = " on rank 0" if self._run.fabric.world_size > 1 else ""  # each rank counts its own
             rank_zero_warn(

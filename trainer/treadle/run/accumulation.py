@@ -37,6 +37,11 @@ class Accumulation:
     """What no optimizer had stepped for before :attr:`begin`, in batches of the present size."""
 
     @property
+    def divides(self) -> bool:
+        """Whether any accumulation has more than one batch."""
+        return self.every > 1 or self.carried > 0
+
+    @property
     def lacking(self) -> int:
         """The number of batches, from :attr:`begin` on, that join what was carried; 0 where nothing was."""
         return max(1, math.ceil(self.every - self.carried)) if self.carried else 0
