@@ -313,16 +313,19 @@ def test_resumed_at_every_place(kind: str, accumulate: int, tmp_path: Path) -> N
         assert fit(tmp_path, STREAMS[kind], ckpt_path=path, **settings).seen == whole.seen[done:], path.stem
 
 
-@pytest.mark.filterwarnings(DRAWS)
-def test_a_stream_that_keeps_what_it_drew_is_exact_with_states_of_its_own(tmp_path: Path) -> None:
-    def private(model: nn.Module) -> Iterable[Tensor]:
-        return PrivateStream(Walk(model))
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_stream_that_keeps_what_it_drew_is_exact_with_states_of_its_own(combined: bool, tmp_path: Path) -> None:
+    def private(model: nn.Module) -> Any:
+        stream = PrivateStream(Walk(model))
+        return CombinedLoader([stream, DataLoader(samples(), 2, shuffle=True)], "min_size") if combined else stream
 
-    assert private(net()) is not None
     whole = fit(tmp_path, private, Saving(tmp_path))
     for path in tmp_path.glob("after*.ckpt"):
         done = int(path.stem.removeprefix("after"))
         assert fit(tmp_path, private, ckpt_path=path).seen == whole.seen[done:], path.stem
+
+
+def test_what_needs_no_states_of_its_own_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="does not draw its batches in this process"):
         PrivateStream(DataLoader(samples(), 2))
     with pytest.raises(TypeError, match="has no length"):
