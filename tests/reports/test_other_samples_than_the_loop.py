@@ -373,6 +373,7 @@ def test_a_stream_that_draws_is_told_at_the_first_save(tmp_path: Path) -> None:
     assert not told(Drawing), "nothing is saved"
     assert not told(lambda model: PrivateStream(Drawing(model)), 3, 8)
     assert not told(Late, 3, 7, max_epochs=1), "so far it drew only when the epoch began"
+    assert not told(Late, 3, 7, max_epochs=1, accumulate_grad_batches=2)
     assert told(Late, 10, 12, max_epochs=1), "batches after a save are watched"
     assert not told(Late, 12, max_epochs=1), "no batch between the eighth and the sixteenth is, without a save"
     assert words(lambda: fit(tmp_path, Late, ckpt_path=tmp_path / "after12.ckpt")), "but a resumed run draws it again"

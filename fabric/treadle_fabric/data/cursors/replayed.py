@@ -93,17 +93,17 @@ class ReplayedCursor(OneLoaderCursor):
         """
         yield from drawn
         number += len(drawn)
-        before: dict[str, Any] | None = None
+        before: dict[str, Any] = {}
         while True:
-            if self._ahead or number >= self._watched:
+            watches = number >= self._watched
+            if watches or self._ahead:
                 before = collect_rng_states()
                 if self._ahead:
                     self._before.append((number, before))
-                self._watch(number + 1 if number + 1 < _CLOSELY else 1 << number.bit_length())
             batch = next(batches, _NOTHING)
-            if before is not None:
+            if watches:
+                self._watch(number + 1 if number + 1 < _CLOSELY else 1 << number.bit_length())
                 self._compare(before, collect_rng_states())
-                before = None
             if batch is _NOTHING:
                 break
             number += 1
