@@ -242,3 +242,28 @@ def test_a_checkpoint_between_two_accumulations_of_a_callback(tmp_path: Path) ->
             callbacks=GradientAccumulationScheduler(plan),
         )  # fmt: skip
         assert rest.stepped == whole.stepped[done:], name
+
+
+def test_another_plan_of_the_callback_within_an_accumulation(tmp_path: Path) -> None:
+    before = fit(tmp_path, Shares(tmp_path), 1, 1, callbacks=GradientAccumulationScheduler({0: 4}))
+    after = fit(tmp_path, Shares(), 1, 1, tmp_path / "7.ckpt", callbacks=GradientAccumulationScheduler({0: 2}))
+    assert Counter(samples(before.stepped[:1] + after.stepped, "another plan")) == Counter(range(SAMPLES))
+    assert [sum(map(bool, gradient)) for gradient in after.stepped] == [4, 2, 2, 2, 2]
+
+
+def test_gradients_that_a_module_accumulates_itself(tmp_path: Path) -> None:
+    class ByHand(Shares):
+        automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.trained += len(batch)
+            self.manual_backward((batch @ self.weight).sum())
+            if self.trained % 4 == 0:
+                optimizer = self.optimizers()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    before = fit(tmp_path, ByHand(tmp_path), 2, 1)
+    after = fit(tmp_path, ByHand(), 1, 1, tmp_path / "6.ckpt")
+    taken = [i for gradient in before.stepped[:1] + after.stepped for i, share in enumerate(gradient) if share == 1]
+    assert len(taken) == len(set(taken)) == 14  # the last two were not stepped for
