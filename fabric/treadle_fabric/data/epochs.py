@@ -9,6 +9,7 @@ from treadle_fabric.data.cursors import make_cursor
 from treadle_fabric.data.order import SampleOrder
 from treadle_fabric.data.resume import NewEpoch, Same, Saved, Shifted, decide, size_of_batch
 from treadle_fabric.data.samplers import set_epoch
+from treadle_fabric.data.streams import warn_of_draws
 from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["Epochs"]
@@ -57,6 +58,7 @@ class Epochs:
         self._rank, self._world_size, self._num_batches = rank, world_size, num_batches
         self._exact, self._whole, self._share_alone = exact, whole, share_alone
         self._looks_ahead = not exact
+        self._draws = self._told = False
         self._begin_order()
 
     def _begin_order(self) -> None:
@@ -122,9 +124,16 @@ class Epochs:
             position: The number of batches of the epoch that are done.
         """
         state = self._cursor.state_dict(position - self._order.base)
+        self._draws = state.get("draws", False)
         if "order" in state:  # resumed, and not iterated yet
             return state
         return {**state, "order": self._order.state_dict(self._cursor.drawn_from)}
+
+    def tell(self) -> None:
+        """Tell the user once, where a checkpoint is saved, that the batches before it may not be drawn again alike."""
+        if self._draws and not self._told:
+            self._told = True
+            warn_of_draws(self.loader)
 
     def resume(self, state: dict[str, Any], world_size: int, batch: int, *, begun: bool, ended: bool) -> Resumed:
         """Continue the epoch of a checkpoint, or begin the one after it.

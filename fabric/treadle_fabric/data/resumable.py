@@ -133,6 +133,7 @@ class ResumableDataLoader(WrappedLoader):
         strategy = self._strategy
         random = _put_back.get(strategy) or collect_rng_states()
         data = self._epochs.state_dict(self._position)
+        self._epochs.tell()
         mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}
         ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
         return {"epoch": self._epoch, "position": self._position, "ranks": ranks}

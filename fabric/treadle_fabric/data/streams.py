@@ -12,10 +12,20 @@ from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.samplers import sized_len
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness import PrivateRandomness
+from treadle_fabric.rank_zero import rank_zero_warn
 
-__all__ = ["PrivateStream", "is_stream", "keeps_position"]
+__all__ = ["PrivateStream", "is_stream", "keeps_position", "warn_of_draws"]
 
 Batch = TypeVar("Batch")
+
+_DRAWS = (
+    "The training loader ({kind}) draws from the global random generators of this process for each batch. A run that is"
+    " resumed within an epoch goes on with the same random states, but the batches before are drawn again from other"
+    " states. That is exact unless the loader keeps something of them, such as a buffer to shuffle in or the state of a"
+    " simulation. It is exact in any case with workers (`DataLoader(..., num_workers=1)`), with generators of the"
+    " loader's own that are seeded when an epoch begins, or with `treadle_fabric.PrivateStream(loader)`, which gives it"
+    " private random states."
+)
 
 
 def is_stream(loader: Any) -> bool:
@@ -40,6 +50,11 @@ def keeps_position(loader: Any) -> bool:
     return (
         not isinstance(loader, CombinedLoader) and hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
     )
+
+
+def warn_of_draws(loader: Any) -> None:
+    """Warn of a stream that draws for each batch: what a resumed run repeats of it, and what not."""
+    rank_zero_warn(_DRAWS.format(kind=type(loader).__name__))
 
 
 @final

@@ -83,6 +83,11 @@ class Fitting:
         """Collect what a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
         return self._unrestored or capture_exact(run, self.data)
 
+    def tell_of_saving(self) -> None:
+        """Tell the user once, after a checkpoint was collected, where going on from it may not be exact."""
+        if self.data is not None:
+            self.data.epochs.tell()
+
     # What the loop asks for
 
     def make_epoch(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch | None:

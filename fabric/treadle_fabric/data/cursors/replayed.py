@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 from treadle_fabric.data.cursors.seeded import SeededStream
 from treadle_fabric.data.samplers import end_workers, index_sampler, with_sampler
-from treadle_fabric.data.streams import is_stream
+from treadle_fabric.data.streams import is_stream, warn_of_draws
 from treadle_fabric.randomness import PrivateRandomness, collect_rng_states, same_rng_states, set_rng_states
-from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["ReplayedCursor"]
 
@@ -22,14 +21,6 @@ _CHUNK = 16  # batches drawn with one change of the random state
 _CLOSELY = 8  # batches at the beginning of an epoch that are all watched
 _AHEAD = 4  # random states kept where batches are drawn before training comes to them, one of them to spare
 _NOTHING: Any = object()
-_DRAWS = (
-    "The training loader ({kind}) draws from the global random generators of this process for each batch. A run that is"
-    " resumed within an epoch goes on with the same random states, but the batches before are drawn again from other"
-    " states. That is exact unless the loader keeps something of them, such as a buffer to shuffle in or the state of a"
-    " simulation. It is exact in any case with workers (`DataLoader(..., num_workers=1)`), with generators of the"
-    " loader's own that are seeded when an epoch begins, or with `treadle_fabric.PrivateStream(loader)`, which gives it"
-    " private random states."
-)
 
 
 @final
@@ -38,7 +29,7 @@ class ReplayedCursor(OneLoaderCursor):
 
     A stream shares the global generators with training, as in a loop without this class: it is drawn again from the
     random states that the epoch began with, and then goes on with the states of the checkpoint. That is exact unless
-    the stream draws for each batch and keeps something of what it drew, which the user is told once, at the first save.
+    the stream draws for each batch and keeps something of what it drew, which the user is told.
     Any other loader has random numbers of its own, so that training may draw any others.
 
     Args:
@@ -126,7 +117,9 @@ class ReplayedCursor(OneLoaderCursor):
         again = collect_rng_states()
         if not same_rng_states(again, before[0] if before else now):
             self._compare(first, again)
-            self._tell()
+            if self._draws and not self._told:
+                self._told = True
+                warn_of_draws(self._loader)
         drawn = []
         for number, states in enumerate(before, skip):
             set_rng_states(states)
@@ -144,20 +137,12 @@ class ReplayedCursor(OneLoaderCursor):
         """Compare the random states around the batch of this number, unless it is known that the loader draws."""
         self._watched = math.inf if self._draws else number
 
-    def _tell(self) -> None:
-        """Tell once, where the loader was seen to draw, what a resumed run repeats and what not."""
-        if self._draws and not self._told:
-            self._told = True
-            rank_zero_warn(_DRAWS.format(kind=type(self._loader).__name__))
-
     def _loader_state(self, position: int) -> dict[str, Any]:
         if not self._shares_now:
             return {}
-        if not self._ended:
-            self._tell()
         self._watch(0)  # the next one
         before = [states for number, states in self._before if number >= position]
-        return {"shares": True, "before": before}
+        return {"shares": True, "before": before, "draws": self._draws and not (self._ended or self._told)}
 
     def close(self) -> None:
         if self._stream is not None:
