@@ -297,7 +297,7 @@ def by_stream_alone(stream: Callable[[nn.Module], Iterable[Any]]) -> Seen:
 # ------------------------------------------------------------------------------------- resumed
 
 
-@pytest.mark.filterwarnings(DRAWS, "ignore:Length of IterableDataset")
+@pytest.mark.filterwarnings(DRAWS, "ignore:Length of IterableDataset", "ignore:.* nothing is left to do")
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
     "kind", ["iterable", "with a wrong length", "reads the weights", "DataLoader of a stream", "combined"]

@@ -78,7 +78,6 @@ class TrainingEpoch:
         begin_batch, train, train_and_step = results.begin_batch, step.accumulate, step.step
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
-        progress.begun = True
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
@@ -138,9 +137,9 @@ class TrainingEpoch:
         return progress.accumulation
 
     def _iterate(self) -> Any:
-        """The batches of the epoch that are left."""
+        """Begin to draw the batches of the epoch that are left."""
         progress, early = self._run.progress, bool(self._on_batch_start) or self._step.wants_iterator
-        place = progress.accumulation.place
+        progress.begun, place = True, progress.accumulation.place
         steps = (lambda batch: place(batch, math.inf).ends) if progress.accumulation.every > 1 else None
         return self._data.iterate(progress.epoch, progress.batch, steps=steps, saves_early=early)
 

@@ -315,8 +315,7 @@ class Trainer:
             )
         checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
         if not weights_only and self.state.fn is TrainerFn.FITTING and self._fitting is not None:
-            checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
-            self._fitting.tell_of_saving()
+            checkpoint["treadle"] |= {**self._fitting.saved_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
