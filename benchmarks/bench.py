@@ -33,7 +33,7 @@ def _arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="ITEM",
-        help=f"one of {', '.join(i.key for i in ITEMS)}, or instructions for both of these; repeatable",
+        help=f"one of {', '.join(i.key for i in ITEMS)}, or instructions for all of these; repeatable",
     )
     parser.add_argument(
         "--without",

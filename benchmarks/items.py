@@ -171,6 +171,17 @@ ITEMS: tuple[Item, ...] = (
         ),
     ),
     Item(
+        "instructions-iterable",
+        "instructions, Trainer step, iterable",
+        "instructions",
+        "%",
+        _TRAINERS,
+        50,
+        450,
+        limit=6.0,
+        explain="the same with an iterable of batches that is no DataLoader and does not know its length",
+    ),
+    Item(
         "instructions-fabric",
         "instructions, Fabric step",
         "instructions",
@@ -185,7 +196,7 @@ ITEMS: tuple[Item, ...] = (
 
 
 def select(keys: Sequence[str], without: Sequence[str] = ()) -> tuple[Item, ...]:
-    """The items with these keys, all of them when there are none; ``"instructions"`` is both that count instructions.
+    """The items with these keys, all of them when there are none; ``"instructions"`` is all that count instructions.
 
     Args:
         keys: Of the items, or of kinds of items.

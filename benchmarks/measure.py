@@ -371,12 +371,13 @@ def _instructions(item: Item, together: tuple[Item, ...], folder: str) -> Result
     """Instructions a step: raw in thousands, the others in percent over it."""
     if together not in _instructions_cache:
         loops = [_loop(each) for each in together]
-        runs = {name: ["step"] if name == "raw" else loops for name in item.contestants}
+        by_hand = list(dict.fromkeys(_by_hand(each) for each in together))
+        runs = {name: by_hand if name == "raw" else loops for name in item.contestants}
         counted = instructions_a_step(runs, item.short, item.long, _environment(), folder)
         _instructions_cache[together] = counted
     counts, problems = _instructions_cache[together]
     result = Result(item, notes=dict(problems))
-    raw = counts.get(("raw", "step"))
+    raw = counts.get(("raw", _by_hand(item)))
     for name in item.contestants if raw else ():
         count = raw if name == "raw" else counts.get((name, _loop(item)))
         if raw and count:
@@ -388,6 +389,11 @@ def _instructions(item: Item, together: tuple[Item, ...], folder: str) -> Result
 def _loop(item: Item) -> str:
     """The workload whose instructions are counted."""
     return item.key.removeprefix("instructions-")
+
+
+def _by_hand(item: Item) -> str:
+    """The workload that the loop by hand runs for the same: the Trainer's and Fabric's steps are compared to one."""
+    return "step" if _loop(item) == "fabric" else _loop(item)
 
 
 def _frames(item: Item, folder: str) -> Result:

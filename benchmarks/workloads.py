@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ class TinyDataset(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.items[index % 64]
+
+
+class Stream:
+    """An iterable that is no DataLoader, and does not know its length: 8 batches, repeated."""
+
+    def __init__(self, batches: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.length = batches
+        self.batches = [
+            (torch.randn(BATCH, _IN, generator=generator), torch.randn(BATCH, _OUT, generator=generator))
+            for _ in range(8)
+        ]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(self.length):
+            yield self.batches[index % 8]
 
 
 def _loader(batches: int) -> DataLoader[Batch]:
@@ -142,10 +159,10 @@ def _bare(package: Any, **settings: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- by hand
 
 
-def _raw_step(units: int) -> float:
+def _raw_step(units: int, make: Callable[[int], Any] = _loader) -> float:
     seconds: list[float] = []
     with _timed(seconds):
-        net, loader = _net(), _loader(units)
+        net, loader = _net(), make(units)
         optimizer = _sgd(net)
         for inputs, targets in loader:
             optimizer.zero_grad()
@@ -215,10 +232,10 @@ def _raw_epoch(units: int) -> float:
 # ---------------------------------------------------------------------------------------------------- through a Trainer
 
 
-def _trainer_step(package: Any, units: int) -> float:
+def _trainer_step(package: Any, units: int, make: Callable[[int], Any] = _loader) -> float:
     seconds: list[float] = []
     with _timed(seconds):
-        _bare(package).fit(_module(package), _loader(units))
+        _bare(package).fit(_module(package), make(units))
     return seconds[0]
 
 
@@ -282,6 +299,7 @@ def _accelerate_step(package: Any, units: int) -> float:
 
 WORKLOADS: dict[str, tuple[Callable[[int], float], Callable[[Any, int], float]]] = {
     "step": (_raw_step, _trainer_step),
+    "iterable": (partial(_raw_step, make=Stream), partial(_trainer_step, make=Stream)),
     "defaults": (_raw_defaults, _trainer_defaults),
     "val": (_raw_val, _trainer_val),
     "epoch": (_raw_epoch, _trainer_epoch),

@@ -30,6 +30,7 @@ from treadle_fabric.data.loader import FabricDataLoader
 from treadle_fabric.data.resumable import ResumableDataLoader
 from treadle_fabric.data.samplers import has_len, sampler_epoch, seed_workers, set_epoch, sized_len
 from treadle_fabric.data.sharding import ShardedSampler, shard_dataloader
+from treadle_fabric.data.streams import PrivateStream
 from treadle_fabric.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -135,6 +136,7 @@ __all__ = [
     "PathLike",
     "Plan",
     "Precision",
+    "PrivateStream",
     "ProcessFailedError",
     "ResumableDataLoader",
     "SLURMEnvironment",

@@ -72,18 +72,13 @@ class SampleOrder:
         for sampler in self._samplers:
             sampler.seed = seed
 
-    def layout(self, saved: Saved, accumulate: int) -> Layout:
-        """The layout of this run.
-
-        Args:
-            saved: The position to go on from.
-            accumulate: Batches of an optimizer step.
-        """
-        self._set_start([saved.items(accumulate)] * len(self._samplers))
+    def layout(self, saved: Saved) -> Layout:
+        """The layout of this run, with what is left of an epoch after the saved position."""
+        self._set_start([saved.items] * len(self._samplers))
         left = sized_len(self._parts[0])
         self._set_start(self._start)
         shared = len(self._samplers) == len(self._parts)
-        return Layout(self._world_size, *self._data(), shared, accumulate, self._num_batches, left)
+        return Layout(self._world_size, *self._data(), shared, self._num_batches, left)
 
     def _data(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[str | None, ...]]:
         """For each loader: items in a batch of all ranks, size of the data set, class of the sampler."""

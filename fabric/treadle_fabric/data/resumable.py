@@ -50,7 +50,8 @@ class ResumableDataLoader(WrappedLoader):
     the loop got last counts as done. The loader's state holds the position, what the order of the epoch was drawn from,
     and the random state of every rank, which is set again before the next batch. Resuming skips by index arithmetic
     where the dataset is indexed, through the loader's own ``state_dict`` where it has one, and otherwise by iterating
-    up to the position. With another number of processes or another batch size, the order of samples stays the same.
+    up to the position; a stream that keeps what it draws needs a :class:`PrivateStream` around it. With another number
+    of processes or another batch size, the order of samples stays the same.
 
     An epoch that was left with ``break`` is unfinished until the next one begins or ``set_epoch`` is called. The same
     holds for an epoch of which only the first batch was looked at, one that was ended by a shorter loader in a ``zip``,
@@ -136,6 +137,7 @@ class ResumableDataLoader(WrappedLoader):
         strategy = self._strategy
         random = _put_back.get(strategy) or collect_rng_states()
         data = self._epochs.state_dict(self._position)
+        self._epochs.tell()
         mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}
         ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
         return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
@@ -149,7 +151,7 @@ class ResumableDataLoader(WrappedLoader):
         self._check(state)
         ranks, rank, position = state["ranks"], self._strategy.global_rank, state["position"]
         mine = ranks[rank if len(ranks) == self._strategy.world_size else 0]["data"]
-        position = self._epochs.resume(mine, len(ranks), position, begun=position > 0, ended=position == 0) or 0
+        position = self._epochs.resume(mine, len(ranks), position, begun=position > 0, ended=position == 0).batch or 0
         self._dataloader = self._epochs.loader
         _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
         self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Layout", "NewEpoch", "Same", "Saved", "Shifted", "decide"]
+__all__ = ["Layout", "NewEpoch", "Same", "Saved", "Shifted", "decide", "size_of_batch"]
 
 _UNSHARED = (
     "The number of processes or the batch size has changed, and the position in this training loader has a meaning for"
@@ -63,14 +63,11 @@ class Saved:
         known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         return cls(**{"per_step": None, **known})
 
-    def stepped(self, accumulate: int) -> int:
-        """The batches that an optimizer has stepped for; the gradients of later ones have another size now."""
-        return max(self.batches - self.batches % accumulate, self.base)
-
-    def items(self, accumulate: int) -> int:
-        """The items of the order that an optimizer has stepped for; 0 where that is unknown."""
+    @property
+    def items(self) -> int:
+        """The items of the order that are done; 0 where that is unknown."""
         step = self.per_step[0] if self.per_step else None
-        return 0 if step is None else self.start[0] + (self.stepped(accumulate) - self.base) * step
+        return 0 if step is None else self.start[0] + (self.batches - self.base) * step
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,6 @@ class Layout:
         samples: As in :class:`Saved`.
         samplers: As in :class:`Saved`.
         shared: Whether each loader draws an order that its ranks share out.
-        accumulate: Batches of an optimizer step.
         num_batches: Batches of a usual epoch; infinity where that is unknown.
         left: Batches of the order after ``Saved.items``; None where that is unknown.
     """
@@ -93,7 +89,6 @@ class Layout:
     samples: tuple[int | None, ...]
     samplers: tuple[str | None, ...]
     shared: bool = True
-    accumulate: int = 1
     num_batches: float = math.inf
     left: int | None = None
 
@@ -157,31 +152,30 @@ def decide(saved: Saved, now: Layout) -> Same | Shifted | NewEpoch:
     return _in_other_batches(saved, now, changes)
 
 
+def size_of_batch(saved: Saved, now: Layout) -> float:
+    """The number of batches of now that have the samples of one saved batch; 1 where the loader has no order."""
+    before, size = (saved.per_step or (None,))[0], now.per_step[0]
+    return 1.0 if before is None or size is None else before / size
+
+
 def _in_other_batches(saved: Saved, now: Layout, changes: tuple[str, ...]) -> Shifted:
-    """Go on at the sample after the last optimizer step, and keep the number of the epoch's last batch."""
+    """Go on at the next sample, and keep the number of the epoch's last batch."""
     assert saved.per_step is not None
     before, size = saved.per_step[0], now.per_step[0]
     assert before is not None
     assert size is not None
-    done, stepped = saved.items(now.accumulate), saved.stepped(now.accumulate)
     limit = saved.end or saved.num_batches
-    left = math.inf if limit == math.inf else max(math.ceil((limit - stepped) * before / size), 0)
+    left = math.inf if limit == math.inf else max(math.ceil((limit - saved.batches) * before / size), 0)
     left = left if now.left is None else min(left, now.left)
-    base, end = stepped, None
+    base, end = saved.batches, None
     if left != math.inf:
         base = int(max(now.num_batches - left, 0))
-        base -= base % now.accumulate if left else 0  # an optimizer step begins here
         end = int(base + left)
-    again = (
-        f" What the last {saved.batches - stepped} batches logged, for which no optimizer has stepped, is logged again."
-        if saved.batches > stepped
-        else ""
-    )
     warning = (
-        f"All ranks together have {size} samples a batch, and had {before}: the epoch goes on at sample {done}, as"
-        f" batch {base}. Keep batch_size times the number of processes as it was for the same batches.{again}"
+        f"All ranks together have {size} samples a batch, and had {before}: the epoch goes on at sample {saved.items},"
+        f" as batch {base}. Keep batch_size times the number of processes as it was for the same batches."
     )
-    return Shifted(base, base, (done,), end, (*changes, warning))
+    return Shifted(base, base, (saved.items,), end, (*changes, warning))
 
 
 def _changes(saved: Saved, now: Layout) -> tuple[str, ...]:

@@ -8,7 +8,13 @@ a loader draw apart from the global generators. Imports only the foundation.
 from treadle_fabric.randomness.generators import generator_state, is_generator, set_generator_state
 from treadle_fabric.randomness.private import PrivateRandomness
 from treadle_fabric.randomness.seeds import seed_everything, worker_init_function
-from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, rng_states_of, set_rng_states
+from treadle_fabric.randomness.state import (
+    collect_rng_states,
+    isolate_rng,
+    rng_states_of,
+    same_rng_states,
+    set_rng_states,
+)
 
 __all__ = [
     "PrivateRandomness",
@@ -17,6 +23,7 @@ __all__ = [
     "is_generator",
     "isolate_rng",
     "rng_states_of",
+    "same_rng_states",
     "seed_everything",
     "set_generator_state",
     "set_rng_states",

@@ -14,6 +14,8 @@ from treadle_fabric.randomness.state import NumPyState, set_rng_states
 
 __all__ = ["PrivateRandomness"]
 
+_NOTHING: Any = object()
+
 
 class PrivateRandomness:
     """A random state of its own for what draws from the global generators.
@@ -45,7 +47,7 @@ class PrivateRandomness:
         else:
             self._seed()
         try:
-            iterator = items() if callable(items) else items
+            iterator = _each(items()) if callable(items) else items
             return iterator, list(islice(iterator, n))
         finally:
             self._inside = _RandomState(self._inside)
@@ -67,6 +69,12 @@ class PrivateRandomness:
         random.seed(seed)
         if (numpy := sys.modules.get("numpy")) is not None:
             numpy.random.seed(seed)
+
+
+def _each(iterator: Iterator[Any]) -> Iterator[Any]:
+    """The items of an iterator, which may be the user's own and begin anew when it is asked for its iterator again."""
+    while (item := next(iterator, _NOTHING)) is not _NOTHING:
+        yield item
 
 
 class _RandomState:

@@ -14,7 +14,7 @@ import torch
 
 from treadle_fabric.randomness.seeds import numpy_if_imported
 
-__all__ = ["NumPyState", "collect_rng_states", "isolate_rng", "rng_states_of", "set_rng_states"]
+__all__ = ["NumPyState", "collect_rng_states", "isolate_rng", "rng_states_of", "same_rng_states", "set_rng_states"]
 
 
 def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
@@ -99,6 +99,17 @@ def _numpy_state(numpy: Any) -> tuple[Any, ...]:
     state = (name, torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss)
     _last_numpy_state = (words, state) if words and not has_gauss else None
     return state
+
+
+def same_rng_states(a: Any, b: Any) -> bool:
+    """Whether two states that :func:`collect_rng_states` returned are the same, in the generators that both have."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return all(same_rng_states(a[kind], b[kind]) for kind in a.keys() & b.keys())
+    if isinstance(a, (list, tuple)) and any(isinstance(part, torch.Tensor) for part in a):
+        return all(map(same_rng_states, a, b))
+    return bool(tuple(a) == tuple(b)) if isinstance(a, (list, tuple)) else bool(a == b)
 
 
 def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from treadle_fabric import (
     seed_everything,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:The training loader .* draws from the global random generators")
 EPOCHS = 3
 
 

@@ -32,7 +32,7 @@ def now(at: Saved, **changes: Any) -> Layout:
     size = layout.per_step[0]
     if size is None:
         return layout
-    left = math.ceil((SAMPLES - at.items(layout.accumulate)) / size)
+    left = math.ceil((SAMPLES - at.items) / size)
     return dataclasses.replace(layout, num_batches=math.ceil(SAMPLES / size), left=left)
 
 
@@ -71,11 +71,11 @@ TABLE: dict[str, tuple[dict[str, Any], dict[str, Any], Same | Shifted | NewEpoch
     "larger batches": ({}, {"per_step": (8,)}, Shifted(2, 2, (20,), 6), ["have 8 samples a batch, and had 4"]),
     "smaller batches": ({}, {"per_step": (2,)}, Shifted(10, 10, (20,), 24), ["goes on at sample 20, as batch 10"]),
     "larger batches after an epoch": ({"batches": 0}, {"per_step": (8,)}, NewEpoch(), []),
-    "larger batches in an accumulation": (
+    "much larger batches": (
         {},
-        {"per_step": (8,), "accumulate": 2},
-        Shifted(2, 2, (16,), 6),
-        ["at sample 16, as batch 2.* the last 1 batches logged"],
+        {"per_step": (16,)},
+        Shifted(1, 1, (20,), 3),
+        ["at sample 20, as batch 1"],
     ),
     "larger batches in an epoch that was resumed so": (
         {"base": 4, "start": (12,), "end": 13, "batches": 6},
@@ -129,18 +129,15 @@ def test_table(case: str) -> None:
         assert re.search(text, warning), warning
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize(("size", "other"), [*itertools.permutations([2, 3, 4, 8], 2)])
-def test_each_sample_once(size: int, other: int, accumulate: int) -> None:
-    """From every position: what was stepped for and what follows are all samples, in whole accumulations."""
+def test_each_sample_once(size: int, other: int) -> None:
+    """From every position: what is done and what follows are all samples."""
     for batches in range(1, SAMPLES // size):
         at = saved(per_step=(size,), batches=batches, num_batches=SAMPLES // size)
-        decision = decide(at, now(at, per_step=(other,), accumulate=accumulate))
+        decision = decide(at, now(at, per_step=(other,)))
         assert isinstance(decision, Shifted)
-        stepped = batches - batches % accumulate
-        assert decision.start == (stepped * size,)
+        assert decision.start == (batches * size,)
         assert decision.end is not None
-        assert decision.base % accumulate == 0
         left = decision.end - decision.base
         assert SAMPLES <= decision.start[0] + left * other < SAMPLES + other
 

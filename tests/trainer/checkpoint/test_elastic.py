@@ -176,12 +176,8 @@ def test_with_another_global_batch(tmp_path: Path) -> None:
 @pytest.mark.faults
 @pytest.mark.parametrize("again", [False, True])
 def test_with_another_global_batch_in_an_accumulation(tmp_path: Path, again: bool) -> None:
-    """What no optimizer has stepped for is trained on again, and the steps are of whole accumulations."""
+    """The gradients for which no optimizer had stepped are kept, so that each sample comes once."""
     plan = [(2, 5), (1, 8), (3, -1)] if again else [(2, 5), (3, -1)]
     seen = lives(tmp_path / "run", plan, accumulate=2, batch_size=6, apart=100)
-    samples = Counter(s for (e, _), batch in seen.items() if e == 0 for s in batch)
-    assert set(samples) == set(range(SAMPLES))
-    # the fifth batch of the two processes came twice, and so did the eighth of all
-    assert sum(samples.values()) == SAMPLES + 12 + (6 if again else 0)
-    for epoch in range(1, EPOCHS):
+    for epoch in range(EPOCHS):
         assert Counter(s for (e, _), b in seen.items() if e == epoch for s in b) == Counter(range(SAMPLES))

@@ -29,6 +29,7 @@ import treadle as L
 from treadle_fabric import CheckpointMismatchError
 from treadle_fabric.data import Epochs, ShardedSampler
 
+pytestmark = pytest.mark.filterwarnings("ignore:The training loader .* draws from the global random generators")
 SEVERAL = pytest.param(2, marks=pytest.mark.faults)
 
 

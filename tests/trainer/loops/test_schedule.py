@@ -14,7 +14,8 @@ import pytest
 import treadle as L
 from treadle.data.limits import limit_batches
 from treadle.durations import parse_duration
-from treadle.loops.schedule import Durations, ValidationSchedule, resolve_durations, total_steps, window_size
+from treadle.loops.schedule import Durations, ValidationSchedule, resolve_durations, total_steps
+from treadle.run.accumulation import Accumulation
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_an_interval_longer_than_the_epoch_is_refused_unless_batches_count_acros
     ("batch_idx", "total", "accumulate", "size"), [(0, 5, 2, 2), (3, 5, 2, 2), (4, 5, 2, 1), (7, math.inf, 3, 3)]
 )
 def test_windows(batch_idx: int, total: float, accumulate: int, size: int) -> None:
-    assert window_size(batch_idx, total, accumulate) == size
+    assert Accumulation(accumulate).place(batch_idx, total).window == size
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,9 +80,9 @@ class LearningRateMonitor(Callback):
         """Log before a step at which the loggers write."""
         if not self._every:
             return
-        step = trainer.fit_progress.logging_step
+        progress = trainer.fit_progress
         # while gradients accumulate, several batches have the same step
-        if (step + 1) % self._every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+        if (progress.logging_step + 1) % self._every == 0 and not progress.accumulation.place(batch_idx, math.inf).done:
             self._log(trainer, pl_module, "step")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from treadle.callbacks.callback import Callback
 from treadle.module import LightningDataModule
 from treadle.module.overriding import overrides
+from treadle.run.accumulation import Accumulation
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
 from treadle_fabric.checkpoint import Keeping, known_classes
@@ -114,6 +115,8 @@ def read_progress(checkpoint: Mapping[str, Any]) -> FitProgress:
         known = {f.name for f in dataclasses.fields(FitProgress)}
         progress = FitProgress(**{k: v for k, v in own.items() if k in known})
         progress.phase = Phase(progress.phase)
+        if "accumulation" in own:
+            progress.accumulation = Accumulation(**own["accumulation"])
     else:
         progress = _lightning_progress(checkpoint)
     progress.settle()

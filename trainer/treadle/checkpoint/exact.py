@@ -6,6 +6,7 @@ and what was logged but not reduced yet.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -15,42 +16,45 @@ from torch.nn import Module
 
 from treadle.checkpoint.elastic import part_of_rank, without_sums
 from treadle.data.training import TrainingData
-from treadle.run.progress import Phase
+from treadle.run.accumulation import Accumulation, Place, decide
+from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import rank_zero_info
+from treadle_fabric import rank_zero_info, rank_zero_warn
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
 __all__ = ["capture_exact", "keep_own_part", "moment", "restore_exact", "restore_metrics"]
 
 
-def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) -> dict[str, Any]:
+def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
     """This rank's state, for a checkpoint that holds the states of all ranks; every rank calls this function.
 
     Args:
         run: the run.
         data: the training batches.
-        accumulate: batches of one optimizer step; between its first and last, gradients are kept too.
 
     Returns:
-        ``ranks``: this rank's part in tensors and plain containers, marked as :class:`PerRank`.
+        ``ranks``: this rank's part in tensors and plain containers, marked as :class:`PerRank`; in the middle of an
+        accumulation it has gradients, too. ``accumulated``: the place of the next batch in its accumulation.
     """
-    module = run.module
-    if run.progress.epoch_ended:
+    module, progress = run.module, run.progress
+    if progress.epoch_ended:
         run.metrics.keep(run.results)  # the slots in which they would be looked up are gone in the next epoch
-    validating = run.before_validation if run.progress.phase is Phase.LOGGED else {}
+    validating = run.before_validation if progress.phase is Phase.LOGGED else {}
     mine: dict[str, Any] = {
         **(validating or moment(run)),
-        "data": data.epochs.state_dict(run.progress.batch) if data is not None else {},
+        "data": data.epochs.state_dict(progress.batch) if data is not None else {},
         "results": run.results.state_dict(),
         "metrics": run.metrics.state_dict(),
         "weights": run.loss.state_dict(),
     }
-    within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
+    done, window, _ = progress.accumulation.place(progress.batch, data.stop if data is not None else math.inf)
+    done = 0 if progress.is_last_batch else done
     gradients: dict[str, Tensor] = {}
-    if within or not module.automatic_optimization:
+    if done or not module.automatic_optimization:
         gradients = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
-    fabric, shared = run.fabric, {}
+    fabric = run.fabric
+    shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
     if fabric.strategy.shards_parameters:
         shared["gradients"] = gradients  # each rank holds a part of what is one gradient, averaged over the ranks
     else:
@@ -97,7 +101,14 @@ def keep_own_part(saved: dict[str, Any], rank: int, world_size: int) -> dict[str
 
 
 def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, accumulate: int) -> None:
-    """Put back what :func:`keep_own_part` kept; the random state last, so that the next batch is the next to draw."""
+    """Put back what :func:`keep_own_part` kept; the random state last, so that the next batch is the next to draw.
+
+    Args:
+        run: the run.
+        saved: what was kept.
+        data: the training batches.
+        accumulate: batches of an accumulation now, which need not be the number that the checkpoint was saved with.
+    """
     ranks = saved.get("ranks")
     if not ranks:
         return
@@ -108,12 +119,15 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics) if elsewhere else ranks.value
     gradients = saved.get("gradients") or mine.get("gradients", {})
     ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
-    there = data.epochs.resume(
-        mine["data"], saved_by, progress.batch, begun=progress.begun, ended=ended, accumulate=accumulate
-    )
-    if there != progress.batch:
-        progress.batch, begins, gradients = there or 0, there is None, {}
+    batch = progress.batch
+    resumed = data.epochs.resume(mine["data"], saved_by, batch, begun=progress.begun, ended=ended)
+    progress.batch, factor = resumed.batch or 0, 1.0
+    if resumed.batch is None:
+        begins, gradients, progress.accumulation = True, {}, Accumulation(accumulate)
         mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
+    elif not ended:
+        factor = _go_on_accumulating(progress, saved.get("accumulated"), batch, resumed.size, accumulate, data.stop)
+        factor = 1.0 if mine.get("weights") else factor  # those are divided where the optimizer steps
     if elsewhere and not begins:
         rank_zero_info(
             f"Number of processes: {fabric.world_size}, in the checkpoint: {saved_by}. The order of the samples goes on"
@@ -125,6 +139,7 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
+        gradient = gradient if factor == 1.0 else gradient * factor
         parameters[name].grad = placed_like(gradient, parameters[name])
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
@@ -134,6 +149,40 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(mine["rng"])
+
+
+def _go_on_accumulating(
+    progress: FitProgress, place: Any, batch: int, size: float, accumulate: int, total: float
+) -> float:
+    """Go on in the middle of an accumulation, or between two.
+
+    Args:
+        progress: gets the accumulations of now, for those of the checkpoint.
+        place: the place of the next batch in the checkpoint; None where that does not tell.
+        batch: the number of that batch in the checkpoint.
+        size: the number of batches of now that have the samples of one batch in the checkpoint.
+        accumulate: batches of an accumulation now.
+        total: the number of batches of the epoch now.
+
+    Returns:
+        What the saved gradients are multiplied by.
+    """
+    saved = progress.accumulation
+    if place is None:
+        saved = Accumulation(accumulate)
+        done = saved.place(batch, total)
+    else:
+        done = Place(place["done"], place["window"], False)
+    now, factor = decide(saved, done, every=accumulate, batch=progress.batch, size=size, total=total)
+    if done.done and now != saved:
+        rank_zero_warn(
+            f"The checkpoint is of the middle of an accumulation of {saved.every} batches, of which {done.done:g} were"
+            f" done. Their gradients are kept: the next optimizer step is the mean over their samples and those of the"
+            f" next {now.lacking} batch(es). After that, accumulate_grad_batches={accumulate} and the present batch"
+            " size hold."
+        )
+    progress.accumulation = now
+    return factor
 
 
 def restore_metrics(run: Run, states: dict[str, Any]) -> None:

@@ -75,4 +75,4 @@ class EvaluationData:
         length = sized_len(loader)
         if limit == length and not has_exact_length(loader) and unlimited(self._limit, length):
             limit = math.inf  # a stream may have more batches than it says
-        return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})", exact=True))
+        return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})"))

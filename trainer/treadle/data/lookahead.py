@@ -11,18 +11,20 @@ Transfer = Callable[[Any, int], Any]
 
 
 class Lookahead:
-    """Iterates over triples: the number of a batch, the batch, and whether it is the last one.
+    """Iterates over triples: the number of a batch, the batch, and whether it is known to be the last one.
 
-    Where the length is known, the last batch is found by its number; where it is not, one batch is fetched ahead.
+    The last batch is found by its number, or by fetching one batch ahead.
 
     Args:
         batches: what to iterate.
         start: the number of the first batch.
         stop: the number before which iteration ends; infinity for no end.
         what: names the batches in errors, "of epoch 3 from the training loader" say.
-        exact: whether the number of batches up to ``stop`` is known to be right.
+        ahead: called with the number of a batch; tells whether to fetch one batch ahead, to know the last.
+            None: each batch is fetched when it is asked for. Where batches end before ``stop`` and none was fetched
+            ahead, the last one was not known as the last.
         drain: ask for one more batch in the end, so that samplers come to their end.
-        agree: on several ranks without an exact length: called with a number, and whether this rank has a batch of that
+        agree: on several ranks that fetch ahead: called with a number, and whether this rank has a batch of that
             number; tells whether all ranks do.
     """
 
@@ -33,17 +35,17 @@ class Lookahead:
         stop: float,
         what: str,
         *,
-        exact: bool,
+        ahead: Callable[[int], bool] | None = None,
         drain: bool = False,
         agree: Callable[[int, bool], bool] | None = None,
     ) -> None:
-        self._batches, self._next, self._stop, self._exact, self._drain = batches, start, stop, exact, drain
+        self._batches, self._next, self._stop, self._ahead, self._drain = batches, start, stop, ahead, drain
         self._what, self._agree = what, agree
 
     def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
         index, stop, batches = self._next, self._stop, self._batches
-        if not self._exact:
-            yield from self._one_ahead()
+        if self._ahead is not None:
+            yield from self._one_ahead(self._ahead)
             return
         last = stop - 1
         while index < stop:
@@ -59,16 +61,20 @@ class Lookahead:
         if self._drain:
             next(batches, None)
 
-    def _one_ahead(self) -> Iterator[tuple[int, Any, bool]]:
+    def _one_ahead(self, ahead: Callable[[int], bool]) -> Iterator[tuple[int, Any, bool]]:
         index, agree = self._next, self._agree
         more, batch = self._fetch(index)
         if agree is not None:
             more = agree(index, more)
         while more:
+            late = not ahead(index)
+            if late:
+                yield index, batch, index + 1 >= self._stop
             more, following = self._fetch(index + 1)
             if agree is not None:
                 more = agree(index + 1, more)
-            yield index, batch, not more
+            if not late:
+                yield index, batch, not more
             batch, index = following, index + 1
 
     def _fetch(self, index: int) -> tuple[bool, Any]:
@@ -94,26 +100,29 @@ class BatchIterator:
         self._transfer = transfer
         self._dataloader_idx = dataloader_idx
         self.batch: Any = None
-        self._ahead: tuple[int, Any, bool] | None = next(self._batches, None)
+        self._fetched: tuple[int, Any, bool] | None = None
 
     @property
     def done(self) -> bool:
         """Whether nothing is left."""
-        return self._ahead is None
+        if self._fetched is None:
+            self._fetched = next(self._batches, None)
+        return self._fetched is None
 
     def steps(self) -> Iterator[tuple[int, BatchIterator, bool]]:
         """One triple a step, as :class:`Lookahead` gives; the step itself draws the batches from this object."""
-        while self._ahead is not None:
-            index, _, is_last = self._ahead  # a step draws one batch: the one ahead tells whether it is the last
+        while not self.done:
+            assert self._fetched is not None
+            index, _, is_last = self._fetched  # a step draws one batch
             yield index, self, is_last
 
     def __iter__(self) -> BatchIterator:
         return self
 
     def __next__(self) -> tuple[Any, int, int]:
-        if self._ahead is None:
+        if self.done:
             raise StopIteration
-        index, batch, _ = self._ahead
-        self._ahead = next(self._batches, None)
+        assert self._fetched is not None
+        (index, batch, _), self._fetched = self._fetched, None
         self.batch = self._transfer(batch, self._dataloader_idx)
         return self.batch, index, self._dataloader_idx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,15 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, Epochs, several_loaders, share_loader, sized_len
+from treadle_fabric.data import (
+    CombinedLoader,
+    Epochs,
+    is_stream,
+    keeps_position,
+    several_loaders,
+    share_loader,
+    sized_len,
+)
 
 __all__ = ["TrainingData"]
 
@@ -53,6 +61,9 @@ class TrainingData:
         self.num_batches = limit_batches(length, limit, name)
         self.exact = length is not None and all(has_exact_length(p) for p in parts)
         """Whether the length is reliable; a stream may have fewer batches than it says."""
+        self._stream = is_stream(loader) and not keeps_position(loader)
+        """Whether batches are made while training goes on; what a loader with a state of its own saves at its last
+        batch may mean the beginning of the next epoch, so that it is asked ahead."""
 
         self.whole = self.num_batches in (length, math.inf)
         """Whether an epoch is the whole loader: then it is iterated to its end, where samplers may draw once more."""
@@ -113,17 +124,40 @@ class TrainingData:
             )
             self.num_batches, self.whole = min(lengths), False
 
-    def iterate(self, epoch: int, skip: int = 0) -> Iterator[tuple[int, Any, bool]]:
+    @property
+    def knows_last(self) -> bool:
+        """Whether each epoch's last batch is known as the last, by its number or because one batch is fetched ahead.
+
+        A stream in one process is asked for a batch when training has come to it, as in a hand-written loop: it may
+        draw from the global generators, or read the model's weights.
+        """
+        return self.exact or self._agrees or not self._stream
+
+    def iterate(
+        self, epoch: int, skip: int = 0, *, steps: Callable[[int], bool] | None = None, saves_early: bool = False
+    ) -> Iterator[tuple[int, Any, bool]]:
         """The batches of an epoch after the first ``skip``, in the order of the epoch.
 
-        Each comes with its number, and with whether it is the last of the epoch on all ranks.
+        Each comes with its number, and with whether it is known to be the last of the epoch on all ranks.
+
+        Args:
+            epoch: The number of the epoch.
+            skip: The number of batches to leave out.
+            steps: Tells whether an optimizer steps after the batch of a number, be it the last or not; one batch is
+                fetched ahead where that depends on whether another batch comes. Default: it steps after each.
+            saves_early: Whether a checkpoint may be saved after a batch was fetched, and before it is trained on.
         """
-        batches = self.epochs.iterate(epoch, skip)
+        ahead: Callable[[int], bool] | None = None
+        if not self.exact and (self.knows_last or steps is not None):
+            ahead = (lambda number: True) if self.knows_last or steps is None else (lambda number: not steps(number))
+        early = ahead is not None or (saves_early and self._stream)
+        batches = self.epochs.iterate(epoch, skip, ahead=early)
         if self.combined is not None:
             batches = first_loader(batches)
         agree = partial(self._all_have_more, epoch) if self._agrees else None
-        what, drain = f"of epoch {epoch} from the training loader", self.whole and not self.epochs.ends_without_drawing
-        return iter(Lookahead(batches, skip, self.stop, what, exact=self.exact, drain=drain, agree=agree))
+        what = f"of epoch {epoch} from the training loader"
+        drain = self.exact and self.whole and not self.epochs.ends_without_drawing
+        return iter(Lookahead(batches, skip, self.stop, what, ahead=ahead, drain=drain, agree=agree))
 
     def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
         """Whether every rank has a batch with the number ``index``; every rank calls this."""

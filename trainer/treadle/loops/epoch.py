@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Final
 
 from treadle.data.lookahead import BatchIterator
 from treadle.data.training import TrainingData
 from treadle.data.transfer import stay
-from treadle.loops.schedule import ValidationSchedule, window_size
+from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.schedulers import Schedulers
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
 from treadle.loops.stopping import Controls, Stops
+from treadle.run.accumulation import Accumulation
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
@@ -63,22 +64,20 @@ class TrainingEpoch:
     def run(self) -> bool:
         """Train for one epoch, from the batch that the progress tells; returns whether a stop left batches of it."""
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
-        accumulate = self._accumulate
-        max_steps, stop = self._controls.max_steps, False
-        self._max_steps = math.inf if max_steps == -1 else max_steps
-        step.begin_epoch(accumulate)
+        accumulation, stop = self._begin_accumulating(), False
         if self._ends_resumed():
             return not progress.is_last_batch
         self._check_accumulation(self._data.num_batches)
-        batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
+        batches: Any = self._iterate()
         total, transfer, begun = self._data.stop, run.transfer, progress.batch
+        divides, stepping, window, done = accumulation.divides, True, 1.0, 0.0
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
         begin_batch, train, train_and_step = results.begin_batch, step.accumulate, step.step
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
-        progress.begun, progress.stepped = True, False
+        progress.stepped = False
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
@@ -88,9 +87,10 @@ class TrainingEpoch:
                 if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
-            stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
-            window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)
-            outputs = (train_and_step if stepping else train)(batch, batch_idx, window)
+            if divides:
+                done, window, stepping = accumulation.place(batch_idx, total)
+                stepping = stepping or is_last
+            outputs = (train_and_step if stepping else train)(batch, batch_idx, window, done)
             progress.batch = batch_idx + 1
             progress.batches += 1
             progress.stepping = stepping
@@ -110,11 +110,13 @@ class TrainingEpoch:
                     listener(outputs, batch, batch_idx)
             results.hook = ""
             if stop := finish_batch():
+                self._end_late(batches)
                 break
+        else:
+            self._end_late()
         progress.stepped = False  # a step in a hook from here on is one between two batches
         begin_batch(None)
-        if step.idle:
-            self._tell_of_idleness(progress.batch - begun)
+        self._tell_of_idleness(progress.batch - begun)
         if progress.is_last_batch:
             self._check_accumulation(progress.batch)
         return stop and not progress.is_last_batch
@@ -131,25 +133,84 @@ class TrainingEpoch:
     def _accumulate(self) -> int:
         return self._controls.accumulate_grad_batches if self._automatic else 1
 
+    def _begin_accumulating(self) -> Accumulation:
+        """Divide the batches of an epoch into accumulations; a resumed epoch may be divided already."""
+        progress, accumulate, max_steps = self._run.progress, self._accumulate, self._controls.max_steps
+        self._max_steps = math.inf if max_steps == -1 else max_steps
+        self._step.begin_epoch(accumulate)
+        if progress.accumulation.every != accumulate:
+            progress.accumulation = Accumulation(accumulate, progress.batch)
+        return progress.accumulation
+
+    def _iterate(self) -> Any:
+        """Begin to draw the batches of the epoch that are left."""
+        progress, early = self._run.progress, bool(self._on_batch_start) or self._step.wants_iterator
+        progress.begun, place = True, progress.accumulation.place
+        steps = (lambda batch: place(batch, math.inf).ends) if progress.accumulation.every > 1 else None
+        return self._data.iterate(progress.epoch, progress.batch, steps=steps, saves_early=early)
+
+    def _may_be_over(self) -> bool:
+        """Whether ``max_steps`` was reached where a stream may be over, and something is due then."""
+        progress, schedule = self._run.progress, self._schedule
+        if self._data.knows_last or progress.is_last_batch or progress.step < self._max_steps:
+            return False
+        if self._controls.should_stop:  # has validated already
+            return False
+        return bool(self._schedulers.configs) or (schedule is not None and schedule.due_at_end(progress.epoch))
+
+    def _end_late(self, batches: Iterator[Any] | None = None) -> None:
+        """Do what follows an epoch's last batch, where that was not known as the last: schedulers, then validation.
+
+        Args:
+            batches: What may be left of the epoch, if training stops before its end. Default: nothing is left.
+        """
+        progress, schedule = self._run.progress, self._schedule
+        if batches is not None and not (self._may_be_over() and next(batches, None) is None):
+            return
+        if progress.is_last_batch or not progress.batch:
+            return
+        progress.is_last_batch, progress.stepping, progress.stepped = True, False, False
+        self._end_accumulation()
+        self._schedulers.step("epoch", progress.epoch + 1)
+        if schedule is not None and schedule.due_at_end(progress.epoch):
+            progress.phase, progress.validation_due = Phase.LOGGED, True
+            if not self._run_validation():
+                self._stops.terminate()
+            self._stops.after_validation()
+        progress.phase, progress.validation_due = _BETWEEN, False
+
+    def _end_accumulation(self) -> None:
+        """Step for the gradients of an accumulation to which no other batch comes."""
+        progress = self._run.progress
+        done, window, _ = progress.accumulation.place(progress.batch, self._data.stop)
+        if done:
+            self._step.finish(window, done)
+            progress.logging_step += 1
+            if progress.stepped:
+                self._schedulers.step("step", progress.step)
+
     def _ends_resumed(self) -> bool:
         """Do what is left of the last batch of a resumed run; whether nothing else is left of the epoch."""
         progress = self._run.progress
         if self._data.has_ended(progress.batch):  # with the batches of another number of processes
             progress.is_last_batch, progress.phase = True, _BATCH_END
             progress.stepping = progress.stepped = False
+            self._end_accumulation()
             self._schedulers.step("epoch", progress.epoch + 1)
             if self._schedule is not None:
                 progress.validation_due = self._is_due(self._schedule, True)
         if progress.phase is _BETWEEN:
             return False
         stop = self._finish_batch()
+        if stop and self._may_be_over():
+            self._end_late(self._iterate())
         if not stop and not progress.is_last_batch:
             return False
         self._data.epochs.finish(progress.epoch, progress.batch, drain=not stop)
         return True
 
     def _tell_of_idleness(self, batches: int) -> None:
-        if self._step.idle == batches and self._run.first_time("idle"):
+        if 0 < self._step.idle == batches and self._run.first_time("idle"):
             where = " on rank 0" if self._run.fabric.world_size > 1 else ""  # each rank counts its own
             rank_zero_warn(
                 f"`training_step` had no loss for any of the {batches} batches of epoch"
@@ -222,6 +283,6 @@ class TrainingEpoch:
     def _run_validation(self) -> bool:
         """Validate; returns whether the validation came to its end."""
         progress = self._run.progress
-        if progress.is_last_batch or progress.batch % self._accumulate == 0:
+        if progress.is_last_batch or not progress.accumulation.place(progress.batch, self._data.stop).done:
             self._run.dispatch.call("on_validation_model_zero_grad")
         return self._validate(self._stops.before_validation_batch)

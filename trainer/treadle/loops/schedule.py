@@ -11,7 +11,7 @@ from typing import Any
 from treadle.durations import parse_duration
 from treadle_fabric import MisconfigurationException, check_integer
 
-__all__ = ["Durations", "ValidationSchedule", "change_durations", "resolve_durations", "total_steps", "window_size"]
+__all__ = ["Durations", "ValidationSchedule", "change_durations", "resolve_durations", "total_steps"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,6 @@ def check_limit(value: Any, name: str) -> None:
             f"{name}={value!r} must be a number of batches (an int of at least 0) or a fraction (a float from 0.0 to"
             " 1.0)."
         )
-
-
-def window_size(batch_idx: int, total: float, accumulate: int) -> int:
-    """Return the number of batches in ``batch_idx``'s accumulation: fewer at the end of an epoch of known length."""
-    start = batch_idx - batch_idx % accumulate
-    return int(min(accumulate, total - start))
 
 
 def total_steps(durations: Durations, batches: float, accumulate: int) -> float:
@@ -130,6 +124,10 @@ class ValidationSchedule:
     def in_epoch(self, epoch: int) -> bool:
         """Return whether validation runs at all in the epoch after ``epoch`` completed epochs."""
         return self.every_n_epochs is None or (epoch + 1) % self.every_n_epochs == 0
+
+    def due_at_end(self, epoch: int) -> bool:
+        """Return whether validation follows the last batch of an epoch because it is the last one."""
+        return self.in_epoch(epoch) and self.every is None and (self.at_epoch_end or self.every_n_batches == math.inf)
 
     def due(self, epoch: int, batch: int, batches: int, *, is_last: bool) -> bool:
         """Return whether validation follows the batch that was just trained on, where batches decide and not time.

@@ -43,7 +43,7 @@ def choose_loss_policy(run: Run, on_nonfinite: str | None, root: str) -> LossPol
 class PlainLosses:
     """Divides each loss by the number of batches of its accumulation."""
 
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+    def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
         """See :class:`treadle.run.loss.LossPolicy`."""
         if loss is None:
             return None
@@ -51,7 +51,7 @@ class PlainLosses:
             raise _mixture(f"the weight {_checked(weight)}, and others before without one")
         return loss / window if window > 1 else loss
 
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Multiply the gradients where an epoch of unknown length ended before the accumulation was complete."""
         if done != window and optimizer is not None:
             for gradient in gradients_of(optimizer):
@@ -62,7 +62,7 @@ class PlainLosses:
 class EngineLosses:
     """Leaves each loss as it is: the engine divides it by the number of batches of an accumulation."""
 
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+    def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
         """See :class:`treadle.run.loss.LossPolicy`."""
         if loss is not None and weight is not None:
             raise MisconfigurationException(
@@ -72,7 +72,7 @@ class EngineLosses:
             )
         return loss
 
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Do nothing: the gradients are the engine's."""
         return True
 
@@ -96,7 +96,7 @@ class WeightedLosses:
         self._total, self._count = total, count
         self._warned = False
 
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+    def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
         """See :class:`treadle.run.loss.LossPolicy`."""
         if first:
             self._total, self._count = 0.0, 0
@@ -112,7 +112,7 @@ class WeightedLosses:
         factor = weight / self._reference
         return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
 
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Divide the gradients by the weights of the accumulation, those of all ranks together.
 
         The total is read from the device only where it could be 0: with weights that are Python numbers, the host does
@@ -164,8 +164,8 @@ class Losses:
             :class:`PlainLosses`.
     """
 
-    scale: Callable[[Tensor | None, Any, int, bool], Tensor | None]
-    prepare: Callable[[Optimizer | None, int, int], bool]
+    scale: Callable[[Tensor | None, Any, float, bool], Tensor | None]
+    prepare: Callable[[Optimizer | None, float, float], bool]
 
     def __init__(self, strategy: Strategy, rule: _Rule | None) -> None:
         self._strategy = strategy
@@ -198,7 +198,7 @@ class Losses:
         self.scale, self.prepare = rule.scale, rule.prepare
         self._weighted = rule if isinstance(rule, WeightedLosses) else None
 
-    def _scale_first(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+    def _scale_first(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
         """Find out whether losses have weights. Several ranks agree, once; they ask again while no rank has a loss."""
         strategy = self._strategy
         kind = _NOTHING if loss is None else _PLAIN if weight is None else _WEIGHTED

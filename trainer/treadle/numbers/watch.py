@@ -95,7 +95,7 @@ class WatchedLosses:
 
         return observed
 
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+    def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
         """Scale the loss, and note it for the next step."""
         scaled = self._losses.scale(loss, weight, window, first)
         if scaled is None:
@@ -120,7 +120,7 @@ class WatchedLosses:
         """Take back what :meth:`state_dict` returned."""
         self._losses.load_state_dict(state)
 
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Look at the losses since the last step, and at the gradients; every rank calls it.
 
         Under a gradient scaler, which finds infinite gradients itself, only the losses are looked at.

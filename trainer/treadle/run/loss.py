@@ -28,7 +28,7 @@ class LossPolicy(Protocol):
             wants_iterator: whether it draws its batches itself, from ``dataloader_iter``.
         """
 
-    def scale(self, loss: Tensor | None, weight: Any, window: int, first: bool, /) -> Tensor | None:
+    def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
         """Return the loss to differentiate.
 
         Args:
@@ -44,7 +44,7 @@ class LossPolicy(Protocol):
             MisconfigurationException: the weight is not a number of at least 0, or only some losses have one.
         """
 
-    def prepare(self, optimizer: Optimizer | None, window: int, done: int, /) -> bool:
+    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Make the gradients those of one mean over the accumulation; every rank calls it before a step.
 
         Args:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from treadle.run.accumulation import Accumulation
 from treadle_fabric import LRScheduler
 
 __all__ = ["FitProgress", "LRSchedulerConfig", "Phase"]
@@ -48,11 +49,13 @@ class FitProgress:
     scheduler_steps: int = 0
     scheduler_steps_in_epoch: int = 0
     is_last_batch: bool = False
-    """Whether the current batch is the epoch's last."""
+    """Whether the current batch is known to be the epoch's last; where a stream ends, that is known after it."""
     stepping: bool = True
     """Whether the current batch ends an accumulation."""
     stepped: bool = False
     """Whether an optimizer stepped at the current batch or, between two batches, since the last one."""
+    accumulation: Accumulation = field(default_factory=Accumulation)
+    """How the batches of this epoch are divided into accumulations."""
     validation_due: bool = False
     """Whether validation follows the current batch."""
     phase: Phase = Phase.BETWEEN
@@ -72,7 +75,7 @@ class FitProgress:
         """Reset the counters of the epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
         self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = self.stepped = False
-        self.phase = Phase.BETWEEN
+        self.phase, self.accumulation = Phase.BETWEEN, Accumulation()
 
     def settle_steps(self, optimizer_steps: int) -> None:
         """Count one step where torch reported none or several.

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
+from torch.nn import Module
 
 from treadle.callbacks import Callback
 from treadle.module import LightningModule
@@ -17,7 +17,7 @@ from treadle.run.progress import FitProgress
 from treadle_fabric import MisconfigurationException, rank_zero_info
 from treadle_fabric.checkpoint import PerRank
 from treadle_fabric.loggers import Logger
-from treadle_fabric.randomness import collect_rng_states, set_rng_states
+from treadle_fabric.randomness import collect_rng_states, same_rng_states, set_rng_states
 
 __all__ = ["Continuation", "Fits"]
 
@@ -46,7 +46,7 @@ class Fits:
 
     def __init__(self) -> None:
         self._left: Continuation | None = None
-        self._fresh: list[tuple[Callback, dict[str, Any]]] = []  # callbacks, and their states before their first fit
+        self._fresh: list[tuple[Callback, Callback]] = []  # callbacks, and copies from before their first fit
         self._rng: dict[str, Any] = {}  # the random state at the end of the trainer's last run
 
     def begin(
@@ -68,8 +68,8 @@ class Fits:
             rank_zero_info(
                 f"Another {type(module).__qualname__} than in the last fit: counters, callbacks and loggers begin anew."
             )
-            for callback, state in self._fresh:
-                callback.load_state_dict(copy.deepcopy(state))
+            for callback, fresh in self._fresh:
+                callback.load_state_dict(copy.deepcopy(fresh.state_dict()))
             for logger in loggers:
                 logger.begin_anew()
             self._left = left = None
@@ -83,13 +83,14 @@ class Fits:
         known = [id(callback) for callback, _ in self._fresh]
         for callback in callbacks:
             if id(callback) not in known and overrides(callback, "state_dict", Callback):
-                with suppress(Exception):  # a state that is not there before `setup` stays as it is
-                    self._fresh.append((callback, copy.deepcopy(callback.state_dict())))
+                shared = {id(value): value for value in vars(callback).values() if isinstance(value, Module)}
+                with suppress(Exception):  # one that cannot be copied keeps its state
+                    self._fresh.append((callback, copy.deepcopy(callback, shared)))
 
     def _with_random_state(self, left: Continuation) -> Continuation:
         """Go on with the random state of the fit's end, unless the user's program has drawn or seeded since."""
         now = collect_rng_states()
-        if self._rng and _equal(now, self._rng):
+        if self._rng and same_rng_states(now, self._rng):
             set_rng_states(left.rng)
             return left
         if not left.exact:
@@ -115,12 +116,3 @@ class Fits:
     def after_run(self) -> None:
         """Remember the random state, at the end of any run of the trainer."""
         self._rng = collect_rng_states()
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Tell whether two random states are equal. A generator that only one of them has does not count."""
-    if isinstance(one, dict):
-        return all(_equal(value, other[name]) for name, value in one.items() if name in other)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)

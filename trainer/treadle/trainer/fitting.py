@@ -92,7 +92,14 @@ class Fitting:
 
     def exact_state(self, run: ReadyRun) -> dict[str, Any]:
         """Collect what a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
-        return self._unrestored or capture_exact(run, self.data, accumulate=self._controls.accumulate_grad_batches)
+        return self._unrestored or capture_exact(run, self.data)
+
+    def saved_state(self, run: ReadyRun) -> dict[str, Any]:
+        """Collect the same for a checkpoint, and tell the user once where going on from it may not be exact."""
+        state = self.exact_state(run)
+        if self.data is not None:
+            self.data.epochs.tell()
+        return state
 
     # What the loop asks for
 

@@ -324,7 +324,7 @@ class Trainer:
         run = self._ready_run("save_checkpoint", "in or after fit, validate or test")
         checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
         if not weights_only and self.state.fn is TrainerFn.FITTING and self._fitting is not None:
-            checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
+            checkpoint["treadle"] |= {**self._fitting.saved_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options, keeping=keeping(run))
@@ -546,7 +546,7 @@ class Trainer:
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the current training batch is the epoch's last."""
+        """Whether the current training batch is known to be the epoch's last; False in the hooks of a stream's last."""
         return self.fit_progress.is_last_batch
 
     @property

@@ -24,6 +24,7 @@ class Cursor(ABC):
 
     def __init__(self) -> None:
         self._resumed: dict[str, Any] = {}
+        self._ahead = False
 
     @property
     @abstractmethod
@@ -43,14 +44,16 @@ class Cursor(ABC):
         """End the workers that this cursor started and that persist between epochs."""
 
     @final
-    def iterate(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+    def iterate(self, epoch: int, skip: int = 0, *, ahead: bool = False) -> Iterator[Any]:
         """The batches of an epoch.
 
         Args:
             epoch: The number of the epoch.
             skip: The number of batches to leave out at the beginning.
+            ahead: Whether each batch is asked for before training comes to it, while the one before it is trained on.
         """
         resumed, self._resumed = self._resumed, {}
+        self._ahead = ahead
         return self._iterate(epoch, skip, resumed)
 
     @final

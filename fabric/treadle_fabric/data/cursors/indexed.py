@@ -22,15 +22,14 @@ class IndexedCursor(OneLoaderCursor):
     Args:
         loader: The loader.
         rank: This process.
-        looks_ahead: As in :class:`OneLoaderCursor`.
         among_others: Whether others draw random numbers between the begin of an epoch and its first batch.
     """
 
     skips_by_index = True
 
-    def __init__(self, loader: DataLoader[Any], rank: int, *, looks_ahead: bool, among_others: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], rank: int, *, among_others: bool) -> None:
         loader, private = with_private_order(loader)
-        super().__init__(loader, rank, looks_ahead=looks_ahead, private=private)
+        super().__init__(loader, rank, private=private)
         self._among_others = among_others
         self.ends_without_drawing = private is None and not self._generators
 

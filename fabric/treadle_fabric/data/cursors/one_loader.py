@@ -14,6 +14,7 @@ from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.cursors.cursor import Cursor
 from treadle_fabric.data.cursors.orders import PrivateOrder
 from treadle_fabric.data.samplers import generators_of
+from treadle_fabric.data.streams import PrivateStream
 from treadle_fabric.errors import CheckpointMismatchError
 from treadle_fabric.randomness import collect_rng_states, generator_state, set_generator_state, set_rng_states
 
@@ -26,14 +27,14 @@ class OneLoaderCursor(Cursor):
     Args:
         loader: Any iterable of batches.
         rank: This process; workers of different ranks draw different numbers.
-        looks_ahead: Whether the user of the cursor draws batches before training comes to them.
         private: What draws the order of the loader, where that is a sampler of the user's own class.
     """
 
-    def __init__(self, loader: Any, rank: int, *, looks_ahead: bool, private: PrivateOrder | None = None) -> None:
+    def __init__(self, loader: Any, rank: int, *, private: PrivateOrder | None = None) -> None:
         super().__init__()
-        self._loader, self._rank, self._looks_ahead, self._private = loader, rank, looks_ahead, private
-        self._generators = generators_of(loader.flattened if isinstance(loader, CombinedLoader) else [loader])
+        self._loader, self._rank, self._private = loader, rank, private
+        parts = loader.flattened if isinstance(loader, CombinedLoader) else [loader]
+        self._generators = generators_of(part.stream if isinstance(part, PrivateStream) else part for part in parts)
         self._key = 0
         """A number that differs from epoch to epoch and from rank to rank, and seeds what is not the order."""
         self._rng: dict[str, Any] = {}
@@ -104,7 +105,7 @@ class OneLoaderCursor(Cursor):
         yield
         if resumed:
             set_rng_states(now)
-            if not self._looks_ahead:  # others that draw from the same generators have gone on
+            if not self._ahead:  # others that draw from the same generators have gone on
                 self._set_generators(resumed["generators_now"])
 
     @final
@@ -115,7 +116,7 @@ class OneLoaderCursor(Cursor):
         return {**state, **self._loader_state(position)}
 
     def _loader_state(self, position: int) -> dict[str, Any]:
-        """What :meth:`_state` is to have of the loader itself, as ``{"loader": ...}``."""
+        """What :meth:`_state` is to have of the loader itself: its own state, say, as ``{"loader": ...}``."""
         return {}
 
     @final

@@ -19,18 +19,18 @@ _AHEAD = 4  # states kept of a loader that is drawn from before training comes t
 class StatefulCursor(OneLoaderCursor):
     """Asks the loader for its state, and gives it back.
 
+    Where batches are asked for before training comes to them, the states before those batches are kept.
+
     Args:
         loader: The loader.
         rank: This process.
-        looks_ahead: Whether the loader is asked for batches before training comes to them; then its states before
-            those batches are kept.
     """
 
     restores_loader = True
 
-    def __init__(self, loader: Any, rank: int, *, looks_ahead: bool) -> None:
-        super().__init__(loader, rank, looks_ahead=looks_ahead)
-        self._ahead: deque[tuple[int, Any]] = deque(maxlen=_AHEAD)
+    def __init__(self, loader: Any, rank: int) -> None:
+        super().__init__(loader, rank)
+        self._before: deque[tuple[int, Any]] = deque(maxlen=_AHEAD)
 
     def _batches(self, skip: int, resumed: dict[str, Any], now: dict[str, Any]) -> Iterator[Any]:
         loader = self._loader
@@ -39,25 +39,25 @@ class StatefulCursor(OneLoaderCursor):
         batches = iter(loader)
         if resumed:
             set_rng_states(now)
-        if not self._looks_ahead:
+        if not self._ahead:
             return batches if "loader" in resumed else islice(batches, skip, None)
         return self._one_ahead(batches, skip)
 
     def _one_ahead(self, batches: Iterator[Any], count: int) -> Iterator[Any]:
         """Keep the loader's state before each batch."""
-        self._ahead.clear()
+        self._before.clear()
         while True:
-            self._ahead.append((count, self._loader.state_dict()))
+            self._before.append((count, self._loader.state_dict()))
             try:
                 batch = next(batches)
             except StopIteration:
-                self._ahead.pop()
+                self._before.pop()
                 return
             count += 1
             yield batch
 
     def _loader_state(self, position: int) -> dict[str, Any]:
-        known = [state for count, state in self._ahead if count == position]
+        known = [state for count, state in self._before if count == position]
         return {"loader": known[0] if known else self._loader.state_dict()}
 
     def _end_loader(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:

@@ -26,16 +26,15 @@ class WorkersCursor(OneLoaderCursor):
     Args:
         loader: The loader.
         rank: This process.
-        looks_ahead: As in :class:`OneLoaderCursor`.
     """
 
     skips_by_index = True
 
-    def __init__(self, loader: DataLoader[Any], rank: int, *, looks_ahead: bool) -> None:
+    def __init__(self, loader: DataLoader[Any], rank: int) -> None:
         loader, private = with_private_order(loader)
         self._sampler = SeededSampler(index_sampler(loader), batched=loader.batch_sampler is not None)
         loader = with_sampler(loader, self._sampler, dataset=SeededByBatch(loader.dataset))
-        super().__init__(loader, rank, looks_ahead=looks_ahead, private=private)
+        super().__init__(loader, rank, private=private)
         self._seeded = False
         """Whether workers that persist took their seed in an epoch before the checkpoint was saved."""
 

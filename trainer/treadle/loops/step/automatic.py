@@ -30,8 +30,9 @@ class AutomaticStep:
         step: trains on the last micro-batch of an accumulation, and steps the optimizer.
         wants_iterator: whether ``training_step`` draws its batches itself.
 
-    ``accumulate`` and ``step`` take a batch on the device, its number in the epoch, and the number of batches of the
-    accumulation, which the loss is divided by. They return what ``on_train_batch_end`` gets.
+    ``accumulate`` and ``step`` take a batch on the device, its number in the epoch, the number of batches of the
+    accumulation, which the loss is divided by, and how many of them came before. They return what
+    ``on_train_batch_end`` gets.
     """
 
     def __init__(self, run: ReadyRun, clipping: Clipping) -> None:
@@ -69,21 +70,40 @@ class AutomaticStep:
                 f"accumulate_grad_batches={accumulate}, but {type(self._optimizer).__name__} evaluates the loss several"
                 " times a step, of one batch only: use larger batches, or an optimizer without a closure."
             )
-        self._gradients.accumulate, self._gradients.idle = accumulate, 0
+        self._gradients.idle = 0
         self._loss.forget()
 
-    def _accumulate(self, batch: Any, batch_idx: int, window: int) -> Any:
-        with self._no_sync():
-            return self._gradients.of(batch, batch_idx, window)[0]
+    def finish(self, window: float, done: float) -> None:
+        """Step for an accumulation to which no other batch will come.
 
-    def _accumulate_in_engine(self, batch: Any, batch_idx: int, window: int) -> Any:
-        outputs = self._gradients.of(batch, batch_idx, window)[0]
+        Args:
+            window: The number of batches that its losses were divided by.
+            done: The number of batches that it has.
+        """
+        optimizer, strategy = self._optimizer, self._run.fabric.strategy
+        if optimizer is None or strategy.handles_gradient_accumulation:
+            return
+        if strategy.world_size > 1:  # what was accumulated is of each rank alone
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+                mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = strategy.all_reduce(mine, reduce_op="mean")
+        if self._prepare.of(optimizer, window, done):
+            expected = self._progress.optimizer_steps + 1
+            self._optimizer_step()
+            self._progress.settle_steps(expected)
+
+    def _accumulate(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        with self._no_sync():
+            return self._gradients.of(batch, batch_idx, window, done)[0]
+
+    def _accumulate_in_engine(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
         self._optimizer_step()  # the engine counts: it steps at the last micro-batch only
         return outputs
 
-    def _step(self, batch: Any, batch_idx: int, window: int) -> Any:
-        outputs = self._gradients.of(batch, batch_idx, window)[0]
-        if self._prepare.of(self._optimizer, window, batch_idx % self._gradients.accumulate + 1):
+    def _step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
+        if self._prepare.of(self._optimizer, window, done + 1):
             progress = self._progress
             expected = progress.optimizer_steps + 1
             self._optimizer_step()  # torch reports the step to the step counter
@@ -91,21 +111,21 @@ class AutomaticStep:
                 progress.settle_steps(expected)
         return outputs
 
-    def _step_without_optimizer(self, batch: Any, batch_idx: int, window: int) -> Any:
-        outputs = self._gradients.of(batch, batch_idx, window)[0]
-        if not self._loss.prepare(None, window, batch_idx % self._gradients.accumulate + 1):
+    def _step_without_optimizer(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
+        if not self._loss.prepare(None, window, done + 1):
             self._run.module.zero_grad()
         return outputs
 
-    def _step_with_closure(self, batch: Any, batch_idx: int, window: int) -> Any:
+    def _step_with_closure(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
         """The optimizer runs the forward and backward itself, perhaps several times."""
         outputs = None
 
         def closure() -> Tensor | None:
             nonlocal outputs
             with torch.enable_grad():
-                outputs, loss = self._gradients.of(batch, batch_idx, window)
-                if not self._prepare.of(self._optimizer, window, batch_idx % self._gradients.accumulate + 1):
+                outputs, loss = self._gradients.of(batch, batch_idx, window, done)
+                if not self._prepare.of(self._optimizer, window, done + 1):
                     self._steps.leave_out(self._optimizer)
             if loss is None and self._needs_loss:
                 raise MisconfigurationException(

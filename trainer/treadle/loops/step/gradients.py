@@ -39,18 +39,17 @@ class Gradients:
         self._zero_grad = _make_zero_grad(run, optimizer)
         self._backward = automatic_backward(run)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
-        self.accumulate = 1
-        """The number of batches of an accumulation in this epoch."""
         self.idle = 0
         """The number of batches of this epoch without anything to learn from."""
 
-    def of(self, batch: Any, batch_idx: int, window: int) -> tuple[Any, Tensor | None]:
+    def of(self, batch: Any, batch_idx: int, window: float, done: float) -> tuple[Any, Tensor | None]:
         """Add the gradients of a micro-batch to those of its accumulation.
 
         Args:
             batch: on the device.
             batch_idx: the number of the batch in its epoch.
             window: the number of batches of the accumulation.
+            done: the number of its batches before this one.
 
         Returns:
             What ``on_train_batch_end`` gets; and the mean loss, None where there was nothing to learn from.
@@ -61,7 +60,7 @@ class Gradients:
         loss = mean
         if mean is not None and _is_empty(batch) and not self._is_finite(mean, batch_idx):
             loss = None  # a mean over no samples
-        first = batch_idx % self.accumulate == 0
+        first = not done
         if first:
             self._zero_grad()
         loss = self._loss.scale(loss, weight, window, first)
@@ -115,11 +114,10 @@ class WholeBatchGradients:
         self._zero_grad = _make_zero_grad(run, optimizer)
         self._after_backward = run.dispatch.listeners("on_after_backward")
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
-        self.accumulate = 1
 
-    def of(self, batch: Any, batch_idx: int, window: int) -> tuple[Any, Tensor | None]:
+    def of(self, batch: Any, batch_idx: int, window: float, done: float) -> tuple[Any, Tensor | None]:
         """Add the gradients of a batch; see :meth:`Gradients.of`."""
-        first = batch_idx % self.accumulate == 0
+        first = not done
         if first:
             self._zero_grad()
         mean: Tensor = self._run_batch(self._engine, batch, window)

@@ -29,7 +29,10 @@ class ManualStep:
     def begin_epoch(self, accumulate: int) -> None:
         """Do nothing: the module accumulates by itself."""
 
-    def step(self, batch: Any, batch_idx: int, window: int) -> Any:
+    def finish(self, window: float, done: float) -> None:
+        """Do nothing: the module accumulates by itself."""
+
+    def step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
         """Train on a batch; returns what ``on_train_batch_end`` gets."""
         self._results.hook = "training_step"
         output = self._training_step(batch, batch_idx)

@@ -27,7 +27,7 @@ class Preparation:
         self._listeners = run.dispatch.listeners("on_before_optimizer_step")
         self._clipping = clipping
 
-    def of(self, optimizer: Optimizer, window: int = 1, done: int = 1) -> bool:
+    def of(self, optimizer: Optimizer, window: float = 1, done: float = 1) -> bool:
         """Prepare the gradients of ``optimizer``.
 
         Args:
