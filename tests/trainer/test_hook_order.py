@@ -413,7 +413,9 @@ def resume_in_mid_epoch(tmp_path: Path) -> None:
 @scenario
 def resume_nothing_left(tmp_path: Path) -> None:
     """Fit of one epoch from a checkpoint of its end: nothing is left to train."""
-    fit(tmp_path, ckpt_path=saved_after_an_epoch(tmp_path))
+    saved = saved_after_an_epoch(tmp_path)
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        fit(tmp_path, ckpt_path=saved)
 
 
 # ------------------------------------------------------------------------------------------------ other stages
