@@ -25,7 +25,7 @@ from treadle_fabric.resolve import build, resolve
 from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
-from treadle_fabric.setup.wrapped import engine_of, put_back, unwrap
+from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
 
@@ -385,7 +385,7 @@ class Fabric:
                 f"backward got a {type(tensor).__name__}, and needs the loss as a tensor. A float, such as .item() "
                 "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
-        engine = None if model is None else engine_of(model, "backward")
+        engine = None if model is None else given_engine(model, "backward")
         if self._plain_backward and not args and not kwargs:
             tensor.backward()  # type: ignore[no-untyped-call]
         else:
@@ -424,7 +424,7 @@ class Fabric:
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit >= 0:
             name = "clip_val" if max_norm is None else "max_norm"
             raise MisconfigurationException(f"clip_gradients({name}={limit!r}): must be a number of at least 0.")
-        engine = engine_of(module, "clip_gradients")
+        engine = given_engine(module, "clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, FabricOptimizer) else optimizer
         if max_norm is not None:
             return self._strategy.clip_gradients_norm(engine, inner, max_norm, norm_type, error_if_nonfinite)
@@ -448,7 +448,7 @@ class Fabric:
 
         Enter it around forward and backward of each micro-batch; ``enabled`` is False for the last of an accumulation.
         """
-        return self._strategy.no_backward_sync(engine_of(module, "no_backward_sync"), enabled)
+        return self._strategy.no_backward_sync(given_engine(module, "no_backward_sync"), enabled)
 
     # Communication
 

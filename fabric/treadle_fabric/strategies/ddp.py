@@ -27,6 +27,7 @@ from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
+from treadle_fabric.strategies.unwrapping import inside, plain_name, user_module
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["DDPStrategy"]
@@ -52,6 +53,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
     """
 
     requires_forward_redirect = True
+    fixes_parameters = True
 
     def __init__(
         self,
@@ -93,11 +95,6 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         if not engine.find_unused_parameters and not engine.static_graph:
             self._unchecked.append(weakref.ref(engine))
         return engine
-
-    def original(self, module: Module) -> Module:
-        if isinstance(module, DistributedDataParallel):
-            module = module.module
-        return module.module if isinstance(module, _MethodForward) else module
 
     def module_to_device(self, module: Module) -> None:
         module.to(self.root_device)
@@ -163,11 +160,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for reference in tuple(self._unchecked):
             engine = reference()
-            named = (
-                []
-                if engine is None
-                else [(n, p) for n, p in self.original(engine).named_parameters() if p.requires_grad]
-            )
+            named = [] if engine is None else _trained(engine)
             if engine is not None and not any(id(p) in stepped and p.grad is not None for _, p in named):
                 continue
             self._unchecked.remove(reference)
@@ -223,21 +216,32 @@ class _MethodForward(Module):
     def __init__(self, module: Module) -> None:
         super().__init__()
         self.module = module
-        self.trained = [name for name, p in module.named_parameters() if p.requires_grad]
+        self.trained = [name for name, _ in _trained(module)]
         self.number = next(_made)
         self.running = False
         self.backward_inside: bool | None = None
         """Whether the forward that runs had a backward pass in it; None where none ever had."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        method = kwargs.pop(METHOD_KEYWORD, "forward")
-        if method == "forward":
+        method = kwargs.pop(METHOD_KEYWORD, None)
+        if method is None:
             return self.module(*args, **kwargs)
         self.__dict__["running"] = True  # past Module.__setattr__, which is slow
         try:
-            return getattr(self.module, method)(*args, **kwargs)
+            return method(*args, **kwargs)
         finally:
             self.__dict__["running"] = False
+
+
+@inside.register
+def _(wrapper: _MethodForward) -> Module:
+    return wrapper.module
+
+
+def _trained(module: Module) -> list[tuple[str, Tensor]]:
+    """The parameters of the user's module that require a gradient, by the names that its user knows."""
+    own = user_module(module)
+    return [(plain_name(own, name), p) for name, p in own.named_parameters() if p.requires_grad]
 
 
 def _put_back_sync(engine: Any, inputs: Any, output: Any) -> None:

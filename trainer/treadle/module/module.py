@@ -16,7 +16,7 @@ from treadle.metrics.values import flatten_metrics
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_module_from_checkpoint
-from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike
+from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self._metrics: MetricSink = NOT_LOGGING
         self._toggled: dict[int, list[tuple[nn.Parameter, bool]]] = {}
         self._strict_loading: bool | None = None
+        self._compiled: nn.Module | None = None
 
     # ------------------------------------------------------------------------------------------------ where it runs
 
@@ -94,6 +95,15 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         for module in self.modules():
             if isinstance(module, LightningModule):
                 module.attach_metrics(metrics)
+
+    def _run_as(self, model: nn.Module) -> None:
+        """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
+        self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
+
+    @property
+    def _runs(self) -> nn.Module:
+        """What runs the steps under a trainer: this module, or its compiled form."""
+        return self if self._compiled is None else self._compiled
 
     def attach_metrics(self, metrics: MetricSink) -> None:
         """Set where :meth:`log` goes; the trainer calls this when a stage begins."""
@@ -468,6 +478,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
         )
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As every module's; names may be those of a compiled module where this one is not, and the reverse."""
+        return super().load_state_dict(names_in(self, state_dict), *args, **kwargs)
+
     def to_onnx(self, file_path: str | Path | Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
         """Export ``forward`` to ONNX.
 
@@ -496,7 +510,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING)  # a copy of the model is not a copy of its run
+        # a copy of the model is not a copy of its run
+        state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING, _compiled=None)
         return state
 
 

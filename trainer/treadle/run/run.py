@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from torch.nn import Module
+
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
@@ -15,7 +17,7 @@ from treadle.run.dispatch import Dispatch
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, FabricModule, FabricOptimizer
+from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, plain_name
 from treadle_fabric.loggers import Logger
 
 __all__ = ["ReadyRun", "Run"]
@@ -46,7 +48,7 @@ class Run:
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
         """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
-        found = list(self.module.named_modules())
+        found = [(plain_name(self.module, name), m) for name, m in self.module.named_modules()]
         return [m for _, m in found if hasattr(m, "compute_groups")], {n: m for n, m in found if is_metric(m)}
 
     def log_to(self, results: Results) -> Results:
@@ -88,3 +90,12 @@ class ReadyRun(Run):
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""
+
+    @property
+    def engine(self) -> Module:
+        """The strategy's engine, which runs the module."""
+        return engine_of(self.wrapped)
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """Return a method of the module for a hot loop: through the engine, in the precision."""
+        return method_of(self.wrapped, name)

@@ -11,7 +11,7 @@ from treadle.metrics.latest import Metrics
 from treadle.module import LightningModule
 from treadle.run.progress import FitProgress
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, move_data_to_device
+from treadle_fabric import Fabric, load_module_state, module_state, move_data_to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,7 @@ def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric,
     cpu = torch.device("cpu")
     return Outcome(
         result=result,
-        weights=move_data_to_device(dict(trainer.lightning_module.state_dict()), cpu),
+        weights=move_data_to_device(module_state(trainer.lightning_module), cpu),
         state=trainer.state,
         progress=trainer.fit_progress,
         metrics=trainer.metrics_on_cpu(),
@@ -56,7 +56,7 @@ def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric,
 
 def adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
     """Take over an outcome in the process that waited for it."""
-    module.load_state_dict(outcome.weights, strict=False)
+    load_module_state(module, outcome.weights, strict=False)
     trainer.take_outcome(module, outcome.state, outcome.progress, outcome.metrics, outcome.should_stop)
     for callback, copied in zip(trainer.callbacks, outcome.callbacks, strict=False):
         state = copied.pop("state")

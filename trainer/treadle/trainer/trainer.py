@@ -198,7 +198,7 @@ class Trainer:
         Ctrl-C ends the fit without an error: the call returns, and :attr:`interrupted` is True.
 
         Args:
-            model: the module.
+            model: the module, or ``torch.compile(module)``: its steps run compiled, and its hooks as they are.
             train_dataloaders: an iterable of batches, several of them, or a data module.
             val_dataloaders: an iterable of batches, or a list of them.
             datamodule: gives the loaders instead.
@@ -210,7 +210,7 @@ class Trainer:
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
         train_dataloaders, datamodule = preflight.split_datamodule(train_dataloaders, datamodule)
-        preflight.check_model(model, "fit")
+        model = preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
         self.should_stop = False
@@ -831,7 +831,7 @@ class Trainer:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
         session.run = ready = assembly.set_up(run, self._settings)
         if checkpoint is not None and late:
-            restore_weights(run, ready.wrapped.forward_module, checkpoint, self.callbacks, training=fitting)
+            restore_weights(run, ready.engine, checkpoint, self.callbacks, training=fitting)
         return ready, checkpoint
 
     # ------------------------------------------------------------------------------------------------ the stages
