@@ -96,22 +96,11 @@ class FabricModule(Module):
         parts.marked.add(name)
         self.__dict__[name] = _bind(parts, name, cast_output=True)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Switch the module, and the engine, to training or evaluation mode."""
-        result = self.__parts.module.train(*args, **kwargs)
-        _follow_mode(self.__parts)
-        return self if result is self.__parts.module else result
-
-    def eval(self, *args: Any, **kwargs: Any) -> Any:
-        """Switch the module, and the engine, to evaluation mode."""
-        result = self.__parts.module.eval(*args, **kwargs)
-        _follow_mode(self.__parts)
-        return self if result is self.__parts.module else result
-
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The user's module's; names may be those of a compiled module where this one is not, and the reverse."""
         module = self.__parts.module
-        return module.load_state_dict(names_in(module, state_dict), *args, **kwargs)
+        named = {key: names_in(module, value) for key, value in kwargs.items()}
+        return module.load_state_dict(*(names_in(module, value) for value in args), **named)
 
     def __reduce__(self) -> Any:
         # functions made for one engine must not be copied along with another
@@ -138,19 +127,11 @@ class FabricModule(Module):
             )
         _refuse_new_parameters(self.__parts, f"model.{name} = ...", (value,))
         setattr(self.__parts.module, name, value)
-        self.__rebind(name)
+        _mark_again(self, name)
 
     def __delattr__(self, name: str) -> None:
         delattr(self.__parts.module, name)
-        self.__rebind(name)
-
-    def __rebind(self, name: str) -> None:
-        """A marked method has become another one, or is gone."""
-        if name in self.__parts.marked:
-            self.__parts.marked.remove(name)
-            del self.__dict__[name]
-            if callable(getattr(self.__parts.module, name, None)):
-                self.mark_forward_method(name)
+        _mark_again(self, name)
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *dir(self.__parts.module)})
@@ -203,6 +184,16 @@ def _parts(module: FabricModule) -> _Parts:
 @inside.register
 def _(wrapper: FabricModule) -> Module:
     return _parts(wrapper).called
+
+
+def _mark_again(module: FabricModule, name: str) -> None:
+    """Bind a marked method anew, which has become another one or is gone."""
+    parts = _parts(module)
+    if name in parts.marked:
+        parts.marked.remove(name)
+        del module.__dict__[name]
+        if callable(getattr(parts.module, name, None)):
+            module.mark_forward_method(name)
 
 
 def _bind(parts: _Parts, name: str, *, cast_output: bool) -> Callable[..., Any]:
@@ -316,7 +307,7 @@ def _rewrap(engine: Module, strategy: Strategy, called: Module, marked: list[str
 
 def _forwarded(name: str) -> Callable[..., Any]:
     """A method that calls the user's module's, with what the caller passed and nothing else."""
-    adds, special = name in _ADDING, name.startswith("__")
+    adds, switches, special = name in _ADDING, name in ("train", "eval"), name.startswith("__")
 
     def method(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
         parts = _parts(self)
@@ -325,6 +316,8 @@ def _forwarded(name: str) -> Callable[..., Any]:
         if special:  # model == model compares the user's module with itself
             args = tuple(parts.module if each is self else each for each in args)
         result = getattr(parts.module, name)(*args, **kwargs)
+        if switches:
+            _follow_mode(parts)
         return self if result is parts.module else result
 
     known = getattr(Module, name, None)
