@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +99,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def _run_as(self, model: nn.Module) -> None:
         """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
+        if model is not self:
+            _keep_logging_out_of_graphs()
         self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
 
     @property
@@ -513,6 +516,13 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         # a copy of the model is not a copy of its run
         state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING, _compiled=None)
         return state
+
+
+@functools.cache
+def _keep_logging_out_of_graphs() -> None:
+    """Let compiled steps call ``log`` as it is: traced, every call is compiled anew, because what was logged grows."""
+    for name in ("log", "log_dict"):
+        setattr(LightningModule, name, torch.compiler.disable(getattr(LightningModule, name)))
 
 
 def _identity(optimizer: Optimizer) -> int:
