@@ -92,6 +92,7 @@ from treadle_fabric.strategies.unwrapping import (
     names_in,
     plain_name,
     user_module,
+    with_plain_names,
 )
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 
@@ -209,5 +210,6 @@ __all__ = [
     "suggests_arguments",
     "user_module",
     "warn_user",
+    "with_plain_names",
     "worker_init_function",
 ]

@@ -26,7 +26,7 @@ from treadle_fabric.setup.checks import check_loader, check_loggers, check_modul
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
-from treadle_fabric.strategies import Strategy
+from treadle_fabric.strategies import Strategy, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
 __all__ = ["Fabric"]
@@ -336,7 +336,9 @@ class Fabric:
         module = self._strategy.precision.convert_module(module)
         if any(each.is_meta for each in module.parameters()):
             if not self._strategy.initializes_on_meta:
-                name = next(name for name, each in module.named_parameters() if each.is_meta)
+                own = user_module(module)
+                named = with_plain_names(own, own.named_parameters())
+                name = next(name for name, each in named if each.is_meta)
                 raise MisconfigurationException(
                     f"The parameter {name!r} is on the meta device, so it has no values, and "
                     f"{type(self._strategy).__name__} does not make any. Give the module values first: "

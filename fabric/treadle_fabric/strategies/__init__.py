@@ -7,7 +7,7 @@ from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
-from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module
+from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "load_module_state",
     "module_state",
     "user_module",
+    "with_plain_names",
 ]
 
 for _strategy in (SingleDeviceStrategy, DDPStrategy):

@@ -27,7 +27,7 @@ from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
-from treadle_fabric.strategies.unwrapping import inside, plain_name, user_module
+from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["DDPStrategy"]
@@ -241,7 +241,7 @@ def _(wrapper: _MethodForward) -> Module:
 def _trained(module: Module) -> list[tuple[str, Tensor]]:
     """The parameters of the user's module that require a gradient, by the names that its user knows."""
     own = user_module(module)
-    return [(plain_name(own, name), p) for name, p in own.named_parameters() if p.requires_grad]
+    return [(name, p) for name, p in with_plain_names(own, own.named_parameters()) if p.requires_grad]
 
 
 def _put_back_sync(engine: Any, inputs: Any, output: Any) -> None:

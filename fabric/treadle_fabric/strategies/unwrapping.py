@@ -8,8 +8,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final, TypeVar
 
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +24,10 @@ __all__ = [
     "names_in",
     "plain_name",
     "user_module",
+    "with_plain_names",
 ]
+
+T = TypeVar("T")
 
 _COMPILED: Final = "_orig_mod"  # the name under which a compiled module holds the module that was compiled
 
@@ -95,6 +98,11 @@ def plain_name(module: Module, name: str) -> str:
             parts.append(part)
         owner = _children(owner).get(part)
     return ".".join(parts)
+
+
+def with_plain_names(module: Module, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """Give what ``module.named_parameters()``, for example, gives, with plain names."""
+    return ((plain_name(module, name), part) for name, part in named)
 
 
 def name_in(module: Module, name: str) -> str:

@@ -17,7 +17,7 @@ from treadle.checkpoint.elastic import part_of_rank, without_sums
 from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import name_in, plain_name, rank_zero_info
+from treadle_fabric import name_in, plain_name, rank_zero_info, with_plain_names
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
@@ -49,8 +49,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     gradients: dict[str, Tensor] = {}
     if within or not module.automatic_optimization:
-        named = {plain_name(module, name): p for name, p in module.named_parameters()}
-        gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None}
+        named = with_plain_names(module, module.named_parameters())
+        gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
     fabric, shared = run.fabric, {}
     if fabric.strategy.shards_parameters:
         shared["gradients"] = gradients  # each rank holds a part of what is one gradient, averaged over the ranks

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 OptimizerLRScheduler: TypeAlias = (
     Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
 )
+
+
+_OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
+    toggle_optimizer untoggle_optimizer""".split()
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -100,7 +104,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def _run_as(self, model: nn.Module) -> None:
         """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
         if model is not self:
-            _keep_logging_out_of_graphs()
+            _keep_run_out_of_graphs()
         self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
 
     @property
@@ -519,10 +523,11 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
 
 @functools.cache
-def _keep_logging_out_of_graphs() -> None:
-    """Let compiled steps call ``log`` as it is: traced, every call is compiled anew, because what was logged grows."""
-    for name in ("log", "log_dict"):
-        setattr(LightningModule, name, torch.compiler.disable(getattr(LightningModule, name)))
+def _keep_run_out_of_graphs() -> None:
+    """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
+    for name in _OF_THE_RUN:
+        plain = torch.compiler.disable(getattr(LightningModule, name))  # type: ignore[no-untyped-call]
+        setattr(LightningModule, name, plain)
 
 
 def _identity(optimizer: Optimizer) -> int:

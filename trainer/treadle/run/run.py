@@ -17,7 +17,7 @@ from treadle.run.dispatch import Dispatch
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, plain_name
+from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, with_plain_names
 from treadle_fabric.loggers import Logger
 
 __all__ = ["ReadyRun", "Run"]
@@ -48,7 +48,7 @@ class Run:
     @cached_property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
         """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
-        found = [(plain_name(self.module, name), m) for name, m in self.module.named_modules()]
+        found = list(with_plain_names(self.module, self.module.named_modules()))
         return [m for _, m in found if hasattr(m, "compute_groups")], {n: m for n, m in found if is_metric(m)}
 
     def log_to(self, results: Results) -> Results:
