@@ -351,12 +351,12 @@ class Fabric:
     def _wrap_module(self, engine: Module, module: Module) -> FabricModule:
         self._strategy.precision.guard_module(module)
         wrapped = FabricModule(engine, self._strategy, module)
-        user_module = wrapped.module
-        if hasattr(type(user_module), "fabric"):  # such as a LightningModule: it logs, and has hooks
-            user_module.fabric = self  # type: ignore[assignment]
-            if not any(callback is user_module for callback in self._callbacks):
-                self._callbacks.append(user_module)
-        self._modules.add(user_module)
+        own = wrapped.module
+        if _takes_fabric(type(own)):  # such as a LightningModule: it logs, and has hooks
+            own.fabric = self  # type: ignore[assignment]
+            if not any(callback is own for callback in self._callbacks):
+                self._callbacks.append(own)
+        self._modules.add(own)
         self.call("on_after_setup", fabric=self, module=wrapped)
         return wrapped
 
@@ -608,6 +608,12 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
         return self._launch(getattr(self, run.__name__), *args, **kwargs)
 
     return launched
+
+
+def _takes_fabric(cls: type[Module]) -> bool:
+    """Whether a module of this class gets the Fabric object; a method of that name, say, is the user's own."""
+    declared = getattr(cls, "fabric", None)
+    return declared.fset is not None if isinstance(declared, property) else hasattr(cls, "fabric") and not declared
 
 
 def _as_list(value: Any) -> list[Any]:

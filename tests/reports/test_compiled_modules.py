@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -340,6 +342,33 @@ def test_a_compiled_module_is_trained_by_hand(tmp_path: Path) -> None:
     _run(tmp_path, plain)
     assert run.global_step == 4
     assert torch.equal(module.layer.weight, plain.layer.weight)
+
+
+def test_a_copy_of_a_module_compiled_in_place_runs_its_own_weights() -> None:
+    model = Lit()
+    model.compile(backend="eager")
+    x = torch.ones(1, 4)
+    assert model(x).any()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not other(x).any()
+
+
+def _compiling(graph: Any, inputs: Any) -> Any:
+    Path("compiled").touch()
+    return graph
+
+
+def test_processes_that_the_trainer_starts_run_it_compiled(tmp_path: Path) -> None:
+    module = Lit()
+    before = module.layer.weight.clone()
+    run = trainer(tmp_path, devices=2, strategy="ddp_fork", enable_model_summary=True)
+    run.fit(compiled(module, _compiling), loader())
+    assert Path("compiled").exists()
+    assert not torch.equal(module.layer.weight, before)
+    assert run.global_step == 2
 
 
 def test_what_is_no_lightning_module_is_refused_by_its_name(tmp_path: Path) -> None:

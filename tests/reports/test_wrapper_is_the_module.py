@@ -274,6 +274,18 @@ def test_names_of_the_wrapper() -> None:
     assert model._original_module is net
 
 
+def test_names_that_setup_looks_for_may_be_the_users_own() -> None:
+    class Own(Net):
+        def forward_methods(self) -> str:
+            return "mine"
+
+        def fabric(self) -> str:
+            return "mine"
+
+    model = fabric().setup(Own())
+    assert (model.forward_methods(), model.fabric()) == ("mine", "mine")
+
+
 def test_a_marked_method_may_be_replaced() -> None:
     class Own(Net):
         def encode(self, x: Tensor) -> Tensor:

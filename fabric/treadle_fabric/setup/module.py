@@ -60,7 +60,8 @@ class FabricModule(Module):
         parts = _Parts(forward_module, strategy, called, user_module(called))
         self.__dict__[_PARTS] = parts
         self.__dict__[_RUN] = _bind(parts, "forward", cast_output=True)
-        for name in getattr(parts.module, "forward_methods", ()):
+        declared = getattr(type(parts.module), "forward_methods", ())  # a module may have something else by this name
+        for name in declared if isinstance(declared, tuple) else ():
             self.mark_forward_method(name)
 
     @property

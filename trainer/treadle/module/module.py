@@ -516,7 +516,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             self.train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call] # without what compile() made
         # a copy of the model is not a copy of its run
         state.update(_trainer=None, _fabric=None, _metrics=NOT_LOGGING, _compiled=None)
         return state

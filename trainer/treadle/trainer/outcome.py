@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Module
 
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningModule
 from treadle.run.progress import FitProgress
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, load_module_state, module_state, move_data_to_device
+from treadle_fabric import Fabric, load_module_state, module_state, move_data_to_device, user_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +38,19 @@ class Outcome:
     should_stop: bool
 
 
-def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
-    """Run a stage in a process of its own; return the outcome, with its tensors on the CPU."""
-    result = stage(*args)
+def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, model: Module, *args: Any) -> Outcome:
+    """Run a stage in a process of its own; return the outcome, with its tensors on the CPU.
+
+    Args:
+        trainer: The trainer.
+        stage: Takes the module, and ``args``.
+        fabric: The runtime; the trainer has it too.
+        model: The module, or its compiled form.
+        *args: For the stage.
+    """
+    module: Any = user_module(model)
+    module._run_as(model)  # sent here, a module has forgotten its compiled form
+    result = stage(module, *args)
     cpu = torch.device("cpu")
     return Outcome(
         result=result,

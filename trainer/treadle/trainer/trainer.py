@@ -782,13 +782,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ a run
 
-    def _launch(self, stage: Callable[..., Any], *args: Any) -> Any:
+    def _launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         if not self.strategy.launches_function:
             self.fabric.launch()
-            return stage(*args)
-        outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), *args)
-        adopt(self, args[0], outcome)
+            return stage(module, *args)
+        outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), module._runs, *args)
+        adopt(self, module, outcome)
         return outcome.result
 
     @contextmanager
