@@ -30,7 +30,6 @@ from treadle_fabric import (
 # torch.compile itself looks at the gradient of a loss that a step logs before it returns the loss.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
 
 

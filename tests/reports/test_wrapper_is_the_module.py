@@ -270,6 +270,8 @@ def test_names_of_the_wrapper() -> None:
     assert "module.weight" in model.state_dict()
     with pytest.raises(AttributeError, match=r"set model.module.module"):
         model.module = nn.Linear(1, 1)
+    with pytest.raises(AttributeError, match=r"set model.module.__class__"):
+        nn.utils.parametrizations.weight_norm(fabric().setup(nn.Linear(1, 1)))
     assert model._forward_module is net, "scripts for Lightning read this"
     assert model._original_module is net
 
@@ -403,6 +405,21 @@ def test_copies_have_the_special_methods_and_marks(precision: str) -> None:
         assert len(other) == 1
         assert other(torch.ones(1, 2)).dtype == torch.float32
         assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_torchs_tools_take_it_for_a_module() -> None:
+    net = Net()
+    model, x = fabric().setup(net), torch.ones(1, 3)
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert not torch.func.functional_call(model, zeros, (x,)).any()
+    assert torch.equal(nn.DataParallel(model)(x), net(x))
+    nn.utils.parametrizations.spectral_norm(model.layer)
+    model.eval()
+    assert torch.equal(model(x), net(x))
+    torch.optim.swa_utils.update_bn([x], model)
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(torch.zeros_like(vector), model.parameters())
+    assert not net(x).any()
 
 
 # DDP

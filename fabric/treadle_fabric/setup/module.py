@@ -143,7 +143,7 @@ class FabricModule(Module):
 
 _PARTS: Final = "_FabricModule__parts"
 _RUN: Final = "_FabricModule__run"
-_WRAPPERS_OWN: Final = frozenset({"module", "mark_forward_method"})
+_WRAPPERS_OWN: Final = frozenset({"module", "mark_forward_method", "__class__", "__dict__"})
 # Private names of Lightning's wrapper that scripts read; the user's module may have them too.
 _LIGHTNINGS: Final = {"_forward_module": "engine", "_original_module": "module", "_strategy": "strategy"}
 # Methods that give a module another parameter or submodule.

@@ -17,7 +17,7 @@ from treadle.metrics.values import flatten_metrics
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_module_from_checkpoint
-from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike, names_in
+from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -525,9 +525,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 @functools.cache
 def _keep_run_out_of_graphs() -> None:
     """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
-    for name in _OF_THE_RUN:
-        plain = torch.compiler.disable(getattr(LightningModule, name))  # type: ignore[no-untyped-call]
-        setattr(LightningModule, name, plain)
+    for cls, name in [(FabricOptimizer, "step"), *((LightningModule, name) for name in _OF_THE_RUN)]:
+        setattr(cls, name, torch.compiler.disable(getattr(cls, name)))  # type: ignore[no-untyped-call]
 
 
 def _identity(optimizer: Optimizer) -> int:
