@@ -438,11 +438,17 @@ def _under_ddp() -> None:
         lambda: model.register_module("late", nn.Linear(1, 1)),
         lambda: model.set_submodule("0", nn.Linear(2, 2)),
         lambda: model.__setitem__(0, nn.Linear(2, 2)),
+        lambda: model.append(nn.Linear(2, 2)),
+        lambda: model.extend([nn.Linear(2, 2)]),
+        lambda: model.insert(0, nn.Linear(2, 2)),
+        lambda: model.__iadd__(nn.Sequential(nn.Linear(2, 2))),
         lambda: setattr(model[0], "x", 1) or setattr(model, "deep", nn.Sequential(nn.Sequential(nn.Linear(1, 1)))),
     ):
         with pytest.raises(MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup"):
             add()
     assert not hasattr(net, "late")
+    model.append(nn.Identity())
+    del model[2]
     model.frozen = nn.Linear(1, 1).requires_grad_(False)
     model.again = model[0]  # is there already
     model.register_buffer("mean", torch.ones(1))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch.nn import Module, Parameter
+from torch.nn import Module, Parameter, Sequential
 
+from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
 from treadle_fabric.strategies.unwrapping import compiled_like, inside, layers_of, names_in, plain_name, user_module
@@ -117,7 +118,7 @@ class FabricModule(Module):
                 return getattr(parts, _LIGHTNINGS[name])
             raise
         if parts.strategy.requires_forward_redirect and getattr(value, "__self__", None) is parts.module:
-            return _refusing_forward(value, parts.module)
+            return _guarded(value, parts)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -126,7 +127,8 @@ class FabricModule(Module):
                 f"{name!r} is a name of the wrapper that setup returned, and cannot be set. For the attribute of your "
                 f"own module, set model.module.{name}."
             )
-        _refuse_new_parameters(self.__parts, f"model.{name} = ...", (value,))
+        if isinstance(value, (Module, Parameter)):
+            _refuse_new_parameters(self.__parts, f"model.{name} = ...", value)
         setattr(self.__parts.module, name, value)
         _mark_again(self, name)
 
@@ -241,18 +243,23 @@ def _through_engine(
     return call
 
 
-def _refusing_forward(method: Callable[..., Any], module: Module) -> Callable[..., Any]:
+def _guarded(method: Callable[..., Any], parts: _Parts) -> Callable[..., Any]:
     """An unmarked method, which may do anything but run the module with gradients that nobody would reduce."""
+    name = getattr(method, "__name__", repr(method))
+    adds = (
+        getattr(method, "__module__", "") == Sequential.__module__
+    )  # append, extend, update, ... of torch's containers
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        if adds:
+            _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
         if not torch.is_grad_enabled():
             return method(*args, **kwargs)
-        own = {id(m) for m in module.modules()}
+        own = {id(m) for m in parts.module.modules()}
 
         def refuse(called: Module, inputs: Any) -> None:
             if id(called) in own and torch.is_grad_enabled():
-                name = getattr(method, "__name__", repr(method))
                 raise MisconfigurationException(
                     f"The method {name!r} runs the forward pass of {type(called).__name__} outside the strategy's "
                     f"engine, so its gradients would not be reduced. Call model.mark_forward_method({name!r}) after "
@@ -268,19 +275,19 @@ def _refusing_forward(method: Callable[..., Any], module: Module) -> Callable[..
     return guarded
 
 
-def _refuse_new_parameters(parts: _Parts, what: str, values: Iterable[Any]) -> None:
+def _refuse_new_parameters(parts: _Parts, what: str, values: Any) -> None:
     """Refuse parameters whose gradients the engine would never reduce.
 
     Raises:
-        MisconfigurationException: ``values`` has parameters that require a gradient and are not the module's yet.
+        MisconfigurationException: ``values`` holds parameters, also of modules, that require a gradient and are not the
+            module's yet.
     """
     if not parts.strategy.fixes_parameters:
         return
     known = {id(p) for p in parts.module.parameters()}
-    for value in values:
-        given = value.named_parameters() if isinstance(value, Module) else [("", value)]
-        for name, parameter in given:
-            if isinstance(parameter, Parameter) and parameter.requires_grad and id(parameter) not in known:
+    for value in leaves(values, lambda each: isinstance(each, (Module, Parameter))):
+        for name, parameter in value.named_parameters() if isinstance(value, Module) else [("", value)]:
+            if parameter.requires_grad and id(parameter) not in known:
                 which = f"the parameter {plain_name(value, name)!r} of the new module" if name else "a new parameter"
                 raise MisconfigurationException(
                     f"{what} adds {which} after setup, and {type(parts.strategy).__name__} averages the gradients of "
@@ -313,7 +320,7 @@ def _forwarded(name: str) -> Callable[..., Any]:
     def method(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
         parts = _parts(self)
         if adds:
-            _refuse_new_parameters(parts, f"model.{name}(...)", (*args, *kwargs.values()))
+            _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
         if special:  # model == model compares the user's module with itself
             args = tuple(parts.module if each is self else each for each in args)
         result = getattr(parts.module, name)(*args, **kwargs)
