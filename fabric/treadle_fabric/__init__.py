@@ -91,6 +91,7 @@ from treadle_fabric.strategies.unwrapping import (
     name_in,
     names_in,
     plain_name,
+    uncompiled,
     user_module,
     with_plain_names,
 )
@@ -208,6 +209,7 @@ __all__ = [
     "shard_dataloader",
     "sized_len",
     "suggests_arguments",
+    "uncompiled",
     "user_module",
     "warn_user",
     "with_plain_names",

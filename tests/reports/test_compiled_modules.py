@@ -375,6 +375,8 @@ def test_what_is_no_lightning_module_is_refused_by_its_name(tmp_path: Path) -> N
         trainer(tmp_path).fit(compiled(Net()), loader())
     with pytest.raises(MisconfigurationException, match="set up by Fabric already"):
         trainer(tmp_path).fit(compiled(fabric().setup(Lit())), loader())
+    with pytest.raises(MisconfigurationException, match="the trainer wraps the module itself"):
+        trainer(tmp_path).fit(compiled(DataParallel(Lit())), loader())
 
 
 # DDP

@@ -23,6 +23,7 @@ __all__ = [
     "name_in",
     "names_in",
     "plain_name",
+    "uncompiled",
     "user_module",
     "with_plain_names",
 ]
@@ -70,6 +71,13 @@ def user_module(module: Module) -> Module:
     """
     *_, own = layers_of(module)
     return own
+
+
+def uncompiled(module: Any) -> Any:
+    """Return the module that ``torch.compile`` was given; ``module`` itself if it is not compiled."""
+    while _is_compiled(module):
+        module = module._modules[_COMPILED]
+    return module
 
 
 def compiled_like(module: Module, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,14 @@ from treadle.module.overriding import overrides
 from treadle.run.dispatch import check_hook_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
-from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn, user_module
+from treadle_fabric import (
+    MisconfigurationException,
+    is_wrapped,
+    rank_zero_info,
+    rank_zero_warn,
+    uncompiled,
+    user_module,
+)
 from treadle_fabric.data import CombinedLoader
 from treadle_fabric.strategies import Strategy
 
@@ -49,8 +56,7 @@ def check_model(model: Any, what: str) -> LightningModule:
     Raises:
         MisconfigurationException: it is no LightningModule, or its ``__init__`` does not call that of the base class.
     """
-    wrapped = is_wrapped(model)
-    module = user_module(model) if isinstance(model, torch.nn.Module) and not wrapped else None
+    module = uncompiled(model)
     if isinstance(module, LightningModule):
         if "_metrics" not in module.__dict__:
             raise MisconfigurationException(
@@ -61,17 +67,18 @@ def check_model(model: Any, what: str) -> LightningModule:
         return module
     if isinstance(model, type):
         hint = f"`{model.__name__}` is a class: pass an instance."
-    elif wrapped:
+    elif is_wrapped(model):
         hint = "it was set up by Fabric already: pass the module itself."
-    elif module is not None:
+    elif isinstance(user_module(module), LightningModule):
+        hint = "the trainer wraps the module itself, as `strategy` says: pass the module that is inside."
+    elif isinstance(module, torch.nn.Module):
         hint = (
             "a plain nn.Module has no `training_step`: derive from `treadle.LightningModule`, or use"
             " `treadle_fabric.Fabric`."
         )
     else:
         hint = "derive from `treadle.LightningModule`."
-    given = type(model if module is None else module).__name__
-    raise MisconfigurationException(f"Trainer.{what} got a model of type {given}; {hint}")
+    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
 
 
 def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
