@@ -81,10 +81,20 @@ from treadle_fabric.rank_zero import (
     warn_user,
 )
 from treadle_fabric.resolve import Plan, resolve
-from treadle_fabric.setup.module import FabricModule
+from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies import STRATEGY_REGISTRY, DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from treadle_fabric.strategies.unwrapping import (
+    load_module_state,
+    module_state,
+    name_in,
+    names_in,
+    plain_name,
+    uncompiled,
+    user_module,
+    with_plain_names,
+)
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 
 if _collects:
@@ -161,6 +171,7 @@ __all__ = [
     "collect_rng_states",
     "detect_environment",
     "end_run",
+    "engine_of",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -172,13 +183,19 @@ __all__ = [
     "is_wrapped",
     "isolate_rng",
     "leaves",
+    "load_module_state",
     "make_precision",
     "map_tensors",
+    "method_of",
+    "module_state",
     "move_data_to_device",
+    "name_in",
+    "names_in",
     "near_names",
     "newest_good",
     "on_rank_zero",
     "one_or_several",
+    "plain_name",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",
@@ -196,6 +213,9 @@ __all__ = [
     "shard_dataloader",
     "sized_len",
     "suggests_arguments",
+    "uncompiled",
+    "user_module",
     "warn_user",
+    "with_plain_names",
     "worker_init_function",
 ]

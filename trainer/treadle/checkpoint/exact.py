@@ -17,7 +17,7 @@ from treadle.checkpoint.elastic import part_of_rank, without_sums
 from treadle.data.training import TrainingData
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import rank_zero_info
+from treadle_fabric import name_in, plain_name, rank_zero_info, with_plain_names
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
@@ -49,7 +49,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None, *, accumulate: int) 
     within = bool(run.progress.batch % accumulate) and not run.progress.is_last_batch
     gradients: dict[str, Tensor] = {}
     if within or not module.automatic_optimization:
-        gradients = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
+        named = with_plain_names(module, module.named_parameters())
+        gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
     fabric, shared = run.fabric, {}
     if fabric.strategy.shards_parameters:
         shared["gradients"] = gradients  # each rank holds a part of what is one gradient, averaged over the ranks
@@ -125,11 +126,12 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
-        parameters[name].grad = placed_like(gradient, parameters[name])
+        parameter = parameters[name_in(module, name)]
+        parameter.grad = placed_like(gradient, parameter)
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():
-        buffers[name].copy_(buffer)
+        buffers[plain_name(module, name_in(module, name))].copy_(buffer)
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
@@ -147,7 +149,7 @@ def restore_metrics(run: Run, states: dict[str, Any]) -> None:
 def _buffers(module: Module) -> dict[str, Tensor]:
     """The buffers that a state dict has. They differ between ranks until DDP's next forward copies those of rank 0."""
     return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        plain_name(module, f"{prefix}.{name}" if prefix else name): buffer.detach()
         for prefix, part in module.named_modules()
         for name, buffer in part.named_buffers(recurse=False)
         if name not in part._non_persistent_buffers_set

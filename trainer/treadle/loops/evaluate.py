@@ -38,7 +38,7 @@ class Evaluation:
         step_name = f"{name}_step"
         self._step_name = step_name
         self._several = len(data.loaders) > 1
-        step, call = getattr(run.module, step_name), run.wrapped.method(step_name)
+        step, call = getattr(run.module, step_name), run.method(step_name)
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")

@@ -59,11 +59,11 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
     transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
     if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
-        wrapped, *stepped = fabric.setup(run.module, *_configure_optimizers(run))
+        wrapped, *stepped = fabric.setup(run.module._runs, *_configure_optimizers(run))
         ready = run.ready(wrapped=wrapped, transfer=transfer, loss=loss)
         _add_optimizers(ready, [each.optimizer for each in stepped])
         return ready
-    return run.ready(wrapped=fabric.setup_module(run.module), transfer=transfer, loss=loss)
+    return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss)
 
 
 def set_up_optimizers(run: ReadyRun) -> None:
