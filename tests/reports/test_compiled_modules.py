@@ -30,6 +30,7 @@ from treadle_fabric import (
 # torch.compile itself looks at the gradient of a loss that a step logs before it returns the loss.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning"),
 ]
 
 
