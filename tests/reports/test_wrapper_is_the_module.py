@@ -274,6 +274,8 @@ def test_names_of_the_wrapper() -> None:
         nn.utils.parametrizations.weight_norm(fabric().setup(nn.Linear(1, 1)))
     assert model._forward_module is net, "scripts for Lightning read this"
     assert model._original_module is net
+    assert model.forward_module is net
+    assert model.method("forward") is net
 
 
 def test_names_that_setup_looks_for_may_be_the_users_own() -> None:

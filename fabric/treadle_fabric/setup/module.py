@@ -114,9 +114,9 @@ class FabricModule(Module):
         try:
             value = getattr(parts.module, name)
         except AttributeError:
-            if name in _LIGHTNINGS:
-                return getattr(parts, _LIGHTNINGS[name])
-            raise
+            if name not in _GIVING_WAY:
+                raise
+            return _GIVING_WAY[name](self)
         if parts.strategy.requires_forward_redirect and getattr(value, "__self__", None) is parts.module:
             return _guarded(value, parts)
         return value
@@ -146,8 +146,6 @@ class FabricModule(Module):
 _PARTS: Final = "_FabricModule__parts"
 _RUN: Final = "_FabricModule__run"
 _WRAPPERS_OWN: Final = frozenset({"module", "mark_forward_method", "__class__", "__dict__"})
-# Private names of Lightning's wrapper that scripts read; the user's module may have them too.
-_LIGHTNINGS: Final = {"_forward_module": "engine", "_original_module": "module", "_strategy": "strategy"}
 # Methods that give a module another parameter or submodule.
 _ADDING: Final = frozenset(
     {"add_module", "register_module", "register_parameter", "set_submodule", "__setitem__", "__iadd__", "__imul__"}
@@ -182,6 +180,16 @@ def method_of(module: FabricModule, name: str) -> Callable[..., Any]:
 def _parts(module: FabricModule) -> _Parts:
     parts: _Parts = module.__dict__[_PARTS]
     return parts
+
+
+# Names that scripts look for in the wrapper, Lightning's private ones among them, unless the user's module has them.
+_GIVING_WAY: Final[dict[str, Callable[[FabricModule], Any]]] = {
+    "forward_module": engine_of,
+    "method": lambda module: functools.partial(method_of, module),
+    "_forward_module": engine_of,
+    "_original_module": lambda module: module.module,
+    "_strategy": lambda module: _parts(module).strategy,
+}
 
 
 @inside.register
