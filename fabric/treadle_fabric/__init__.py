@@ -54,6 +54,7 @@ from treadle_fabric.errors import (
     TreadleError,
     UnknownArgumentError,
     UnusedParametersError,
+    describe_error,
     near_names,
     suggests_arguments,
 )
@@ -169,6 +170,7 @@ __all__ = [
     "check_loss",
     "claim_failure",
     "collect_rng_states",
+    "describe_error",
     "detect_environment",
     "end_run",
     "engine_of",

@@ -37,6 +37,7 @@ __all__ = [
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
+    "describe_error",
     "near_names",
     "suggests_arguments",
 ]
@@ -93,6 +94,14 @@ class UnusedParametersError(TreadleError, RuntimeError):
 
 class NonFiniteError(TreadleError, ArithmeticError):
     """A loss or gradients are NaN or infinite, and ``on_nonfinite="raise"`` ends the run."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an exception's type and message, for a sentence: the type alone where there is no message."""
+    text = str(error).strip().rstrip(".")
+    if not text:
+        return type(error).__name__
+    return text if isinstance(error, TreadleError) else f"{type(error).__name__}: {text}"
 
 
 def near_names(name: str, known: Iterable[str], n: int = 3) -> str:

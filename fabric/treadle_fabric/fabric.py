@@ -554,13 +554,15 @@ class Fabric:
 
         Args:
             path: The path to write to.
-            state: A dict of models, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
-                Of a loader without a state, that of its dataset and sampler; loaders, samplers and datasets that have
-                none are left out, with a warning.
+            state: A dict of models, optimizers, other objects with a ``state_dict``, and values of any kind; may be
+                nested. Of a loader without a state, that of its dataset and sampler; loaders, samplers and datasets
+                that have none are left out, with a warning. A value that needs a pickle is kept apart, with a warning:
+                see ``weights_only`` of :meth:`load`.
             filter: For a name in ``state``, a function of an entry's name and value that returns whether to keep it.
 
         Raises:
-            CheckpointError: The file cannot be written; an earlier file of that name is intact.
+            CheckpointError: The file cannot be written, or a value cannot be pickled; an earlier file of that name is
+                intact.
             MisconfigurationException: ``state`` or ``filter`` are not as described here.
         """
         self._require_launch("save")
@@ -587,13 +589,15 @@ class Fabric:
 
         Args:
             path: The path to read.
-            state: A state as in :meth:`save`; plain values in it are replaced, and what has no state stays as it is.
-                Default: ``None``, restore nothing.
+            state: A state as in :meth:`save`; values in it are replaced, and what has no state stays as it is.
+                Dataclasses, enums and named tuples of the classes in it can be loaded. Default: ``None``, restore
+                nothing.
             strict: Refuse a file that lacks something in ``state``. Default: True.
             weights_only: ``False`` lets the file run code of its own; only for files you trust. Default: ``True``.
 
         Returns:
-            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None``.
+            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None``. In the place of
+            a value that needs a pickle is, unless ``weights_only=False``, an object whose use raises an error.
 
         Raises:
             CheckpointError: The file is missing, damaged or unsafe, or does not fit ``state``.

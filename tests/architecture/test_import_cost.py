@@ -23,6 +23,7 @@ HEAVY = [
     "matplotlib",
     "mlflow",
     "multiprocessing.managers",
+    "omegaconf",
     "pandas",
     "pytorch_lightning",
     "rich",

@@ -415,7 +415,7 @@ def test_loaders_are_asked_for_anew_every_n_epochs(tmp_path: Path) -> None:
             return loader(2)
 
     trainer(tmp_path, max_epochs=4, reload_dataloaders_every_n_epochs=2).fit(Net(), datamodule=Data())
-    assert asked == ["val", "train", "val", "train"]
+    assert asked == ["val", "train", "train", "val"], "validation loaders when the epoch validates"
 
 
 def test_an_error_is_raised_unchanged_after_everybody_heard_of_it(tmp_path: Path) -> None:

@@ -31,12 +31,13 @@ from treadle_fabric import (
     CheckpointMismatchError,
     MisconfigurationException,
     PathLike,
-    TorchCheckpointIO,
+    describe_error,
     isolate_rng,
     move_data_to_device,
     near_names,
     with_plain_names,
 )
+from treadle_fabric.checkpoint import TorchCheckpointIO, known_classes, unpack
 from treadle_fabric.randomness import set_rng_states
 
 __all__ = ["Replay", "replay"]
@@ -102,6 +103,7 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
         )
     with isolate_rng(), _flags(bundle):
         cls = _find(bundle["class"], where)
+        bundle = unpack(bundle, "the replay file", classes=known_classes(cls))
         module = _make(cls, bundle)
         kind = bundle["device"]
         here = kind == "cpu" or getattr(torch, kind if kind in ("cuda", "mps") else "cpu").is_available()
@@ -187,10 +189,11 @@ def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
 
 def _make(cls: type[LightningModule], bundle: dict[str, Any]) -> LightningModule:
     try:
-        return instantiate(cls, dict(bundle["hyper_parameters"]), bundle.get("hparams_name"), {})
+        whole = bundle.get("hparams_object")
+        return instantiate(cls, dict(bundle["hyper_parameters"]), bundle.get("hparams_name"), whole, {})
     except Exception as error:
         raise MisconfigurationException(
-            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {error} Call"
+            f"{cls.__qualname__} could not be made with the hyper-parameters in the file: {describe_error(error)}. Call"
             " `self.save_hyperparameters()` in __init__, or give with --module a class that needs no arguments."
         ) from error
 

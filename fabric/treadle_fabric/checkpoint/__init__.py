@@ -4,11 +4,13 @@ Start with ``io.py``, the interface; ``torch_io.py``, ``distributed_io.py`` and 
 the bottom: ``seal.py`` and ``archive.py`` check a file without running anything in it; ``folder/`` has the layout of a
 folder and its manifest; ``torch_file.py`` writes and reads one file, ``distributed/`` one folder; ``reading.py`` reads
 the one or the other, and ``newest.py`` lists the checkpoints in a folder. ``per_rank.py`` marks values that each rank
-has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor. Imports only the foundation.
+has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor. ``values/`` makes values of any kind
+plain for a file, and turns them back. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
-``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names; ``PerRank``,
-``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common.
+``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and
+``shortened`` make them; ``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in
+common; ``pack`` and ``unpack`` are for values of any kind, and ``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
@@ -16,28 +18,44 @@ from treadle_fabric.checkpoint.distributed.loading import placed_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
+from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
 from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
 from treadle_fabric.checkpoint.reading import read_outline
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
+from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
+from treadle_fabric.checkpoint.values.packing import Keeping, pack
+from treadle_fabric.checkpoint.values.structures import classes_in_state, known_classes
+from treadle_fabric.checkpoint.values.unpacking import pickled_in, unpack
 
 __all__ = [
+    "NAME_BYTES",
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
+    "Keeping",
+    "NotLoaded",
     "PerRank",
     "TorchCheckpointIO",
     "checkpoints_in",
+    "classes_in_state",
+    "error_of",
     "fingerprint",
+    "hidden_beside",
+    "known_classes",
     "link_folder",
     "names_of",
     "newest_good",
+    "pack",
     "parts_on_demand",
+    "pickled_in",
     "placed_like",
     "put_in_place",
     "read_outline",
+    "shortened",
     "size_of",
+    "unpack",
     "written_at",
 ]

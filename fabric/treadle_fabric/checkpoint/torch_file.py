@@ -11,7 +11,6 @@ import errno
 import io
 import os
 import pickle
-import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -27,6 +26,7 @@ from treadle_fabric.checkpoint.archive import (
     weights_only_reason,
 )
 from treadle_fabric.checkpoint.folder.layout import is_sharded, refuse_foreign
+from treadle_fabric.checkpoint.folder.names import check_name, hidden_beside
 from treadle_fabric.checkpoint.folder.placing import put_in_place
 from treadle_fabric.checkpoint.seal import seal
 from treadle_fabric.errors import (
@@ -53,6 +53,7 @@ _REMEDIES = {
     errno.ENOENT: "Keep the folder in place while the run saves to it.",
     errno.EEXIST: "A part of the path is a file: choose a path whose parents are folders.",
     errno.ENOTDIR: "A part of the path is a file: choose a path whose parents are folders.",
+    errno.ENAMETOOLONG: "Shorten the name: it may take 255 bytes, and in UTF-8 a letter outside ASCII takes 2 to 4.",
     errno.EISDIR: "A folder of that name is in the way: remove it, or choose another name.",
 }
 
@@ -92,10 +93,11 @@ def _save_local(checkpoint: dict[str, Any], path: str) -> None:
     if os.path.isdir(path) and not is_sharded(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     path = os.path.abspath(path)
+    check_name(path)
     refuse_foreign(path)
-    folder, name = os.path.split(path)
+    folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    temporary = hidden_beside(path, "tmp")
     try:
         _write(checkpoint, folder, temporary)
         put_in_place(temporary, path)
@@ -141,7 +143,7 @@ def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
     if protocols & _STORES_WITH_ATOMIC_PUT:
         fs.pipe_file(path, buffer.getvalue())
         return
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = hidden_beside(path, "tmp")
     try:
         fs.pipe_file(temporary, buffer.getvalue())
         fs.mv(temporary, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from treadle_fabric.errors import CheckpointError, TreadleError
+from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
 
 __all__ = ["Ranked", "on_rank_zero"]
 
@@ -48,7 +48,7 @@ def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
             result = action()
         except Exception as e:
             kind = CheckpointError if isinstance(e, CheckpointError | OSError) else TreadleError
-            error, trouble = e, (kind, f"Rank 0 {failure}: {e}")
+            error, trouble = e, (kind, f"Rank 0 {failure}: {str(e) or describe_error(e)}")
     result, trouble = strategy.broadcast((result, trouble))
     if error is not None:
         raise error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle_fabric.batches import move_data_to_device
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, describe_error
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
 from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder
@@ -182,7 +182,9 @@ class TensorBoardLogger(FolderLogger):
                 model.eval()  # tracing runs the model, and must not change batch statistics
                 self.experiment.add_graph(model, inputs)
         except Exception as e:
-            rank_zero_warn(f"The graph of {type(model).__qualname__} was not logged, it cannot be traced: {e}")
+            rank_zero_warn(
+                f"The graph of {type(model).__qualname__} was not logged, it cannot be traced: {describe_error(e)}"
+            )
         finally:
             for module, training in modes.items():
                 module.training = training

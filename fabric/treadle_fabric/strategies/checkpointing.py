@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.checkpoint import PerRank
+from treadle_fabric.attribute_dict import AttributeDict
+from treadle_fabric.checkpoint import Keeping, PerRank, classes_in_state, pack, unpack
 from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import gather_objects, on_rank_zero
-from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException, near_names
+from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
+from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.types import PathLike
 
 __all__ = ["CheckpointingStrategy"]
 
 Filter = Callable[[str, Any], bool]
+_LATER: Final = (
+    "Loading these values will need `fabric.load(..., weights_only=False)`. For a dataclass, an enum or a named tuple "
+    "it is enough that `state` has one of its class in its place."
+)
+_LATER_IN_TRAINER: Final = (
+    "To get these values, resuming and loading will need `fit(..., weights_only=False)` and "
+    "`load_from_checkpoint(..., weights_only=False)`. A hyper-parameter can be passed to `load_from_checkpoint` as an "
+    "argument instead; a dataclass, an enum or a named tuple needs no pickle if the argument of `__init__` is "
+    "annotated with its class."
+)
+_SHOWN: Final = 12
+_told: MutableMapping[Strategy, set[tuple[str, str]]] = WeakKeyDictionary()
+"""What each strategy has said about values that a default load does not give."""
 
 
 class CheckpointingStrategy(Strategy):
@@ -29,23 +45,45 @@ class CheckpointingStrategy(Strategy):
         state: dict[str, Any],
         storage_options: Any | None = None,
         filter: dict[str, Filter] | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)
-        content = {key: _plain(self, value) for key, value in state.items()}
+        content = {key: _plain(self, value, keeping is None) for key, value in state.items()}
         for key, keep in filters.items():
             content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
-        io = self.checkpoint_io
-        if io.sharded:
-            io.save_checkpoint(content, path, storage_options)
-            return
 
         def write() -> None:  # without a result: what a user's CheckpointIO returns need not be something to send
-            io.save_checkpoint(content, path, storage_options)
+            self.checkpoint_io.save_checkpoint(self._packed(content, path, keeping), path, storage_options)
 
-        on_rank_zero(self, write, f"could not write {str(path)!r}")
+        if self.checkpoint_io.sharded:
+            write()
+        else:
+            on_rank_zero(self, write, f"could not write {str(path)!r}")
+
+    def _packed(self, content: dict[str, Any], path: PathLike, keeping: Keeping | None) -> dict[str, Any]:
+        """The content in plain values; what does not come back from a default load is told, once."""
+        try:
+            packed = pack(content, keeping or Keeping())
+        except CheckpointError as e:
+            raise CheckpointError(f"The checkpoint {str(path)!r} was not written: {e}") from e
+        told = _told.setdefault(self, set())
+        pickled, left_out = (_news(found, told) for found in (packed.pickled, packed.left_out))
+        if pickled:
+            rank_zero_warn(
+                f"{pickled}: such values are kept pickled, in a part of the checkpoint that only an explicit "
+                "`weights_only=False` reads, because unpickling can run code. Everything else loads without it. "
+                + (_LATER if keeping is None else _LATER_IN_TRAINER)
+            )
+        if left_out:
+            rank_zero_warn(
+                f"{left_out}: such values cannot be pickled, and are left out of the checkpoint. Pass a "
+                "hyper-parameter to `load_from_checkpoint` as an argument, or leave it out with "
+                "`save_hyperparameters(ignore=...)`; make other values anew when you load."
+            )
+        return packed.content
 
     def load_checkpoint(
         self,
@@ -53,6 +91,7 @@ class CheckpointingStrategy(Strategy):
         state: Module | Optimizer | dict[str, Any] | None = None,
         strict: bool = True,
         weights_only: bool | None = None,
+        classes: Collection[type] = (),
     ) -> dict[str, Any]:
         """Every rank reads the file."""
         if isinstance(state, Mapping) and not state:
@@ -62,6 +101,9 @@ class CheckpointingStrategy(Strategy):
         if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
             on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
         content: Any = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        if isinstance(content, dict):
+            known = {*classes, *classes_in_state(state)}
+            content = unpack(content, str(path), weights_only=weights_only, map_location="cpu", classes=known)
         if state is None:
             return dict(content) if isinstance(content, dict) else content
         if isinstance(state, (Module, Optimizer)):
@@ -129,29 +171,38 @@ def _is_stateful(value: Any) -> bool:
     )
 
 
-def _plain(strategy: Strategy, value: Any) -> Any:
-    """State dicts in place of the objects; a container without any stays the same object."""
+def _news(found: dict[str, str], told: set[tuple[str, str]]) -> str:
+    """What was not told yet, as text."""
+    new = [(place, kind) for place, kind in found.items() if (place, kind) not in told]
+    told.update(new)
+    more = f" and {len(new) - _SHOWN} more" if len(new) > _SHOWN else ""
+    return ", ".join(f"{place} ({kind})" for place, kind in new[:_SHOWN]) + more
+
+
+def _plain(strategy: Strategy, value: Any, stateful: bool) -> Any:
+    """The value with the values of all ranks gathered and, if asked, state dicts in the place of ``stateful`` objects.
+
+    A container in which nothing changes is the same object.
+    """
     if isinstance(value, PerRank):
-        mine = _plain(strategy, value.value)
+        mine = _plain(strategy, value.value, stateful)
         return PerRank(mine) if strategy.checkpoint_io.sharded else gather_objects(strategy, mine)
-    if isinstance(value, Module):
-        return strategy.get_module_state_dict(value)
-    if isinstance(value, Optimizer):
-        return strategy.get_optimizer_state(value)
-    if _is_stateful(value):
-        return value.state_dict()
+    if stateful:
+        if isinstance(value, Module):
+            return strategy.get_module_state_dict(value)
+        if isinstance(value, Optimizer):
+            return strategy.get_optimizer_state(value)
+        if _is_stateful(value):
+            return value.state_dict()
     if isinstance(value, dict):
-        new = {k: _plain(strategy, v) for k, v in value.items()}
-        # not even an AttributeDict is loaded with weights_only=True
-        return value if _is_builtin(value) and all(new[k] is v for k, v in value.items()) else new
+        new = {k: _plain(strategy, v, stateful) for k, v in value.items()}
+        if all(new[k] is v for k, v in value.items()):
+            return value
+        return AttributeDict(new) if type(value) is AttributeDict else new
     if type(value) is list or type(value) is tuple:
-        items = [_plain(strategy, v) for v in value]
+        items = [_plain(strategy, v, stateful) for v in value]
         return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
     return value
-
-
-def _is_builtin(value: dict[Any, Any]) -> bool:
-    return type(value).__module__ in ("builtins", "collections")
 
 
 def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: Any, strict: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
-from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, TorchCheckpointIO
+from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, Keeping, TorchCheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.launchers import Launcher
@@ -78,6 +78,8 @@ class Strategy(ABC):
     """The engine clips gradients in its step, as it was configured."""
     owns_optimizer_step: ClassVar[bool] = False
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
+    allows_inference_mode: ClassVar[bool] = True
+    """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     runs_whole_batch: ClassVar[bool] = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
 
@@ -431,14 +433,17 @@ class Strategy(ABC):
         state: dict[str, Any],
         storage_options: Any | None = None,
         filter: dict[str, Callable[[str, Any], bool]] | None = None,
+        keeping: Keeping | None = None,
     ) -> None:
         """Write a state; every process must call this.
 
         Args:
             path: Where to. Rank 0's counts.
-            state: Modules, optimizers, other objects with a ``state_dict``, and plain values; may be nested.
+            state: Modules, optimizers, other objects with a ``state_dict``, and values of any kind; may be nested.
             storage_options: For the checkpoint IO.
             filter: For a key of ``state``, which of its entries to keep, by name and value.
+            keeping: How values are kept, of a state that is a checkpoint already: modules and optimizers in it are
+                values, too. Default: the state is a user's, and the state dicts of its modules and optimizers are kept.
         """
 
     @abstractmethod
@@ -448,6 +453,7 @@ class Strategy(ABC):
         state: Module | Optimizer | dict[str, Any] | None = None,
         strict: bool = True,
         weights_only: bool | None = None,
+        classes: Collection[type] = (),
     ) -> dict[str, Any]:
         """Read a state and restore it in place.
 
@@ -456,6 +462,7 @@ class Strategy(ABC):
             state: What to restore; plain values in it are replaced. ``None``: restore nothing.
             strict: Refuse a file that lacks something in ``state``.
             weights_only: Only an explicit ``False`` lets the file run code of its own.
+            classes: The dataclasses, enums and named tuples that values may be of; those in ``state`` are known.
 
         Returns:
             The entries of the file that ``state`` has not; all of them if ``state`` is ``None``.

@@ -292,6 +292,7 @@ def test_double_precision_keeps_its_digits(tmp_path: Path) -> None:
     run = trainer(tmp_path, precision="64-true", max_epochs=2)
     run.fit(model, loader())
     run.save_checkpoint(tmp_path / "double.ckpt")
-    trainer(tmp_path, precision="64-true", max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "double.ckpt")
+    with pytest.warns(UserWarning, match="nothing is left to do"):
+        trainer(tmp_path, precision="64-true", max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "double.ckpt")
     assert model.layer.weight.dtype is torch.float64
     assert torch.equal(model.layer.weight, again.layer.weight)

@@ -847,12 +847,6 @@ def test_other_options_the_second_time_are_refused(fit: Any) -> None:
     raises(fit, log, "'x'.*twice in `training_step` with different options")
 
 
-def test_without_loader_names_the_second_loader_is_refused(evaluate: Any) -> None:
-    module = net(eval_logs=lambda self, b, i, d: self.log("x", 1.0, add_dataloader_idx=False))
-    with pytest.raises(L.MisconfigurationException, match="'x', add_dataloader_idx=False.*own name"):
-        evaluate(module, [loader(2, 1), loader(2, 1)])
-
-
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_of_complex_numbers_the_real_part_counts(tmp_path: Path) -> None:
     class Complex(Net):

@@ -176,7 +176,7 @@ class Callback:
         """The run is ending with an exception, KeyboardInterrupt included."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this callback: tensors and plain containers. Default: nothing."""
+        """Return what a checkpoint keeps of this callback, best without what needs a pickle. Default: nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric import CheckpointError, rank_zero_warn
+from treadle.stages import RunningStage
+from treadle_fabric import CheckpointError, describe_error, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Checkpoint", "tolerated"]
+__all__ = ["Checkpoint", "end_of_training", "has_trained", "tolerated"]
 
 
 class Checkpoint(Callback):
@@ -20,6 +21,21 @@ class Checkpoint(Callback):
 
     monitors: ClassVar[bool] = True
     call_order: ClassVar[int] = 1
+
+
+def has_trained(trainer: Trainer) -> bool:
+    """Tell whether a fit has come to its first batch: before that, the state is only what the fit began with."""
+    training = trainer.state.fn == "fit" and trainer.state.stage not in (None, RunningStage.SANITY_CHECKING)
+    return training and (trainer.fit_progress.begun or trainer.fit_progress.batches > 0)
+
+
+def end_of_training(exception: BaseException) -> str:
+    """Return a sentence that says how an exception ended training."""
+    if isinstance(exception, KeyboardInterrupt):
+        return "Ctrl-C ended training."
+    if isinstance(exception, SystemExit):
+        return f"The program ended in training, with the exit status {exception.code}."
+    return f"An error ended training: {describe_error(exception)}."
 
 
 @contextmanager

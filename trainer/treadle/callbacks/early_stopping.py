@@ -147,15 +147,17 @@ class EarlyStopping(Callback):
                     raise MisconfigurationException(
                         f"{self._metric.missing(metrics)} Log it, monitor another, or pass strict=False."
                     )
-                rank_zero_warn(f"{self._metric.missing(metrics)} Early stopping does nothing without it.")
+                if self._metric.first_missing():
+                    rank_zero_warn(f"{self._metric.missing(metrics)} Early stopping does nothing without it.")
             return
         reason, message = self._judge(current)
         if reason:
-            message += " Signaling Trainer to stop."
+            told = trainer.should_stop and reason == self.stopping_reason  # and min_epochs, say, is not reached yet
+            message = "" if told else f"{message} Signaling Trainer to stop."
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason = reason
-            self.stopping_reason_message = message
+            self.stopping_reason_message = message or self.stopping_reason_message
         if message and (reason or self.verbose):
             self._print(trainer, message)
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from treadle.callbacks.checkpoint import Checkpoint, tolerated
+from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained, tolerated
 from treadle.callbacks.checkpoints.links import link_checkpoint
-from treadle.callbacks.checkpoints.names import check_template, fill_template
+from treadle.callbacks.checkpoints.names import check_template, fill_template, with_ending
 from treadle.callbacks.checkpoints.paths import absolute, default_folder, path_exists, remove_replaced, warn_if_in_use
 from treadle.callbacks.checkpoints.ranking import Ranking
 from treadle.callbacks.checkpoints.triggers import SaveTriggers
@@ -22,6 +22,7 @@ from treadle_fabric import (
     MisconfigurationException,
     PathLike,
     check_integer,
+    describe_error,
     on_rank_zero,
     rank_zero_info,
     rank_zero_warn,
@@ -43,6 +44,12 @@ def _metrics_of(trainer: Trainer) -> dict[str, Any]:
     return metrics
 
 
+def _trained(trainer: Trainer) -> tuple[int, int]:
+    """Return the number of optimizer steps and, in a run that makes no steps, the number of batches."""
+    step = trainer.global_step
+    return step, 0 if step else trainer.fit_progress.batches
+
+
 class _InRanking(Generic[T]):
     """A public attribute of :class:`ModelCheckpoint` that is a field of its ranking; to set it replaces the ranking."""
 
@@ -61,8 +68,8 @@ class _LastSave:
     """The newest file that this callback wrote, or has given to a background thread to write."""
 
     path: str = ""
-    step: int = 0
-    """The number of optimizer steps that had been made."""
+    at: tuple[int, int] | None = None
+    """What had been trained, as :func:`_trained` tells; None: nothing has been saved."""
     announced: bool = True
     """Whether the loggers know of the file."""
     settled: Ranking | None = None
@@ -217,7 +224,7 @@ class ModelCheckpoint(Checkpoint):
         if self._restored:
             self._forget_missing_files(trainer)
         else:
-            self._pending, self._last = False, replace(self._last, step=0)
+            self._pending, self._last = False, replace(self._last, at=None)
         self._triggers.start(trainer.fabric, trainer.global_step)
 
     def on_train_batch_end(
@@ -241,6 +248,8 @@ class ModelCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the epochs for which their end decides, and what still waits for a metric."""
         self._metric.epoch_ended = True
+        if self._triggers.every_n_train_steps and self._triggers.fires(trainer.global_step):  # by a step in this hook
+            self._pending |= not self._skips(trainer)
         self._save_if_due(trainer, at_epoch_end=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -256,7 +265,8 @@ class ModelCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state as it is, if ``save_on_exception`` asks for it."""
-        if not self.save_on_exception or self.dirpath is None or self._skips(trainer):
+        trained = has_trained(trainer) and trainer.fit_progress.batches > 0
+        if not self.save_on_exception or self.dirpath is None or not trained or self._skips(trainer):
             return
         metrics = _metrics_of(trainer)
         try:
@@ -269,16 +279,16 @@ class ModelCheckpoint(Checkpoint):
                 self._save_last(trainer)
                 self._remove(trainer, [previous])
         except Exception as error:  # the exception that ends the run is the one to report
-            rank_zero_warn(f"ModelCheckpoint could not save on {type(exception).__name__}: {error}")
+            rank_zero_warn(f"{end_of_training(exception)} ModelCheckpoint could not save: {describe_error(error)}")
         else:
-            rank_zero_info(f"{type(exception).__name__}: {exception}. The state was saved as {path!r}.")
+            rank_zero_info(f"{end_of_training(exception)} The state was saved as {path!r}.")
 
     def _skips(self, trainer: Trainer) -> bool:
         return (
             bool(trainer.fast_dev_run)
             or trainer.state.fn != "fit"
             or trainer.sanity_checking
-            or self._last.step == trainer.global_step
+            or self._last.at == _trained(trainer)
         )
 
     def _save_if_due(self, trainer: Trainer, at_epoch_end: bool) -> None:
@@ -394,7 +404,7 @@ class ModelCheckpoint(Checkpoint):
         def link() -> bool:
             return link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=after_saves)
 
-        just_saved = last.step == trainer.global_step and last.path not in ("", path)
+        just_saved = last.at == _trained(trainer) and last.path not in ("", path)
         if not (just_saved and on_rank_zero(trainer.strategy, link, f"could not link {path!r}")):
             self._write(trainer, path, self._ranking)
 
@@ -404,7 +414,7 @@ class ModelCheckpoint(Checkpoint):
         """Write a checkpoint that knows of itself: ``ranking`` is in it, and stays if the write succeeds."""
         before = self._ranking, self._last
         self._ranking = ranking
-        self._last = replace(self._last, path=path, step=trainer.global_step, announced=False)
+        self._last = replace(self._last, path=path, at=_trained(trainer), announced=False)
         try:
             trainer.save_checkpoint(path, self.save_weights_only)
         except BaseException:
@@ -436,8 +446,9 @@ class ModelCheckpoint(Checkpoint):
         template = filename or self.filename or f"{{epoch}}{join}{{step}}"
         check_template(template)
         name = fill_template(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
-        name = join.join(part for part in (prefix, name, f"v{ver}" if ver is not None else None) if part)
-        name += self.FILE_EXTENSION
+        name = join.join(part for part in (prefix, name) if part)
+        version = f"{join}v{ver}" if ver is not None else ""
+        name = with_ending(name, version + self.FILE_EXTENSION)
         return os.path.join(self.dirpath, name) if self.dirpath else name
 
     def file_exists(self, filepath: PathLike, trainer: Trainer) -> bool:
@@ -496,7 +507,7 @@ class ModelCheckpoint(Checkpoint):
             "kth_value": self.kth_value,
             "last_model_path": self.last_model_path,
             "pending": self._pending,
-            "last_global_step_saved": self._last.step,
+            "last_global_step_saved": self._last.at[0] if self._last.at else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -506,7 +517,8 @@ class ModelCheckpoint(Checkpoint):
             self.dirpath = None
         if self.dirpath in (None, folder):  # None: not settled yet
             self._ranking = self._ranking.restored(state_dict)
-            self._last = _LastSave(step=state_dict.get("last_global_step_saved", 0))
+            step = state_dict.get("last_global_step_saved")
+            self._last = _LastSave(at=None if step is None else (step, 0))
             self._pending, self._restored = state_dict.get("pending", False), True
             return
         rank_zero_warn(

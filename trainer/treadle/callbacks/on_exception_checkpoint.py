@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from treadle.callbacks.checkpoint import Checkpoint
+from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained
+from treadle.callbacks.checkpoints.names import check_length
 from treadle.callbacks.checkpoints.paths import path_exists
-from treadle_fabric import MisconfigurationException, PathLike, rank_zero_info, rank_zero_warn
+from treadle_fabric import MisconfigurationException, PathLike, describe_error, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -23,7 +24,7 @@ class OnExceptionCheckpoint(Checkpoint):
         filename: the name of the checkpoint, without extension.
 
     Raises:
-        MisconfigurationException: ``filename`` is empty.
+        MisconfigurationException: ``filename`` is empty, or too long for a file system.
     """
 
     FILE_EXTENSION = ".ckpt"
@@ -34,6 +35,7 @@ class OnExceptionCheckpoint(Checkpoint):
             raise MisconfigurationException(
                 "OnExceptionCheckpoint(filename=''): the file needs a name, such as the default 'on_exception'."
             )
+        check_length(filename, f"OnExceptionCheckpoint(filename={filename!r})")
         self.dirpath = os.fspath(dirpath)
         self.filename = filename
         self._saved = False
@@ -49,15 +51,17 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the state, in place of an earlier checkpoint."""
-        if trainer.state.fn != "fit" or trainer.fast_dev_run:
+        if not has_trained(trainer) or trainer.fast_dev_run:
             return
         try:
             trainer.save_checkpoint(self.ckpt_path)
         except Exception as error:  # the exception that ends the run is the one to report
-            rank_zero_warn(f"OnExceptionCheckpoint could not save on {type(exception).__name__}: {error}")
+            rank_zero_warn(
+                f"{end_of_training(exception)} OnExceptionCheckpoint could not save: {describe_error(error)}"
+            )
             return
         self._saved = True
-        rank_zero_info(f"{type(exception).__name__}: the state was saved as {self.ckpt_path!r}.")
+        rank_zero_info(f"{end_of_training(exception)} The state was saved as {self.ckpt_path!r}.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the checkpoint of an earlier run when training ended well: it is of no use any more."""

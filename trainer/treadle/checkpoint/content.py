@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from enum import Enum
-from pathlib import PurePath
 from typing import Any, Final
-
-import torch
-from torch import Tensor
 
 from treadle.callbacks.callback import Callback
 from treadle.module import LightningDataModule
 from treadle.module.overriding import overrides
 from treadle.run.progress import FitProgress, Phase
-from treadle.run.run import ReadyRun
-from treadle_fabric import rank_zero_warn
+from treadle.run.run import ReadyRun, Run
+from treadle_fabric.checkpoint import Keeping, known_classes
 
-__all__ = ["dump_checkpoint", "read_progress"]
+__all__ = ["dump_checkpoint", "keeping", "read_progress"]
 
 FORMAT: Final = "2.6.6"
 """The Lightning release whose checkpoint format is written."""
-_PLAIN: Final = (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, torch.Size, type(None))
 
 
 def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_only: bool = False) -> dict[str, Any]:
@@ -52,10 +45,11 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         if scaler := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = scaler
     for owner, prefix in ((module, ""), (run.datamodule, "datamodule_")):
-        hparams = owner.hparams if owner is not None else None
-        if hparams:
+        if owner is not None and owner.hparams:
             checkpoint[f"{prefix}hparams_name"] = getattr(owner, "_hparams_name", "kwargs")
-            checkpoint[f"{prefix}hyper_parameters"] = plain(dict(hparams), "hyper_parameters")
+            checkpoint[f"{prefix}hyper_parameters"] = dict(owner.hparams)
+            if (whole := owner.hparams_object) is not None:
+                checkpoint["treadle"][f"{prefix}hparams_object"] = whole
     if run.datamodule is not None and not weights_only and overrides(run.datamodule, "state_dict", LightningDataModule):
         if state := run.datamodule.state_dict():
             checkpoint[type(run.datamodule).__qualname__] = state
@@ -66,39 +60,12 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
     return checkpoint
 
 
-def plain(value: Any, where: str) -> Any:
-    """A copy of ``value`` in tensors and plain containers; what cannot be one is left out, with a warning."""
-    if isinstance(value, Enum):
-        return plain(value.value, where)
-    if type(value) in _PLAIN or isinstance(value, Tensor):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Namespace):
-        value = vars(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        found = {k if isinstance(k, _PLAIN) else str(k): plain(v, f"{where}.{k}") for k, v in value.items()}
-        return {k: v for k, v in found.items() if v is not _LEFT_OUT}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        items = [v for v in (plain(v, f"{where}[{i}]") for i, v in enumerate(value)) if v is not _LEFT_OUT]
-        return (
-            tuple(items) if isinstance(value, tuple) else set(items) if isinstance(value, (set, frozenset)) else items
-        )
-    for kind in (bool, int, float, str):  # subclasses and numpy scalars
-        if isinstance(value, kind):
-            return kind(value)
-    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
-        return value.item()
-    rank_zero_warn(
-        f"{where} is a {type(value).__qualname__}, which a checkpoint cannot hold safely; it is left out. Pass it to "
-        "`load_from_checkpoint` as an argument, or leave it out with `save_hyperparameters(ignore=...)`."
-    )
-    return _LEFT_OUT
-
-
-_LEFT_OUT: Final = object()
+def keeping(run: Run) -> Keeping:
+    """How the values of the run's checkpoints are kept: which classes are known where the checkpoint is loaded."""
+    own = known_classes(type(run.module))
+    others = known_classes(type(run.datamodule)) if run.datamodule is not None else frozenset()
+    classes = {"hyper_parameters": own, "datamodule_hyper_parameters": others, "treadle": own | others}
+    return Keeping(classes, lenient=True, name="")
 
 
 def _counts(total: int, current: int, *, keys: Sequence[str] = ("ready", "started", "processed", "completed")) -> Any:

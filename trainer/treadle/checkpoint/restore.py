@@ -10,21 +10,22 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
-from treadle.checkpoint.content import read_progress
+from treadle.checkpoint.content import keeping, read_progress
 from treadle.checkpoint.exact import keep_own_part
 from treadle.run.changes import group_names
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
-from treadle_fabric import CheckpointMismatchError, Strategy
+from treadle_fabric import CheckpointMismatchError
 from treadle_fabric.checkpoint import parts_on_demand
 
 __all__ = ["read_checkpoint", "restore_training", "restore_weights"]
 
 
-def read_checkpoint(strategy: Strategy, path: str, weights_only: bool | None, *, training: bool) -> dict[str, Any]:
+def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training: bool) -> dict[str, Any]:
     """Read a checkpoint, and for training what this rank needs of the states of all ranks; every rank calls this."""
+    strategy, classes = run.fabric.strategy, keeping(run).classes["treadle"]
     with parts_on_demand():
-        checkpoint = strategy.load_checkpoint(path, weights_only=weights_only)
+        checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
         if training and "treadle" in checkpoint:
             checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy.global_rank, strategy.world_size)
     return checkpoint

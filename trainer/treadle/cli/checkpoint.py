@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from treadle_fabric import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from treadle_fabric.checkpoint import TorchCheckpointIO, checkpoints_in, names_of, read_outline, size_of, written_at
+from treadle_fabric.checkpoint import (
+    TorchCheckpointIO,
+    checkpoints_in,
+    names_of,
+    pickled_in,
+    read_outline,
+    size_of,
+    written_at,
+)
 
 __all__ = ["add_checkpoint_commands"]
 
 _INTERNAL: Final = ("treadle.", "loops.")
+_PICKLED: Final = "treadle.values.pickled"
 
 
 def add_checkpoint_commands(commands: Any) -> None:
@@ -107,6 +116,9 @@ def _inspect(given: argparse.Namespace) -> int:
     for key in ("hyper_parameters", "datamodule_hyper_parameters"):
         if found := outline.get(key):
             _line(key.replace("_", " "), ", ".join(f"{k}={v!r}" for k, v in found.items()))
+    if pickled := pickled_in(outline):
+        _line("pickled", ", ".join(f"{place} ({kind})" for place, kind in pickled.items()))
+        _line("", "Only a load with `weights_only=False` reads these values, and it runs code of the checkpoint.")
     print("keys")
     for key, value in outline.items():
         size = sum(v.nbytes for _, v in _leaves(value) if isinstance(v, Tensor))
@@ -128,7 +140,7 @@ def _line(name: str, value: object) -> None:
 
 def _diff(given: argparse.Namespace) -> int:
     io = TorchCheckpointIO()
-    a, b = (dict(_leaves(io.load_checkpoint(path))) for path in (given.a, given.b))
+    a, b = (_entries(io.load_checkpoint(path)) for path in (given.a, given.b))
     different = hidden = 0
     for key in [*a, *(key for key in b if key not in a)]:
         if key not in b:
@@ -147,6 +159,14 @@ def _diff(given: argparse.Namespace) -> int:
         print(f"{hidden} more in {', '.join(_INTERNAL)}, which a run keeps for going on exactly: --all lists them.")
     print(f"{different} of {len(a.keys() | b.keys())} entries differ." if different else "No difference.")
     return 1 if different else 0
+
+
+def _entries(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """All entries by path, and in the place of each pickled value what it is: the values are not unpickled."""
+    entries = dict(_leaves(checkpoint)) | pickled_in(checkpoint)
+    if _PICKLED in entries:
+        entries["pickled part"] = entries.pop(_PICKLED)
+    return entries
 
 
 def _difference(a: Any, b: Any) -> str:

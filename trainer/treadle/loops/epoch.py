@@ -46,13 +46,12 @@ class TrainingEpoch:
     ) -> None:
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._schedule, self._validate, self._elapsed = schedule, validate, elapsed
-        self._log_every, self._max_steps = log_every_n_steps, controls.max_steps
+        self._log_every, self._max_steps = log_every_n_steps, math.inf
         self._stops = Stops(run, controls, signals, agreement, may_stop)
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
         self._automatic = run.module.automatic_optimization
         self._schedulers = Schedulers(run, validates=schedule is not None)
-        self._told_idle = False
         if step.wants_iterator:
             data.epochs.look_ahead()
 
@@ -65,10 +64,12 @@ class TrainingEpoch:
         """Train for one epoch, from the batch that the progress tells; returns whether a stop left batches of it."""
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
         accumulate = self._accumulate
-        self._max_steps, stop = self._controls.max_steps, False
+        max_steps, stop = self._controls.max_steps, False
+        self._max_steps = math.inf if max_steps == -1 else max_steps
         step.begin_epoch(accumulate)
         if self._ends_resumed():
             return not progress.is_last_batch
+        self._check_accumulation(self._data.num_batches)
         batches: Any = self._data.iterate(progress.epoch, skip=progress.batch)
         total, transfer, begun = self._data.stop, run.transfer, progress.batch
         if step.wants_iterator:
@@ -77,7 +78,7 @@ class TrainingEpoch:
         begin_batch, train, train_and_step = results.begin_batch, step.accumulate, step.step
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
-        progress.begun = True
+        progress.begun, progress.stepped = True, False
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
@@ -89,16 +90,12 @@ class TrainingEpoch:
                     break
             stepping = is_last or accumulate == 1 or (batch_idx + 1) % accumulate == 0
             window = 1 if accumulate == 1 else window_size(batch_idx, total, accumulate)
-            before = progress.optimizer_steps
             outputs = (train_and_step if stepping else train)(batch, batch_idx, window)
             progress.batch = batch_idx + 1
             progress.batches += 1
-            progress.stepping, progress.stepped = stepping, (stepped := progress.optimizer_steps != before)
-            if stepped:
-                progress.step += 1
-                progress.step_in_epoch += 1
+            progress.stepping = stepping
             if configs and stepping:
-                if stepped:
+                if progress.stepped:
                     schedulers.step("step", progress.step)
                 if is_last:
                     schedulers.step("epoch", progress.epoch + 1)
@@ -111,15 +108,15 @@ class TrainingEpoch:
                 results.hook = "on_train_batch_end"
                 for listener in on_batch_end:
                     listener(outputs, batch, batch_idx)
-                if progress.optimizer_steps != before and not stepped:  # stepped by hand in the hook
-                    progress.step += 1
-                    progress.step_in_epoch += 1
             results.hook = ""
             if stop := finish_batch():
                 break
+        progress.stepped = False  # a step in a hook from here on is one between two batches
         begin_batch(None)
         if step.idle:
             self._tell_of_idleness(progress.batch - begun)
+        if progress.is_last_batch:
+            self._check_accumulation(progress.batch)
         return stop and not progress.is_last_batch
 
     def check_optimization(self) -> None:
@@ -152,12 +149,33 @@ class TrainingEpoch:
         return True
 
     def _tell_of_idleness(self, batches: int) -> None:
-        if self._step.idle == batches and not self._told_idle:
-            self._told_idle = True
+        if self._step.idle == batches and self._run.first_time("idle"):
             where = " on rank 0" if self._run.fabric.world_size > 1 else ""  # each rank counts its own
             rank_zero_warn(
                 f"`training_step` had no loss for any of the {batches} batches of epoch"
                 f" {self._run.progress.epoch}{where}, so that nothing was learned from them: return the loss."
+            )
+
+    def _check_accumulation(self, batches: float) -> None:
+        """Warn, once, of an accumulation that is longer than an epoch; ``batches``: those of an epoch."""
+        if self._accumulate > batches and self._run.first_time("accumulation"):
+            rank_zero_warn(
+                f"accumulate_grad_batches={self._accumulate} is more than the {batches:g} batches of epoch"
+                f" {self._run.progress.epoch}. Gradients are not accumulated from one epoch to the next: the optimizer"
+                f" steps at the end of each epoch, after {batches:g} batches. Set accumulate_grad_batches to at most"
+                f" {batches:g}, or use more batches an epoch."
+            )
+
+    def _check_manual_steps(self) -> None:
+        """Warn, once, of a whole epoch of manual optimization in which no optimizer stepped."""
+        run, progress = self._run, self._run.progress
+        idle = progress.is_last_batch and not progress.step_in_epoch and bool(run.optimizers)
+        if idle and not self._automatic and run.first_time("no step"):
+            rank_zero_warn(
+                f"No optimizer stepped in epoch {progress.epoch}, in {progress.batch} batches. With"
+                " `automatic_optimization = False` the module makes the steps: call `self.manual_backward(loss)` and"
+                " `self.optimizers().step()` in `training_step`, or leave `automatic_optimization` at True. Without"
+                " steps, `global_step` does not grow, and `max_steps` and `every_n_train_steps` have no effect."
             )
 
     def _finish_batch(self) -> bool:
@@ -179,8 +197,8 @@ class TrainingEpoch:
         if self._schedulers.configs and progress.stepped:
             self._schedulers.step("step", progress.step, plateau=True)
         progress.phase = _BETWEEN
-        progress.validation_due = False
-        return stop or progress.step == self._max_steps
+        progress.validation_due = progress.stepped = False
+        return stop or progress.step >= self._max_steps
 
     def agree_to_stop(self) -> bool:
         """Set ``should_stop`` where any rank did; every rank calls it."""
@@ -192,6 +210,7 @@ class TrainingEpoch:
 
     def end(self) -> None:
         """Step the plateau schedulers that monitor a value of the epoch; called after its end hooks."""
+        self._check_manual_steps()
         self._schedulers.step("epoch", self._run.progress.epoch + 1, plateau=True)
 
     def _is_due(self, schedule: ValidationSchedule, is_last: bool) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
+from treadle.loops.inference import outside_inference_mode
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
@@ -29,7 +31,8 @@ class Evaluation:
         run: the run that the evaluation belongs to.
         data: the loaders and the number of batches of each.
         name: "validation" or "test".
-        inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
+        inference_mode: whether to run under ``torch.inference_mode``, where the strategy allows it, rather than under
+            ``torch.no_grad``.
     """
 
     def __init__(self, run: ReadyRun, data: EvaluationData, name: str, *, inference_mode: bool) -> None:
@@ -40,7 +43,11 @@ class Evaluation:
         self._several = len(data.loaders) > 1
         step, call = getattr(run.module, step_name), run.method(step_name)
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
+        inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
+        self._iterate: Callable[..., Any] = data.iterate
+        if inference_mode:
+            self._iterate = lambda *args: outside_inference_mode(partial(data.iterate, *args))
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
         self._asked = 0  # the number of calls of `interrupted`
@@ -105,6 +112,10 @@ class Evaluation:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
+    def forget(self) -> None:
+        """Forget what was logged, because another number of loaders follows: their names are others."""
+        self._run.metrics.forget(self._results)
+
     def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> bool:
         """Evaluate on one loader; return whether the evaluation came to its end."""
         run, results, step = self._run, self._results, self._step
@@ -116,7 +127,7 @@ class Evaluation:
             f"on_{self._name}_batch_end",
         )
         results.dataloader_idx = loader_idx if self._several else None
-        batches: Any = self.data.iterate(loader_idx, run.progress.epoch, limit)
+        batches: Any = self._iterate(loader_idx, run.progress.epoch, limit)
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay

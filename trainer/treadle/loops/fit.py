@@ -13,6 +13,7 @@ import torch
 from treadle.checkpoint.exact import moment
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
+from treadle.loops.inference import explain_inference_tensor
 from treadle.loops.optimizers import explained_steps
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule
@@ -37,16 +38,23 @@ _SHORT_S = 1.0
 class Parts(Protocol):
     """Makes the parts of a fit loop when the loop needs them."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether fit validates. Known for certain once the validation was made."""
+
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
-    def make_validation(self, run: ReadyRun, /) -> Evaluation | None:
-        """Make the validation, with new loaders; None where fit does not validate."""
+    def first_validation(self, run: ReadyRun, /) -> tuple[Evaluation | None, list[float]]:
+        """Make the validation if the sanity check or the first epoch needs it; also give the sanity check's batches."""
+
+    def validation(self, run: ReadyRun, /) -> Evaluation | None:
+        """Give the validation with the loaders that this epoch is to have; None where there are none."""
 
     def stopped(self, run: ReadyRun, /) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
 
-    def remake(self, run: ReadyRun, loop: FitLoop, /) -> tuple[TrainingEpoch, Evaluation | None]:
+    def remake(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch:
         """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
 
     def restore(self, run: ReadyRun, /) -> None:
@@ -75,9 +83,7 @@ class FitLoop:
         run: the run.
         parts: makes the epoch loop and the validation when they are needed.
         controls: holds ``should_stop`` and the bounds of the run.
-        sanity: the number of batches of each validation loader in the sanity check; empty to skip the check.
-        validation: the evaluation to run in between, or None.
-        reload_every: epochs after which epoch loop and validation are made anew; 0 for never.
+        reload_every: epochs after which the epoch loop is made anew; 0 for never.
     """
 
     def __init__(
@@ -86,12 +92,9 @@ class FitLoop:
         parts: Parts,
         controls: Controls,
         *,
-        sanity: list[float],
-        validation: Evaluation | None,
         reload_every: int,
     ) -> None:
-        self._run, self._parts, self._controls = run, parts, controls
-        self._sanity, self.validation, self._reload_every = sanity, validation, reload_every
+        self._run, self._parts, self._controls, self._reload_every = run, parts, controls, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
         self._changed = False  # other listeners than when the epoch loop was made
@@ -104,11 +107,17 @@ class FitLoop:
     def run(self) -> None:
         """Run the sanity check, then the training epochs."""
         run = self._run
-        self._sanity_check()
+        if not self._done():
+            self._sanity_check()
         run.state.stage = RunningStage.TRAINING
         self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
         try:
-            self._train()
+            with run.steps.counting():
+                self._train()
+        except RuntimeError as error:
+            if (clearer := explain_inference_tensor(error, run.module)) is not None:
+                raise clearer from error
+            raise
         finally:
             if self.epoch is not None:
                 self.epoch.close()
@@ -117,16 +126,16 @@ class FitLoop:
 
     def _train(self) -> None:
         run, progress, dispatch = self._run, self._run.progress, self._run.dispatch
-        self.epoch = epoch = self._parts.make_epoch(run, self)
-        if epoch is None or (reason := self._done()):
-            rank_zero_info(f"`Trainer.fit` has nothing to train: {reason if epoch else 'there are no batches'}.")
+        reason = self._done()
+        self.epoch = epoch = None if reason else self._parts.make_epoch(run, self)
+        if epoch is None:
+            rank_zero_info(f"`Trainer.fit` has nothing to train: {reason or 'there are no batches'}.")
             if progress.batches and not self._controls.should_stop:
                 rank_zero_warn(
                     "This fit goes on from the last one or from a checkpoint, and nothing is left to do: to train on,"
                     " raise `trainer.max_epochs` or `max_steps` before `fit`; to begin anew, make a new Trainer."
                 )
             return
-        reason = ""
         _tell_of_evaluation_mode(run.module)
         self._validated_at = time.monotonic()
         with torch.enable_grad():
@@ -136,7 +145,6 @@ class FitLoop:
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
                     epoch.close()
-                    self.validation = self._parts.make_validation(run)
                     self.epoch = epoch = self._parts.make_epoch(run, self)
                     assert epoch is not None
                 first = False
@@ -169,7 +177,7 @@ class FitLoop:
         run.changes.tell_untrained(run.module, run.optimizers)
         epoch.check_optimization()
         if dispatch.refresh("fit") or self._changed:
-            self.epoch, self.validation = epoch, _ = self._parts.remake(run, self)
+            self.epoch = epoch = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))
         return epoch
 
@@ -189,12 +197,13 @@ class FitLoop:
 
     def _sanity_check(self) -> None:
         run = self._run
-        if self.validation is None or not any(self._sanity):
+        validation, batches = self._parts.first_validation(run)
+        if validation is None or not any(batches):
             return
         run.state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():  # so that training draws the random numbers that it draws without the check
             run.dispatch.call("on_sanity_check_start")
-            self.validation(self._sanity, silent=True)
+            validation(batches, silent=True)
             run.dispatch.call("on_sanity_check_end")
         run.metrics.clear()
 
@@ -204,21 +213,28 @@ class FitLoop:
         Returns:
             Whether the validation came to its end. If not, a run resumed from a checkpoint saved now begins it anew.
         """
-        assert self.validation is not None
         run, state = self._run, self._run.state
+        validation = self._parts.validation(run)
+        if validation is None:
+            return True
         state.stage = RunningStage.VALIDATING
         # A short validation is not interrupted. Ranks may disagree on which is short, so several always ask.
         watched = run.fabric.world_size > 1 or self._validation_s > _SHORT_S
         if watched or self._may_save_in_validation:
             run.before_validation.update(moment(run))
         began = time.monotonic()
-        completed = self.validation(interrupted=interrupted if watched else None) is not None
+        completed = validation(interrupted=interrupted if watched else None) is not None
         self._validated_at = time.monotonic()
         self._validation_s = self._validated_at - began
         state.stage = RunningStage.TRAINING
         if completed:
             run.before_validation.clear()
         return completed
+
+    @property
+    def validates(self) -> bool:
+        """Whether fit validates, as far as that is known."""
+        return self._parts.validates
 
     def validation_elapsed(self, span: timedelta) -> bool:
         """Return whether the last validation ended at least ``span`` ago; every rank asks after each batch."""

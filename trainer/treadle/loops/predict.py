@@ -11,6 +11,7 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
+from treadle.loops.inference import without_inference
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
@@ -25,7 +26,8 @@ class Prediction:
     Args:
         run: the run that the prediction belongs to.
         data: the loaders and the number of batches of each.
-        inference_mode: whether to run under ``torch.inference_mode`` rather than ``torch.no_grad``.
+        inference_mode: whether to run under ``torch.inference_mode``, where the strategy allows it, rather than under
+            ``torch.no_grad``.
         keep: whether to keep what the steps return.
     """
 
@@ -33,6 +35,7 @@ class Prediction:
         self._run, self._data, self._keep = run, data, keep
         step, call, several = run.module.predict_step, run.method("predict_step"), len(data.loaders) > 1
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
+        inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
@@ -102,7 +105,7 @@ class Prediction:
                 for listener in self._on_batch_end:
                     listener(output, batch, batch_idx, loader_idx)
                 results.hook = ""
-            yield move_data_to_device(output, cpu) if keep else None
+            yield without_inference(move_data_to_device(output, cpu)) if keep else None
 
     def _gathered(self, loader_idx: int, kept: list[Any]) -> list[Any]:
         """Return the outputs of all ranks in the order of one process: the ranks took turns with the batches."""

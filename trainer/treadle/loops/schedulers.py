@@ -23,9 +23,8 @@ class Schedulers:
 
     def __init__(self, run: Run, *, validates: bool) -> None:
         self._validates, self._validated = validates, run.validated
-        self._told: set[str] = set()  # monitored names that schedulers wait for
         self.configs = run.schedulers if run.module.automatic_optimization else []
-        self._progress, self._metrics = run.progress, run.metrics
+        self._progress, self._metrics, self._first_time = run.progress, run.metrics, run.first_time
         hook: Any = run.module.lr_scheduler_step
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
         self._step = partial(run.dispatch.run, "lr_scheduler_step", hook) if own else hook
@@ -59,7 +58,8 @@ class Schedulers:
                     )
                     if config.strict:
                         raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")
-                    rank_zero_warn(f"{message} The step is skipped.")
+                    if self._first_time(f"no {config.monitor} to step by"):
+                        rank_zero_warn(f"{message} The step is skipped.")
                     continue
             try:
                 self._step(config.scheduler, value)
@@ -75,8 +75,7 @@ class Schedulers:
         return not ended or (self._validates and not self._validated)
 
     def _tell_of_waiting(self, monitor: str) -> None:
-        if monitor not in self._told:
-            self._told.add(monitor)
+        if self._first_time(f"waiting for {monitor}"):
             before = "first validation" if self._validates and not self._validated else "end of the first epoch"
             rank_zero_info(f"A plateau scheduler monitors {monitor!r}: before the {before} it skips its steps.")
 

@@ -55,8 +55,9 @@ class Results:
         self.slots: dict[tuple[str, str, int | None], Slot] = {}
         self.open = False
         """Whether something was logged since epoch values were taken the last time."""
+        self.published: set[str] = set()
+        """The names of all values that have left."""
         self._resumed_samples = 1.0  # of the batch at whose end the checkpoint was saved
-        self._names: dict[str, str] = {}  # a final name -> the hook that logs it
         self._fabric = fabric
         self.alone = fabric.world_size == 1
         """Whether there are no other ranks to reduce over."""
@@ -72,6 +73,8 @@ class Results:
     ) -> None:
         """Store a value; see :meth:`treadle.LightningModule.log`."""
         slot = self.slots.get((self.hook, name, self.dataloader_idx))
+        if slot is None and self.dataloader_idx is not None and not LogOptions(*options).add_dataloader_idx:
+            slot = self._of_all_loaders(name, value)
         if slot is None or slot.options != options:
             if isinstance(value, Mapping) or hasattr(value, "compute_groups"):
                 for key, item in flatten_metrics(value, f"{name}/"):
@@ -105,6 +108,18 @@ class Results:
                     batch_size = self.batch_size = self._infer_batch_size(slot)
             slot.accumulate(value, batch_size)
 
+    def _of_all_loaders(self, name: str, value: Any) -> Slot | None:
+        """Return the slot of a name that several loaders share; None where none has logged it yet."""
+        slot = self.slots.get((self.hook, name, None))
+        if slot is not None and slot.loader != self.dataloader_idx:
+            if slot.metric is not None and is_metric(value) and slot.metric is not value:
+                raise MisconfigurationException(
+                    f"`self.log({name!r}, add_dataloader_idx=False)` got another torchmetrics object for another"
+                    " dataloader: log one object for all dataloaders, or give each its own name."
+                )
+            slot.loader = None
+        return slot
+
     def _infer_batch_size(self, slot: Slot) -> int:
         size = 1 if self.batch is None else infer_batch_size(self.batch)
         if size is None and slot.reduce == "mean":
@@ -126,7 +141,6 @@ class Results:
                 slot.metric.reset()
         self.slots.clear()
         self.open = False
-        self._names.clear()
         self.begin_batch(None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +216,8 @@ class Results:
                 f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a"
                 " callable."
             )
-        key = (hook, name, self.dataloader_idx)
+        several = self.dataloader_idx is not None and in_batch
+        key = (hook, name, None if several and not options.add_dataloader_idx else self.dataloader_idx)
         if key in self.slots and _same_code(self.slots[key].options, options):
             slot = self.slots[key]
             slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
@@ -218,15 +233,7 @@ class Results:
             raise MisconfigurationException(
                 f"`self.log({name!r}, ...)`: add_dataloader_idx=True adds the loader to the name: leave it out."
             )
-        several = self.dataloader_idx is not None and in_batch
         suffix = f"/dataloader_idx_{self.dataloader_idx}" if several and options.add_dataloader_idx else ""
-        final = name + suffix
-        if several and not options.add_dataloader_idx and final in self._names:
-            raise MisconfigurationException(
-                f"`self.log({name!r}, add_dataloader_idx=False)` was called for a second dataloader: give each its own"
-                " name."
-            )
-        self._names.setdefault(final, hook)
         slot = self.slots[key] = Slot(name, options, on_step, on_epoch)
         slot.suffix = suffix
         slot.loader = self.dataloader_idx

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,9 +71,18 @@ class Metrics:
         """Keep the last step values of a stage that ends or is paused."""
         if not results.slots:
             return
-        self._callback.update(results.latest("callback"))
-        self._logged.update(results.latest("logged"))
-        self._bar.update(results.latest("bar"))
+        views: tuple[tuple[dict[str, Any], Literal["callback", "logged", "bar"]], ...]
+        views = (self._callback, "callback"), (self._logged, "logged"), (self._bar, "bar")
+        for kept, view in views:
+            newest = results.latest(view)
+            kept.update(newest)
+            results.published.update(newest)
+
+    def forget(self, results: Results) -> None:
+        """Forget what a stage has logged, because nothing will be logged under these names any more."""
+        for kept in (self._callback, self._logged, self._bar):
+            for name in results.published & kept.keys():
+                del kept[name]
 
     def close_epoch(
         self, results: Results, *, local: bool = False, loaders: int = 1
@@ -107,6 +116,7 @@ class Metrics:
                 if slot.prog_bar:
                     self._bar[forked] = scalar
                 self._callback[name] = self._callback[forked] = scalar
+                results.published |= {name, forked}
                 (shared if slot.loader is None else per_loader.setdefault(slot.loader, {}))[forked] = scalar
         self._logged.update(logged)
         return logged, [{**per_loader.get(i, {}), **shared} for i in range(loaders)]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from treadle.module.hooks import DataHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_datamodule_from_checkpoint
-from treadle_fabric import MisconfigurationException, PathLike, is_list
+from treadle_fabric import MisconfigurationException, PathLike, describe_error, is_list
 from treadle_fabric.data import sized_len
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         raise _missing(self, "predict_dataloader")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this datamodule: tensors and plain containers. Default: nothing."""
+        """Return what a checkpoint keeps of it, best without objects that need a pickle. Default: nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def _describe(make_loaders: Any) -> str:
     except MisconfigurationException:
         return "none"
     except Exception as error:  # str() must not fail because setup() has not run yet
-        return f"not available yet ({type(error).__name__}: {error})"
+        return f"not available yet ({describe_error(error)})"
     return _describe_loaders(loaders)
 
 

@@ -232,7 +232,11 @@ class ModuleHooks(DataHooks, nn.Module):
         """Called when a prediction batch has ended; ``outputs`` is what ``predict_step`` returned."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called before a checkpoint is written; add to it or change it in place."""
+        """Called before a checkpoint is written; add to it or change it in place.
+
+        Values of any kind may be added. Modules, functions and other objects that need a pickle come back only from a
+        load with ``weights_only=False``, and the first save says so.
+        """
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Called after a checkpoint was read, before weights are restored."""

@@ -24,6 +24,7 @@ class HyperparametersMixin:
     _hparams: AttributeDict | None = None
     _hparams_initial: AttributeDict | None = None
     _hparams_name: str | None = None
+    _hparams_whole: Any = None
     _log_hyperparams: bool = False
 
     def save_hyperparameters(
@@ -61,6 +62,7 @@ class HyperparametersMixin:
         if objects:
             found = _as_mapping(objects[0])
             self._hparams_name = next((name for name, value in given.items() if value is objects[0]), None)
+            self._hparams_whole = objects[0] if self._hparams_name is not None else None
         else:
             for name in args:
                 if name not in given:
@@ -69,7 +71,7 @@ class HyperparametersMixin:
                         + near_names(name, given)
                     )
             found = {name: given[name] for name in args} if args else given
-            self._hparams_name = "kwargs" if found else None
+            self._hparams_name, self._hparams_whole = "kwargs" if found else None, None
         found = {name: value for name, value in found.items() if name not in ignored}
         for name, value in found.items():
             if isinstance(value, nn.Module):
@@ -87,6 +89,11 @@ class HyperparametersMixin:
         if self._hparams is None:
             self._hparams = AttributeDict()
         return self._hparams
+
+    @property
+    def hparams_object(self) -> Any:
+        """The one object that was given to :meth:`save_hyperparameters`, with the present values; else None."""
+        return None if self._hparams_whole is None else with_values(self._hparams_whole, self.hparams)
 
     @property
     def hparams_initial(self) -> AttributeDict:
@@ -141,6 +148,23 @@ def _as_mapping(obj: Any) -> dict[str, Any]:
         f"save_hyperparameters got a {type(obj).__name__}, which holds no named values. Give a mapping, a namespace, a "
         "dataclass, or names of arguments as strings."
     )
+
+
+def with_values(whole: Any, values: Mapping[str, Any]) -> Any:
+    """A copy of an object that holds named values, with other values; None where it cannot hold them."""
+    try:
+        changed = copy.copy(whole)
+        if isinstance(whole, Namespace):
+            vars(changed).clear()
+            vars(changed).update(values)
+        elif dataclasses.is_dataclass(whole):
+            for name, value in values.items():
+                object.__setattr__(changed, name, value)  # frozen dataclasses, too
+        else:
+            changed = type(whole)(dict(values))
+    except Exception:  # a class of the user's
+        return None
+    return changed
 
 
 def _names(ignore: str | Iterable[str] | None) -> set[str]:

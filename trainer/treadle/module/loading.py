@@ -8,23 +8,26 @@ import dataclasses
 import inspect
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import fsspec
 import torch
 from torch import Tensor
 
+from treadle.module.hparams import with_values
 from treadle_fabric import (
     AttributeDict,
     CheckpointMismatchError,
+    CheckpointUnsafeError,
     MisconfigurationException,
     PathLike,
     load_module_state,
     near_names,
     rank_zero_warn,
 )
-from treadle_fabric.checkpoint import TorchCheckpointIO
+from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, known_classes, unpack
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningDataModule, LightningModule
@@ -66,16 +69,18 @@ def load_module_from_checkpoint(
             each tensor was saved from, or the CPU if that device is not here.
         hparams_file: A ``.yaml`` or ``.csv`` file with hyperparameters, instead of those in the checkpoint.
         strict: Whether the parameter names must match exactly. Default: the module's ``strict_loading``.
-        weights_only: ``False`` unpickles arbitrary objects: only for files you trust. Default: ``True``.
+        weights_only: ``False`` unpickles arbitrary objects, such as modules and functions among the hyperparameters:
+            only for files you trust. Default: ``True``.
         **kwargs: Arguments of ``__init__``; they replace the saved ones.
 
     Raises:
-        CheckpointError: The file cannot be read, or holds no ``state_dict``.
+        CheckpointError: The file cannot be read, or holds no ``state_dict``; or the module needs a hyperparameter that
+            is kept pickled.
         MisconfigurationException: ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
     """
-    checkpoint = _read(checkpoint_path, map_location, weights_only)
-    hparams, name = _hparams_of(checkpoint, hparams_file, "hyper_parameters", "hparams_name")
-    module = instantiate(cls, hparams, name, kwargs)
+    checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
+    hparams, name, whole = _hparams_of(checkpoint, hparams_file, "")
+    module = instantiate(cls, hparams, name, whole, kwargs)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     if "state_dict" not in checkpoint:
@@ -85,7 +90,8 @@ def load_module_from_checkpoint(
         )
     state = checkpoint["state_dict"]
     strict = module.strict_loading if strict is None else strict
-    keys = load_module_state(module, state, strict=strict)
+    with _lack_is_the_reason(hparams | kwargs):
+        keys = load_module_state(module, state, strict=strict)
     if not strict:
         for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
             if names:
@@ -106,9 +112,8 @@ def load_datamodule_from_checkpoint(
 
     Arguments and errors are those of :func:`load_module_from_checkpoint`.
     """
-    checkpoint = _read(checkpoint_path, map_location, weights_only)
-    hparams, name = _hparams_of(checkpoint, hparams_file, "datamodule_hyper_parameters", "datamodule_hparams_name")
-    datamodule = instantiate(cls, hparams, name, kwargs)
+    checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
+    datamodule = instantiate(cls, *_hparams_of(checkpoint, hparams_file, "datamodule_"), kwargs)
     if cls.__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[cls.__qualname__])
     return datamodule
@@ -121,7 +126,7 @@ def _refuse(name: str) -> Any:
     return refuse
 
 
-def _read(path: PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+def _read(cls: type[Any], path: PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict[str, Any]:
     location = _where_saved if map_location is None else map_location
     if isinstance(path, str) or hasattr(path, "__fspath__"):
         checkpoint: Any = TorchCheckpointIO().load_checkpoint(path, map_location=location, weights_only=weights_only)
@@ -131,7 +136,7 @@ def _read(path: PathLike | IO[bytes], map_location: Any, weights_only: bool | No
         raise CheckpointMismatchError(
             f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint."
         )
-    return checkpoint
+    return unpack(checkpoint, str(path), weights_only=weights_only, map_location=location, classes=known_classes(cls))
 
 
 def _where_saved(storage: Any, location: str) -> Any:
@@ -146,16 +151,31 @@ def _where_saved(storage: Any, location: str) -> Any:
 
 
 def _hparams_of(
-    checkpoint: Mapping[str, Any], hparams_file: PathLike | None, key: str, name_key: str
-) -> tuple[dict[str, Any], str | None]:
+    checkpoint: Mapping[str, Any], hparams_file: PathLike | None, prefix: str
+) -> tuple[dict[str, Any], str | None, Any]:
+    """The saved hyperparameters, the argument that held them all, and the object that was this argument."""
+    name = checkpoint.get(f"{prefix}hparams_name")
     if hparams_file is not None:
-        return _read_hparams_file(str(hparams_file)), checkpoint.get(name_key)
-    hparams = checkpoint.get(key) or {}
-    return vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams), checkpoint.get(name_key)
+        return _read_hparams_file(str(hparams_file)), name, None
+    hparams = checkpoint.get(f"{prefix}hyper_parameters") or {}
+    hparams = vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams)
+    return hparams, name, checkpoint.get("treadle", {}).get(f"{prefix}hparams_object")
 
 
-def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs: dict[str, Any]) -> T:
-    """Make a module or a datamodule with saved hyperparameters and ``kwargs``, which replace saved ones."""
+def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: Any, kwargs: dict[str, Any]) -> T:
+    """Make a module or a datamodule.
+
+    Args:
+        cls: The class.
+        hparams: The saved hyperparameters.
+        name: The argument that held them all; "kwargs" or None: each was an argument.
+        whole: The object that was this argument, where it was saved.
+        kwargs: Arguments that replace saved ones.
+
+    Raises:
+        CheckpointUnsafeError: A saved argument that was not loaded is needed; the message says what to do.
+        MisconfigurationException: ``__init__`` needs arguments that are not there, or takes no such argument.
+    """
     if cls.__init__ is object.__init__:
         parameters: dict[str, inspect.Parameter] = {}
     else:
@@ -163,7 +183,7 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs:
     any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if name != "kwargs" and name in parameters and name not in kwargs and hparams:  # one object: kwargs go into it
         into = {key: value for key, value in kwargs.items() if key not in parameters}
-        arguments = {name: _as_declared(cls, name, hparams | into)}
+        arguments = {name: _as_declared(cls, name, hparams | into, whole)}
         arguments |= {key: value for key, value in kwargs.items() if key in parameters}
     else:
         unknown = [key for key in kwargs if key not in parameters and not any_name]
@@ -185,18 +205,35 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, kwargs:
             f"{cls.__name__}.__init__ needs {', '.join(missing)}, which the checkpoint does not hold. Pass "
             f"load_from_checkpoint(path, {example}), or call self.save_hyperparameters() in __init__ before saving."
         )
-    return cls(**arguments)
+    with _lack_is_the_reason(arguments):
+        return cls(**arguments)
 
 
-def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any]) -> Any:
-    """Return the saved hyperparameters as one object, of the type that ``__init__`` declares for it."""
+@contextmanager
+def _lack_is_the_reason(arguments: Mapping[str, Any]) -> Generator[None]:
+    """An error inside is that of the first argument that was not loaded, if there is such an argument."""
+    try:
+        yield
+    except CheckpointUnsafeError:
+        raise
+    except Exception as error:
+        for value in arguments.values():
+            if isinstance(value, NotLoaded):
+                raise error_of(value) from error
+        raise
+
+
+def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any], whole: Any) -> Any:
+    """Return the saved hyperparameters as one object, of the type that was saved or that ``__init__`` declares."""
+    if whole is not None and not isinstance(whole, NotLoaded) and (made := with_values(whole, hparams)) is not None:
+        return made
     try:
         declared = get_type_hints(cls.__init__).get(name)
     except Exception:  # a name that only a type checker sees
         declared = None
     if declared is Namespace or (isinstance(declared, type) and dataclasses.is_dataclass(declared)):
         return declared(**hparams)
-    return AttributeDict(hparams)
+    return whole if isinstance(whole, NotLoaded) else AttributeDict(hparams)
 
 
 def _read_hparams_file(path: str) -> dict[str, Any]:

@@ -245,7 +245,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """Return the optimizers, for manual optimization: one, or a list where there are several.
 
         Args:
-            use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and counting.
+            use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and hooks.
                 Default: True.
         """
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
@@ -382,7 +382,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             sync_dist: not needed: values that go to the loggers or are reduced over the epoch are reduced over all
                 ranks, weighted by samples, in one collective for all names.
             sync_dist_group: not needed either.
-            add_dataloader_idx: add ``/dataloader_idx_N`` to the name where there are several loaders.
+            add_dataloader_idx: add ``/dataloader_idx_N`` to the name where there are several loaders. False: what
+                several loaders log under a name is reduced over all of them.
             batch_size: the weight of this value. Default: the first dimension of the batch's first tensor.
             metric_attribute: the module's attribute that holds the torchmetrics object; not needed.
             rank_zero_only: only rank 0 logs this name; it is never reduced over ranks.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from treadle.metrics.values import is_metric
 from treadle.module.module import LightningModule
 from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
-from treadle_fabric import Precision, leaves, with_plain_names
+from treadle_fabric import Precision, describe_error, leaves, with_plain_names
 
 __all__ = ["Findings", "examine", "same_values"]
 
@@ -62,7 +62,7 @@ def examine(module: LightningModule, precision: Precision, batch: Any, batch_idx
             trained = dict(trained_parameters(module))
             values = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     except Exception as error:  # the user's code may not be able to run twice
-        return Findings(failure=f"{type(error).__name__}: {error}")
+        return Findings(failure=describe_error(error))
     gradients = dict(zip(trained, values, strict=True))
     found.loss = loss.detach()
     found.gradients = [

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from treadle.checkpoint.content import plain
 from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.metrics.sinks import NOWHERE
 from treadle.module import LightningModule
@@ -24,13 +23,13 @@ from treadle.run.run import Run
 from treadle_fabric import (
     CheckpointError,
     NonFiniteError,
-    TorchCheckpointIO,
     all_gather_objects,
     map_tensors,
     move_data_to_device,
     warn_user,
     with_plain_names,
 )
+from treadle_fabric.checkpoint import Keeping, TorchCheckpointIO, known_classes, pack
 from treadle_fabric.randomness import collect_rng_states, isolate_rng, set_rng_states
 
 if TYPE_CHECKING:
@@ -284,7 +283,8 @@ class WatchedLosses:
                 torch.is_deterministic_algorithms_warn_only_enabled(),
             ],
             "class": _origin(type(module)),
-            "hyper_parameters": plain(dict(module.hparams), "hyper_parameters"),
+            "hyper_parameters": dict(module.hparams),
+            "hparams_object": module.hparams_object,
             "hparams_name": getattr(module, "_hparams_name", None),
             "loss": None if record.loss is None else record.loss.detach().cpu(),
             "gradients": names,
@@ -293,7 +293,9 @@ class WatchedLosses:
             "torch": str(torch.__version__),
         }
         try:
-            TorchCheckpointIO().save_checkpoint(bundle, path)
+            known = known_classes(type(module))
+            packed = pack(bundle, Keeping({"hyper_parameters": known, "hparams_object": known}, lenient=True))
+            TorchCheckpointIO().save_checkpoint(packed.content, path)
         except CheckpointError as error:
             return f"It could not be kept for a replay: {error}"
         return f"To run it again: `treadle replay {shlex.quote(path)}`."

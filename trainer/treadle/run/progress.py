@@ -39,7 +39,7 @@ class FitProgress:
     batches: int = 0
     """Batches trained on in all epochs."""
     step: int = 0
-    """Batches at which an optimizer stepped, in all epochs."""
+    """Batches at which an optimizer stepped, in all epochs, and steps made between two batches."""
     step_in_epoch: int = 0
     logging_step: int = 0
     """Batches that ended an accumulation. The loggers' x axis is this number minus one."""
@@ -51,8 +51,8 @@ class FitProgress:
     """Whether the current batch is the epoch's last."""
     stepping: bool = True
     """Whether the current batch ends an accumulation."""
-    stepped: bool = True
-    """Whether an optimizer stepped at the current batch."""
+    stepped: bool = False
+    """Whether an optimizer stepped at the current batch or, between two batches, since the last one."""
     validation_due: bool = False
     """Whether validation follows the current batch."""
     phase: Phase = Phase.BETWEEN
@@ -63,6 +63,7 @@ class FitProgress:
     def settle(self) -> None:
         """Turn the counters of a state that was saved or left into those with which a run goes on from it."""
         self.begun |= self.batch > 0  # in checkpoints that do not tell
+        self.stepped &= self.phase is not Phase.BETWEEN
         if self.epoch_ended:
             self.epoch += 1
             self.begin_epoch()
@@ -70,8 +71,23 @@ class FitProgress:
     def begin_epoch(self) -> None:
         """Reset the counters of the epoch."""
         self.batch = self.step_in_epoch = self.scheduler_steps_in_epoch = 0
-        self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = False
+        self.begun = self.is_last_batch = self.validation_due = self.epoch_ended = self.stepped = False
         self.phase = Phase.BETWEEN
+
+    def settle_steps(self, optimizer_steps: int) -> None:
+        """Count one step where torch reported none or several.
+
+        Torch reports none where a gradient scaler leaves the step out, and where an engine steps in its own way; it
+        reports several where an optimizer's class calls the step of its base class.
+
+        Args:
+            optimizer_steps: the number of optimizer steps with the one that was just made.
+        """
+        self.optimizer_steps = optimizer_steps
+        if not self.stepped:
+            self.stepped = True
+            self.step += 1
+            self.step_in_epoch += 1
 
 
 @dataclass(slots=True)

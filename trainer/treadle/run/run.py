@@ -16,6 +16,7 @@ from treadle.run.changes import ModelChanges
 from treadle.run.dispatch import Dispatch
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.steps import StepCounter
 from treadle.stages import TrainerState
 from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, with_plain_names
 from treadle_fabric.loggers import Logger
@@ -44,6 +45,8 @@ class Run:
     schedulers: list[LRSchedulerConfig] = field(default_factory=list)
     validated: dict[int, int] = field(default_factory=dict)
     """The batches of each loader in all evaluations of this run: the x axis of values logged on evaluation steps."""
+    told: set[str] = field(default_factory=set)
+    """What this run has warned of: parts that are made anew do not repeat it."""
     changes: ModelChanges = field(default_factory=ModelChanges)
     """What the run changes about its module and optimizers: what is trainable, modes, parameter groups."""
 
@@ -75,6 +78,12 @@ class Run:
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
 
+    def first_time(self, what: str) -> bool:
+        """Return whether this run asks for the first time; for what is told once."""
+        first = what not in self.told
+        self.told.add(what)
+        return first
+
     def ready(self, **parts: Any) -> ReadyRun:
         """Return this run with the parts that :class:`ReadyRun` adds."""
         return ReadyRun(**{each.name: getattr(self, each.name) for each in fields(Run)}, **parts)
@@ -89,6 +98,8 @@ class ReadyRun(Run):
     """Moves a batch to the device: takes the batch and the index of its loader."""
     loss: LossPolicy
     """How losses become the gradients of an optimizer step."""
+    steps: StepCounter
+    """Counts the optimizer steps of a fit."""
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from treadle.data.evaluation import EvaluationData
-from treadle.data.find import find_loaders
+from treadle.data.find import defines_loader, find_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
@@ -25,11 +25,13 @@ from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
+from treadle.run.steps import StepCounter
 from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
 from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info
 from treadle_fabric.accelerators import Accelerator
+from treadle_fabric.precision import needs_closure
 
 __all__: list[str] = []
 
@@ -58,12 +60,13 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     fabric = run.fabric
     loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
     transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
+    steps = StepCounter(run.progress, run.module)
     if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
         wrapped, *stepped = fabric.setup(run.module._runs, *_configure_optimizers(run))
-        ready = run.ready(wrapped=wrapped, transfer=transfer, loss=loss)
+        ready = run.ready(wrapped=wrapped, transfer=transfer, loss=loss, steps=steps)
         _add_optimizers(ready, [each.optimizer for each in stepped])
         return ready
-    return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss)
+    return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss, steps=steps)
 
 
 def set_up_optimizers(run: ReadyRun) -> None:
@@ -83,29 +86,32 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
 
 
 def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
-    """Add the optimizers to the run; in manual optimization, their steps are counted and call the step's hook."""
-    prepare, progress, strategy = Preparation(run), run.progress, run.fabric.strategy
-    manual = not run.module.automatic_optimization
-    left_out: set[Optimizer] = set()
+    """Add the optimizers to the run; in manual optimization, their steps call the step's hook."""
+    prepare, steps, module = Preparation(run), run.steps, run.module
 
-    def before_step(optimizer: Optimizer) -> None:
+    def prepare_step(optimizer: Optimizer) -> None:
+        steps.begin(optimizer)
         if not run.dispatch.run("on_before_optimizer_step", prepare.of, optimizer):
-            left_out.add(optimizer)
+            steps.leave_out(optimizer)
 
-    def after_step(optimizer: Optimizer) -> None:
-        if optimizer in left_out:
-            left_out.remove(optimizer)
-        else:
-            progress.optimizer_steps += 1
+    for optimizer in optimizers:
+        steps.add(optimizer)
+        hooks: tuple[Any, Any] = (None, None)  # the loop steps the plain optimizer
+        if not module.automatic_optimization:
+            hooks = prepare_step, steps.end
+        elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
+            hooks = steps.begin, steps.end
+        run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
 
-    hooks = (before_step, after_step) if manual else (None, None)
-    run.optimizers.extend(FabricOptimizer(optimizer, strategy, *hooks) for optimizer in optimizers)
+
+def may_validate(run: Run, settings: Settings, val: Any) -> bool:
+    """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
+    given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
+    return given and settings.limits["val"] != 0 and overrides(run.module, "validation_step", LightningModule)
 
 
-def validation_loaders(run: Run, settings: Settings, val: Any) -> Any:
-    """Find the validation loaders of a fit; None where it does not validate."""
-    if settings.limits["val"] == 0 or not overrides(run.module, "validation_step", LightningModule):
-        return None
+def validation_loaders(run: Run, val: Any) -> Any:
+    """Find the validation loaders of a fit; None where there are none."""
     loaders = run.dispatch.run("val_dataloader", find_loaders, val, "val_dataloader", run.module, run.datamodule)
     return None if loaders is None or (is_list(loaders) and not loaders) else loaders
 
@@ -124,9 +130,9 @@ def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> E
 
 def training_data(run: Run, settings: Settings, train: Any) -> TrainingData | None:
     """Find the training loader, share it out over the ranks, and limit its batches; None for a limit of 0."""
-    loader = run.dispatch.run("train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule)
     if settings.limits["train"] == 0:
         return None
+    loader = run.dispatch.run("train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule)
     return TrainingData(
         loader,
         run.fabric,
@@ -146,12 +152,13 @@ def make_epoch(
 ) -> TrainingEpoch:
     """Make the epoch loop over ``data``."""
     schedule = None
-    if loop.validation is not None:
+    if loop.validates:
         schedule = ValidationSchedule.resolve(
             settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
         )
     every = settings.log_every_n_steps
-    if run.loggers and data.num_batches < every and data.num_batches * max(settings.durations.max_epochs, 1) >= 1:
+    few = data.num_batches < every and data.num_batches * max(settings.durations.max_epochs, 1) >= 1
+    if run.loggers and few and run.first_time("few step values"):
         rank_zero_info(
             f"An epoch has {data.num_batches} batches, and values of steps are logged every {every} steps: lower"
             " `log_every_n_steps` to see more of them."

@@ -19,6 +19,7 @@ from treadle.trainer import assembly
 from treadle.trainer.continuation import Continuation
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
+from treadle_fabric import isolate_rng
 from treadle_fabric.randomness import collect_rng_states
 
 __all__ = ["Fitting"]
@@ -52,6 +53,10 @@ class Fitting:
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
+        self.validates = assembly.may_validate(run, settings, val)
+        """Whether fit validates. Known for certain once the validation loaders were asked for."""
+        self._validation: Evaluation | None = None
+        self._loaders_of = 0  # the epoch for which the validation loaders were made
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
@@ -63,7 +68,7 @@ class Fitting:
         return bool(self._unrestored)
 
     def make_loop(self, run: ReadyRun, exact: dict[str, Any]) -> FitLoop:
-        """Make the loop, and the validation in it.
+        """Make the loop.
 
         Args:
             run: The run, with its optimizers.
@@ -71,14 +76,10 @@ class Fitting:
                 stopped; empty where an epoch begins.
         """
         self._unrestored = exact
-        validation = self.make_validation(run)
-        batches = validation.data.num_batches if validation is not None else []
         self.loop = FitLoop(
             run,
             self,
             self._controls,
-            sanity=self._settings.sanity_batches(batches),
-            validation=validation,
             reload_every=self._settings.reload_dataloaders_every_n_epochs,
         )
         return self.loop
@@ -107,24 +108,50 @@ class Fitting:
             return None
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
-    def remake(self, run: ReadyRun, loop: FitLoop) -> tuple[TrainingEpoch, Evaluation | None]:
+    def remake(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch:
         """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
         assert self.data is not None
-        validation = loop.validation
-        if validation is not None:
-            validation = self._evaluation(run, validation.data)
-        return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals), validation
+        if self._validation is not None:
+            self._validation = self._evaluation(run, self._validation.data)
+        return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
-    def make_validation(self, run: ReadyRun) -> Evaluation | None:
-        """Make the validation, with new loaders; None where fit does not validate."""
-        loaders = assembly.validation_loaders(run, self._settings, self._val)
-        if loaders is None:
-            return None
+    def first_validation(self, run: ReadyRun) -> tuple[Evaluation | None, list[float]]:
+        """Make the validation if the sanity check or the first epoch needs it; also give the sanity check's batches."""
+        every = self._settings.check_val_every_n_epoch
+        in_first_epoch = every is not None and (run.progress.epoch + 1) % every == 0
+        if not in_first_epoch and not self._settings.num_sanity_val_steps:
+            return None, []
+        validation = self._renew_validation(run)
+        return validation, [] if validation is None else self._settings.sanity_batches(validation.data.num_batches)
+
+    def validation(self, run: ReadyRun) -> Evaluation | None:
+        """Give the validation with the loaders that this epoch is to have; None where there are none."""
+        epoch, every, before = run.progress.epoch, self._settings.reload_dataloaders_every_n_epochs, self._validation
+        reloads = every and epoch // every != self._loaders_of // every
+        if self.validates and (before is None or reloads):
+            with isolate_rng():  # a resumed run makes them at other times
+                self._renew_validation(run)
+        return self._validation
+
+    def _renew_validation(self, run: ReadyRun) -> Evaluation | None:
+        self._loaders_of = run.progress.epoch
+        loaders = assembly.validation_loaders(run, self._val) if self.validates else None
+        self.validates = loaders is not None
+        before, self._validation = self._validation, None
+        if self.validates:
+            self._validation = self._make_validation(run, loaders, before)
+        elif before is not None:
+            before.forget()
+        return self._validation
+
+    def _make_validation(self, run: ReadyRun, loaders: Any, before: Evaluation | None) -> Evaluation:
         data = self._session.evaluations["val"] = assembly.evaluation_data(run, self._settings, loaders, "val")
+        if before is not None and len(before.data.loaders) != len(data.loaders):
+            before.forget()
         return self._evaluation(run, data)
 
     def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
-        return Evaluation(run, data, "validation", inference_mode=self._settings.inference_mode)
+        return Evaluation(run, data, "validation", inference_mode=False)
 
     def stopped(self, run: ReadyRun) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""

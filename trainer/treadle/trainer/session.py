@@ -12,6 +12,7 @@ import torch
 from treadle.callbacks.checkpoint import tolerated
 from treadle.data.evaluation import EvaluationData
 from treadle.data.find import find_loaders
+from treadle.loops.inference import replace_inference_tensors
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
@@ -126,9 +127,13 @@ class Session:
         return run
 
     def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:
-        """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module."""
-        name = f"{stage}_dataloader"
-        loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)
+        """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module.
+
+        With a limit of 0 nobody is asked for loaders.
+        """
+        name, loaders = f"{stage}_dataloader", {}
+        if given is not None or settings.limits[stage] != 0:
+            loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)
         data = self.evaluations[stage] = assembly.evaluation_data(run, settings, loaders, stage)
         return data
 
@@ -182,6 +187,8 @@ class Session:
                 self.metrics.active = None
             strategy.precision.teardown()
             self.module.attach(trainer)
+            if self.state.fn is not TrainerFn.FITTING:  # what was evaluated may be trained next
+                replace_inference_tensors([self.module, self.datamodule, *trainer.callbacks, self.metrics])
             self._fabric.callbacks[:] = [c for c in self._fabric.callbacks if c is not self.module]
 
     def _failed(self, error: BaseException, trainer: Trainer) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from treadle.callbacks.checkpoint import tolerated
-from treadle.checkpoint.content import dump_checkpoint
+from treadle.checkpoint.content import dump_checkpoint, keeping
 from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
@@ -94,7 +94,8 @@ class Trainer:
         gradient_clip_algorithm: "norm" (default) or "value".
         deterministic: True refuses non-deterministic operations, "warn" warns of them.
         benchmark: ``torch.backends.cudnn.benchmark`` during the run.
-        inference_mode: evaluate under ``torch.inference_mode`` rather than ``torch.no_grad``. Default: True.
+        inference_mode: validate, test and predict under ``torch.inference_mode``. Default: True. False, and inside fit:
+            under ``torch.no_grad``.
         use_distributed_sampler: share the samples of loaders out over the ranks. Default: True.
         profiler: must be None; profilers are not available yet.
         detect_anomaly: find the operation that made a NaN gradient. Default: False.
@@ -326,7 +327,7 @@ class Trainer:
             checkpoint["treadle"] |= {**self._fitting.exact_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
-        self.strategy.save_checkpoint(filepath, checkpoint, storage_options=storage_options)
+        self.strategy.save_checkpoint(filepath, checkpoint, storage_options, keeping=keeping(run))
 
     # ------------------------------------------------------------------------------------------------ the parts
 
@@ -748,8 +749,7 @@ class Trainer:
     @property
     def enable_validation(self) -> bool:
         """Whether fit validates: there is a ``validation_step``, a loader, and the limit is not 0."""
-        loop = self._fitting.loop if self._fitting is not None else None
-        return loop is not None and loop.validation is not None
+        return self._fitting is not None and self._fitting.validates
 
     @property
     def estimated_stepping_batches(self) -> float:
@@ -852,10 +852,9 @@ class Trainer:
             yield run
             session.finish(self, run)
 
-    def _prepare(self, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
+    def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
         """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
-        ckpt_path, weights_only = source
-        session, fitting = self._open_session, self.state.fn is TrainerFn.FITTING
+        (ckpt_path, weights_only), fitting = source, self.state.fn is TrainerFn.FITTING
 
         def find() -> str | None:
             path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
@@ -867,7 +866,7 @@ class Trainer:
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
-            checkpoint = read_checkpoint(self.strategy, path, weights_only, training=fitting)
+            checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
         late = self.strategy.restores_after_setup
         if checkpoint is not None and not late:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
@@ -879,19 +878,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the stages
 
     def _fit(
-        self,
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        train: Any,
-        val: Any,
-        source: Source,
+        self, module: LightningModule, datamodule: LightningDataModule | None, train: Any, val: Any, source: Source
     ) -> None:
         session = self._open(TrainerFn.FITTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
             self._fitting = fitting = Fitting(
                 session, run, self._settings, train, val, controls=self, signals=self._signals
             )
-            ready, checkpoint = self._prepare(run, source)
+            ready, checkpoint = self._prepare(session, run, source)
             assembly.set_up_optimizers(ready)
             ready.dispatch.call("on_fit_start")
             assembly.log_hyperparameters(ready, self._settings)
@@ -949,7 +943,7 @@ class Trainer:
         found: list[dict[str, float]] = []
         session = self._open(fn, module, datamodule)
         with session.guarded(self), self._started(session) as run:
-            ready = self._prepare(run, source)[0]
+            ready = self._prepare(session, run, source)[0]
             data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
@@ -969,7 +963,7 @@ class Trainer:
         predictions: list[Any] | None = None
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
-            predictions = self._prediction(run, dataloaders, source, keep=keep)()
+            predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
         return predictions
 
     def _stream(
@@ -977,25 +971,20 @@ class Trainer:
     ) -> Iterator[Any]:
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
-            prediction = self._prediction(run, dataloaders, source, keep=True)
+            prediction = self._prediction(session, run, dataloaders, source, keep=True)
             try:
                 yield None
                 yield from prediction.stream()
             except GeneratorExit:  # the caller has enough predictions, which is no failure
                 pass
 
-    def _prediction(self, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
-        ready = self._prepare(run, source)[0]
-        data = self._open_session.add_evaluation(ready, "predict", dataloaders, self._settings)
+    def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
+        ready = self._prepare(session, run, source)[0]
+        data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
         return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
 
     # ------------------------------------------------------------------------------------------------ the last session
-
-    @property
-    def _open_session(self) -> Session:
-        assert self._session is not None  # only stages ask, and _open has made it
-        return self._session
 
     @property
     def _run(self) -> Run | None:

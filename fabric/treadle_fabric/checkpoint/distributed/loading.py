@@ -19,6 +19,7 @@ from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back
 from treadle_fabric.checkpoint.per_rank import RankParts, on_demand
 from treadle_fabric.checkpoint.torch_file import load_file, neighbours, reason_of
+from treadle_fabric.checkpoint.values.unpacking import unpack_alone
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import (
     CheckpointCorruptError,
@@ -238,7 +239,10 @@ def _rank_parts(
         part: Any = load_file(os.path.join(where, file), map_location, weights_only) if known else None
         if not isinstance(part, dict) or list(part) != names:
             raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and {file!r} differ.")
-        return part
+        return {
+            name: unpack_alone(value, path, weights_only=weights_only, map_location=map_location)
+            for name, value in part.items()
+        }
 
     def read_later(name: str, rank: int) -> Any:
         try:

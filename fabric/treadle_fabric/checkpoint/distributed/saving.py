@@ -13,6 +13,7 @@ from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.checksummed import save_checksummed
 from treadle_fabric.checkpoint.folder.layout import PLAIN, rank_file, refuse_foreign
 from treadle_fabric.checkpoint.folder.manifest import write_manifest
+from treadle_fabric.checkpoint.folder.names import check_name
 from treadle_fabric.checkpoint.folder.placing import lock_folder, make_temporary, put_in_place
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
@@ -48,6 +49,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
         split = Split(state)
         ranks.state = split.structure
         if ranks.rank == 0:
+            check_name(where)
             refuse_foreign(where)
             temporary = make_temporary(where)
             lock = lock_folder(temporary)

@@ -1,6 +1,6 @@
 """A checkpoint that is a folder: which files it has, its manifest, and how it takes its name.
 
 Start with ``layout.py``. ``checksummed.py`` writes files whose checksums are known then, ``manifest.py`` lists the
-files with their checksums, ``placing.py`` puts a finished folder in place, whole or not at all. Imports only the
-foundation.
+files with their checksums, ``placing.py`` puts a finished folder in place, whole or not at all, and ``names.py`` makes
+names that a file system takes. Imports only the foundation.
 """

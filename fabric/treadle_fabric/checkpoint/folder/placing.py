@@ -14,11 +14,11 @@ import os
 import re
 import shutil
 import time
-import uuid
 from typing import Final
 
-from treadle_fabric.checkpoint.folder.layout import MANIFEST, PART, is_folder, refuse_foreign
+from treadle_fabric.checkpoint.folder.layout import MANIFEST, PART, is_folder, is_sharded, refuse_foreign
 from treadle_fabric.checkpoint.folder.manifest import sync_folder
+from treadle_fabric.checkpoint.folder.names import hidden_beside
 
 __all__ = [
     "bring_back",
@@ -40,10 +40,10 @@ _TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 
 def make_temporary(path: str) -> str:
     """Make an empty folder beside ``path``, hidden, for what is to be put in its place."""
-    parent, name = os.path.split(path)
+    parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
     _remove_stale(parent)
-    temporary = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    temporary = hidden_beside(path, "tmp")
     os.mkdir(temporary)
     return temporary
 
@@ -120,27 +120,27 @@ def _exchange(a: str, b: str) -> bool:
 
 
 def _move_aside(fresh: str, at: str) -> None:
-    parent, name = os.path.split(at)
-    aside = os.path.join(parent, f".{name}.{uuid.uuid4().hex}.old")
-    os.rename(at, aside)
+    home = hidden_beside(at, "old")
+    aside = os.path.join(home, os.path.basename(at))  # under its own name, which may be too long to add anything to
+    os.mkdir(home)
     try:
+        os.rename(at, aside)
         os.rename(fresh, at)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rename(aside, at)
+        with contextlib.suppress(OSError):
+            os.rmdir(home)
         raise
 
 
 def bring_back(parent: str | os.PathLike[str]) -> None:
     """Give checkpoints in ``parent`` their names again, if a process was killed while it replaced them."""
-    try:
-        entries = os.listdir(parent)
-    except OSError:
-        return
-    for entry in entries:
-        if (found := _ASIDE.fullmatch(entry)) and found[1] not in entries:
+    for name, aside in _asides(os.fspath(parent)):
+        if not os.path.lexists(os.path.join(parent, name)):
             with contextlib.suppress(OSError):  # another process was faster
-                os.rename(os.path.join(parent, entry), os.path.join(parent, found[1]))
+                os.rename(aside, os.path.join(parent, name))
+                _remove_home(aside)
 
 
 def remove_folder(path: str) -> None:
@@ -151,8 +151,7 @@ def remove_folder(path: str) -> None:
         OSError: It cannot be done.
     """
     refuse_foreign(path)
-    parent, name = os.path.split(os.path.abspath(path))
-    aside = os.path.join(parent, f".{name[:80]}.{uuid.uuid4().hex}.tmp")
+    aside = hidden_beside(os.path.abspath(path), "tmp")
     forget_asides(path)
     os.rename(path, aside)
     try:
@@ -164,10 +163,33 @@ def remove_folder(path: str) -> None:
 def forget_asides(path: str) -> None:
     """Remove what a killed process had moved aside for ``path``, so that :func:`bring_back` never restores it."""
     parent, name = os.path.split(os.path.abspath(path))
+    for known, aside in _asides(parent):
+        if known == name:
+            _delete(aside)
+            _remove_home(aside)
+
+
+def _asides(parent: str) -> list[tuple[str, str]]:
+    """The names of what was moved aside in a folder, and the paths where it lies."""
+    found: list[tuple[str, str]] = []
     with contextlib.suppress(OSError):
         for entry in os.listdir(parent):
-            if (found := _ASIDE.fullmatch(entry)) and found[1] == name:
-                _delete(os.path.join(parent, entry))
+            if (match := _ASIDE.fullmatch(entry)) is None:
+                continue
+            path = os.path.join(parent, entry)
+            if is_folder(path) and not is_sharded(path):  # the home of what was moved
+                found += [(name, os.path.join(path, name)) for name in os.listdir(path)]
+            else:  # as it was moved by releases before
+                found.append((match[1], path))
+    return found
+
+
+def _remove_home(aside: str) -> None:
+    """Remove the folder in which something lay that was moved aside."""
+    home = os.path.dirname(aside)
+    if _ASIDE.fullmatch(os.path.basename(home)):
+        with contextlib.suppress(OSError):
+            os.rmdir(home)
 
 
 def _delete(path: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from treadle.callbacks.checkpoints.paths import is_local
 from treadle_fabric import CheckpointError
-from treadle_fabric.checkpoint import link_folder, put_in_place
+from treadle_fabric.checkpoint import hidden_beside, link_folder, put_in_place
 
 __all__ = ["link_checkpoint"]
 
@@ -36,7 +36,7 @@ def link_checkpoint(
     """
     if not (is_local(target) and is_local(link)):
         return False
-    fresh = Path(link).with_name(f".{Path(link).name}.{os.getpid()}.link")
+    fresh = Path(hidden_beside(link, "link"))
     try:
         fresh.parent.mkdir(parents=True, exist_ok=True)
         fresh.unlink(missing_ok=True)

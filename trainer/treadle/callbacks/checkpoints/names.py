@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
+from treadle_fabric.checkpoint import NAME_BYTES, shortened
 
-__all__ = ["check_template", "fill_template"]
+__all__ = ["check_length", "check_template", "fill_template", "with_ending"]
 
+_EXTENSION = ".ckpt"
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # names may hold anything else: "val/loss", "acc@1", "top 5"
 
 
@@ -20,7 +23,8 @@ def check_template(template: str) -> None:
     """Refuse a file name template that could only fail when the first checkpoint is written.
 
     Raises:
-        MisconfigurationException: the template has an empty field, an unbalanced brace, or a format that no number has.
+        MisconfigurationException: the template has an empty field, an unbalanced brace, a format that no number has, or
+            more text than fits into a file name.
     """
     if "{" in (rest := _FIELD.sub("", template)) or "}" in rest:
         raise MisconfigurationException(
@@ -33,6 +37,28 @@ def check_template(template: str) -> None:
                 f"The checkpoint file name {template!r} asks for {name!r} in the format {spec!r}, which no number has: "
                 "use one such as '.2f' for a metric or '02d' for a count."
             )
+    check_length(_FIELD.sub("", template), f"The checkpoint file name {template!r}")
+
+
+def check_length(name: str, shown: str) -> None:
+    """Refuse a file name without ending, or a path, that is too long for a file system; ``shown`` begins the message.
+
+    Raises:
+        MisconfigurationException: a part of it is too long.
+    """
+    for part in name.split("/"):
+        if (size := len(os.fsencode(part))) > NAME_BYTES - len(_EXTENSION):
+            raise MisconfigurationException(
+                f"{shown} takes {size} bytes, and with the ending {_EXTENSION!r} a file name may take {NAME_BYTES}: "
+                "shorten the name. In UTF-8 a letter outside ASCII takes 2 to 4 bytes."
+            )
+
+
+def with_ending(name: str, ending: str) -> str:
+    """Return the name with an ending; where both are too long for a file name, with the end of ``name`` cut off."""
+    folder, _, last = name.rpartition("/")
+    last = shortened(last, NAME_BYTES - len(os.fsencode(ending))) + ending
+    return f"{folder}/{last}" if folder else last
 
 
 def _formats(number: float, spec: str) -> bool:

@@ -60,7 +60,7 @@ class MonitoredMetric:
 
     def start(self) -> None:
         """Begin a fit: no hook that may log the metric has run yet."""
-        self.validated = self.epoch_ended = False
+        self.validated = self.epoch_ended = self._told_missing = False
 
     def read(self, strategy: Strategy, metrics: Mapping[str, Any]) -> Tensor | None:
         """Return rank 0's value as a scalar on the CPU, on every rank; None where rank 0 has none.
@@ -79,6 +79,11 @@ class MonitoredMetric:
     def overdue(self, trainer: Trainer) -> bool:
         """Tell whether every hook that may log the metric has run, so that a missing metric will never come."""
         return self.epoch_ended and (self.validated or not trainer.enable_validation)
+
+    def first_missing(self) -> bool:
+        """Return whether this fit asks for the first time; for a warning that is given once."""
+        first, self._told_missing = not self._told_missing, True
+        return first
 
     def missing(self, metrics: Mapping[str, Any]) -> str:
         """Return the message for a metric that was not logged."""

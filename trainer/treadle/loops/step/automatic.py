@@ -36,7 +36,7 @@ class AutomaticStep:
 
     def __init__(self, run: ReadyRun, clipping: Clipping) -> None:
         strategy, module = run.fabric.strategy, run.module
-        self._run, self._loss, self._progress = run, run.loss, run.progress
+        self._run, self._loss, self._progress, self._steps = run, run.loss, run.progress, run.steps
         self._wrapped_optimizer = run.optimizers[0] if run.optimizers else None
         optimizer: Any = self._wrapped_optimizer.optimizer if self._wrapped_optimizer is not None else None
         self._gradients = (WholeBatchGradients if strategy.runs_whole_batch else Gradients)(run, optimizer)
@@ -84,8 +84,11 @@ class AutomaticStep:
     def _step(self, batch: Any, batch_idx: int, window: int) -> Any:
         outputs = self._gradients.of(batch, batch_idx, window)[0]
         if self._prepare.of(self._optimizer, window, batch_idx % self._gradients.accumulate + 1):
-            self._optimizer_step()
-            self._progress.optimizer_steps += 1
+            progress = self._progress
+            expected = progress.optimizer_steps + 1
+            self._optimizer_step()  # torch reports the step to the step counter
+            if progress.optimizer_steps != expected:
+                progress.settle_steps(expected)
         return outputs
 
     def _step_without_optimizer(self, batch: Any, batch_idx: int, window: int) -> Any:
@@ -96,13 +99,14 @@ class AutomaticStep:
 
     def _step_with_closure(self, batch: Any, batch_idx: int, window: int) -> Any:
         """The optimizer runs the forward and backward itself, perhaps several times."""
-        outputs, steps = None, True
+        outputs = None
 
         def closure() -> Tensor | None:
-            nonlocal outputs, steps
+            nonlocal outputs
             with torch.enable_grad():
                 outputs, loss = self._gradients.of(batch, batch_idx, window)
-                steps &= self._prepare.of(self._optimizer, window, batch_idx % self._gradients.accumulate + 1)
+                if not self._prepare.of(self._optimizer, window, batch_idx % self._gradients.accumulate + 1):
+                    self._steps.leave_out(self._optimizer)
             if loss is None and self._needs_loss:
                 raise MisconfigurationException(
                     f"`training_step` gave nothing to learn from at batch_idx {batch_idx} (None, a weight of 0, or a"
@@ -113,7 +117,6 @@ class AutomaticStep:
             return loss / window if loss is not None and window > 1 else loss
 
         hook, epoch = self._run.module.optimizer_step, self._progress.epoch
+        self._steps.add(self._optimizer)
         self._run.dispatch.run("optimizer_step", hook, epoch, batch_idx, self._wrapped_optimizer, closure)
-        if steps:
-            self._progress.optimizer_steps += 1
         return outputs

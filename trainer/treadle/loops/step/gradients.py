@@ -39,7 +39,6 @@ class Gradients:
         self._zero_grad = _make_zero_grad(run, optimizer)
         self._backward = automatic_backward(run)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
-        self._told_empty = False
         self.accumulate = 1
         """The number of batches of an accumulation in this epoch."""
         self.idle = 0
@@ -83,8 +82,7 @@ class Gradients:
         """Whether the loss of a batch of 0 samples is finite; the first one that is not is told of."""
         if bool(mean.isfinite().all()):
             return True
-        if not self._told_empty:
-            self._told_empty = True
+        if self._run.first_time("empty batch"):
             strategy, epoch = self._run.fabric.strategy, self._run.progress.epoch
             of_rank = f" on rank {strategy.global_rank}" if strategy.world_size > 1 else ""
             warn_user(

@@ -1,0 +1,40 @@
+"""All kinds of values that are kept plain with the kind beside them: of Python and torch, of NumPy, of OmegaConf."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final
+
+from treadle_fabric.checkpoint.values import numpy_kinds, omegaconf_kinds
+from treadle_fabric.checkpoint.values.standard_kinds import KINDS
+
+__all__ = ["make_kind", "take_kind"]
+_BY_NAME: Final = {kind.name: kind for kind in KINDS.values()}
+_LIBRARIES: Final[dict[str, Any]] = {"numpy": numpy_kinds, "omegaconf": omegaconf_kinds}
+
+
+def take_kind(value: Any) -> tuple[str, Any, Any] | None:
+    """The kind of a value, its content and what else is to be known of it; None for a value of no kind of the list.
+
+    Raises:
+        NoPlainFormError: This value has no plain form.
+    """
+    kind = KINDS.get(type(value))
+    if kind is not None:
+        return kind.name, *kind.take(value)
+    for library, kinds in _LIBRARIES.items():
+        taken: tuple[str, Any, Any] | None = kinds.take(value) if library in sys.modules else None
+        if taken is not None:
+            return taken
+    return None
+
+
+def make_kind(name: str, content: Any, more: Any) -> Any:
+    """The value that :func:`take_kind` took apart.
+
+    Raises:
+        ImportError: It is of a library that is not installed.
+        Exception: The file says something that fits no kind of the list.
+    """
+    library = _LIBRARIES.get(name.partition(".")[0])
+    return _BY_NAME[name].make(content, more) if library is None else library.make(name, content, more)

@@ -1,0 +1,175 @@
+"""The kinds of values of Python and torch that are kept plain, with the kind beside them: a fixed list."""
+
+from __future__ import annotations
+
+import array
+import datetime
+import io
+import re
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, Final
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.torch_version import TorchVersion
+
+from treadle_fabric.attribute_dict import AttributeDict
+
+__all__ = ["KINDS", "Kind", "NoPlainFormError"]
+
+
+class NoPlainFormError(Exception):
+    """A value of a known kind that has no plain form after all, such as a defaultdict with a function of the user's."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of values that are kept plain.
+
+    Args:
+        name: What the file calls the kind.
+        take: From a value its content, in which other values may be packed in turn, and what else is to be known of it.
+        make: The value, from its content and what else was known of it.
+    """
+
+    name: str
+    take: Callable[[Any], tuple[Any, Any]]
+    make: Callable[[Any, Any], Any]
+
+
+def _simple(name: str, take: Callable[[Any], Any], make: Callable[[Any], Any]) -> Kind:
+    return Kind(name, lambda value: (take(value), None), lambda content, _: make(content))
+
+
+# --- single kinds ---
+
+
+def _namespace(cls: type[Any]) -> Callable[[Any], Any]:
+    def make(content: dict[str, Any]) -> Any:
+        made = cls()
+        vars(made).update(content)
+        return made
+
+    return make
+
+
+_FACTORIES: Final[dict[str, Any]] = {
+    "None": None,
+    **{cls.__name__: cls for cls in (list, dict, set, tuple, int, float, str, bool, deque, Counter, OrderedDict)},
+}
+"""What a defaultdict may call for a missing key."""
+
+
+def _take_defaultdict(value: defaultdict[Any, Any]) -> tuple[Any, Any]:
+    for name, factory in _FACTORIES.items():
+        if value.default_factory is factory:
+            return dict(value), name
+    raise NoPlainFormError
+
+
+def _make_defaultdict(content: dict[Any, Any], factory: str) -> Any:
+    return defaultdict(_FACTORIES[factory], content)
+
+
+def _zone(zone: datetime.tzinfo | None) -> Any:
+    if zone is None:
+        return None
+    if type(zone) is ZoneInfo and zone.key is not None:
+        return zone.key
+    if type(zone) is datetime.timezone:
+        offset = zone.utcoffset(None)
+        name = zone.tzname(None)
+        return [*_delta(offset), *([] if datetime.timezone(offset).tzname(None) == name else [name])]
+    raise NoPlainFormError
+
+
+def _zone_from(kept: Any) -> datetime.tzinfo | None:
+    if kept is None or isinstance(kept, str):
+        return None if kept is None else ZoneInfo(kept)
+    days, seconds, microseconds, *name = kept
+    offset = datetime.timedelta(days, seconds, microseconds)
+    return datetime.timezone(offset, *name) if name or offset else datetime.UTC
+
+
+def _delta(value: datetime.timedelta) -> list[int]:
+    return [value.days, value.seconds, value.microseconds]
+
+
+def _take_moment(value: Any) -> tuple[Any, Any]:
+    return value.replace(tzinfo=None, fold=0).isoformat(), {"zone": _zone(value.tzinfo), "fold": value.fold}
+
+
+def _make_moment(cls: Any) -> Callable[[str, Any], Any]:
+    return lambda content, more: cls.fromisoformat(content).replace(tzinfo=_zone_from(more["zone"]), fold=more["fold"])
+
+
+def _make_pattern(content: Any, flags: int) -> Any:
+    return re.compile(content, flags)
+
+
+def _make_stream(content: bytes, position: int) -> io.BytesIO:
+    stream = io.BytesIO(content)
+    stream.seek(position)
+    return stream
+
+
+def _take_generator(value: torch.Generator) -> tuple[Any, Any]:
+    return value.get_state(), str(value.device)
+
+
+def _make_generator(content: torch.Tensor, device: str) -> torch.Generator:
+    kind = torch.device(device).type
+    here = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
+    generator = torch.Generator(device if here else "cpu")
+    generator.set_state(content.cpu())
+    return generator
+
+
+_FORMATS: Final = {
+    str(each): each
+    for each in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
+}
+_PATH: Final = _simple("Path", str, Path)
+
+_KINDS: Final[dict[type, Kind]] = {
+    PosixPath: _PATH,
+    WindowsPath: _PATH,
+    PurePosixPath: _simple("PurePosixPath", str, PurePosixPath),
+    PureWindowsPath: _simple("PureWindowsPath", str, PureWindowsPath),
+    Namespace: _simple("Namespace", lambda v: dict(vars(v)), _namespace(Namespace)),
+    SimpleNamespace: _simple("SimpleNamespace", lambda v: dict(vars(v)), _namespace(SimpleNamespace)),
+    AttributeDict: _simple("AttributeDict", dict, AttributeDict),
+    MappingProxyType: _simple("mappingproxy", dict, MappingProxyType),
+    defaultdict: Kind("defaultdict", _take_defaultdict, _make_defaultdict),
+    deque: Kind("deque", lambda v: (list(v), v.maxlen), deque),
+    frozenset: _simple("frozenset", set, frozenset),
+    range: _simple("range", lambda v: [v.start, v.stop, v.step], lambda c: range(*c)),
+    slice: _simple("slice", lambda v: [v.start, v.stop, v.step], lambda c: slice(*c)),
+    type(...): _simple("ellipsis", lambda _: "...", lambda _: ...),
+    io.BytesIO: Kind("BytesIO", lambda v: (v.getvalue(), v.tell()), _make_stream),
+    array.array: Kind("array", lambda v: (v.tolist(), v.typecode), lambda content, code: array.array(code, content)),
+    re.Pattern: Kind("pattern", lambda v: (v.pattern, v.flags), _make_pattern),
+    Decimal: _simple("Decimal", str, Decimal),
+    Fraction: _simple("Fraction", lambda v: [v.numerator, v.denominator], lambda c: Fraction(*c)),
+    UUID: _simple("UUID", str, UUID),
+    datetime.timedelta: _simple("timedelta", _delta, lambda c: datetime.timedelta(*c)),
+    datetime.date: _simple("date", datetime.date.isoformat, datetime.date.fromisoformat),
+    datetime.datetime: Kind("datetime", _take_moment, _make_moment(datetime.datetime)),
+    datetime.time: Kind("time", _take_moment, _make_moment(datetime.time)),
+    datetime.timezone: _simple("timezone", _zone, _zone_from),
+    ZoneInfo: _simple("ZoneInfo", _zone, _zone_from),
+    TorchVersion: _simple("TorchVersion", str, TorchVersion),
+    PackedSequence: _simple("PackedSequence", list, lambda c: PackedSequence(*c)),
+    torch.Generator: Kind("Generator", _take_generator, _make_generator),
+    torch.memory_format: _simple("memory_format", str, _FORMATS.__getitem__),
+}
+KINDS: Final[Mapping[type, Kind]] = MappingProxyType(_KINDS)
