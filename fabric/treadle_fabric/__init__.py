@@ -83,10 +83,20 @@ from treadle_fabric.rank_zero import (
     warn_user,
 )
 from treadle_fabric.resolve import Plan, resolve
-from treadle_fabric.setup.module import FabricModule
+from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies import STRATEGY_REGISTRY, DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from treadle_fabric.strategies.unwrapping import (
+    load_module_state,
+    module_state,
+    name_in,
+    names_in,
+    plain_name,
+    uncompiled,
+    user_module,
+    with_plain_names,
+)
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 
 if _collects:
@@ -165,6 +175,7 @@ __all__ = [
     "describe_error",
     "detect_environment",
     "end_run",
+    "engine_of",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -176,13 +187,19 @@ __all__ = [
     "is_wrapped",
     "isolate_rng",
     "leaves",
+    "load_module_state",
     "make_precision",
     "map_tensors",
+    "method_of",
+    "module_state",
     "move_data_to_device",
+    "name_in",
+    "names_in",
     "near_names",
     "newest_good",
     "on_rank_zero",
     "one_or_several",
+    "plain_name",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",
@@ -200,6 +217,9 @@ __all__ = [
     "shard_dataloader",
     "sized_len",
     "suggests_arguments",
+    "uncompiled",
+    "user_module",
     "warn_user",
+    "with_plain_names",
     "worker_init_function",
 ]

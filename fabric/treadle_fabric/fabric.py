@@ -30,8 +30,8 @@ from treadle_fabric.setup.checks import check_loader, check_loggers, check_modul
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
-from treadle_fabric.setup.wrapped import engine_of, put_back, unwrap
-from treadle_fabric.strategies import Strategy
+from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
+from treadle_fabric.strategies import Strategy, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
 __all__ = ["Fabric"]
@@ -351,7 +351,9 @@ class Fabric:
         module = self._strategy.precision.convert_module(module)
         if any(each.is_meta for each in module.parameters()):
             if not self._strategy.initializes_on_meta:
-                name = next(name for name, each in module.named_parameters() if each.is_meta)
+                own = user_module(module)
+                named = with_plain_names(own, own.named_parameters())
+                name = next(name for name, each in named if each.is_meta)
                 raise MisconfigurationException(
                     f"The parameter {name!r} is on the meta device, so it has no values, and "
                     f"{type(self._strategy).__name__} does not make any. Give the module values first: "
@@ -364,12 +366,12 @@ class Fabric:
     def _wrap_module(self, engine: Module, module: Module) -> FabricModule:
         self._strategy.precision.guard_module(module)
         wrapped = FabricModule(engine, self._strategy, module)
-        user_module = wrapped.module
-        if hasattr(type(user_module), "fabric"):  # such as a LightningModule: it logs, and has hooks
-            user_module.fabric = self  # type: ignore[assignment]
-            if not any(callback is user_module for callback in self._callbacks):
-                self._callbacks.append(user_module)
-        self._modules.add(user_module)
+        own = wrapped.module
+        if _takes_fabric(type(own)):  # such as a LightningModule: it logs, and has hooks
+            own.fabric = self  # type: ignore[assignment]
+            if not any(callback is own for callback in self._callbacks):
+                self._callbacks.append(own)
+        self._modules.add(own)
         self.call("on_after_setup", fabric=self, module=wrapped)
         return wrapped
 
@@ -401,7 +403,7 @@ class Fabric:
                 f"backward got a {type(tensor).__name__}, and needs the loss as a tensor. A float, such as .item() "
                 "returns, has no gradient; of a dict or tuple, pass the loss in it."
             )
-        engine = None if model is None else engine_of(model, "backward")
+        engine = None if model is None else given_engine(model, "backward")
         try:
             if self._plain_backward and not args and not kwargs:
                 tensor.backward()  # type: ignore[no-untyped-call]
@@ -447,7 +449,7 @@ class Fabric:
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit >= 0:
             name = "clip_val" if max_norm is None else "max_norm"
             raise MisconfigurationException(f"clip_gradients({name}={limit!r}): must be a number of at least 0.")
-        engine = engine_of(module, "clip_gradients")
+        engine = given_engine(module, "clip_gradients")
         inner = optimizer.optimizer if isinstance(optimizer, FabricOptimizer) else optimizer
         if max_norm is not None:
             return self._strategy.clip_gradients_norm(engine, inner, max_norm, norm_type, error_if_nonfinite)
@@ -471,7 +473,7 @@ class Fabric:
 
         Enter it around forward and backward of each micro-batch; ``enabled`` is False for the last of an accumulation.
         """
-        return self._strategy.no_backward_sync(engine_of(module, "no_backward_sync"), enabled)
+        return self._strategy.no_backward_sync(given_engine(module, "no_backward_sync"), enabled)
 
     # Communication
 
@@ -651,6 +653,12 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
         return self._launch(getattr(self, run.__name__), *args, **kwargs)
 
     return launched
+
+
+def _takes_fabric(cls: type[Module]) -> bool:
+    """Whether a module of this class gets the Fabric object; a method of that name, say, is the user's own."""
+    declared = getattr(cls, "fabric", None)
+    return declared.fset is not None if isinstance(declared, property) else hasattr(cls, "fabric") and not declared
 
 
 def _spread(arguments: Iterable[Any], several: Callable[[Any], list[Any] | None]) -> tuple[list[Any], list[int | None]]:

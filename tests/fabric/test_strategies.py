@@ -34,6 +34,8 @@ from treadle_fabric import (
     Strategy,
     TorchCheckpointIO,
     UnusedParametersError,
+    engine_of,
+    method_of,
 )
 
 
@@ -219,7 +221,7 @@ def train(fabric: Fabric, how: str, accumulate: int, path: str) -> tuple[list[fl
     data = TensorDataset(torch.randn(32, 4), torch.randn(32, 1))
     loader = fabric.setup_dataloaders(DataLoader(data, 8 // fabric.world_size))
     model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), lr=0.05))
-    step = {"marked": model.training_step, "method": model.method("training_step")}.get(
+    step = {"marked": model.training_step, "method": method_of(model, "training_step")}.get(
         how, lambda batch: nn.functional.mse_loss(model(batch[0]), batch[1])
     )
     losses = []
@@ -418,7 +420,7 @@ def save_and_load(fabric: Fabric) -> None:
     assert torch.equal(first, second)
     assert first.any()
     strategy: Strategy = fabric.strategy
-    assert list(strategy.get_module_state_dict(model.forward_module)) == ["weight", "bias"]
+    assert list(strategy.get_module_state_dict(engine_of(model))) == ["weight", "bias"]
     assert isinstance(strategy.checkpoint_io, CheckpointIO)
 
 

@@ -35,6 +35,7 @@ from treadle_fabric import (
     isolate_rng,
     move_data_to_device,
     near_names,
+    with_plain_names,
 )
 from treadle_fabric.checkpoint import TorchCheckpointIO, known_classes, unpack
 from treadle_fabric.randomness import set_rng_states
@@ -157,7 +158,7 @@ def _flags(bundle: dict[str, Any]) -> Generator[None]:
 def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
     """Restore the parameters, buffers and modes that the module had before the step."""
     for kind, mine in (("parameters", module.named_parameters()), ("buffers", module.named_buffers())):
-        saved, own = bundle[kind], dict(mine)
+        saved, own = bundle[kind], dict(with_plain_names(module, mine))
         if saved.keys() != own.keys():
             name, kind_of = min(saved.keys() ^ own.keys()), type(module).__qualname__
             remedy = "Check out the code of the run, or give the class with --module."
@@ -180,9 +181,9 @@ def _restore(module: LightningModule, bundle: dict[str, Any]) -> None:
                     )
                 tensor.copy_(saved[name])
     frozen, evaluating = set(bundle.get("frozen", ())), set(bundle.get("evaluating", ()))
-    for name, parameter in module.named_parameters():
+    for name, parameter in with_plain_names(module, module.named_parameters()):
         parameter.requires_grad_(name not in frozen)
-    for name, child in module.named_modules():
+    for name, child in with_plain_names(module, module.named_modules()):
         child.training = name not in evaluating
 
 

@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch.nn import Module
 
-from treadle_fabric.precision.precision import Precision, cast_floating, default_dtype
+from treadle_fabric.precision.precision import Precision, cast_floating, cast_module, default_dtype
 
 __all__ = ["DoublePrecision"]
 
 
 class DoublePrecision(Precision):
-    """Double precision: everything in float64."""
+    """Double precision: everything in float64.
+
+    Complex weights and inputs stay what they are, as under ``module.double()``: complex64 is not made complex128. New
+    complex tensors are complex128.
+    """
 
     precision = "64-true"
     converts = True
 
     def convert_module(self, module: Module) -> Module:
         """Cast the weights to float64."""
-        return module.double()
+        return cast_module(module, torch.float64)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Return a context in which float64 is torch's default dtype."""

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module
 
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.precision.precision import Precision, cast_floating, default_dtype
+from treadle_fabric.precision.precision import Precision, cast_floating, cast_module, default_dtype, half_init
 
 __all__ = ["HalfPrecision"]
 
@@ -38,16 +38,16 @@ class HalfPrecision(Precision):
         self._dtype = _DTYPES[precision]
 
     def convert_module(self, module: Module) -> Module:
-        """Cast the weights to the half type."""
-        return module.to(dtype=self._dtype)
+        """Cast the weights to the half type; complex ones stay complex64 or complex128."""
+        return cast_module(module, self._dtype)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """Return a context in which the half type is torch's default dtype."""
-        return default_dtype(self._dtype)
+        """Return a context in which new tensors have the half type; complex ones are complex64."""
+        return half_init(self._dtype)
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """Return a context in which the half type is torch's default dtype."""
-        return default_dtype(self._dtype)
+        """Return a context in which new tensors have the half type; complex ones are complex64."""
+        return half_init(self._dtype)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return a context in which the half type is torch's default dtype, for tensors of the forward pass."""

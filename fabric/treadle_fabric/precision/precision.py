@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["Precision", "cast_floating", "default_dtype", "needs_closure"]
+__all__ = ["Precision", "cast_floating", "cast_module", "default_dtype", "half_init", "needs_closure"]
 
 
 class Precision:
     """Single precision, and the hooks that other precisions implement.
+
+    Precisions cast real floating-point numbers. Everything else stays what it is, in weights, buffers, inputs and
+    outputs: integers, booleans, complex and quantized numbers.
 
     A subclass implements its contexts and conversions. The scaling of losses and gradients is implemented once, here;
     a ``scaler`` switches it on.
@@ -265,9 +269,56 @@ def needs_closure(optimizer: Optimizer) -> bool:
     return False
 
 
+def _is_real_floating(tensor: Tensor) -> bool:
+    """Whether a precision casts the tensor.
+
+    It does not cast integers, booleans, complex and quantized numbers; nor formats of 8 bits or less, which store
+    quantized numbers without their scale, nor tensors in MKL-DNN's layout, which has no other dtypes.
+    """
+    return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not tensor.is_mkldnn
+
+
 def cast_floating(data: Any, dtype: torch.dtype) -> Any:
-    """Cast every floating-point tensor of a collection to ``dtype``; the same object where nothing changes."""
-    return map_tensors(data, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    """Cast every tensor of real floating-point numbers in a collection; the same object where nothing changes."""
+    return map_tensors(data, lambda t: t.to(dtype) if _is_real_floating(t) else t)
+
+
+def cast_module(module: Module, dtype: torch.dtype) -> Module:
+    """Cast the parameters and buffers of real floating-point numbers, in place, and return the module.
+
+    ``module.to(dtype)`` would make real numbers of complex ones, without their imaginary parts.
+    """
+    module._apply(lambda t: t.to(dtype) if _is_real_floating(t) else t)  # type: ignore[no-untyped-call]
+    return module
+
+
+@contextlib.contextmanager
+def half_init(dtype: torch.dtype) -> Generator[None]:
+    """Make the half type ``dtype`` that of new floating-point tensors, and complex64 that of new complex ones.
+
+    Torch has no complex type for bfloat16, and that for float16 has few operations.
+    """
+    with default_dtype(dtype), _SingleComplex():
+        yield
+
+
+class _SingleComplex(TorchFunctionMode):
+    """Functions that make complex tensors without being told the dtype make complex64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor, torch.asarray) and kwargs.get("dtype") is None:
+            with default_dtype(torch.float32):
+                made = func(*args, **kwargs)
+            if made.is_complex():
+                return made
+        elif func in (torch.complex, torch.polar):
+            args = tuple(cast_floating(a, torch.float32) if _is_half(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 @contextlib.contextmanager

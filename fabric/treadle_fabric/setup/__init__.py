@@ -4,8 +4,8 @@ Start with ``module.py``. ``optimizer.py`` wraps an optimizer, ``wrapped.py`` ge
 and ``checks.py`` refuses what cannot be set up. Imports strategies, data and what is below them.
 """
 
-from treadle_fabric.setup.module import FabricModule
+from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
 
-__all__ = ["FabricModule", "FabricOptimizer", "is_wrapped"]
+__all__ = ["FabricModule", "FabricOptimizer", "engine_of", "is_wrapped", "method_of"]

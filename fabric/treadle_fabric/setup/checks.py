@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.setup.wrapped import is_wrapped
+from treadle_fabric.strategies.unwrapping import user_module
 
 __all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "check_ownership"]
 
@@ -23,14 +24,24 @@ def check_module(module: Any) -> None:
             f"The model is of type {type(module).__name__}, and must be a torch.nn.Module. Optimizers come after it: "
             "fabric.setup(model, optimizer)."
         )
-    inside = [] if is_wrapped(module) else [name for name, m in module.named_modules() if is_wrapped(m)]
-    inside += [name for name, m in getattr(module, "_modules", {}).items() if is_wrapped(m)]
-    if is_wrapped(module) or inside:
-        where = f" (in {inside[0]!r})" if inside else ""
+    wrapped = [""] if is_wrapped(module) else _wrapped_inside(user_module(module))
+    if wrapped:
+        where = f" (in {wrapped[0]!r})" if wrapped[0] else ""
         raise MisconfigurationException(
             f"This {type(module).__name__} is set up already{where}. Set up each model once, and use what setup "
             "returned."
         )
+
+
+def _wrapped_inside(module: Module) -> list[str]:
+    """The names of the submodules that are set up; ``named_modules`` gives the users' modules inside of them."""
+    found = []
+    for name, child in module._modules.items():
+        if is_wrapped(child):
+            found.append(name)
+        elif child is not None:
+            found += [f"{name}.{deeper}" for deeper in _wrapped_inside(child)]
+    return found
 
 
 def check_optimizer(optimizer: Any) -> None:

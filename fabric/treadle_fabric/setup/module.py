@@ -3,78 +3,79 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, Parameter, Sequential
 
+from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
+from treadle_fabric.strategies.unwrapping import compiled_like, inside, layers_of, names_in, plain_name, user_module
 
-__all__ = ["FabricModule"]
+__all__ = ["FabricModule", "engine_of", "method_of"]
 
 
-_HOOK_METHODS = [name for name in dir(Module) if name.startswith("register_") and name.endswith("_hook")]
+@dataclass(frozen=True)
+class _Parts:
+    """What a wrapper is made of."""
+
+    engine: Module
+    strategy: Strategy
+    called: Module
+    """What the user gave to ``setup``: the user's module, or its compiled form."""
+    module: Module
+    """The user's module."""
+    marked: set[str] = field(default_factory=set)
 
 
 class FabricModule(Module):
     """A module that runs on its device, in its precision, through its strategy's engine.
 
-    Attributes, parameters and state dicts are those of the user's module. Calling the wrapper runs ``forward``.
+    Calling the wrapper runs ``forward``. Everything else is the user's module: attributes and methods, also private
+    ones, what is registered or assigned, parameters, state dicts. Only :attr:`module` and :meth:`mark_forward_method`
+    belong to the wrapper, whatever the user's module has under these names. Special methods, such as ``__len__``, are
+    there if the class of the user's module has them.
 
     Args:
         forward_module: The engine that :meth:`Strategy.setup_module` returned.
         strategy: The strategy.
-        original_module: The user's module. Default: ``forward_module``.
+        original_module: The user's module, or its compiled form. Default: ``forward_module``.
     """
 
-    _forward_module: Module
-    _original_module: Module
-    _called_module: Module
-    _strategy: Strategy
-    _forward_methods: set[str]
-    _run: Callable[..., Any]
+    # Names that begin with two underscores are mangled, so that none can hide one of the user's module.
+    __parts: _Parts
+    __run: Callable[..., Any]
+
+    def __new__(cls, forward_module: Module, strategy: Strategy, original_module: Module | None = None) -> FabricModule:
+        """Make an object of a subclass that has the special methods of the user's class."""
+        own = user_module(forward_module if original_module is None else original_module)
+        made: FabricModule = super().__new__(_with_special_methods(cls, _special_methods(type(own))))  # type: ignore[arg-type] # classes are hashable
+        return made
 
     def __init__(self, forward_module: Module, strategy: Strategy, original_module: Module | None = None) -> None:
-        original = forward_module if original_module is None else original_module
-        fields = self.__dict__  # not registered as submodules, which would put a prefix before every name
-        fields["_called_module"] = original
-        fields["_original_module"] = getattr(original, "_orig_mod", original)  # torch.compile wraps too
-        super().__init__()
-        for name in _HOOK_METHODS:
-            fields[name] = getattr(self._original_module, name)
-        fields["_forward_module"] = forward_module
-        fields["_strategy"] = strategy
-        fields["_forward_methods"] = set()
-        fields["_run"] = self._bind("forward", cast_output=True)
-        for name in getattr(original, "forward_methods", ()):
+        # without Module.__init__, whose registries of parameters, submodules and hooks would hide the user's module's
+        called = forward_module if original_module is None else original_module
+        parts = _Parts(forward_module, strategy, called, user_module(called))
+        self.__dict__[_PARTS] = parts
+        self.__dict__[_RUN] = _bind(parts, "forward", cast_output=True)
+        declared = getattr(type(parts.module), "forward_methods", ())  # a module may have something else by this name
+        for name in declared if isinstance(declared, tuple) else ():
             self.mark_forward_method(name)
 
     @property
     def module(self) -> Module:
         """The user's module."""
-        original: Module = self.__dict__["_original_module"]
-        return original
-
-    @property
-    def forward_module(self) -> Module:
-        """The strategy's engine."""
-        engine: Module = self.__dict__["_forward_module"]
-        return engine
+        return self.__parts.module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward`` through the engine."""
         # hooks are the user's module's, so there are none to look for here; empty keywords would be copied
-        return self._run(*args, **kwargs) if kwargs else self._run(*args)
+        return self.__run(*args, **kwargs) if kwargs else self.__run(*args)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The same as calling."""
-        return self._run(*args, **kwargs)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the user's module in place."""
-        self._original_module.compile(*args, **kwargs)
+    forward = _call_impl = _wrapped_call_impl = __call__
 
     def mark_forward_method(self, method: str | Callable[..., Any]) -> None:
         """Let a method run through the engine and in the precision, as ``forward`` does.
@@ -85,150 +86,156 @@ class FabricModule(Module):
         Raises:
             MisconfigurationException: The module has no such method.
         """
+        parts = self.__parts
         name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
         if name == "forward":
             raise MisconfigurationException("'forward' needs no mark: calling the module runs it.")
-        if not callable(getattr(self.module, name, None)):
-            own = [n for n in dir(type(self.module)) if not n.startswith("_") and not hasattr(Module, n)]
+        if not callable(getattr(parts.module, name, None)):
+            own = [n for n in dir(type(parts.module)) if not n.startswith("_") and not hasattr(Module, n)]
             raise MisconfigurationException(
-                f"{type(self.module).__name__} has no method {name!r} to mark. {near_names(name, own)}"
+                f"{type(parts.module).__name__} has no method {name!r} to mark. {near_names(name, own)}"
             )
-        self._forward_methods.add(name)
-        self.__dict__[name] = self._bind(name, cast_output=True)
+        parts.marked.add(name)
+        self.__dict__[name] = _bind(parts, name, cast_output=True)
 
-    def method(self, name: str) -> Callable[..., Any]:
-        """A method of the module, to be called in a hot loop: through the engine, in the precision.
-
-        What it returns is not cast. Where neither engine nor precision has anything to add, this is the module's
-        own bound method.
-
-        Args:
-            name: Such as ``"training_step"``.
-        """
-        return self._bind(name, cast_output=False)
-
-    def _bind(self, name: str, *, cast_output: bool) -> Callable[..., Any]:
-        """What calling a method means, decided once instead of at each call."""
-        strategy, engine = self._strategy, self._forward_module
-        called = self._called_module
-        direct = called if name == "forward" else getattr(called, name)
-        call = direct
-        if strategy.requires_forward_redirect:
-            call = _through_engine(engine, strategy, name, direct)
-        elif name == "forward":
-            call = engine
-        precision = strategy.precision
-        if not precision.converts:
-            return call
-        convert_input, convert_output = precision.convert_input, precision.convert_output
-        context = precision.forward_context
-        cast_input = name == "forward" or not precision.autocasts
-
-        def converted(*args: Any, **kwargs: Any) -> Any:
-            if cast_input:
-                args, kwargs = convert_input(args), convert_input(kwargs)
-            with context():
-                output = call(*args, **kwargs)
-            return convert_output(output) if cast_output else output
-
-        return functools.update_wrapper(converted, direct) if name != "forward" else converted
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's module's; names may be those of a compiled module where this one is not, and the reverse."""
+        module = self.__parts.module
+        named = {key: names_in(module, value) for key, value in kwargs.items()}
+        return module.load_state_dict(*(names_in(module, value) for value in args), **named)
 
     def __reduce__(self) -> Any:
         # functions made for one engine must not be copied along with another
-        return _rewrap, (self._forward_module, self._strategy, self._called_module, sorted(self._forward_methods))
-
-    # The user's module answers for what torch would look for in this one
+        parts = self.__parts
+        return _rewrap, (parts.engine, parts.strategy, parts.called, sorted(parts.marked))
 
     def __getattr__(self, name: str) -> Any:
-        original: Module = self.__dict__["_original_module"]
-        value = getattr(original, name)
-        strategy = self.__dict__.get("_strategy")
-        if (
-            strategy is not None
-            and strategy.requires_forward_redirect
-            and getattr(value, "__self__", None) is original
-            and not hasattr(Module, name)
-        ):
-            return _refusing_forward(value, original)
+        parts = _parts(self)
+        try:
+            value = getattr(parts.module, name)
+        except AttributeError:
+            if name not in _GIVING_WAY:
+                raise
+            return _GIVING_WAY[name](self)
+        if parts.strategy.requires_forward_redirect and getattr(value, "__self__", None) is parts.module:
+            return _guarded(value, parts)
         return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__ or hasattr(type(self), name):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self._original_module, name, value)
+        if name in _WRAPPERS_OWN:
+            raise AttributeError(
+                f"{name!r} is a name of the wrapper that setup returned, and cannot be set. For the attribute of your "
+                f"own module, set model.module.{name}."
+            )
+        if isinstance(value, (Module, Parameter)):
+            _refuse_new_parameters(self.__parts, f"model.{name} = ...", value)
+        setattr(self.__parts.module, name, value)
+        _mark_again(self, name)
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__:
-            object.__delattr__(self, name)
-        else:
-            delattr(self._original_module, name)
+        delattr(self.__parts.module, name)
+        _mark_again(self, name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *dir(self._original_module)})
+        return sorted({*object.__dir__(self), *dir(self.__parts.module)})
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._original_module!r})"
-
-    @property
-    def training(self) -> bool:
-        """Whether the user's module is in training mode."""
-        return bool(self.__dict__["_original_module"].training)
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        pass  # only ``train`` changes it, in every submodule
-
-    def train(self, mode: bool = True) -> FabricModule:
-        """Switch the module, and the engine, to training or evaluation mode."""
-        self._forward_module.train(mode)
-        self._original_module.train(mode)
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The user's module's."""
-        return self._original_module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The user's module's."""
-        return self._original_module.load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """The user's module's."""
-        yield from self._original_module.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """The user's module's."""
-        yield from self._original_module.named_buffers(*args, **kwargs)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Module]]:
-        """The user's module's."""
-        yield from self._original_module.named_modules(*args, **kwargs)
-
-    def named_children(self) -> Iterator[tuple[str, Module]]:
-        """The user's module's."""
-        yield from self._original_module.named_children()
-
-    def apply(self, fn: Callable[[Module], None]) -> FabricModule:
-        """Apply a function to the user's module and its submodules."""
-        self._original_module.apply(fn)
-        return self
-
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> FabricModule:
-        self._original_module._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return f"FabricModule({self.__parts.module!r})"
 
 
-def _rewrap(engine: Module, strategy: Strategy, original: Module, marked: list[str]) -> FabricModule:
-    module = FabricModule(engine, strategy, original)
-    for name in marked:
-        module.mark_forward_method(name)
-    return module
+_PARTS: Final = "_FabricModule__parts"
+_RUN: Final = "_FabricModule__run"
+_WRAPPERS_OWN: Final = frozenset({"module", "mark_forward_method", "__class__", "__dict__"})
+# Methods that give a module another parameter or submodule.
+_ADDING: Final = frozenset(
+    {"add_module", "register_module", "register_parameter", "set_submodule", "__setitem__", "__iadd__", "__imul__"}
+)
+# Special methods that are about the object itself, or that a class must not have because of what is in it.
+_NOT_FORWARDED: Final = frozenset(
+    """__new__ __init__ __del__ __call__ __repr__ __dir__ __getattr__ __getattribute__ __setattr__ __delattr__
+    __reduce__ __reduce_ex__ __getstate__ __setstate__ __getnewargs__ __getnewargs_ex__ __copy__ __deepcopy__
+    __class__ __init_subclass__ __subclasshook__ __class_getitem__ __torch_function__ __sizeof__
+    __get__ __set__ __delete__ __set_name__""".split()
+)
 
 
-def _through_engine(engine: Module, strategy: Strategy, name: str, direct: Callable[..., Any]) -> Callable[..., Any]:
-    chosen = {} if name == "forward" else {METHOD_KEYWORD: name}
+def engine_of(module: FabricModule) -> Module:
+    """Return the engine of the strategy that runs a wrapped module."""
+    return _parts(module).engine
 
+
+def method_of(module: FabricModule, name: str) -> Callable[..., Any]:
+    """Return a method of a wrapped module for a hot loop: it runs through the engine, in the precision.
+
+    What it returns is not cast. Where neither engine nor precision has anything to add, this is the user's module's
+    own bound method.
+
+    Args:
+        module: The wrapped module.
+        name: Such as ``"training_step"``.
+    """
+    return _bind(_parts(module), name, cast_output=False)
+
+
+def _parts(module: FabricModule) -> _Parts:
+    parts: _Parts = module.__dict__[_PARTS]
+    return parts
+
+
+# Names that scripts look for in the wrapper, Lightning's private ones among them, unless the user's module has them.
+_GIVING_WAY: Final[dict[str, Callable[[FabricModule], Any]]] = {
+    "forward_module": engine_of,
+    "method": lambda module: functools.partial(method_of, module),
+    "_forward_module": engine_of,
+    "_original_module": lambda module: module.module,
+    "_strategy": lambda module: _parts(module).strategy,
+}
+
+
+@inside.register
+def _(wrapper: FabricModule) -> Module:
+    return _parts(wrapper).called
+
+
+def _mark_again(module: FabricModule, name: str) -> None:
+    """Bind a marked method anew, which has become another one or is gone."""
+    parts = _parts(module)
+    if name in parts.marked:
+        parts.marked.remove(name)
+        del module.__dict__[name]
+        if callable(getattr(parts.module, name, None)):
+            module.mark_forward_method(name)
+
+
+def _bind(parts: _Parts, name: str, *, cast_output: bool) -> Callable[..., Any]:
+    """What calling a method means, decided once instead of at each call."""
+    strategy, engine, forward = parts.strategy, parts.engine, name == "forward"
+    direct = parts.called if forward else compiled_like(parts.called, getattr(parts.module, name))
+    call = direct
+    if strategy.requires_forward_redirect:
+        call = _through_engine(engine, strategy, direct, {} if forward else {METHOD_KEYWORD: direct})
+    elif forward:
+        call = engine
+    precision = strategy.precision
+    if not precision.converts:
+        return call
+    convert_input, convert_output = precision.convert_input, precision.convert_output
+    context = precision.forward_context
+    cast_input = forward or not precision.autocasts
+
+    def converted(*args: Any, **kwargs: Any) -> Any:
+        if cast_input:
+            args, kwargs = convert_input(args), convert_input(kwargs)
+        with context():
+            output = call(*args, **kwargs)
+        return convert_output(output) if cast_output else output
+
+    return converted if forward else functools.update_wrapper(converted, direct)
+
+
+def _through_engine(
+    engine: Module, strategy: Strategy, direct: Callable[..., Any], chosen: dict[str, Any]
+) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         # Without gradients there is nothing to reduce, and ranks may evaluate different numbers of batches
         if not torch.is_grad_enabled():
@@ -244,18 +251,23 @@ def _through_engine(engine: Module, strategy: Strategy, name: str, direct: Calla
     return call
 
 
-def _refusing_forward(method: Callable[..., Any], module: Module) -> Callable[..., Any]:
+def _guarded(method: Callable[..., Any], parts: _Parts) -> Callable[..., Any]:
     """An unmarked method, which may do anything but run the module with gradients that nobody would reduce."""
+    name = getattr(method, "__name__", repr(method))
+    adds = (
+        getattr(method, "__module__", "") == Sequential.__module__
+    )  # append, extend, update, ... of torch's containers
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
+        if adds:
+            _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
         if not torch.is_grad_enabled():
             return method(*args, **kwargs)
-        own = {id(m) for m in module.modules()}
+        own = {id(m) for m in parts.module.modules()}
 
         def refuse(called: Module, inputs: Any) -> None:
             if id(called) in own and torch.is_grad_enabled():
-                name = getattr(method, "__name__", repr(method))
                 raise MisconfigurationException(
                     f"The method {name!r} runs the forward pass of {type(called).__name__} outside the strategy's "
                     f"engine, so its gradients would not be reduced. Call model.mark_forward_method({name!r}) after "
@@ -269,3 +281,99 @@ def _refusing_forward(method: Callable[..., Any], module: Module) -> Callable[..
             handle.remove()
 
     return guarded
+
+
+def _refuse_new_parameters(parts: _Parts, what: str, values: Any) -> None:
+    """Refuse parameters whose gradients the engine would never reduce.
+
+    Raises:
+        MisconfigurationException: ``values`` holds parameters, also of modules, that require a gradient and are not the
+            module's yet.
+    """
+    if not parts.strategy.fixes_parameters:
+        return
+    known = {id(p) for p in parts.module.parameters()}
+    for value in leaves(values, lambda each: isinstance(each, (Module, Parameter))):
+        for name, parameter in value.named_parameters() if isinstance(value, Module) else [("", value)]:
+            if parameter.requires_grad and id(parameter) not in known:
+                which = f"the parameter {plain_name(value, name)!r} of the new module" if name else "a new parameter"
+                raise MisconfigurationException(
+                    f"{what} adds {which} after setup, and {type(parts.strategy).__name__} averages the gradients of "
+                    "those parameters only that the model had in setup: the ranks would train different values. Add it "
+                    "before fabric.setup, or freeze it first with requires_grad_(False)."
+                )
+
+
+def _follow_mode(parts: _Parts) -> None:
+    """Give the wrappers between engine and user's module the mode of the module, which has switched its submodules."""
+    for layer in layers_of(parts.engine):
+        if layer is not parts.module and "training" in layer.__dict__:
+            layer.__dict__["training"] = parts.module.training
+
+
+def _rewrap(engine: Module, strategy: Strategy, called: Module, marked: list[str]) -> FabricModule:
+    module = FabricModule(engine, strategy, called)
+    for name in marked:
+        module.mark_forward_method(name)
+    return module
+
+
+# The user's module answers for all that torch would look for in the wrapper
+
+
+def _forwarded(name: str) -> Callable[..., Any]:
+    """A method that calls the user's module's, with what the caller passed and nothing else."""
+    adds, switches, special = name in _ADDING, name in ("train", "eval"), name.startswith("__")
+
+    def method(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
+        parts = _parts(self)
+        if adds:
+            _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
+        if special:  # model == model compares the user's module with itself
+            args = tuple(parts.module if each is self else each for each in args)
+        result = getattr(parts.module, name)(*args, **kwargs)
+        if switches:
+            _follow_mode(parts)
+        return self if result is parts.module else result
+
+    known = getattr(Module, name, None)
+    return functools.wraps(known)(method) if known is not None else method
+
+
+def _forwarded_attribute(name: str) -> property:
+    def get(self: FabricModule) -> Any:
+        return getattr(_parts(self).module, name)
+
+    return property(get)
+
+
+def _forward_everything() -> None:
+    for name, member in vars(Module).items():
+        if not name.startswith("__") and name not in vars(FabricModule):
+            setattr(FabricModule, name, _forwarded(name) if callable(member) else _forwarded_attribute(name))
+
+
+_forward_everything()
+
+
+def _special_methods(cls: type[Module]) -> frozenset[str]:
+    """The special methods of a class that modules do not have in general."""
+    return frozenset(
+        name
+        for name in dir(cls)
+        if name.startswith("__")
+        and name.endswith("__")
+        and name not in _NOT_FORWARDED
+        and callable(getattr(cls, name))
+        and getattr(cls, name) is not getattr(Module, name, None)
+    )
+
+
+@functools.cache
+def _with_special_methods(cls: type[FabricModule], names: frozenset[str]) -> type[FabricModule]:
+    """A subclass that has these special methods, which Python looks for in the class only."""
+    if not names:
+        return cls
+    members = {name: _forwarded(name) for name in names}
+    members.setdefault("__hash__", cls.__hash__)  # a class with __eq__ would have none
+    return type(cls.__name__, (cls,), {**members, "__doc__": cls.__doc__, "__module__": cls.__module__})

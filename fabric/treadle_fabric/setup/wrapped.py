@@ -9,32 +9,41 @@ from torch.utils.data import DataLoader
 
 from treadle_fabric.data.loader import WrappedLoader
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.setup.module import FabricModule
+from treadle_fabric.setup.module import FabricModule, engine_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, state_of_loader
+from treadle_fabric.strategies.unwrapping import layers_of
 
-__all__ = ["engine_of", "is_wrapped", "put_back", "unwrap"]
+__all__ = ["given_engine", "is_wrapped", "put_back", "unwrap"]
 
 
 def is_wrapped(obj: object) -> bool:
-    """Return whether ``Fabric.setup`` or ``Fabric.setup_dataloaders`` returned this object."""
-    return isinstance(obj, (FabricModule, FabricOptimizer, WrappedLoader))
+    """Return whether ``Fabric.setup`` or ``Fabric.setup_dataloaders`` returned this object, or one that is inside."""
+    return isinstance(obj, (FabricOptimizer, WrappedLoader)) or _set_up(obj) is not None
 
 
-def engine_of(module: Any, what: str) -> Module:
+def _set_up(obj: object) -> FabricModule | None:
+    """What ``Fabric.setup`` returned, also where it was compiled afterwards; None for other objects."""
+    layers = layers_of(obj) if isinstance(obj, Module) else ()
+    return next((layer for layer in layers if isinstance(layer, FabricModule)), None)
+
+
+def given_engine(module: Any, what: str) -> Module:
     """Return the engine of a wrapped module; ``what`` names the caller, for the error."""
-    if not isinstance(module, FabricModule):
+    wrapped = _set_up(module)
+    if wrapped is None:
         raise MisconfigurationException(
             f"{what} needs the model that setup returned, and got {type(module).__name__}. "
             "Call model = fabric.setup(model) first."
         )
-    return module.forward_module
+    return engine_of(wrapped)
 
 
 def unwrap(state: Any) -> Any:
     """Replace wrappers by engines and users' optimizers; a container without wrappers stays the same object."""
-    if isinstance(state, FabricModule):
-        return state.forward_module
+    if isinstance(state, Module):
+        wrapped = _set_up(state)
+        return state if wrapped is None else engine_of(wrapped)
     if isinstance(state, FabricOptimizer):
         return state.optimizer
     if isinstance(state, (WrappedLoader, DataLoader)):

@@ -10,6 +10,7 @@ from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
+from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = [
@@ -24,6 +25,10 @@ __all__ = [
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
+    "load_module_state",
+    "module_state",
+    "user_module",
+    "with_plain_names",
 ]
 
 for _strategy in (SingleDeviceStrategy, DDPStrategy):

@@ -27,6 +27,7 @@ from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.ddp_engine import DDPEngine, listed
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["DDPStrategy"]
@@ -50,6 +51,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
     """
 
     requires_forward_redirect = True
+    fixes_parameters = True
 
     def __init__(
         self,
@@ -97,9 +99,6 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         ddp = engine.ddp
         if ddp is not None and not ddp.find_unused_parameters and not ddp.static_graph:
             self._unchecked.append(weakref.ref(engine))
-
-    def original(self, module: Module) -> Module:
-        return module.module if isinstance(module, DDPEngine) else module
 
     def module_to_device(self, module: Module) -> None:
         module.to(self.root_device)
@@ -210,7 +209,8 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
 
 
 def _refuse_lazy(module: Module) -> None:
-    lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+    own = user_module(module)
+    lazy = [name for name, p in with_plain_names(own, own.named_parameters()) if is_lazy(p)]
     if lazy:
         raise MisconfigurationException(
             f"DDP cannot wrap parameters that have no shape yet: {listed(lazy)}. A lazy layer gets its shape from its"
@@ -221,8 +221,9 @@ def _refuse_lazy(module: Module) -> None:
 
 def _tables(engine: DDPEngine) -> list[str]:
     """The parameters of an engine's module that have sparse gradients, and have none now."""
+    own = user_module(engine.module)
     return [
         f"{path}.weight" if path else "weight"
-        for path, m in engine.module.named_modules()
+        for path, m in with_plain_names(own, own.named_modules())
         if isinstance(m, (Embedding, EmbeddingBag)) and m.sparse and m.weight.requires_grad and m.weight.grad is None
     ]

@@ -28,6 +28,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.failures import current_member, notes
 from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
+from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
 
 __all__ = ["DDPEngine", "listed"]
 
@@ -92,7 +93,7 @@ class DDPEngine(Module):
         return dict(zip(self._names, self._trained, strict=True))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's ``forward``, or its method ``treadle_method``."""
+        """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         if self._is_outdated():
             self._wrap_again()
         if self._synchronizes:
@@ -150,7 +151,8 @@ class DDPEngine(Module):
 
     def _note_parameters(self) -> None:
         """Note what is trainable now, which DDP is about to be told."""
-        named = list(self.module.named_parameters())
+        own = user_module(self.module)
+        named = list(with_plain_names(own, own.named_parameters()))
         fields = self.__dict__
         fields["_names"] = [name for name, p in named if p.requires_grad]
         fields["_trained"] = [p for _, p in named if p.requires_grad]
@@ -273,14 +275,19 @@ class MethodForward(Module):
         """Whether the forward that runs had a backward pass in it; None where none ever had."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        method = kwargs.pop(METHOD_KEYWORD, "forward")
-        if method == "forward":
+        method = kwargs.pop(METHOD_KEYWORD, None)
+        if method is None:
             return self.module(*args, **kwargs)
         self.__dict__["running"] = True  # past Module.__setattr__, which is slow
         try:
-            return getattr(self.module, method)(*args, **kwargs)
+            return method(*args, **kwargs)
         finally:
             self.__dict__["running"] = False
+
+
+@inside.register
+def _(wrapper: DDPEngine | MethodForward) -> Module:
+    return wrapper.module
 
 
 def _put_back_sync(ddp: Any, inputs: Any, output: Any) -> None:

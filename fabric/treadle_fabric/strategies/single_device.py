@@ -108,9 +108,6 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
     def setup_module(self, module: Module) -> Module:
         return module
 
-    def original(self, module: Module) -> Module:
-        return module
-
     def module_to_device(self, module: Module) -> None:
         module.to(self._device)
 

@@ -29,8 +29,8 @@ __all__ = ["METHOD_KEYWORD", "Parts", "Strategy", "check_reduce_op"]
 _REDUCE_OPS = ("mean", "avg", "sum", "max", "min", "product")
 
 METHOD_KEYWORD = "treadle_method"
-"""Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: which method of the
-user's module to run."""
+"""Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
+module to run instead of the module's ``forward``."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class Strategy(ABC):
     """There are several processes, or there may be, that talk through a process group."""
     requires_forward_redirect: ClassVar[bool] = False
     """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
+    fixes_parameters: ClassVar[bool] = False
+    """The engine handles the gradients of the parameters that the module has in :meth:`setup_module`, and of no
+    others."""
     launches_function: bool = False
     """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
     sets_up_jointly: ClassVar[bool] = False
@@ -467,11 +470,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        """The whole state of a module, or of the engine around it."""
+        """The whole state of the user's module, by its own names, given the module or any wrapper around it."""
 
     @abstractmethod
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Restore what :meth:`get_module_state_dict` gave."""
+        """Restore what :meth:`get_module_state_dict` gave, also of a module that was compiled where this one is not."""
 
     @abstractmethod
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import defaultdict
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 
 __all__ = ["WholeStateStrategy"]
 
@@ -17,15 +17,11 @@ __all__ = ["WholeStateStrategy"]
 class WholeStateStrategy(CheckpointingStrategy):
     """A strategy under which every rank has the whole state."""
 
-    @abstractmethod
-    def original(self, module: Module) -> Module:
-        """The user's module in the engine that :meth:`setup_module` made; without one, the module itself."""
-
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        return self.original(module).state_dict()
+        return module_state(module)
 
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        self.original(module).load_state_dict(state_dict, strict=strict)
+        load_module_state(module, state_dict, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         try:

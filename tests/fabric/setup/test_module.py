@@ -23,6 +23,7 @@ from treadle_fabric import (
     MisconfigurationException,
     SingleDeviceStrategy,
     is_wrapped,
+    method_of,
 )
 
 
@@ -120,10 +121,10 @@ def test_hooks_registered_on_the_wrapper_run() -> None:
 def test_method_costs_no_frame_where_nothing_is_to_be_added() -> None:
     net = Net()
     model = fabric().setup(net)
-    assert model.method("training_step") == net.training_step
+    assert method_of(model, "training_step") == net.training_step
     with pytest.raises(AttributeError, match="training_stepp"):
-        model.method("training_stepp")
-    cast = fabric(precision="bf16-true").setup(Net()).method("encode")
+        method_of(model, "training_stepp")
+    cast = method_of(fabric(precision="bf16-true").setup(Net()), "encode")
     assert cast(torch.ones(1, 3)).dtype == torch.bfloat16, "what a step returns is its own business"
 
 

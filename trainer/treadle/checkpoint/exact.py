@@ -19,7 +19,7 @@ from treadle.data.training import TrainingData
 from treadle.run.accumulation import Accumulation, Place, decide
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import rank_zero_info, rank_zero_warn
+from treadle_fabric import name_in, plain_name, rank_zero_info, rank_zero_warn, with_plain_names
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import collect_rng_states, set_rng_states
 
@@ -52,7 +52,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
     done = 0 if progress.is_last_batch else done
     gradients: dict[str, Tensor] = {}
     if done or not module.automatic_optimization:
-        gradients = {n: p.grad.detach() for n, p in module.named_parameters() if p.grad is not None}
+        named = with_plain_names(module, module.named_parameters())
+        gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
     if fabric.strategy.shards_parameters:
@@ -139,12 +140,12 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
-        gradient = gradient if factor == 1.0 else gradient * factor
-        parameters[name].grad = placed_like(gradient, parameters[name])
+        parameter = parameters[name_in(module, name)]
+        parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():
-        buffers[name].copy_(buffer)
+        buffers[plain_name(module, name_in(module, name))].copy_(buffer)
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
@@ -196,7 +197,7 @@ def restore_metrics(run: Run, states: dict[str, Any]) -> None:
 def _buffers(module: Module) -> dict[str, Tensor]:
     """The buffers that a state dict has. They differ between ranks until DDP's next forward copies those of rank 0."""
     return {
-        f"{prefix}.{name}" if prefix else name: buffer.detach()
+        plain_name(module, f"{prefix}.{name}" if prefix else name): buffer.detach()
         for prefix, part in module.named_modules()
         for name, buffer in part.named_buffers(recurse=False)
         if name not in part._non_persistent_buffers_set

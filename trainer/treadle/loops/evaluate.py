@@ -41,7 +41,7 @@ class Evaluation:
         step_name = f"{name}_step"
         self._step_name = step_name
         self._several = len(data.loaders) > 1
-        step, call = getattr(run.module, step_name), run.wrapped.method(step_name)
+        step, call = getattr(run.module, step_name), run.method(step_name)
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad

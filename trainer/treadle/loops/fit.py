@@ -21,7 +21,7 @@ from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage
-from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info, rank_zero_warn
+from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info, rank_zero_warn, with_plain_names
 from treadle_fabric.coordination import StepClock
 
 __all__ = ["FitLoop"]
@@ -63,7 +63,7 @@ class Parts(Protocol):
 
 def _tell_of_evaluation_mode(module: LightningModule) -> None:
     """Submodules stay in the modes that the user gave them, which for a pretrained model may not be meant."""
-    names = [name for name, m in module.named_modules() if not m.training]
+    names = [name for name, m in with_plain_names(module, module.named_modules()) if not m.training]
     if not module.training:
         rank_zero_warn(
             f"{type(module).__qualname__} is in evaluation mode when training begins, and stays so: dropout and batch"

@@ -22,6 +22,7 @@ from treadle_fabric import (
     near_names,
     one_or_several,
     rank_zero_warn,
+    with_plain_names,
 )
 
 __all__ = ["explained_optimizers", "explained_steps", "parse_optimizers"]
@@ -43,7 +44,7 @@ def explained_optimizers(module: nn.Module) -> Generator[None]:
     try:
         yield
     except ValueError as error:
-        lazy = [name for name, p in module.named_parameters() if is_lazy(p)]
+        lazy = [name for name, p in with_plain_names(module, module.named_parameters()) if is_lazy(p)]
         if lazy and "uninitialized parameter" in str(error):
             raise MisconfigurationException(
                 f"configure_optimizers made an optimizer that asks for the shape of {', '.join(lazy[:5])}, and a lazy"
@@ -70,7 +71,9 @@ def explained_steps(module: nn.Module) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        tables = [name for name, m in module.named_modules() if getattr(m, "sparse", None) is True]
+        tables = [
+            name for name, m in with_plain_names(module, module.named_modules()) if getattr(m, "sparse", None) is True
+        ]
         if tables and "sparse" in str(error).lower() and not isinstance(error, TreadleError):
             raise MisconfigurationException(
                 f"{error}. The layers with sparse gradients: {', '.join(tables)}. Make them with sparse=False, or give"

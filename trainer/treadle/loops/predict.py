@@ -33,7 +33,7 @@ class Prediction:
 
     def __init__(self, run: ReadyRun, data: EvaluationData, *, inference_mode: bool, keep: bool) -> None:
         self._run, self._data, self._keep = run, data, keep
-        step, call, several = run.module.predict_step, run.wrapped.method("predict_step"), len(data.loaders) > 1
+        step, call, several = run.module.predict_step, run.method("predict_step"), len(data.loaders) > 1
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad

@@ -7,14 +7,14 @@ ranks, weighted by the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from treadle.metrics.reduction import REDUCTIONS, Row, compute_alone, reduce_over_ranks
-from treadle_fabric import Fabric, MisconfigurationException, infer_batch_size
+from treadle_fabric import Fabric, MisconfigurationException, infer_batch_size, with_plain_names
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
@@ -151,7 +151,7 @@ class Results:
         slots = []
         everywhere = self._gathered()
         for (hook, name, loader), slot in self.slots.items():
-            path = next((n for m in self._roots for n, child in m.named_modules() if child is slot.metric), None)
+            path = next((name for name, module in self._named_modules() if module is slot.metric), None)
             entry = {"key": (hook, name, loader), "metric": path, **{k: getattr(slot, k) for k in _KEPT}}
             reduction: Any = slot.reduce
             if callable(slot.reduce):
@@ -159,6 +159,10 @@ class Results:
                 reduction, entry["reduced"] = "", slot.reduce(stack(values)) if values else None
             slots.append({**entry, "options": slot.options._replace(reduce_fx=reduction)._asdict()})
         return {"slots": slots, "samples": self._samples()}
+
+    def _named_modules(self) -> Iterator[tuple[str, Any]]:
+        for root in self._roots:
+            yield from with_plain_names(root, root.named_modules())
 
     def _gathered(self) -> dict[str, Any]:
         """Gather the values of all ranks for callable reductions; the ranks may have logged different names."""

@@ -23,6 +23,7 @@ from treadle_fabric import (
     CheckpointUnsafeError,
     MisconfigurationException,
     PathLike,
+    load_module_state,
     near_names,
     rank_zero_warn,
 )
@@ -90,7 +91,7 @@ def load_module_from_checkpoint(
     state = checkpoint["state_dict"]
     strict = module.strict_loading if strict is None else strict
     with _lack_is_the_reason(hparams | kwargs):
-        keys = module.load_state_dict(state, strict=strict)
+        keys = load_module_state(module, state, strict=strict)
     if not strict:
         for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
             if names:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from treadle.metrics.values import flatten_metrics
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_module_from_checkpoint
-from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike
+from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -29,6 +30,10 @@ STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 OptimizerLRScheduler: TypeAlias = (
     Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
 )
+
+
+_OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
+    toggle_optimizer untoggle_optimizer""".split()
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -54,6 +59,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self._metrics: MetricSink = NOT_LOGGING
         self._toggled: dict[int, list[tuple[nn.Parameter, bool]]] = {}
         self._strict_loading: bool | None = None
+        self._compiled: nn.Module | None = None
 
     # ------------------------------------------------------------------------------------------------ where it runs
 
@@ -95,6 +101,17 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         for module in self.modules():
             if isinstance(module, LightningModule):
                 module.attach_metrics(metrics)
+
+    def _run_as(self, model: nn.Module) -> None:
+        """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
+        if model is not self:
+            _keep_run_out_of_graphs()
+        self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
+
+    @property
+    def _runs(self) -> nn.Module:
+        """What runs the steps under a trainer: this module, or its compiled form."""
+        return self if self._compiled is None else self._compiled
 
     def attach_metrics(self, metrics: MetricSink) -> None:
         """Set where :meth:`log` goes; the trainer calls this when a stage begins."""
@@ -470,6 +487,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             cls, checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
         )
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As every module's; names may be those of a compiled module where this one is not, and the reverse."""
+        return super().load_state_dict(names_in(self, state_dict), *args, **kwargs)
+
     def to_onnx(self, file_path: str | Path | Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
         """Export ``forward`` to ONNX.
 
@@ -499,7 +520,21 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         # a copy of the model is not a copy of its run
-        return {**state, "_trainer": None, "_fabric": None, "_metrics": NOT_LOGGING, "_toggled": {}}
+        fresh: dict[str, Any] = {
+            "_trainer": None,
+            "_fabric": None,
+            "_metrics": NOT_LOGGING,
+            "_toggled": {},
+            "_compiled": None,
+        }
+        return {**state, **fresh}
+
+
+@functools.cache
+def _keep_run_out_of_graphs() -> None:
+    """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
+    for cls, name in [(FabricOptimizer, "step"), *((LightningModule, name) for name in _OF_THE_RUN)]:
+        setattr(cls, name, torch.compiler.disable(getattr(cls, name)))  # type: ignore[no-untyped-call]
 
 
 def _identity(optimizer: Optimizer) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from treadle.metrics.values import is_metric
 from treadle.module.module import LightningModule
 from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
-from treadle_fabric import Precision, describe_error, leaves
+from treadle_fabric import Precision, describe_error, leaves, with_plain_names
 
 __all__ = ["Findings", "examine", "same_values"]
 
@@ -102,7 +102,7 @@ def _layers(module: nn.Module, found: Findings) -> Generator[None]:
 
         return look
 
-    for name, layer in module.named_modules():
+    for name, layer in with_plain_names(module, module.named_modules()):
         if name and not is_metric(layer):
             handles.append(layer.register_forward_hook(hook(name)))
     try:
@@ -120,7 +120,7 @@ def loss_of(output: Any) -> Tensor | None:
 
 def trained_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that require a gradient, with their names."""
-    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return ((name, p) for name, p in with_plain_names(module, module.named_parameters()) if p.requires_grad)
 
 
 def values_of(tensor: Tensor) -> Tensor:

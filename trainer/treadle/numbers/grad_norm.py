@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, with_plain_names
 
 __all__ = ["grad_norm"]
 
@@ -28,7 +28,8 @@ def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = 
     p = float(norm_type)
     if not p > 0:
         raise MisconfigurationException(f"norm_type={norm_type!r} is not a positive number, nor 'inf'.")
-    gradients = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
+    named = with_plain_names(module, module.named_parameters())
+    gradients = {name: param.grad for name, param in named if param.grad is not None}
     if not gradients:
         return {}
     norms = {

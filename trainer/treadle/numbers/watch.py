@@ -27,6 +27,7 @@ from treadle_fabric import (
     map_tensors,
     move_data_to_device,
     warn_user,
+    with_plain_names,
 )
 from treadle_fabric.checkpoint import Keeping, TorchCheckpointIO, known_classes, pack
 from treadle_fabric.randomness import collect_rng_states, isolate_rng, set_rng_states
@@ -230,7 +231,7 @@ class WatchedLosses:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [
             f"{name} {tuple(p.shape)}"
-            for name, p in self._run.module.named_parameters()
+            for name, p in with_plain_names(self._run.module, self._run.module.named_parameters())
             if id(p) in held and p.grad is not None and not bool(values_of(p.grad).isfinite().all())
         ]
 
@@ -259,6 +260,7 @@ class WatchedLosses:
         path = os.path.join(self._folder, f"{name}.replay")
         module, device = run.module, run.fabric.device
         foreign = next(_foreign(record.batch), "")
+        parameters = dict(with_plain_names(module, module.named_parameters()))
         bundle = {
             "replay": 1,
             "batch": None if foreign else move_data_to_device(record.batch, torch.device("cpu")),
@@ -269,10 +271,10 @@ class WatchedLosses:
             "rank": run.fabric.global_rank,
             "world_size": run.fabric.world_size,
             "rng": record.rng,
-            "parameters": {n: p.detach().cpu() for n, p in module.named_parameters()},
-            "buffers": {n: b.cpu() for n, b in record.buffers.items()},
-            "frozen": [n for n, p in module.named_parameters() if not p.requires_grad],
-            "evaluating": [n for n, m in module.named_modules() if not m.training],
+            "parameters": {n: p.detach().cpu() for n, p in parameters.items()},
+            "buffers": {n: b.cpu() for n, b in with_plain_names(module, record.buffers.items())},
+            "frozen": [n for n, p in parameters.items() if not p.requires_grad],
+            "evaluating": [n for n, m in with_plain_names(module, module.named_modules()) if not m.training],
             "precision": run.fabric.strategy.precision.precision,
             "device": device.type,
             "threads": torch.get_num_threads(),

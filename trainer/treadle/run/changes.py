@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treadle.module.modes import restore_modes
-from treadle_fabric import FabricOptimizer, rank_zero_info, rank_zero_warn
+from treadle_fabric import FabricOptimizer, rank_zero_info, rank_zero_warn, with_plain_names
 
 __all__ = ["ModelChanges", "group_names"]
 
@@ -50,11 +50,15 @@ class ModelChanges:
 
     def _current_modes(self, module: nn.Module) -> dict[str, bool]:
         before = {id(m): mode for m, mode in self.modes_before}
-        return {name: before.get(id(m), m.training) for name, m in module.named_modules()}
+        return {name: before.get(id(m), m.training) for name, m in with_plain_names(module, module.named_modules())}
 
     def tell_untrained(self, module: nn.Module, optimizers: Sequence[FabricOptimizer]) -> None:
         """Warn of parameters that came, or became trainable, during the run, and that no optimizer has."""
-        new = {name: p for name, p in module.named_parameters() if p.requires_grad and not self._trainable.get(name)}
+        new = {
+            name: p
+            for name, p in with_plain_names(module, module.named_parameters())
+            if p.requires_grad and not self._trainable.get(name)
+        }
         if not new or not optimizers:
             return
         held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
@@ -95,7 +99,9 @@ class ModelChanges:
     def restore_modes(self, module: nn.Module) -> None:
         """Put submodules into the modes in which they were when the checkpoint was saved."""
         wanted = self._wanted("training", self._modes)
-        restore_modes([(m, wanted[name]) for name, m in module.named_modules() if name in wanted])
+        restore_modes(
+            [(m, wanted[name]) for name, m in with_plain_names(module, module.named_modules()) if name in wanted]
+        )
 
     def _wanted(self, key: str, built: Mapping[str, bool]) -> dict[str, bool]:
         """The values that were saved, where the program makes what it made then."""
@@ -128,7 +134,7 @@ class ModelChanges:
         begun = [[name for name in names if name not in added] for names in have]  # added layers are there at once now
         if have == wanted or begun != self.saved_groups("made", index):
             return
-        parameters = dict(module.named_parameters(remove_duplicate=False))
+        parameters = dict(with_plain_names(module, module.named_parameters(remove_duplicate=False)))
         if not all(name in parameters for names in wanted for name in names):
             return
         options = [dict(group) for group in state["param_groups"]]
@@ -184,7 +190,7 @@ class ModelChanges:
 
 def group_names(module: nn.Module, optimizer: Optimizer) -> Groups:
     """Return, for each parameter group, the names of its parameters; empty for one that the module has not."""
-    names = {id(p): name for name, p in module.named_parameters()}
+    names = {id(p): name for name, p in with_plain_names(module, module.named_parameters())}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
 
 
@@ -193,12 +199,12 @@ def _shown(names: list[str]) -> str:
 
 
 def _trainable(module: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in module.named_parameters()}
+    return {name: p.requires_grad for name, p in with_plain_names(module, module.named_parameters())}
 
 
 def _require(module: nn.Module, wanted: Mapping[str, bool]) -> list[str]:
     """Let parameters require gradients or not; return the names of those that changed."""
-    now = dict(module.named_parameters())
+    now = dict(with_plain_names(module, module.named_parameters()))
     changed = [name for name, required in wanted.items() if name in now and now[name].requires_grad is not required]
     for name in changed:
         now[name].requires_grad_(wanted[name])

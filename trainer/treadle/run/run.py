@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch.nn import Module
+
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import is_metric, to_floats
@@ -16,7 +18,7 @@ from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.steps import StepCounter
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, FabricModule, FabricOptimizer
+from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, with_plain_names
 from treadle_fabric.loggers import Logger
 
 __all__ = ["ReadyRun", "Run"]
@@ -51,7 +53,7 @@ class Run:
     @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
         """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
-        found = list(self.module.named_modules())
+        found = list(with_plain_names(self.module, self.module.named_modules()))
         return [m for _, m in found if hasattr(m, "compute_groups")], {n: m for n, m in found if is_metric(m)}
 
     def log_to(self, results: Results) -> Results:
@@ -101,3 +103,12 @@ class ReadyRun(Run):
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""
+
+    @property
+    def engine(self) -> Module:
+        """The strategy's engine, which runs the module."""
+        return engine_of(self.wrapped)
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """Return a method of the module for a hot loop: through the engine, in the precision."""
+        return method_of(self.wrapped, name)

@@ -62,11 +62,11 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
     steps = StepCounter(run.progress, run.module)
     if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
-        wrapped, *stepped = fabric.setup(run.module, *_configure_optimizers(run))
+        wrapped, *stepped = fabric.setup(run.module._runs, *_configure_optimizers(run))
         ready = run.ready(wrapped=wrapped, transfer=transfer, loss=loss, steps=steps)
         _add_optimizers(ready, [each.optimizer for each in stepped])
         return ready
-    return run.ready(wrapped=fabric.setup_module(run.module), transfer=transfer, loss=loss, steps=steps)
+    return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss, steps=steps)
 
 
 def set_up_optimizers(run: ReadyRun) -> None:

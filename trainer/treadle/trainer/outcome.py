@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn import Module
 
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningModule
 from treadle.run.progress import FitProgress
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, move_data_to_device
+from treadle_fabric import Fabric, load_module_state, module_state, move_data_to_device, user_module
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,13 +37,23 @@ class Outcome:
     should_stop: bool
 
 
-def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, *args: Any) -> Outcome:
-    """Run a stage in a process of its own; return the outcome, with its tensors on the CPU."""
-    result = stage(*args)
+def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, model: Module, *args: Any) -> Outcome:
+    """Run a stage in a process of its own; return the outcome, with its tensors on the CPU.
+
+    Args:
+        trainer: The trainer.
+        stage: Takes the module, and ``args``.
+        fabric: The runtime; the trainer has it too.
+        model: The module, or its compiled form.
+        *args: For the stage.
+    """
+    module: Any = user_module(model)
+    module._run_as(model)  # sent here, a module has forgotten its compiled form
+    result = stage(module, *args)
     cpu = torch.device("cpu")
     return Outcome(
         result=result,
-        weights=move_data_to_device(dict(trainer.lightning_module.state_dict()), cpu),
+        weights=move_data_to_device(module_state(trainer.lightning_module), cpu),
         state=trainer.state,
         progress=trainer.fit_progress,
         metrics=trainer.metrics_on_cpu(),
@@ -55,7 +66,7 @@ def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric,
 
 def adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
     """Take over an outcome in the process that waited for it."""
-    module.load_state_dict(outcome.weights, strict=False)
+    load_module_state(module, outcome.weights, strict=False)
     trainer.take_outcome(module, outcome.state, outcome.progress, outcome.metrics, outcome.should_stop)
     for callback, copied in zip(trainer.callbacks, outcome.callbacks, strict=False):
         state = copied.pop("state")

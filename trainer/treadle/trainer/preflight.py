@@ -16,7 +16,14 @@ from treadle.module.overriding import overrides
 from treadle.run.dispatch import check_hook_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
-from treadle_fabric import MisconfigurationException, is_wrapped, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    is_wrapped,
+    rank_zero_info,
+    rank_zero_warn,
+    uncompiled,
+    user_module,
+)
 from treadle_fabric.data import CombinedLoader, several_loaders
 from treadle_fabric.strategies import Strategy
 
@@ -43,29 +50,35 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     return loaders, datamodule
 
 
-def check_model(model: Any, what: str) -> None:
-    """Refuse an object that is no LightningModule, and a module whose ``__init__`` does not call the base class."""
-    if isinstance(model, LightningModule):
-        if "_metrics" not in model.__dict__:
+def check_model(model: Any, what: str) -> LightningModule:
+    """Return the user's module of a model, which may be compiled.
+
+    Raises:
+        MisconfigurationException: it is no LightningModule, or its ``__init__`` does not call that of the base class.
+    """
+    module = uncompiled(model)
+    if isinstance(module, LightningModule):
+        if "_metrics" not in module.__dict__:
             raise MisconfigurationException(
-                f"{type(model).__qualname__}.__init__ does not call `super().__init__()`: call it first."
+                f"{type(module).__qualname__}.__init__ does not call `super().__init__()`: call it first."
             )
-        check_hook_names(model)
-        return
+        check_hook_names(module)
+        module._run_as(model)
+        return module
     if isinstance(model, type):
         hint = f"`{model.__name__}` is a class: pass an instance."
     elif is_wrapped(model):
         hint = "it was set up by Fabric already: pass the module itself."
-    elif hasattr(model, "_orig_mod"):
-        hint = "it is compiled: compile inside the module (its layers, say), or pass the module itself."
-    elif isinstance(model, torch.nn.Module):
+    elif isinstance(user_module(module), LightningModule):
+        hint = "the trainer wraps the module itself, as `strategy` says: pass the module that is inside."
+    elif isinstance(module, torch.nn.Module):
         hint = (
             "a plain nn.Module has no `training_step`: derive from `treadle.LightningModule`, or use"
             " `treadle_fabric.Fabric`."
         )
     else:
         hint = "derive from `treadle.LightningModule`."
-    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(model).__name__}; {hint}")
+    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
 
 
 def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
@@ -76,9 +89,7 @@ def model_or_last(model: Any, last: LightningModule | None, what: str) -> Lightn
                 f"Trainer.{what} got no model, and this trainer has not run one before: pass it."
             )
         return last
-    check_model(model, what)
-    found: LightningModule = model
-    return found
+    return check_model(model, what)
 
 
 def check_idle(state: TrainerState, fn: TrainerFn) -> None:

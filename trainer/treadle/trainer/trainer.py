@@ -208,7 +208,7 @@ class Trainer:
         Ctrl-C ends the fit without an error: the call returns, and :attr:`interrupted` is True.
 
         Args:
-            model: the module.
+            model: the module, or ``torch.compile(module)``: its steps run compiled, and its hooks as they are.
             train_dataloaders: an iterable of batches, several of them, or a data module.
             val_dataloaders: an iterable of batches, or a list of them.
             datamodule: gives the loaders instead.
@@ -220,7 +220,7 @@ class Trainer:
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
         train_dataloaders, datamodule = preflight.split_datamodule(train_dataloaders, datamodule)
-        preflight.check_model(model, "fit")
+        model = preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
         self._fits.begin(
@@ -820,16 +820,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ a run
 
-    def _launch(self, stage: Callable[..., Any], *args: Any) -> Any:
+    def _launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         if not self.strategy.launches_function:
             self.fabric.launch()
             try:
-                return stage(*args)
+                return stage(module, *args)
             finally:
                 self._fits.after_run()
-        outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), *args)
-        adopt(self, args[0], outcome)
+        outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), module._runs, *args)
+        adopt(self, module, outcome)
         return outcome.result
 
     def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
@@ -872,7 +872,7 @@ class Trainer:
             restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
         session.run = ready = assembly.set_up(run, self._settings)
         if checkpoint is not None and late:
-            restore_weights(run, ready.wrapped.forward_module, checkpoint, self.callbacks, training=fitting)
+            restore_weights(run, ready.engine, checkpoint, self.callbacks, training=fitting)
         return ready, checkpoint
 
     # ------------------------------------------------------------------------------------------------ the stages

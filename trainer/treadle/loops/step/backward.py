@@ -43,7 +43,7 @@ def _with_listeners(run: ReadyRun, differentiate: Callable[..., None]) -> Callab
 
 def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
     """Make the backward pass of automatic optimization, with an explanation where it fails because of the loss."""
-    strategy, engine = run.fabric.strategy, run.wrapped.forward_module
+    strategy, engine = run.fabric.strategy, run.engine
     by_strategy = Tensor.backward if strategy.plain_backward else lambda loss: strategy.backward(loss, engine)
     kept: Tensor | None = None
 
@@ -64,7 +64,7 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
 
 def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     """Differentiate a loss in manual optimization; the arguments are those of ``Tensor.backward``."""
-    strategy, engine, own = run.fabric.strategy, run.wrapped.forward_module, _own_backward(run)
+    strategy, engine, own = run.fabric.strategy, run.engine, _own_backward(run)
 
     def by_strategy(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         strategy.backward(loss, engine, *args, **kwargs)
@@ -89,7 +89,7 @@ def _own_backward(run: ReadyRun) -> Callable[..., None] | None:
     """The module's own ``backward``, with a scaled loss where the precision scales; None where it has none."""
     if not overrides(run.module, "backward", LightningModule):
         return None
-    module, precision, engine = run.module, run.fabric.strategy.precision, run.wrapped.forward_module
+    module, precision, engine = run.module, run.fabric.strategy.precision, run.engine
 
     def differentiate(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         precision.pre_backward(loss, engine)

@@ -26,7 +26,7 @@ class Clipping:
 
     def __init__(self, run: ReadyRun, value: float | None, algorithm: str | None) -> None:
         module = run.module
-        self._strategy, self._engine = run.fabric.strategy, run.wrapped.forward_module
+        self._strategy, self._engine = run.fabric.strategy, run.engine
         self._value, self._algorithm = value, algorithm
         self._dispatch = run.dispatch
         self._hook = (

@@ -32,7 +32,7 @@ class Gradients:
     """
 
     def __init__(self, run: ReadyRun, optimizer: Optimizer | None) -> None:
-        step, call = run.module.training_step, run.wrapped.method("training_step")
+        step, call = run.module.training_step, run.method("training_step")
         step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._training_step = run.loss.observe(step, wants_iterator=self.wants_iterator)
         self._run, self._results, self._loss = run, run.results, run.loss
@@ -93,7 +93,7 @@ class Gradients:
     def _go_without(self) -> None:
         """There is no loss; other ranks may have one, and wait for this rank in their backward pass."""
         self.idle += 1
-        self._run.fabric.strategy.join_backward(self._run.wrapped.forward_module, str(self._run.progress.batches))
+        self._run.fabric.strategy.join_backward(self._run.engine, str(self._run.progress.batches))
 
 
 class WholeBatchGradients:
@@ -109,7 +109,7 @@ class WholeBatchGradients:
 
     def __init__(self, run: ReadyRun, optimizer: Optimizer | None) -> None:
         strategy: Any = run.fabric.strategy
-        self._run_batch, self._engine = strategy.run_batch, run.wrapped.forward_module
+        self._run_batch, self._engine = strategy.run_batch, run.engine
         self._results, self._loss = run.results, run.loss
         self._zero_grad = _make_zero_grad(run, optimizer)
         self._after_backward = run.dispatch.listeners("on_after_backward")
