@@ -3,6 +3,9 @@
 ``ddp_engine.py`` keeps DDP in step with what is trainable in its model.
 """
 
+from typing import TYPE_CHECKING
+
+from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
@@ -33,3 +36,17 @@ __all__ = [
 
 for _strategy in (SingleDeviceStrategy, DDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(
+        __name__,
+        {
+            "DataParallelStrategy",
+            "DeepSpeedStrategy",
+            "FSDPStrategy",
+            "ModelParallelStrategy",
+            "SingleDeviceXLAStrategy",
+            "XLAFSDPStrategy",
+            "XLAStrategy",
+        },
+    )
