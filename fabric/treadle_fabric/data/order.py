@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.data import BatchSampler
 
@@ -12,6 +12,8 @@ from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sized_le
 from treadle_fabric.data.sharding import sharded_sampler
 
 __all__ = ["SampleOrder"]
+
+_Numbers: TypeAlias = tuple[int | None, ...]
 
 
 class SampleOrder:
@@ -80,9 +82,10 @@ class SampleOrder:
         shared = len(self._samplers) == len(self._parts)
         return Layout(self._world_size, *self._data(), shared, self._num_batches, left)
 
-    def _data(self) -> tuple[tuple[Any, ...], ...]:
+    def _data(self) -> tuple[_Numbers, _Numbers, tuple[str | None, ...], _Numbers]:
         """For each loader: items in a batch of all ranks, samples, class of the sampler, size of an unordered batch."""
-        return tuple(zip(*(_describe(part, self._world_size) for part in self._parts)))
+        per_step, samples, samplers, sizes = zip(*(_describe(part, self._world_size) for part in self._parts))
+        return per_step, samples, samplers, sizes
 
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
