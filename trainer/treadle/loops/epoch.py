@@ -262,9 +262,9 @@ class TrainingEpoch:
         stop, terminated = self._stops.after_batch()
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED
-            due = progress.validation_due
-            if due or (stop and schedule.in_epoch(progress.epoch)):
-                with nullcontext() if due else isolate_rng():  # a fit that goes on draws what one long fit draws
+            if progress.validation_due or (stop and schedule.in_epoch(progress.epoch)):
+                # a fit that goes on draws what one long fit draws
+                with nullcontext() if progress.validation_due else isolate_rng():
                     completed = self._run_validation()
                 if not completed:
                     self._stops.terminate()
