@@ -296,6 +296,14 @@ def test_bounds_are_checked_when_they_are_set(tmp_path: Path, name: str) -> None
         run.min_epochs = 9
 
 
+@pytest.mark.parametrize("name", ["current_epoch", "batch_idx", "batch_progress", "max_epoch"])
+def test_what_the_loop_view_cannot_set_is_not_lost_without_a_word(tmp_path: Path, name: str) -> None:
+    run = trainer(tmp_path)
+    for owner in (run.fit_loop, run.fit_loop.epoch_loop):
+        with pytest.raises(AttributeError):
+            setattr(owner, name, 3)
+
+
 def test_the_loop_view_counts_as_lightning_does(tmp_path: Path) -> None:
     heard: list[Any] = []
 
