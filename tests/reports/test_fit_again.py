@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tests.processes import run_in_ranks
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as L
 from treadle.callbacks import EarlyStopping, ModelCheckpoint
@@ -294,6 +295,14 @@ def test_bounds_are_checked_when_they_are_set(tmp_path: Path, name: str) -> None
         run.min_epochs = 9
 
 
+@pytest.mark.parametrize("name", ["current_epoch", "batch_idx", "batch_progress", "max_epoch"])
+def test_what_the_loop_view_cannot_set_is_not_lost_without_a_word(tmp_path: Path, name: str) -> None:
+    run = trainer(tmp_path)
+    for owner in (run.fit_loop, run.fit_loop.epoch_loop):
+        with pytest.raises(AttributeError):
+            setattr(owner, name, 3)
+
+
 def test_the_loop_view_counts_as_lightning_does(tmp_path: Path) -> None:
     heard: list[Any] = []
 
@@ -359,3 +368,88 @@ def on_two_ranks(folder: Path) -> None:
     run.fit(module, shuffled(16))
     assert (run.global_step, run.current_epoch) == (8, 2)
     torch.save(module.seen, folder / f"{run.global_rank}.pt")
+
+
+STOPS = ["on_train_epoch_start", "on_train_batch_start", "on_after_backward", "on_train_batch_end", "on_validation_end"]
+
+
+@pytest.mark.filterwarnings("ignore:The training loader .DataLoader. draws from the global")
+@pytest.mark.parametrize("hook", STOPS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_in_any_hook_and_its_validation_change_no_number(
+    tmp_path: Path, hook: str, accumulate: int, stream: bool
+) -> None:
+    """A stop is followed by a validation that is not due otherwise, whose loader draws random numbers."""
+
+    class Stopping(L.Callback):
+        calls = 0
+
+    def stop(self: Any, trainer: L.Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.calls += 1
+            trainer.should_stop |= self.calls == 2
+
+    setattr(Stopping, hook, stop)
+
+    def batches() -> DataLoader[Tensor]:
+        return DataLoader(Drawing(), 2) if stream else shuffled()
+
+    settings = {"accumulate_grad_batches": accumulate, "val_check_interval": 1.0 if stream else 3, "max_epochs": 3}
+    runs = []
+    for callbacks in ([], [Stopping()]):
+        torch.manual_seed(3)
+        module, run = Unscheduled(), trainer(tmp_path, callbacks=callbacks, **settings)
+        run.fit(module, batches(), loader(4))
+        if callbacks:
+            assert run.global_step < runs[0][1].global_step
+            run.fit(module, batches(), loader(4))
+        runs.append((module, run))
+    (whole, one), (module, other) = runs
+    assert module.seen == whole.seen
+    assert (other.global_step, other.current_epoch) == (one.global_step, 3)
+    assert all(map(torch.equal, weights(module), weights(whole)))
+
+
+class Unscheduled(Noting):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Drawing(IterableDataset[Tensor]):
+    """Draws its samples from the global generator."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (10 * torch.rand(4) for _ in range(8))
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_start"])
+def test_a_group_that_a_hook_adds_is_not_added_to_an_optimizer_that_has_it(tmp_path: Path, hook: str) -> None:
+    """The second ``configure_optimizers`` finds the layer trainable, and the hook that adds it is called again."""
+
+    class Finetuned(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.back = torch.nn.Linear(4, 4).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.back(x))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], self.lr)
+
+    def unfreeze(self: Any, trainer: L.Trainer, module: Any) -> None:
+        if hook == "on_train_start" or trainer.current_epoch == 1:
+            module.back.requires_grad_(True)
+            module.optimizers().add_param_group({"params": list(module.back.parameters())})
+
+    run = trainer(tmp_path, max_epochs=2, max_steps=5, callbacks=type("Unfreezing", (L.Callback,), {hook: unfreeze})())
+    run.fit(module := Finetuned(), loader())
+    run.max_steps = -1
+    run.fit(module, loader())
+    assert run.global_step == 8
+    assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4]
+
+
+if __name__ == "__main__":
+    on_two_ranks(Path(sys.argv[1]))

@@ -219,3 +219,26 @@ def test_another_kind_of_optimization_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="automatic_optimization became False during the run"):
         trainer(tmp_path, callbacks=Manual(), max_epochs=2).fit(Net(), loader())
+
+
+@pytest.mark.parametrize(("first", "then", "steps"), [(-1, 3, 3), (3, 6, 6), (3, -1, 16)])
+def test_max_steps_that_is_set_within_an_epoch_ends_it(tmp_path: Path, first: int, then: int, steps: int) -> None:
+    class Bounding(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.max_steps = then
+
+    run = trainer(tmp_path, max_epochs=2, max_steps=first, callbacks=Bounding())
+    run.fit(Net(), loader(16))
+    assert run.global_step == steps
+
+
+def test_accumulation_that_is_set_within_an_epoch_holds_from_the_next_one_which_is_told(tmp_path: Path) -> None:
+    class Accumulating(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.accumulate_grad_batches = 4
+
+    run = trainer(tmp_path, max_epochs=2, callbacks=Accumulating())
+    with pytest.warns(UserWarning, match="set to 4 while epoch 0 ran with 1, and holds from the next epoch on"):
+        run.fit(Net(), loader(16))
+    assert run.global_step == 8 + 2

@@ -20,9 +20,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.trainer.models import trainer
+from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import treadle as L
 from treadle.callbacks import GradientAccumulationScheduler, OnExceptionCheckpoint
@@ -267,3 +267,78 @@ def test_gradients_that_a_module_accumulates_itself(tmp_path: Path) -> None:
     after = fit(tmp_path, ByHand(), 1, 1, tmp_path / "6.ckpt")
     taken = [i for gradient in before.stepped[:1] + after.stepped for i, share in enumerate(gradient) if share == 1]
     assert len(taken) == len(set(taken)) == 14  # the last two were not stepped for
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.full((4,), float(i)) for i in range(SAMPLES))
+
+
+class Batches:
+    """A batch sampler that is none of torch's."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return SAMPLES // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (list(range(i, i + self.batch_size)) for i in range(0, SAMPLES, self.batch_size))
+
+
+def of_size(kind: str, size: int) -> DataLoader[Tensor]:
+    if kind == "stream":
+        return DataLoader(Stream(), size)
+    return DataLoader(loader(SAMPLES).dataset, batch_sampler=Batches(size))
+
+
+class Broken(Net):
+    def __init__(self, at: tuple[int, int] | None = None) -> None:
+        super().__init__(lr=0.1)
+        self.at, self.samples = at, list[float]()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if self.at == (self.current_epoch, batch_idx):
+            raise RuntimeError("failed")
+        self.samples += batch[:, 0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+def fail(folder: Path, at: tuple[int, int], batches: Any, **settings: Any) -> Broken:
+    saving = OnExceptionCheckpoint(folder)
+    module = Broken(at)
+    with pytest.raises(RuntimeError, match="failed"):
+        trainer(folder, enable_checkpointing=True, callbacks=saving, **settings).fit(module, batches)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["stream", "batch sampler"])
+@pytest.mark.parametrize(("size", "other"), [(1, 2), (2, 1), (2, 2)])
+def test_batches_whose_position_has_no_meaning_begin_anew(tmp_path: Path, kind: str, size: int, other: int) -> None:
+    """Neither skipped nor repeated without a word."""
+    before, after = fail(tmp_path, (0, 3), of_size(kind, size)), Broken()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        trainer(tmp_path).fit(after, of_size(kind, other), ckpt_path=tmp_path / "on_exception.ckpt")
+    anew = any("batch size has changed" in str(each.message) for each in told)
+    assert anew is (size != other)
+    assert (after.samples if anew else before.samples + after.samples) == [float(i) for i in range(SAMPLES)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_an_error_in_the_last_batch_of_an_epoch_loses_no_gradient(tmp_path: Path, accumulate: int) -> None:
+    settings = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    whole = Broken()
+    trainer(tmp_path, **settings).fit(whole, loader())
+    before, after = fail(tmp_path, (0, 3), loader(), **settings), Broken()
+    trainer(tmp_path, **settings).fit(after, loader(), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert before.samples + after.samples == whole.samples
+    assert all(map(torch.equal, after.parameters(), whole.parameters()))
+
+
+def test_an_error_in_the_last_batch_and_another_batch_size(tmp_path: Path) -> None:
+    before, after = fail(tmp_path, (0, 3), loader(16, 4)), Broken()
+    with pytest.warns(UserWarning, match="the epoch goes on at sample 12"):
+        trainer(tmp_path).fit(after, loader(16, 2), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert before.samples + after.samples == [float(i) for i in range(16)]

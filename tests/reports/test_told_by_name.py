@@ -119,6 +119,35 @@ def test_an_optimizer_without_sparse_gradients_names_the_table(tmp_path: Path, o
         trainer(tmp_path).fit(Table(optimizer=optimizer), loader())
 
 
+class Sharp(torch.optim.SGD):
+    """Evaluates the loss at another place before its step."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        closure = torch.enable_grad()(closure)
+        closure()
+        return super().step()
+
+
+class Declared(Sharp):
+    def step(self, closure: Any) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+def test_an_optimizer_that_needs_a_closure_says_how_to_get_one(tmp_path: Path) -> None:
+    class Sharpened(Net):
+        kind: Any = Sharp
+
+        def configure_optimizers(self) -> Any:
+            return self.kind(self.parameters(), 0.1)
+
+    with pytest.raises(MisconfigurationException, match="Sharp.step needs a closure.*def step.self, closure"):
+        trainer(tmp_path).fit(Sharpened(), loader())
+    Sharpened.kind = Declared
+    run = trainer(tmp_path)
+    run.fit(Sharpened(), loader())
+    assert run.global_step == 4
+
+
 def test_a_lazy_layer_trains_or_is_named(tmp_path: Path) -> None:
     model = Lazy()
     trainer(tmp_path, enable_model_summary=True).fit(model, loader())

@@ -360,3 +360,36 @@ def test_a_strategy_may_declare_that_it_cannot_bear_inference_mode(tmp_path: Pat
         run.predict(Watching(), loader(2))
         run.fit(Watching(), loader(2), loader(2))
     assert seen == [*[False] * 5, *[True] * 3, False, False], "validations of fit need no inference mode"
+
+
+def test_a_tensor_out_of_reach_is_explained_in_the_sanity_check_too(tmp_path: Path) -> None:
+    cache: dict[str, Tensor] = {}
+
+    class Cached(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if "scale" not in cache:
+                cache["scale"] = torch.ones(4)
+            return super().forward(x * cache["scale"].mul_(1.0))
+
+    run, module = trainer(tmp_path), Cached()
+    run.validate(module, loader(4), verbose=False)
+    with pytest.raises(MisconfigurationException, match="Cached.*inference_mode=False"):
+        run.fit(module, loader(4), loader(4))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_gradients_in_an_evaluation_name_the_argument(tmp_path: Path, stage: str) -> None:
+    class Attacking(Net):
+        def loss(self, batch: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = batch.clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(self.layer(x).sum(), x)
+            return gradient.norm()
+
+        def predict_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+            return self.loss(batch)
+
+    quiet = {} if stage == "predict" else {"verbose": False}
+    with pytest.raises(MisconfigurationException, match="_step` asks for gradients.*`inference_mode=False`"):
+        getattr(trainer(tmp_path), stage)(Attacking(), loader(4), **quiet)
+    getattr(trainer(tmp_path, inference_mode=False), stage)(Attacking(), loader(4), **quiet)

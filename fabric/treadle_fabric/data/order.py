@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch.utils.data import BatchSampler
 
@@ -12,6 +12,8 @@ from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sized_le
 from treadle_fabric.data.sharding import sharded_sampler
 
 __all__ = ["SampleOrder"]
+
+_Numbers: TypeAlias = tuple[int | None, ...]
 
 
 class SampleOrder:
@@ -80,11 +82,10 @@ class SampleOrder:
         shared = len(self._samplers) == len(self._parts)
         return Layout(self._world_size, *self._data(), shared, self._num_batches, left)
 
-    def _data(self) -> tuple[tuple[int | None, ...], tuple[int | None, ...], tuple[str | None, ...]]:
-        """For each loader: items in a batch of all ranks, size of the data set, class of the sampler."""
-        found = [_describe(part, self._world_size) for part in self._parts]
-        per_step, samples, samplers = zip(*found)
-        return per_step, samples, samplers
+    def _data(self) -> tuple[_Numbers, _Numbers, tuple[str | None, ...], _Numbers]:
+        """For each loader: items in a batch of all ranks, samples, class of the sampler, size of an unordered batch."""
+        per_step, samples, samplers, sizes = zip(*(_describe(part, self._world_size) for part in self._parts))
+        return per_step, samples, samplers, sizes
 
     def state_dict(self, drawn_from: Any) -> dict[str, Any]:
         """What another number of processes needs to go on in the same order.
@@ -92,7 +93,7 @@ class SampleOrder:
         Args:
             drawn_from: The seed or random states of this epoch's order, where no seed of all ranks is behind it.
         """
-        per_step, samples, samplers = map(list, self._data())
+        per_step, samples, samplers, sizes = map(list, self._data())
         return {
             "world_size": self._world_size,
             "seed": self.seed,
@@ -103,13 +104,20 @@ class SampleOrder:
             "per_step": per_step,
             "samples": samples,
             "samplers": samplers,
+            "sizes": sizes,
             "num_batches": self._num_batches,
         }
 
 
-def _describe(loader: Any, world_size: int) -> tuple[int | None, int | None, str | None]:
+def _describe(loader: Any, world_size: int) -> tuple[int | None, int | None, str | None, int | None]:
     if not is_indexed(loader):
-        return None, None, None
+        return None, None, None, _size(loader)
     batched = type(loader.batch_sampler) is BatchSampler  # otherwise an item is a sample, or a batch of the user's own
     per_step = int(loader.batch_sampler.batch_size) * world_size if batched else world_size
-    return per_step, sized_len(loader.dataset), type(innermost_sampler(loader)).__name__
+    size = None if batched else _size(loader.batch_sampler)
+    return per_step, sized_len(loader.dataset), type(innermost_sampler(loader)).__name__, size
+
+
+def _size(batches: Any) -> int | None:
+    size = getattr(batches, "batch_size", None)
+    return size if isinstance(size, int) else None

@@ -16,7 +16,8 @@ __all__ = ["Layout", "NewEpoch", "Same", "Saved", "Shifted", "decide", "size_of_
 
 _UNSHARED = (
     "The number of processes or the batch size has changed, and the position in this training loader has a meaning for"
-    " the old one only (a stream, an iterable of one's own, or several loaders at once): the epoch begins anew."
+    " the old one only (a stream, an iterable or a batch sampler of one's own, or several loaders at once): the epoch"
+    " begins anew."
 )
 _UNKNOWN = "The checkpoint does not tell the order of its samples: the epoch begins anew."
 _SEVERAL = (
@@ -42,6 +43,8 @@ class Saved:
         num_batches: Batches of a usual epoch; infinity where that is unknown.
         samples: Size of the data set; None where it is unknown, or instead of the tuple.
         samplers: Class of the sampler; None where there is none, or instead of the tuple.
+        sizes: Size of a batch where ``per_step`` does not tell it, because the loader has no order or the batches are
+            those of a batch sampler of the user's own; None where it is unknown, or instead of the tuple.
     """
 
     world_size: int
@@ -55,6 +58,7 @@ class Saved:
     num_batches: float = math.inf
     samples: tuple[int | None, ...] | None = None
     samplers: tuple[str | None, ...] | None = None
+    sizes: tuple[int | None, ...] | None = None
 
     @classmethod
     def read(cls, order: Mapping[str, Any], **position: Any) -> Saved:
@@ -79,6 +83,7 @@ class Layout:
         per_step: As in :class:`Saved`.
         samples: As in :class:`Saved`.
         samplers: As in :class:`Saved`.
+        sizes: As in :class:`Saved`.
         shared: Whether each loader draws an order that its ranks share out.
         num_batches: Batches of a usual epoch; infinity where that is unknown.
         left: Batches of the order after ``Saved.items``; None where that is unknown.
@@ -88,6 +93,7 @@ class Layout:
     per_step: tuple[int | None, ...]
     samples: tuple[int | None, ...]
     samplers: tuple[str | None, ...]
+    sizes: tuple[int | None, ...] = ()
     shared: bool = True
     num_batches: float = math.inf
     left: int | None = None
@@ -135,15 +141,15 @@ class NewEpoch:
 
 def decide(saved: Saved, now: Layout) -> Same | Shifted | NewEpoch:
     """What a saved position means in the layout of now."""
-    unchanged = saved.world_size == now.world_size
-    if unchanged and (not saved.begun or saved.per_step in (None, now.per_step)):
+    unchanged, resized = saved.world_size == now.world_size, saved.sizes not in (None, now.sizes)
+    if unchanged and (not saved.begun or (saved.per_step in (None, now.per_step) and not resized)):
         return Same(_changes(saved, now) if saved.begun else ())
     if not saved.batches:
         return NewEpoch()
     if saved.per_step is None:
         return NewEpoch(True, (_UNKNOWN,))
     changes, several = _changes(saved, now), len(now.per_step) > 1
-    if not now.shared or None in (*now.per_step, *saved.per_step) or (several and saved.seed is None):
+    if resized or not now.shared or None in (*now.per_step, *saved.per_step) or (several and saved.seed is None):
         return NewEpoch(True, (*changes, _UNSHARED))
     if saved.per_step == now.per_step:
         return Shifted(saved.batches, saved.base, saved.start, saved.end, changes)

@@ -49,7 +49,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         "weights": run.loss.state_dict(),
     }
     done, window, _ = progress.accumulation.place(progress.batch, data.stop if data is not None else math.inf)
-    done = 0 if progress.is_last_batch else done
+    done = 0 if progress.is_last_batch and not progress.within_batch else done
     gradients: dict[str, Tensor] = {}
     if done or not module.automatic_optimization:
         named = with_plain_names(module, module.named_parameters())

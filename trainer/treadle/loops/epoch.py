@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from treadle.run.accumulation import Accumulation
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.run.signals import Signals
-from treadle_fabric import MisconfigurationException, StopAgreement, rank_zero_warn
+from treadle_fabric import MisconfigurationException, StopAgreement, isolate_rng, rank_zero_warn
 
 __all__ = ["TrainingEpoch"]
 
@@ -117,9 +118,15 @@ class TrainingEpoch:
         progress.stepped = False  # a step in a hook from here on is one between two batches
         begin_batch(None)
         self._tell_of_idleness(progress.batch - begun)
+        self._tell_of_waiting(accumulation.every)
         if progress.is_last_batch:
             self._check_accumulation(progress.batch)
         return stop and not progress.is_last_batch
+
+    def bound_steps(self) -> None:
+        """Take over ``max_steps``, which may be set while an epoch runs."""
+        max_steps = self._controls.max_steps
+        self._max_steps = math.inf if max_steps == -1 else max_steps
 
     def check_optimization(self) -> None:
         """Refuse another kind of optimization than when the run began."""
@@ -135,8 +142,8 @@ class TrainingEpoch:
 
     def _begin_accumulating(self) -> Accumulation:
         """Divide the batches of an epoch into accumulations; a resumed epoch may be divided already."""
-        progress, accumulate, max_steps = self._run.progress, self._accumulate, self._controls.max_steps
-        self._max_steps = math.inf if max_steps == -1 else max_steps
+        progress, accumulate = self._run.progress, self._accumulate
+        self.bound_steps()
         self._step.begin_epoch(accumulate)
         if progress.accumulation.every != accumulate:
             progress.accumulation = Accumulation(accumulate, progress.batch)
@@ -217,6 +224,13 @@ class TrainingEpoch:
                 f" {self._run.progress.epoch}{where}, so that nothing was learned from them: return the loss."
             )
 
+    def _tell_of_waiting(self, every: int) -> None:
+        if self._accumulate != every and self._run.first_time("other accumulation"):
+            rank_zero_warn(
+                f"accumulate_grad_batches was set to {self._accumulate} while epoch {self._run.progress.epoch} ran with"
+                f" {every}, and holds from the next epoch on. Set it in `on_train_epoch_start` or earlier."
+            )
+
     def _check_accumulation(self, batches: float) -> None:
         """Warn, once, of an accumulation that is longer than an epoch; ``batches``: those of an epoch."""
         if self._accumulate > batches and self._run.first_time("accumulation"):
@@ -249,7 +263,10 @@ class TrainingEpoch:
         if schedule is not None and progress.phase is not Phase.VALIDATED:
             progress.phase = Phase.LOGGED
             if progress.validation_due or (stop and schedule.in_epoch(progress.epoch)):
-                if not self._run_validation():
+                # a fit that goes on draws what one long fit draws
+                with nullcontext() if progress.validation_due else isolate_rng():
+                    completed = self._run_validation()
+                if not completed:
                     self._stops.terminate()
                 stop = self._stops.after_validation()
         if terminated:  # the resumed run does the rest of this batch, and ends where this run would have

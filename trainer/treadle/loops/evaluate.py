@@ -11,7 +11,7 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
-from treadle.loops.inference import outside_inference_mode
+from treadle.loops.inference import explain_missing_gradients, outside_inference_mode
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
@@ -102,6 +102,10 @@ class Evaluation:
                 if run.state.stage is RunningStage.VALIDATING and run.progress.phase is Phase.LOGGED:
                     run.progress.phase = Phase.VALIDATED  # a checkpoint of the hook must not validate again
                 dispatch.call(f"{hook}_end")
+        except RuntimeError as error:
+            if self._no_grad is torch.inference_mode:
+                explain_missing_gradients(error, results.hook or self._step_name)
+            raise
         finally:
             results.reset()
             run.log_to(before)

@@ -42,6 +42,10 @@ class Parts(Protocol):
     def validates(self) -> bool:
         """Whether fit validates. Known for certain once the validation was made."""
 
+    @property
+    def restoring(self) -> bool:
+        """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
+
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
@@ -107,11 +111,11 @@ class FitLoop:
     def run(self) -> None:
         """Run the sanity check, then the training epochs."""
         run = self._run
-        if not self._done():
-            self._sanity_check()
-        run.state.stage = RunningStage.TRAINING
-        self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
         try:
+            if not self._done():
+                self._sanity_check()
+            run.state.stage = RunningStage.TRAINING
+            self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
             with run.steps.counting():
                 self._train()
         except RuntimeError as error:
@@ -137,9 +141,9 @@ class FitLoop:
                 )
             return
         _tell_of_evaluation_mode(run.module)
-        self._validated_at = time.monotonic()
+        self._validated_at, goes_on = time.monotonic(), progress.batches or self._parts.restoring
         with torch.enable_grad():
-            with run.changes.repeated(run.optimizers):
+            with run.changes.repeated(run.optimizers if goes_on else ()):
                 dispatch.call("on_train_start")
             first = True
             while not (reason := self._done()):

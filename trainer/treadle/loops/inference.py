@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from treadle_fabric import MisconfigurationException, map_tensors
 
-__all__ = ["explain_inference_tensor", "outside_inference_mode", "replace_inference_tensors", "without_inference"]
+__all__ = [
+    "explain_inference_tensor",
+    "explain_missing_gradients",
+    "outside_inference_mode",
+    "replace_inference_tensors",
+    "without_inference",
+]
 
 _PLAIN: Final = frozenset({int, float, str, bool, bytes, complex, type(None)})
 _NOT_OPENED: Final = (type, types.ModuleType, types.FunctionType, Dataset, DataLoader, Sampler, torch.Generator)
@@ -149,6 +155,28 @@ def _library(cls: type) -> str:
     return str(cls.__module__).partition(".")[0]
 
 
+def explain_missing_gradients(error: RuntimeError, hook: str) -> None:
+    """Raise a clearer error where an evaluation under ``torch.inference_mode`` asks for gradients.
+
+    Args:
+        error: What the evaluation raised.
+        hook: The hook that ran, such as "test_step".
+
+    Raises:
+        MisconfigurationException: The message names the argument.
+    """
+    if "does not require grad" in str(error) or _is_about_inference(error):
+        raise MisconfigurationException(
+            f"`{hook}` asks for gradients, and this evaluation runs under `torch.inference_mode`, where not even"
+            " `torch.enable_grad()` records them. Pass `inference_mode=False` to the Trainer. (Validation inside fit"
+            f" runs under `torch.no_grad`.) torch's error: {error}"
+        ) from error
+
+
+def _is_about_inference(error: RuntimeError) -> bool:
+    return "nference tensor" in str(error) or "inference mode" in str(error)
+
+
 def explain_inference_tensor(error: RuntimeError, module: nn.Module) -> MisconfigurationException | None:
     """Return a clearer error where torch refused to train with a tensor made in inference mode; None for other errors.
 
@@ -156,7 +184,7 @@ def explain_inference_tensor(error: RuntimeError, module: nn.Module) -> Misconfi
         error: what training raised.
         module: the module that is trained.
     """
-    if "nference tensor" not in str(error) and "inference mode" not in str(error):
+    if not _is_about_inference(error):
         return None
     names = {id(part): name for name, part in module.named_modules()}
     where, traceback = "", error.__traceback__

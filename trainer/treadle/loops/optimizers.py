@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from treadle.module import LightningModule
+from treadle.module.overriding import overrides
 from treadle.run.progress import LRSchedulerConfig
 from treadle_fabric import (
     LRScheduler,
@@ -24,6 +25,7 @@ from treadle_fabric import (
     rank_zero_warn,
     with_plain_names,
 )
+from treadle_fabric.precision import needs_closure
 
 __all__ = ["explained_optimizers", "explained_steps", "parse_optimizers"]
 
@@ -62,14 +64,22 @@ def explained_optimizers(module: nn.Module) -> Generator[None]:
 
 
 @contextmanager
-def explained_steps(module: nn.Module) -> Generator[None]:
-    """While entered, name the layers where an optimizer cannot step with their sparse gradients.
+def explained_steps(module: LightningModule) -> Generator[None]:
+    """While entered, explain steps that fail for want of a closure, or because of sparse gradients.
 
     Raises:
-        MisconfigurationException: the message has torch's own.
+        MisconfigurationException: the message has the optimizer's own.
     """
     try:
         yield
+    except (TypeError, AssertionError) as error:
+        if (optimizer := _without_closure(error, module)) is not None:
+            raise MisconfigurationException(
+                f"{optimizer}.step needs a closure, and was called without one ({error}): Treadle passes a closure that"
+                " runs `training_step` and backward where the optimizer declares it without a default value,"
+                " `def step(self, closure)`, or where the module overrides `optimizer_step`."
+            ) from error
+        raise
     except RuntimeError as error:
         tables = [
             name for name, m in with_plain_names(module, module.named_modules()) if getattr(m, "sparse", None) is True
@@ -80,6 +90,21 @@ def explained_steps(module: nn.Module) -> Generator[None]:
                 " their parameters to an optimizer of their own that supports them."
             ) from error
         raise
+
+
+def _without_closure(error: Exception, module: LightningModule) -> str | None:
+    """The class of an optimizer whose ``step`` failed because it was called without a closure; None if none did."""
+    by_loop = module.automatic_optimization and not overrides(module, "optimizer_step", LightningModule)
+    if not by_loop or ("closure" not in str(error) and "'NoneType' object is not callable" not in str(error)):
+        return None
+    traceback = error.__traceback__
+    while traceback is not None:
+        found = traceback.tb_frame.f_locals
+        optimizer = found.get("self")
+        if isinstance(optimizer, Optimizer) and "closure" in found and not needs_closure(optimizer):
+            return type(optimizer).__qualname__
+        traceback = traceback.tb_next
+    return None
 
 
 def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:

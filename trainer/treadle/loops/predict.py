@@ -11,7 +11,7 @@ import torch
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
-from treadle.loops.inference import without_inference
+from treadle.loops.inference import explain_missing_gradients, without_inference
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
@@ -83,6 +83,10 @@ class Prediction:
             with self._no_grad():
                 dispatch.call("on_predict_epoch_end")
                 dispatch.call("on_predict_end")
+        except RuntimeError as error:
+            if self._no_grad is torch.inference_mode:
+                explain_missing_gradients(error, run.results.hook or "predict_step")
+            raise
         finally:
             restore_modes(modes)
 

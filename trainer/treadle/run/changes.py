@@ -161,16 +161,16 @@ class ModelChanges:
     # Hooks that ran before the checkpoint was saved, and run again
 
     @contextmanager
-    def repeated(self, optimizers: Sequence[FabricOptimizer]) -> Generator[None]:
-        """While a hook of a resumed run runs again, add no parameter group that is there already."""
+    def repeated(self, optimizers: Iterable[FabricOptimizer]) -> Generator[None]:
+        """While a hook of a run that goes on runs again, add no parameter group that is there already."""
         with ExitStack() as stack:
-            for each in optimizers if self._saved else ():
+            for each in optimizers:
                 stack.enter_context(_adding_once(each))
             yield
 
     @contextmanager
     def unchanged(self, optimizers: Sequence[FabricOptimizer]) -> Generator[None]:
-        """The same, and parameter groups are afterwards as before: what the hook changes was saved with the rest."""
+        """The same, and what a checkpoint has restored is afterwards as before: it was saved after this hook."""
         resumed = optimizers if self._saved else ()
         before = [[{**g, "params": list(g["params"])} for g in each.param_groups] for each in resumed]
         with self.repeated(optimizers):

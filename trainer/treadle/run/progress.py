@@ -63,10 +63,16 @@ class FitProgress:
     epoch_ended: bool = False
     """Whether the epoch is in its end hooks; a run resumed from a checkpoint saved now begins the next epoch."""
 
+    @property
+    def within_batch(self) -> bool:
+        """Whether the current batch may still be trained on, because nothing that follows it has begun."""
+        return self.phase is Phase.BETWEEN and not self.epoch_ended
+
     def settle(self) -> None:
         """Turn the counters of a state that was saved or left into those with which a run goes on from it."""
         self.begun |= self.batch > 0  # in checkpoints that do not tell
         self.stepped &= self.phase is not Phase.BETWEEN
+        self.is_last_batch &= not self.within_batch
         if self.epoch_ended:
             self.epoch += 1
             self.begin_epoch()

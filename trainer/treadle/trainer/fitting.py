@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,20 @@ class Fitting:
     def restoring(self) -> bool:
         """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
         return bool(self._unrestored)
+
+    @property
+    def val_check_batch(self) -> float:
+        """The number of training batches between two validations; infinity where epochs or time decide."""
+        return self._epoch.val_check_batch if self._epoch is not None else math.inf
+
+    def bound_steps(self) -> None:
+        """Take over ``max_steps``, which was set: the epoch that runs may end sooner or later."""
+        if self._epoch is not None:
+            self._epoch.bound_steps()
+
+    @property
+    def _epoch(self) -> TrainingEpoch | None:
+        return self.loop.epoch if self.loop is not None else None
 
     def make_loop(self, run: ReadyRun, exact: dict[str, Any]) -> FitLoop:
         """Make the loop.

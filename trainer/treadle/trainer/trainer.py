@@ -223,9 +223,8 @@ class Trainer:
         model = preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
-        self._fits.begin(
-            model, self.callbacks, self.loggers, resumes=ckpt_path is not None or self._settings.auto_resume
-        )
+        resumes = ckpt_path is not None or self._settings.auto_resume
+        self._fits.begin(model, self.callbacks, self.loggers, resumes=resumes)
         self.should_stop = False
         self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only))
 
@@ -588,7 +587,7 @@ class Trainer:
 
     @max_epochs.setter
     def max_epochs(self, epochs: int | None) -> None:
-        self._settings.durations = change_durations(self._settings.durations, max_epochs=epochs)
+        self._bound(max_epochs=epochs)
 
     @property
     def min_epochs(self) -> int | None:
@@ -597,7 +596,7 @@ class Trainer:
 
     @min_epochs.setter
     def min_epochs(self, epochs: int | None) -> None:
-        self._settings.durations = change_durations(self._settings.durations, min_epochs=epochs)
+        self._bound(min_epochs=epochs)
 
     @property
     def max_steps(self) -> int:
@@ -606,7 +605,7 @@ class Trainer:
 
     @max_steps.setter
     def max_steps(self, steps: int) -> None:
-        self._settings.durations = change_durations(self._settings.durations, max_steps=steps)
+        self._bound(max_steps=steps)
 
     @property
     def min_steps(self) -> int | None:
@@ -615,7 +614,12 @@ class Trainer:
 
     @min_steps.setter
     def min_steps(self, steps: int | None) -> None:
-        self._settings.durations = change_durations(self._settings.durations, min_steps=steps)
+        self._bound(min_steps=steps)
+
+    def _bound(self, **bounds: Any) -> None:
+        self._settings.durations = change_durations(self._settings.durations, **bounds)
+        if self._fitting is not None:
+            self._fitting.bound_steps()
 
     @property
     def log_every_n_steps(self) -> int:
@@ -655,8 +659,7 @@ class Trainer:
     @property
     def val_check_batch(self) -> float:
         """The batches between two validations; infinity where epochs or time decide."""
-        loop = self._fitting.loop if self._fitting is not None else None
-        return loop.epoch.val_check_batch if loop is not None and loop.epoch is not None else math.inf
+        return self._fitting.val_check_batch if self._fitting is not None else math.inf
 
     @property
     def check_val_every_n_epoch(self) -> int | None:
@@ -972,11 +975,9 @@ class Trainer:
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self), self._started(session) as run:
             prediction = self._prediction(session, run, dataloaders, source, keep=True)
-            try:
+            with suppress(GeneratorExit):  # the caller has enough predictions, which is no failure
                 yield None
                 yield from prediction.stream()
-            except GeneratorExit:  # the caller has enough predictions, which is no failure
-                pass
 
     def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
         ready = self._prepare(session, run, source)[0]

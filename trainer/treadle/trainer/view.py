@@ -31,7 +31,9 @@ class Progress(NamedTuple):
 
 
 class _Bounds:
-    """The bounds of a fit. Setting one is the same as setting it on the trainer."""
+    """The bounds of a fit. Setting one is the same as setting it on the trainer; nothing else can be set."""
+
+    __slots__ = ("_trainer", "restarting")
 
     def __init__(self, trainer: Trainer, restarting: bool) -> None:
         self._trainer = trainer
@@ -88,6 +90,8 @@ class _Bounds:
 class EpochLoopView(_Bounds):
     """``trainer.fit_loop.epoch_loop``: the batches of a fit."""
 
+    __slots__ = ()
+
     @property
     def batch_progress(self) -> Progress:
         """The batches: ready and started count the current batch, completed does not."""
@@ -96,6 +100,8 @@ class EpochLoopView(_Bounds):
 
 class FitLoopView(_Bounds):
     """``trainer.fit_loop``: the epochs of a fit."""
+
+    __slots__ = ()
 
     @property
     def max_epochs(self) -> int | None:
