@@ -127,8 +127,8 @@ class FabricModule(Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__class__":
             raise AttributeError(
-                "The class of the wrapper that setup returned cannot be set. torch.nn.utils.parametrize sets the class of "
-                f"what it is given: give it model.module, or the {type(self.module).__name__} before setup."
+                "The class of the wrapper that setup returned cannot be set. torch.nn.utils.parametrize sets the class "
+                f"of what it is given: give it model.module, or the {type(self.module).__name__} before setup."
             )
         if name in _WRAPPERS_OWN:
             raise AttributeError(

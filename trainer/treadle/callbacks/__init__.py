@@ -5,8 +5,8 @@ that decide by a metric. What several callbacks share has a folder of its own: `
 the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars) and
 ``summary/`` (the table of layers).
 
-Callbacks import the runtime, ``treadle.step_clock``, ``treadle.schedule`` and ``treadle.state``, and of the Trainer and
-the module only the annotations in ``treadle.contracts``.
+Callbacks import the runtime, ``stages.py``, ``durations.py`` and ``module``, and of the Trainer only the annotations in
+``contracts.py``.
 """
 
 from treadle.callbacks.callback import Callback as Callback
