@@ -310,7 +310,7 @@ def _guarded(method: Callable[..., Any], wrapper: FabricModule) -> Callable[...,
 
 
 def _refuse_new_parameters(parts: _Parts, what: str, values: Any) -> None:
-    """Refuse parameters whose gradients the engine would never reduce.
+    """Refuse parameters whose gradients the engine does not reduce as it is.
 
     Raises:
         MisconfigurationException: ``values`` holds parameters, also of modules, that require a gradient and are not the
@@ -325,8 +325,9 @@ def _refuse_new_parameters(parts: _Parts, what: str, values: Any) -> None:
                 which = f"the parameter {plain_name(value, name)!r} of the new module" if name else "a new parameter"
                 raise MisconfigurationException(
                     f"{what} adds {which} after setup, and {type(parts.strategy).__name__} averages the gradients of "
-                    "those parameters only that the model had in setup: the ranks would train different values. Add it "
-                    "before fabric.setup, or freeze it first with requires_grad_(False)."
+                    "the parameters that the model had then. Add it before fabric.setup, or freeze it first with "
+                    "requires_grad_(False). To train it from now on, add it to model.module and to the optimizer, on "
+                    "all ranks before the same step: the strategy then averages its gradients, too."
                 )
 
 
