@@ -133,9 +133,9 @@ class Precision:
             return
         if any(p.is_complex() and p.requires_grad for p in self.main_params(optimizer)):
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} has complex parameters, and precision={self.precision!r} scales gradients, "
-                "which torch's GradScaler cannot undo for complex ones. Use precision='bf16-mixed' or '32-true', or make "
-                "the parameters real (torch.view_as_real) and complex in forward."
+                f"{type(optimizer).__name__} has complex parameters, and precision={self.precision!r} scales "
+                "gradients, which torch's GradScaler cannot undo for complex ones. Use precision='bf16-mixed' or "
+                "'32-true', or make the parameters real, and complex (torch.view_as_complex) in forward."
             )
         if needs_closure(optimizer):
             raise MisconfigurationException(
