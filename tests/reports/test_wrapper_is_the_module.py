@@ -495,7 +495,7 @@ def _under_ddp() -> None:
         lambda: model.__iadd__(nn.Sequential(nn.Linear(2, 2))),
         lambda: setattr(model[0], "x", 1) or setattr(model, "deep", nn.Sequential(nn.Sequential(nn.Linear(1, 1)))),
     ):
-        with pytest.raises(MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup"):
+        with pytest.raises(MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup.* add it to model.module"):
             add()
     assert not hasattr(net, "late")
     model.append(nn.Identity())
@@ -523,6 +523,11 @@ def _under_ddp() -> None:
     plain[0].register_buffer("mean", torch.ones(1))
     outer.load_state_dict(plain.state_dict())
     assert torch.equal(net[0].weight, plain[0][0].weight)
+    model.module.append(nn.Linear(2, 2))  # what the error says: on all ranks before the same step
+    model(torch.full((1, 2), 1.0 + run.global_rank)).sum().backward()
+    for tensor in (net[-1].weight, net[-1].weight.grad):
+        first, second = run.all_gather(tensor)
+        assert torch.equal(first, second)
     run.strategy.teardown()
 
 
