@@ -495,7 +495,9 @@ def _under_ddp() -> None:
         lambda: model.__iadd__(nn.Sequential(nn.Linear(2, 2))),
         lambda: setattr(model[0], "x", 1) or setattr(model, "deep", nn.Sequential(nn.Sequential(nn.Linear(1, 1)))),
     ):
-        with pytest.raises(MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup.* add it to model.module"):
+        with pytest.raises(
+            MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup.* add it to model.module"
+        ):
             add()
     assert not hasattr(net, "late")
     model.append(nn.Identity())
