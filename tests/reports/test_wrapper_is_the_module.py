@@ -118,6 +118,20 @@ def test_operators_between_two_wrapped_models() -> None:
     assert second[0] in list(first)
 
 
+def test_models_that_are_equal_are_several() -> None:
+    class Same(nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Same)
+
+        def __hash__(self) -> int:
+            return 1
+
+    run, models = fabric(), [Same(1, 1) for _ in range(3)]
+    run.setup(models[0])
+    run.setup(models[1])
+    run.setup(models[2], torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1))
+
+
 def test_narrow_overrides_of_torchs_methods_work() -> None:
     class Narrow(Net):
         def load_state_dict(self, state_dict: Any) -> Any:  # type: ignore[override]
