@@ -12,6 +12,7 @@
     +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
+    +-- NotAvailableYetError             a name of Lightning that Treadle does not have yet (also an ImportError)
 
 Every message says the value, the rule and the remedy.
 """
@@ -21,8 +22,10 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
-from typing import ParamSpec
+import opcode
+import sys
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, ParamSpec
 
 __all__ = [
     "CheckpointCorruptError",
@@ -33,16 +36,21 @@ __all__ = [
     "DeviceUnavailableError",
     "MisconfigurationException",
     "NonFiniteError",
+    "NotAvailableYetError",
     "ProcessFailedError",
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
     "describe_error",
     "near_names",
+    "not_yet",
     "suggests_arguments",
+    "unknown_name",
 ]
 
 P = ParamSpec("P")
+# How the names of Lightning's strategies, accelerators and precisions begin that Treadle is still to get.
+_STILL_TO_COME = ("fsdp", "deepspeed", "xla", "single_xla", "tpu", "transformer-engine", "fp8", "nf4", "fp4", "int8")
 
 
 class TreadleError(Exception):
@@ -96,6 +104,32 @@ class NonFiniteError(TreadleError, ArithmeticError):
     """A loss or gradients are NaN or infinite, and ``on_nonfinite="raise"`` ends the run."""
 
 
+class NotAvailableYetError(TreadleError, ImportError):
+    """A name that Lightning has and Treadle is still to get."""
+
+
+def not_yet(module: str, names: Collection[str]) -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module in which some names of Lightning are still to come.
+
+    The error says so where one of them is imported. Where it is looked up as an attribute, the error is an
+    AttributeError with the same message, so that ``hasattr`` gives False.
+
+    Args:
+        module: The module's ``__name__``.
+        names: The names.
+    """
+
+    def missing(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        message = f"{module}.{name} is not available yet: docs/differences.md lists Lightning's names still to come."
+        caller = sys._getframe(1)
+        importing = caller.f_code.co_code[caller.f_lasti] == opcode.opmap["IMPORT_FROM"]
+        raise NotAvailableYetError(message) if importing else AttributeError(message)
+
+    return missing
+
+
 def describe_error(error: BaseException) -> str:
     """Return an exception's type and message, for a sentence: the type alone where there is no message."""
     text = str(error).strip().rstrip(".")
@@ -111,6 +145,14 @@ def near_names(name: str, known: Iterable[str], n: int = 3) -> str:
     if close:
         return "Did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "There is: " + ", ".join(known) + "." if known else "There is none."
+
+
+def unknown_name(argument: str, value: Any, known: Iterable[str]) -> MisconfigurationException:
+    """Return the error for a name that an argument does not have, or does not have yet."""
+    if str(value).startswith(_STILL_TO_COME):
+        there = ", ".join(sorted(set(known)))
+        return MisconfigurationException(f"{argument}={value!r} is not available yet. There is: {there}.")
+    return MisconfigurationException(f"{argument}={value!r} is unknown. {near_names(str(value), known)}")
 
 
 def suggests_arguments(init: Callable[P, None]) -> Callable[P, None]:

@@ -17,7 +17,7 @@ from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import check_integer, is_several, one_or_several
 from treadle_fabric.environments import ClusterEnvironment, detect_environment
-from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
+from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, unknown_name
 from treadle_fabric.launchers import in_notebook, settle
 from treadle_fabric.precision import Precision, canonical_precision, make_precision
 from treadle_fabric.rank_zero import rank_zero_info
@@ -201,7 +201,7 @@ def _sample(strategy: Any) -> Strategy | None:
         if strategy in STRATEGY_REGISTRY.available_strategies():
             return STRATEGY_REGISTRY.get(strategy)
         names = ["auto", *STRATEGY_REGISTRY.available_strategies()]
-        raise MisconfigurationException(f"strategy={strategy!r} is unknown. {near_names(strategy, names)}")
+        raise unknown_name("strategy", strategy, names)
     raise MisconfigurationException(f"strategy={strategy!r} is neither a name nor a Strategy object.")
 
 
@@ -228,7 +228,7 @@ def _choose_accelerator(accelerator: Any, own: Parts, available: Mapping[str, in
         name = accelerator
     if name not in ACCELERATOR_REGISTRY:
         names = ["auto", "gpu", *ACCELERATOR_REGISTRY]
-        raise MisconfigurationException(f"accelerator={accelerator!r} is unknown. {near_names(accelerator, names)}")
+        raise unknown_name("accelerator", accelerator, names)
     if available.get(name, 1) == 0:
         raise DeviceUnavailableError(
             f"accelerator={accelerator!r}, but this machine has no {name} device. There is: {', '.join(there)}."

@@ -247,6 +247,7 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "FabricModule": lambda: set_up()[1],
     "FabricOptimizer": lambda: set_up()[2],
     "FabricDataLoader": lambda: begun(set_up()[0].setup_dataloaders(loader())),
+    "PrivateStream": lambda: data.PrivateStream(range(3)),
     "ResumableDataLoader": lambda: begun(set_up()[0].setup_dataloaders(loader(), resumable=True)),
     "ShardedSampler": lambda: data.ShardedSampler(range(4), num_replicas=2, rank=0),
     "CSVLogger": lambda: wrote(loggers.CSVLogger(".")),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.processes import run_as_program
+from tests.processes import run_in_ranks
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -334,7 +333,7 @@ def test_the_loop_view_counts_as_lightning_does(tmp_path: Path) -> None:
 
 
 def test_two_ranks_go_on_with_the_samples_that_are_left(tmp_path: Path) -> None:
-    run_as_program(__file__, tmp_path)
+    run_in_ranks(on_two_ranks, tmp_path)
     seen = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for epoch in range(2):
         samples = [s for rank in seen for at, _, first in rank for s in first if at == epoch]
@@ -360,7 +359,3 @@ def on_two_ranks(folder: Path) -> None:
     run.fit(module, shuffled(16))
     assert (run.global_step, run.current_epoch) == (8, 2)
     torch.save(module.seen, folder / f"{run.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    on_two_ranks(Path(sys.argv[1]))

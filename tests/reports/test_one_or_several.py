@@ -85,7 +85,8 @@ class Given(Net):
         self.automatic_optimization = False
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
-        pass
+        for optimizer in self.trainer.wrapped_optimizers:
+            optimizer.step()
 
     def configure_optimizers(self) -> Any:
         optimizers = [torch.optim.SGD([p], 0.1) for p in self.parameters()]

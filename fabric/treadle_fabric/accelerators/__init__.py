@@ -6,11 +6,14 @@ of hardware. Imports only the foundation.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from treadle_fabric.accelerators.accelerator import Accelerator, Devices
 from treadle_fabric.accelerators.cpu import CPUAccelerator
 from treadle_fabric.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
 from treadle_fabric.accelerators.mps import MPSAccelerator
 from treadle_fabric.accelerators.registry import ACCELERATOR_REGISTRY, AcceleratorRegistry
+from treadle_fabric.errors import not_yet
 
 __all__ = [
     "ACCELERATOR_REGISTRY",
@@ -22,3 +25,6 @@ __all__ = [
     "MPSAccelerator",
     "find_usable_cuda_devices",
 ]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(__name__, {"XLAAccelerator"})

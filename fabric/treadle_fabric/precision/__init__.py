@@ -6,7 +6,7 @@ Imports only the foundation.
 
 from __future__ import annotations
 
-from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.errors import unknown_name
 from treadle_fabric.precision.autocast import MixedPrecision
 from treadle_fabric.precision.double import DoublePrecision
 from treadle_fabric.precision.half import HalfPrecision
@@ -53,9 +53,7 @@ def canonical_precision(name: str | int | None) -> str:
         return "32-true"
     text = str(name)
     if isinstance(name, bool) or (text not in _CANONICAL and text not in _SHORT):
-        raise MisconfigurationException(
-            f"precision={name!r} is unknown. {near_names(text, _CANONICAL)} Short names: {', '.join(_SHORT)}."
-        )
+        raise unknown_name("precision", name, [*_CANONICAL, *_SHORT])
     return _SHORT.get(text, text)
 
 

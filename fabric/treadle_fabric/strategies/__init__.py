@@ -7,6 +7,9 @@ Start with ``strategy.py``, the base class. ``parallel.py``, ``whole_state.py``,
 them.
 """
 
+from typing import TYPE_CHECKING
+
+from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
@@ -37,3 +40,17 @@ __all__ = [
 
 for _strategy in (SingleDeviceStrategy, DDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(
+        __name__,
+        {
+            "DataParallelStrategy",
+            "DeepSpeedStrategy",
+            "FSDPStrategy",
+            "ModelParallelStrategy",
+            "SingleDeviceXLAStrategy",
+            "XLAFSDPStrategy",
+            "XLAStrategy",
+        },
+    )

@@ -164,6 +164,7 @@ def test_hooks_are_looked_up_again_in_every_run(tmp_path: Path) -> None:
     model, run = Net(), trainer(tmp_path)
     run.fit(model, loader(4))
     model.on_train_start = lambda: seen.append("now")
+    run.max_epochs = 2
     run.fit(model, loader(4))
     assert seen == ["now"]
 

@@ -5,9 +5,11 @@ that decide by a metric. What several callbacks share has a folder of its own: `
 the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars) and
 ``summary/`` (the table of layers).
 
-Callbacks import the runtime, ``stages.py``, ``durations.py`` and ``module``, and of the Trainer only the annotations in
-``contracts.py``.
+Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py``, and of the Trainer only the
+annotations in ``contracts.py``.
 """
+
+from typing import TYPE_CHECKING
 
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
@@ -26,3 +28,23 @@ from treadle.callbacks.progress import RichProgressBar as RichProgressBar
 from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
 from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
 from treadle.callbacks.timer import Timer as Timer
+from treadle_fabric import not_yet
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(
+        __name__,
+        {
+            "BackboneFinetuning",
+            "BaseFinetuning",
+            "BasePredictionWriter",
+            "BatchSizeFinder",
+            "DeviceStatsMonitor",
+            "EMAWeightAveraging",
+            "LearningRateFinder",
+            "ModelPruning",
+            "SpikeDetection",
+            "StochasticWeightAveraging",
+            "ThroughputMonitor",
+            "WeightAveraging",
+        },
+    )

@@ -1,0 +1,32 @@
+"""Precision and checkpoint IO, where users of a trainer look for them."""
+
+from typing import TYPE_CHECKING
+
+from treadle_fabric import not_yet
+from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
+from treadle_fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+
+__all__ = [
+    "AsyncCheckpointIO",
+    "CheckpointIO",
+    "DoublePrecision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "Precision",
+    "TorchCheckpointIO",
+]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(
+        __name__,
+        {
+            "BitsandbytesPrecision",
+            "DeepSpeedPrecision",
+            "FSDPPrecision",
+            "LayerSync",
+            "TorchSyncBatchNorm",
+            "TransformerEnginePrecision",
+            "XLACheckpointIO",
+            "XLAPrecision",
+        },
+    )

@@ -1,0 +1,11 @@
+"""Strategies, where users of a trainer look for them."""
+
+from typing import TYPE_CHECKING
+
+from treadle_fabric import not_yet
+from treadle_fabric.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+
+__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(__name__, {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"})

@@ -1,0 +1,10 @@
+"""The tuner, which is still to come."""
+
+from typing import TYPE_CHECKING
+
+from treadle_fabric import not_yet
+
+__all__: list[str] = []
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = not_yet(__name__, {"Tuner"})
