@@ -86,7 +86,8 @@ class Fabric:
         self._callbacks: list[Any] = one_or_several(callbacks)
         self._loggers: list[Any] = check_loggers(one_or_several(loggers))
         self._launched = False
-        self._modules: weakref.WeakSet[Module] = weakref.WeakSet()  # the modules that were set up
+        # the modules that were set up, by id: modules of one class may be equal
+        self._modules: weakref.WeakValueDictionary[int, Module] = weakref.WeakValueDictionary()
         self._plain_backward = self._strategy.plain_backward
         self._told: set[tuple[str, type]] = set()  # what was left out of checkpoints
 
@@ -95,7 +96,7 @@ class Fabric:
         return {**self.__dict__, "_modules": None, "_launched": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _modules=weakref.WeakSet())
+        self.__dict__.update(state, _modules=weakref.WeakValueDictionary())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -276,7 +277,7 @@ class Fabric:
         flat, counts = _spread(optimizers, lambda each: list(each) if is_several(each) else None)
         for optimizer in flat:
             check_optimizer(optimizer)
-            check_ownership(module, optimizer, self._modules)
+            check_ownership(module, optimizer, self._modules.values())
         module = self._prepare(module, move_to_device)
         engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, flat, scheduler)
         wrapped = self._wrap_module(engine, module)
@@ -371,7 +372,7 @@ class Fabric:
             own.fabric = self  # type: ignore[assignment]
             if not any(callback is own for callback in self._callbacks):
                 self._callbacks.append(own)
-        self._modules.add(own)
+        self._modules[id(own)] = own
         self.call("on_after_setup", fabric=self, module=wrapped)
         return wrapped
 

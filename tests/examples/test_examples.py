@@ -48,6 +48,14 @@ def losses(text: str) -> list[float]:
     return [float.fromhex(line) for line in text.split()]
 
 
+def test_the_first_program_of_the_readme(tmp_path: Path) -> None:
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    (tmp_path / "first.py").write_text(program)
+    run(str(tmp_path / "first.py"))
+    (saved,) = tmp_path.rglob("checkpoints/*.ckpt")
+    assert saved.name == "epoch=4-step=145.ckpt"
+
+
 def test_every_example_is_run_here() -> None:
     assert sorted(str(file.relative_to(EXAMPLES)) for file in EXAMPLES.rglob("*.py")) == sorted(LAUNCHED)
 

@@ -12,7 +12,7 @@ from tests.trainer.models import Net as Lit
 from tests.trainer.models import loader, trainer
 from torch import Tensor, nn
 
-from treadle_fabric import Fabric
+from treadle_fabric import Fabric, MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 
@@ -173,6 +173,15 @@ def test_complex_buffers_under_the_trainer(precision: str, tmp_path: Path) -> No
     other.rotation.zero_()
     trainer(tmp_path, precision=precision, max_epochs=2).fit(other, loader(), ckpt_path=tmp_path / "a.ckpt")
     assert torch.equal(other.rotation, rotation)
+
+
+def test_complex_parameters_and_scaled_gradients_are_refused_by_name() -> None:
+    """Torch's own error, at the first step, is that a function is "not implemented for 'ComplexFloat'"."""
+    model = Holder()
+    with pytest.raises(MisconfigurationException, match=r"SGD has complex parameters.*'16-mixed'.*'bf16-mixed'"):
+        fabric("16-mixed").setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.phase.requires_grad_(False)
+    fabric("16-mixed").setup(model, torch.optim.SGD([model.layer.weight, model.phase], lr=0.1))
 
 
 @pytest.mark.parametrize("precision", HALVES)

@@ -137,6 +137,17 @@ def test_files_with_torchs_names_still_load(way: str, old: Any, tmp_path: Path) 
         user_module_of.load_state_dict(module.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_saved_and_loaded(tmp_path: Path) -> None:
+    run = fabric()
+    parts = [torch.jit.script(nn.Sequential(nn.Linear(2, 2))) for _ in range(2)]
+    for name, (saved, loaded) in {"whole": parts, "part": [nn.ModuleDict({"net": part}) for part in parts]}.items():
+        run.save(tmp_path / name, {"model": run.setup(saved)})
+        run.load(tmp_path / name, {"model": run.setup(loaded)})
+        for mine, its in zip(saved.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(mine, its)
+
+
 def test_a_name_of_the_users_is_not_taken_for_torchs(tmp_path: Path) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:

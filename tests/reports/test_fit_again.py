@@ -449,7 +449,3 @@ def test_a_group_that_a_hook_adds_is_not_added_to_an_optimizer_that_has_it(tmp_p
     run.fit(module, loader())
     assert run.global_step == 8
     assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4]
-
-
-if __name__ == "__main__":
-    on_two_ranks(Path(sys.argv[1]))

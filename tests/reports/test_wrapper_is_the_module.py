@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,63 @@ def test_a_method_that_returns_the_module_returns_the_wrapper(name: str) -> None
         getattr(other, name, other.to)
         assert tensor.requires_grad
     assert model.apply(lambda m: None) is model
+
+
+class Fluent(nn.Sequential):
+    def frozen(self) -> Fluent:
+        return self.requires_grad_(False)
+
+    def collate(self, batch: Any) -> Any:
+        """The docstring."""
+        return batch
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fluent)
+
+    __hash__ = nn.Module.__hash__
+
+
+def test_methods_of_containers_and_of_users_that_return_the_module_return_the_wrapper() -> None:
+    model = fabric(precision="bf16-true").setup(Fluent(nn.Linear(2, 2)))
+    assert model.append(nn.ReLU()) is model
+    assert model.extend([nn.ReLU()]) is model
+    assert model.insert(0, nn.Identity()) is model
+    assert model.frozen() is model
+    layers = fabric().setup(nn.ModuleList([Net()]))
+    assert layers.append(nn.ReLU()) is layers
+
+
+def test_methods_of_users_are_methods() -> None:
+    model = fabric().setup(Fluent(nn.Linear(2, 2)))
+    assert model.collate == model.collate
+    assert model.collate.__doc__ == "The docstring."
+    assert list(inspect.signature(model.collate).parameters) == ["batch"]
+    collate = pickle.loads(pickle.dumps(model.collate))  # as workers of a loader get it
+    assert collate(3) == 3
+    assert torch.compile(model.collate, backend="eager")(torch.ones(1)) == 1
+
+
+def test_operators_between_two_wrapped_models() -> None:
+    first, second = (fabric().setup(Fluent(nn.Linear(2, 2))) for _ in range(2))
+    assert first == second
+    assert len(first + second) == 2
+    first += second
+    assert len(first) == 2
+    assert second[0] in list(first)
+
+
+def test_models_that_are_equal_are_several() -> None:
+    class Same(nn.Linear):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Same)
+
+        def __hash__(self) -> int:
+            return 1
+
+    run, models = fabric(), [Same(1, 1) for _ in range(3)]
+    run.setup(models[0])
+    run.setup(models[1])
+    run.setup(models[2], torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1))
 
 
 def test_narrow_overrides_of_torchs_methods_work() -> None:
@@ -270,7 +328,7 @@ def test_names_of_the_wrapper() -> None:
     assert "module.weight" in model.state_dict()
     with pytest.raises(AttributeError, match=r"set model.module.module"):
         model.module = nn.Linear(1, 1)
-    with pytest.raises(AttributeError, match=r"set model.module.__class__"):
+    with pytest.raises(AttributeError, match=r"parametrize .* give it model.module"):
         nn.utils.parametrizations.weight_norm(fabric().setup(nn.Linear(1, 1)))
     assert model._forward_module is net, "scripts for Lightning read this"
     assert model._original_module is net
@@ -415,6 +473,11 @@ def test_torchs_tools_take_it_for_a_module() -> None:
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     assert not torch.func.functional_call(model, zeros, (x,)).any()
     assert torch.equal(nn.DataParallel(model)(x), net(x))
+    with pytest.raises(AttributeError, match=r"give it model.module, or the Linear before setup"):
+        nn.utils.parametrizations.weight_norm(fabric().setup(nn.Linear(2, 2)))
+    norm = fabric().setup(nn.Linear(3, 2))
+    nn.utils.parametrizations.weight_norm(norm.module)
+    assert norm(x).shape == (1, 2)
     nn.utils.parametrizations.spectral_norm(model.layer)
     model.eval()
     assert torch.equal(model(x), net(x))
@@ -446,7 +509,9 @@ def _under_ddp() -> None:
         lambda: model.__iadd__(nn.Sequential(nn.Linear(2, 2))),
         lambda: setattr(model[0], "x", 1) or setattr(model, "deep", nn.Sequential(nn.Sequential(nn.Linear(1, 1)))),
     ):
-        with pytest.raises(MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup"):
+        with pytest.raises(
+            MisconfigurationException, match=r"DDPStrategy averages .* before fabric.setup.* add it to model.module"
+        ):
             add()
     assert not hasattr(net, "late")
     model.append(nn.Identity())
@@ -465,6 +530,8 @@ def _under_ddp() -> None:
     assert not model._forward_module.module.training
     model.train()
     assert model._forward_module.training
+    assert model.append(nn.Identity()) is model
+    del model[2]
     other = copy.deepcopy(model)
     assert torch.equal(other[0].weight, model[0].weight)
     outer = nn.Sequential(model)
@@ -472,6 +539,11 @@ def _under_ddp() -> None:
     plain[0].register_buffer("mean", torch.ones(1))
     outer.load_state_dict(plain.state_dict())
     assert torch.equal(net[0].weight, plain[0][0].weight)
+    model.module.append(nn.Linear(2, 2))  # what the error says: on all ranks before the same step
+    model(torch.full((1, 2), 1.0 + run.global_rank)).sum().backward()
+    for tensor in (net[-1].weight, net[-1].weight.grad):
+        first, second = run.all_gather(tensor)
+        assert torch.equal(first, second)
     run.strategy.teardown()
 
 

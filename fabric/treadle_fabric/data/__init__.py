@@ -2,9 +2,9 @@
 
 Start with ``loader.py`` (what ``setup_dataloaders`` returns) and ``sharding.py`` (how samples are shared out).
 ``samplers.py`` finds the samplers of a loader, ``order.py`` keeps the order of samples independent of the number of
-ranks, ``epochs.py`` and ``cursors/`` go on from any position, ``resumable.py`` is the loader whose position is saved,
-``several.py`` tells one loader from several, ``combined.py`` iterates several as one, and ``streams.py`` tells what
-makes its batches while training goes on. Imports strategies and what is below them.
+ranks, ``epochs.py`` and ``cursors/`` go on from any position, which ``resume.py`` finds, ``resumable.py`` is the loader
+whose position is saved, ``several.py`` tells one loader from several, ``combined.py`` iterates several as one, and
+``streams.py`` tells what makes its batches while training goes on. Imports strategies and what is below them.
 """
 
 from treadle_fabric.data.combined import CombinedLoader

@@ -126,9 +126,18 @@ class Precision:
         """Refuse an optimizer that cannot work in this precision.
 
         Raises:
-            MisconfigurationException: The optimizer evaluates its closure itself, and gradients are scaled.
+            MisconfigurationException: Gradients are scaled, and the optimizer evaluates its closure itself, or has
+                complex parameters.
         """
-        if self._scaling.scaler is not None and needs_closure(optimizer):
+        if self._scaling.scaler is None:
+            return
+        if any(p.is_complex() and p.requires_grad for p in self.main_params(optimizer)):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has complex parameters, and precision={self.precision!r} scales "
+                "gradients, which torch's GradScaler cannot undo for complex ones. Use precision='bf16-mixed' or "
+                "'32-true', or make the parameters real, and complex (torch.view_as_complex) in forward."
+            )
+        if needs_closure(optimizer):
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} evaluates its closure several times in one step, and "
                 f"precision={self.precision!r} scales gradients once per step. Use precision='bf16-mixed' or "

@@ -1,7 +1,8 @@
 """What ``Fabric.setup`` returns: wrappers around the user's module and optimizer, and the checks before.
 
 Start with ``module.py``. ``optimizer.py`` wraps an optimizer, ``wrapped.py`` gets the user's objects out of wrappers,
-and ``checks.py`` refuses what cannot be set up. Imports strategies, data and what is below them.
+``stateless.py`` tells of what a checkpoint keeps nothing, and ``checks.py`` refuses what cannot be set up. Imports
+strategies, data and what is below them.
 """
 
 from treadle_fabric.setup.module import FabricModule, engine_of, method_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Final
 
 import torch
@@ -117,11 +118,18 @@ class FabricModule(Module):
             if name not in _GIVING_WAY:
                 raise
             return _GIVING_WAY[name](self)
-        if parts.strategy.requires_forward_redirect and getattr(value, "__self__", None) is parts.module:
-            return _guarded(value, parts)
-        return value
+        if not isinstance(value, MethodType) or value.__self__ is not parts.module:
+            return value
+        if parts.strategy.requires_forward_redirect:
+            return _guarded(value, self)
+        return MethodType(_of_wrapper(value.__func__), self)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise AttributeError(
+                "The class of the wrapper that setup returned cannot be set. torch.nn.utils.parametrize sets the class "
+                f"of what it is given: give it model.module, or the {type(self.module).__name__} before setup."
+            )
         if name in _WRAPPERS_OWN:
             raise AttributeError(
                 f"{name!r} is a name of the wrapper that setup returned, and cannot be set. For the attribute of your "
@@ -145,11 +153,13 @@ class FabricModule(Module):
 
 _PARTS: Final = "_FabricModule__parts"
 _RUN: Final = "_FabricModule__run"
-_WRAPPERS_OWN: Final = frozenset({"module", "mark_forward_method", "__class__", "__dict__"})
+_WRAPPERS_OWN: Final = frozenset({"module", "mark_forward_method", "__dict__"})
 # Methods that give a module another parameter or submodule.
 _ADDING: Final = frozenset(
     {"add_module", "register_module", "register_parameter", "set_submodule", "__setitem__", "__iadd__", "__imul__"}
 )
+# Special methods whose arguments are kept or looked up in the module, and may be wrappers there.
+_OF_CONTENTS: Final = frozenset({"__contains__", "__getitem__", "__setitem__", "__delitem__"})
 # Special methods that are about the object itself, or that a class must not have because of what is in it.
 _NOT_FORWARDED: Final = frozenset(
     """__new__ __init__ __del__ __call__ __repr__ __dir__ __getattr__ __getattribute__ __setattr__ __delattr__
@@ -251,19 +261,35 @@ def _through_engine(
     return call
 
 
-def _guarded(method: Callable[..., Any], parts: _Parts) -> Callable[..., Any]:
+@functools.lru_cache(1024)
+def _of_wrapper(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the user's class, called on the wrapper: a method that returns the module returns the wrapper."""
+
+    @functools.wraps(function)
+    def method(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
+        module = _parts(self).module
+        result = function(module, *args, **kwargs)
+        return self if result is module else result
+
+    return method
+
+
+def _guarded(method: Callable[..., Any], wrapper: FabricModule) -> Callable[..., Any]:
     """An unmarked method, which may do anything but run the module with gradients that nobody would reduce."""
-    name = getattr(method, "__name__", repr(method))
+    parts, name = _parts(wrapper), getattr(method, "__name__", repr(method))
     adds = (
         getattr(method, "__module__", "") == Sequential.__module__
     )  # append, extend, update, ... of torch's containers
+
+    def returned(result: Any) -> Any:
+        return wrapper if result is parts.module else result
 
     @functools.wraps(method)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if adds:
             _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
         if not torch.is_grad_enabled():
-            return method(*args, **kwargs)
+            return returned(method(*args, **kwargs))
         own = {id(m) for m in parts.module.modules()}
 
         def refuse(called: Module, inputs: Any) -> None:
@@ -276,7 +302,7 @@ def _guarded(method: Callable[..., Any], parts: _Parts) -> Callable[..., Any]:
 
         handle = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
         try:
-            return method(*args, **kwargs)
+            return returned(method(*args, **kwargs))
         finally:
             handle.remove()
 
@@ -284,7 +310,7 @@ def _guarded(method: Callable[..., Any], parts: _Parts) -> Callable[..., Any]:
 
 
 def _refuse_new_parameters(parts: _Parts, what: str, values: Any) -> None:
-    """Refuse parameters whose gradients the engine would never reduce.
+    """Refuse parameters whose gradients the engine does not reduce as it is.
 
     Raises:
         MisconfigurationException: ``values`` holds parameters, also of modules, that require a gradient and are not the
@@ -299,8 +325,9 @@ def _refuse_new_parameters(parts: _Parts, what: str, values: Any) -> None:
                 which = f"the parameter {plain_name(value, name)!r} of the new module" if name else "a new parameter"
                 raise MisconfigurationException(
                     f"{what} adds {which} after setup, and {type(parts.strategy).__name__} averages the gradients of "
-                    "those parameters only that the model had in setup: the ranks would train different values. Add it "
-                    "before fabric.setup, or freeze it first with requires_grad_(False)."
+                    "the parameters that the model had then. Add it before fabric.setup, or freeze it first with "
+                    "requires_grad_(False). To train it from now on, add it to model.module and to the optimizer, on "
+                    "all ranks before the same step: the strategy then averages its gradients, too."
                 )
 
 
@@ -323,14 +350,15 @@ def _rewrap(engine: Module, strategy: Strategy, called: Module, marked: list[str
 
 def _forwarded(name: str) -> Callable[..., Any]:
     """A method that calls the user's module's, with what the caller passed and nothing else."""
-    adds, switches, special = name in _ADDING, name in ("train", "eval"), name.startswith("__")
+    adds, switches = name in _ADDING, name in ("train", "eval")
+    compares = name.startswith("__") and name not in _OF_CONTENTS
 
     def method(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
         parts = _parts(self)
         if adds:
             _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
-        if special:  # model == model compares the user's module with itself
-            args = tuple(parts.module if each is self else each for each in args)
+        if compares:  # model == other compares, and model + other adds, the users' modules
+            args = tuple(each.module if isinstance(each, FabricModule) else each for each in args)
         result = getattr(parts.module, name)(*args, **kwargs)
         if switches:
             _follow_mode(parts)

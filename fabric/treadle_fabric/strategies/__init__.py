@@ -1,6 +1,10 @@
-"""Strategies, and the names they go by. Start with ``strategy.py``.
+"""Strategies: how a model is placed on devices and processes, and the names they go by.
 
-``ddp_engine.py`` keeps DDP in step with what is trainable in its model.
+Start with ``strategy.py``, the base class. ``parallel.py``, ``whole_state.py``, ``native_step.py`` and
+``checkpointing.py`` are bases for one subject each; ``single_device.py`` and ``ddp.py`` are the strategies, and
+``registry.py`` has their names. ``ddp_engine.py`` keeps DDP in step with what is trainable in its model, and
+``unwrapping.py`` says what the user's module is inside of wrappers. Imports launchers, precision and what is below
+them.
 """
 
 from typing import TYPE_CHECKING

@@ -60,8 +60,8 @@ class Strategy(ABC):
     requires_forward_redirect: ClassVar[bool] = False
     """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
     fixes_parameters: ClassVar[bool] = False
-    """The engine handles the gradients of the parameters that the module has in :meth:`setup_module`, and of no
-    others."""
+    """The engine is made for the parameters that the module has in :meth:`setup_module`: others may not be added in
+    passing, but on all ranks before the same step."""
     launches_function: bool = False
     """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
     sets_up_jointly: ClassVar[bool] = False

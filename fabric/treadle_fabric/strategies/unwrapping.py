@@ -104,7 +104,7 @@ def plain_name(module: Module, name: str) -> str:
     for part in name.split("."):
         if not (part == _COMPILED and _is_compiled(owner)):
             parts.append(part)
-        owner = _children(owner).get(part)
+        owner = _child(owner, part)
     return ".".join(parts)
 
 
@@ -130,15 +130,16 @@ def name_in(module: Module, name: str) -> str:
         while _is_compiled(owner):
             parts.append(_COMPILED)
             owner = owner._modules[_COMPILED]
-        children = _children(owner)
-        if part != _COMPILED or part in children:
+        child = _child(owner, part)
+        if part != _COMPILED or child is not None:
             parts.append(part)
-            owner = children.get(part)
+            owner = child
     return ".".join(parts)
 
 
-def _children(module: Any) -> Any:
-    return module._modules if isinstance(module, Module) else {}
+def _child(module: Any, name: str) -> Any:
+    children: Any = module._modules if isinstance(module, Module) else {}
+    return children[name] if name in children else None  # noqa: SIM401 # those of a scripted module have no get()
 
 
 def module_state(module: Module) -> dict[str, Any]:

@@ -122,9 +122,11 @@ def test_a_compiled_layer_is_not_compiled_for_the_table() -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("compiled")
 
-    model = Model(torch.randn(4, 8))
+    plain, model = (Model(torch.randn(4, 8)) for _ in range(2))
+    model.net = torch.compile(model.net, backend=refuse)  # type: ignore[assignment]
     model.head = torch.compile(model.head, backend=refuse)  # type: ignore[assignment]
-    assert summarize(model).layer_types == ["Sequential", "OptimizedModule"]
+    for depth in (1, 2, -1):
+        assert str(summarize(model, depth)) == str(summarize(plain, depth)), "the table of the module inside"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ that decide by a metric. What several callbacks share has a folder of its own: `
 the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars) and
 ``summary/`` (the table of layers).
 
-Imports metrics, durations and stages; of the Trainer only the annotations in ``treadle.contracts``.
+Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py``, and of the Trainer only the
+annotations in ``contracts.py``.
 """
 
 from typing import TYPE_CHECKING

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from treadle_fabric import MisconfigurationException, map_tensors
+from treadle_fabric import MisconfigurationException, map_tensors, with_plain_names
 
 __all__ = [
     "explain_inference_tensor",
@@ -186,14 +186,15 @@ def explain_inference_tensor(error: RuntimeError, module: nn.Module) -> Misconfi
     """
     if not _is_about_inference(error):
         return None
-    names = {id(part): name for name, part in module.named_modules()}
+    parts = dict(with_plain_names(module, module.named_modules()))  # of a compiled module, the module inside
+    names = {id(part): name for name, part in parts.items()}
     where, traceback = "", error.__traceback__
     while traceback is not None:  # the innermost submodule whose method ran
         running = names.get(id(traceback.tb_frame.f_locals.get("self")))
         where = where if running is None else running
         traceback = traceback.tb_next
     name = f"{type(module).__qualname__}.{where}" if where else type(module).__qualname__
-    kind = type(module.get_submodule(where)).__name__
+    kind = type(parts[where]).__name__
     return MisconfigurationException(
         f"{name} (a {kind}) trains with a tensor that was made under `torch.inference_mode`, perhaps in an earlier"
         " validate, test or predict, and kept where Treadle does not find it, in a cache of a function for example. Set"

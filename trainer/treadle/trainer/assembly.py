@@ -29,7 +29,7 @@ from treadle.run.steps import StepCounter
 from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
-from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info
+from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info, with_plain_names
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.precision import needs_closure
 
@@ -43,7 +43,7 @@ def share_batch_norm(module: nn.Module, accelerator: Accelerator) -> None:
         MisconfigurationException: torch cannot do this between devices of this accelerator.
     """
     nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    layers = [name for name, m in module.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    layers = [name for name, m in with_plain_names(module, module.named_modules()) if isinstance(m, nn.SyncBatchNorm)]
     if layers and not accelerator.shares_batch_norm:
         raise MisconfigurationException(
             f"sync_batchnorm=True, but torch cannot share the statistics of {layers[0]!r} between devices of"

@@ -4,5 +4,5 @@ Open ``ranking.py`` first: which checkpoints are kept, as a frozen value with pu
 a checkpoint is due, ``names.py`` fills file name templates, ``paths.py`` and ``links.py`` look at and change files.
 The callback that uses them is ``callbacks/model_checkpoint.py``.
 
-These modules import the runtime, ``treadle.step_clock`` and ``callbacks/monitoring``, and no callback.
+These modules import the runtime and ``callbacks/monitoring``, and no callback.
 """

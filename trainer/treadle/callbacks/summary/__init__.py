@@ -3,5 +3,5 @@
 Open ``layers.py`` first: it looks at the modules and runs the example input. ``formatting.py`` turns the numbers into
 text. The callbacks that print the table are ``callbacks/model_summary.py`` and ``callbacks/rich_model_summary.py``.
 
-These modules import the runtime only, and no callback.
+These modules import the runtime and ``module/modes.py``, and no callback.
 """

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from treadle.callbacks.summary.formatting import Column, Totals, format_summary, get_human_readable_count, not_counted
 from treadle.module.modes import module_modes, restore_modes
-from treadle_fabric import check_integer, isolate_rng, move_data_to_device
+from treadle_fabric import check_integer, isolate_rng, move_data_to_device, plain_name, with_plain_names
 
 __all__ = ["LayerSummary", "ModelSummary", "parse_batch_shape", "summarize"]
 
@@ -140,7 +140,7 @@ class ModelSummary:
                 model(inputs)
         prefix = f"{type(model).__name__}."
         self._flops = {
-            name.removeprefix(prefix): dict(counts)
+            plain_name(model, name.removeprefix(prefix)): dict(counts)
             for name, counts in counter.get_flop_counts().items()
             if name != "Global"
         }
@@ -152,10 +152,11 @@ class ModelSummary:
 
     @property
     def named_modules(self) -> list[tuple[str, nn.Module]]:
-        """The layers down to ``max_depth``, without the model itself."""
+        """The layers down to ``max_depth``, without the model itself; of a compiled one, the module inside."""
+        layers = dict(with_plain_names(self._model, self._model.named_modules()))
         return [
             (name, module)
-            for name, module in self._model.named_modules()
+            for name, module in layers.items()
             if name and (self._max_depth == -1 or name.count(".") < self._max_depth)
         ]
 
@@ -192,7 +193,8 @@ class ModelSummary:
     @property
     def total_training_modes(self) -> dict[str, int]:
         """The number of modules in ``"train"`` and in ``"eval"`` mode, without the model itself."""
-        modes = [module.training for module in self._model.modules()][1:]
+        layers = dict(with_plain_names(self._model, self._model.named_modules()))
+        modes = [module.training for module in layers.values()][1:]
         return {"train": sum(modes), "eval": len(modes) - sum(modes)}
 
     @property
