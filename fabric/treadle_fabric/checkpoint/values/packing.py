@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from treadle_fabric.checkpoint.per_rank import PerRank
-from treadle_fabric.checkpoint.values.kinds import take_kind
+from treadle_fabric.checkpoint.values.kinds import classes_beside, take_kind
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
 from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
 from treadle_fabric.checkpoint.values.structures import name_of, take_structure
@@ -226,7 +226,12 @@ class _Packer:
             packed = self._content(content, path, may_lack=False)
             if kind.startswith("omegaconf.") and len(self._objects) > objects:  # it takes nothing that is not loaded
                 raise NoPlainFormError
-            self._types.append((path, {"kind": kind} if more is None else {"kind": kind, "more": more}))
+            spec: dict[str, Any] = {"kind": kind} if more is None else {"kind": kind, "more": more}
+            if classes := classes_beside(kind, value):  # without the classes a load gives all but these
+                spec["classes"] = [(inner, name_of(cls)) for inner, cls in classes.items()]
+                if not set(classes.values()).issubset(self._keeping.classes.get(path[0], ())):
+                    self._objects.append(_Object(spec, value, path, not self._within_objects, optional=False))
+            self._types.append((path, spec))
             return packed
         if (structure := take_structure(value)) is not None:
             kind, content, more = structure
