@@ -102,6 +102,7 @@ VALUES: dict[str, Any] = {
     "attribute dict": AttributeDict(a=AttributeDict(b=2)),
     "mapping proxy": MappingProxyType({"a": 1}),
     "ordered dict": OrderedDict(b=1, a=range(3)),
+    "ordered dict, made by its alias": OrderedDict[str, list[int]](b=[1], a=[2]),
     "counter": Counter("aab"),
     "defaultdict": defaultdict(list, {"a": [1]}),
     "deque": deque([1, Path("a")], maxlen=3),
@@ -430,6 +431,17 @@ def test_the_key_of_the_types_is_the_users_as_long_as_it_is_a_dict() -> None:
     assert fabric().load("a.ckpt") == {"treadle": {"mine": 1}, "path": Path("a")}
     with pytest.raises(MisconfigurationException, match="'treadle'"):
         fabric().save("b.ckpt", {"treadle": 1, "path": Path("a")})
+
+
+def test_attributes_of_a_mapping_come_back_or_are_told() -> None:
+    plain, odd = OrderedDict(a=1), OrderedDict(a=1)
+    plain.version = {"a": 2}  # type: ignore[attr-defined]
+    odd.owner = CONFIG  # type: ignore[attr-defined]
+    runtime = fabric()
+    with pytest.warns(UserWarning, match=r"state\['odd'\] \(collections.OrderedDict\)"):
+        runtime.save("a.ckpt", {"plain": plain, "odd": odd})
+    assert runtime.load("a.ckpt")["plain"].version == {"a": 2}
+    assert runtime.load("a.ckpt", weights_only=False)["odd"].owner == CONFIG
 
 
 # --- OmegaConf ---
