@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import enum
 import io
+import random
 import re
 import uuid
 import warnings
@@ -431,6 +432,26 @@ def test_the_key_of_the_types_is_the_users_as_long_as_it_is_a_dict() -> None:
     assert fabric().load("a.ckpt") == {"treadle": {"mine": 1}, "path": Path("a")}
     with pytest.raises(MisconfigurationException, match="'treadle'"):
         fabric().save("b.ckpt", {"treadle": 1, "path": Path("a")})
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64", "RandomState", "Random"])
+def test_generators_of_random_numbers_go_on_where_they_were(kind: str) -> None:
+    numbers: Any = {"RandomState": np.random.RandomState, "Random": random.Random}.get(kind, lambda seed: seed)(3)
+    if numbers == 3:
+        numbers = np.random.Generator(getattr(np.random, kind)(3))
+        numbers.spawn(1)
+    (numbers.gauss if kind == "Random" else numbers.standard_normal)()
+    runtime = fabric()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime.save("a.ckpt", {"numbers": numbers})
+    loaded = runtime.load("a.ckpt")["numbers"]
+    assert type(loaded) is type(numbers)
+    draw = "gauss" if kind == "Random" else "standard_normal"
+    assert [getattr(numbers, draw)() for _ in range(5)] == [getattr(loaded, draw)() for _ in range(5)]
+    if isinstance(numbers, np.random.Generator):
+        assert numbers.spawn(1)[0].random() == loaded.spawn(1)[0].random()
+        assert numbers.integers(9, dtype=np.int32) == loaded.integers(9, dtype=np.int32)
 
 
 def test_attributes_of_a_mapping_come_back_or_are_told() -> None:
