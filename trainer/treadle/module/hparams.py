@@ -190,7 +190,7 @@ def _is_config(value: Any) -> bool:
 
 def _update_config(config: Any, values: Mapping[str, Any]) -> None:
     """Set what differs in a config; its class, its interpolations and what is missing in it stay."""
-    from omegaconf import flag_override
+    from omegaconf import flag_override  # need not be installed
 
     gone = [name for name in config if name in config and name not in values]
     new = {name: value for name, value in values.items() if name not in config or config[name] != value}
