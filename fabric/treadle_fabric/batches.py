@@ -116,16 +116,20 @@ def infer_batch_size(batch: Any) -> int | None:
     Returns:
         What is found first: the number of sequences of a ``PackedSequence``; the number that an object gives as
         ``batch_size`` or ``num_graphs`` (a batch of graphs has no dimension of that size); the first dimension of a
-        tensor or array, 1 for a scalar. ``None`` where there is none of these.
+        tensor or array. 1 where there are only scalars, ``None`` where there is none of these.
     """
     if isinstance(batch, Tensor):
         return int(batch.size(0)) if batch.dim() else 1  # a nested tensor has no shape
     stack = [batch]
     seen: dict[int, Any] = {}
+    scalar = None  # 1 once there was a scalar, which tells less than a tensor that comes after it
     while stack:
         item = stack.pop()
         if isinstance(item, Tensor):
-            return int(item.size(0)) if item.dim() else 1
+            if item.dim():
+                return int(item.size(0))
+            scalar = 1
+            continue
         kind = type(item)
         if kind in _NO_SIZE or id(item) in seen:
             continue
@@ -139,8 +143,11 @@ def infer_batch_size(batch: Any) -> int | None:
             size = _own_size(item, container=held is not None)
             if size is not None:
                 return size
+            if _is_array(item) and getattr(item, "shape", None) == ():
+                scalar = 1
+                continue
             stack += ([value for _, value in held] if held is not None else _public(item))[::-1]
-    return None
+    return scalar
 
 
 def _own_size(item: Any, *, container: bool) -> int | None:
@@ -149,7 +156,7 @@ def _own_size(item: Any, *, container: bool) -> int | None:
         return int(item.batch_sizes[0])
     shape = getattr(item, "shape", None)  # of a container, "shape" may be just a field
     if isinstance(shape, tuple if not container and _is_array(item) else torch.Size) and (shape or not container):
-        return int(shape[0]) if shape else 1
+        return int(shape[0]) if shape else None
     for name in ("batch_size", "num_graphs"):
         size = getattr(item, name, None)
         if isinstance(size, int) and not isinstance(size, bool):

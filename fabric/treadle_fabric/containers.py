@@ -14,11 +14,12 @@ Everything else is a leaf, modules included.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from argparse import Namespace
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence, Set
 from functools import lru_cache
 from types import SimpleNamespace
@@ -28,8 +29,18 @@ from torch.nn import Module
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["children", "leaves", "map_leaves", "with_children"]
+__all__ = [
+    "children",
+    "entries",
+    "holds_state",
+    "leaves",
+    "map_leaves",
+    "update_entries",
+    "with_children",
+    "with_entries",
+]
 
+_OF_PYTHON = (dict, list, tuple, deque, UserDict, UserList)
 _NO_SEQUENCES = (str, bytes, bytearray, memoryview, range, array)
 
 
@@ -68,6 +79,24 @@ def children(value: Any) -> Iterable[tuple[Any, Any]] | None:
     return enumerate(value)
 
 
+def holds_state(value: Any) -> bool:
+    """Whether objects with a state may be in a value: in the containers of Python, and in records.
+
+    To look into a mapping or sequence of another library may load a dataset, or raise.
+    """
+    cls: Any = type(value)
+    return issubclass(cls, _OF_PYTHON) or _kind(cls) == "record"
+
+
+def entries(value: Any) -> dict[Any, Any]:
+    """What a container that :func:`holds_state` holds, by index, key or name, of named tuples too; else nothing."""
+    if not holds_state(value):
+        return {}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return dict(zip(value._fields, value, strict=True))
+    return dict(children(value) or ())
+
+
 def _attributes(record: Any) -> Iterable[str]:
     """The names of the fields, which slots may hold, and of the other attributes."""
     if dataclasses.is_dataclass(record):
@@ -100,6 +129,28 @@ def with_children(value: Any, changed: Mapping[Any, Any]) -> Any:
             f"way to make another one with the new tensors ({type(error).__name__}: {error}). Give the class a method "
             "to(device), use a dict, a tuple or a dataclass, or move batches in transfer_batch_to_device."
         ) from error
+
+
+def with_entries(value: Any, changed: Mapping[Any, Any]) -> Any:
+    """As :func:`with_children`, by the indexes, keys and names of :func:`entries`."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        changed = {i: changed[name] for i, name in enumerate(value._fields) if name in changed}
+    return with_children(value, changed)
+
+
+def update_entries(value: Any, changed: Mapping[Any, Any]) -> Any:
+    """As :func:`with_entries`, in the container itself; in a copy only where the container cannot be changed."""
+    if isinstance(value, (MutableMapping, MutableSequence)):
+        for key, item in changed.items():
+            value[key] = item
+        return value
+    cls: Any = type(value)
+    if _kind(cls) == "record":
+        with contextlib.suppress(AttributeError):  # of a frozen one, which refuses the first already
+            for name, item in changed.items():
+                setattr(value, name, item)
+            return value
+    return with_entries(value, changed)
 
 
 def _made_anew(value: Any, changed: Mapping[Any, Any]) -> Any:
@@ -150,13 +201,16 @@ def _tuple(value: Any, items: list[Any]) -> Any:
     return result
 
 
-def map_leaves(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None) -> Any:
+def map_leaves(
+    value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any], bool] | None = None, within: tuple[int, ...] = ()
+) -> Any:
     """Change every leaf in nested containers.
 
     Args:
         value: A leaf, or a container.
         change: Gets a leaf, gives what takes its place.
         is_leaf: What to change: leaves, or containers to change as a whole. By default every leaf.
+        within: The ids of the containers that hold ``value``: in a container that holds itself the walk ends.
 
     Returns:
         The same structure; a container in which nothing changed is the same object.
@@ -169,19 +223,23 @@ def map_leaves(value: Any, change: Callable[[Any], Any], is_leaf: Callable[[Any]
     held = children(value)
     if held is None:
         return change(value) if is_leaf is None else value
+    if id(value) in within:
+        return value
+    within = (*within, id(value))
     changed = {}
     for key, old in held:
-        new = map_leaves(old, change, is_leaf)
+        new = map_leaves(old, change, is_leaf, within)
         if new is not old:
             changed[key] = new
     return with_children(value, changed) if changed else value
 
 
-def leaves(value: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[Any]:
-    """The leaves in nested containers, in their order; ``is_leaf`` as in :func:`map_leaves`."""
+def leaves(value: Any, is_leaf: Callable[[Any], bool] | None = None, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """The leaves in nested containers, in their order; ``is_leaf`` and ``within`` as in :func:`map_leaves`."""
     held = None if is_leaf is not None and is_leaf(value) else children(value)
     if held is not None:
-        for _, item in held:
-            yield from leaves(item, is_leaf)
+        if id(value) not in within:
+            for _, item in held:
+                yield from leaves(item, is_leaf, (*within, id(value)))
     elif is_leaf is None or is_leaf(value):
         yield value

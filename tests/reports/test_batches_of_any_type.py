@@ -236,6 +236,7 @@ CONTAINERS: dict[str, Callable[[int], Any]] = {
     "a Namespace": lambda n: Namespace(x=zeros(n)),
     "an encoding": lambda n: Encoding(x=zeros(n)),
     "a tensor table": lambda n: TensorTable({"y": torch.zeros(9, 9), "x": zeros(n)}),
+    "a scalar first": lambda n: {"step": torch.tensor(3), "scale": numpy.float32(2), "x": zeros(n)},
     "text first": lambda n: {"text": ["a"] * 9, "none": None, "x": zeros(n)},
 }
 OTHERS: dict[str, Callable[[int], Any]] = {
@@ -326,8 +327,15 @@ def test_a_container_that_cannot_be_made_anew_is_named() -> None:
         move_data_to_device(batch, "meta")
 
 
-# torch packs no sequence of length 0, and has no maximum of nothing; another tensor of the table has samples
-NEVER_EMPTY = {"a packed sequence", "a packed sequence among others", "torch.return_types", "a tensor table"}
+# torch packs no sequence of length 0, and has no maximum of nothing; another tensor of the table has samples; each step
+# looks at the first tensor only
+NEVER_EMPTY = {
+    "a packed sequence",
+    "a packed sequence among others",
+    "torch.return_types",
+    "a tensor table",
+    "a scalar first",
+}
 
 
 class Means(Net):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import array
 import enum
 import io
+import random
 import re
 import uuid
 import warnings
@@ -102,6 +103,7 @@ VALUES: dict[str, Any] = {
     "attribute dict": AttributeDict(a=AttributeDict(b=2)),
     "mapping proxy": MappingProxyType({"a": 1}),
     "ordered dict": OrderedDict(b=1, a=range(3)),
+    "ordered dict, made by its alias": OrderedDict[str, list[int]](b=[1], a=[2]),
     "counter": Counter("aab"),
     "defaultdict": defaultdict(list, {"a": [1]}),
     "deque": deque([1, Path("a")], maxlen=3),
@@ -430,6 +432,37 @@ def test_the_key_of_the_types_is_the_users_as_long_as_it_is_a_dict() -> None:
     assert fabric().load("a.ckpt") == {"treadle": {"mine": 1}, "path": Path("a")}
     with pytest.raises(MisconfigurationException, match="'treadle'"):
         fabric().save("b.ckpt", {"treadle": 1, "path": Path("a")})
+
+
+@pytest.mark.parametrize("kind", ["PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64", "RandomState", "Random"])
+def test_generators_of_random_numbers_go_on_where_they_were(kind: str) -> None:
+    numbers: Any = {"RandomState": np.random.RandomState, "Random": random.Random}.get(kind, lambda seed: seed)(3)
+    if numbers == 3:
+        numbers = np.random.Generator(getattr(np.random, kind)(3))
+        numbers.spawn(1)
+    (numbers.gauss if kind == "Random" else numbers.standard_normal)()
+    runtime = fabric()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runtime.save("a.ckpt", {"numbers": numbers})
+    loaded = runtime.load("a.ckpt")["numbers"]
+    assert type(loaded) is type(numbers)
+    draw = "gauss" if kind == "Random" else "standard_normal"
+    assert [getattr(numbers, draw)() for _ in range(5)] == [getattr(loaded, draw)() for _ in range(5)]
+    if isinstance(numbers, np.random.Generator):
+        assert numbers.spawn(1)[0].random() == loaded.spawn(1)[0].random()
+        assert numbers.integers(9, dtype=np.int32) == loaded.integers(9, dtype=np.int32)
+
+
+def test_attributes_of_a_mapping_come_back_or_are_told() -> None:
+    plain, odd = OrderedDict(a=1), OrderedDict(a=1)
+    plain.version = {"a": 2}  # type: ignore[attr-defined]
+    odd.owner = CONFIG  # type: ignore[attr-defined]
+    runtime = fabric()
+    with pytest.warns(UserWarning, match=r"state\['odd'\] \(collections.OrderedDict\)"):
+        runtime.save("a.ckpt", {"plain": plain, "odd": odd})
+    assert runtime.load("a.ckpt")["plain"].version == {"a": 2}
+    assert runtime.load("a.ckpt", weights_only=False)["odd"].owner == CONFIG
 
 
 # --- OmegaConf ---

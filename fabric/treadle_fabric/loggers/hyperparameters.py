@@ -37,8 +37,8 @@ def to_dict(params: Any) -> dict[str, Any]:
 
 
 def _entries(value: Any) -> Mapping[Any, Any] | None:
-    if isinstance(value, Mapping):
-        return value
+    if isinstance(value, Mapping):  # what is missing in a config of OmegaConf raises an error in items()
+        return {key: value.get(key, "???") for key in value}
     if isinstance(value, Namespace):
         return vars(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

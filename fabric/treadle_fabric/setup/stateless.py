@@ -7,10 +7,11 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from treadle_fabric.containers import entries, with_entries
 from treadle_fabric.data.loader import WrappedLoader
 from treadle_fabric.data.samplers import samplers_of
 
-__all__ = ["LoaderParts", "left_out", "state_of_loader", "without_stateless"]
+__all__ = ["LoaderParts", "has_state", "left_out", "state_of_loader", "without_stateless"]
 
 
 class LoaderParts:
@@ -43,15 +44,16 @@ def state_of_loader(loader: Any) -> Any:
     """
     inner = loader.dataloader if isinstance(loader, WrappedLoader) else loader
     for candidate in (loader, inner):
-        if _has_state(candidate):
+        if has_state(candidate):
             return candidate
     named = {"dataset": getattr(inner, "dataset", None)}
-    named["sampler"] = next(filter(_has_state, samplers_of(inner)), None)
-    parts = {name: part for name, part in named.items() if _has_state(part)}
+    named["sampler"] = next(filter(has_state, samplers_of(inner)), None)
+    parts = {name: part for name, part in named.items() if has_state(part)}
     return LoaderParts(parts) if parts else None
 
 
-def _has_state(value: Any) -> bool:
+def has_state(value: Any) -> bool:
+    """Whether a checkpoint keeps the state that an object gives of itself."""
     kind = type(value)  # a wrapper has the attributes of the loader inside
     return callable(getattr(kind, "state_dict", None)) and callable(getattr(kind, "load_state_dict", None))
 
@@ -59,29 +61,29 @@ def _has_state(value: Any) -> bool:
 def _is_stateless(value: Any) -> bool:
     if isinstance(value, (WrappedLoader, DataLoader)):
         return state_of_loader(value) is None
-    return isinstance(value, (Sampler, Dataset)) and not _has_state(value)
+    return isinstance(value, (Sampler, Dataset)) and not has_state(value)
 
 
-def left_out(state: Any, place: str = "state") -> Iterator[tuple[str, Any]]:
-    """What :func:`without_stateless` leaves out, each with its place."""
+def left_out(state: Any, place: str = "state", within: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """What :func:`without_stateless` leaves out, each with its place; ``within`` as in :func:`map_leaves`."""
     if _is_stateless(state):
         yield place, state
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from left_out(value, f"{place}[{key!r}]")
-    elif type(state) in (list, tuple):
-        for i, value in enumerate(state):
-            yield from left_out(value, f"{place}[{i}]")
+    elif not has_state(state) and id(state) not in within:
+        for key, value in entries(state).items():
+            yield from left_out(value, f"{place}[{key!r}]", (*within, id(state)))
 
 
 def without_stateless(state: Any) -> Any:
-    """Leave out of dicts, and replace by ``None`` in lists, what has no state.
+    """Leave out of dicts, and replace by ``None`` in other containers, what has no state.
 
     Returns:
         The state; the same object if nothing is left out.
     """
+    if isinstance(state, dict) and any(_is_stateless(value) for value in state.values()):
+        state = {key: value for key, value in state.items() if not _is_stateless(value)}
+    if _is_stateless(state):
+        return None
     if next(left_out(state), None) is None:
         return state
-    if isinstance(state, dict):
-        return {key: without_stateless(value) for key, value in state.items() if not _is_stateless(value)}
-    return type(state)(None if _is_stateless(value) else without_stateless(value) for value in state)
+    held = {key: without_stateless(value) for key, value in entries(state).items()}
+    return with_entries(state, held)

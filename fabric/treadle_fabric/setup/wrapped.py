@@ -7,11 +7,12 @@ from typing import Any
 from torch.nn import Module
 from torch.utils.data import DataLoader
 
+from treadle_fabric.containers import entries, holds_state, map_leaves, update_entries
 from treadle_fabric.data.loader import WrappedLoader
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.setup.module import FabricModule, engine_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
-from treadle_fabric.setup.stateless import left_out, state_of_loader
+from treadle_fabric.setup.stateless import has_state, left_out, state_of_loader
 from treadle_fabric.strategies.unwrapping import layers_of
 
 __all__ = ["given_engine", "is_wrapped", "put_back", "unwrap"]
@@ -41,20 +42,21 @@ def given_engine(module: Any, what: str) -> Module:
 
 def unwrap(state: Any) -> Any:
     """Replace wrappers by engines and users' optimizers; a container without wrappers stays the same object."""
-    if isinstance(state, Module):
-        wrapped = _set_up(state)
-        return state if wrapped is None else engine_of(wrapped)
-    if isinstance(state, FabricOptimizer):
-        return state.optimizer
-    if isinstance(state, (WrappedLoader, DataLoader)):
-        return state_of_loader(state)
-    if isinstance(state, dict):
-        new = {key: unwrap(value) for key, value in state.items()}
-        return state if all(new[key] is value for key, value in state.items()) else new
-    if type(state) in (list, tuple):
-        items = [unwrap(value) for value in state]
-        return state if all(a is b for a, b in zip(items, state, strict=True)) else type(state)(items)
-    return state
+    return map_leaves(state, _unwrapped, _is_whole)
+
+
+def _is_whole(value: Any) -> bool:
+    whole = isinstance(value, (Module, FabricOptimizer, WrappedLoader, DataLoader)) or has_state(value)
+    return whole or not holds_state(value)
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, Module):
+        wrapped = _set_up(value)
+        return value if wrapped is None else engine_of(wrapped)
+    if isinstance(value, FabricOptimizer):
+        return value.optimizer
+    return state_of_loader(value) if isinstance(value, (WrappedLoader, DataLoader)) else value
 
 
 def put_back(state: dict[str, Any], loaded: dict[str, Any]) -> None:
@@ -68,11 +70,7 @@ def _merged(old: Any, new: Any) -> Any:
     """The loaded value in the place of a plain one; a wrapper, and what was left out, stays."""
     if unwrap(old) is old and next(left_out(old), None) is None:
         return new
-    if isinstance(old, dict):
-        put_back(old, new)
-    elif type(old) in (list, tuple) and isinstance(new, (list, tuple)) and len(new) == len(old):
-        items = map(_merged, old, new)
-        if isinstance(old, tuple):
-            return tuple(items)
-        old[:] = items
-    return old
+    if _is_whole(old):
+        return old
+    held, found = entries(old), entries(new)
+    return update_entries(old, {key: _merged(value, found[key]) for key, value in held.items() if key in found})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from types import SimpleNamespace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
@@ -11,7 +14,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.attribute_dict import AttributeDict
 from treadle_fabric.checkpoint import Keeping, PerRank, classes_in_state, pack, unpack
-from treadle_fabric.containers import leaves
+from treadle_fabric.containers import entries, holds_state, leaves, update_entries, with_entries
 from treadle_fabric.coordination import gather_objects, on_rank_zero
 from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -32,6 +35,8 @@ _LATER_IN_TRAINER: Final = (
     "annotated with its class."
 )
 _SHOWN: Final = 12
+_PLAIN: Final = (list, tuple, dict, AttributeDict, OrderedDict, defaultdict, deque, Namespace, SimpleNamespace)
+"""Containers that stay of their type around the state dicts of what they held; all others become dicts."""
 _told: MutableMapping[Strategy, set[tuple[str, str]]] = WeakKeyDictionary()
 """What each strategy has said about values that a default load does not give."""
 
@@ -179,10 +184,11 @@ def _news(found: dict[str, str], told: set[tuple[str, str]]) -> str:
     return ", ".join(f"{place} ({kind})" for place, kind in new[:_SHOWN]) + more
 
 
-def _plain(strategy: Strategy, value: Any, stateful: bool) -> Any:
+def _plain(strategy: Strategy, value: Any, stateful: bool, within: tuple[int, ...] = ()) -> Any:
     """The value with the values of all ranks gathered and, if asked, state dicts in the place of ``stateful`` objects.
 
-    A container in which nothing changes is the same object.
+    A container in which nothing changes is the same object. One of a class of the user's, such as a dataclass or a
+    named tuple, whose objects became state dicts is a dict by names.
     """
     if isinstance(value, PerRank):
         mine = _plain(strategy, value.value, stateful)
@@ -194,15 +200,13 @@ def _plain(strategy: Strategy, value: Any, stateful: bool) -> Any:
             return strategy.get_optimizer_state(value)
         if _is_stateful(value):
             return value.state_dict()
-    if isinstance(value, dict):
-        new = {k: _plain(strategy, v, stateful) for k, v in value.items()}
-        if all(new[k] is v for k, v in value.items()):
-            return value
-        return AttributeDict(new) if type(value) is AttributeDict else new
-    if type(value) is list or type(value) is tuple:
-        items = [_plain(strategy, v, stateful) for v in value]
-        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
-    return value
+    if id(value) in within or not (stateful or isinstance(value, (dict, list, tuple))):
+        return value  # what holds itself is seen when it is packed
+    held = entries(value)
+    new = {key: _plain(strategy, each, stateful, (*within, id(value))) for key, each in held.items()}
+    if all(new[key] is each for key, each in held.items()):
+        return value
+    return with_entries(value, new) if type(value) in _PLAIN else new
 
 
 def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: Any, strict: bool) -> Any:
@@ -234,25 +238,23 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
                 "Build it as it was when the file was written" + (", or pass strict=False." if strict else ".")
             ) from e
         return current
-    if isinstance(current, dict) and isinstance(saved, dict) and _holds_stateful(current):
-        missing = [k for k in current if k not in saved]
-        if missing and strict:
-            raise CheckpointMismatchError(
-                f"{key!r} of {str(path)!r} has no {', '.join(map(repr, missing))}. {near_names(str(missing[0]), saved)}"
-            )
-        for k in current:
-            if k in saved:
-                current[k] = _restore(strategy, path, f"{key}.{k}", current[k], saved[k], strict)
-        return current
-    if isinstance(current, (list, tuple)) and isinstance(saved, (list, tuple)) and _holds_stateful(current):
-        if len(current) != len(saved):
-            raise CheckpointMismatchError(
-                f"{key!r} of {str(path)!r} has {len(saved)} entries, and state has {len(current)} there."
-            )
-        pairs = enumerate(zip(current, saved, strict=True))
-        return type(current)([_restore(strategy, path, f"{key}.{i}", c, s, strict) for i, (c, s) in pairs])
-    return saved
+    held, found = entries(current), entries(saved)
+    if not holds_state(saved) or not any(map(_holds_stateful, held.values())):
+        return saved
+    if isinstance(current, Sequence) and isinstance(saved, Sequence) and len(held) != len(found):
+        raise CheckpointMismatchError(
+            f"{key!r} of {str(path)!r} has {len(found)} entries, and state has {len(held)} there."
+        )
+    missing = [k for k in held if k not in found]
+    if missing and strict:
+        raise CheckpointMismatchError(
+            f"{key!r} of {str(path)!r} has no {', '.join(map(repr, missing))}. {near_names(str(missing[0]), found)}"
+        )
+    for k, each in held.items():
+        if k in found:
+            found[k] = _restore(strategy, path, f"{key}.{k}", each, found[k], strict)
+    return update_entries(current, {k: found[k] for k in held if k in found})
 
 
 def _holds_stateful(value: Any) -> bool:
-    return any(True for _ in leaves(value, _is_stateful))
+    return any(_is_stateful(leaf) for leaf in leaves(value, lambda v: _is_stateful(v) or not holds_state(v)))

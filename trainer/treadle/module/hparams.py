@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from types import FrameType
@@ -61,8 +63,8 @@ class HyperparametersMixin:
             )
         if objects:
             found = _as_mapping(objects[0])
-            self._hparams_name = next((name for name, value in given.items() if value is objects[0]), None)
-            self._hparams_whole = objects[0] if self._hparams_name is not None else None
+            self._hparams_name = _name_of(objects[0], given)
+            self._hparams_whole = None if self._hparams_name is None else given[self._hparams_name]
         else:
             for name in args:
                 if name not in given:
@@ -125,6 +127,18 @@ def _init_arguments(obj: object, frame: FrameType | None) -> dict[str, Any]:
     return found
 
 
+def _name_of(whole: Any, given: Mapping[str, Any]) -> str | None:
+    """The argument that is an object; else the one that equals it, such as the config that ``to_container`` copied."""
+    for name, value in given.items():
+        if value is whole:
+            return name
+    for name, value in given.items():
+        with contextlib.suppress(Exception):  # arrays and the like are neither equal nor not
+            if isinstance(value, Mapping) and value and value == whole:
+                return name
+    return None
+
+
 def _fields(obj: Any) -> dict[str, Any]:
     """The fields of a dataclass that are set; those that ``__init__`` does not take may not be."""
     names = [field.name for field in dataclasses.fields(obj)]
@@ -138,8 +152,8 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 
 
 def _as_mapping(obj: Any) -> dict[str, Any]:
-    if isinstance(obj, Mapping):
-        return dict(obj)
+    if isinstance(obj, Mapping):  # not those that are missing, "???", which OmegaConf does not count as held
+        return {key: obj[key] for key in obj if key in obj}
     if isinstance(obj, Namespace):
         return vars(obj).copy()
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
@@ -160,11 +174,31 @@ def with_values(whole: Any, values: Mapping[str, Any]) -> Any:
         elif dataclasses.is_dataclass(whole):
             for name, value in values.items():
                 object.__setattr__(changed, name, value)  # frozen dataclasses, too
+        elif _is_config(whole):
+            _update_config(changed, values)
         else:
             changed = type(whole)(dict(values))
     except Exception:  # a class of the user's
         return None
     return changed
+
+
+def _is_config(value: Any) -> bool:
+    omegaconf = sys.modules.get("omegaconf")  # before that module is imported there is no such object
+    return omegaconf is not None and isinstance(value, omegaconf.DictConfig)
+
+
+def _update_config(config: Any, values: Mapping[str, Any]) -> None:
+    """Set what differs in a config; its class, its interpolations and what is missing in it stay."""
+    from omegaconf import flag_override  # need not be installed
+
+    gone = [name for name in config if name in config and name not in values]
+    new = {name: value for name, value in values.items() if name not in config or config[name] != value}
+    with flag_override(config, ["readonly", "struct"], [False, False]):
+        for name in gone:
+            del config[name]
+        for name, value in new.items():
+            config[name] = value
 
 
 def _names(ignore: str | Iterable[str] | None) -> set[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 from treadle_fabric.checkpoint.values import numpy_kinds, omegaconf_kinds
 from treadle_fabric.checkpoint.values.standard_kinds import KINDS
 
-__all__ = ["make_kind", "take_kind"]
+__all__ = ["classes_beside", "make_kind", "take_kind"]
 _BY_NAME: Final = {kind.name: kind for kind in KINDS.values()}
 _LIBRARIES: Final[dict[str, Any]] = {"numpy": numpy_kinds, "omegaconf": omegaconf_kinds}
 
@@ -29,12 +30,19 @@ def take_kind(value: Any) -> tuple[str, Any, Any] | None:
     return None
 
 
-def make_kind(name: str, content: Any, more: Any) -> Any:
-    """The value that :func:`take_kind` took apart.
+def classes_beside(kind: str, value: Any) -> dict[Any, type]:
+    """The classes of the program that parts of a value have beside their type: dataclasses of structured configs."""
+    return omegaconf_kinds.classes_of(value) if kind.startswith("omegaconf.") else {}
+
+
+def make_kind(name: str, content: Any, more: Any, classes: Mapping[Any, type] | None = None) -> Any:
+    """The value that :func:`take_kind` took apart, with the classes of :func:`classes_beside`, if there are any.
 
     Raises:
         ImportError: It is of a library that is not installed.
         Exception: The file says something that fits no kind of the list.
     """
     library = _LIBRARIES.get(name.partition(".")[0])
-    return _BY_NAME[name].make(content, more) if library is None else library.make(name, content, more)
+    if library is None:
+        return _BY_NAME[name].make(content, more)
+    return library.make(name, content, more) if not classes else library.make(name, content, more, classes)

@@ -1,4 +1,7 @@
-"""NumPy's arrays, scalars and dtypes as plain values. NumPy is imported only where a program or a file has them."""
+"""NumPy's arrays, scalars, dtypes and generators of random numbers as plain values.
+
+NumPy is imported only where a program or a file has them.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
 
 __all__ = ["make", "take"]
 _NUMBERS: Final = "biufc"
-_PYTHON_BYTES: Final = 16
-"""Bytes of the widest number that Python has, too: complex."""
+_BITS: Final = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+"""The sources of random bits that NumPy has."""
 
 
 def take(value: Any) -> tuple[str, Any, Any] | None:
@@ -32,6 +35,13 @@ def take(value: Any) -> tuple[str, Any, Any] | None:
         return ("numpy.raw", *_bytes_of(value)) if tensor is None else ("numpy.array", tensor, value.dtype.str)
     if isinstance(value, np.dtype):
         return "numpy.dtype", _described(value), None
+    if type(value) is np.random.Generator:
+        return "numpy.Generator", value.bit_generator.state, _seeds_of(value.bit_generator)
+    if type(value) is np.random.RandomState:
+        state = value.get_state(legacy=False)
+        if state["bit_generator"] not in _BITS:
+            raise NoPlainFormError
+        return "numpy.RandomState", state, None
     return None
 
 
@@ -44,6 +54,8 @@ def make(name: str, content: Any, more: Any) -> Any:
         return _dtype(more).type(content)
     if name == "numpy.dtype":
         return _dtype(content)
+    if name in ("numpy.Generator", "numpy.RandomState"):
+        return _random(name, content, more)
     if name not in ("numpy.raw", "numpy.raw_scalar"):
         raise LookupError(name)
     dtype, shape = more
@@ -55,6 +67,29 @@ def _numpy() -> Any:
     import numpy  # need not be installed
 
     return numpy
+
+
+def _seeds_of(bits: Any) -> Any:
+    """What a source of random bits needs beside its state, to make more sources (``generator.spawn``)."""
+    np = _numpy()
+    seeds = bits.seed_seq
+    if type(bits).__name__ not in _BITS or type(seeds) is not np.random.SeedSequence:
+        raise NoPlainFormError
+    return seeds.state
+
+
+def _random(name: str, state: Any, seeds: Any) -> Any:
+    random = _numpy().random
+    if state["bit_generator"] not in _BITS:
+        raise LookupError(state["bit_generator"])
+    bits = getattr(random, state["bit_generator"])
+    if name == "numpy.RandomState":
+        made = random.RandomState(bits())
+        made.set_state(state)
+    else:
+        made = random.Generator(bits(random.SeedSequence(**seeds)))
+        made.bit_generator.state = state
+    return made
 
 
 def _tensor_of(array: Any) -> torch.Tensor | None:

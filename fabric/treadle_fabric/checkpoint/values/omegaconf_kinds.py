@@ -7,12 +7,13 @@ that. So one that names another node, ``${net.dim}``, is kept as such, and of an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
 
-__all__ = ["make", "take"]
+__all__ = ["classes_of", "make", "take"]
 _OF_NODES: Final = re.compile(r"\$\{[\w.\[\]-]+\}")
 
 
@@ -41,15 +42,63 @@ def take(value: Any) -> tuple[str, Any, Any] | None:
     return f"omegaconf.{type(value).__name__}", content, more
 
 
-def make(name: str, content: Any, more: Any) -> Any:
-    """The value that :func:`take` took apart."""
+def classes_of(value: Any) -> dict[Any, type]:
+    """The dataclasses that check the values of structured configs, by the paths of these in a container.
+
+    The container itself takes the place of a dataclass that does not tell what classes the parts have.
+    """
+    classes = dict(_structured(value))
+    if not classes:
+        return {}
+    try:
+        name, content, more = take(value) or ("", None, None)
+        again = make(name, content, more, classes)
+        same = again == value and list(_classes(again)) == list(_classes(value))
+    except Exception:  # what a class of the user's does is not known
+        same = False
+    return classes if same else {(): type(value)}
+
+
+def _structured(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, type]]:
+    """The outermost structured configs in a container: their paths and classes."""
+    from omegaconf import OmegaConf  # need not be installed
+
+    cls = OmegaConf.get_type(value)
+    if cls not in (dict, list, None):
+        yield path, cls
+    else:
+        for key, each in _parts(value):
+            yield from _structured(each, (*path, key))
+
+
+def _classes(value: Any) -> Iterator[Any]:
+    """The classes of a container and of those in it."""
+    from omegaconf import OmegaConf  # need not be installed
+
+    yield OmegaConf.get_type(value)
+    for _, each in _parts(value):
+        yield from _classes(each)
+
+
+def _parts(value: Any) -> list[tuple[Any, Any]]:
+    """The containers in a container, as they are kept there: without a look at what is missing, or at resolvers."""
+    from omegaconf import Container  # need not be installed
+
+    held = value._content
+    pairs = held.items() if isinstance(held, dict) else enumerate(held) if isinstance(held, list) else ()
+    return [(key, each) for key, each in pairs if isinstance(each, Container)]
+
+
+def make(name: str, content: Any, more: Any, classes: Mapping[Any, type] = MappingProxyType({})) -> Any:
+    """The value that :func:`take` took apart; ``classes`` are those of structured configs, by path."""
     from omegaconf import DictConfig, ListConfig, OmegaConf  # need not be installed
 
     cls = {"omegaconf.DictConfig": DictConfig, "omegaconf.ListConfig": ListConfig}[name]
     links = more["links"]
     if any(_interpolations(content)) or not all(_names_nodes_only(text) for _, text in links):
         raise ValueError("it has an interpolation that may run code")
-    made = cls(content)
+    made = _with_classes(content, classes)
+    made = made if isinstance(made, cls) else cls(made)
     for path, text in links:
         holder = made
         for key in path[:-1]:
@@ -60,6 +109,18 @@ def make(name: str, content: Any, more: Any) -> Any:
     if more["struct"]:
         OmegaConf.set_struct(made, True)
     return made
+
+
+def _with_classes(content: Any, classes: Mapping[Any, type], path: tuple[Any, ...] = ()) -> Any:
+    from omegaconf import OmegaConf  # need not be installed
+
+    if path in classes:
+        return OmegaConf.merge(OmegaConf.structured(classes[path]), content)
+    if classes and isinstance(content, dict):
+        return {key: _with_classes(each, classes, (*path, key)) for key, each in content.items()}
+    if classes and isinstance(content, list):
+        return [_with_classes(each, classes, (*path, i)) for i, each in enumerate(content)]
+    return content
 
 
 def _names_nodes_only(text: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from treadle_fabric.checkpoint.per_rank import PerRank
-from treadle_fabric.checkpoint.values.kinds import take_kind
+from treadle_fabric.checkpoint.values.kinds import classes_beside, take_kind
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
 from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError
 from treadle_fabric.checkpoint.values.structures import name_of, take_structure
@@ -37,6 +37,7 @@ _PLAIN: Final = frozenset({*_KEYS, Tensor, Parameter, bytearray, torch.Size, tor
 _PLAIN_KEYS: Final = frozenset(_KEYS)
 _MAPPINGS: Final = (dict, OrderedDict, Counter)
 _BASES: Final[tuple[Any, ...]] = (bool, int, float, complex, str, bytes, dict, list, tuple, set, frozenset)
+_ALIAS: Final = "__orig_class__"
 _ABSENT: Final = object()
 """Stands for the content of a value that has no plain form at all."""
 
@@ -214,7 +215,9 @@ class _Packer:
 
     def _packed(self, value: Any, path: Path, place: _Place | None) -> Any:
         if type(value) in (*_MAPPINGS, list, tuple, set):
-            packed = self._content(value, path)
+            if not _has_plain_attributes(value):
+                return self._object(value, path, place, dict(value))
+            packed = self._content(_without_alias(value), path)
             if packed is value:
                 self._known_plain[id(value)] = value
             return packed
@@ -226,7 +229,12 @@ class _Packer:
             packed = self._content(content, path, may_lack=False)
             if kind.startswith("omegaconf.") and len(self._objects) > objects:  # it takes nothing that is not loaded
                 raise NoPlainFormError
-            self._types.append((path, {"kind": kind} if more is None else {"kind": kind, "more": more}))
+            spec: dict[str, Any] = {"kind": kind} if more is None else {"kind": kind, "more": more}
+            if classes := classes_beside(kind, value):  # without the classes a load gives all but these
+                spec["classes"] = [(inner, name_of(cls)) for inner, cls in classes.items()]
+                if not set(classes.values()).issubset(self._keeping.classes.get(path[0], ())):
+                    self._objects.append(_Object(spec, value, path, not self._within_objects, optional=False))
+            self._types.append((path, spec))
             return packed
         if (structure := take_structure(value)) is not None:
             kind, content, more = structure
@@ -312,6 +320,22 @@ class _Packer:
         packed = self._sequence(list(value), path)
         self._types.append((path, {"kind": "set"}))
         return packed
+
+
+def _has_plain_attributes(value: Any) -> bool:
+    """Whether a file can have what an OrderedDict has as attributes: a state dict has the versions of its modules."""
+    attributes = {name: each for name, each in getattr(value, "__dict__", {}).items() if name != _ALIAS}
+    packed = pack(attributes, Keeping(lenient=True)).content if attributes else {}
+    return all(packed.get(name) is each for name, each in attributes.items())
+
+
+def _without_alias(value: Any) -> Any:
+    """The same mapping without what ``OrderedDict[str, int]()`` leaves in it, which is no value of it."""
+    if _ALIAS not in getattr(value, "__dict__", ()):
+        return value
+    value = copy.copy(value)
+    vars(value).pop(_ALIAS, None)
+    return value
 
 
 def _is_plain_tensor(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import datetime
 import io
+import random
 import re
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -134,6 +135,12 @@ def _make_generator(content: torch.Tensor, device: str) -> torch.Generator:
     return generator
 
 
+def _make_random(content: Any) -> random.Random:
+    made = random.Random()
+    made.setstate(content)
+    return made
+
+
 _FORMATS: Final = {
     str(each): each
     for each in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
@@ -156,6 +163,7 @@ _KINDS: Final[dict[type, Kind]] = {
     slice: _simple("slice", lambda v: [v.start, v.stop, v.step], lambda c: slice(*c)),
     type(...): _simple("ellipsis", lambda _: "...", lambda _: ...),
     io.BytesIO: Kind("BytesIO", lambda v: (v.getvalue(), v.tell()), _make_stream),
+    random.Random: _simple("Random", random.Random.getstate, _make_random),
     array.array: Kind("array", lambda v: (v.tolist(), v.typecode), lambda content, code: array.array(code, content)),
     re.Pattern: Kind("pattern", lambda v: (v.pattern, v.flags), _make_pattern),
     Decimal: _simple("Decimal", str, Decimal),

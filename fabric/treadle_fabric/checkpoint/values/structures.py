@@ -127,16 +127,17 @@ def classes_in_state(state: Any) -> frozenset[type]:
     return frozenset(found)
 
 
-def _structures(value: Any) -> Iterator[Any]:
+def _structures(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
+    """The structures in a value, which may hold itself: a tree whose nodes know their parents, for example."""
     if isinstance(value, enum.Enum):
         yield value
         return
     structure = take_structure(value)
     if structure is not None:
         yield value
-    if structure is not None or isinstance(value, dict | list | tuple):
+    if id(value) not in within and (structure is not None or isinstance(value, dict | list | tuple)):
         for _, each in children(value) or ():
-            yield from _structures(each)
+            yield from _structures(each, (*within, id(value)))
 
 
 def _add_all(annotations: Iterable[Any], found: set[type]) -> None:

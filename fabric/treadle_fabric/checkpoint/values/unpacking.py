@@ -57,7 +57,9 @@ def pickled_in(content: Mapping[str, Any]) -> dict[str, str]:
     """What a checkpoint that was not unpacked keeps pickled: where it belongs, and what it is."""
     own = content.get(OWN_KEY)
     types = own["values"].get("types", ()) if isinstance(own, dict) and isinstance(own.get("values"), dict) else ()
-    return {dotted(path): str(spec["class"]) for path, spec in types if spec.get("pickled") is not None}
+    return {
+        dotted(path): str(spec.get("class", spec["kind"])) for path, spec in types if spec.get("pickled") is not None
+    }
 
 
 def unpack_alone(
@@ -184,7 +186,9 @@ class _Unpacker:
         if "class" in spec:
             cls = self._class_of(spec["class"])
             return self._not_loaded(spec, path) if cls is None else make_structure(kind, content, more, cls)
-        return make_kind(kind, content, more)
+        classes = {tuple(inner): self._class_of(name) for inner, name in spec.get("classes", ())}
+        known = {inner: cls for inner, cls in classes.items() if cls is not None}
+        return make_kind(kind, content, more, known if len(known) == len(classes) else None)
 
     def _class_of(self, name: str) -> type | None:
         """The class that the program knows by this name; a script that is now imported has another module name."""
