@@ -208,7 +208,7 @@ def test_the_number_of_samples() -> None:
     assert infer_batch_size(packed) == 2, "sequences, not their elements"
     assert infer_batch_size({"lengths": "s", "x": [packed, torch.zeros(7)]}) == 2
     assert infer_batch_size(Public()) == 5
-    assert infer_batch_size([torch.tensor(1.0), torch.zeros(3)]) == 1
+    assert infer_batch_size([torch.tensor(1.0), torch.zeros(3)]) == 3, "a number has no samples"
     assert infer_batch_size(numpy.zeros((6, 2))) == 6
     assert infer_batch_size(["text", {}, None, 3]) is None
 
