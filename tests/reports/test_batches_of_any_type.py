@@ -1,6 +1,8 @@
 """Batches of every type: moved, measured and converted by one walk.
 
 The mean over an evaluation is weighted by the number of samples of each batch: a wrong number is a wrong mean.
+
+Tests of ``treadle_fabric.containers``, ``treadle_fabric.batches``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A precision casts real floating-point numbers; complex, whole and quantized numbers stay what they are."""
+"""A precision casts real floating-point numbers; complex, whole and quantized numbers stay what they are.
+
+Tests of ``treadle_fabric.precision.precision``, ``treadle_fabric.precision.half``,
+``treadle_fabric.precision.double``.
+"""
 
 from __future__ import annotations
 

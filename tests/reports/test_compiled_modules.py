@@ -1,4 +1,7 @@
-"""A compiled module is the user's module: in files, in names, under the Trainer."""
+"""A compiled module is the user's module: in files, in names, under the Trainer.
+
+Tests of ``treadle_fabric.strategies.unwrapping``, ``treadle.trainer.preflight``, ``treadle.trainer.assembly``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Hydra's and OmegaConf's configs in hyper-parameters and states: with their classes, links and missing values."""
+"""Hydra's and OmegaConf's configs in hyper-parameters and states: with their classes, links and missing values.
+
+Tests of ``treadle_fabric.checkpoint.values.omegaconf_kinds``, ``treadle_fabric.checkpoint.values.kinds``,
+``treadle.module.hparams``.
+"""
 
 from __future__ import annotations
 

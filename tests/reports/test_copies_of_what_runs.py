@@ -2,6 +2,8 @@
 
 A copy leaves out what belongs to a running process or to a run: locks, threads, open files, the place on the terminal,
 process groups, and the trainer that a module, a data module or a bar belongs to. With all else it goes on.
+
+Tests of ``treadle.trainer.outcome``, ``treadle.module.datamodule``, ``treadle.trainer.session``.
 """
 
 from __future__ import annotations

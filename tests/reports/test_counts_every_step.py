@@ -2,6 +2,8 @@
 
 Users of Lightning reported checkpoints that hold the weights of a later step than their name says, ``global_step`` that
 stays 0, and runs that ``max_steps`` does not end, because an optimizer stepped in another hook than ``training_step``.
+
+Tests of ``treadle.run.steps``, ``treadle.run.progress``, ``treadle.loops.epoch``.
 """
 
 from __future__ import annotations

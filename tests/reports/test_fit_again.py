@@ -1,4 +1,8 @@
-"""A second ``fit`` on one trainer: with the same module it goes on, with another one it begins anew."""
+"""A second ``fit`` on one trainer: with the same module it goes on, with another one it begins anew.
+
+Tests of ``treadle.trainer.continuation``, ``treadle.trainer.fitting``, ``treadle.trainer.view``,
+``treadle.loops.fit``, ``treadle.loops.epoch``, ``treadle_fabric.loggers.run_folder``.
+"""
 
 from __future__ import annotations
 

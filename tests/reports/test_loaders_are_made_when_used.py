@@ -2,6 +2,8 @@
 
 Users of Lightning reported that ``reload_dataloaders_every_n_epochs`` makes validation loaders, which may read
 terabytes or start services, in epochs that do not validate.
+
+Tests of ``treadle.trainer.fitting``, ``treadle.trainer.assembly``, ``treadle.loops.fit``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """A file name is limited by bytes: 80 letters of Chinese, Japanese or Korean take 240 of the 255 that a name may have.
 
 Reported of checkpoints: such a name cannot be saved, because hidden names beside it are made by adding to it.
+
+Tests of ``treadle_fabric.checkpoint.folder.names``, ``treadle.callbacks.checkpoints.names``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Users of Lightning log one name for all loaders (``add_dataloader_idx=False``) to get the mean over all of them, and
 reported values of loaders that are not there any more.
+
+Tests of ``treadle.metrics.bus``, ``treadle.metrics.latest``, ``treadle.metrics.slot``, ``treadle.metrics.reduction``.
 """
 
 from __future__ import annotations

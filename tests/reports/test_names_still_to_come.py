@@ -1,4 +1,7 @@
-"""Names of Lightning that are still to come: docs/differences.md lists them, and the error for using one says so."""
+"""Names of Lightning that are still to come: docs/differences.md lists them, and the error for using one says so.
+
+Tests of ``treadle_fabric.errors``, ``treadle_fabric.resolve``.
+"""
 
 from __future__ import annotations
 

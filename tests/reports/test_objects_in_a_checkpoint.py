@@ -2,6 +2,8 @@
 
 Reported of programs carried over: a loss that ``on_save_checkpoint`` puts into the checkpoint comes back as its state
 dict, and classes and modules among the hyper-parameters are dropped.
+
+Tests of ``treadle.checkpoint.content``, ``treadle.module.loading``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """Arguments and results that are one object or several: lists, tuples, omegaconf's ListConfig, sets, generators.
 
 Of loaders, a list, a tuple or a ListConfig is several, and any other iterable is one.
+
+Tests of ``treadle_fabric.checks``, ``treadle_fabric.data.several``, ``treadle.loops.optimizers``,
+``treadle.trainer.settings``.
 """
 
 from __future__ import annotations

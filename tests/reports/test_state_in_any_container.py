@@ -1,6 +1,8 @@
 """What ``fabric.setup`` returned is saved and restored in whatever container it lies in the state.
 
 In a dataclass, a named tuple, a Namespace or a deque it was pickled, or left as it was by ``fabric.load``.
+
+Tests of ``treadle_fabric.setup.wrapped``, ``treadle_fabric.containers``.
 """
 
 from __future__ import annotations

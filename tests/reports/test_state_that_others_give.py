@@ -1,4 +1,7 @@
-"""A loader, a sampler or a dataset in the state of ``fabric.save``: its state is saved, or is left out with a word."""
+"""A loader, a sampler or a dataset in the state of ``fabric.save``: its state is saved, or is left out with a word.
+
+Tests of ``treadle_fabric.setup.stateless``.
+"""
 
 from __future__ import annotations
 

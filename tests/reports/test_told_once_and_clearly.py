@@ -3,6 +3,9 @@
 Users of Lightning reported accumulations that silently end with the epoch, a line that is repeated at each validation,
 a "KeyboardInterrupt: ." and warnings of checkpoints that could not be saved, before the error that they should have
 seen.
+
+Tests of ``treadle.loops.epoch``, ``treadle.loops.fit``, ``treadle.callbacks.model_checkpoint``,
+``treadle.callbacks.on_exception_checkpoint``.
 """
 
 from __future__ import annotations

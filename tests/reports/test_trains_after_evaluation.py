@@ -2,6 +2,8 @@
 
 Users of Lightning reported "Inference tensors cannot be saved for backward" in the first training step of models that
 keep something from a validation: a table of rotary embeddings, a positional cache, what a step returned.
+
+Tests of ``treadle.loops.inference``, ``treadle.loops.evaluate``, ``treadle.loops.predict``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,11 @@
 
 Reported of Lightning and Fabric: a dataclass, an OmegaConf object or a Namespace among the hyper-parameters comes back
 as a dict, an Enum as its value, a Path as a string; and ``fabric.load`` refuses files that ``fabric.save`` wrote.
+
+Tests of ``treadle_fabric.checkpoint.values.kinds``, ``treadle_fabric.checkpoint.values.not_loaded``,
+``treadle_fabric.checkpoint.values.numpy_kinds``, ``treadle_fabric.checkpoint.values.omegaconf_kinds``,
+``treadle_fabric.checkpoint.values.packing``, ``treadle_fabric.checkpoint.values.standard_kinds``,
+``treadle_fabric.checkpoint.values.structures``, ``treadle_fabric.checkpoint.values.unpacking``.
 """
 
 from __future__ import annotations

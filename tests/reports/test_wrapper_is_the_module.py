@@ -1,4 +1,7 @@
-"""What ``fabric.setup`` returns behaves as the user's module in everything that ``torch.nn.Module`` documents."""
+"""What ``fabric.setup`` returns behaves as the user's module in everything that ``torch.nn.Module`` documents.
+
+Tests of ``treadle_fabric.setup.module``, ``treadle_fabric.setup.checks``.
+"""
 
 from __future__ import annotations
 
