@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -453,3 +454,18 @@ def test_a_group_that_a_hook_adds_is_not_added_to_an_optimizer_that_has_it(tmp_p
     run.fit(module, loader())
     assert run.global_step == 8
     assert [len(group["params"]) for group in run.optimizers[0].param_groups] == [4]
+
+
+def test_ranks_meet_where_nothing_is_left_to_do(tmp_path: Path) -> None:
+    """Rank 0 hosts the store, and must not end before the other ranks have connected to it."""
+    run_in_ranks(nothing_to_do, tmp_path, timeout=30)
+
+
+class Late(L.Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+            time.sleep(0.5)  # rank 0 has nothing else to do, and would end
+
+
+def nothing_to_do(folder: Path) -> None:
+    trainer(folder, strategy="ddp", devices=2, max_epochs=0, callbacks=Late()).fit(Net(), loader())

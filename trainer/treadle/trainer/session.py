@@ -41,7 +41,7 @@ class Session:
             configure_callbacks                                        # Trainer._started
             session.start: prepare_data, all ranks meet, setup, configure_model
             the stage: checkpoint, set-up of the module, loaders, batches
-            session.finish: on_fit_end, teardown, loggers and checkpoint IO are closed
+            session.finish: all ranks meet, on_fit_end, teardown, loggers and checkpoint IO are closed
         an error:    the other ranks learn of it; on_exception; loggers are closed as failed
         in any case: the last metrics can still be read, and the module logs nowhere any more
 
@@ -141,6 +141,9 @@ class Session:
         """Call the last hooks of a run that came to its end, and close loggers and checkpoint IO."""
         fn = self.state.fn
         assert fn is not None
+        if fn is not TrainerFn.PREDICTING:  # a caller may read a stream of predictions on one rank only to its end
+            # Rank 0 hosts the store: where there was nothing to do, it could end while others connect to the store.
+            self._fabric.barrier("end of the run")
         if fn is TrainerFn.FITTING:
             run.dispatch.call("on_fit_end")
         if run.datamodule is not None:
