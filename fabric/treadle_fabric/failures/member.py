@@ -80,6 +80,7 @@ class Member:
         number = self._own.number + 1
         hangs = lost_peer(exc)
         if hangs:
+            self._placed = number  # the thread that watches would say that this thread is here, and not where it hung
             self.board.post(notes.Place(number, self.rank), place_of(exc))
             if not timed_out(exc):
                 self._await_cause(number, exc)
