@@ -343,6 +343,7 @@ def test_the_loop_view_counts_as_lightning_does(tmp_path: Path) -> None:
         ("epoch end", (2, 2, 2, 1), (2, 2, 2, 2), 4, True, 1, 4),
     ]
     assert not run.fit_loop.restarting
+    assert run.fit_loop.epoch_loop.total_batch_idx == 3
     assert tuple(run.fit_loop.epoch_progress.current) == (2, 2, 2, 2)
 
 
@@ -469,3 +470,21 @@ class Late(L.Callback):
 
 def nothing_to_do(folder: Path) -> None:
     trainer(folder, strategy="ddp", devices=2, max_epochs=0, callbacks=Late()).fit(Net(), loader())
+
+
+def test_ranks_that_were_interrupted_at_different_batches_do_not_go_on(tmp_path: Path) -> None:
+    run_in_ranks(interrupted_ranks, tmp_path, timeout=30)
+
+
+class Interrupts(L.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+def interrupted_ranks(folder: Path) -> None:
+    module, run = Net(), trainer(folder, strategy="ddp", devices=2, callbacks=Interrupts())
+    run.fit(module, loader(16))
+    assert run.interrupted
+    with pytest.raises(ValueError, match="its ranks may be at different batches.*pass `ckpt_path`"):
+        run.fit(module, loader(16))
