@@ -181,3 +181,59 @@ def test_with_another_global_batch_in_an_accumulation(tmp_path: Path, again: boo
     seen = lives(tmp_path / "run", plan, accumulate=2, batch_size=6, apart=100)
     for epoch in range(EPOCHS):
         assert Counter(s for (e, _), b in seen.items() if e == epoch for s in b) == Counter(range(SAMPLES))
+
+
+class Measuring(L.LightningModule):
+    """Keeps a sum, a list and a mean of its batches in torchmetrics objects."""
+
+    def __init__(self, folder: Path, stop: int) -> None:
+        from torchmetrics import CatMetric, Metric, SumMetric  # takes seconds, and every process imports this file
+
+        class Averaged(Metric):
+            """A state that cannot be put together from the ranks': its mean has no weights."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.add_state("value", torch.zeros(()), dist_reduce_fx="mean")
+
+            def update(self, samples: Tensor) -> None:
+                self.value += len(samples)
+
+            def compute(self) -> Tensor:
+                return self.value
+
+        super().__init__()
+        self.folder, self.stop = folder, stop
+        self.layer = nn.Linear(4, 1)
+        self.sum, self.all, self.averaged = SumMetric(), CatMetric(), Averaged()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for metric in (self.sum, self.all, self.averaged):
+            metric.update(batch[:, 0])
+        return self.layer(batch / SAMPLES).square().mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.fit_progress.batches == self.stop:
+            self.trainer.save_checkpoint(self.folder / "last.ckpt")
+            os._exit(0)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def measure(folder: Path, devices: int, stop: int) -> None:
+    strategy = "ddp" if devices > 1 else "auto"
+    run = trainer(folder, devices=devices, strategy=strategy, max_epochs=1)
+    run.fit(Measuring(folder, stop), DataLoader(Samples(SAMPLES), GLOBAL_BATCH // devices))
+
+
+def test_torchmetrics_objects_of_two_processes_go_on_in_one(tmp_path: Path) -> None:
+    run_in_ranks(measure, tmp_path, 2, 4, devices=2, timeout=60)
+    module = Measuring(tmp_path, -1)
+    run = trainer(tmp_path, max_epochs=1)
+    with pytest.warns(UserWarning, match="'value' of the metric 'averaged' cannot be put together from 2 processes"):
+        run.fit(module, DataLoader(Samples(SAMPLES), GLOBAL_BATCH), ckpt_path=tmp_path / "last.ckpt")
+    assert module.sum.compute() == sum(range(SAMPLES))
+    assert sorted(module.all.compute().tolist()) == list(range(SAMPLES))
+    assert module.averaged.compute() == 2 * GLOBAL_BATCH, "the two batches after those of the two processes"
+    assert module.averaged.update_count == 2

@@ -201,6 +201,21 @@ def test_of_accumulated_and_weighted_batches_the_loss_is_compared(bundle: Path, 
         assert found.reproduced and found.same_loss and found.same_gradients is None
 
 
+def test_another_module_of_the_same_name_is_not_taken_for_the_recorded_file(bundle: Path, tmp_path: Path) -> None:
+    """An installed package, say, whose name is that of the working directory's."""
+    name = next(tmp_path.glob("net_*")).name
+    elsewhere = tmp_path / "elsewhere" / name
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "__init__.py").touch()
+    (elsewhere / "models.py").write_text(SOURCE.replace(".exp()", ".sin()"))
+    sys.path.insert(0, str(elsewhere.parent))
+    try:
+        importlib.import_module(f"{name}.models")
+        assert replay(bundle).reproduced
+    finally:
+        sys.path.remove(str(elsewhere.parent))
+
+
 @pytest.mark.timeout(110)
 def test_a_script_needs_a_main_guard(tmp_path: Path) -> None:
     def run(guard: str, *command: str) -> Any:
