@@ -320,11 +320,14 @@ class TestFailure:
 
     def test_busy_processes_are_ended(self, tmp_path: Path) -> None:
         source = """
+        import multiprocessing
+
         def train():
             rank = join()
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if rank == 1:
                 raise ValueError("boom")
+            multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,)).start()  # ended with its rank
             time.sleep(60)
 
         if __name__ == "__main__":
@@ -368,6 +371,17 @@ class TestFailure:
         assert status == 1
         assert err.count("Traceback") == err.count("ValueError: in the script") == 1
         assert "rank 0 stopped because rank 1 failed" in err
+
+    def test_rank_0_has_come_to_its_end(self, tmp_path: Path) -> None:
+        source = """
+        if __name__ == "__main__":
+            launcher.launch(join)
+            if env.global_rank() == 1:
+                dist.barrier()
+        """
+        status, _, err = Script(tmp_path, source).run()
+        assert status == 1
+        assert "rank 0 had come to its end, without an error" in err
 
     def test_before_the_launch(self, tmp_path: Path) -> None:
         source = """
