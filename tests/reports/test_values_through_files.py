@@ -21,7 +21,7 @@ import warnings
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, make_dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -339,6 +339,28 @@ class Sized:
 
     def __post_init__(self) -> None:
         self.area = self.width**2
+
+
+def test_a_dataclass_that_got_another_field_since_and_has_arguments_that_are_no_fields() -> None:
+    def cfg(*more: Any) -> Any:
+        fields = [("width", int), ("scale", InitVar[int]), *more]
+        found = make_dataclass("Growing", fields, namespace={"__post_init__": lambda self, scale: None})
+        found.__module__ = __name__
+        return found
+
+    def net(kind: Any) -> Any:
+        class Wide(Net):
+            def __init__(self, cfg: Any) -> None:
+                super().__init__()
+                self.save_hyperparameters()
+
+        Wide.__init__.__annotations__["cfg"] = kind
+        return Wide
+
+    old, new = cfg(), cfg(("depth", int, field(default=2)), ("names", list, field(default_factory=list)))
+    save(net(old)(old(3, 4)))
+    loaded = net(new).load_from_checkpoint("a.ckpt").hparams.cfg
+    assert type(loaded) is new and vars(loaded) == {"width": 3, "depth": 2, "names": []}
 
 
 class AnyArguments(Net):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from treadle_fabric.checkpoint import TorchCheckpointIO
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness.seeds import global_seed, reset_seed, seed_everything, worker_init_function
-from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
+from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, same_rng_states, set_rng_states
 
 Draw = tuple[float, float, float]
 
@@ -164,3 +164,15 @@ def test_each_worker_of_each_rank_and_epoch_draws_its_own_numbers_again_and_agai
         values = [sample[kind] for epochs in (rank0, rank1) for epoch in epochs for sample in epoch]
         assert len(set(values)) == len(values) == 16
     assert workers_draw(1) == rank1
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.rand(1), random.random, lambda: np.random.rand(), lambda: random.gauss(0, 1)]
+)
+def test_random_states_are_the_same_until_a_generator_draws(draw: Callable[[], object]) -> None:
+    before = collect_rng_states()
+    assert same_rng_states(before, collect_rng_states())
+    draw()
+    assert not same_rng_states(before, collect_rng_states())
+    set_rng_states(before)
+    assert same_rng_states(before, collect_rng_states())

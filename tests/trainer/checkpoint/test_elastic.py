@@ -1,6 +1,6 @@
 """A run that goes on with another number of processes: the same samples in the same global batches, once an epoch.
 
-Tests of ``treadle.checkpoint.elastic``, ``treadle_fabric.data.order``.
+Tests of ``treadle.checkpoint.elastic``, ``treadle.checkpoint.exact``, ``treadle_fabric.data.order``.
 """
 
 from __future__ import annotations

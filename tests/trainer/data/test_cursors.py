@@ -324,6 +324,22 @@ def test_generators_of_a_stateful_loader_after_its_last_batch(tmp_path: Path) ->
     assert_goes_on(tmp_path, Drawing, ((0, 3), (1, 3)))
 
 
+def test_a_generator_that_sampler_and_dataset_draw_from(tmp_path: Path) -> None:
+    class Noisy(Samples):
+        def __init__(self, n: int, generator: torch.Generator) -> None:
+            super().__init__(n)
+            self.generator = generator
+
+        def __getitem__(self, index: int) -> Any:
+            return index, torch.rand(1, generator=self.generator)
+
+    def loader() -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return DataLoader(Noisy(12, generator), 3, shuffle=True, generator=generator)
+
+    assert_goes_on(tmp_path, loader, ((0, 1), (1, 2)))
+
+
 def test_only_samplers_of_the_users_own_class_draw_apart() -> None:
     """PyTorch's and those that share samples out draw when an epoch begins; others may draw at any time."""
 

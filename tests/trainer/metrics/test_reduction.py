@@ -8,6 +8,7 @@ Tests of ``treadle.metrics.reduction``, ``treadle_fabric.coordination.step_clock
 
 from __future__ import annotations
 
+import csv
 import functools
 import itertools
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from tests.processes import run_in_ranks
 from tests.trainer.models import Net, loader, trainer
@@ -78,6 +80,14 @@ class Logging(Net):
     on_train_epoch_end = mark
 
 
+class Unequal(Net):
+    """Logs the mean of a batch, of 3 samples on rank 0 and of 1 on rank 1."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.log("filled", batch.mean())
+        return self.loss(batch)
+
+
 class OnlyZero(Net):
     """What is monitored is known on rank 0 alone, and gets worse."""
 
@@ -104,6 +114,12 @@ def ranks(folder: Path) -> None:
     )
     run.fit(OnlyZero(), loader(8, 2))
     out["stopped"] = [run.current_epoch, stopping.stopped_epoch, os.path.basename(saving.best_model_path)]
+    model = Unequal()
+    run = trainer(folder, devices=2, strategy="ddp", logger=CSVLogger(folder, "unequal"), log_every_n_steps=1)
+    run.fit(model, [torch.full((3 - 2 * rank, 4), float(rank))])
+    if rank == 0:
+        with open(Path(run.log_dir or "") / "metrics.csv") as file:
+            out["unequal"] = [row["filled"] for row in csv.DictReader(file)]
     (folder / f"rank{rank}.json").write_text(json.dumps(out))
 
 
@@ -125,6 +141,10 @@ def test_a_packed_collective_an_interval_whatever_is_logged(found: list[dict[str
         assert validation == {"all_reduce": 1, "all_gather": 2}
         assert end == {"all_gather": 1, "all_reduce": 1}  # and whether somebody wants to stop
         assert sum(between(rank["0"])[0].values()) == 4, "a rank cannot know that the others logged nothing"
+
+
+def test_a_step_counts_each_sample_once(found: list[dict[str, Any]]) -> None:
+    assert found[0]["unequal"] == ["0.25"]
 
 
 def between(marks: list[dict[str, int]]) -> list[dict[str, int]]:

@@ -1,6 +1,6 @@
 """The Trainer's constructor: defaults, what it adds by itself, and what its arguments become.
 
-Tests of ``treadle.trainer.settings``, ``treadle.trainer.preflight``.
+Tests of ``treadle.trainer.settings``, ``treadle.trainer.preflight``, ``treadle.trainer.trainer``.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_order_of_callbacks() -> None:
     first, second, early, saves, stops = Plain(), Plain(), Early(), ModelCheckpoint(), EarlyStopping("x")
     run = made(callbacks=[saves, first, early, stops, second], enable_progress_bar=False, enable_model_summary=False)
     assert run.callbacks == [early, first, stops, second, saves]
-    assert run.early_stopping_callback is stops
+    assert run.early_stopping_callback is stops and run.early_stopping_callbacks == [stops]
 
 
 def test_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
