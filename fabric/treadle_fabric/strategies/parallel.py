@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,13 +18,15 @@ from torch.distributed.constants import default_pg_timeout
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import one_or_several
+from treadle_fabric.coordination import broadcast_object, host_group, reached_by
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.failures import join_group, leave_group
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
-from treadle_fabric.strategies.strategy import Parts, Strategy, check_reduce_op
+from treadle_fabric.strategies.reduction import Reduction
+from treadle_fabric.strategies.strategy import Parts, Strategy
 
 __all__ = ["ParallelStrategy"]
 
@@ -41,7 +43,9 @@ class ParallelStrategy(Strategy):
         checkpoint_io: Writes and reads files.
         precision: Default: ``32-true``.
         process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
-        timeout: How long a collective waits for the slowest process.
+        timeout: How long a collective waits for the slowest process. Waits for a barrier, a broadcast and the work of
+            one rank, such as a save, have no limit while any rank does something else: the limit then begins where all
+            wait for one another.
         start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
             ``"forkserver"`` run a function.
     """
@@ -187,6 +191,7 @@ class ParallelStrategy(Strategy):
         )
         self._owns_group = True
         join_group()
+        host_group(self._timeout)
         atexit.register(_end_group, os.getpid())
 
     def leave_environment(self) -> None:
@@ -196,51 +201,60 @@ class ParallelStrategy(Strategy):
         if self._environment is not None:
             self._environment.teardown()
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        """NCCL sends only tensors on a device; gloo sends all."""
-        return tensor.to(self.root_device) if dist.get_backend() == "nccl" else tensor
+    def _on_device(self, tensor: Tensor, group: Any | None) -> Tensor:
+        """The tensor where the group reaches it: NCCL sends only what is on a device, MPI only what is on the host."""
+        if dist.get_rank(group) < 0:
+            raise MisconfigurationException(
+                f"Rank {self.global_rank} is not in the process group that it passed: only the ranks of a group may"
+                " call its collectives."
+            )
+        reached = reached_by(group)
+        if tensor.device.type in reached:
+            return tensor
+        return tensor.to(self.root_device if self.root_device.type in reached else "cpu")
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        check_reduce_op(reduce_op)
-        if isinstance(reduce_op, str):
-            reduce_op = reduce_op.lower()
-        mean = reduce_op in ("mean", "avg", dist.ReduceOp.AVG)
-        named = "sum" if mean else reduce_op
-        op = getattr(dist.ReduceOp, named.upper()) if isinstance(named, str) else named
-        result = self._on_device(tensor.detach()).clone(memory_format=torch.contiguous_format)
-        if mean and not result.is_floating_point() and not result.is_complex():
-            result = result.to(torch.get_default_dtype())
-        dist.all_reduce(result, op=op, group=group)
-        if mean:
-            result /= dist.get_world_size(group)
-        return result.to(tensor.device)
+        reduction = Reduction(reduce_op, tensor.dtype)
+        result = self._on_device(tensor.detach(), group)
+        result = reduction.begin(result, dist.get_world_size(group))
+        if result is tensor or result.data_ptr() == tensor.data_ptr():
+            result = result.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, op=reduction.op, group=group)
+        return reduction.end(result, dist.get_world_size(group)).to(tensor.device)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        source = self._on_device(tensor).contiguous()
+        source = self._on_device(tensor, group).contiguous()
         gather: Any = _Gather.apply if sync_grads else _gather
         gathered: Tensor = gather(source if sync_grads else source.detach(), group)
         return gathered.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
-        if not dist.is_initialized():
-            return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index or 0])
-        else:
-            dist.barrier()
+        """Wait on the host, not behind what the devices have yet to do, and without a limit while any rank works."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            host_group(self._timeout).meet(f"the barrier {name!r}" if name else "a barrier")
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src=src, device=self.root_device if dist.get_backend() == "nccl" else None)
-        return box[0]
+        return broadcast_object(self, obj, src, self.root_device) if dist.is_initialized() else obj
+
+    def begin_vote(self, decision: bool) -> Callable[[], int]:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return lambda: int(bool(decision))
+        return host_group(self._timeout).vote(decision).count
+
+
+_SENT = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+     torch.float64, torch.complex64, torch.complex128}
+)  # fmt: skip
+"""What every backend sends as it is; of other dtypes the bytes are sent."""
 
 
 def _gather(tensor: Tensor, group: Any | None) -> Tensor:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor, group=group)
-    return torch.stack(parts)
+    sent = tensor if tensor.dtype in _SENT else tensor.reshape(-1).view(torch.uint8)
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, sent, group=group)
+    gathered = torch.stack(parts)
+    return gathered if sent is tensor else gathered.view(tensor.dtype).reshape(len(parts), *tensor.shape)
 
 
 class _Gather(torch.autograd.Function):

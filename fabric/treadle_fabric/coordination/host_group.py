@@ -1,0 +1,158 @@
+"""The group of all ranks that reaches host memory, for what the ranks' hosts decide, send and wait for.
+
+A default group of NCCL reaches memory of devices only. A number of the host that is sent through such a group waits
+twice for what the device has yet to do, and an object needs memory there. So it has a group of gloo beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+
+__all__ = ["HostGroup", "Vote", "host_group", "reached_by"]
+
+_SLICE = timedelta(seconds=0.2)  # until an interrupt is seen
+_NO_LIMIT = timedelta(days=365)
+_made = itertools.count()  # every rank makes them in the same order
+
+
+class HostGroup:
+    """Collectives of all ranks on host memory.
+
+    :meth:`meet` and :meth:`broadcast` wait for a rank that works, be it for hours: it downloads data, or writes a
+    checkpoint. The timeout begins only where no rank works any more, because all of them wait: these calls then belong
+    to different places of the program, and raise an error. Elsewhere the timeout of the process group ends a wait.
+
+    They wait in gloo, and not for a key in the store: gloo sees at once when another rank, of this machine or of
+    another one, has ended, with an error or without.
+
+    Args:
+        timeout: How long all ranks may wait for one another at different places. Default: that of torch.
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        default = dist.group.WORLD
+        self._timeout = timeout or default_pg_timeout
+        self.group: Any = (
+            default if "cpu" in reached_by(None) else dist.new_group(backend="gloo", timeout=self._timeout)
+        )
+        """The process group."""
+        self._in_slices = "cpu:gloo" in dist.get_backend_config(self.group)
+        self._waiting = f"treadle/waiting/{next(_made)}"
+
+    def meet(self, what: str = "a barrier") -> None:
+        """Wait until every rank has called this.
+
+        Args:
+            what: What ranks wait at, for an error.
+        """
+        options = torch._C._distributed_c10d.BarrierOptions()
+        options.timeout = _NO_LIMIT
+        options.device = torch.device("cpu")
+        self._wait(self.group.barrier(options), what)
+
+    def broadcast(self, tensor: Tensor, src: int) -> None:
+        """Fill a tensor in host memory with that of the rank ``src``."""
+        options = torch._C._distributed_c10d.BroadcastOptions()
+        options.timeout = _NO_LIMIT
+        options.rootRank, options.rootTensor = src, 0
+        self._wait(self.group.broadcast([tensor], options), f"a broadcast from rank {src}")
+
+    def vote(self, decision: bool) -> Vote:
+        """Begin to count the ranks that decided for something; every rank calls this."""
+        count = torch.tensor(int(decision), device="cpu")
+        return Vote(count, dist.all_reduce(count, group=self.group, async_op=True))
+
+    def _wait(self, work: Any, what: str) -> None:
+        if not self._in_slices:
+            work.wait()
+            return
+        if _is_done(work, _SLICE):
+            return
+        until = time.monotonic() + self._timeout.total_seconds()
+        while time.monotonic() < until:
+            if _is_done(work, _SLICE):
+                return
+        self._wait_with_others(work, what)
+
+    def _wait_with_others(self, work: Any, what: str) -> None:
+        """Go on waiting as long as any rank does something else."""
+        store: Any = dist.distributed_c10d._get_default_store()
+        size, seen = dist.get_world_size(), 0
+        store.add(self._waiting, 1)
+        try:
+            while not _is_done(work, _SLICE):
+                seen = seen + 1 if store.add(self._waiting, 0) == size else 0
+                if seen > 2:  # a rank whose wait has ended says so within this time
+                    milliseconds = int(self._timeout.total_seconds() * 1000)
+                    raise dist.DistBackendError(
+                        f"Rank {dist.get_rank()} ran into the timeout in {what}, after {milliseconds}ms in which every"
+                        " rank waited for the others: they are not at the same call."
+                    )
+        finally:
+            if seen <= 2:
+                with contextlib.suppress(RuntimeError):  # the store went with its process
+                    store.add(self._waiting, -1)
+
+
+class Vote:
+    """A count of ranks that is under way.
+
+    Args:
+        count: What becomes the number of ranks that decided for it.
+        work: Fills ``count``.
+    """
+
+    def __init__(self, count: Tensor, work: Any) -> None:
+        self._count, self._work = count, work
+
+    def count(self) -> int:
+        """The number of ranks that decided for it. Waits until every rank has voted, but for no device."""
+        if self._work is not None:
+            self._work.wait()
+        return int(self._count)
+
+
+def _is_done(work: Any, time: timedelta) -> bool:
+    """Wait for so long.
+
+    Raises:
+        RuntimeError: The work failed.
+    """
+    try:
+        work.wait(time)
+    except RuntimeError:
+        if work.is_completed():
+            raise
+        return False
+    return True
+
+
+def reached_by(group: Any | None) -> list[str]:
+    """The types of the devices whose memory a group reaches, the default group or another one."""
+    return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+
+
+_groups: WeakKeyDictionary[Any, HostGroup] = WeakKeyDictionary()
+
+
+def host_group(timeout: timedelta | None = None) -> HostGroup:
+    """The host group of the default group; the first call makes it, and every rank makes this call.
+
+    Args:
+        timeout: For the first call.
+    """
+    default = dist.group.WORLD
+    found = _groups.get(default)
+    if found is None or (found.group is default) != ("cpu" in reached_by(default)):
+        found = _groups[default] = HostGroup(timeout)
+    return found
