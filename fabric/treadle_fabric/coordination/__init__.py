@@ -9,7 +9,7 @@ alike. Imports only the foundation (errors, containers, tensor_pickle).
 
 from treadle_fabric.coordination.alike import check_alike
 from treadle_fabric.coordination.as_tensors import as_tensors
-from treadle_fabric.coordination.host_group import HostGroup, Vote, host_group, reached_by
+from treadle_fabric.coordination.host_group import HostGroup, Vote, host_group, reached_by, waits_in_vain
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
 from treadle_fabric.coordination.step_clock import StepClock
@@ -28,4 +28,5 @@ __all__ = [
     "host_group",
     "on_rank_zero",
     "reached_by",
+    "waits_in_vain",
 ]

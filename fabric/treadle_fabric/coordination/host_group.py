@@ -7,10 +7,9 @@ twice for what the device has yet to do, and an object needs memory there. So it
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,11 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-__all__ = ["HostGroup", "Vote", "host_group", "reached_by"]
+__all__ = ["HostGroup", "Vote", "host_group", "reached_by", "waits_in_vain"]
 
 _SLICE = timedelta(seconds=0.2)  # until an interrupt is seen
 _NO_LIMIT = timedelta(days=365)
-_made = itertools.count()  # every rank makes them in the same order
 
 
 class HostGroup:
@@ -36,18 +34,15 @@ class HostGroup:
     another one, has ended, with an error or without.
 
     Args:
-        timeout: How long all ranks may wait for one another at different places. Default: that of torch.
+        group: The process group.
+        timeout: How long all ranks may wait for one another at different places.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
-        default = dist.group.WORLD
-        self._timeout = timeout or default_pg_timeout
-        self.group: Any = (
-            default if "cpu" in reached_by(None) else dist.new_group(backend="gloo", timeout=self._timeout)
-        )
+    def __init__(self, group: Any, timeout: timedelta) -> None:
+        self.group = group
         """The process group."""
-        self._in_slices = "cpu:gloo" in dist.get_backend_config(self.group)
-        self._waiting = f"treadle/waiting/{next(_made)}"
+        self._timeout = timeout
+        self._in_slices = "cpu:gloo" in dist.get_backend_config(group)
 
     def meet(self, what: str = "a barrier") -> None:
         """Wait until every rank has called this.
@@ -76,22 +71,27 @@ class HostGroup:
         if not self._in_slices:
             work.wait()
             return
-        if _is_done(work, _SLICE):
-            return
-        until = time.monotonic() + self._timeout.total_seconds()
-        while time.monotonic() < until:
+        try:
             if _is_done(work, _SLICE):
                 return
-        self._wait_with_others(work, what)
+            until = time.monotonic() + self._timeout.total_seconds()
+            while time.monotonic() < until:
+                if _is_done(work, _SLICE):
+                    return
+            self._wait_with_others(work, what)
+        except BaseException:  # an interrupt, say
+            if not work.is_completed():
+                _abandoned.append(work)
+            raise
 
     def _wait_with_others(self, work: Any, what: str) -> None:
         """Go on waiting as long as any rank does something else."""
         store: Any = dist.distributed_c10d._get_default_store()
-        size, seen = dist.get_world_size(), 0
-        store.add(self._waiting, 1)
+        key, size, seen = f"treadle/waiting/{self.group.group_name}", dist.get_world_size(), 0
+        store.add(key, 1)
         try:
             while not _is_done(work, _SLICE):
-                seen = seen + 1 if store.add(self._waiting, 0) == size else 0
+                seen = seen + 1 if store.add(key, 0) == size else 0
                 if seen > 2:  # a rank whose wait has ended says so within this time
                     milliseconds = int(self._timeout.total_seconds() * 1000)
                     raise dist.DistBackendError(
@@ -101,7 +101,7 @@ class HostGroup:
         finally:
             if seen <= 2:
                 with contextlib.suppress(RuntimeError):  # the store went with its process
-                    store.add(self._waiting, -1)
+                    store.add(key, -1)
 
 
 class Vote:
@@ -142,17 +142,38 @@ def reached_by(group: Any | None) -> list[str]:
     return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
-_groups: WeakKeyDictionary[Any, HostGroup] = WeakKeyDictionary()
+_abandoned: list[Any] = []
+
+
+def waits_in_vain() -> bool:
+    """Whether something that nobody waits for any more still goes on in gloo, which no one can end but the other ranks.
+
+    A process that ends waits for it.
+    """
+    return not all(work.is_completed() for work in _abandoned)
+
+
+class _Beside(NamedTuple):
+    timeout: timedelta
+    group: Any | None
+    """A group of gloo; None beside a default group that reaches the host itself, and must not be kept alive here."""
+
+
+_beside: WeakKeyDictionary[Any, _Beside] = WeakKeyDictionary()
+"""What was made beside each default group."""
 
 
 def host_group(timeout: timedelta | None = None) -> HostGroup:
     """The host group of the default group; the first call makes it, and every rank makes this call.
 
     Args:
-        timeout: For the first call.
+        timeout: For the first call. Default: that of torch.
     """
     default = dist.group.WORLD
-    found = _groups.get(default)
-    if found is None or (found.group is default) != ("cpu" in reached_by(default)):
-        found = _groups[default] = HostGroup(timeout)
-    return found
+    reaches = "cpu" in reached_by(default)
+    found = _beside.get(default)
+    if found is None or (found.group is None) != reaches:
+        timeout = timeout or default_pg_timeout
+        made = None if reaches else dist.new_group(backend="gloo", timeout=timeout)
+        found = _beside[default] = _Beside(timeout, made)
+    return HostGroup(default if found.group is None else found.group, found.timeout)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,10 +19,10 @@ from torch.distributed.constants import default_pg_timeout
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import one_or_several
-from treadle_fabric.coordination import broadcast_object, host_group, reached_by
+from treadle_fabric.coordination import broadcast_object, host_group, reached_by, waits_in_vain
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.failures import join_group, leave_group
+from treadle_fabric.failures import current_member, end_process, join_group, leave_group
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
@@ -272,18 +273,52 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank(ctx.group)], None
 
 
+_END_LIMIT = 5.0  # seconds for the end of the group after a failure; all that a failed run takes has to fit into ten
+
+
 def _destroy_group(pid: int) -> None:
+    """End the group: with the other ranks, or without a word to them after a failure.
+
+    NCCL's regular end waits for ranks that died or hang, until its timeout. After a failure the group is aborted.
+    """
     if os.getpid() != pid:  # a forked child inherits the exit handler, not the group
         return
+    member = current_member()
+    failed = member is not None and (member.failed or member.board.final_failure() is not None)
     leave_group()  # also where the user destroyed the group: the others would take this rank for dead
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if not failed:
         dist.destroy_process_group()
+        return
+    aborts = any(pair.endswith("nccl") for pair in dist.get_backend_config(dist.group.WORLD).split(","))
+    end: Any = dist.distributed_c10d._abort_process_group if aborts else dist.destroy_process_group
+    ends = threading.Thread(target=end, name="treadle-end-of-group", daemon=True)
+    try:
+        ends.start()
+    except RuntimeError:  # newer versions of Python start no thread where the interpreter ends
+        end()
+        return
+    ends.join(_END_LIMIT)
+    if ends.is_alive():
+        _unfinished.append(ends)
+
+
+_unfinished: list[threading.Thread] = []
+"""What still ends a group, perhaps for ever."""
 
 
 def _end_group(pid: int) -> None:
     if os.getpid() != pid:
         return
+    member = current_member()
+    failure = None if member is None else member.board.final_failure()
     _destroy_group(pid)
+    until = time.monotonic() + _END_LIMIT
+    while waits_in_vain() and time.monotonic() < until:
+        time.sleep(0.05)
+    if waits_in_vain() or any(thread.is_alive() for thread in _unfinished):
+        end_process(0 if failure is None else failure.status)  # the interpreter would wait for it
     _await_backend_threads()
 
 
