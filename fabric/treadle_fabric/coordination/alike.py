@@ -74,7 +74,7 @@ class _Calls:
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = store.clone()  # a connection of its own: one that waits in it keeps no other thread waiting
         self._count = 0
-        self._verdict = ""  # the key of the last one
+        self._used: list[str] = []  # keys of the last comparison, which other ranks may still read
         self._places: set[Any] = set()
         self._store.set(f"{self._key}/at/{rank}", "0")
 
@@ -83,7 +83,7 @@ class _Calls:
         leaves: list[tuple[str, Any]] = []
         _list_leaves(data, "", leaves)
         code, line = _line_of_user()
-        place = (code, line, tuple((path, _kind(leaf)) for path, leaf in leaves))
+        place = (method, code, line, tuple((path, _kind(leaf)) for path, leaf in leaves))
         if place in self._places:
             if not torch.is_anomaly_enabled():
                 self._store.set(f"{self._key}/at/{self._rank}", str(self._count))
@@ -109,11 +109,10 @@ class _Calls:
             found |= {int(k.rpartition("/")[2]): text.decode() for k, text in zip(there, texts, strict=True)}
         verdict = json.dumps(found) if len(set(found.values())) > 1 else ""
         store.set(f"{key}/verdict", verdict)
-        if len(found) == self._size:  # all have read the verdict before, and read their shapes no more
-            for used in (*others, f"{key}/0", self._verdict):
-                if used:
-                    store.delete_key(used)
-            self._verdict = f"{key}/verdict"
+        if len(found) == self._size:  # all have come through the comparison before this one
+            for used in (*others, *self._used):
+                store.delete_key(used)
+            self._used = [f"{key}/0", f"{key}/verdict"]
         return verdict
 
     def _follow(self, mine: str) -> str:

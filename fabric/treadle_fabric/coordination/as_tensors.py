@@ -106,7 +106,7 @@ def _tensor_of(value: Any, device: torch.device) -> Tensor | None:
     if kind in _PLAIN:
         try:
             return torch.tensor(value, device=device)
-        except (RuntimeError, OverflowError):
+        except (RuntimeError, OverflowError, ValueError):
             raise _RefusedError("is too large for an integer of 64 bits: pass a float") from None
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):

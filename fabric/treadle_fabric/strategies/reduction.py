@@ -41,7 +41,8 @@ class Reduction:
 
     def __init__(self, reduce_op: Any, dtype: torch.dtype) -> None:
         name = check_reduce_op(reduce_op)
-        self._dtype = self.result = dtype
+        self.result = dtype
+        """The dtype of the result."""
         self._mean = name in ("MEAN", "AVG")
         self.op: Any = dist.ReduceOp.SUM if self._mean else getattr(dist.ReduceOp, name, reduce_op)
         """What ``torch.distributed`` is asked for."""
@@ -50,6 +51,8 @@ class Reduction:
             self.result = dtype if fractional else torch.get_default_dtype()
         elif name in ("SUM", "PRODUCT"):
             self.result = dtype if fractional else torch.int64
+        # A sum could be more than the largest number, 65504
+        self._divides_first = self._mean and self.result is torch.float16
         if dtype.is_complex and name not in ("MEAN", "AVG", "SUM"):
             raise MisconfigurationException(
                 f"reduce_op={name.lower()!r} has no meaning for complex numbers ({dtype}), which have a mean and a sum"
@@ -73,22 +76,19 @@ class Reduction:
             tensor: The tensor of this process.
             size: The number of processes.
         """
-        dtype = self._dtype
-        if self._mean and not (dtype.is_floating_point or dtype.is_complex):
-            return tensor.to(torch.get_default_dtype() if tensor.device.type == "mps" else torch.float64)
+        dtype = self.result  # and not that of the tensor, which may be another one on another rank
+        tensor = tensor.to(dtype)
         if dtype.is_complex and dtype.itemsize < 8:
             tensor = tensor.to(torch.complex64)
         if dtype.is_floating_point and dtype.itemsize == 1:
             tensor = tensor.float()
-        if self._mean and dtype is torch.float16:
-            return tensor / size  # a sum could be more than its largest number, 65504
-        if self.result is torch.int64:
-            return tensor.to(torch.int64)
+        if self._divides_first:
+            return tensor / size
         return tensor.to(_SMALL.get(dtype, tensor.dtype))
 
     def end(self, reduced: Tensor, size: int) -> Tensor:
         """The result, of what came of :meth:`begin`."""
-        if self._mean and self._dtype is not torch.float16:
+        if self._mean and not self._divides_first:
             reduced /= size
         return reduced.to(self.result)
 
