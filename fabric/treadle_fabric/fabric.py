@@ -30,7 +30,7 @@ from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
-from treadle_fabric.strategies import Reduction, Strategy, check_reduce_op, user_module, with_plain_names
+from treadle_fabric.strategies import Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
 __all__ = ["Fabric"]
@@ -542,9 +542,10 @@ class Fabric:
         """
         self._require_launch("all_reduce")
         check_reduce_op(reduce_op)
-        data = as_tensors(data, self.device, "all_reduce", lambda dtype: Reduction(reduce_op, dtype))
+        reduction = functools.partial(reduction_of, reduce_op)
+        data = as_tensors(data, self.device, "all_reduce", reduction)
         if self._strategy.uses_process_group:
-            check_alike(data, group, "all_reduce", lambda dtype: Reduction(reduce_op, dtype).result)
+            check_alike(data, group, "all_reduce", lambda dtype: reduction(dtype).result)
         return map_tensors(data, lambda t: self._strategy.all_reduce(t, group, reduce_op))
 
     @contextmanager

@@ -21,7 +21,7 @@ import torch
 from tests.processes import run_in_ranks, thread_runs, wait_until
 
 import treadle as L
-from treadle_fabric import DDPStrategy, Fabric, TorchCheckpointIO, all_gather_objects, on_rank_zero
+from treadle_fabric import DDPStrategy, Fabric, TorchCheckpointIO, on_rank_zero
 from treadle_fabric.coordination import waits_in_vain
 from treadle_fabric.failures.places import lost_peer
 

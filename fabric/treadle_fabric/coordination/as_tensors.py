@@ -41,7 +41,12 @@ def as_tensors(
     Raises:
         MisconfigurationException: Something cannot be exchanged; the error says where it is.
     """
-    if type(data) is Tensor and data.layout is torch.strided and not data.is_meta:
+    kind = type(data)
+    if kind is list or kind is tuple or kind is dict:
+        found = data.values() if kind is dict else data
+        if all(map(_is_plain, found)) and (reduction is None or all(each.dtype.is_floating_point for each in found)):
+            return data
+    elif _is_plain(data):
         return data
 
     def convert(leaf: Any) -> Any:
@@ -68,6 +73,11 @@ def as_tensors(
         of = f" of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
         where = f"data{path} ({type(leaf).__name__}{of})"
         raise MisconfigurationException(f"{method}: {where} {refused}.") from None
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that ranks exchange as it is; True for most, and quickly found out."""
+    return type(value) is Tensor and value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _map(data: Any, convert: Callable[[Any], Any]) -> Any:

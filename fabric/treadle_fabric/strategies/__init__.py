@@ -14,7 +14,7 @@ from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.reduction import Reduction, check_reduce_op
+from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
@@ -29,7 +29,6 @@ __all__ = [
     "NativeStepStrategy",
     "ParallelStrategy",
     "Parts",
-    "Reduction",
     "SingleDeviceStrategy",
     "Strategy",
     "StrategyRegistry",
@@ -37,6 +36,7 @@ __all__ = [
     "check_reduce_op",
     "load_module_state",
     "module_state",
+    "reduction_of",
     "user_module",
     "with_plain_names",
 ]

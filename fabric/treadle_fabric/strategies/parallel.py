@@ -26,7 +26,7 @@ from treadle_fabric.failures import current_member, end_process, join_group, lea
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
-from treadle_fabric.strategies.reduction import Reduction
+from treadle_fabric.strategies.reduction import reduction_of
 from treadle_fabric.strategies.strategy import Parts, Strategy
 
 __all__ = ["ParallelStrategy"]
@@ -215,7 +215,7 @@ class ParallelStrategy(Strategy):
         return tensor.to(self.root_device if self.root_device.type in reached else "cpu")
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        reduction = Reduction(reduce_op, tensor.dtype)
+        reduction = reduction_of(reduce_op, tensor.dtype)
         result = self._on_device(tensor.detach(), group)
         result = reduction.begin(result, dist.get_world_size(group))
         if result is tensor or result.data_ptr() == tensor.data_ptr():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from treadle_fabric.errors import MisconfigurationException, near_names
 
-__all__ = ["Reduction", "check_reduce_op"]
+__all__ = ["Reduction", "check_reduce_op", "reduction_of"]
 
 _NAMES: Final = ("mean", "avg", "sum", "max", "min", "product")
 _ORDERED: Final = ("MIN", "MAX")
@@ -91,6 +92,18 @@ class Reduction:
         if self._mean and not self._divides_first:
             reduced /= size
         return reduced.to(self.result)
+
+
+def reduction_of(reduce_op: Any, dtype: torch.dtype) -> Reduction:
+    """The :class:`Reduction` of these arguments, made once for each name and dtype."""
+    if isinstance(reduce_op, str):
+        return _named(reduce_op, dtype, torch.get_default_dtype())
+    return Reduction(reduce_op, dtype)
+
+
+@functools.lru_cache(256)
+def _named(reduce_op: str, dtype: torch.dtype, default: torch.dtype) -> Reduction:
+    return Reduction(reduce_op, dtype)
 
 
 def check_reduce_op(reduce_op: Any) -> str:

@@ -16,7 +16,7 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
-from treadle_fabric.strategies.reduction import Reduction
+from treadle_fabric.strategies.reduction import reduction_of
 from treadle_fabric.strategies.strategy import Parts
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
@@ -117,7 +117,7 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         return nullcontext()
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        return Reduction(reduce_op, tensor.dtype).alone(tensor)
+        return reduction_of(reduce_op, tensor.dtype).alone(tensor)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return tensor
