@@ -1,4 +1,4 @@
-"""Ranks that wait while one works: in prepare_data, in a save, in rank_zero_first, before a barrier or a broadcast.
+"""Ranks that wait while one works: in prepare_data, in a save, in rank_zero_first, in on_rank_zero.
 
 The timeout of collectives ends none of them; where every rank waits, or the one that works fails, all end.
 
@@ -22,7 +22,7 @@ from tests.processes import run_in_ranks, thread_runs, wait_until
 
 import treadle as L
 from treadle_fabric import DDPStrategy, Fabric, TorchCheckpointIO, on_rank_zero
-from treadle_fabric.coordination import waits_in_vain
+from treadle_fabric.coordination import meet_patiently, waits_in_vain
 from treadle_fabric.failures.places import lost_peer
 
 LIMIT = 2.0  # the timeout, in seconds
@@ -46,15 +46,9 @@ def works(path: str) -> None:
     fabric = fabric_of_two(checkpoint_io=Slow())
     rank = fabric.global_rank
     for worker in (0, 1):
-        if rank == worker:
-            time.sleep(WORK)
-        fabric.barrier()
-    if rank == 0:
-        time.sleep(WORK)
-    assert fabric.broadcast("done" if rank == 0 else None) == "done"
-    with fabric.rank_zero_first():
-        if rank == 0:
-            time.sleep(WORK)
+        with fabric.rank_zero_first():
+            if rank == worker:
+                time.sleep(WORK)
     assert on_rank_zero(fabric, lambda: (time.sleep(WORK), rank)[1], "could not sleep") == 0
     fabric.save(path, {"a": torch.ones(1)})
     assert fabric.load(path)["a"].item() == 1
@@ -97,15 +91,29 @@ def test_the_trainers_ranks_wait_for_longer_than_the_timeout(tmp_path: Path) -> 
     run_in_ranks(trains, str(tmp_path))
 
 
+def comes_late(method: str) -> None:
+    fabric = fabric_of_two(timeout=0.5)
+    if fabric.global_rank == 0:
+        wait_until(Path("timed out").exists)
+        return
+    with pytest.raises(RuntimeError, match="Timed out waiting 500ms") as info:
+        fabric.barrier() if method == "barrier" else fabric.broadcast(None)
+    assert lost_peer(info.value)
+    Path("timed out").touch()
+
+
+@pytest.mark.parametrize("method", ["barrier", "broadcast"])
+def test_other_waits_end_with_the_timeout(method: str) -> None:
+    run_in_ranks(comes_late, method)
+
+
 def waits_elsewhere() -> None:
     fabric = fabric_of_two(timeout=0.5)
-    with pytest.raises(
-        RuntimeError, match=r"timeout in (the barrier 'here'|a broadcast from rank 0), after 500ms"
-    ) as info:
+    with pytest.raises(RuntimeError, match=r"timeout in (here|a wait for rank 0), after 500ms") as info:
         if fabric.global_rank == 0:
-            fabric.barrier("here")
+            meet_patiently("here")
         else:
-            fabric.broadcast(None)
+            on_rank_zero(fabric, int, "did nothing")
     assert lost_peer(info.value)
 
 

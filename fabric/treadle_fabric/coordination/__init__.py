@@ -9,7 +9,15 @@ alike. Imports only the foundation (errors, containers, tensor_pickle).
 
 from treadle_fabric.coordination.alike import check_alike
 from treadle_fabric.coordination.as_tensors import as_tensors
-from treadle_fabric.coordination.host_group import HostGroup, Vote, host_group, reached_by, waits_in_vain
+from treadle_fabric.coordination.host_group import (
+    HostGroup,
+    Vote,
+    host_group,
+    meet_patiently,
+    reached_by,
+    wait_for_rank_zero,
+    waits_in_vain,
+)
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
 from treadle_fabric.coordination.step_clock import StepClock
@@ -26,7 +34,9 @@ __all__ = [
     "check_alike",
     "gather_objects",
     "host_group",
+    "meet_patiently",
     "on_rank_zero",
     "reached_by",
+    "wait_for_rank_zero",
     "waits_in_vain",
 ]

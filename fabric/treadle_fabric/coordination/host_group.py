@@ -7,6 +7,7 @@ twice for what the device has yet to do, and an object needs memory there. So it
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -17,25 +18,33 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-__all__ = ["HostGroup", "Vote", "host_group", "reached_by", "waits_in_vain"]
+__all__ = [
+    "HostGroup",
+    "Vote",
+    "host_group",
+    "meet_patiently",
+    "reached_by",
+    "wait_for_rank_zero",
+    "waits_in_vain",
+]
 
 _SLICE = timedelta(seconds=0.2)  # until an interrupt is seen
 _NO_LIMIT = timedelta(days=365)
 
 
 class HostGroup:
-    """Collectives of all ranks on host memory.
+    """Collectives of all ranks on host memory. Python's signal handlers run while a rank waits in one.
 
-    :meth:`meet` and :meth:`broadcast` wait for a rank that works, be it for hours: it downloads data, or writes a
-    checkpoint. The timeout begins only where no rank works any more, because all of them wait: these calls then belong
-    to different places of the program, and raise an error. Elsewhere the timeout of the process group ends a wait.
+    A *patient* wait is one for ranks that work, be it for hours: they download data, or write a checkpoint. There the
+    timeout begins only where no rank works any more, because all of them wait patiently: they are then at different
+    places of the program, and get an error. Every other wait ends with the timeout of the group.
 
-    They wait in gloo, and not for a key in the store: gloo sees at once when another rank, of this machine or of
-    another one, has ended, with an error or without.
+    A patient rank waits in gloo, and not for a key in the store: gloo sees at once when another rank, of this machine or
+    of another one, has ended, with an error or without.
 
     Args:
         group: The process group.
-        timeout: How long all ranks may wait for one another at different places.
+        timeout: How long all ranks may wait patiently for one another at different places.
     """
 
     def __init__(self, group: Any, timeout: timedelta) -> None:
@@ -44,41 +53,42 @@ class HostGroup:
         self._timeout = timeout
         self._in_slices = "cpu:gloo" in dist.get_backend_config(group)
 
-    def meet(self, what: str = "a barrier") -> None:
+    def meet(self, what: str = "a barrier", *, patient: bool = False) -> None:
         """Wait until every rank has called this.
 
         Args:
             what: What ranks wait at, for an error.
+            patient: Whether to wait patiently. Default: False.
         """
         options = torch._C._distributed_c10d.BarrierOptions()
-        options.timeout = _NO_LIMIT
         options.device = torch.device("cpu")
-        self._wait(self.group.barrier(options), what)
+        if patient:
+            options.timeout = _NO_LIMIT
+        self._wait(self.group.barrier(options), what, patient)
 
-    def broadcast(self, tensor: Tensor, src: int) -> None:
-        """Fill a tensor in host memory with that of the rank ``src``."""
+    def broadcast(self, tensor: Tensor, src: int, *, patient: bool = False) -> None:
+        """Fill a tensor in host memory with that of the rank ``src``; the arguments are those of :meth:`meet`."""
         options = torch._C._distributed_c10d.BroadcastOptions()
-        options.timeout = _NO_LIMIT
         options.rootRank, options.rootTensor = src, 0
-        self._wait(self.group.broadcast([tensor], options), f"a broadcast from rank {src}")
+        if patient:
+            options.timeout = _NO_LIMIT
+        self._wait(self.group.broadcast([tensor], options), f"a wait for rank {src}", patient)
 
     def vote(self, decision: bool) -> Vote:
         """Begin to count the ranks that decided for something; every rank calls this."""
         count = torch.tensor(int(decision), device="cpu")
         return Vote(count, dist.all_reduce(count, group=self.group, async_op=True))
 
-    def _wait(self, work: Any, what: str) -> None:
+    def _wait(self, work: Any, what: str, patient: bool) -> None:
         if not self._in_slices:
             work.wait()
             return
+        until = time.monotonic() + (self._timeout.total_seconds() if patient else math.inf)
         try:
-            if _is_done(work, _SLICE):
-                return
-            until = time.monotonic() + self._timeout.total_seconds()
-            while time.monotonic() < until:
-                if _is_done(work, _SLICE):
+            while not _is_done(work, _SLICE):
+                if time.monotonic() > until:
+                    self._wait_with_others(work, what)
                     return
-            self._wait_with_others(work, what)
         except BaseException:  # an interrupt, say
             if not work.is_completed():
                 _abandoned.append(work)
@@ -140,6 +150,22 @@ def _is_done(work: Any, time: timedelta) -> bool:
 def reached_by(group: Any | None) -> list[str]:
     """The types of the devices whose memory a group reaches, the default group or another one."""
     return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+
+
+def meet_patiently(what: str) -> None:
+    """Wait patiently until every rank is here, because some of them work; alone, return at once."""
+    if _are_several():
+        host_group().meet(what, patient=True)
+
+
+def wait_for_rank_zero() -> None:
+    """Wait patiently until rank 0 is here, which works; rank 0 goes on at once."""
+    if _are_several():
+        host_group().broadcast(torch.zeros(1, dtype=torch.uint8, device="cpu"), 0, patient=True)
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 _abandoned: list[Any] = []

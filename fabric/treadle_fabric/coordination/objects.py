@@ -29,7 +29,7 @@ _ROOM = _PACKET - 8  # beside the number of bytes of the body
 
 
 def broadcast_object(strategy: Ranked, obj: T, src: int = 0, device: torch.device | None = None) -> T:
-    """Bring the object of one rank to every rank; every rank calls this, and waits for ``src`` without a limit.
+    """Bring the object of one rank to every rank; every rank calls this.
 
     Args:
         strategy: A strategy or a Fabric: whose ranks.

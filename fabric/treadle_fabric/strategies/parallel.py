@@ -44,9 +44,8 @@ class ParallelStrategy(Strategy):
         checkpoint_io: Writes and reads files.
         precision: Default: ``32-true``.
         process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
-        timeout: How long a collective waits for the slowest process. Waits for a barrier, a broadcast and the work of
-            one rank, such as a save, have no limit while any rank does something else: the limit then begins where all
-            wait for one another.
+        timeout: How long a collective waits for the slowest process. What rank 0 does for all, such as a save, may
+            take longer.
         start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
             ``"forkserver"`` run a function.
     """
@@ -230,7 +229,7 @@ class ParallelStrategy(Strategy):
         return gathered.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait on the host, not behind what the devices have yet to do, and without a limit while any rank works."""
+        """Wait on the host, and not behind what the devices have yet to do."""
         if dist.is_initialized() and dist.get_world_size() > 1:
             host_group(self._timeout).meet(f"the barrier {name!r}" if name else "a barrier")
 
