@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
-from numbers import Number
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +17,7 @@ from torch.optim import Optimizer
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.checks import check_loss, is_several, one_or_several
+from treadle_fabric.coordination import as_tensors, check_alike, meet_patiently
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
@@ -31,7 +30,7 @@ from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
-from treadle_fabric.strategies import Strategy, user_module, with_plain_names
+from treadle_fabric.strategies import Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
 __all__ = ["Fabric"]
@@ -497,50 +496,72 @@ class Fabric:
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
         """Gather the tensors of every process, stacked along a new first dimension.
 
+        Shapes must be the same on every process. They are compared at the first call of each line, and under
+        ``torch.autograd.detect_anomaly`` at every call.
+
         Args:
-            data: A tensor, a number, an array, or containers of these; shapes are the same on every process.
+            data: A tensor, a number of Python or NumPy, an array, or containers of these. Strings, bytes, None and
+                other objects in them stay as they are on each process: see :func:`treadle_fabric.all_gather_objects`.
             group: A process group. Default: all processes.
             sync_grads: Let gradients flow back. Default: False.
 
         Returns:
-            The same structure, of shapes ``(world_size, *shape)``; with one process, of unchanged shapes.
+            The same structure, with tensors of the shapes ``(world_size, *shape)``; with one process, of unchanged
+            shapes. Numbers and arrays become tensors with one process, too: an int ``int64``, a float torch's default
+            dtype, a bool ``bool``, and what is NumPy's keeps its dtype.
+
+        Raises:
+            MisconfigurationException: Shapes, dtypes or structures differ between the processes; or a tensor is sparse
+                or nested, or an array has a dtype that torch has not.
         """
         self._require_launch("all_gather")
-        return self._map(data, lambda t: self._strategy.all_gather(t, group, sync_grads))
+        data = as_tensors(data, self.device, "all_gather")
+        if self._strategy.uses_process_group:
+            check_alike(data, group, "all_gather")
+        return map_tensors(data, lambda t: self._strategy.all_gather(t, group, sync_grads))
 
     def all_reduce(self, data: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduce tensors over all processes.
 
+        Shapes must be the same on every process; they are compared as in :meth:`all_gather`.
+
         Args:
-            data: A tensor, a number, an array, or containers of these; shapes are the same on every process. It is
-                not changed.
+            data: A tensor, a number of Python or NumPy, an array, or containers of these. It is not changed.
             group: A process group. Default: all processes.
-            reduce_op: ``"mean"`` (default), ``"sum"``, ``"max"``, ``"min"``, or a ``torch.distributed.ReduceOp``.
+            reduce_op: ``"mean"`` (default), ``"sum"``, ``"max"``, ``"min"``, ``"product"``, or a
+                ``torch.distributed.ReduceOp``.
 
         Returns:
-            The same structure with the reduced tensors, of unchanged shapes.
+            The same structure with the reduced tensors, of unchanged shapes. A mean of integers or bools has torch's
+            default dtype, and a sum or product of them is ``int64``; everything else keeps its dtype. With one process
+            the types are the same.
+
+        Raises:
+            MisconfigurationException: Something in ``data`` is no number, such as a string or None; shapes, dtypes or
+                structures differ between the processes; or numbers of a dtype have no such reduction.
         """
         self._require_launch("all_reduce")
-        return self._map(data, lambda t: self._strategy.all_reduce(t, group, reduce_op))
-
-    def _map(self, data: Any, function: Callable[[Tensor], Tensor]) -> Any:
-        def apply(value: Any) -> Any:
-            return function(value if isinstance(value, Tensor) else torch.tensor(value, device=self.device))
-
-        numpy = sys.modules.get("numpy")
-        return map_tensors(data, apply, leaf=(Tensor, Number) if numpy is None else (Tensor, Number, numpy.ndarray))
+        check_reduce_op(reduce_op)
+        reduction = functools.partial(reduction_of, reduce_op)
+        data = as_tensors(data, self.device, "all_reduce", reduction)
+        if self._strategy.uses_process_group:
+            check_alike(data, group, "all_reduce", lambda dtype: reduction(dtype).result)
+        return map_tensors(data, lambda t: self._strategy.all_reduce(t, group, reduce_op))
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Generator[None]:
-        """Let rank 0 run the block first, then the other ranks; with ``local``, the first process of each machine."""
+        """Let rank 0 run the block first, then the other ranks; with ``local``, the first process of each machine.
+
+        The block may take longer than the timeout of collectives.
+        """
         self._require_launch("rank_zero_first")
         rank = self.local_rank if local else self.global_rank
         if rank > 0:
-            self._strategy.barrier()
+            meet_patiently("rank_zero_first")
         yield
         if rank == 0:
-            self._strategy.barrier()
-        self._strategy.barrier()
+            meet_patiently("rank_zero_first")
+        meet_patiently("the end of rank_zero_first")
 
     # Files
 

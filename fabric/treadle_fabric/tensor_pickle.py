@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
-__all__ = ["dump", "load"]
+__all__ = ["dump", "dump_to_send", "load"]
 
 
 def dump(obj: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
@@ -25,9 +27,29 @@ def dump(obj: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
     return stream.getvalue(), pickler.storages
 
 
-def load(stream: bytes, storages: Sequence[torch.UntypedStorage]) -> Any:
-    """The object of :func:`dump`, whose tensors use these storages: the ones that it listed, or copies of them."""
-    unpickler = _Unpickler(io.BytesIO(stream))
+def dump_to_send(obj: Any) -> tuple[bytes, list[torch.UntypedStorage], list[pickle.PickleBuffer]]:
+    """As :func:`dump`, for another process, which may have other devices.
+
+    The bytes of arrays and the like are listed, too. A tensor of another class that is not on the CPU is copied there,
+    because such a class may be pickled with its device.
+    """
+    stream = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    pickler = _SendingPickler(stream, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
+    pickler.storages, pickler.places = [], {}
+    pickler.dump(obj)
+    return stream.getvalue(), pickler.storages, buffers
+
+
+def load(stream: bytes, storages: Sequence[torch.UntypedStorage], buffers: Sequence[Any] = ()) -> Any:
+    """The object of :func:`dump`, whose tensors use these storages: the ones that it listed, or copies of them.
+
+    Args:
+        stream: The object without its bytes.
+        storages: The storages of its tensors.
+        buffers: The other bytes that :func:`dump_to_send` listed, or copies of them.
+    """
+    unpickler = _Unpickler(io.BytesIO(stream), buffers=buffers)
     unpickler.storages = storages
     return unpickler.load()
 
@@ -48,6 +70,13 @@ class _Pickler(pickle.Pickler):
         if place == len(self.storages):
             self.storages.append(storage)  # held, so that no other storage takes over its address meanwhile
         return place
+
+
+class _SendingPickler(_Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, Tensor) and type(obj) not in (Tensor, Parameter) and obj.device.type not in ("cpu", "meta"):
+            return obj.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):

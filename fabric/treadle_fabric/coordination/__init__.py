@@ -1,14 +1,42 @@
 """How the ranks of a run decide things together without a collective at every step.
 
 Start with ``stop_agreement.py``: all ranks stop after the same step. ``step_clock.py`` is a clock that all ranks read
-alike. ``on_rank_zero.py`` and ``gather_objects.py`` are for what happens seldom, a save for example: rank 0 acts and
-all ranks learn what came of it; objects of all ranks come to one rank or to all. Imports only the foundation (errors,
-types, checks).
+alike. ``on_rank_zero.py`` and ``objects.py`` are for what happens seldom, a save for example: rank 0 acts and all ranks
+learn what came of it; objects of ranks come to one rank or to all. These go through ``host_group.py``, and wait for no
+device. ``as_tensors.py`` and ``alike.py`` come before an exchange of tensors: what is exchanged, and whether it is
+alike. Imports only the foundation (errors, containers, tensor_pickle).
 """
 
-from treadle_fabric.coordination.gather_objects import all_gather_objects, gather_objects
+from treadle_fabric.coordination.alike import check_alike
+from treadle_fabric.coordination.as_tensors import as_tensors
+from treadle_fabric.coordination.host_group import (
+    HostGroup,
+    Vote,
+    host_group,
+    meet_patiently,
+    reached_by,
+    wait_for_rank_zero,
+    waits_in_vain,
+)
+from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
 from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.coordination.stop_agreement import StopAgreement
 
-__all__ = ["StepClock", "StopAgreement", "all_gather_objects", "gather_objects", "on_rank_zero"]
+__all__ = [
+    "HostGroup",
+    "StepClock",
+    "StopAgreement",
+    "Vote",
+    "all_gather_objects",
+    "as_tensors",
+    "broadcast_object",
+    "check_alike",
+    "gather_objects",
+    "host_group",
+    "meet_patiently",
+    "on_rank_zero",
+    "reached_by",
+    "wait_for_rank_zero",
+    "waits_in_vain",
+]

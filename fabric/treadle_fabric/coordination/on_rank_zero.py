@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from treadle_fabric.coordination.host_group import wait_for_rank_zero
 from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
 
 __all__ = ["Ranked", "on_rank_zero"]
@@ -26,6 +27,8 @@ class Ranked(Protocol):
 
 def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
     """Run an action on rank 0, and give its result to all ranks; every rank calls this.
+
+    The action may take longer than the timeout of collectives.
 
     Args:
         strategy: A strategy or a Fabric: whose ranks.
@@ -49,6 +52,7 @@ def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
         except Exception as e:
             kind = CheckpointError if isinstance(e, CheckpointError | OSError) else TreadleError
             error, trouble = e, (kind, f"Rank 0 {failure}: {str(e) or describe_error(e)}")
+    wait_for_rank_zero()
     result, trouble = strategy.broadcast((result, trouble))
     if error is not None:
         raise error

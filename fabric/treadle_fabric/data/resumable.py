@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import BatchSampler
 
 from treadle_fabric.batches import batch_mover
+from treadle_fabric.coordination import all_gather_objects
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
 from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sampler_epoch, sized_len
@@ -139,8 +140,7 @@ class ResumableDataLoader(WrappedLoader):
         data = self._epochs.state_dict(self._position)
         self._epochs.tell()
         mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}
-        ranks = [strategy.broadcast(mine, src=rank) for rank in range(strategy.world_size)]
-        return {"epoch": self._epoch, "position": self._position, "ranks": ranks}
+        return {"epoch": self._epoch, "position": self._position, "ranks": all_gather_objects(strategy, mine)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the next iteration where ``state`` was saved, perhaps on another number of ranks.

@@ -64,6 +64,16 @@ Imports only :mod:`treadle_fabric.errors` of the package; launchers, strategies 
 
 from treadle_fabric.failures.membership import claim_failure, current_member, end_run, first_failure
 from treadle_fabric.failures.notes import Failure
+from treadle_fabric.failures.process import end_process
 from treadle_fabric.failures.store_board import join_group, leave_group
 
-__all__ = ["Failure", "claim_failure", "current_member", "end_run", "first_failure", "join_group", "leave_group"]
+__all__ = [
+    "Failure",
+    "claim_failure",
+    "current_member",
+    "end_process",
+    "end_run",
+    "first_failure",
+    "join_group",
+    "leave_group",
+]

@@ -39,7 +39,8 @@ _CRASH_THREADS = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
 _SHOWN = 16  # ranks at most; ranks that did not take part in the collective are shown first
 _INNERMOST = 2  # frames of libraries that are shown: what the rank was waiting in
 _WITHOUT_THE_USERS = 8  # the same number where no frame is the user's
-_DEPTH = 8  # where a collective waits, one of the 8 innermost frames is torch.distributed's
+_HOST_GROUP = os.path.join("treadle_fabric", "coordination", "host_group.py")  # calls a process group itself
+_DEPTH = 8  # where a collective waits, one of the 8 innermost frames is torch.distributed's, or that of the host group
 
 
 def lost_peer(exc: BaseException) -> bool:
@@ -91,7 +92,11 @@ def _whereabouts(frames: Sequence[traceback.FrameSummary]) -> Whereabouts:
 
 
 def _is_collective(frame: traceback.FrameSummary) -> bool:
-    return f"torch{os.sep}distributed{os.sep}" in frame.filename or frame.name in ("backward", "_engine_run_backward")
+    return (
+        f"torch{os.sep}distributed{os.sep}" in frame.filename
+        or frame.filename.endswith(_HOST_GROUP)
+        or frame.name in ("backward", "_engine_run_backward")
+    )
 
 
 def _libraries() -> tuple[str, ...]:

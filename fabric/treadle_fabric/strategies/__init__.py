@@ -2,9 +2,9 @@
 
 Start with ``strategy.py``, the base class. ``parallel.py``, ``whole_state.py``, ``native_step.py`` and
 ``checkpointing.py`` are bases for one subject each; ``single_device.py`` and ``ddp.py`` are the strategies, and
-``registry.py`` has their names. ``ddp_engine.py`` keeps DDP in step with what is trainable in its model, and
-``unwrapping.py`` says what the user's module is inside of wrappers. Imports launchers, precision and what is below
-them.
+``registry.py`` has their names. ``reduction.py`` says what a reduction makes of each dtype. ``ddp_engine.py`` keeps DDP
+in step with what is trainable in its model, and ``unwrapping.py`` says what the user's module is inside of wrappers.
+Imports launchers, precision and what is below them.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
@@ -32,8 +33,10 @@ __all__ = [
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
+    "check_reduce_op",
     "load_module_state",
     "module_state",
+    "reduction_of",
     "user_module",
     "with_plain_names",
 ]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -18,13 +19,15 @@ from torch.distributed.constants import default_pg_timeout
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import one_or_several
+from treadle_fabric.coordination import broadcast_object, host_group, reached_by, waits_in_vain
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.failures import join_group, leave_group
+from treadle_fabric.failures import current_member, end_process, join_group, leave_group
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
-from treadle_fabric.strategies.strategy import Parts, Strategy, check_reduce_op
+from treadle_fabric.strategies.reduction import reduction_of
+from treadle_fabric.strategies.strategy import Parts, Strategy
 
 __all__ = ["ParallelStrategy"]
 
@@ -41,7 +44,8 @@ class ParallelStrategy(Strategy):
         checkpoint_io: Writes and reads files.
         precision: Default: ``32-true``.
         process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
-        timeout: How long a collective waits for the slowest process.
+        timeout: How long a collective waits for the slowest process. What rank 0 does for all, such as a save, may
+            take longer.
         start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
             ``"forkserver"`` run a function.
     """
@@ -187,6 +191,7 @@ class ParallelStrategy(Strategy):
         )
         self._owns_group = True
         join_group()
+        host_group(self._timeout)
         atexit.register(_end_group, os.getpid())
 
     def leave_environment(self) -> None:
@@ -196,51 +201,60 @@ class ParallelStrategy(Strategy):
         if self._environment is not None:
             self._environment.teardown()
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        """NCCL sends only tensors on a device; gloo sends all."""
-        return tensor.to(self.root_device) if dist.get_backend() == "nccl" else tensor
+    def _on_device(self, tensor: Tensor, group: Any | None) -> Tensor:
+        """The tensor where the group reaches it: NCCL sends only what is on a device, MPI only what is on the host."""
+        if dist.get_rank(group) < 0:
+            raise MisconfigurationException(
+                f"Rank {self.global_rank} is not in the process group that it passed: only the ranks of a group may"
+                " call its collectives."
+            )
+        reached = reached_by(group)
+        if tensor.device.type in reached:
+            return tensor
+        return tensor.to(self.root_device if self.root_device.type in reached else "cpu")
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        check_reduce_op(reduce_op)
-        if isinstance(reduce_op, str):
-            reduce_op = reduce_op.lower()
-        mean = reduce_op in ("mean", "avg", dist.ReduceOp.AVG)
-        named = "sum" if mean else reduce_op
-        op = getattr(dist.ReduceOp, named.upper()) if isinstance(named, str) else named
-        result = self._on_device(tensor.detach()).clone(memory_format=torch.contiguous_format)
-        if mean and not result.is_floating_point() and not result.is_complex():
-            result = result.to(torch.get_default_dtype())
-        dist.all_reduce(result, op=op, group=group)
-        if mean:
-            result /= dist.get_world_size(group)
-        return result.to(tensor.device)
+        reduction = reduction_of(reduce_op, tensor.dtype)
+        result = self._on_device(tensor.detach(), group)
+        result = reduction.begin(result, dist.get_world_size(group))
+        if result is tensor or result.data_ptr() == tensor.data_ptr():
+            result = result.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, op=reduction.op, group=group)
+        return reduction.end(result, dist.get_world_size(group)).to(tensor.device)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        source = self._on_device(tensor).contiguous()
+        source = self._on_device(tensor, group).contiguous()
         gather: Any = _Gather.apply if sync_grads else _gather
         gathered: Tensor = gather(source if sync_grads else source.detach(), group)
         return gathered.to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
-        if not dist.is_initialized():
-            return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index or 0])
-        else:
-            dist.barrier()
+        """Wait on the host, and not behind what the devices have yet to do."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            host_group(self._timeout).meet(f"the barrier {name!r}" if name else "a barrier")
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not dist.is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src=src, device=self.root_device if dist.get_backend() == "nccl" else None)
-        return box[0]
+        return broadcast_object(self, obj, src, self.root_device) if dist.is_initialized() else obj
+
+    def begin_vote(self, decision: bool) -> Callable[[], int]:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return lambda: int(bool(decision))
+        return host_group(self._timeout).vote(decision).count
+
+
+_SENT = frozenset(
+    {torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+     torch.float64, torch.complex64, torch.complex128}
+)  # fmt: skip
+"""What every backend sends as it is; of other dtypes the bytes are sent."""
 
 
 def _gather(tensor: Tensor, group: Any | None) -> Tensor:
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor, group=group)
-    return torch.stack(parts)
+    sent = tensor if tensor.dtype in _SENT else tensor.reshape(-1).view(torch.uint8)
+    parts = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, sent, group=group)
+    gathered = torch.stack(parts)
+    return gathered if sent is tensor else gathered.view(tensor.dtype).reshape(len(parts), *tensor.shape)
 
 
 class _Gather(torch.autograd.Function):
@@ -258,18 +272,52 @@ class _Gather(torch.autograd.Function):
         return gradient[dist.get_rank(ctx.group)], None
 
 
+_END_LIMIT = 5.0  # seconds for the end of the group after a failure; all that a failed run takes has to fit into ten
+
+
 def _destroy_group(pid: int) -> None:
+    """End the group: with the other ranks, or without a word to them after a failure.
+
+    NCCL's regular end waits for ranks that died or hang, until its timeout. After a failure the group is aborted.
+    """
     if os.getpid() != pid:  # a forked child inherits the exit handler, not the group
         return
+    member = current_member()
+    failed = member is not None and (member.failed or member.board.final_failure() is not None)
     leave_group()  # also where the user destroyed the group: the others would take this rank for dead
-    if dist.is_initialized():
+    if not dist.is_initialized():
+        return
+    if not failed:
         dist.destroy_process_group()
+        return
+    aborts = any(pair.endswith("nccl") for pair in dist.get_backend_config(dist.group.WORLD).split(","))
+    end: Any = dist.distributed_c10d._abort_process_group if aborts else dist.destroy_process_group
+    ends = threading.Thread(target=end, name="treadle-end-of-group", daemon=True)
+    try:
+        ends.start()
+    except RuntimeError:  # newer versions of Python start no thread where the interpreter ends
+        end()
+        return
+    ends.join(_END_LIMIT)
+    if ends.is_alive():
+        _unfinished.append(ends)
+
+
+_unfinished: list[threading.Thread] = []
+"""What still ends a group, perhaps for ever."""
 
 
 def _end_group(pid: int) -> None:
     if os.getpid() != pid:
         return
+    member = current_member()
+    failure = None if member is None else member.board.final_failure()
     _destroy_group(pid)
+    until = time.monotonic() + _END_LIMIT
+    while waits_in_vain() and time.monotonic() < until:
+        time.sleep(0.05)
+    if waits_in_vain() or any(thread.is_alive() for thread in _unfinished):
+        end_process(0 if failure is None else failure.status)  # the interpreter would wait for it
     _await_backend_threads()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,7 +16,8 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
-from treadle_fabric.strategies.strategy import Parts, check_reduce_op
+from treadle_fabric.strategies.reduction import reduction_of
+from treadle_fabric.strategies.strategy import Parts
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["SingleDeviceStrategy"]
@@ -115,8 +117,7 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         return nullcontext()
 
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
-        check_reduce_op(reduce_op)
-        return tensor
+        return reduction_of(reduce_op, tensor.dtype).alone(tensor)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         return tensor
@@ -126,6 +127,9 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return obj
+
+    def begin_vote(self, decision: bool) -> Callable[[], int]:
+        return lambda: int(bool(decision))
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -19,14 +19,11 @@ from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, Keeping, TorchCheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
-from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.types import PathLike
 
-__all__ = ["METHOD_KEYWORD", "Parts", "Strategy", "check_reduce_op"]
-
-_REDUCE_OPS = ("mean", "avg", "sum", "max", "min", "product")
+__all__ = ["METHOD_KEYWORD", "Parts", "Strategy"]
 
 METHOD_KEYWORD = "treadle_method"
 """Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
@@ -396,7 +393,11 @@ class Strategy(ABC):
         Args:
             tensor: Of the same shape everywhere.
             group: A process group. Default: all.
-            reduce_op: ``"mean"``, ``"sum"``, or a ``torch.distributed.ReduceOp``.
+            reduce_op: ``"mean"``, ``"sum"``, ``"max"``, ``"min"``, ``"product"``, or a ``torch.distributed.ReduceOp``.
+
+        Returns:
+            A mean of integers or bools in torch's default dtype, a sum or product of them as ``int64``; everything else
+            in its own dtype.
         """
 
     @abstractmethod
@@ -411,18 +412,31 @@ class Strategy(ABC):
 
     @abstractmethod
     def barrier(self, name: str | None = None) -> None:
-        """Wait until every process is here."""
+        """Wait until every process is here.
+
+        Args:
+            name: What is waited for, for an error.
+        """
 
     @abstractmethod
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The object that process ``src`` has."""
+        """The object that process ``src`` has.
+
+        Tensors that are not on the CPU there arrive on :attr:`root_device`; every other tensor on the CPU.
+        """
+
+    @abstractmethod
+    def begin_vote(self, decision: bool) -> Callable[[], int]:
+        """Begin to count the processes that decided for something; every process calls this.
+
+        Returns:
+            What waits for the votes of all processes, but for no device, and returns the number of those for it.
+        """
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Whether all processes decided for it, or with ``all=False`` any."""
-        if self.world_size == 1:
-            return bool(decision)
-        votes = self.all_reduce(torch.tensor(int(decision), device=self.root_device), reduce_op="sum")
-        return int(votes) == self.world_size if all else int(votes) > 0
+        votes = self.begin_vote(decision)()
+        return votes == self.world_size if all else votes > 0
 
     # State
 
@@ -487,16 +501,6 @@ class Strategy(ABC):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""
-
-
-def check_reduce_op(reduce_op: Any) -> None:
-    """Refuse the name of a reduction that there is not; the same on one device as on several.
-
-    Raises:
-        MisconfigurationException: with the names that are near.
-    """
-    if isinstance(reduce_op, str) and reduce_op.lower() not in _REDUCE_OPS:
-        raise MisconfigurationException(f"reduce_op={reduce_op!r} is unknown. {near_names(reduce_op, _REDUCE_OPS)}")
 
 
 class _NoInit(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """What each rank has of its own: gathered by one rank, saved in a file or a folder, and read one by one.
 
 Tests of ``treadle_fabric.checkpoint.per_rank``, ``treadle_fabric.checkpoint.fingerprint``,
-``treadle_fabric.coordination.gather_objects``, ``treadle_fabric.coordination.on_rank_zero``.
+``treadle_fabric.coordination.objects``, ``treadle_fabric.coordination.on_rank_zero``.
 """
 
 from __future__ import annotations

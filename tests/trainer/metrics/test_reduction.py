@@ -3,7 +3,7 @@
 As a program, this file is what two ranks run; every collective that Python code asks for is counted.
 
 Tests of ``treadle.metrics.reduction``, ``treadle_fabric.coordination.step_clock``,
-``treadle_fabric.coordination.gather_objects``.
+``treadle_fabric.coordination.objects``.
 """
 
 from __future__ import annotations

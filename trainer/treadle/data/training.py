@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-
 from treadle.data.find import check_loader, first_loader, sequential
 from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
-from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
+from treadle_fabric import Fabric, MisconfigurationException, all_gather_objects, rank_zero_warn
 from treadle_fabric.data import (
     CombinedLoader,
     Epochs,
@@ -111,8 +109,7 @@ class TrainingData:
     def _agree_on_length(self) -> None:
         """All ranks train on the number of batches of the rank with the fewest; streams agree batch by batch."""
         known = -1 if self.num_batches == math.inf else int(self.num_batches)
-        mine = torch.tensor([known, self.exact], device=self._fabric.device)
-        lengths, exact = self._fabric.all_gather(mine).T.tolist()
+        lengths, exact = zip(*all_gather_objects(self._fabric, (known, self.exact)), strict=True)
         if not all(exact):
             self._agrees, self.exact = True, False
             self.num_batches = math.inf if min(lengths) < 0 else min(lengths)
@@ -160,9 +157,12 @@ class TrainingData:
         return iter(Lookahead(batches, skip, self.stop, what, ahead=ahead, drain=drain, agree=agree))
 
     def _all_have_more(self, epoch: int, index: int, more: bool) -> bool:
-        """Whether every rank has a batch with the number ``index``; every rank calls this."""
+        """Whether every rank has a batch with the number ``index``; every rank calls this.
+
+        The hosts agree among themselves, while the devices are still busy with the steps before.
+        """
         world_size = self._fabric.world_size
-        having = int(self._fabric.all_reduce(torch.tensor(int(more)), reduce_op="sum"))
+        having = self._fabric.strategy.begin_vote(more)()
         if 0 < having < world_size and not self._told:
             self._told = True
             rank_zero_warn(
