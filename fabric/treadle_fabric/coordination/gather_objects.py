@@ -13,6 +13,7 @@ from torch import Tensor
 
 from treadle_fabric import tensor_pickle
 from treadle_fabric.coordination.on_rank_zero import Ranked
+from treadle_fabric.coordination.rendezvous import new_group
 
 __all__ = ["all_gather_objects", "gather_objects"]
 
@@ -129,5 +130,5 @@ def _host_group() -> Any:
     if "cpu:" in dist.get_backend_config(default):
         return default
     if default not in _host_groups:
-        _host_groups[default] = dist.new_group(backend="gloo")
+        _host_groups[default] = new_group(backend="gloo")
     return _host_groups[default]

@@ -188,7 +188,7 @@ class _Meeting:
             return True
 
         def missing() -> str:
-            return f"{'the agent of torchrun' if self._by_agent else 'rank 0'}"
+            return "the agent of torchrun" if self._by_agent else "rank 0"
 
         def describe(seconds: float) -> str:
             return self._waits_for(missing(), seconds, f", which does not answer ({last})")
@@ -197,11 +197,13 @@ class _Meeting:
             raise self._too_late(missing(), f", which does not answer ({last})")
 
     def _waits_for(self, missing: str, seconds: float, address: str = "") -> str:
+        where = f"{self._address}:{self._port}{address}"
         explained = self._environment.explain_ranks(self._world_size)
-        return f"{self._who} has waited {seconds:.0f} s for {missing} at {self._address}:{self._port}{address}. {explained}"
+        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained}"
 
     def _too_late(self, missing: str, address: str = "") -> RendezvousError:
-        return RendezvousError(self._waits_for(missing, self._timeout.total_seconds(), address) + " The timeout is over.")
+        waited = self._waits_for(missing, self._timeout.total_seconds(), address)
+        return RendezvousError(f"{waited} The timeout is over.")
 
 
 def _arrive(store: Any, rank: int, world_size: int, mine: str) -> str:

@@ -1,8 +1,8 @@
 """Environments tell a process its rank, and the address and port where the ranks meet.
 
-Start with ``environment.py``, the base class. ``detection.py`` finds out what started this process, ``taken.py`` whether
-its variables are its own or those of the rank that started it. Every other file is one way to start processes. Imports
-only the foundation.
+Start with ``environment.py``, the base class. ``detection.py`` finds out what started this process, and ``taken.py``
+whether its variables are its own or those of the rank that started it. Every other file is one way to start processes.
+Imports only the foundation.
 """
 
 from __future__ import annotations

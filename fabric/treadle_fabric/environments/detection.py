@@ -127,6 +127,6 @@ def _drop(environ: Mapping[str, str] | None, owner: int) -> str:
             del os.environ[name]
         rank_zero_only.rank = 0  # type: ignore[attr-defined]  # what was read from these variables on import
     return (
-        f"This process is no rank of the run that started it: the rank in its environment variables ({told}) is process "
-        f"{owner}, from which it inherited them. They are not followed here."
+        f"This process is no rank of the run that started it. The rank that its environment variables name ({told}) is "
+        f"process {owner}, from which it inherited them. They are not followed here."
     )

@@ -86,4 +86,4 @@ class KubeflowEnvironment(StartedEnvironment):
 
     def explain_ranks(self, world_size: int) -> str:
         said = list_variables(pick(_READ[:1], self.variables))
-        return f"{said} says that there are {world_size} pods, one process in each. See whether all pods run the script."
+        return f"{said} says that there are {world_size} pods with a process each. See whether all pods run the script."

@@ -98,7 +98,11 @@ class LightningEnvironment(ClusterEnvironment):
         elif num_nodes > 1:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in self.variables]
             if missing:
-                srun = "In a SLURM job start the script with `srun python ...`. " if "SLURM_JOB_ID" in self.variables else ""
+                srun = (
+                    "In a SLURM job start the script with `srun python ...`. "
+                    if "SLURM_JOB_ID" in self.variables
+                    else ""
+                )
                 raise MisconfigurationException(
                     f"num_nodes={num_nodes}, but {', '.join(missing)} not set. {srun}Start the script on each machine "
                     "with MASTER_ADDR and MASTER_PORT naming the first one and NODE_RANK=0, 1, ..., or use torchrun."
@@ -144,10 +148,10 @@ class LightningEnvironment(ClusterEnvironment):
                 f"devices and num_nodes ask for {world_size} processes ({on_each}). Start the script on each machine."
             )
         said = list_variables(pick(("LOCAL_RANK", "MASTER_PORT", "NODE_RANK"), self.variables))
-        if "TREADLE_LAUNCH_DIR" in self.variables:
+        if self._port is not None or "TREADLE_LAUNCH_DIR" in self.variables:
             return (
-                f"Treadle started {self.variables.get('LOCAL_WORLD_SIZE', world_size)} of the {world_size} processes on "
-                "this machine, and each comes here when its script has got to the launch. A rank that does not come "
+                f"Treadle started {self.variables.get('LOCAL_WORLD_SIZE', world_size)} of the {world_size} processes "
+                "on this machine, and each comes here when its script has got to the launch. One that does not come "
                 "waits for something else before."
             )
         return (

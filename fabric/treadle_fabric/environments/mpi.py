@@ -100,8 +100,8 @@ class MPIEnvironment(StartedEnvironment):
     def explain_ranks(self, world_size: int) -> str:
         said = list_variables(pick(filter(None, [_first(_SIZE, self.variables)]), self.variables)) or "MPI"
         return (
-            f"{said} says that mpirun started {world_size} processes. If mpirun did not start this one, the variable is "
-            "left over or was inherited: unset it, or pass plugins=LightningEnvironment()."
+            f"{said} says that mpirun started {world_size} processes. If mpirun did not start this one, the variable "
+            "is left over or was inherited: unset it, or pass plugins=LightningEnvironment()."
         )
 
     def describe(self) -> dict[str, str]:

@@ -136,8 +136,8 @@ class SLURMEnvironment(StartedEnvironment):
         per_node = self.processes_per_node()
         if counts is not None and len(set(counts)) > 1:
             raise MisconfigurationException(
-                f"SLURM started {', '.join(map(str, counts))} tasks on the {len(counts)} nodes, and each node needs the "
-                f"same number. {_REMEDY}"
+                f"SLURM started {', '.join(map(str, counts))} tasks on the {len(counts)} nodes, and each node needs "
+                f"the same number. {_REMEDY}"
             )
         if per_node is None:
             self.check_count(num_devices, num_nodes, "SLURM", _REMEDY)

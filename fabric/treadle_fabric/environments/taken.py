@@ -22,10 +22,12 @@ _TELLING = (
 )
 # What describes a process as a rank. A SLURM job's own variables stay: they are right in every process of the job.
 _DESCRIBING = (
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TREADLE_LAUNCH_DIR", _MARK),
-    *("TORCHELASTIC_", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "PMIX_"),
-    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP", "SLURM_TASK_PID", "OMPI_COMM_WORLD_", "PMI_"),
-    *("MV2_COMM_WORLD_", "JSM_NAMESPACE_"),
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TREADLE_LAUNCH_DIR", _MARK),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_TASK_PID"),
+)
+_DESCRIBING_PREFIXES = (
+    *("TORCHELASTIC_", "SLURM_STEP", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "JSM_NAMESPACE_"),
 )
 
 
@@ -56,10 +58,7 @@ def taken_by(environ: Mapping[str, str] | None = None, pid: int | None = None) -
 
 def describing_variables(environ: Mapping[str, str]) -> list[str]:
     """Return the names of those variables that describe a process as a rank."""
-    return [
-        name for name in environ if any(name == one or (one.endswith("_") and name.startswith(one)) for one in _DESCRIBING)
-        or name.startswith("SLURM_STEP")
-    ]
+    return [name for name in environ if name in _DESCRIBING or name.startswith(_DESCRIBING_PREFIXES)]
 
 
 def _fingerprint(environ: Mapping[str, str]) -> str:
