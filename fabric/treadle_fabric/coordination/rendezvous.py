@@ -199,7 +199,7 @@ class _Meeting:
     def _waits_for(self, missing: str, seconds: float, address: str = "") -> str:
         where = f"{self._address}:{self._port}{address}"
         explained = self._environment.explain_ranks(self._world_size)
-        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained}"
+        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained}".rstrip()
 
     def _too_late(self, missing: str, address: str = "") -> RendezvousError:
         waited = self._waits_for(missing, self._timeout.total_seconds(), address)

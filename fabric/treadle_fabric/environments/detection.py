@@ -24,6 +24,9 @@ _Kind = type[TorchElasticEnvironment | SLURMEnvironment | LSFEnvironment | MPIEn
 # torchrun comes first because it also runs inside SLURM and LSF jobs.
 _KINDS: tuple[_Kind, ...] = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+_RANKS += ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+
 
 class Detection(NamedTuple):
     """What started this process."""
@@ -62,7 +65,7 @@ def detect(environ: Mapping[str, str] | None = None, pid: int | None = None) -> 
     owner = None if getattr(multiprocessing.current_process(), "_inheriting", False) else taken_by(variables, pid)
     inherited: tuple[str, ...] = ()
     if owner is not None:
-        inherited = (_drop(environ, owner),)
+        inherited = _drop(environ, owner)
         if environ is not None:
             environ = {name: value for name, value in environ.items() if name not in describing_variables(environ)}
         variables = os.environ if environ is None else environ
@@ -117,16 +120,18 @@ def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(finding.note for finding in findings if finding.note)
 
 
-def _drop(environ: Mapping[str, str] | None, owner: int) -> str:
-    """Remove the variables of another process's rank; returns what to tell the user."""
+def _drop(environ: Mapping[str, str] | None, owner: int) -> tuple[str, ...]:
+    """Remove the variables of another process's rank, if they are this process's own; returns what to tell the user."""
     variables = os.environ if environ is None else environ
     names = describing_variables(variables)
-    told = list_variables(pick(("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"), variables))
+    told = list_variables(pick(_RANKS, variables))
     if environ is None:
         for name in names:
             del os.environ[name]
         rank_zero_only.rank = 0  # type: ignore[attr-defined]  # what was read from these variables on import
+    if not told:  # of a run of one process, which is no matter to the user
+        return ()
     return (
         f"This process is no rank of the run that started it. The rank that its environment variables name ({told}) is "
-        f"process {owner}, from which it inherited them. They are not followed here."
+        f"process {owner}, from which it inherited them. They are not followed here.",
     )

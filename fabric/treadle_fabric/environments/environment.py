@@ -115,21 +115,21 @@ class ClusterEnvironment(ABC):
 
         Args:
             world_size: The number of processes that this one waits for, itself included.
+
+        Returns:
+            Sentences for the messages of a process that waits; by default none.
         """
-        return f"{type(self).__name__} says that there are {world_size} processes."
+        return ""
 
     def describe(self) -> dict[str, str]:
-        """Return what ``treadle-fabric environment`` prints of ranks and meeting point, without asking other processes.
+        """Return what ``treadle-fabric environment`` prints of ranks and meeting point, where asking has a price.
+
+        That is so where the methods would ask other processes, or take a port. By default nothing: the methods tell.
 
         Raises:
-            MisconfigurationException: A variable is not set or malformed.
+            MisconfigurationException: A variable is malformed.
         """
-        return {
-            "global rank": f"{self.global_rank()} of {self.world_size()}",
-            "local rank": str(self.local_rank()),
-            "node rank": str(self.node_rank()),
-            "meeting point": f"{self.main_address}:{self.main_port}",
-        }
+        return {}
 
     def started_processes(self) -> int:
         """Return the number of processes that a cluster manager started, on all machines; 1 without such a manager."""

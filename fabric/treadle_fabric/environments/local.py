@@ -99,7 +99,7 @@ class LightningEnvironment(ClusterEnvironment):
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in self.variables]
             if missing:
                 srun = (
-                    "In a SLURM job start the script with `srun python ...`. "
+                    "In a SLURM job, start the script with `srun python ...`. "
                     if "SLURM_JOB_ID" in self.variables
                     else ""
                 )

@@ -75,12 +75,13 @@ class SLURMEnvironment(StartedEnvironment):
         if not found:
             return Finding(False, found, "No variable of SLURM is set.")
         tasks = _first(_TASKS, environ)
-        job = f"the job's count of tasks ({list_variables(pick(_TASKS, environ))})"
         if srun_step(environ) is None:
             step = list_variables(pick(_STEP, environ)) or "SLURM_STEP_ID is not set"
             reason = f"srun did not start this process ({step}): it belongs to the batch script, or to salloc's shell."
+            counted = _first(_TASKS[1:], environ)
+            job = f"the job's count of tasks ({list_variables(pick(_TASKS[1:2], environ))})"
             note = f"{reason} So {job} is not followed. For one process a task, start the script with `srun python ...`"
-            alone = tasks is None or environ[tasks].strip() == "1"
+            alone = counted is None or environ[counted].strip() == "1"
             return Finding(False, found, reason, "" if alone else f"{note}.")
         missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environ]
         if tasks is None or missing:

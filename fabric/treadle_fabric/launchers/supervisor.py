@@ -56,12 +56,14 @@ class Supervisor:
         if not self._all_joined:
             self._late = [rank for rank in running if not self._board.has(notes.Joined(rank))]
             self._all_joined = not self._late
+        if not self._all_joined:
             self._messages.look()
 
     def _describe_late(self, seconds: float) -> str:
+        late = f"{list_ranks(self._late)} of {len(self._board.ranks)}"
         return (
-            f"The launching process has waited {seconds:.0f} s for {list_ranks(self._late)} of "
-            f"{len(self._board.ranks)}. Their processes run, and have not got to the launched function. They may still import the script."
+            f"The launching process has waited {seconds:.0f} s for {late}. Their processes run, and have not got to "
+            "the launched function; they may still import the script."
         )
 
     def _explain(self, rank: int, status: int) -> None:

@@ -1,18 +1,16 @@
-"""The command ``treadle-fabric``: what the runtime finds on this machine, and what it would start."""
+"""``treadle-fabric environment``: what the runtime finds on this machine, and what it would start."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from treadle_fabric.environments import ClusterEnvironment, detect, examine_all
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.resolve import Plan, available_devices, resolve
 
-__all__ = ["main"]
+__all__ = ["add_environment_command"]
 
 _STARTS = {
     "none": "nothing: the script runs in this process",
@@ -21,41 +19,23 @@ _STARTS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status.
-
-    Args:
-        arguments: The arguments after the command's name. Default: those of the process.
-    """
-    parser = argparse.ArgumentParser("treadle-fabric", description="Tools for the runtime under training loops.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+def add_environment_command(commands: Any) -> None:
+    """Add ``environment`` to the commands of a parser."""
     about = (
         "Print which environment is detected, from which variables, and what Fabric or the Trainer would start with "
         "these arguments. Nothing is started, and no other process is waited for. Run it as the script is run: after "
         "srun, mpirun or torchrun --no-python, if it is started so."
     )
-    environment = commands.add_parser(
-        "environment", help="what started this process, and what would run", description=about
-    )
-    environment.add_argument("--accelerator", default="auto", help="as for Fabric; default: auto")
-    environment.add_argument("--strategy", default="auto", help="as for Fabric; default: auto")
-    environment.add_argument(
-        "--devices", default="auto", help="a number, a list such as 0,1, auto or -1; default: auto"
-    )
-    environment.add_argument(
-        "--num-nodes", "--num_nodes", type=int, default=1, help="the number of machines; default: 1"
-    )
-    environment.set_defaults(run=_print_environment)
-    given = parser.parse_args(arguments)
-    try:
-        given.run(given)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the program that reads, `head` for example, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at exit
-    return 0
+    what = "what started this process, and what would run"
+    parser = commands.add_parser("environment", help=what, description=about)
+    parser.add_argument("--accelerator", default="auto", help="as for Fabric; default: auto")
+    parser.add_argument("--strategy", default="auto", help="as for Fabric; default: auto")
+    parser.add_argument("--devices", default="auto", help="a number, a list such as 0,1, or -1; default: auto")
+    parser.add_argument("--num-nodes", "--num_nodes", type=int, default=1, help="machines; default: 1")
+    parser.set_defaults(run=_print_environment)
 
 
-def _print_environment(given: argparse.Namespace) -> None:
+def _print_environment(given: argparse.Namespace) -> int:
     variables = dict(os.environ)  # a copy, from which nothing is removed
     findings = examine_all(variables)
     devices = available_devices()
@@ -76,6 +56,7 @@ def _print_environment(given: argparse.Namespace) -> None:
     asked = {name: getattr(given, name) for name in ("accelerator", "strategy", "devices", "num_nodes")}
     call = ", ".join(f"{name}={value!r}" for name, value in asked.items())
     _print_lines(f"With {call}", _what_would_run(asked, variables, devices))
+    return 0
 
 
 def _what_would_run(asked: dict[str, Any], variables: dict[str, str], devices: dict[str, int]) -> dict[str, str]:
@@ -101,9 +82,18 @@ def _started(plan: Plan) -> str:
 def _facts(environment: ClusterEnvironment) -> dict[str, str]:
     facts = {"variables": _named(environment.evidence()) or "none that it reads is set"}
     try:
-        return facts | environment.describe()
+        return facts | (environment.describe() or _ranks(environment))
     except MisconfigurationException as e:
         return facts | {"incomplete": str(e)}
+
+
+def _ranks(environment: ClusterEnvironment) -> dict[str, str]:
+    return {
+        "global rank": f"{environment.global_rank()} of {environment.world_size()}",
+        "local rank": str(environment.local_rank()),
+        "node rank": str(environment.node_rank()),
+        "meeting point": f"{environment.main_address}:{environment.main_port}",
+    }
 
 
 def _named(variables: dict[str, str]) -> str:
@@ -115,7 +105,3 @@ def _print_lines(title: str, lines: dict[Any, Any]) -> None:
         print(f"{title}:")
         for name, value in lines.items():
             print(f"  {name}: {value}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
