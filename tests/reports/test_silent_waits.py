@@ -256,10 +256,8 @@ def _several_groups() -> None:
             cluster_environment=LightningEnvironment(),
             timeout=timedelta(seconds=20),
         )
-        if (
-            number > 0 and rank == 0
-        ):  # the last to come, so that an earlier group's keys are there and its ranks are not
-            wait_until(lambda: Path(f"waits-{number}").exists(), timeout=20)
+        if number > 0 and rank == 0:  # the last to come: an earlier group's keys are there, and its ranks are not
+            wait_until(Path(f"waits-{number}").exists, timeout=20)
         sys.stderr = _Watched(f"waits-{number}")  # type: ignore[assignment]
         strategy.setup_environment()
         sys.stderr = sys.__stderr__
