@@ -225,6 +225,13 @@ def test_a_rank_that_is_there_twice(start: Start) -> None:
     assert f"is there a second time: process {other.pid} on {socket.gethostname()} has the rank" in refused.said()
 
 
+def test_an_address_that_is_not_that_of_rank_0(start: Start) -> None:
+    environ = {"MASTER_PORT": find_free_port(), "MASTER_ADDR": "no-host.invalid", "LOCAL_WORLD_SIZE": 2}
+    first, last = (start(launch, LOCAL_RANK=rank, **environ) for rank in (0, 1))
+    assert "for rank 1 at no-host.invalid:" in first.says("listens, but the address does not answer")
+    assert "for rank 0 at no-host.invalid:" in last.says("which does not answer")
+
+
 def test_a_port_that_another_program_has(start: Start) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))

@@ -103,6 +103,7 @@ class _Meeting:
         self._timeout = timeout
         self._address, self._port = environment.main_address, environment.main_port
         self._by_agent = _agent_hosts_store(self._address, self._port)
+        self._hosts = rank == 0 and not self._by_agent
         self._who = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
 
     @property
@@ -111,21 +112,21 @@ class _Meeting:
 
     def store(self) -> Any:
         """Make the store or connect to it; with keys of its own for each meeting, so that none reads an earlier's."""
-        hosts = self._rank == 0 and not self._by_agent
-        if not hosts:
+        if not self._hosts:
             self._await_address()
         try:
             store = dist.TCPStore(  # type: ignore[attr-defined]
-                self._address,
+                # Rank 0 listens at all its addresses; where MASTER_ADDR is none of them, to ask there would block.
+                "127.0.0.1" if self._hosts else self._address,
                 self._port,
                 self._world_size,
-                hosts,
+                self._hosts,
                 self._timeout,
                 wait_for_workers=False,
                 multi_tenant=True,
             )
         except dist.DistNetworkError as error:
-            if not hosts:
+            if not self._hosts:
                 raise
             raise RendezvousError(
                 f"{self._who} cannot listen at port {self._port}, where the other ranks look for it "
@@ -155,7 +156,9 @@ class _Meeting:
 
         def describe(seconds: float) -> str:
             missing = _missing(store, self._rank, self._world_size)
-            return missing and self._waits_for(missing, seconds)
+            unheard = self._unanswered() if missing and self._hosts else ""
+            listens = f", where it listens, but the address does not answer ({unheard})" if unheard else ""
+            return missing and self._waits_for(missing, seconds, listens)
 
         every = max(0.05, self._world_size / _RANKS_PER_SECOND)
         if not wait_with_messages(lambda: bool(store.check(["all"])), describe, self._timeout.total_seconds(), every):
@@ -180,12 +183,8 @@ class _Meeting:
 
         def answers() -> bool:
             nonlocal last
-            try:
-                socket.create_connection((self._address, self._port), _PROBE_TIMEOUT).close()
-            except OSError as error:
-                last = error.strerror or str(error)
-                return False
-            return True
+            last = self._unanswered()
+            return not last
 
         def missing() -> str:
             return "the agent of torchrun" if self._by_agent else "rank 0"
@@ -195,6 +194,14 @@ class _Meeting:
 
         if not wait_with_messages(answers, describe, self._timeout.total_seconds()):
             raise self._too_late(missing(), f", which does not answer ({last})")
+
+    def _unanswered(self) -> str:
+        """Why the address does not answer; empty if it does."""
+        try:
+            socket.create_connection((self._address, self._port), _PROBE_TIMEOUT).close()
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def _waits_for(self, missing: str, seconds: float, address: str = "") -> str:
         where = f"{self._address}:{self._port}{address}"

@@ -23,9 +23,10 @@ __all__ = ["Detection", "detect", "detect_environment", "examine_all"]
 _Kind = type[TorchElasticEnvironment | SLURMEnvironment | LSFEnvironment | MPIEnvironment]
 # torchrun comes first because it also runs inside SLURM and LSF jobs.
 _KINDS: tuple[_Kind, ...] = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
-
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-_RANKS += ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+_RANKS = (
+    *("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"),
+    *("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
+)
 
 
 class Detection(NamedTuple):
