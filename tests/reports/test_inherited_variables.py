@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from tests.processes import ROOT, run_in_ranks
 
+from treadle_fabric import Fabric
 from treadle_fabric.cli import main
 from treadle_fabric.environments import (
     KubeflowEnvironment,
@@ -267,6 +269,17 @@ def test_a_real_script_that_a_real_rank_starts() -> None:
     assert "world 1 0 False" in said, said
     assert "This process is no rank of the run that started it" in said and "LOCAL_RANK=1" in said
     assert rank_zero_only.rank == 0
+
+
+def _sum(fabric: Fabric) -> float:
+    return float(fabric.all_reduce(torch.tensor(1.0), reduce_op="sum"))
+
+
+def test_what_torchrun_left_does_not_lead_launched_ranks_to_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "r", "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, value)
+    strategy = DDPStrategy(start_method="fork", timeout=timedelta(seconds=20))
+    assert Fabric(accelerator="cpu", devices=2, strategy=strategy).launch(_sum) == 2
 
 
 # treadle-fabric environment

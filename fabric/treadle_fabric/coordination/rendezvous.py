@@ -187,7 +187,7 @@ class _Meeting:
             return not last
 
         def missing() -> str:
-            return "the agent of torchrun" if self._by_agent else "rank 0"
+            return "torchrun's agent (TORCHELASTIC_USE_AGENT_STORE=True)" if self._by_agent else "rank 0"
 
         def describe(seconds: float) -> str:
             return self._waits_for(missing(), seconds, f", which does not answer ({last})")
