@@ -10,6 +10,7 @@
     |   +-- CheckpointUnsafeError        would have to unpickle arbitrary objects
     |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError)
     +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
+    +-- RendezvousError                  the processes of a run did not all meet in time (also a RuntimeError)
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
     +-- NotAvailableYetError             a name of Lightning that Treadle does not have yet (also an ImportError)
@@ -38,6 +39,7 @@ __all__ = [
     "NonFiniteError",
     "NotAvailableYetError",
     "ProcessFailedError",
+    "RendezvousError",
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
@@ -94,6 +96,10 @@ class CheckpointMismatchError(CheckpointError, KeyError):
 
 class ProcessFailedError(TreadleError, RuntimeError):
     """Another process of the run ended with an error."""
+
+
+class RendezvousError(TreadleError, RuntimeError):
+    """The processes of a run did not all come to where they meet, in time."""
 
 
 class UnusedParametersError(TreadleError, RuntimeError):

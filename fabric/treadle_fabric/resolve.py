@@ -16,7 +16,7 @@ from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import check_integer, is_several, one_or_several
-from treadle_fabric.environments import ClusterEnvironment, detect_environment
+from treadle_fabric.environments import ClusterEnvironment, detect
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, unknown_name
 from treadle_fabric.launchers import in_notebook, settle
 from treadle_fabric.precision import Precision, canonical_precision, make_precision
@@ -40,7 +40,7 @@ class Plan:
 
     accelerator: Accelerator
     devices: tuple[torch.device, ...]
-    """One for each process on this machine."""
+    """One for each process on this machine; the same one several times where each process sees it under that index."""
     num_nodes: int
     strategy: str | Strategy
     """A registered name, or the user's object."""
@@ -103,10 +103,14 @@ def resolve(
     sample = _sample(strategy)
     own = strategy.given if isinstance(strategy, Strategy) else Parts()
     given = _sort(plugins)
-    environment = _one("cluster environment", own.environment, given.environment) or detect_environment(environ)
+    environment = _one("cluster environment", own.environment, given.environment)
+    notes: list[str] = []
+    if environment is None:
+        detection = detect(environ)
+        environment = detection.environment
+        notes += detection.notes
     checkpoint_io = _one("checkpoint IO", own.checkpoint_io, given.checkpoint_io)
     hardware = _choose_accelerator(accelerator, own, available)
-    notes: list[str] = []
     chosen = _choose_devices(devices, hardware, own, environment, available)
     if sample is None:
         if interactive and devices == "auto" and len(chosen) > 1 and not environment.creates_processes_externally:
@@ -241,6 +245,8 @@ def _choose_devices(
 ) -> list[torch.device]:
     if own.devices and devices in ("auto", len(own.devices)):
         return list(own.devices)
+    if (shared := _one_visible(devices, hardware, environment, available)) is not None:
+        return shared
     if devices == "auto":
         devices = environment.processes_per_node() or available.get(hardware.name(), hardware.auto_device_count())
     if hardware.is_gpu:
@@ -249,9 +255,36 @@ def _choose_devices(
     return hardware.get_parallel_devices(hardware.parse_devices(devices))
 
 
+def _one_visible(
+    devices: Any, hardware: Accelerator, environment: ClusterEnvironment, available: Mapping[str, int]
+) -> list[torch.device] | None:
+    """Return the device of each process where each was started to see one GPU, which has index 0 in all; else None.
+
+    SLURM's ``--gpus-per-task`` does that, and a CUDA_VISIBLE_DEVICES by rank. Where it is in truth one GPU that all
+    see, the ranks find out when they meet.
+    """
+    name = hardware.name()
+    if not hardware.is_gpu or not hardware.has_process_group or available.get(name, 0) != 1:
+        return None
+    if not environment.creates_processes_externally:
+        return None
+    count = int(devices) if isinstance(devices, str) and devices.strip().removeprefix("-").isdecimal() else devices
+    started = environment.processes_per_node()
+    if started is None:  # only the user knows the number
+        started = count if isinstance(count, int) and not isinstance(count, bool) and count > 1 else 1
+    if started == 1:
+        return None
+    if isinstance(count, bool) or count not in ("auto", -1, 1, started):
+        raise DeviceUnavailableError(
+            f"devices={devices!r}, but {started} processes were started on this machine, and each of them sees one "
+            f"{name} device, as number 0. Use devices='auto', or devices={started}."
+        )
+    return [torch.device(name, 0)] * started
+
+
 def _single(chosen: list[torch.device], devices: Any, num_nodes: int, strategy: Any) -> list[torch.device]:
     name = strategy if isinstance(strategy, str) else type(strategy).__name__
-    if num_nodes > 1 or (devices not in ("auto", -1, "-1") and len(chosen) > 1):
+    if num_nodes > 1 or (devices not in ("auto", -1, "-1", 1, "1") and len(chosen) > 1):
         raise MisconfigurationException(
             f"strategy={name!r} uses one device, and devices={devices!r} with num_nodes={num_nodes} asks for more. "
             "Use strategy='auto', or devices=1 and num_nodes=1."

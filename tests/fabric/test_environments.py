@@ -43,6 +43,7 @@ SLURM = {
     "SLURM_NNODES": "2",
     "SLURM_JOB_ID": "1234567",
     "SLURM_JOB_NAME": "train",
+    "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
@@ -62,6 +63,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "3",
     "PMIX_NAMESPACE": "prterun-host-77@1",
 }
+MPI_OF_8 = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5"}  # as srun and jsrun set them, too
 KUBEFLOW = {"MASTER_ADDR": "pod-0", "MASTER_PORT": "23456", "WORLD_SIZE": "4", "RANK": "2"}
 
 
@@ -84,10 +86,12 @@ def use(kind: type[ClusterEnvironment], environ: dict[str, str]) -> Any:
         (KUBEFLOW, LightningEnvironment),  # only on request
         ({"LOCAL_RANK": "1"}, LightningEnvironment),
         ({**SLURM, **TORCHRUN}, TorchElasticEnvironment),
-        ({**SLURM, **LSF, **OPEN_MPI}, SLURMEnvironment),
-        ({**LSF, **OPEN_MPI}, LSFEnvironment),
-        ({**SLURM, "SLURM_JOB_NAME": "bash"}, LightningEnvironment),
-        ({**SLURM, "SLURM_JOB_NAME": "interactive"}, LightningEnvironment),
+        ({**SLURM, **LSF, **MPI_OF_8}, SLURMEnvironment),
+        ({**LSF, **MPI_OF_8}, LSFEnvironment),
+        ({**SLURM, **OPEN_MPI}, MPIEnvironment),  # mpirun used srun to start its helpers
+        ({**LSF, **OPEN_MPI}, MPIEnvironment),
+        ({**SLURM, "SLURM_JOB_NAME": "bash"}, SLURMEnvironment),  # srun in salloc's shell
+        ({**SLURM, "SLURM_JOB_NAME": "interactive"}, SLURMEnvironment),
         ({k: v for k, v in LSF.items() if k != "JSM_NAMESPACE_SIZE"}, LightningEnvironment),
     ],
 )

@@ -23,6 +23,7 @@ from treadle_fabric.strategies import DDPStrategy, SingleDeviceStrategy
 
 CPU = {"cuda": 0, "mps": 0, "cpu": 1}
 GPUS = {"cuda": 4, "mps": 0, "cpu": 1}
+TWO = {"cuda": 2, "mps": 0, "cpu": 1}
 GPU = {"cuda": 1, "mps": 0, "cpu": 1}
 MAC = {"cuda": 0, "mps": 1, "cpu": 1}
 
@@ -44,6 +45,7 @@ SLURM_2X4 = {
     "SLURM_JOB_ID": "1",
     "SLURM_LOCALID": "0",
     "SLURM_NODEID": "0",
+    "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "0",
 }
 MPI_2 = {
@@ -110,6 +112,19 @@ NOTEBOOK = {"interactive": True}
         (CPU, LAUNCHED_2, {"devices": 2}, ("cpu", "cpu,cpu", "ddp", "external")),
         (CPU, LAUNCHED_2, {}, ("cpu", "cpu", "single_device", "none")),
         (CPU, SLURM_2X4, {"plugins": LightningEnvironment()}, ("cpu", "cpu", "single_device", "none")),
+        # processes that each see one GPU
+        (GPU, TORCHRUN_2, {}, ("cuda", "cuda:0,cuda:0", "ddp", "external")),
+        (GPU, TORCHRUN_2, {"devices": 1}, ("cuda", "cuda:0,cuda:0", "ddp", "external")),
+        (GPU, TORCHRUN_2, {"devices": "2"}, ("cuda", "cuda:0,cuda:0", "ddp", "external")),
+        (GPU, TORCHRUN_2, {"devices": -1, "accelerator": "gpu"}, ("cuda", "cuda:0,cuda:0", "ddp", "external")),
+        (GPU, TORCHRUN_2, {"devices": 1, "strategy": "single_device"}, ("cuda", "cuda:0", "single_device", "none")),
+        (GPU, MPI_2, {"strategy": "ddp_spawn"}, ("cuda", "cuda:0,cuda:0", "ddp_spawn", "external")),
+        (GPU, SLURM_2X4, {"num_nodes": 2}, ("cuda", "cuda:0,cuda:0,cuda:0,cuda:0", "ddp", "external")),
+        (GPU, SLURM_2X4, {"num_nodes": 2, "devices": 4}, ("cuda", "cuda:0,cuda:0,cuda:0,cuda:0", "ddp", "external")),
+        (GPU, SLURM_2X4, {"num_nodes": 2, "devices": 1}, ("cuda", "cuda:0,cuda:0,cuda:0,cuda:0", "ddp", "external")),
+        (GPU, LAUNCHED_2, {"devices": 2}, ("cuda", "cuda:0,cuda:0", "ddp", "external")),
+        (GPU, TORCHRUN_1, {"devices": 1}, ("cuda", "cuda:0", "single_device", "none")),
+        (GPU, TORCHRUN_2, {"accelerator": "cpu"}, ("cpu", "cpu,cpu", "ddp", "external")),
         # notebooks
         (CPU, {}, NOTEBOOK, ("cpu", "cpu", "single_device", "none")),
         (GPUS, {}, NOTEBOOK, ("cuda", "cuda:0", "single_device", "none")),
@@ -189,7 +204,11 @@ def test_every_strategy_on_every_accelerator(
         (CPU, {}, {**NOTEBOOK, "strategy": "ddp_spawn", "devices": 2}, "ddp_notebook"),
         (CPU, TORCHRUN_2, {"devices": 1}, "torchrun started 2"),
         (CPU, TORCHRUN_2, {"num_nodes": 2}, "torchrun started 2"),
-        (GPU, TORCHRUN_2, {}, "has 1 cuda device"),
+        (GPU, TORCHRUN_2, {"devices": 4}, "2 processes .* each of them sees one cuda device.* devices=2"),
+        (GPU, TORCHRUN_2, {"devices": [1]}, "number 0"),
+        (GPU, TORCHRUN_2, {"devices": [0]}, "number 0"),
+        (GPU, LAUNCHED_2, {"devices": [0, 1]}, r"has 1 cuda device"),
+        (TWO, SLURM_2X4, {"num_nodes": 2}, "has 2 cuda devices"),
         (CPU, SLURM_2X4, {}, "the SLURM job has 2 nodes"),
         (CPU, SLURM_2X4, {"devices": 2, "num_nodes": 2}, "4 tasks on each node"),
         (CPU, LAUNCHED_2, {"devices": 3}, "runs in 2 processes"),

@@ -1,10 +1,12 @@
 """How the ranks of a run decide things together without a collective at every step.
 
 Start with ``stop_agreement.py``: all ranks stop after the same step. ``step_clock.py`` is a clock that all ranks read
-alike. ``on_rank_zero.py`` and ``objects.py`` are for what happens seldom, a save for example: rank 0 acts and all ranks
-learn what came of it; objects of ranks come to one rank or to all. These go through ``host_group.py``, and wait for no
-device. ``as_tensors.py`` and ``alike.py`` come before an exchange of tensors: what is exchanged, and whether it is
-alike. Imports only the foundation (errors, containers, tensor_pickle).
+alike. ``on_rank_zero.py``, ``once_a_node.py`` and ``objects.py`` are for what happens seldom, a save for example: rank
+0, or one rank of each node, acts and the others learn what came of it; objects of ranks come to one rank or to all.
+These go through ``host_group.py``, and wait for no device. ``as_tensors.py`` and ``alike.py`` come before an exchange
+of tensors: what is exchanged, and whether it is alike. ``rendezvous.py`` is where the ranks meet at the start, and
+``waiting.py`` says for whom a rank waits. Imports only the foundation (errors, containers, tensor_pickle) and
+environments.
 """
 
 from treadle_fabric.coordination.alike import check_alike
@@ -20,23 +22,31 @@ from treadle_fabric.coordination.host_group import (
 )
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
+from treadle_fabric.coordination.rendezvous import meet, new_group, this_machine
 from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.coordination.stop_agreement import StopAgreement
+from treadle_fabric.coordination.waiting import WaitMessages, list_ranks, wait_with_messages
 
 __all__ = [
     "HostGroup",
     "StepClock",
     "StopAgreement",
     "Vote",
+    "WaitMessages",
     "all_gather_objects",
     "as_tensors",
     "broadcast_object",
     "check_alike",
     "gather_objects",
     "host_group",
+    "list_ranks",
+    "meet",
     "meet_patiently",
+    "new_group",
     "on_rank_zero",
     "reached_by",
+    "this_machine",
     "wait_for_rank_zero",
+    "wait_with_messages",
     "waits_in_vain",
 ]

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
+from treadle_fabric.coordination.rendezvous import new_group
+
 __all__ = [
     "HostGroup",
     "Vote",
@@ -200,6 +202,6 @@ def host_group(timeout: timedelta | None = None) -> HostGroup:
     found = _beside.get(default)
     if found is None or (found.group is None) != reaches:
         timeout = timeout or default_pg_timeout
-        made = None if reaches else dist.new_group(backend="gloo", timeout=timeout)
+        made = None if reaches else new_group(backend="gloo", timeout=timeout)
         found = _beside[default] = _Beside(timeout, made)
     return HostGroup(default if found.group is None else found.group, found.timeout)

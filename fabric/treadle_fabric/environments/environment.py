@@ -4,11 +4,33 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["ClusterEnvironment", "StartedEnvironment", "require_number", "require_variable"]
+__all__ = [
+    "ClusterEnvironment",
+    "Finding",
+    "StartedEnvironment",
+    "list_variables",
+    "pick",
+    "require_number",
+    "require_variable",
+]
+
+
+class Finding(NamedTuple):
+    """Whether the environment variables of a process describe one kind of environment, and why."""
+
+    applies: bool
+    """Whether a program of this kind started the process as one of its ranks."""
+    variables: dict[str, str]
+    """The environment variables by which this was decided, with their values."""
+    reason: str
+    """A sentence for the user."""
+    note: str = ""
+    """What to tell the user of a run in which these variables are not followed; empty where nothing is surprising."""
 
 
 class ClusterEnvironment(ABC):
@@ -84,6 +106,31 @@ class ClusterEnvironment(ABC):
         """Return the number of processes on this machine; None where the environment does not tell."""
         return None
 
+    def evidence(self) -> dict[str, str]:
+        """Return the environment variables that ranks, counts and meeting point come from, with their values."""
+        return {}
+
+    def explain_ranks(self, world_size: int) -> str:
+        """Say which variables say that there are so many processes, and what to do where these do not come.
+
+        Args:
+            world_size: The number of processes that this one waits for, itself included.
+
+        Returns:
+            Sentences for the messages of a process that waits; by default none.
+        """
+        return ""
+
+    def describe(self) -> dict[str, str]:
+        """Return what ``treadle-fabric environment`` prints of ranks and meeting point, where asking has a price.
+
+        That is so where the methods would ask other processes, or take a port. By default nothing: the methods tell.
+
+        Raises:
+            MisconfigurationException: A variable is malformed.
+        """
+        return {}
+
     def started_processes(self) -> int:
         """Return the number of processes that a cluster manager started, on all machines; 1 without such a manager."""
         return 1
@@ -129,6 +176,16 @@ class StartedEnvironment(ClusterEnvironment):
                 f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
                 f"{who} started {self.world_size()}. {remedy}"
             )
+
+
+def pick(names: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the environment variables that are set, with their values, in the order of the names."""
+    return {name: environ[name] for name in names if name in environ}
+
+
+def list_variables(variables: Mapping[str, str]) -> str:
+    """Return variables and values for a sentence: ``RANK=0, WORLD_SIZE=2``."""
+    return ", ".join(f"{name}={value}" for name, value in variables.items())
 
 
 def require_variable(name: str, environ: Mapping[str, str]) -> str:

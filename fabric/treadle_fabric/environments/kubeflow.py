@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from treadle_fabric.environments.environment import StartedEnvironment, require_number, require_variable
+import os
+from collections.abc import Mapping
+
+from treadle_fabric.environments.environment import (
+    Finding,
+    StartedEnvironment,
+    list_variables,
+    pick,
+    require_number,
+    require_variable,
+)
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["KubeflowEnvironment"]
+
+
+_READ = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class KubeflowEnvironment(StartedEnvironment):
@@ -26,6 +39,20 @@ class KubeflowEnvironment(StartedEnvironment):
     def detect() -> bool:
         return False
 
+    @staticmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return why these variables are not taken for Kubeflow's, and what to say where nothing else follows them."""
+        environ = os.environ if environ is None else environ
+        found = pick(_READ, environ)
+        note = ""
+        if len(found) == len(_READ) and found["WORLD_SIZE"].strip() != "1" and "LOCAL_RANK" not in environ:
+            note = (
+                f"{list_variables(found)} are not followed, because LOCAL_RANK is not set. In the pods of a Kubeflow "
+                "PyTorchJob, pass plugins=KubeflowEnvironment()."
+            )
+        reason = "Only plugins=KubeflowEnvironment() chooses it, because other programs set the same variables, too."
+        return Finding(False, found, reason, note)
+
     def world_size(self) -> int:
         return require_number("WORLD_SIZE", self.variables)
 
@@ -39,6 +66,12 @@ class KubeflowEnvironment(StartedEnvironment):
         return self.global_rank()
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        if "TORCHELASTIC_RUN_ID" in self.variables:
+            raise MisconfigurationException(
+                f"KubeflowEnvironment, but torchrun started this process in its pod "
+                f"({list_variables(pick(('TORCHELASTIC_RUN_ID', 'RANK', 'LOCAL_RANK'), self.variables))}). Leave out "
+                "plugins=KubeflowEnvironment(): torchrun is detected."
+            )
         if num_devices != 1 or num_nodes != self.world_size():
             raise MisconfigurationException(
                 f"devices={num_devices} and num_nodes={num_nodes}, but Kubeflow started {self.world_size()} pods with "
@@ -47,3 +80,10 @@ class KubeflowEnvironment(StartedEnvironment):
 
     def processes_per_node(self) -> int | None:
         return 1
+
+    def evidence(self) -> dict[str, str]:
+        return pick(_READ, self.variables)
+
+    def explain_ranks(self, world_size: int) -> str:
+        said = list_variables(pick(_READ[:1], self.variables))
+        return f"{said} says that there are {world_size} pods with a process each. See whether all pods run the script."

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import socket
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment, require_number
+from treadle_fabric.environments.environment import ClusterEnvironment, Finding, list_variables, pick, require_number
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["LightningEnvironment", "find_free_port"]
+
+_READ = (
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "WORLD_SIZE",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TREADLE_LAUNCH_DIR",
+)
+_NEW_PORT = "a free port, chosen when the processes are started"
 
 
 class LightningEnvironment(ClusterEnvironment):
@@ -23,6 +37,7 @@ class LightningEnvironment(ClusterEnvironment):
         self._port: int | None = None
         self._world_size: int | None = None
         self._global_rank: int | None = None
+        self._per_node: int | None = None
 
     @property
     def creates_processes_externally(self) -> bool:
@@ -44,6 +59,14 @@ class LightningEnvironment(ClusterEnvironment):
     def detect(environ: Mapping[str, str] | None = None) -> bool:
         return True
 
+    @staticmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return that this environment fits where no other does, and which of its variables are set."""
+        found = pick(_READ, os.environ if environ is None else environ)
+        if "LOCAL_RANK" in found:
+            return Finding(True, found, f"LOCAL_RANK={found['LOCAL_RANK']} says that the processes are there already.")
+        return Finding(True, found, "LOCAL_RANK is not set: Treadle starts the processes.")
+
     def world_size(self) -> int:
         if self._world_size is not None:
             return self._world_size
@@ -58,7 +81,7 @@ class LightningEnvironment(ClusterEnvironment):
             return self.node_rank() * require_number("LOCAL_WORLD_SIZE", self.variables) + self.local_rank()
         if self._global_rank is not None:
             return self._global_rank
-        return self.local_rank()
+        return self.node_rank() * (self._per_node or 0) + self.local_rank()
 
     def set_global_rank(self, rank: int) -> None:
         self._global_rank = rank
@@ -71,19 +94,78 @@ class LightningEnvironment(ClusterEnvironment):
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         if self.creates_processes_externally:
-            started = require_number("LOCAL_WORLD_SIZE", self.variables, default=num_devices)
-            if num_devices not in (1, started):
-                raise MisconfigurationException(
-                    f"devices={num_devices}, but this script runs in {started} processes on this machine. Use the "
-                    "same number of devices throughout a script."
-                )
+            self._check_started(num_devices, num_nodes)
         elif num_nodes > 1:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in self.variables]
             if missing:
-                raise MisconfigurationException(
-                    f"num_nodes={num_nodes}, but {', '.join(missing)} not set. Start the script on each machine with "
-                    "MASTER_ADDR and MASTER_PORT naming the first one and NODE_RANK=0, 1, ..., or use torchrun."
+                srun = (
+                    "In a SLURM job, start the script with `srun python ...`. "
+                    if "SLURM_JOB_ID" in self.variables
+                    else ""
                 )
+                raise MisconfigurationException(
+                    f"num_nodes={num_nodes}, but {', '.join(missing)} not set. {srun}Start the script on each machine "
+                    "with MASTER_ADDR and MASTER_PORT naming the first one and NODE_RANK=0, 1, ..., or use torchrun."
+                )
+
+    def _check_started(self, num_devices: int, num_nodes: int) -> None:
+        """Refuse numbers that cannot be those of the processes that LOCAL_RANK says are there."""
+        local_rank = self.local_rank()
+        started = require_number("LOCAL_WORLD_SIZE", self.variables, default=num_devices)
+        if num_devices not in (1, started):
+            raise MisconfigurationException(
+                f"devices={num_devices}, but this script runs in {started} processes on this machine. Use the "
+                "same number of devices throughout a script."
+            )
+        if not 0 <= local_rank < num_devices:
+            raise MisconfigurationException(
+                f"LOCAL_RANK={local_rank}, but devices={num_devices} asks for {num_devices} on each machine, which "
+                f"are numbered from 0. Start so many, or, if LOCAL_RANK is left over, `unset LOCAL_RANK`."
+            )
+        if num_devices * num_nodes > 1 and not {"MASTER_PORT", "LOCAL_WORLD_SIZE"} & set(self.variables):
+            raise MisconfigurationException(
+                f"LOCAL_RANK={local_rank} says that this is one of {num_devices * num_nodes} processes that another "
+                "program started, but MASTER_PORT is not set, by which they find one another. If LOCAL_RANK is left "
+                "over, `unset LOCAL_RANK`, and Treadle starts the processes. If they were started by hand, set "
+                "MASTER_ADDR and MASTER_PORT for all of them, to the same values."
+            )
+        self._per_node = num_devices
+
+    def announcing_signal(self) -> int:
+        """Return SIGUSR1 in a SLURM job, where ``#SBATCH --signal=B:SIGUSR1@90`` sends it to the batch script; else 0.
+
+        A process that does not take the signal dies of it.
+        """
+        return int(getattr(signal, "SIGUSR1", 0)) if "SLURM_JOB_ID" in self.variables else 0
+
+    def evidence(self) -> dict[str, str]:
+        return pick(_READ, self.variables)
+
+    def explain_ranks(self, world_size: int) -> str:
+        if not self.creates_processes_externally:
+            on_each = list_variables(pick(("NODE_RANK", "MASTER_ADDR", "MASTER_PORT"), self.variables))
+            return (
+                f"devices and num_nodes ask for {world_size} processes ({on_each}). Start the script on each machine."
+            )
+        said = list_variables(pick(("LOCAL_RANK", "MASTER_PORT", "NODE_RANK"), self.variables))
+        if self._port is not None or "TREADLE_LAUNCH_DIR" in self.variables:
+            return (
+                f"Treadle started {self.variables.get('LOCAL_WORLD_SIZE', world_size)} of the {world_size} processes "
+                "on this machine, and each comes here when its script has got to the launch. One that does not come "
+                "waits for something else before."
+            )
+        return (
+            f"{said} say that the processes are there already, and devices and num_nodes that there are {world_size}. "
+            "If LOCAL_RANK is left over from another program, `unset LOCAL_RANK`, and Treadle starts the processes. "
+            "If they are started by hand, start all of them."
+        )
+
+    def describe(self) -> dict[str, str]:
+        described = {"local rank": str(self.local_rank()), "node rank": str(self.node_rank())}
+        if "LOCAL_WORLD_SIZE" in self.variables and "LOCAL_RANK" in self.variables:
+            described = {"global rank": f"{self.global_rank()} of {self.world_size()}", **described}
+        port = str(self.main_port) if "MASTER_PORT" in self.variables else _NEW_PORT
+        return {**described, "meeting point": f"{self.main_address}:{port}"}
 
 
 def find_free_port() -> int:

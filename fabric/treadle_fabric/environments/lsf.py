@@ -8,12 +8,21 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from treadle_fabric.environments.environment import StartedEnvironment, require_number, require_variable
+from treadle_fabric.environments.environment import (
+    Finding,
+    StartedEnvironment,
+    list_variables,
+    pick,
+    require_number,
+    require_variable,
+)
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["LSFEnvironment"]
 
-_REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
+# Those of the job are also in the batch script, which jsrun did not start; those of JSM are jsrun's.
+_JOB = ("LSB_JOBID", "LSB_DJOB_RANKFILE")
+_JSRUN = ("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK")
 
 
 class LSFEnvironment(StartedEnvironment):
@@ -42,7 +51,18 @@ class LSFEnvironment(StartedEnvironment):
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return all(name in (os.environ if environ is None else environ) for name in _REQUIRED)
+        return LSFEnvironment.examine(environ).applies
+
+    @staticmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return whether jsrun started this process, and by which variables that was decided."""
+        environ = os.environ if environ is None else environ
+        found = pick((*_JOB, *_JSRUN), environ)
+        missing = [name for name in (*_JOB, *_JSRUN) if name not in found]
+        if missing:
+            return Finding(False, found, f"jsrun in an LSF job sets {', '.join(missing)}, too.")
+        rank, size = found["JSM_NAMESPACE_RANK"], found["JSM_NAMESPACE_SIZE"]
+        return Finding(True, found, f"jsrun started this process as rank {rank} of {size}.")
 
     def world_size(self) -> int:
         return require_number("JSM_NAMESPACE_SIZE", self.variables)
@@ -65,6 +85,18 @@ class LSFEnvironment(StartedEnvironment):
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         self.check_count(num_devices, num_nodes, "jsrun", "Make them equal.")
+
+    def processes_per_node(self) -> int | None:
+        if "JSM_NAMESPACE_LOCAL_SIZE" not in self.variables:
+            return None
+        return require_number("JSM_NAMESPACE_LOCAL_SIZE", self.variables)
+
+    def evidence(self) -> dict[str, str]:
+        return pick((*_JOB, *_JSRUN, "JSM_NAMESPACE_LOCAL_SIZE", "MASTER_PORT"), self.variables)
+
+    def explain_ranks(self, world_size: int) -> str:
+        said = list_variables(pick(_JSRUN[:1], self.variables))
+        return f"{said} says that jsrun started {world_size} processes. Start the script with jsrun, in all of them."
 
 
 def _compute_hosts(rank_file: str) -> list[str]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, cast
 
-from treadle_fabric.environments.environment import StartedEnvironment, require_number
+from treadle_fabric.environments.environment import Finding, StartedEnvironment, list_variables, pick, require_number
 from treadle_fabric.environments.local import find_free_port
 from treadle_fabric.errors import MisconfigurationException
 
@@ -55,8 +55,21 @@ class MPIEnvironment(StartedEnvironment):
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
-        size = _number(_SIZE, os.environ if environ is None else environ)
-        return size is not None and size > 1
+        return MPIEnvironment.examine(environ).applies
+
+    @staticmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return whether mpirun started this process as one of several, and by which variables that was decided."""
+        environ = os.environ if environ is None else environ
+        names = [name for name in (_first(_SIZE, environ), _first(_RANK, environ)) if name]
+        found, size = pick(names, environ), _number(_SIZE, environ)
+        if size is None or size <= 1:
+            return Finding(False, found, f"mpirun with several processes sets one of {', '.join(_SIZE)}.")
+        return Finding(True, found, f"mpirun started this process as one of {size} ({list_variables(found)}).")
+
+    def agrees_with(self, world_size: int, global_rank: int) -> bool:
+        """Return whether the launcher's variables give the process this rank among so many processes."""
+        return (_number(_SIZE, self.variables), _number(_RANK, self.variables)) == (world_size, global_rank)
 
     def world_size(self) -> int:
         size = _number(_SIZE, self.variables)
@@ -79,6 +92,31 @@ class MPIEnvironment(StartedEnvironment):
 
     def processes_per_node(self) -> int | None:
         return _number(_LOCAL_SIZE, self.variables)
+
+    def evidence(self) -> dict[str, str]:
+        chosen = [_first(names, self.variables) for names in (_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK, _JOB)]
+        return pick((*filter(None, chosen), "MASTER_ADDR", "MASTER_PORT"), self.variables)
+
+    def explain_ranks(self, world_size: int) -> str:
+        said = list_variables(pick(filter(None, [_first(_SIZE, self.variables)]), self.variables)) or "MPI"
+        return (
+            f"{said} says that mpirun started {world_size} processes. If mpirun did not start this one, the variable "
+            "is left over or was inherited: unset it, or pass plugins=LightningEnvironment()."
+        )
+
+    def describe(self) -> dict[str, str]:
+        asked = "mpi4py tells it when the run starts"  # by messages, for which this process would wait
+        rank, local = _number(_RANK, self.variables), _number(_LOCAL_RANK, self.variables)
+        address, port = self.variables.get("MASTER_ADDR"), self.variables.get("MASTER_PORT")
+        if self._is_on_one_node():
+            address = self.main_address
+            port = str(self.main_port) if port or _first(_JOB, self.variables) else None
+        return {
+            "global rank": f"{asked if rank is None else rank} of {_number(_SIZE, self.variables) or asked}",
+            "local rank": asked if local is None else str(local),
+            "node rank": "0" if self._is_on_one_node() else asked,
+            "meeting point": f"{address}:{port}" if address and port else asked,
+        }
 
     def _is_on_one_node(self) -> bool:
         return self.processes_per_node() == self.world_size()

@@ -7,12 +7,24 @@ import re
 import signal
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import StartedEnvironment, require_number
+from treadle_fabric.environments.environment import Finding, StartedEnvironment, list_variables, pick, require_number
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["SLURMEnvironment"]
+__all__ = ["SLURMEnvironment", "srun_step"]
 
 _INTERACTIVE_JOB_NAMES = ("bash", "interactive")
+_FIRST_SPECIAL_STEP = 4294967280  # SLURM numbers the interactive, batch and extern steps from here on
+_STEP = ("SLURM_STEP_ID", "SLURM_STEPID")
+# What a step says comes first: it may have fewer tasks and nodes than its job, whose variables it inherits.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+_NODES = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+_NODE_LISTS = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+_JOB = ("SLURM_JOB_ID", "SLURM_JOB_NAME")
+_RANKS = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+_REMEDY = (
+    "Give `#SBATCH --ntasks-per-node` the number of devices and `--nodes` the number of nodes, and start the script "
+    "with srun; or, to let Treadle start the processes, pass plugins=LightningEnvironment()."
+)
 
 
 class SLURMEnvironment(StartedEnvironment):
@@ -35,8 +47,7 @@ class SLURMEnvironment(StartedEnvironment):
     def main_address(self) -> str:
         address = self.variables.get("MASTER_ADDR")
         if address is None:
-            nodes = self.variables.get("SLURM_STEP_NODELIST") or self.variables.get("SLURM_NODELIST")
-            nodes = nodes or self.variables.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+            nodes = next((self.variables[name] for name in _NODE_LISTS if self.variables.get(name)), "127.0.0.1")
             address = self.resolve_root_node_address(nodes)
         return address
 
@@ -44,14 +55,45 @@ class SLURMEnvironment(StartedEnvironment):
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
             return require_number("MASTER_PORT", self.variables)
-        # All ranks know the job's number, and two jobs on one machine have different numbers.
-        job = self.variables.get("SLURM_JOB_ID", "")
-        return 15000 + int(job) % 10000 if job.isdecimal() else 29500
+        # All ranks know the numbers of job and step, by which two jobs on one machine differ, and two steps of a job.
+        job, step = self.variables.get("SLURM_JOB_ID", ""), srun_step(self.variables) or 0
+        return 15000 + (int(job) + 101 * step) % 10000 if job.isdecimal() else 29500
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
+        return SLURMEnvironment.examine(environ).applies
+
+    @staticmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return whether srun started this process, and by which variables that was decided.
+
+        What an srun step says wins over what was inherited from the job, its name included. Processes of the batch
+        script, of salloc's shell, and of a shell that ``srun --pty`` started are none of srun's ranks.
+        """
         environ = os.environ if environ is None else environ
-        return "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOB_NAMES
+        found = pick((*_JOB, *_STEP, *_TASKS[:2], *_RANKS[:2]), environ)
+        if not found:
+            return Finding(False, found, "No variable of SLURM is set.")
+        tasks = _first(_TASKS, environ)
+        if srun_step(environ) is None:
+            step = list_variables(pick(_STEP, environ)) or "SLURM_STEP_ID is not set"
+            reason = f"srun did not start this process ({step}): it belongs to the batch script, or to salloc's shell."
+            counted = _first(_TASKS[1:], environ)
+            job = f"the job's count of tasks ({list_variables(pick(_TASKS[1:2], environ))})"
+            note = f"{reason} So {job} is not followed. For one process a task, start the script with `srun python ...`"
+            alone = counted is None or environ[counted].strip() == "1"
+            return Finding(False, found, reason, "" if alone else f"{note}.")
+        missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environ]
+        if tasks is None or missing:
+            missing = missing or ["SLURM_STEP_NUM_TASKS"]
+            reason = f"srun sets {', '.join(missing)}, too."
+            return Finding(False, found, reason, f"The variables of SLURM are not followed: {reason}")
+        if environ[tasks].strip() == "1" and (
+            "SLURM_PTY_PORT" in environ or environ.get("SLURM_JOB_NAME") in _INTERACTIVE_JOB_NAMES
+        ):
+            return Finding(False, found, "This process belongs to a shell that srun started as its only task.")
+        reason = f"srun started this process as rank {environ['SLURM_PROCID']} of {environ[tasks]}."
+        return Finding(True, found, reason)
 
     @staticmethod
     def job_name() -> str | None:
@@ -69,7 +111,7 @@ class SLURMEnvironment(StartedEnvironment):
             return None
 
     def world_size(self) -> int:
-        return require_number("SLURM_NTASKS", self.variables)
+        return require_number(_first(_TASKS, self.variables) or "SLURM_NTASKS", self.variables)
 
     def global_rank(self) -> int:
         return require_number("SLURM_PROCID", self.variables)
@@ -91,23 +133,74 @@ class SLURMEnvironment(StartedEnvironment):
         return re.split(r"[\s,]", nodes.strip(), maxsplit=1)[0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        nodes, counts = self._nodes(), self._tasks_per_node()
         per_node = self.processes_per_node()
-        nodes = require_number("SLURM_NNODES", self.variables, default=num_nodes)
-        remedy = (
-            "Give `#SBATCH --ntasks-per-node` the number of devices and `--nodes` the number of nodes, and start the "
-            "script with srun; or, to let Treadle start the processes, pass plugins=LightningEnvironment()."
-        )
+        if counts is not None and len(set(counts)) > 1:
+            raise MisconfigurationException(
+                f"SLURM started {', '.join(map(str, counts))} tasks on the {len(counts)} nodes, and each node needs "
+                f"the same number. {_REMEDY}"
+            )
         if per_node is None:
-            self.check_count(num_devices, num_nodes, "SLURM", remedy)
+            self.check_count(num_devices, num_nodes, "SLURM", _REMEDY)
         elif per_node != num_devices:
             raise MisconfigurationException(
-                f"devices={num_devices}, but SLURM started {per_node} tasks on each node. {remedy}"
+                f"devices={num_devices}, but SLURM started {per_node} tasks on each node. {_REMEDY}"
             )
-        if nodes != num_nodes:
-            raise MisconfigurationException(f"num_nodes={num_nodes}, but the SLURM job has {nodes} nodes. {remedy}")
+        if nodes is not None and nodes != num_nodes:
+            what = "step" if "SLURM_STEP_NUM_NODES" in self.variables else "job"
+            raise MisconfigurationException(f"num_nodes={num_nodes}, but the SLURM {what} has {nodes} nodes. {_REMEDY}")
 
     def processes_per_node(self) -> int | None:
-        if self.variables.get("SLURM_NNODES") == "1":
+        counts = self._tasks_per_node()
+        if counts is not None:
+            node = require_number("SLURM_NODEID", self.variables, default=0)
+            return counts[min(node, len(counts) - 1)]
+        nodes = self._nodes()
+        if nodes == 1:
             return self.world_size()
         value = self.variables.get("SLURM_NTASKS_PER_NODE", "")
-        return int(value) if value.isdecimal() else None
+        # It is the job's: a step with another number of tasks inherits it.
+        fits = value.isdecimal() and nodes in (None, self.world_size() / max(1, int(value)))
+        return int(value) if fits else None
+
+    def evidence(self) -> dict[str, str]:
+        counted = [name for name in (_first(_TASKS, self.variables), _first(_NODES, self.variables)) if name]
+        lists = [name for name in (_first(_NODE_LISTS, self.variables),) if name]
+        met = ("MASTER_ADDR", "MASTER_PORT")
+        return pick((*_JOB, *_STEP[:1], *counted, "SLURM_STEP_TASKS_PER_NODE", *_RANKS, *lists, *met), self.variables)
+
+    def explain_ranks(self, world_size: int) -> str:
+        said = list_variables(pick((_first(_TASKS, self.variables) or "SLURM_NTASKS",), self.variables))
+        started = "srun started" if srun_step(self.variables) is not None else "there are"
+        return (
+            f"{said} says that {started} {world_size} processes. In a batch script, and in the shell of salloc, start "
+            "the script with `srun python ...`; if Treadle is to start the processes, pass "
+            "plugins=LightningEnvironment()."
+        )
+
+    def _nodes(self) -> int | None:
+        name = _first(_NODES, self.variables)
+        return None if name is None else require_number(name, self.variables)
+
+    def _tasks_per_node(self) -> list[int] | None:
+        """The number of tasks on each node of the step; None where SLURM does not tell."""
+        text = self.variables.get("SLURM_STEP_TASKS_PER_NODE", "")
+        counts: list[int] = []
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+            counts += [int(count)] * int(times or 1)
+        return counts or None
+
+
+def srun_step(environ: Mapping[str, str]) -> int | None:
+    """Return the number of the srun step that this process belongs to; None outside of one.
+
+    The interactive, the batch and the extern step of a job are none: SLURM starts them, once for the job or the node.
+    """
+    name = _first(_STEP, environ)
+    step = "" if name is None else environ[name].strip()
+    return int(step) if step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP else None
+
+
+def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
+    """Return the first of the names that is set and not empty; None if none is."""
+    return next((name for name in names if environ.get(name)), None)

@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import StartedEnvironment, require_number, require_variable
+from treadle_fabric.environments.environment import (
+    Finding,
+    StartedEnvironment,
+    list_variables,
+    pick,
+    require_number,
+    require_variable,
+)
 
 __all__ = ["TorchElasticEnvironment"]
+
+_REQUIRED = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+_READ = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class TorchElasticEnvironment(StartedEnvironment):
@@ -23,7 +33,21 @@ class TorchElasticEnvironment(StartedEnvironment):
 
     @staticmethod
     def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return "TORCHELASTIC_RUN_ID" in (os.environ if environ is None else environ)
+        return TorchElasticEnvironment.examine(environ).applies
+
+    @staticmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return whether torchrun started this process, and by which variables that was decided."""
+        environ = os.environ if environ is None else environ
+        found = pick(_REQUIRED, environ)
+        missing = [name for name in _REQUIRED if name not in found]
+        if not missing:
+            reason = f"torchrun started this process as rank {found['RANK']} of {found['WORLD_SIZE']}."
+            return Finding(True, found, reason)
+        note = ""
+        if "TORCHELASTIC_RUN_ID" in found:  # a script that a worker started, after it removed the ranks
+            note = f"TORCHELASTIC_RUN_ID is not followed, because torchrun also sets {', '.join(missing)}."
+        return Finding(False, found, f"torchrun sets {', '.join(missing)}, too.", note)
 
     def world_size(self) -> int:
         return require_number("WORLD_SIZE", self.variables)
@@ -48,3 +72,14 @@ class TorchElasticEnvironment(StartedEnvironment):
         if "LOCAL_WORLD_SIZE" not in self.variables:
             return None
         return require_number("LOCAL_WORLD_SIZE", self.variables)
+
+    def evidence(self) -> dict[str, str]:
+        return pick(("TORCHELASTIC_RUN_ID", *_READ), self.variables)
+
+    def explain_ranks(self, world_size: int) -> str:
+        said = list_variables(pick(("WORLD_SIZE", "TORCHELASTIC_RUN_ID"), self.variables))
+        return (
+            f"{said} say that torchrun started {world_size} processes. If torchrun did not start this one, the "
+            "variables are left over or were inherited from a process of torchrun's: start the script with `env -u "
+            "TORCHELASTIC_RUN_ID -u RANK -u LOCAL_RANK -u WORLD_SIZE -u MASTER_PORT python ...`."
+        )

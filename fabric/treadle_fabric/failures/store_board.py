@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from treadle_fabric.coordination import this_machine, wait_with_messages
+from treadle_fabric.errors import RendezvousError
 from treadle_fabric.failures import grace, notes
 from treadle_fabric.failures.board import Board
 from treadle_fabric.failures.member import Member
@@ -128,7 +130,7 @@ class _Peers:
         self._member = member
         self._unknown = set(member.board.ranks) - {member.rank}
         self._pids: dict[int, int] = {}
-        self._machine = _machine()
+        self._machine = this_machine()
         member.board.post(notes.Peer(member.rank), notes.ProcessIdentity(member.pid, self._machine))
 
     def check(self) -> None:
@@ -150,13 +152,6 @@ class _Peers:
                 del self._pids[rank]
                 if not board.has(notes.Released(rank)) and board.exists():
                     self._member.report_death(rank)
-
-
-def _machine() -> str | None:
-    """The same for processes that see one another's process ids; None where that cannot be told."""
-    with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    return None
 
 
 def _runs(pid: int) -> bool:
@@ -194,7 +189,15 @@ def _store_for_notes(store: Any, key: str, rank: int) -> Any:
         own = c10d.TCPStore(inner.host, 0, None, True, _MEETING, wait_for_workers=False)
         store.set(f"{key}/port", str(own.port))
         return own
-    store.wait([f"{key}/port"], _MEETING)
+
+    def describe(seconds: float) -> str:
+        return (
+            f"rank {rank} has waited {seconds:.0f} s for rank 0, which met the others at {inner.host}:{inner.port}, to "
+            "say where the ranks tell one another of failures."
+        )
+
+    if not wait_with_messages(lambda: bool(store.check([f"{key}/port"])), describe, _MEETING.total_seconds()):
+        raise RendezvousError("rank 0 did not say where the ranks tell one another of failures")
     return c10d.TCPStore(inner.host, int(store.get(f"{key}/port")), None, False, _MEETING)
 
 

@@ -66,6 +66,7 @@ def rank_variables(environment: ClusterEnvironment, num_processes: int, num_node
         "NODE_RANK": str(environment.node_rank()),
         "LOCAL_WORLD_SIZE": str(num_processes),
         "WORLD_SIZE": str(num_processes * num_nodes),
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # which may be left over from torchrun, and nobody else has the store
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Mapping
 
+from treadle_fabric.coordination import WaitMessages, list_ranks
 from treadle_fabric.failures import grace, notes
 from treadle_fabric.failures.board import Board
 from treadle_fabric.failures.notes import Failure
@@ -31,6 +32,9 @@ class Supervisor:
         self._board = board
         self._reporter = process if reports else None
         self._final = grace.Stopwatch(process.now)
+        self._all_joined = False
+        self._late: list[int] = []  # the ranks that run and have not come to the launch
+        self._messages = WaitMessages(self._describe_late, process.now, process.say)
 
     def look(self, statuses: Mapping[int, int | None]) -> Failure | None:
         """Explain the processes that have ended since the last look, and return the failure because of which all stop.
@@ -42,9 +46,25 @@ class Supervisor:
             if status is not None and rank not in self.explained:
                 self.explained.add(rank)
                 self._explain(rank, status)
+        if self._reporter is None:  # where the launching process is a rank, it says so where it waits for the others
+            self._look_for_late(rank for rank, status in statuses.items() if status is None)
         failure = self._board.final_failure()
         self.seconds = self._final.seconds(failure is not None)
         return failure
+
+    def _look_for_late(self, running: Iterable[int]) -> None:
+        if not self._all_joined:
+            self._late = [rank for rank in running if not self._board.has(notes.Joined(rank))]
+            self._all_joined = not self._late
+        if not self._all_joined:
+            self._messages.look()
+
+    def _describe_late(self, seconds: float) -> str:
+        late = f"{list_ranks(self._late)} of {len(self._board.ranks)}"
+        return (
+            f"The launching process has waited {seconds:.0f} s for {late}. Their processes run, and have not got to "
+            "the launched function; they may still import the script."
+        )
 
     def _explain(self, rank: int, status: int) -> None:
         board = self._board

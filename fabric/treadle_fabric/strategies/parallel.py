@@ -19,8 +19,8 @@ from torch.distributed.constants import default_pg_timeout
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import one_or_several
-from treadle_fabric.coordination import broadcast_object, host_group, reached_by, waits_in_vain
-from treadle_fabric.environments import ClusterEnvironment
+from treadle_fabric.coordination import broadcast_object, host_group, meet, reached_by, waits_in_vain
+from treadle_fabric.environments import ClusterEnvironment, mark_rank_as_taken
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.failures import current_member, end_process, join_group, leave_group
 from treadle_fabric.launchers import Launcher, make_launcher
@@ -180,15 +180,20 @@ class ParallelStrategy(Strategy):
             self._accelerator.setup_device(self.root_device)
         if dist.is_initialized():
             return
+        on_gpu = self.root_device.type == "cuda"
+        exclusive = self.root_device if on_gpu and "nccl" in self.process_group_backend else None
+        store = meet(environment, rank, world_size, self._timeout, exclusive)
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
         dist.init_process_group(
             self.process_group_backend,
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=self._timeout,
-            device_id=self.root_device if self.root_device.type == "cuda" else None,
+            device_id=self.root_device if on_gpu else None,
         )
+        mark_rank_as_taken()
         self._owns_group = True
         join_group()
         host_group(self._timeout)
