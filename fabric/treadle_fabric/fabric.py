@@ -621,7 +621,7 @@ class Fabric:
             raise MisconfigurationException(
                 f"load_raw(obj={type(obj).__name__}): must be a module or an optimizer. For a dict, use load."
             )
-        self._strategy.load_checkpoint(path, unwrap(obj), strict=strict, weights_only=weights_only)
+        self._strategy.load_checkpoint(path, unwrap(obj), strict=strict, weights_only=weights_only, together=False)
 
     # Callbacks and loggers
 

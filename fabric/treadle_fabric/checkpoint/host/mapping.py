@@ -1,0 +1,146 @@
+"""Files that are mapped into memory while a state is restored from them, and not for longer.
+
+The tensors of a mapped file have the system's copy of the file as their memory, which all processes of a host share;
+what is written to such a tensor is its process's own. That is right as long as nobody else changes the file: a program
+that rewrites the file in place (``cp`` does) changes the tensors, and one that shortens it has the process killed
+(SIGBUS) where it reads them. So a restore copies from the map into parameters, and at its end :meth:`FileMaps.release`
+gives memory of their own to all tensors that are still referenced: the state of an optimizer on the CPU, what a hook
+has kept, or what is returned to the user. A file that is replaced by a rename, as all saves here do, harms nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import IO, Any, Final
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.serialization import default_restore_location
+
+__all__ = ["FileMaps", "active_maps", "files_mapped", "mappable"]
+
+_MAPS: Final = "/proc/self/maps"
+_ALONE: Final = 0x4000  # MAP_NORESERVE of Linux: no room is set aside for the pages that are never written
+_MAY_MOVE_TO: Final = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
+_active: ContextVar[FileMaps | None] = ContextVar("treadle_file_maps", default=None)
+
+
+class FileMaps:
+    """The files that are mapped for one restore."""
+
+    def __init__(self) -> None:
+        self._storages: list[tuple[StorageWeakRef, int, int]] = []  # with address and size in bytes
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Local files that are loaded inside are mapped, and belong to this object."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+    def placing(self, map_location: Any) -> Callable[[torch.UntypedStorage, str], Any]:
+        """A ``map_location`` for :func:`torch.load` that does as the given one, and keeps account of the storages."""
+
+        def placed(storage: torch.UntypedStorage, location: str) -> Any:
+            weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            self._storages.append((weak, storage.data_ptr(), storage.nbytes()))
+            if callable(map_location):
+                found = map_location(storage, location)
+                return default_restore_location(storage, location) if found is None else found  # type: ignore[no-untyped-call]
+            if isinstance(map_location, dict):
+                location = map_location.get(location, location)
+            else:
+                location = str(map_location)
+            return default_restore_location(storage, location)  # type: ignore[no-untyped-call]
+
+        return placed
+
+    def release(self) -> None:
+        """Unmap the files; tensors that are still referenced keep their values, in memory of their own.
+
+        Call it when no other thread writes to such a tensor.
+        """
+        storages, self._storages = self._storages, []
+        alive = [(address, size) for weak, address, size in storages if size and not weak.expired()]  # type: ignore[no-untyped-call]
+        used = sorted((address, address + size) for address, size in alive)
+        for begin, end in _regions(used):
+            _detach(begin, end, [(a, b) for a, b in used if begin <= a < end])
+
+
+@contextmanager
+def files_mapped() -> Iterator[None]:
+    """Local files that are loaded inside are mapped into memory; after the outermost of such blocks nothing is.
+
+    Make what is loaded the affair of a function that is called inside: what is no longer referenced at the end of the
+    block never takes memory of this process's own. An error inside keeps references, so that then nothing is copied.
+    """
+    if _active.get() is not None:
+        yield
+        return
+    maps = FileMaps()
+    with maps.reading():
+        yield
+    maps.release()
+
+
+def active_maps() -> FileMaps | None:
+    """What the files that are loaded here belong to; None: they are read."""
+    return _active.get()
+
+
+def mappable(file: IO[bytes]) -> bool:
+    """Whether the file can be mapped, and be let go of while tensors are still there."""
+    if sys.platform != "linux" or not os.path.exists(_MAPS):
+        return False
+    try:
+        mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ).close()
+    except (OSError, ValueError):  # a file system that cannot map, or an empty file
+        return False
+    return True
+
+
+def _regions(used: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The mapped regions in which these ranges of addresses lie."""
+    if not used:
+        return []
+    with open(_MAPS, "rb") as file:
+        spans = [line.split(b" ", 1)[0].split(b"-") for line in file]
+    regions = [(int(begin, 16), int(end, 16)) for begin, end in spans]
+    return [(begin, end) for begin, end in regions if any(begin <= a < end for a, _ in used)]
+
+
+def _detach(begin: int, end: int, used: Sequence[tuple[int, int]]) -> None:
+    """Put memory of the process's own in the place of a mapped region, with the same content where it is used.
+
+    The exchange is one step for all threads: there is no moment at which a tensor has another content.
+    """
+    libc, size = _libc(), end - begin
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _ALONE
+    own = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if own == ctypes.c_void_p(-1).value:
+        raise MemoryError(f"{size} bytes of address space: {os.strerror(ctypes.get_errno())}")
+    for a, b in used:
+        ctypes.memmove(own + a - begin, a, b - a)
+    if libc.mremap(own, size, size, _MAY_MOVE_TO, begin) != begin:
+        error = ctypes.get_errno()
+        libc.munmap(own, size)
+        raise OSError(error, os.strerror(error))
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.argtypes, libc.mmap.restype = [address, size, number, number, number, ctypes.c_long], address
+    libc.mremap.argtypes, libc.mremap.restype = [address, size, size, number, address], address
+    libc.munmap.argtypes = [address, size]
+    return libc
