@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import mmap
 import os
 import sys
@@ -29,6 +30,8 @@ __all__ = ["FileMaps", "active_maps", "files_mapped", "mappable"]
 _MAPS: Final = "/proc/self/maps"
 _ALONE: Final = 0x4000  # MAP_NORESERVE of Linux: no room is set aside for the pages that are never written
 _MAY_MOVE_TO: Final = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
+_COLLECTED: Final = 2**26
+"""Bytes that take longer to be copied than a collection of garbage takes."""
 _active: ContextVar[FileMaps | None] = ContextVar("treadle_file_maps", default=None)
 
 
@@ -36,7 +39,7 @@ class FileMaps:
     """The files that are mapped for one restore."""
 
     def __init__(self) -> None:
-        self._storages: list[tuple[StorageWeakRef, int, int]] = []  # with address and size in bytes
+        self._storages: list[StorageWeakRef] = []
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -51,8 +54,7 @@ class FileMaps:
         """A ``map_location`` for :func:`torch.load` that does as the given one, and keeps account of the storages."""
 
         def placed(storage: torch.UntypedStorage, location: str) -> Any:
-            weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            self._storages.append((weak, storage.data_ptr(), storage.nbytes()))
+            self._storages.append(StorageWeakRef(storage))  # type: ignore[no-untyped-call]
             if callable(map_location):
                 found = map_location(storage, location)
                 return default_restore_location(storage, location) if found is None else found  # type: ignore[no-untyped-call]
@@ -69,9 +71,14 @@ class FileMaps:
 
         Call it when no other thread writes to such a tensor.
         """
-        storages, self._storages = self._storages, []
-        alive = [(address, size) for weak, address, size in storages if size and not weak.expired()]  # type: ignore[no-untyped-call]
-        used = sorted((address, address + size) for address, size in alive)
+        alive = _alive(self._storages)
+        if sum(storage.nbytes() for storage in alive) > _COLLECTED:
+            del alive
+            gc.collect()  # what torch.load leaves behind refers to all storages, in a circle
+            alive = _alive(self._storages)
+        self._storages = []
+        # referred to by ``alive``, no storage ends meanwhile, and with it the map
+        used = sorted((each.data_ptr(), each.data_ptr() + each.nbytes()) for each in alive if each.nbytes())
         for begin, end in _regions(used):
             _detach(begin, end, [(a, b) for a, b in used if begin <= a < end])
 
@@ -108,12 +115,19 @@ def mappable(file: IO[bytes]) -> bool:
     return True
 
 
+def _alive(storages: Sequence[StorageWeakRef]) -> list[torch.UntypedStorage]:
+    """The storages that somebody still refers to."""
+    new: Any = torch.UntypedStorage._new_with_weak_ptr
+    found = [new(weak.cdata) for weak in storages]
+    return [storage for storage in found if storage is not None]
+
+
 def _regions(used: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The mapped regions in which these ranges of addresses lie."""
+    """The regions of mapped files in which these ranges of addresses lie."""
     if not used:
         return []
-    with open(_MAPS, "rb") as file:
-        spans = [line.split(b" ", 1)[0].split(b"-") for line in file]
+    with open(_MAPS, "rb") as file:  # span, permissions, offset, device, inode, path; without a file the inode is 0
+        spans = [fields[0].split(b"-") for line in file if (fields := line.split(None, 5))[4] != b"0"]
     regions = [(int(begin, 16), int(end, 16)) for begin, end in spans]
     return [(begin, end) for begin, end in regions if any(begin <= a < end for a, _ in used)]
 
