@@ -16,6 +16,7 @@ import gc
 import mmap
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -78,9 +79,11 @@ class FileMaps:
             alive = _alive(self._storages)
         self._storages = []
         # referred to by ``alive``, no storage ends meanwhile, and with it the map
-        used = sorted((each.data_ptr(), each.data_ptr() + each.nbytes()) for each in alive if each.nbytes())
-        for begin, end in _regions(used):
-            _detach(begin, end, [(a, b) for a, b in used if begin <= a < end])
+        used = sorted((each.data_ptr(), each.nbytes()) for each in alive if each.nbytes())
+        for begin, end in _mapped_regions() if used else ():
+            inside = used[bisect_left(used, (begin, 0)) : bisect_left(used, (end, 0))]
+            if inside:
+                _detach(begin, end, inside)
 
 
 @contextmanager
@@ -122,18 +125,20 @@ def _alive(storages: Sequence[StorageWeakRef]) -> list[torch.UntypedStorage]:
     return [storage for storage in found if storage is not None]
 
 
-def _regions(used: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The regions of mapped files in which these ranges of addresses lie."""
-    if not used:
-        return []
+def _mapped_regions() -> list[tuple[int, int]]:
+    """Begin and end of the regions of the address space that are mapped from files."""
     with open(_MAPS, "rb") as file:  # span, permissions, offset, device, inode, path; without a file the inode is 0
         spans = [fields[0].split(b"-") for line in file if (fields := line.split(None, 5))[4] != b"0"]
-    regions = [(int(begin, 16), int(end, 16)) for begin, end in spans]
-    return [(begin, end) for begin, end in regions if any(begin <= a < end for a, _ in used)]
+    return [(int(begin, 16), int(end, 16)) for begin, end in spans]
 
 
 def _detach(begin: int, end: int, used: Sequence[tuple[int, int]]) -> None:
-    """Put memory of the process's own in the place of a mapped region, with the same content where it is used.
+    """Put memory of the process's own in the place of a mapped region.
+
+    Args:
+        begin: The address of the region.
+        end: Where it ends.
+        used: Address and size of all that has to have the same content.
 
     The exchange is one step for all threads: there is no moment at which a tensor has another content.
     """
@@ -142,8 +147,8 @@ def _detach(begin: int, end: int, used: Sequence[tuple[int, int]]) -> None:
     own = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if own == ctypes.c_void_p(-1).value:
         raise MemoryError(f"{size} bytes of address space: {os.strerror(ctypes.get_errno())}")
-    for a, b in used:
-        ctypes.memmove(own + a - begin, a, b - a)
+    for address, nbytes in used:
+        ctypes.memmove(own + address - begin, address, nbytes)
     if libc.mremap(own, size, size, _MAY_MOVE_TO, begin) != begin:
         error = ctypes.get_errno()
         libc.munmap(own, size)
