@@ -1,7 +1,8 @@
 """The host's memory does not grow with the number of processes that read a file, nor with the number of saves.
 
 Every rank read the whole file into memory of its own, and checked every byte of it; a save in the background pinned a
-block for each tensor; a fingerprint made a Python integer of each sum.
+block for each tensor; a fingerprint made a Python integer of each sum, and a NumPy array of dates one of each byte; in
+a save to a folder every rank got the fingerprints of all ranks.
 
 Tests of ``treadle_fabric.checkpoint.host.mapping``, ``treadle_fabric.checkpoint.host.checked``,
 ``treadle_fabric.checkpoint.host.arena``, ``treadle_fabric.checkpoint.fingerprint``,
@@ -440,3 +441,44 @@ def test_a_fingerprint_takes_no_python_object_for_each_sum() -> None:
         found.add(fingerprint(tensor))
         tensor[place] = 0
     assert len(found) == 5 and fingerprint(tensor.view(2, -1)) not in found
+
+
+# --- more of the kind ---
+
+
+def test_a_numpy_array_that_torch_does_not_know_takes_no_python_object_for_each_byte(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    dates = numpy.arange(200_000).astype("datetime64[s]")
+    fabric = Fabric(accelerator="cpu", devices=1)
+    fabric.save(tmp_path / "a.ckpt", {"dates": dates})
+    fabric.load(tmp_path / "a.ckpt")  # imports what it needs
+    tracemalloc.start()
+    try:
+        loaded = fabric.load(tmp_path / "a.ckpt")["dates"]
+        assert tracemalloc.get_traced_memory()[1] < 4 * dates.nbytes
+    finally:
+        tracemalloc.stop()
+    assert (loaded == dates).all() and loaded.dtype == dates.dtype
+
+
+def save_folder(folder: Path) -> None:
+    """The ranks have one tensor alike, and of another each its own; rank 0 writes its own of that."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=DistributedCheckpointIO())
+    fabric.launch()
+    sent: list[Any] = []
+    gather = torch.distributed.all_gather_object
+
+    def noted(found: list[Any], mine: Any, **given: Any) -> None:
+        gather(found, mine, **given)
+        sent.extend(found)
+
+    torch.distributed.all_gather_object = noted
+    fabric.save(folder / "c", {"same": torch.ones(300_000), "own": torch.full((300_000,), float(fabric.global_rank))})
+    summaries = [s for (result, _) in sent if isinstance(result, tuple) and len(result) == 4 for s in [result[1]]]
+    assert len(summaries) == 2 and len(summaries[0]) == 2 and summaries[1] == {}
+    loaded = fabric.load(folder / "c")
+    assert bool((loaded["own"] == 0).all()) and bool((loaded["same"] == 1).all())
+
+
+def test_no_rank_gets_the_fingerprints_of_all(tmp_path: Path) -> None:
+    run_in_ranks(save_folder, tmp_path)
