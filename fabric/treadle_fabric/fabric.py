@@ -615,7 +615,10 @@ class Fabric:
     def load_raw(
         self, path: PathLike, obj: Module | Optimizer, strict: bool = True, *, weights_only: bool | None = None
     ) -> None:
-        """Load a file that holds nothing but a module's or an optimizer's state dict; arguments as in :meth:`load`."""
+        """Load a file that holds nothing but a module's or an optimizer's state dict; arguments as in :meth:`load`.
+
+        One process may call this alone, so each that does checks the file by itself.
+        """
         self._require_launch("load_raw")
         if not isinstance(obj, (Module, Optimizer)):
             raise MisconfigurationException(
