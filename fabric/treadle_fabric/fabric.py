@@ -636,13 +636,16 @@ class Fabric:
     def load_raw(
         self, path: PathLike, obj: Module | Optimizer, strict: bool = True, *, weights_only: bool | None = None
     ) -> None:
-        """Load a file that holds nothing but a module's or an optimizer's state dict; arguments as in :meth:`load`."""
+        """Load a file that holds nothing but a module's or an optimizer's state dict; arguments as in :meth:`load`.
+
+        One process may call this alone, so each that does checks the file by itself.
+        """
         self._require_launch("load_raw")
         if not isinstance(obj, (Module, Optimizer)):
             raise MisconfigurationException(
                 f"load_raw(obj={type(obj).__name__}): must be a module or an optimizer. For a dict, use load."
             )
-        self._strategy.load_checkpoint(path, unwrap(obj), strict=strict, weights_only=weights_only)
+        self._strategy.load_checkpoint(path, unwrap(obj), strict=strict, weights_only=weights_only, together=False)
 
     # Callbacks and loggers
 

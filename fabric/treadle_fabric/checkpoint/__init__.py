@@ -5,12 +5,14 @@ the bottom: ``seal.py`` and ``archive.py`` check a file without running anything
 folder and its manifest; ``torch_file.py`` writes and reads one file, ``distributed/`` one folder; ``reading.py`` reads
 the one or the other, and ``newest.py`` lists the checkpoints in a folder. ``per_rank.py`` marks values that each rank
 has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor. ``values/`` makes values of any kind
-plain for a file, and turns them back. Imports only the foundation.
+plain for a file, and turns them back; ``host/`` is about the memory of the host. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and
-``shortened`` make them; ``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in
-common; ``pack`` and ``unpack`` are for values of any kind, and ``pickled_in`` says which of them are pickled.
+``shortened`` make them; ``files_mapped`` and ``FileMaps`` have the processes of a host share what they read, and
+``noting_checks`` and ``trusting`` the check of it; ``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what
+the ranks do not have in common; ``pack`` and ``unpack`` are for values of any kind, and ``pickled_in`` says which of
+them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
@@ -20,6 +22,8 @@ from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
 from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
 from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
+from treadle_fabric.checkpoint.host.checked import noting_checks, trusting
+from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
@@ -35,6 +39,7 @@ __all__ = [
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
+    "FileMaps",
     "Keeping",
     "NotLoaded",
     "PerRank",
@@ -42,12 +47,14 @@ __all__ = [
     "checkpoints_in",
     "classes_in_state",
     "error_of",
+    "files_mapped",
     "fingerprint",
     "hidden_beside",
     "known_classes",
     "link_folder",
     "names_of",
     "newest_good",
+    "noting_checks",
     "pack",
     "parts_on_demand",
     "pickled_in",
@@ -56,6 +63,7 @@ __all__ = [
     "read_outline",
     "shortened",
     "size_of",
+    "trusting",
     "unpack",
     "written_at",
 ]

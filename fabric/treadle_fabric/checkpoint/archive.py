@@ -12,14 +12,14 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
 from treadle_fabric.checkpoint.seal import seal_is_broken
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointUnsafeError
 
-__all__ = ["check_archive", "forbidden_globals", "numpy_allowed", "state_path_of", "weights_only_reason"]
+__all__ = ["Archive", "check_archive", "forbidden_globals", "numpy_allowed", "state_path_of", "weights_only_reason"]
 
 _ZIP = b"PK\x03\x04"
 _LEGACY = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)  # how torch.save began before 1.6
@@ -37,8 +37,23 @@ _FOREIGN = {
 _CHUNK = 4 * 1024 * 1024
 
 
-def check_archive(file: IO[bytes], path: str) -> bool:
-    """Make sure that ``file`` is a whole checkpoint; True for a zip archive, False for torch's older format.
+class Archive(NamedTuple):
+    """What a file of a checkpoint is."""
+
+    is_zip: bool
+    """A zip archive; else of the format that torch had before it."""
+    stored: bool
+    """Its records are as they are in memory, not compressed."""
+
+
+def check_archive(file: IO[bytes], path: str, *, every_byte: bool = True) -> Archive:
+    """Make sure that ``file`` is a whole checkpoint.
+
+    Args:
+        file: Open, at its beginning.
+        path: What the user calls it.
+        every_byte: Read all of it; False: only the headers and the table of contents, where the rest is known to be
+            right.
 
     Raises:
         CheckpointCorruptError: It is damaged, cut off, or no checkpoint.
@@ -46,10 +61,9 @@ def check_archive(file: IO[bytes], path: str) -> bool:
     """
     head = file.read(64)
     if head.startswith(_ZIP):
-        _check_zip(file, path)
-        return True
+        return Archive(True, _check_zip(file, path, every_byte))
     if head.startswith(_LEGACY):
-        return False
+        return Archive(False, False)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if not size:
@@ -77,7 +91,8 @@ def check_archive(file: IO[bytes], path: str) -> bool:
     raise CheckpointCorruptError(f"{path!r} is a bare pickle, no checkpoint. Write its contents with `torch.save`.")
 
 
-def _check_zip(file: IO[bytes], path: str) -> None:
+def _check_zip(file: IO[bytes], path: str, every_byte: bool) -> bool:
+    """Raise where something is wrong; return whether nothing in the archive is compressed."""
     size = file.seek(0, os.SEEK_END)
     try:
         archive = zipfile.ZipFile(file)
@@ -98,8 +113,9 @@ def _check_zip(file: IO[bytes], path: str) -> None:
             raise CheckpointCorruptError(f"{path!r} is a zip archive, no checkpoint (it holds {some or 'nothing'}).")
         if "constants.pkl" in names:
             raise CheckpointCorruptError(f"{path!r} is a TorchScript archive. Load it with `torch.jit.load`.")
-        for record in archive.infolist():
+        for record in archive.infolist() if every_byte else ():
             _check_record(archive, record, path)
+        return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
 
 
 def _check_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo, path: str) -> None:

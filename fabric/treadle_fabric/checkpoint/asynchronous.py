@@ -13,10 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from treadle_fabric import tensor_pickle
 from treadle_fabric.checkpoint.archive import state_path_of
+from treadle_fabric.checkpoint.host.arena import Arena
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
@@ -30,7 +29,8 @@ class AsyncCheckpointIO(CheckpointIO):
     """Writes checkpoints in the background; a save returns as soon as the state is copied to host memory.
 
     Later changes of the weights do not reach the file. At most one write is in flight: a second save waits for the
-    first before it copies, so that no more than one copy is in memory. Removals and writes happen in the order in which
+    first before it copies, so that no more than one copy is in memory. The memory of the copy, pinned if the state is
+    on a CUDA device, is kept for the next save until :meth:`teardown`. Removals and writes happen in the order in which
     they were asked for, and after a write that failed nothing is removed. An error in the background is raised by the
     next save or load, by :meth:`wait` or by :meth:`teardown`; if none of them is called, it is printed when the process
     ends, with exit status 1. The process does not end before everything is written.
@@ -67,6 +67,7 @@ class AsyncCheckpointIO(CheckpointIO):
         self._writer: ThreadPoolExecutor | None = None
         self._pending: list[Future[None]] = []
         self._error: BaseException | None = None
+        self._arena = Arena()
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to a spawned process."""
@@ -97,8 +98,14 @@ class AsyncCheckpointIO(CheckpointIO):
             CheckpointError: The state cannot be pickled, or an earlier save failed. This save was not begun then.
         """
         self.wait()
-        state = _copy(checkpoint, path)
-        self._submit(lambda: self._checkpoint_io.save_checkpoint(state(), path, storage_options))
+        self._leave_to_parent()
+        copied = [_copy(checkpoint, path, self._arena)]
+
+        def write() -> None:
+            state = copied.pop()()  # nothing refers to the copy when the write has ended
+            self._checkpoint_io.save_checkpoint(state, path, storage_options)
+
+        self._submit(write)
 
     def load_checkpoint(
         self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
@@ -137,20 +144,25 @@ class AsyncCheckpointIO(CheckpointIO):
             if self._writer is not None:
                 self._writer.shutdown()
                 self._writer = None
+            self._arena.close()
             self._checkpoint_io.teardown()
 
     def _submit_unless_failed(self, action: Callable[[], None]) -> None:
         self._submit(lambda: None if self._error is not None else action())
 
     def _submit(self, action: Callable[[], None]) -> None:
-        if self._process != os.getpid():  # forked: the thread, and what it had to do, stayed in the parent
-            self._start_anew()
+        self._leave_to_parent()
         if self._writer is None:
             # A thread that is no daemon: the interpreter waits for it, whatever ends the run
             self._writer = ThreadPoolExecutor(1, "treadle-checkpoint-writer")
         _used.add(self)
         self._pending = [job for job in self._pending if not job.done()]
         self._pending.append(self._writer.submit(self._work, action))
+
+    def _leave_to_parent(self) -> None:
+        """In a forked process: the thread, what it had to do, and the memory for that are the parent's."""
+        if self._process != os.getpid():
+            self._start_anew()
 
     def _work(self, action: Callable[[], None]) -> None:
         try:
@@ -185,7 +197,7 @@ atexit.register(_report)
 # --- the copy ---
 
 
-def _copy(checkpoint: Any, path: PathLike) -> Callable[[], Any]:
+def _copy(checkpoint: Any, path: PathLike, arena: Arena) -> Callable[[], Any]:
     """Copy ``checkpoint`` as ``torch.save`` would write it, and return a function that puts it together again.
 
     Everything but the bytes of tensors is pickled at once, so that nothing changes any more, tensors that share memory
@@ -198,16 +210,4 @@ def _copy(checkpoint: Any, path: PathLike) -> Callable[[], Any]:
             f"The checkpoint {str(path)!r} was not written: {state_path_of(checkpoint)} cannot be pickled ({e}). Save "
             "its state_dict() or plain values, or leave it out."
         ) from e
-    copies = [_on_host(storage) for storage in storages]
-    for device in {storage.device for storage in storages if storage.device.type == "cuda"}:
-        torch.cuda.current_stream(device).synchronize()
-    return functools.partial(tensor_pickle.load, stream, copies)
-
-
-def _on_host(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """A copy in host memory; from a CUDA device it is only asked for, and there when the current stream has done it."""
-    on_gpu = storage.device.type == "cuda"
-    # Torch keeps pinned memory that is freed, so only the first save pays for it
-    copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_gpu).untyped_storage()
-    copy.copy_(storage, non_blocking=on_gpu)
-    return copy
+    return functools.partial(tensor_pickle.load, stream, arena.copy(storages))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import mmap
 import os
 import pickle
 from collections.abc import Iterator
@@ -25,9 +26,11 @@ from treadle_fabric.checkpoint.archive import (
     state_path_of,
     weights_only_reason,
 )
-from treadle_fabric.checkpoint.folder.layout import is_sharded, refuse_foreign
+from treadle_fabric.checkpoint.folder.layout import identity_of, is_sharded, refuse_foreign
 from treadle_fabric.checkpoint.folder.names import check_name, hidden_beside
 from treadle_fabric.checkpoint.folder.placing import put_in_place
+from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
+from treadle_fabric.checkpoint.host.mapping import active_maps, mappable
 from treadle_fabric.checkpoint.seal import seal
 from treadle_fabric.errors import (
     CheckpointCorruptError,
@@ -192,11 +195,16 @@ def load_file(path: PathLike, map_location: Any | None = None, weights_only: boo
     fs, where = file_system(path)
     target: Any = "cpu" if map_location is None else map_location
     safe = weights_only is None or bool(weights_only)
+    maps = active_maps()
     with _opened(fs, where, path) as file:
-        is_zip = check_archive(file, str(path))
-        mapped = is_zip and fs is None and _leaves_the_host(target)
+        found = identity_of(os.fstat(file.fileno())) if fs is None else None
+        is_zip, stored = check_archive(file, str(path), every_byte=not is_checked(found))
+        set_checked(found)
+        mapped = stored and fs is None and (maps is not None or _leaves_the_host(target)) and mappable(file)
         try:
-            return _load(where if mapped else file, target, safe, mapped)
+            if not mapped:
+                return _load(file, target, safe)
+            return _load_mapped(file, where, target if maps is None else maps.placing(target), safe)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as e:
@@ -220,10 +228,7 @@ def _opened(fs: Any | None, where: str, path: PathLike) -> Iterator[IO[bytes]]:
 
 
 def _leaves_the_host(target: Any) -> bool:
-    """Whether every tensor is copied away from the file, so that mapping it into memory is safe.
-
-    On the CPU a tensor would stay a part of the file, and break as soon as a program rewrites the file in place.
-    """
+    """Whether every tensor is copied away from the file, so that it can be mapped and needs no :class:`FileMaps`."""
     return isinstance(target, str | torch.device) and not str(target).startswith("cpu")
 
 
@@ -242,11 +247,22 @@ def neighbours(fs: Any | None, where: str) -> str:
     return f"In its folder there is: {shown}."
 
 
-def _load(source: str | IO[bytes], target: Any, safe: bool, mapped: bool) -> dict[str, Any]:
-    if not mapped and not isinstance(source, str):
-        source.seek(0)
+def _load(file: IO[bytes], target: Any, safe: bool) -> dict[str, Any]:
+    file.seek(0)
     with numpy_allowed():
-        state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=mapped or None)
+        state: dict[str, Any] = torch.load(file, map_location=target, weights_only=safe, mmap=False)
+    return state
+
+
+def _load_mapped(file: IO[bytes], where: str, target: Any, safe: bool) -> dict[str, Any]:
+    opened = f"/proc/self/fd/{file.fileno()}"  # another file may have taken the name since this one was checked
+    source = opened if os.path.exists(opened) else where
+    options = torch.serialization.get_default_mmap_options()
+    private: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if options not in (None, mmap.MAP_PRIVATE):  # what is written to a tensor would be written to the file
+        private = torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
+    with private, numpy_allowed():
+        state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=True)
     return state
 
 

@@ -22,6 +22,7 @@ from treadle_fabric.coordination.host_group import (
 )
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
+from treadle_fabric.coordination.once_a_node import once_a_node
 from treadle_fabric.coordination.rendezvous import meet, new_group, this_machine
 from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.coordination.stop_agreement import StopAgreement
@@ -44,6 +45,7 @@ __all__ = [
     "meet_patiently",
     "new_group",
     "on_rank_zero",
+    "once_a_node",
     "reached_by",
     "this_machine",
     "wait_for_rank_zero",

@@ -13,9 +13,18 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.attribute_dict import AttributeDict
-from treadle_fabric.checkpoint import Keeping, PerRank, classes_in_state, pack, unpack
+from treadle_fabric.checkpoint import (
+    Keeping,
+    PerRank,
+    classes_in_state,
+    files_mapped,
+    noting_checks,
+    pack,
+    trusting,
+    unpack,
+)
 from treadle_fabric.containers import entries, holds_state, leaves, update_entries, with_entries
-from treadle_fabric.coordination import gather_objects, on_rank_zero
+from treadle_fabric.coordination import gather_objects, on_rank_zero, once_a_node
 from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
@@ -97,15 +106,28 @@ class CheckpointingStrategy(Strategy):
         strict: bool = True,
         weights_only: bool | None = None,
         classes: Collection[type] = (),
+        together: bool = True,
     ) -> dict[str, Any]:
-        """Every rank reads the file."""
+        """Every rank reads the file; the first of each node checks it, before the others read."""
+        with files_mapped():  # what only this function refers to ends inside
+            return self._loaded(path, state, strict, weights_only, classes, together)
+
+    def _loaded(
+        self,
+        path: PathLike,
+        state: Module | Optimizer | dict[str, Any] | None,
+        strict: bool,
+        weights_only: bool | None,
+        classes: Collection[type],
+        together: bool,
+    ) -> dict[str, Any]:
         if isinstance(state, Mapping) and not state:
             raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
         if state is not None and not isinstance(state, (Module, Optimizer)):
             _check_state(path, state)
         if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
             on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
-        content: Any = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+        content = self._read(path, weights_only, together and self.world_size > 1)
         if isinstance(content, dict):
             known = {*classes, *classes_in_state(state)}
             content = unpack(content, str(path), weights_only=weights_only, map_location="cpu", classes=known)
@@ -130,6 +152,27 @@ class CheckpointingStrategy(Strategy):
         for key in sorted((key for key in state if key in content), key=lambda k: not isinstance(state[k], Module)):
             state[key] = _restore(self, path, key, state[key], remainder.pop(key), strict)
         return remainder
+
+    def _read(self, path: PathLike, weights_only: bool | None, together: bool) -> Any:
+        """What the file holds. Together, one rank of each node reads first, and so checks it for the others."""
+
+        def read() -> Any:
+            return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+        if not together or "://" in str(path):  # from afar, to read one after the other would take twice the time
+            return read()
+        content: list[Any] = []
+
+        def read_first() -> set[tuple[int, ...]]:
+            with noting_checks() as checked:
+                content.append(read())
+            return checked
+
+        checked = once_a_node(self, read_first, f"could not read {str(path)!r}")
+        if content:
+            return content[0]
+        with trusting(checked or ()):
+            return read()
 
 
 def _check_state(path: Any, state: Any) -> None:

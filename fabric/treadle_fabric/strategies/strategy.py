@@ -468,6 +468,7 @@ class Strategy(ABC):
         strict: bool = True,
         weights_only: bool | None = None,
         classes: Collection[type] = (),
+        together: bool = True,
     ) -> dict[str, Any]:
         """Read a state and restore it in place.
 
@@ -477,6 +478,7 @@ class Strategy(ABC):
             strict: Refuse a file that lacks something in ``state``.
             weights_only: Only an explicit ``False`` lets the file run code of its own.
             classes: The dataclasses, enums and named tuples that values may be of; those in ``state`` are known.
+            together: Every process calls this at the same time; False: this one may be alone.
 
         Returns:
             The entries of the file that ``state`` has not; all of them if ``state`` is ``None``.

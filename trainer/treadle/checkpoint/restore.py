@@ -22,9 +22,12 @@ __all__ = ["read_checkpoint", "restore_training", "restore_weights"]
 
 
 def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training: bool) -> dict[str, Any]:
-    """Read a checkpoint, and for training what this rank needs of the states of all ranks; every rank calls this."""
+    """Read a checkpoint, and for training what this rank needs of the states of all ranks; every rank calls this.
+
+    Its tensors are mapped from the file until ``run.maps`` is released.
+    """
     strategy, classes = run.fabric.strategy, keeping(run).classes["treadle"]
-    with parts_on_demand():
+    with parts_on_demand(), run.maps.reading():
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
         if training and "treadle" in checkpoint:
             checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy.global_rank, strategy.world_size)

@@ -17,6 +17,7 @@ from treadle_fabric import CheckpointCorruptError, CheckpointError, CheckpointNo
 from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     checkpoints_in,
+    files_mapped,
     names_of,
     pickled_in,
     read_outline,
@@ -139,6 +140,11 @@ def _line(name: str, value: object) -> None:
 
 
 def _diff(given: argparse.Namespace) -> int:
+    with files_mapped():
+        return _print_diff(given)
+
+
+def _print_diff(given: argparse.Namespace) -> int:
     io = TorchCheckpointIO()
     a, b = (_entries(io.load_checkpoint(path)) for path in (given.a, given.b))
     different = hidden = 0

@@ -27,7 +27,7 @@ from treadle_fabric import (
     near_names,
     rank_zero_warn,
 )
-from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, known_classes, unpack
+from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, files_mapped, known_classes, unpack
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningDataModule, LightningModule
@@ -78,6 +78,19 @@ def load_module_from_checkpoint(
             is kept pickled.
         MisconfigurationException: ``__init__`` needs arguments that neither the file nor ``kwargs`` has.
     """
+    with files_mapped():  # what only the inner function refers to ends inside
+        return _module_from(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
+
+
+def _module_from(
+    cls: type[M],
+    checkpoint_path: PathLike | IO[bytes],
+    map_location: Any,
+    hparams_file: PathLike | None,
+    strict: bool | None,
+    weights_only: bool | None,
+    kwargs: dict[str, Any],
+) -> M:
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
     hparams, name, whole = _hparams_of(checkpoint, hparams_file, "")
     module = instantiate(cls, hparams, name, whole, kwargs)
@@ -112,6 +125,18 @@ def load_datamodule_from_checkpoint(
 
     Arguments and errors are those of :func:`load_module_from_checkpoint`.
     """
+    with files_mapped():
+        return _datamodule_from(cls, checkpoint_path, map_location, hparams_file, weights_only, kwargs)
+
+
+def _datamodule_from(
+    cls: type[D],
+    checkpoint_path: PathLike | IO[bytes],
+    map_location: Any,
+    hparams_file: PathLike | None,
+    weights_only: bool | None,
+    kwargs: dict[str, Any],
+) -> D:
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
     datamodule = instantiate(cls, *_hparams_of(checkpoint, hparams_file, "datamodule_"), kwargs)
     if cls.__qualname__ in checkpoint:

@@ -19,6 +19,7 @@ from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.steps import StepCounter
 from treadle.stages import TrainerState
 from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, with_plain_names
+from treadle_fabric.checkpoint import FileMaps
 from treadle_fabric.loggers import Logger
 
 __all__ = ["ReadyRun", "Run"]
@@ -49,6 +50,8 @@ class Run:
     """What this run has warned of: parts that are made anew do not repeat it."""
     changes: ModelChanges = field(default_factory=ModelChanges)
     """What the run changes about its module and optimizers: what is trainable, modes, parameter groups."""
+    maps: FileMaps = field(default_factory=FileMaps)
+    """The file that the run starts from, until all of it is restored."""
 
     @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:

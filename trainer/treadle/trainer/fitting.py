@@ -181,6 +181,7 @@ class Fitting:
 
     def left(self, run: ReadyRun, *, interrupted: bool) -> Continuation:
         """Tell where the fit ended, for a later fit that goes on."""
+        run.maps.release()  # where there was no batch
         module, progress, stopped = run.module, replace(run.progress), self._stopped
         if stopped is not None and stopped.progress.batches == progress.batches:  # no batch since
             return replace(stopped, rng=collect_rng_states())
@@ -195,6 +196,7 @@ class Fitting:
             restore_exact(run, self._unrestored, self.data, accumulate=self._controls.accumulate_grad_batches)
             run.changes.restored(run.module)
             self._unrestored = {}
+            run.maps.release()
 
     def _ask_for_data(self) -> None:
         if not self._data_asked:

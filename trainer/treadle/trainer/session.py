@@ -132,6 +132,7 @@ class Session:
 
         With a limit of 0 nobody is asked for loaders.
         """
+        run.maps.release()  # the weights are restored
         name, loaders = f"{stage}_dataloader", {}
         if given is not None or settings.limits[stage] != 0:
             loaders = run.dispatch.run(name, find_loaders, given, name, run.module, run.datamodule)

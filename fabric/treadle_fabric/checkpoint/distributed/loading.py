@@ -17,6 +17,7 @@ from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_l
 from treadle_fabric.checkpoint.folder.layout import PLAIN, identity, rank_file, unmixed
 from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back
+from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.per_rank import RankParts, on_demand
 from treadle_fabric.checkpoint.torch_file import load_file, neighbours, reason_of
 from treadle_fabric.checkpoint.values.unpacking import unpack_alone
@@ -51,9 +52,13 @@ def load_sharded(
 
 
 def _load_all(where: str, path: PathLike, map_location: Any | None, weights_only: bool | None) -> dict[str, Any]:
+    present = identity(where)
     manifest = read_manifest(where, str(path))
     names = [name for name in manifest["files"] if not (on_demand() and name.startswith("rank_"))]  # these: when read
-    verify(where, str(path), manifest, names)
+    if not is_checked(present):
+        verify(where, str(path), manifest, names)
+    if identity(where) == present:
+        set_checked(present)
     content = _read_plain(where, path, manifest, map_location, weights_only)
     stand_ins = content["tensors"]
     tensors = {name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in stand_ins.items()}

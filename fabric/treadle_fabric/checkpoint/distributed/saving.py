@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
@@ -22,6 +22,10 @@ __all__ = ["save_sharded"]
 
 
 # --- saving ---
+
+
+Summary = dict[str, tuple[int, str]]
+"""Of each tensor that every rank has whole: its bytes, and its fingerprint."""
 
 
 def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | None = None) -> None:
@@ -55,8 +59,9 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
             lock = lock_folder(temporary)
         parts.append(split)
         alone = ranks.size == 1
-        summary = {n: (t.nbytes, "" if alone else fingerprint(t)) for n, t in split.replicated.items()}
-        return temporary, summary, bool(split.sharded), list(split.own)
+        summary.update({n: (t.nbytes, "" if alone else fingerprint(t)) for n, t in split.replicated.items()})
+        sent = summary if ranks.rank == 0 else {}  # no rank needs those of all
+        return temporary, sent, bool(split.sharded), list(split.own)
 
     def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
         split = parts[0]
@@ -75,13 +80,17 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
             put_in_place(folder, where)
 
     parts: list[Split] = []
+    summary: Summary = {}
     try:
         begun = ranks.together(begin)
         folder = begun[0][0]
         if differ := {rank: f"has {own} per rank." for rank, (*_, own) in enumerate(begun) if own != begun[0][-1]}:
             raise ranks.error({0: f"has {begun[0][-1]} per rank.", **differ})
-        if begun[0][1] or any(sharded for _, _, sharded, _ in begun):
-            files, places = _write(ranks, parts[0], [summary for _, summary, *_ in begun], folder)
+        first = begun[0][1]
+        if first or any(sharded for _, _, sharded, _ in begun):
+            differ_here = [name for name, found in first.items() if summary.get(name) != found]
+            unlike = {name for names in ranks.together(lambda: differ_here) for name in names}
+            files, places = _write(ranks, parts[0], first, unlike, folder)
         results = ranks.together(finish)
         ranks.together(publish)
     finally:
@@ -92,9 +101,10 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
 
 
 def _write(
-    ranks: Ranks, split: Split, summaries: list[dict[str, Any]], folder: str
+    ranks: Ranks, split: Split, summary: Summary, unlike: Collection[str], folder: str
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
-    mine = {**split.sharded, **{n: split.replicated[n] for n, r in _share_out(summaries).items() if r == ranks.rank}}
+    owners = _share_out(summary, unlike, ranks.size)
+    mine = {**split.sharded, **{name: split.replicated[name] for name, rank in owners.items() if rank == ranks.rank}}
     from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, write_tensors  # heavy
 
     try:
@@ -103,14 +113,13 @@ def _write(
         raise ranks.error({rank: ranks.told(error) for rank, error in e.failures.items()}) from e
 
 
-def _share_out(summaries: list[dict[str, Any]]) -> dict[str, int]:
-    """The rank that writes each tensor: the one with the fewest bytes so far if all have the same, else rank 0."""
-    load = [0] * len(summaries)
+def _share_out(summary: Summary, unlike: Collection[str], size: int) -> dict[str, int]:
+    """The rank that writes each tensor: the one with the fewest bytes so far, or rank 0 if not all have the same."""
+    load = [0] * size
     owners: dict[str, int] = {}
-    for name, summary in summaries[0].items():
-        alike = all(other.get(name) == summary for other in summaries)
-        owners[name] = load.index(min(load)) if alike else 0
-        load[owners[name]] += summary[0]
+    for name, (nbytes, _) in summary.items():
+        owners[name] = 0 if name in unlike else load.index(min(load))
+        load[owners[name]] += nbytes
     return owners
 
 

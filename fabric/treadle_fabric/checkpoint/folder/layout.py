@@ -14,6 +14,7 @@ __all__ = [
     "PLAIN",
     "has_manifest",
     "identity",
+    "identity_of",
     "is_sharded",
     "rank_file",
     "refuse_foreign",
@@ -133,6 +134,11 @@ def identity(path: str) -> tuple[int, ...] | None:
         status = os.stat(representative(path))
     except OSError:
         return None
+    return identity_of(status)
+
+
+def identity_of(status: os.stat_result) -> tuple[int, ...]:
+    """The same of a file that is open, from what ``os.fstat`` gave."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -59,7 +59,7 @@ def make(name: str, content: Any, more: Any) -> Any:
     if name not in ("numpy.raw", "numpy.raw_scalar"):
         raise LookupError(name)
     dtype, shape = more
-    array = np.frombuffer(bytes(content.cpu().tolist()), dtype=_dtype(dtype)).reshape(shape).copy()
+    array = np.frombuffer(content.cpu().numpy().tobytes(), dtype=_dtype(dtype)).reshape(shape).copy()
     return array if name == "numpy.raw" else array[()]
 
 
