@@ -56,6 +56,20 @@ def test_the_first_program_of_the_readme(tmp_path: Path) -> None:
     assert saved.name == "epoch=4-step=145.ckpt"
 
 
+def test_the_programs_of_the_page_on_torchmetrics(tmp_path: Path) -> None:
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchmetrics.md").read_text(), re.DOTALL)
+    found = []
+    for i, program in enumerate(programs):
+        for devices in ("1", "2"):
+            (file := tmp_path / f"program{i}.py").write_text(program.replace("devices=2", f"devices={devices}"))
+            found.append(run(str(file)))
+    module, modules, loop, loops = found
+    assert number(r"mean_score +([\d.]+)", modules) == number(r"mean_score +([\d.]+)", module)
+    assert "val_BinaryPrecision" in modules
+    assert modules.count("mean_score") == 1
+    assert loop == loops == "auroc 1.000\n"
+
+
 def test_every_example_is_run_here() -> None:
     assert sorted(str(file.relative_to(EXAMPLES)) for file in EXAMPLES.rglob("*.py")) == sorted(LAUNCHED)
 
