@@ -69,7 +69,7 @@ class Prediction:
     def _outputs(self, *, share: bool = False, meet: bool = False) -> Iterator[tuple[int, Any]]:
         """Yield the loader's index and the output of each batch; with ``share``, those of the other ranks too.
 
-        With ``meet``, ranks that have less batches wait for the others after each loader.
+        With ``meet``, ranks that have fewer batches wait for the others after each loader.
         """
         run, dispatch = self._run, self._run.dispatch
         modes = module_modes(run.module)

@@ -33,7 +33,7 @@ class Told(NamedTuple):
     facts: Mapping[str, Any] = {}
     """By the name of a row, what a rank that lacks the row needs to know of it."""
     idle: frozenset[Any] = frozenset()
-    """The rows that this rank cannot have are those whose fact ``loader`` is in here: it had no batch of them."""
+    """The loaders of which this rank had no batch, so that it could log nothing of them."""
     paths: frozenset[str] = frozenset()
     """The torchmetrics objects of this rank, by path."""
 
