@@ -87,6 +87,7 @@ from treadle_fabric.rank_zero import (
     warn_user,
 )
 from treadle_fabric.resolve import Plan, resolve
+from treadle_fabric.setup.metrics import compute_alone
 from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
@@ -178,6 +179,7 @@ __all__ = [
     "check_loss",
     "claim_failure",
     "collect_rng_states",
+    "compute_alone",
     "describe_error",
     "detect_environment",
     "end_run",

@@ -26,6 +26,7 @@ from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, resolve
 from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
+from treadle_fabric.setup.metrics import gather_metrics
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
@@ -335,6 +336,7 @@ class Fabric:
             The wrapped loader, or a list of several; a list for a list of loaders.
         """
         self._require_launch("setup_dataloaders")
+        gather_metrics(self._strategy)
         if not dataloaders:
             raise MisconfigurationException("setup_dataloaders() got no loader.")
         flat, counts = _spread(dataloaders, _several)
@@ -348,6 +350,7 @@ class Fabric:
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def _prepare(self, module: Module, move_to_device: bool) -> Module:
+        gather_metrics(self._strategy, module)
         module = self._strategy.precision.convert_module(module)
         if any(each.is_meta for each in module.parameters()):
             if not self._strategy.initializes_on_meta:
@@ -464,6 +467,7 @@ class Fabric:
         """Move a module (in place), a tensor or a batch to :attr:`device`, and return it."""
         self._require_launch("to_device")
         if isinstance(obj, Module):
+            gather_metrics(self._strategy, obj)
             self._strategy.module_to_device(obj)
             return obj
         return self._strategy.batch_to_device(obj)

@@ -6,12 +6,15 @@ import csv
 import difflib
 import os
 import re
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tests.processes import run_in_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -54,6 +57,22 @@ def test_the_first_program_of_the_readme(tmp_path: Path) -> None:
     run(str(tmp_path / "first.py"))
     (saved,) = tmp_path.rglob("checkpoints/*.ckpt")
     assert saved.name == "epoch=4-step=145.ckpt"
+
+
+def test_the_programs_of_the_page_on_torchmetrics(tmp_path: Path) -> None:
+    import torchmetrics  # noqa: F401  # takes seconds, which the forks below need not spend
+
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchmetrics.md").read_text(), re.DOTALL)
+    found = []
+    for i, program in enumerate(programs):
+        for devices in (1, 2):
+            (file := tmp_path / f"program{i}.py").write_text(program.replace("devices=2", f"devices={devices}"))
+            found.append(run_in_ranks(partial(runpy.run_path, run_name="__main__"), file, devices=devices))
+    module, modules, loop, loops = found
+    assert number(r"mean_score +([\d.]+)", modules) == number(r"mean_score +([\d.]+)", module)
+    assert "val_BinaryPrecision" in modules
+    assert "auroc 1.000\n" in loop
+    assert loops.count("auroc 1.000\n") == 1
 
 
 def test_every_example_is_run_here() -> None:

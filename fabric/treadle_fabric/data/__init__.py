@@ -4,18 +4,21 @@ Start with ``loader.py`` (what ``setup_dataloaders`` returns) and ``sharding.py`
 ``samplers.py`` finds the samplers of a loader, ``order.py`` keeps the order of samples independent of the number of
 ranks, ``epochs.py`` and ``cursors/`` go on from any position, which ``resume.py`` finds, ``resumable.py`` is the loader
 whose position is saved, ``several.py`` tells one loader from several, ``combined.py`` iterates several as one, and
-``streams.py`` tells what makes its batches while training goes on. Imports strategies and what is below them.
+``streams.py`` tells what makes its batches while training goes on. At ``meeting.py`` ranks with unequal numbers of
+batches meet. Imports strategies and what is below them.
 """
 
 from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, share_loader
+from treadle_fabric.data.meeting import BatchMeeting
 from treadle_fabric.data.samplers import set_epoch, sized_len
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.data.sharding import ShardedSampler, is_shared
 from treadle_fabric.data.streams import PrivateStream, is_stream, keeps_position
 
 __all__ = [
+    "BatchMeeting",
     "CombinedLoader",
     "Epochs",
     "FabricDataLoader",

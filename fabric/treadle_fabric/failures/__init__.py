@@ -47,6 +47,9 @@ The notes (N: the number of a failure, counted from 1; R: a global rank)::
     Changed E G      a rank whose DDP engine E has   the others: those that went on without wrapping it say so
                      to wrap its module again
     Unchanged E G    a rank that went on             the rank that waits: raises an error
+    Done M G R       a rank that has no batch left   ranks with batches: a collective would wait for rank R
+    Held M G R       a rank in such a collective     the rank that raises the error: where, in which batch
+    Blocked M G      the same                        ranks that wait at meeting M: raise an error
 
 What happens:
 

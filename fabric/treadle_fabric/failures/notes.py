@@ -46,6 +46,18 @@ class Whereabouts:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a rank is in a loop over batches that may have unequal numbers on the ranks."""
+
+    batches: int
+    """The batches that it had; where a collective holds it, the number of the batch, counted from 1."""
+    sequences: dict[str, int]
+    """By name of a process group, how many collectives the rank has begun in it."""
+    stack: str = ""
+    """Where a collective holds it."""
+
+
+@dataclass(frozen=True)
 class LaunchInfo:
     """The launching process, and the global ranks that it started on its machine, its own included."""
 
@@ -103,6 +115,17 @@ class _OfBoth(_OfFailure[C]):
 class _OfWrapping(Note[C]):
     engine: str
     generation: int
+
+
+@dataclass(frozen=True)
+class _OfMeeting(Note[C]):
+    meeting: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class _OfRankAtMeeting(_OfMeeting[C]):
+    rank: int
 
 
 class Launch(Note[LaunchInfo]):
@@ -187,3 +210,19 @@ class Changed(_OfWrapping[str]):
 
 class Unchanged(_OfWrapping[str]):
     """The rank of this number began that forward pass without wrapping its module again."""
+
+
+class Done(_OfRankAtMeeting[Progress]):
+    """The rank has no batch left, and waits for the others."""
+
+    content = Progress
+
+
+class Held(_OfRankAtMeeting[Progress]):
+    """The rank is in a collective of a batch, and a rank without a further batch does not take part."""
+
+    content = Progress
+
+
+class Blocked(_OfMeeting[str]):
+    """Such a rank is there: those that wait raise an error."""

@@ -159,6 +159,8 @@ CONTENTS = {
     notes.Peer: notes.ProcessIdentity(7, None),
     notes.FirstFailure: Failure(2, 1, "Traceback\n  ValueError: ö\n", hangs=True, status=143),
     notes.Place: Whereabouts(True, "  line\n"),
+    notes.Done: notes.Progress(3, {"0": 7}),
+    notes.Held: notes.Progress(4, {"0": 8}, "  line\n"),
     notes.Crash: 'Current thread\n  File "x"',
 }
 

@@ -20,6 +20,7 @@ from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage, TrainerFn
+from treadle_fabric.data import BatchMeeting
 
 __all__ = ["Evaluation"]
 
@@ -38,10 +39,9 @@ class Evaluation:
     def __init__(self, run: ReadyRun, data: EvaluationData, name: str, *, inference_mode: bool) -> None:
         self._run, self.data, self._name = run, data, name
         self._results = Results(training=False, fabric=run.fabric)
-        step_name = f"{name}_step"
-        self._step_name = step_name
+        self._results.belongs_to(run.module, run.results.callbacks)
         self._several = len(data.loaders) > 1
-        step, call = getattr(run.module, step_name), run.method(step_name)
+        step, call = getattr(run.module, f"{name}_step"), run.method(f"{name}_step")
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
@@ -50,6 +50,7 @@ class Evaluation:
             self._iterate = lambda *args: outside_inference_mode(partial(data.iterate, *args))
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
+        self._meeting = BatchMeeting(name) if run.fabric.world_size > 1 else None
         self._asked = 0  # the number of calls of `interrupted`
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
         self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
@@ -86,6 +87,8 @@ class Evaluation:
                 ended, self._asked = True, 0
                 for loader_idx, limit in enumerate(limits):
                     ended = ended and (not limit or self._loader(loader_idx, limit, silent, interrupted))
+                    if self._meeting is not None:
+                        self._meet(loader_idx, self._meeting)
                 if interrupted is not None and run.fabric.world_size > 1:
                     ended = run.fabric.strategy.reduce_boolean_decision(ended)
                 if not ended:
@@ -104,7 +107,7 @@ class Evaluation:
                 dispatch.call(f"{hook}_end")
         except RuntimeError as error:
             if self._no_grad is torch.inference_mode:
-                explain_missing_gradients(error, results.hook or self._step_name)
+                explain_missing_gradients(error, results.hook or f"{name}_step")
             raise
         finally:
             results.reset()
@@ -116,6 +119,12 @@ class Evaluation:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
+    def _meet(self, loader_idx: int, meeting: BatchMeeting) -> None:
+        """Wait for ranks that have more batches: a collective in one of them must not be taken for a later one."""
+        if not meeting.begun:
+            self._results.idle.add(loader_idx if self._several else None)
+        meeting.come(f"of loader {loader_idx}" if self._several else "")
+
     def forget(self) -> None:
         """Forget what was logged, because another number of loaders follows: their names are others."""
         self._run.metrics.forget(self._results)
@@ -126,7 +135,7 @@ class Evaluation:
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
         on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
         step_name, start_name, end_name = (
-            self._step_name,
+            f"{self._name}_step",
             f"on_{self._name}_batch_start",
             f"on_{self._name}_batch_end",
         )
@@ -135,8 +144,10 @@ class Evaluation:
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
-        ended = True
+        ended, meeting = True, self._meeting
         for batch_idx, batch, _ in batches:
+            if meeting is not None:
+                meeting.begun = batch_idx + 1
             if interrupted is not None:
                 if interrupted(self._asked):
                     ended = False

@@ -16,6 +16,7 @@ from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import all_gather_objects, move_data_to_device
+from treadle_fabric.data import BatchMeeting
 
 __all__ = ["Prediction"]
 
@@ -37,6 +38,7 @@ class Prediction:
         self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
+        self._meeting = BatchMeeting("prediction") if run.fabric.world_size > 1 else None
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
 
@@ -48,7 +50,7 @@ class Prediction:
             if outputs are not kept. Of a loader that ranks share, each rank gets the outputs of all ranks, in order.
         """
         predictions: list[list[Any]] = [[] for _ in self._data.num_batches]
-        for loader_idx, output in self._outputs():
+        for loader_idx, output in self._outputs(meet=True):
             if self._keep:
                 predictions[loader_idx].append(output)
         if not self._keep:
@@ -64,8 +66,11 @@ class Prediction:
         for _, output in self._outputs(share=True):
             yield output
 
-    def _outputs(self, *, share: bool = False) -> Iterator[tuple[int, Any]]:
-        """Yield the loader's index and the output of each batch; with ``share``, those of the other ranks too."""
+    def _outputs(self, *, share: bool = False, meet: bool = False) -> Iterator[tuple[int, Any]]:
+        """Yield the loader's index and the output of each batch; with ``share``, those of the other ranks too.
+
+        With ``meet``, ranks that have fewer batches wait for the others after each loader.
+        """
         run, dispatch = self._run, self._run.dispatch
         modes = module_modes(run.module)
         try:
@@ -80,6 +85,8 @@ class Prediction:
                     outputs = self._with_others(outputs)
                 for output in outputs:
                     yield loader_idx, output
+                if meet and self._meeting is not None:
+                    self._meeting.come(f"of loader {loader_idx}" if len(self._data.loaders) > 1 else "")
             with self._no_grad():
                 dispatch.call("on_predict_epoch_end")
                 dispatch.call("on_predict_end")
@@ -97,7 +104,10 @@ class Prediction:
         batches: Any = self._data.iterate(loader_idx, run.progress.epoch, limit)
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
+        meeting = self._meeting
         for batch_idx, batch, _ in batches:
+            if meeting is not None:
+                meeting.begun = batch_idx + 1
             with self._no_grad():
                 batch = transfer(batch, loader_idx)
                 results.hook = "on_predict_batch_start"

@@ -7,20 +7,20 @@ ranks, weighted by the number of samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from treadle.metrics.reduction import REDUCTIONS, Row, compute_alone, reduce_over_ranks
-from treadle_fabric import Fabric, MisconfigurationException, infer_batch_size, with_plain_names
+from treadle.metrics.reduction import REDUCTIONS, Reduced, Row, Told, reduce_over_ranks
+from treadle_fabric import Fabric, MisconfigurationException, compute_alone, infer_batch_size, with_plain_names
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
 from treadle.metrics.options import GivenOptions, LogOptions, read_options
 from treadle.metrics.slot import Slot, stack
-from treadle.metrics.values import flatten_metrics, is_metric, step_value
+from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, step_value
 
 __all__ = ["Results"]
 
@@ -63,10 +63,13 @@ class Results:
         """Whether there are no other ranks to reduce over."""
         self._roots: list[LightningModule] = []
         """Where torchmetrics objects are looked up by path."""
+        self.callbacks: Sequence[Any] = ()
+        self.idle: set[int | None] = set()
+        """The loaders of which this rank had no batch; None where there is one loader."""
 
-    def belongs_to(self, module: LightningModule) -> None:
-        """Set the module whose values are logged here."""
-        self._roots = [module]
+    def belongs_to(self, module: LightningModule, callbacks: Sequence[Any] = ()) -> None:
+        """Set the module whose values are logged here, and the callbacks, which may log through it."""
+        self._roots, self.callbacks = [module], callbacks
 
     def log(
         self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
@@ -94,7 +97,7 @@ class Results:
         elif not isinstance(value, (int, float)):
             if is_metric(value):
                 slot.metric = value
-                slot.value = step_value(value) if slot.on_step else None
+                slot.value = step_value(value, compute_alone) if slot.on_step else None
                 slot.has_value = slot.fresh = self.open = True
                 return
             value = _number(name, value)
@@ -140,6 +143,7 @@ class Results:
             if slot.metric is not None and slot.on_epoch:
                 slot.metric.reset()
         self.slots.clear()
+        self.idle.clear()
         self.open = False
         self.begin_batch(None)
 
@@ -173,7 +177,7 @@ class Results:
             for (hook, _, _), slot in self.slots.items()
             if callable(slot.reduce) and not slot.rank_zero_only
         ]
-        return reduce_over_ranks(self._fabric, rows)
+        return reduce_over_ranks(self._fabric, rows).values
 
     def load_state_dict(self, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; ``metrics`` are the module's torchmetrics objects by path."""
@@ -275,7 +279,7 @@ class Results:
                     weight = samples if slot.reduce == "mean" else 1.0
                     rows += [(name, slot.reduce, value * weight if weight else 0.0, weight) for name, value in entries]
         if distributed:
-            out.update(reduce_over_ranks(self._fabric, rows))
+            out.update(reduce_over_ranks(self._fabric, rows).values)
         return out
 
     def _samples(self) -> float:
@@ -294,25 +298,27 @@ class Results:
         rows: list[Row] = []
         distributed = not self.alone and not local
         slots = {k: s for k, s in self.slots.items() if s.on_epoch and s.has_value and not s.closed}
-        for (hook, _, _), slot in slots.items():
+        for key, slot in slots.items():
             if distributed and not slot.rank_zero_only:
                 slot.fold()
-                name = f"{slot.name}{slot.suffix} in {hook}"
+                name = _row_of(key, slot)
                 if slot.metric is not None:  # reduces over the ranks itself, if all have it
                     rows.append((name, "count", None, 1.0))
                 elif callable(slot.reduce):
                     rows.append((name, "gather", slot.values, 0.0))
                 else:
                     rows.append((name, slot.reduce, 0.0 if slot.total is None else slot.total, slot.weight))
-        reduced = reduce_over_ranks(self._fabric, rows) if distributed else {}
-        for (hook, _, _), slot in slots.items():
+        reduced = reduce_over_ranks(self._fabric, rows, self._tell) if distributed else Reduced()
+        values = dict(reduced.values)
+        slots.update(self._of_others(reduced, {row[0] for row in rows}))
+        objects = {_row_of(key, slot): slot for key, slot in slots.items() if slot.metric is not None}
+        for name, slot in sorted(objects.items(), key=lambda item: item[0]):  # in one order on all ranks
+            together = distributed and not slot.rank_zero_only and self._is_everywhere(slot, values[name], reduced)
+            values[name] = slot.metric.compute() if together or self.alone else compute_alone(slot.metric)
+        for key, slot in slots.items():
             slot.closed = True
-            value = reduced.get(f"{slot.name}{slot.suffix} in {hook}")
-            if slot.metric is not None:
-                value = (
-                    slot.metric.compute() if value in (None, self._fabric.world_size) else compute_alone(slot.metric)
-                )
-            elif isinstance(value, list):
+            value = values.get(_row_of(key, slot))
+            if isinstance(value, list):
                 slot.values, value = value, None
             if value is None:
                 value = slot.compute()
@@ -321,8 +327,66 @@ class Results:
                 if value.dtype == torch.float64 and slot.metric is None:
                     value = value.to(torch.get_default_dtype())
             found.append((slot, value))
-        mine = {row[0] for row in rows}
-        return found + [_elsewhere(n, v) for n, v in reduced.items() if n not in mine and isinstance(v, Tensor)]
+        return found
+
+    def _tell(self) -> Told:
+        """Tell ranks that logged other names what they need to know of this rank's."""
+        paths = self._paths()
+        by_id = {id(metric): path for path, metric in paths.items()}
+        facts = {
+            _row_of((hook, name, loader), slot): _Facts(
+                hook,
+                slot.name,
+                slot.loader,
+                {**slot.options._asdict(), "reduce_fx": slot.reduce if isinstance(slot.reduce, str) else "mean"},
+                by_id.get(id(slot.metric)),
+                hook not in _EPOCH_HOOKS,
+            )
+            for (hook, name, loader), slot in self.slots.items()
+        }
+        return Told(facts, frozenset(self.idle), frozenset(paths))
+
+    def _paths(self) -> dict[str, Any]:
+        return metrics_by_path(self._roots[0], self.callbacks) if self._roots else {}
+
+    def _of_others(self, reduced: Reduced, mine: set[str]) -> dict[tuple[str, str, int | None], Slot]:
+        """Make slots for what only other ranks logged: this rank had no samples, for example."""
+        lacking = {name: facts for told in reduced.told for name, facts in told.facts.items() if name not in mine}
+        paths = self._paths() if lacking else {}
+        before, found = (self.hook, self.dataloader_idx), {}
+        for name, facts in lacking.items():
+            value = reduced.values.get(name)
+            everywhere = all(facts.path in told.paths for told in reduced.told)
+            if isinstance(value, Tensor) or (isinstance(value, int) and everywhere):
+                self.hook, self.dataloader_idx = facts.hook, facts.loader
+                key = (facts.hook, facts.name, facts.loader)
+                slot = self.slots.get(key) or self._new_slot(facts.name, read_options(facts.options))
+                slot.metric, found[key] = paths.get(facts.path), slot
+        self.hook, self.dataloader_idx = before
+        return found
+
+    def _is_everywhere(self, slot: Slot, count: int, reduced: Reduced) -> bool:
+        """Return whether all ranks compute this torchmetrics object now, so that it may gather from all."""
+        if count == self._fabric.world_size:
+            return True
+        path = next((path for path, metric in self._paths().items() if metric is slot.metric), None)
+        return all(path in theirs.paths for theirs in reduced.told)
+
+
+class _Facts(NamedTuple):
+    """What a rank that lacks a slot needs to know of it."""
+
+    hook: str
+    name: str
+    loader: int | None
+    options: dict[str, Any]
+    path: str | None
+    """Where the rank finds the torchmetrics object, None for a number or an object in no known place."""
+    in_batch: bool
+
+
+def _row_of(key: tuple[str, str, int | None], slot: Slot) -> str:
+    return f"{slot.name}{slot.suffix} in {key[0]}"
 
 
 class _Reduced:
@@ -342,15 +406,6 @@ def _same_code(one: LogOptions, other: LogOptions) -> bool:
     same |= isinstance(one.reduce_fx, _Reduced)
     same |= one.reduce_fx == REDUCTIONS.get(other.reduce_fx, other.reduce_fx)
     return same and one._replace(reduce_fx=other.reduce_fx) == other
-
-
-def _elsewhere(row: str, value: Tensor) -> tuple[Slot, Any]:
-    """Make a slot for a value that only other ranks logged (this rank had no samples, for example)."""
-    label, _, _ = row.rpartition(" in ")
-    name, mark, loader = label.partition("/dataloader_idx_")
-    slot = Slot(name, LogOptions(logger=False), on_step=False, on_epoch=True)
-    slot.suffix, slot.loader = mark + loader, int(loader) if mark else None
-    return slot, value.to(torch.get_default_dtype())
 
 
 def _number(name: str, value: Any) -> float:

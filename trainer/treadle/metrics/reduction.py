@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, Final, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from treadle_fabric import Fabric, all_gather_objects, rank_zero_warn
 
-__all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "reduce_over_ranks"]
+__all__ = ["REDUCTIONS", "Reduced", "Reduction", "Row", "Told", "reduce_over_ranks"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
 Row: TypeAlias = tuple[str, Reduction | Literal["gather", "count"], Any, float]
@@ -26,23 +27,32 @@ def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
     return [v for theirs in all_gather_objects(fabric, [float(v) for v in values]) for v in theirs]
 
 
-def compute_alone(metric: Any) -> Any:
-    """Compute a torchmetrics object of this rank's values alone: a collective would wait for ranks that lack it."""
-    before = getattr(metric, "_to_sync", False)
-    metric._to_sync = False
-    try:
-        return metric.compute()
-    finally:
-        metric._to_sync = before
+class Told(NamedTuple):
+    """What a rank tells the others where the ranks have logged different names."""
+
+    facts: Mapping[str, Any] = {}
+    """By the name of a row, what a rank that lacks the row needs to know of it."""
+    idle: frozenset[Any] = frozenset()
+    """The loaders of which this rank had no batch, so that it could log nothing of them."""
+    paths: frozenset[str] = frozenset()
+    """The torchmetrics objects of this rank, by path."""
 
 
-def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
+class Reduced(NamedTuple):
+    """Values of all ranks by name, and what each rank told; nothing where all ranks logged the same names."""
+
+    values: dict[str, Any] = {}
+    told: list[Told] = []
+
+
+def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] = Told) -> Reduced:
     """Reduce scalars over all ranks in one collective (two above 64 of them).
 
     Args:
         fabric: the Fabric of these ranks.
         rows: for each scalar its name, reduction, total on this rank (for a mean: the weighted sum) and weight.
             "gather" takes a list of numbers in the total's place, and "count" None.
+        tell: called where the ranks logged different names; what this rank tells the others then.
 
     Returns:
         The reduced value of every name that any rank logged, in float64; for "gather" the numbers of
@@ -50,16 +60,13 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
     """
     rows = sorted(rows, key=lambda r: r[0])
     names = [f"{name}:{how}" for name, how, *_ in rows]
-    gathered = _exchange(fabric, rows, names)
+    gathered, told = _exchange(fabric, rows, names), []
     if gathered is None:  # the ranks logged different names
-        everywhere = all_gather_objects(fabric, names)
+        exchanged = all_gather_objects(fabric, (names, tell()))
+        everywhere, told = [theirs for theirs, _ in exchanged], [theirs for _, theirs in exchanged]
         union = sorted({name for theirs in everywhere for name in theirs})
         for name in union:
-            if without := [rank for rank, theirs in enumerate(everywhere) if name not in theirs]:
-                rank_zero_warn(
-                    f"{name.rpartition(':')[0]!r} was not logged on rank {', '.join(map(str, without))}: it is reduced"
-                    " over the other ranks."
-                )
+            _warn_of_lack(name, everywhere, told)
         mine = dict(zip(names, rows, strict=True))
         for extra in union:
             if extra not in mine:
@@ -85,7 +92,23 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row]) -> dict[str, Any]:
                 out[name] = totals.amin()
             case _:
                 out[name] = totals.amax()
-    return out
+    return Reduced(out, told)
+
+
+def _warn_of_lack(name: str, everywhere: list[list[str]], told: list[Told]) -> None:
+    """Warn of a name that a rank did not log although it had batches to log it of."""
+    row, _, how = name.rpartition(":")
+    facts = next((each.facts[row] for each in told if row in each.facts), None)
+    without = [
+        rank
+        for rank, theirs in enumerate(everywhere)
+        if name not in theirs and not (facts is not None and facts.in_batch and facts.loader in told[rank].idle)
+    ]
+    if how == "count" and facts is not None and all(facts.path in each.paths for each in told):
+        return  # all ranks compute it, also those that did not log it
+    if without:
+        over = "it is computed of each rank's own values" if how == "count" else "it is reduced over the other ranks"
+        rank_zero_warn(f"{row!r} was not logged on rank {', '.join(map(str, without))}: {over}.")
 
 
 def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | None:

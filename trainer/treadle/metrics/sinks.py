@@ -36,7 +36,11 @@ class _NotLogging:
             )
         elif LogOptions(*options).logger is not False:
             for key, scalar in flatten_metrics({name: value}):
-                module.fabric.log(key, step_value(scalar) if is_metric(scalar) else scalar)
+                module.fabric.log(key, step_value(scalar, _compute) if is_metric(scalar) else scalar)
+
+
+def _compute(metric: Any) -> Any:
+    return metric.compute()
 
 
 NOT_LOGGING: Final = _NotLogging()

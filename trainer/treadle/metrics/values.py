@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from treadle_fabric import MisconfigurationException
+from torch.nn import Module
+
+from treadle_fabric import MisconfigurationException, with_plain_names
 from treadle_fabric.loggers import to_numbers
 
-__all__ = ["flatten_metrics", "is_metric", "to_floats"]
+__all__ = ["flatten_metrics", "is_metric", "metrics_by_path", "to_floats"]
 
 
 def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -39,7 +41,50 @@ def is_metric(value: Any) -> bool:
     return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
 
 
-def step_value(metric: Any) -> Any:
-    """Return what a torchmetrics object computed of the last batch, or of all so far if it was only updated."""
+def step_value(metric: Any, compute: Callable[[Any], Any]) -> Any:
+    """Return what a torchmetrics object computed of the last batch, or of all so far if it was only updated.
+
+    Args:
+        metric: the object.
+        compute: computes it, of the values of all ranks or of this rank alone.
+    """
     cached = getattr(metric, "_forward_cache", None)
-    return metric.compute() if cached is None else cached
+    return compute(metric) if cached is None else cached
+
+
+def metrics_by_path(module: Module, callbacks: Sequence[Any]) -> dict[str, Any]:
+    """Return the torchmetrics objects of a run by names that are the same on all ranks.
+
+    Args:
+        module: its submodules are searched, and the lists and dictionaries that are attributes of them.
+        callbacks: their attributes are searched likewise.
+    """
+    found = {name: each for name, each in with_plain_names(module, module.named_modules()) if is_metric(each)}
+    owners = [(name, each) for name, each in module.named_modules() if not is_metric(each)]
+    owners += [(f"callback {i}", each) for i, each in enumerate(callbacks)]
+    known = {id(each) for each in found.values()}
+    for owner, holder in owners:
+        for attribute, value in vars(holder).items():
+            for name, each in _held(attribute, value):
+                if is_metric(each) and id(each) not in known:
+                    found[f"{owner}: {name}"] = each
+                    known.add(id(each))
+    return found
+
+
+def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a value, or what the containers in it hold, with a name for each."""
+    if name in ("_modules", "_parameters", "_buffers"):
+        return
+    if isinstance(value, Module) and not is_metric(value):
+        yield from ((f"{name}.{inner}", each) for inner, each in value.named_modules() if is_metric(each))
+    elif hasattr(value, "compute_groups"):
+        yield from ((f"{name}.{key}", each) for key, each in value.items(keep_base=True, copy_state=False))
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _held(f"{name}[{key!r}]", each)
+    elif isinstance(value, list | tuple):
+        for i, each in enumerate(value):
+            yield from _held(f"{name}[{i}]", each)
+    else:
+        yield name, value

@@ -92,7 +92,7 @@ class Session:
     def attach(self, trainer: Trainer) -> Results:
         """Give module and data module the trainer; return the slots that ``self.log`` goes to from now on."""
         results = Results(training=self.state.fn is TrainerFn.FITTING, fabric=self._fabric)
-        results.belongs_to(self.module)
+        results.belongs_to(self.module, trainer.callbacks)
         if self.datamodule is not None:
             self.datamodule.trainer = trainer
         self.module.attach(trainer, results)
