@@ -50,7 +50,7 @@ def once_a_node(strategy: OnNodes, action: Callable[[], T], failure: str) -> T |
         except Exception as e:
             text = f"Rank {strategy.global_rank} {failure}: {str(e) or describe_error(e)}"
             error, trouble = e, (_kind_elsewhere(e), text)
-    meet_patiently(failure)
+    meet_patiently("what one rank of each node does for the others")
     outcomes = all_gather_objects(strategy, (strategy.local_rank, strategy.node_rank, result, trouble))
     if error is not None:
         raise error
