@@ -25,7 +25,7 @@ from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
 import treadle as L
-from treadle_fabric import find_free_port
+from treadle_fabric import AsyncCheckpointIO, TorchCheckpointIO, find_free_port
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -166,6 +166,24 @@ def test_where_nothing_is_saved_it_is_called_where_the_run_ends() -> None:
     assert fit(model, enable_checkpointing=False)[1] == 75
     assert [call[3] for call in handler.calls] == [False]
     assert model.finished == [0, 1]
+
+
+def test_it_is_called_after_a_save_that_goes_on_beside_training() -> None:
+    awaited = threading.Event()
+
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, *arguments: Any, **kwargs: Any) -> None:
+            assert awaited.wait(20)
+            super().save_checkpoint(*arguments, **kwargs)
+
+    class Awaits(AsyncCheckpointIO):
+        def wait(self) -> None:
+            awaited.set()
+            super().wait()
+
+    handler = Handles(then=leave(75))
+    assert fit(Signalled(), plugins=[Awaits(Slow())])[1] == 75
+    assert [call[3] for call in handler.calls] == [True]
 
 
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_end", "teardown"])

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.random_devices import Devices
 from torch.utils.data import DataLoader, Dataset
 
 from treadle_fabric.checkpoint import TorchCheckpointIO
@@ -147,34 +148,6 @@ def test_state_in_the_form_that_lightning_saves_is_taken() -> None:
     draw()
     set_rng_states(states)
     assert draw() == following
-
-
-class Devices:
-    """Four CUDA devices, for which generators of the CPU stand; it notes those that are asked for a context."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, current: int = 0) -> None:
-        self.generators = [torch.Generator().manual_seed(1) for _ in range(4)]
-        self.current, self.initialized = current, True
-        self.contexts = {current}
-        cuda = torch.cuda
-        monkeypatch.setattr(cuda, "is_available", lambda: True)
-        monkeypatch.setattr(cuda, "is_initialized", lambda: self.initialized)
-        monkeypatch.setattr(cuda, "device_count", lambda: 4)
-        monkeypatch.setattr(cuda, "current_device", lambda: self.current)
-        monkeypatch.setattr(cuda, "get_rng_state", lambda device="cuda": self.of(device).get_state())
-        monkeypatch.setattr(cuda, "get_rng_state_all", lambda: [g.get_state() for g in self.generators])
-        monkeypatch.setattr(cuda, "set_rng_state", lambda state, device="cuda": self.of(device).set_state(state))
-        monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: index in self.contexts, raising=False)
-
-    def of(self, device: int | str) -> torch.Generator:
-        return self.generators[self.current if device == "cuda" else int(device)]
-
-    def draw(self) -> list[float]:
-        """A number from each device."""
-        return [float(torch.rand((), generator=generator)) for generator in self.generators]
-
-    def draw_own(self) -> float:
-        return float(torch.rand((), generator=self.generators[self.current]))
 
 
 @pytest.mark.parametrize("collect", [own_rng_states, collect_rng_states])

@@ -904,6 +904,7 @@ class Trainer:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
                         self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
+                        on_rank_zero(self.strategy, self.strategy.checkpoint_io.wait, f"could not write {path}")
                         rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
                 raise
             except BaseException:
