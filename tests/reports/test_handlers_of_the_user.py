@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -209,17 +210,18 @@ def test_a_second_signal_and_one_in_the_middle_of_a_save_are_the_same_call() -> 
     assert len(handler.calls) == 1
 
 
-def test_two_signals_call_two_handlers_the_first_one_first(in_slurm: None) -> None:
-    order: list[str] = []
-    Handles(signal.SIGTERM, lambda: order.append("SIGTERM"))
-    Handles(signal.SIGUSR1, lambda: order.append("SIGUSR1"))
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGUSR1, signal.SIGTERM)])
+def test_two_signals_call_two_handlers_the_first_one_first(numbers: tuple[int, int], in_slurm: None) -> None:
+    order: list[int] = []
+    for number in numbers:
+        Handles(number, partial(order.append, number))
 
     def both() -> None:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for number in numbers:
+            os.kill(os.getpid(), number)
 
     assert fit(Signalled(act=both))[1] == 143
-    assert order == ["SIGUSR1", "SIGTERM"]
+    assert order == list(numbers)
 
 
 def test_a_handler_may_save_and_set_should_stop() -> None:
