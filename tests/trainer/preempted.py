@@ -100,5 +100,19 @@ def fit(mode: str, strategy: str, ckpt_path: str | None = None) -> None:
     trainer.fit(Model(mode), DataLoader(data, 4), val, ckpt_path=ckpt_path)
 
 
+def handle(number: int, frame: object) -> None:
+    """A user's handler; ``ANSWER`` says how it ends: with nothing, an exit status, or an error."""
+    saved = (Path("checkpoints") / "preempted.ckpt").exists()
+    say(f"handled {os.environ.get('LOCAL_RANK', 'parent')} {signal.Signals(number).name} {'saved' if saved else ''}")
+    answer = os.environ["ANSWER"]
+    if answer.isdecimal():
+        sys.exit(int(answer))
+    if answer == "error":
+        raise ValueError("the handler failed")
+
+
 if __name__ == "__main__":
+    if "ANSWER" in os.environ:
+        signal.signal(signal.SIGTERM, handle)
+        signal.signal(signal.SIGUSR1, handle)
     fit(*sys.argv[1:])

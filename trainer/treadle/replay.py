@@ -38,7 +38,7 @@ from treadle_fabric import (
     with_plain_names,
 )
 from treadle_fabric.checkpoint import TorchCheckpointIO, known_classes, unpack
-from treadle_fabric.randomness import set_rng_states
+from treadle_fabric.randomness import as_own_rng_states, set_rng_states
 
 __all__ = ["Replay", "replay"]
 
@@ -121,7 +121,7 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
             trainer.fabric.setup_module(module)
             _restore(module, bundle)
             batch = move_data_to_device(bundle["batch"], trainer.fabric.device)
-            set_rng_states(bundle["rng"])
+            set_rng_states(as_own_rng_states(bundle["rng"], bundle.get("rank", 0)))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             if isinstance(error, (CheckpointMismatchError, MisconfigurationException)):
                 raise

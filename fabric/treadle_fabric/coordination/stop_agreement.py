@@ -20,10 +20,19 @@ class StopAgreement:
     """Finds the step after which all ranks stop, through the store that they met at.
 
     A thread looks for a request a few times a second; a step itself only takes a lock. The rank that wants to stop
-    posts how many steps it has done, and waits. The others are at most one step ahead, inside a collective that waits
-    for it: their threads post the step they are in. All stop after the largest number posted.
+    posts the number of steps that it has done, and waits. The thread of each other rank posts the step that its rank
+    has begun last; that rank finishes the step, and waits. All stop after the largest number posted.
 
-    Every rank makes as many of these, in the same order.
+    The ranks may be several steps apart: those that do not wait for one another in each step (gradient accumulation
+    without synchronization, evaluation, a host that only queues what its device does and the collectives of NCCL) go on
+    until their thread has seen the request, for up to 0.2 seconds. That does no harm: a rank that has posted begins no
+    other step before all have posted, so that all find the same largest number, and no rank is beyond it. A rank that
+    is behind makes up for the steps in between, and the collectives in them find the ranks that are ahead, which have
+    begun the same steps. So a stop may take as many steps as lie between two places where the ranks wait for one
+    another, or as fit into 0.2 seconds. The boundaries must be the same on all ranks; where they are not, as in an
+    evaluation with unequal numbers of batches, the ranks have to agree once more afterwards.
+
+    Every rank makes the same number of these, in the same order.
     """
 
     def __init__(self) -> None:
@@ -31,7 +40,7 @@ class StopAgreement:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._seen = False  # the request; from then on no step is begun before the decision
-        self._committed = 0  # the step that was begun last
+        self._committed = 0  # the step that was begun last: this rank is not beyond it, but may be far ahead of others
         self._rank, self._world_size = 0, 1
         self._store: Any = None
         self._thread: threading.Thread | None = None
@@ -89,7 +98,7 @@ class StopAgreement:
         try:
             self._store.set_timeout(_PATIENCE)
             return max(int(value) for value in self._store.multi_get(keys))
-        except RuntimeError:  # a rank that never answers: stop where we are
+        except RuntimeError:  # a rank whose process is gone or stopped, for its thread would answer: stop here
             return 0
 
     def _watch(self, store: Any) -> None:

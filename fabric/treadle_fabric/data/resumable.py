@@ -17,7 +17,7 @@ from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
 from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sampler_epoch, sized_len
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
-from treadle_fabric.randomness.state import collect_rng_states, rng_states_of, set_rng_states
+from treadle_fabric.randomness.state import own_rng_states, rng_states_of, set_rng_states
 from treadle_fabric.strategies import Strategy
 
 __all__ = ["ResumableDataLoader", "wrap_loader"]
@@ -136,7 +136,7 @@ class ResumableDataLoader(WrappedLoader):
     def state_dict(self) -> dict[str, Any]:
         """The position, what it means, and the random states of every rank; every rank must call this."""
         strategy = self._strategy
-        random = _put_back.get(strategy) or collect_rng_states()
+        random = _put_back.get(strategy) or own_rng_states()
         data = self._epochs.state_dict(self._position)
         self._epochs.tell()
         mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}

@@ -24,7 +24,7 @@ import torch
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
-from treadle_fabric.failures import grace
+from treadle_fabric.failures import grace, notes
 from treadle_fabric.failures.folder_board import FolderBoard
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import join_launch
@@ -160,10 +160,12 @@ class SpawnLauncher(Launcher):
             multiprocessing.connection.wait(sentinels, timeout=grace.LOOK_INTERVAL)
 
     def _raise(self, failure: Failure, board: FolderBoard) -> NoReturn:
-        if {process.exitcode for process in self._processes.values()} == {_TERMINATED}:
+        statuses = {process.exitcode or 0 for process in self._processes.values()}
+        ended = all(board.has(notes.Failed(failure.number, rank)) for rank in board.ranks)  # by SystemExit, or an error
+        if statuses == {_TERMINATED} or (ended and len(statuses) == 1 and min(statuses) >= 0 and statuses != {1}):
             if failure.hangs:
                 report(board, failure, THIS_PROCESS)
-            raise SystemExit(_TERMINATED)
+            raise SystemExit(statuses.pop())
         raise ProcessFailedError(str(failure) + whereabouts(board, failure, THIS_PROCESS))
 
     def _end_all(self) -> None:

@@ -9,8 +9,10 @@ from treadle_fabric.randomness.generators import generator_state, is_generator, 
 from treadle_fabric.randomness.private import PrivateRandomness
 from treadle_fabric.randomness.seeds import seed_everything, worker_init_function
 from treadle_fabric.randomness.state import (
+    as_own_rng_states,
     collect_rng_states,
     isolate_rng,
+    own_rng_states,
     rng_states_of,
     same_rng_states,
     set_rng_states,
@@ -18,10 +20,12 @@ from treadle_fabric.randomness.state import (
 
 __all__ = [
     "PrivateRandomness",
+    "as_own_rng_states",
     "collect_rng_states",
     "generator_state",
     "is_generator",
     "isolate_rng",
+    "own_rng_states",
     "rng_states_of",
     "same_rng_states",
     "seed_everything",

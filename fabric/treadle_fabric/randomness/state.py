@@ -14,7 +14,18 @@ import torch
 
 from treadle_fabric.randomness.seeds import numpy_if_imported
 
-__all__ = ["NumPyState", "collect_rng_states", "isolate_rng", "rng_states_of", "same_rng_states", "set_rng_states"]
+__all__ = [
+    "NumPyState",
+    "as_own_rng_states",
+    "collect_rng_states",
+    "isolate_rng",
+    "own_rng_states",
+    "rng_states_of",
+    "same_rng_states",
+    "set_rng_states",
+]
+
+_SEED_AND_OFFSET = 16  # bytes of the state of a CUDA generator: two integers
 
 
 def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
@@ -24,7 +35,8 @@ def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
         include_cuda: Also the generators of CUDA or MPS devices that are in use.
 
     Returns:
-        Keys "torch", "python", "numpy" (where installed), "cuda" (a list with one state a device) and "mps".
+        Keys "torch", "python", "numpy" (where installed), "cuda" (a list with one state a visible device), "own_cuda"
+        (the state of the current CUDA device, which may have another index where the state is set again) and "mps".
     """
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (numpy := numpy_if_imported()) is not None:
@@ -32,9 +44,56 @@ def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
     if include_cuda:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             states["cuda"] = torch.cuda.get_rng_state_all()
+            states["own_cuda"] = states["cuda"][torch.cuda.current_device()]
         if torch.backends.mps.is_available():
             states["mps"] = torch.mps.get_rng_state()
     return states
+
+
+def own_rng_states() -> dict[str, Any]:
+    """The state of every global generator that this rank draws from, for a rank that goes on, perhaps elsewhere.
+
+    Returns:
+        What :func:`collect_rng_states` does, but in place of "cuda" the key "other_cuda": by index, the states of
+        devices other than the current one that this process computes on. Reading them makes no context on a device.
+    """
+    states = collect_rng_states(include_cuda=False)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["own_cuda"] = torch.cuda.get_rng_state()
+        own, uses = torch.cuda.current_device(), getattr(torch._C, "_cuda_hasPrimaryContext", lambda index: False)
+        others = [index for index in range(torch.cuda.device_count()) if index != own and uses(index)]
+        if others:
+            states["other_cuda"] = {index: torch.cuda.get_rng_state(index) for index in others}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def as_own_rng_states(states: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """What :func:`own_rng_states` would have returned, from what it or :func:`collect_rng_states` did return.
+
+    Checkpoints held the states of all visible devices once. A rank draws on its own device only: that is the generator
+    from which most was drawn or, if that does not tell, the one with the local rank's index.
+
+    Args:
+        states: The states of a rank.
+        rank: The global rank of the process that they are of.
+    """
+    own = {kind: state for kind, state in states.items() if kind != "cuda"}
+    if states.get("cuda") and "own_cuda" not in states:
+        own["own_cuda"] = states["cuda"][_drawn_from(states["cuda"], rank)]
+    return own
+
+
+def _drawn_from(devices: Sequence[torch.Tensor], rank: int) -> int:
+    alone = [i for i, one in enumerate(devices) if sum(torch.equal(one, other) for other in devices) == 1]
+    if len(alone) == 1 != len(devices):
+        return alone[0]
+    if all(state.numel() == _SEED_AND_OFFSET for state in devices):
+        seeds, offsets = zip(*(state.contiguous().view(torch.int64).tolist() for state in devices))
+        if len(set(seeds)) == 1 and offsets.count(most := max(offsets)) == 1:
+            return int(offsets.index(most))
+    return rank % len(devices)
 
 
 _NUMPY_WORDS = 4 * 625  # bytes: 624 words and a position
@@ -102,7 +161,7 @@ def _numpy_state(numpy: Any) -> tuple[Any, ...]:
 
 
 def same_rng_states(a: Any, b: Any) -> bool:
-    """Whether two states that :func:`collect_rng_states` returned are the same, in the generators that both have."""
+    """Whether two states are the same in the generators that both have; one function returned both."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, Mapping):
@@ -113,7 +172,10 @@ def same_rng_states(a: Any, b: Any) -> bool:
 
 
 def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
-    """Set the states that :func:`collect_rng_states` returned; other generators stay as they are."""
+    """Set the states that :func:`collect_rng_states` or :func:`own_rng_states` returned.
+
+    The current CUDA device gets the state of the device that was current then. Other generators stay as they are.
+    """
     if "torch" in rng_state_dict:
         torch.set_rng_state(rng_state_dict["torch"])
     if "python" in rng_state_dict:
@@ -125,6 +187,12 @@ def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
     if "cuda" in rng_state_dict and torch.cuda.is_available():
         for device, state in zip(range(torch.cuda.device_count()), rng_state_dict["cuda"]):
             torch.cuda.set_rng_state(state, device)
+    if "own_cuda" in rng_state_dict and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng_state_dict["own_cuda"])  # where CUDA is not used yet, as soon as it is
+    if "other_cuda" in rng_state_dict and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        for device, state in rng_state_dict["other_cuda"].items():
+            if device < torch.cuda.device_count() and device != torch.cuda.current_device():
+                torch.cuda.set_rng_state(state, device)
     if "mps" in rng_state_dict and torch.backends.mps.is_available():
         torch.mps.set_rng_state(rng_state_dict["mps"])
 
@@ -137,6 +205,7 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
         include_cuda: Also the generators of CUDA or MPS devices that are in use.
     """
     states = collect_rng_states(include_cuda)
+    states.pop("own_cuda", None)  # each device gets its own back, whichever is the current one then
     try:
         yield
     finally:
@@ -147,17 +216,17 @@ def rng_states_of(ranks: Sequence[dict[str, Any]], rank: int) -> dict[str, Any]:
     """The random states for a rank, from those that the ranks of an earlier run had.
 
     Args:
-        ranks: What :func:`collect_rng_states` returned on each rank of that run.
+        ranks: What :func:`own_rng_states` returned on each rank of that run.
         rank: The rank now. One that the earlier run did not have gets states of its own, made from those of rank 0.
     """
     if rank < len(ranks):
-        return ranks[rank]
+        return as_own_rng_states(ranks[rank], rank)
     first = ranks[0]
     with isolate_rng():
         seed = zlib.crc32(b"%d" % rank + first["torch"].numpy().tobytes())
         torch.manual_seed(seed)
         random.seed(seed)
-        new = collect_rng_states()
+        new = own_rng_states()
     if "numpy" in first:
         name, words, *rest = first["numpy"]
         new["numpy"] = (name, words ^ seed, *rest)

@@ -11,16 +11,26 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.random_devices import Devices
 from torch.utils.data import DataLoader, Dataset
 
 from treadle_fabric.checkpoint import TorchCheckpointIO
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness.seeds import global_seed, reset_seed, seed_everything, worker_init_function
-from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, same_rng_states, set_rng_states
+from treadle_fabric.randomness.state import (
+    as_own_rng_states,
+    collect_rng_states,
+    isolate_rng,
+    own_rng_states,
+    rng_states_of,
+    same_rng_states,
+    set_rng_states,
+)
 
 Draw = tuple[float, float, float]
 
@@ -138,6 +148,88 @@ def test_state_in_the_form_that_lightning_saves_is_taken() -> None:
     draw()
     set_rng_states(states)
     assert draw() == following
+
+
+@pytest.mark.parametrize("collect", [own_rng_states, collect_rng_states])
+def test_a_rank_goes_on_with_its_own_device_wherever_that_is(
+    collect: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    devices = Devices(monkeypatch, current=2)
+    devices.draw_own()
+    io = TorchCheckpointIO()
+    io.save_checkpoint(collect(), tmp_path / "rng.ckpt")
+    following = devices.draw_own()
+    devices = Devices(monkeypatch, current=1)
+    set_rng_states(io.load_checkpoint(tmp_path / "rng.ckpt", weights_only=True))
+    assert devices.draw_own() == following
+
+
+def test_only_devices_of_the_process_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch, current=2)
+    assert own_rng_states().keys() == {"torch", "python", "numpy", "own_cuda"}
+    devices.contexts.add(0)
+    devices.draw_own()
+    states = own_rng_states()
+    assert states["other_cuda"].keys() == {0}
+    following = devices.draw()
+    devices.current = 0
+    set_rng_states(states)
+    assert devices.draw_own() == following[2], "device 0 is the own one now"
+    devices.current = 2
+    set_rng_states(states)
+    again = devices.draw()
+    assert (again[0], again[2]) == (following[0], following[2])
+    assert again[1] != following[1]
+
+
+def test_isolate_rng_gives_each_device_its_own_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch, current=2)
+    devices.draw_own()
+    with isolate_rng():
+        following = devices.draw()
+        devices.current = 1
+    assert devices.draw() == following
+
+
+def test_states_are_set_without_cuda_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch, current=2)
+    devices.contexts.add(0)
+    states = own_rng_states()
+    following = devices.draw_own()
+    devices.initialized = False
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("this begins to use CUDA"))
+    assert "own_cuda" not in own_rng_states()
+    assert "cuda" not in collect_rng_states()
+    set_rng_states(states)
+    assert devices.draw_own() == following
+
+
+@pytest.mark.parametrize(("rank", "own"), [(1, 1), (5, 2), (1, 3), (0, 2)])
+def test_files_with_the_states_of_all_devices_give_a_rank_its_own(
+    rank: int, own: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = Devices(monkeypatch, current=own)
+    devices.draw_own()
+    states = [collect_rng_states() for _ in range(rank + 1)]
+    for old in states:
+        del old["own_cuda"]
+    following = devices.draw_own()
+    devices = Devices(monkeypatch, current=0)
+    for generator in devices.generators:
+        generator.manual_seed(2)
+    set_rng_states(rng_states_of(states, rank))
+    assert devices.draw_own() == following
+
+
+def test_of_two_devices_the_one_with_more_drawn_was_the_rank_s() -> None:
+    """With two seeds that tells nothing, and the local rank decides."""
+
+    def cuda_state(seed: int, offset: int) -> torch.Tensor:
+        return torch.tensor([seed, offset]).view(torch.uint8)
+
+    for (one, other), own in ((((7, 0), (7, 8)), 1), (((7, 12), (7, 8)), 0), (((7, 12), (8, 8)), 1)):
+        states = {"cuda": [cuda_state(*one), cuda_state(*other)]}
+        assert torch.equal(as_own_rng_states(states, rank=3)["own_cuda"], states["cuda"][own])
 
 
 @pytest.mark.gpu

@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tests.processes import importing_tests, session, wait_until
+import torch.distributed as dist
+from tests.processes import importing_tests, run_in_ranks, session, wait_until
 from tests.trainer import preempted
 from tests.trainer.models import Net, loader, trainer
+from tests.trainer.preempted import say
 from torch import Tensor
 
 import treadle as L
-from treadle_fabric import find_free_port
+from treadle_fabric import StopAgreement, find_free_port
 
 
 def forked(mode: str, ckpt_path: str | None = None) -> int:
@@ -57,6 +60,35 @@ def test_a_stop_on_one_rank_stops_all_after_the_same_batch(mode: str) -> None:
     assert [line.split()[:2] for line in lines] == [["ended", "0"], ["ended", "1"]]
     assert len(steps) == 1
     assert steps == {"6"} if mode == "everybody" else int(steps.pop()) in (6, 7)
+
+
+def stop_apart(ahead: int, wishes: int) -> None:
+    """Rank 1 is ``ahead`` steps further when rank ``wishes`` wants to stop; no rank waits for the other in a step."""
+    fabric = L.Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    store: Any = dist.distributed_c10d._get_default_store()
+    agreement, step = StopAgreement(), 1
+    leads = fabric.global_rank == 1
+    while True:
+        if leads and step == ahead:
+            store.set("ahead", "")
+        if not leads and step == 2:
+            store.wait(["ahead"])  # rank 0 is slow
+        wish = fabric.global_rank == wishes and step >= (ahead if leads else 2)
+        if reason := agreement.at_boundary(step, "enough" if wish else ""):
+            break
+        step += 1
+    say(f"{reason} {fabric.global_rank} {step}")
+    agreement.close()
+    fabric.barrier()
+
+
+@pytest.mark.parametrize(("ahead", "wishes"), [(9, 1), (50, 0)])
+def test_ranks_that_are_many_steps_apart_stop_after_the_same_one(ahead: int, wishes: int) -> None:
+    run_in_ranks(stop_apart, ahead, wishes)
+    (_, _, first), (_, _, second) = (line.split() for line in said())
+    assert first == second
+    assert int(first) >= ahead
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
 from treadle_fabric import name_in, plain_name, rank_zero_info, rank_zero_warn, with_plain_names
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
-from treadle_fabric.randomness import collect_rng_states, set_rng_states
+from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
 
 __all__ = ["capture_exact", "keep_own_part", "moment", "restore_exact", "restore_metrics"]
 
@@ -75,7 +75,7 @@ def moment(run: Run) -> dict[str, Any]:
     for collection in collections:  # only here do members of a group get their shared state
         deque(collection.items(keep_base=True, copy_state=False), maxlen=0)
     return {
-        "rng": collect_rng_states(),
+        "rng": own_rng_states(),
         "validated": dict(run.validated),
         "metric_objects": {n: _metric_state(m) for n, m in metrics.items()},
     }
@@ -149,7 +149,7 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
-    set_rng_states(mine["rng"])
+    set_rng_states(as_own_rng_states(mine["rng"], fabric.global_rank))
 
 
 def _go_on_accumulating(

@@ -30,7 +30,7 @@ from treadle_fabric import (
     with_plain_names,
 )
 from treadle_fabric.checkpoint import Keeping, TorchCheckpointIO, known_classes, pack
-from treadle_fabric.randomness import collect_rng_states, isolate_rng, set_rng_states
+from treadle_fabric.randomness import isolate_rng, own_rng_states, set_rng_states
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -87,7 +87,7 @@ class WatchedLosses:
             record = _Record(progress.batch)
             if self._reruns:
                 record.batch = map_tensors(batch, lambda t: t.detach().clone())
-                record.rng = collect_rng_states()
+                record.rng = own_rng_states()
                 record.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._records.append(record)
             output = training_step(batch, *rest)

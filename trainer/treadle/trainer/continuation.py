@@ -17,7 +17,7 @@ from treadle.run.progress import FitProgress
 from treadle_fabric import MisconfigurationException, rank_zero_info
 from treadle_fabric.checkpoint import PerRank
 from treadle_fabric.loggers import Logger
-from treadle_fabric.randomness import collect_rng_states, same_rng_states, set_rng_states
+from treadle_fabric.randomness import own_rng_states, same_rng_states, set_rng_states
 
 __all__ = ["Continuation", "Fits"]
 
@@ -37,7 +37,7 @@ class Continuation:
     module: LightningModule
     progress: FitProgress
     exact: dict[str, Any] = field(default_factory=dict)
-    rng: dict[str, Any] = field(default_factory=collect_rng_states)
+    rng: dict[str, Any] = field(default_factory=own_rng_states)
     certain: bool = True
 
 
@@ -89,7 +89,7 @@ class Fits:
 
     def _with_random_state(self, left: Continuation) -> Continuation:
         """Go on with the random state of the fit's end, unless the user's program has drawn or seeded since."""
-        now = collect_rng_states()
+        now = own_rng_states()
         if self._rng and same_rng_states(now, self._rng):
             set_rng_states(left.rng)
             return left
@@ -115,4 +115,4 @@ class Fits:
 
     def after_run(self) -> None:
         """Remember the random state, at the end of any run of the trainer."""
-        self._rng = collect_rng_states()
+        self._rng = own_rng_states()

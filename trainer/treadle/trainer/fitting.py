@@ -21,7 +21,7 @@ from treadle.trainer.continuation import Continuation
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
 from treadle_fabric import isolate_rng
-from treadle_fabric.randomness import collect_rng_states
+from treadle_fabric.randomness import own_rng_states
 
 __all__ = ["Fitting"]
 
@@ -184,7 +184,7 @@ class Fitting:
         run.maps.release()  # where there was no batch
         module, progress, stopped = run.module, replace(run.progress), self._stopped
         if stopped is not None and stopped.progress.batches == progress.batches:  # no batch since
-            return replace(stopped, rng=collect_rng_states())
+            return replace(stopped, rng=own_rng_states())
         if interrupted and run.fabric.world_size > 1:
             return Continuation(module, progress, certain=False)
         return Continuation(module, progress, self.exact_state(run) if interrupted else self._unrestored)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.nn import Module
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningModule
 from treadle.run.progress import FitProgress
+from treadle.run.signals import Signals
 from treadle.stages import TrainerState
 from treadle_fabric import Fabric, load_module_state, module_state, move_data_to_device, user_module
 
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
     from treadle.contracts import Trainer
 
-__all__ = ["Outcome", "adopt", "run_and_capture"]
+__all__ = ["launch"]
 
 _COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_models", "kth_best_model_path", "dirpath")
 
@@ -37,7 +40,30 @@ class Outcome:
     should_stop: bool
 
 
-def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, model: Module, *args: Any) -> Outcome:
+def launch(
+    trainer: Trainer, stage: Callable[..., Any], module: LightningModule, args: tuple[Any, ...], signals: Signals | None
+) -> Any:
+    """Run a stage in processes that the strategy starts, wait for them, and take over its outcome.
+
+    Args:
+        trainer: The trainer.
+        stage: Takes the module, and ``args``.
+        module: The module.
+        args: For the stage.
+        signals: The signals that end the stage, which this process passes on to the others; None if no signal does.
+
+    Returns:
+        What the stage returned on rank 0.
+    """
+    with ExitStack() as stack:
+        if signals is not None and (launcher := trainer.strategy.launcher) is not None:
+            stack.enter_context(signals.passed_on_by(launcher.kill))
+        outcome: Outcome = trainer.fabric.launch(partial(_run_and_capture, trainer, stage), module._runs, *args)
+    _adopt(trainer, module, outcome)
+    return outcome.result
+
+
+def _run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric, model: Module, *args: Any) -> Outcome:
     """Run a stage in a process of its own; return the outcome, with its tensors on the CPU.
 
     Args:
@@ -64,7 +90,7 @@ def run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric,
     )
 
 
-def adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
+def _adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
     """Take over an outcome in the process that waited for it."""
     load_module_state(module, outcome.weights, strict=False)
     trainer.take_outcome(module, outcome.state, outcome.progress, outcome.metrics, outcome.should_stop)

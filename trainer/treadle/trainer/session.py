@@ -72,11 +72,12 @@ class Session:
         self.ckpt_path: str | None = None
         self.log_dir: str | None = None
         self.terminated = False
-        """Whether SIGTERM ended the session."""
+        """Whether a signal ended the session."""
+        self._signals: Signals | None = None  # those that end the session, while they do
 
     def __getstate__(self) -> dict[str, Any]:
         """What the trainer still shows of a session in a copy: not the run, its loaders and its optimizers."""
-        return {**self.__dict__, "metrics": self.metrics.detached(), "run": None, "evaluations": {}}
+        return {**self.__dict__, "metrics": self.metrics.detached(), "run": None, "evaluations": {}, "_signals": None}
 
     @contextmanager
     def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
@@ -84,7 +85,7 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(preflight.backend_flags(settings))
             if self.state.fn is TrainerFn.FITTING:
-                stack.enter_context(signals)
+                self._signals = stack.enter_context(signals)
             if settings.detect_anomaly:
                 stack.enter_context(torch.autograd.set_detect_anomaly(True))
             yield
@@ -161,30 +162,25 @@ class Session:
     def guarded(self, trainer: Trainer) -> Generator[None]:
         """Report an error to other ranks, hooks and loggers, and detach the module in any case.
 
-        Ctrl-C ends the run without an error.
+        Ctrl-C ends the run without an error. What a user's handler of a signal raised is reported as an error is.
         """
         strategy = self._fabric.strategy
         try:
             yield
-        except KeyboardInterrupt as interrupt:
-            self._failed(interrupt, trainer)
-            rank_zero_info(
-                "Interrupted: the run has ended, and its state is intact. Your script goes on; `trainer.interrupted` is"
-                " True."
-                if self._fabric.world_size == 1
-                else "Interrupted: the run has ended. Your script goes on; `trainer.interrupted` is True. The ranks may"
-                " be at different batches, so do not save now; SIGTERM saves, and ends all ranks after the same batch."
-            )
         except BaseException as error:
-            self.terminated, together = isinstance(error, SIGTERMException), getattr(error, "together", False)
+            end = error if isinstance(error, SIGTERMException) else self._signals.end if self._signals else None
+            self.terminated, together = end is not None, end is not None and end.together
+            interrupted = isinstance(error, KeyboardInterrupt)
             if together:
                 claim_together(error, strategy)
-            elif not self.terminated or self._fabric.is_global_zero:
+            elif not interrupted and (not self.terminated or self._fabric.is_global_zero):
                 claim_failure(error)
             self._failed(error, trainer)
             if together:  # the program that started the ranks may end the others, which still write, after the first
                 meet(strategy)
-            raise
+            if not interrupted:
+                raise
+            self._tell_of_interrupt()
         finally:
             self.state.stage = None
             if self.metrics.active is not None:
@@ -195,6 +191,15 @@ class Session:
             if self.state.fn is not TrainerFn.FITTING:  # what was evaluated may be trained next
                 replace_inference_tensors([self.module, self.datamodule, *trainer.callbacks, self.metrics])
             self._fabric.callbacks[:] = [c for c in self._fabric.callbacks if c is not self.module]
+
+    def _tell_of_interrupt(self) -> None:
+        rank_zero_info(
+            "Interrupted: the run has ended, and its state is intact. Your script goes on; `trainer.interrupted` is"
+            " True."
+            if self._fabric.world_size == 1
+            else "Interrupted: the run has ended. Your script goes on; `trainer.interrupted` is True. The ranks may"
+            " be at different batches, so do not save now; SIGTERM saves, and ends all ranks after the same batch."
+        )
 
     def _failed(self, error: BaseException, trainer: Trainer) -> None:
         """Call on_exception everywhere, then close the loggers; a second error must not hide the first."""

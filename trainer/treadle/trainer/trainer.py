@@ -7,7 +7,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
@@ -36,7 +35,7 @@ from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
-from treadle.trainer.outcome import Outcome, adopt, run_and_capture
+from treadle.trainer.outcome import launch
 from treadle.trainer.session import Session
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
 from treadle.trainer.view import FitLoopView
@@ -540,7 +539,7 @@ class Trainer:
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether SIGTERM ended the last run."""
+        """Whether SIGTERM, or the signal with which SLURM announces the end, ended the last run."""
         return self._session is not None and self._session.terminated
 
     @property
@@ -831,9 +830,7 @@ class Trainer:
                 return stage(module, *args)
             finally:
                 self._fits.after_run()
-        outcome: Outcome = self.fabric.launch(partial(run_and_capture, self, stage), module._runs, *args)
-        adopt(self, module, outcome)
-        return outcome.result
+        return launch(self, stage, module, args, signals=self._signals if stage == self._fit else None)
 
     def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
         preflight.check_idle(self.state, fn)
@@ -907,6 +904,7 @@ class Trainer:
                 with tolerated(self, always=True):
                     if self._settings.enable_checkpointing:
                         self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
+                        on_rank_zero(self.strategy, self.strategy.checkpoint_io.wait, f"could not write {path}")
                         rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
                 raise
             except BaseException:

@@ -16,7 +16,13 @@ from treadle_fabric.data.cursors.orders import PrivateOrder
 from treadle_fabric.data.samplers import generators_of
 from treadle_fabric.data.streams import PrivateStream
 from treadle_fabric.errors import CheckpointMismatchError
-from treadle_fabric.randomness import collect_rng_states, generator_state, set_generator_state, set_rng_states
+from treadle_fabric.randomness import (
+    as_own_rng_states,
+    generator_state,
+    own_rng_states,
+    set_generator_state,
+    set_rng_states,
+)
 
 __all__ = ["OneLoaderCursor"]
 
@@ -74,9 +80,10 @@ class OneLoaderCursor(Cursor):
     @final
     def _iterate(self, epoch: int, skip: int, resumed: dict[str, Any]) -> Iterator[Any]:
         by_torch = self.skips_by_index and self._private is None
-        now = {"torch": torch.get_rng_state()} if by_torch else collect_rng_states()
+        now = {"torch": torch.get_rng_state()} if by_torch else own_rng_states()
         if resumed:
-            self._key, self._rng, self._warm = resumed["key"], resumed["rng"], resumed["warm"]
+            self._key, self._warm = resumed["key"], resumed["warm"]
+            self._rng = as_own_rng_states(resumed["rng"], self._rank)
             self._drawn_from = resumed["generators"]
             self._set_generators(self._drawn_from)
         else:
@@ -122,7 +129,7 @@ class OneLoaderCursor(Cursor):
     @final
     def _follow(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
         self.take_generators(state, within=False)
-        self._rng = state["rng"]
+        self._rng = as_own_rng_states(state["rng"], self._rank)
         self._end_loader(state, ended=ended, whole=whole)
 
     def _end_loader(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:

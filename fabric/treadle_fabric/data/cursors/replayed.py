@@ -13,7 +13,13 @@ from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 from treadle_fabric.data.cursors.seeded import SeededStream
 from treadle_fabric.data.samplers import end_workers, index_sampler, with_sampler
 from treadle_fabric.data.streams import is_stream, warn_of_draws
-from treadle_fabric.randomness import PrivateRandomness, collect_rng_states, same_rng_states, set_rng_states
+from treadle_fabric.randomness import (
+    PrivateRandomness,
+    as_own_rng_states,
+    own_rng_states,
+    same_rng_states,
+    set_rng_states,
+)
 
 __all__ = ["ReplayedCursor"]
 
@@ -62,7 +68,8 @@ class ReplayedCursor(OneLoaderCursor):
         self._ended = False
         if not resumed:
             return self._shared(iter(self._loader), 0, [])
-        return self._shared_again(skip, resumed.get("before", []), now)
+        before = [as_own_rng_states(states, self._rank) for states in resumed.get("before", [])]
+        return self._shared_again(skip, before, now)
 
     def _apart(self, skip: int) -> Iterator[Any]:
         """The batches after the first ``skip``, drawn from private random states."""
@@ -88,13 +95,13 @@ class ReplayedCursor(OneLoaderCursor):
         while True:
             watches = number >= self._watched
             if watches or self._ahead:
-                before = collect_rng_states()
+                before = own_rng_states()
                 if self._ahead:
                     self._before.append((number, before))
             batch = next(batches, _NOTHING)
             if watches:
                 self._watch(number + 1 if number + 1 < _CLOSELY else 1 << number.bit_length())
-                self._compare(before, collect_rng_states())
+                self._compare(before, own_rng_states())
             if batch is _NOTHING:
                 break
             number += 1
@@ -112,9 +119,9 @@ class ReplayedCursor(OneLoaderCursor):
         set_rng_states(self._rng)
         batches = iter(self._loader)
         _skip(batches, min(skip, 1))
-        first = collect_rng_states()
+        first = own_rng_states()
         _skip(batches, skip - 1)
-        again = collect_rng_states()
+        again = own_rng_states()
         if not same_rng_states(again, before[0] if before else now):
             self._compare(first, again)
             if self._draws and not self._told:

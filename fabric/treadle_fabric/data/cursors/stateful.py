@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, final
 
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
-from treadle_fabric.randomness import collect_rng_states, set_rng_states
+from treadle_fabric.randomness import own_rng_states, set_rng_states
 
 __all__ = ["StatefulCursor"]
 
@@ -61,7 +61,7 @@ class StatefulCursor(OneLoaderCursor):
         return {"loader": known[0] if known else self._loader.state_dict()}
 
     def _end_loader(self, state: dict[str, Any], *, ended: bool, whole: bool) -> None:
-        now = collect_rng_states()
+        now = own_rng_states()
         self._loader.load_state_dict(state["loader"])
         nothing = object()
         if not ended and next(iter(self._loader), nothing) is not nothing and whole:
