@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
+from torch.nn import Module
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision.precision import Precision, _Scaling, cast_floating
@@ -53,9 +56,16 @@ class MixedPrecision(Precision):
         self._dtype = _DTYPES[precision]
         self._scaling = _Scaling(scaler)
 
+    def convert_module(self, module: Module) -> Module:
+        """Return the module as it is; from now on, no cast of a weight is used after an optimizer step."""
+        _forget_casts_at_steps()
+        return module
+
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Return the autocast context in the lower precision."""
-        return torch.autocast(self.device, dtype=self._dtype)
+        """Return the autocast context in the lower precision; it keeps casts of weights unless it is in one that does
+        not, such as :meth:`step_context`.
+        """
+        return torch.autocast(self.device, dtype=self._dtype, cache_enabled=torch.is_autocast_cache_enabled())
 
     def convert_input(self, data: Any) -> Any:
         """Cast floating-point tensors to the lower precision."""
@@ -64,3 +74,9 @@ class MixedPrecision(Precision):
     def convert_output(self, data: Any) -> Any:
         """Cast floating-point tensors to torch's default dtype."""
         return cast_floating(data, torch.get_default_dtype())
+
+
+@functools.cache
+def _forget_casts_at_steps() -> None:
+    """Forget the casts of weights after each step of any optimizer, also in an autocast context of the user's own."""
+    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: torch.clear_autocast_cache())
