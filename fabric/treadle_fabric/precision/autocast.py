@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-from torch.nn import Module
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision.precision import Precision, _Scaling, cast_floating
@@ -56,11 +53,6 @@ class MixedPrecision(Precision):
         self._dtype = _DTYPES[precision]
         self._scaling = _Scaling(scaler)
 
-    def convert_module(self, module: Module) -> Module:
-        """Return the module as it is; from now on, no cast of a weight is used after an optimizer step."""
-        _forget_casts_at_steps()
-        return module
-
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return the autocast context in the lower precision; it keeps casts of weights unless it is in one that does
         not, such as :meth:`step_context`.
@@ -74,9 +66,3 @@ class MixedPrecision(Precision):
     def convert_output(self, data: Any) -> Any:
         """Cast floating-point tensors to torch's default dtype."""
         return cast_floating(data, torch.get_default_dtype())
-
-
-@functools.cache
-def _forget_casts_at_steps() -> None:
-    """Forget the casts of weights after each step of any optimizer, also in an autocast context of the user's own."""
-    register_optimizer_step_post_hook(lambda optimizer, args, kwargs: torch.clear_autocast_cache())

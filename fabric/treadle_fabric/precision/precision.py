@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.batches import map_tensors
@@ -42,12 +44,13 @@ class Precision:
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
         self._guards: dict[int, Any] = {}  # handles of the hooks of guarded parameters, by the parameters' ids
+        self._at_steps: Any = None  # the handle of a hook of all optimizers
         self.watches_backward = any(
             getattr(type(self), name) is not getattr(Precision, name) for name in ("pre_backward", "post_backward")
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guards": {}}  # of modules of this process
+        return {**self.__dict__, "_guards": {}, "_at_steps": None}  # of modules of this process
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -155,8 +158,12 @@ class Precision:
             )
 
     def guard_module(self, module: Module) -> None:
-        """With a scaler, make the backward pass of an unscaled loss into the module's parameters an error.
+        """Watch over a module that is trained: what goes past the wrappers must not make its numbers wrong.
 
+        In a precision that autocasts, casts of weights are forgotten after each step of any optimizer, in autocast
+        contexts of the user's own, too.
+
+        With a scaler, the backward pass of an unscaled loss into the module's parameters is an error.
         Gradients that do not go into the parameters, such as those of ``torch.autograd.grad``, are not checked.
 
         Every parameter is watched until a scaled loss has reached it. Of those that one backward pass reaches for the
@@ -164,6 +171,9 @@ class Precision:
         these two begins and ends in the middle of the model. A hook for each parameter would take the interpreter's
         lock for each at every backward pass.
         """
+        if self.autocasts and self._at_steps is None:
+            self._at_steps = register_optimizer_step_post_hook(_forget_casts)
+            weakref.finalize(self, self._at_steps.remove)
         scaling = self._scaling
 
         def refuse(parameter: Tensor) -> None:
@@ -206,11 +216,18 @@ class Precision:
 
     def teardown(self) -> None:
         """Undo what the precision set up: ``loss.backward()`` is allowed again on guarded modules."""
+        if self._at_steps is not None:
+            self._at_steps.remove()
+            self._at_steps = None
         for guard in self._guards.values():
             guard.remove()
         self._guards.clear()
         self._scaling.unseen.clear()
         self._scaling.forget()
+
+
+def _forget_casts(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
