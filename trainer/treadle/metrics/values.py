@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 
 from treadle_fabric import MisconfigurationException, with_plain_names
 from treadle_fabric.loggers import to_numbers
 
-__all__ = ["flatten_metrics", "is_metric", "metrics_by_path", "to_floats"]
+__all__ = [
+    "flatten_metrics",
+    "is_at_hand",
+    "is_metric",
+    "metrics_by_path",
+    "scalar_on",
+    "to_floats",
+    "vector_on",
+]
 
 
 def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -88,3 +98,21 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield from _held(f"{name}[{i}]", each)
     else:
         yield name, value
+
+
+
+def is_at_hand(value: Any) -> bool:
+    """Return whether reading the value as a Python number, which is as exact as float64, waits for no device."""
+    return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
+
+
+def scalar_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a scalar on a device that nobody waits for: a number of the host goes there as an operation's argument."""
+    if isinstance(value, Tensor) and (value.device == device or not is_at_hand(value)):
+        return value.to(device, dtype, non_blocking=device.type == "cuda").reshape(())
+    return torch.full((), value.item() if isinstance(value, Tensor) else value, dtype=dtype, device=device)
+
+
+def vector_on(numbers: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a vector on a device; the copy does not wait for what is queued there."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=device.type == "cuda")

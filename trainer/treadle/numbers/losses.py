@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from treadle.numbers.host_copy import HostCopy
 from treadle.run.loss import LossPolicy, gradients_of
 from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException, Strategy, rank_zero_warn
@@ -54,8 +55,7 @@ class PlainLosses:
     def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Multiply the gradients where an epoch of unknown length ended before the accumulation was complete."""
         if done != window and optimizer is not None:
-            for gradient in gradients_of(optimizer):
-                gradient.mul_(window / done)
+            _multiply(gradients_of(optimizer), window / done)
         return True
 
 
@@ -84,16 +84,25 @@ class WeightedLosses:
     weights where the optimizer steps. The reference keeps scaled losses of low precision in their usual range; the
     reference is a power of two, so that it changes no digit.
 
+    A step needs the host to know one thing: whether the weights are all 0, since such a step is left out, and momentum
+    or weight decay would move the parameters even by gradients of 0. Python numbers tell it at once. The sum of weights
+    on a device is copied to the host as soon as the loss is known, before the backward pass is queued: where the host
+    reads the sum, the device is busy with the backward pass. Several ranks add up their weights in one collective of
+    two numbers on the device; of them, only a rank whose own weights are all 0 reads the result.
+
     Args:
         strategy: whose ranks share the weights of a step.
-        reference: what weights are divided by.
+        reference: what weights are divided by; on the device of the first weight until the first step.
         total: the sum of this rank's weights in the accumulation so far.
         count: the number of this rank's losses in the accumulation so far.
     """
 
-    def __init__(self, strategy: Strategy, reference: float, total: float | Tensor = 0.0, count: int = 0) -> None:
+    def __init__(
+        self, strategy: Strategy, reference: float | Tensor, total: float | Tensor = 0.0, count: int = 0
+    ) -> None:
         self._strategy, self._reference = strategy, reference
         self._total, self._count = total, count
+        self._to_host = HostCopy()
         self._warned = False
 
     def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
@@ -107,34 +116,36 @@ class WeightedLosses:
         weight = _checked(weight)
         self._total = self._total + weight
         self._count += 1
-        if not isinstance(weight, Tensor) and weight == 0:
-            return None  # its loss may well be 0 / 0
+        if isinstance(self._total, Tensor):
+            self._send()
         factor = weight / self._reference
-        return loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
+        scaled = loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
+        # the loss of a weight of 0 may well be 0 / 0
+        if isinstance(weight, Tensor):
+            return torch.where(weight > 0, scaled, 0.0)
+        return None if weight == 0 else scaled
 
     def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Divide the gradients by the weights of the accumulation, those of all ranks together.
 
-        The total is read from the device only where it could be 0: with weights that are Python numbers, the host does
-        not wait for the device.
-
         Returns:
             False where the weights are all 0.
+
+        Raises:
+            MisconfigurationException: a weight on the device was negative, NaN or infinite.
         """
         if optimizer is None:
             return True
         strategy = self._strategy
-        total: Any = self._total
-        known_positive = not isinstance(total, Tensor) and total > 0
+        mine = self._read()
+        known_positive = mine > 0
+        total: Any = mine
         count: float = self._count
         if strategy.world_size > 1:
-            pair = torch.stack(
-                [torch.as_tensor(v, dtype=torch.float64, device=strategy.root_device) for v in (total, count)]
-            )
+            pair = torch.full((2,), count, dtype=torch.float64, device=strategy.root_device)  # copied from nowhere
+            pair[0].fill_(mine)
             pair = strategy.all_reduce(pair, reduce_op="sum")
             total, count = (pair[0], 1) if known_positive else pair.tolist()
-        elif isinstance(total, Tensor):
-            total = float(total)
         if not count:  # no loss in all of the accumulation: there are no gradients
             return True
         if not known_positive and total == 0:
@@ -142,14 +153,45 @@ class WeightedLosses:
                 self._warned = True
                 rank_zero_warn("The weights of an optimizer step are 0 in total: such steps are skipped.")
             return False
-        gradients = gradients_of(optimizer)
-        if gradients:
-            torch._foreach_mul_(gradients, strategy.world_size * self._reference / total)
+        _multiply(gradients_of(optimizer), strategy.world_size * self._reference / total)
         return True
+
+    def _send(self) -> None:
+        """Send the sum of the weights to the host, and the reference if the host does not know it yet."""
+        known = [each for each in (self._total, self._reference) if isinstance(each, Tensor)]
+        self._to_host.send(torch.stack(known))
+
+    def _read(self) -> float:
+        """Return this rank's sum of weights."""
+        if not isinstance(self._total, Tensor):
+            return self._total
+        total, *reference = self._to_host.read()
+        if not 0 <= total < math.inf:
+            raise _refused(total)
+        if reference:
+            (self._reference,) = reference
+        self._total = total
+        return total
 
     def state_dict(self) -> dict[str, Any]:
         """Return the reference, and the weights of the accumulation so far."""
-        return {"reference": self._reference, "total": self._total, "count": self._count}
+        return {"reference": float(self._reference), "total": float(self._total), "count": self._count}
+
+
+def _multiply(gradients: list[Tensor], factor: float | Tensor) -> None:
+    """Multiply gradients: all of a kind in one operation, which a factor of another kind than theirs would prevent."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for gradient in gradients:
+        groups.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, dtype), group in groups.items():
+        torch._foreach_mul_(group, factor.to(device, dtype) if isinstance(factor, Tensor) else factor)
+
+
+def _power_of_two(weight: Tensor) -> Tensor:
+    """The power of two that is nearest to a weight, by their logarithms; 1 for a weight of 0."""
+    mantissa, _ = torch.frexp(weight)  # from 0.5 to 1
+    power = weight / mantissa  # exact: the quotient is a power of two
+    return torch.where(weight > 0, torch.where(mantissa < math.sqrt(0.5), power / 2, power), 1.0)
 
 
 _Rule = PlainLosses | EngineLosses | WeightedLosses
@@ -192,20 +234,25 @@ class Losses:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
         if state:
-            self._follow(WeightedLosses(self._strategy, state["reference"], state["total"], state["count"]))
+            self._follow(WeightedLosses(self._strategy, state["reference"], float(state["total"]), state["count"]))
 
     def _follow(self, rule: _Rule) -> None:
         self.scale, self.prepare = rule.scale, rule.prepare
         self._weighted = rule if isinstance(rule, WeightedLosses) else None
 
     def _scale_first(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
-        """Find out whether losses have weights. Several ranks agree, once; they ask again while no rank has a loss."""
+        """Find out whether losses have weights. Several ranks agree, which waits for their devices once a run; they ask
+        again while no rank has a loss.
+        """
         strategy = self._strategy
         kind = _NOTHING if loss is None else _PLAIN if weight is None else _WEIGHTED
-        number = float(_checked(weight)) if kind == _WEIGHTED else 0.0
-        found = [(float(kind), number)]
+        number = _checked(weight) if kind == _WEIGHTED else 0.0
+        if strategy.world_size == 1 and isinstance(number, Tensor) and number.device.type != "mps":
+            self._follow(WeightedLosses(strategy, _power_of_two(number * window)))
+            return self.scale(loss, weight, window, first)
+        found = [(float(kind), float(number))]
         if strategy.world_size > 1:
-            mine = torch.tensor([kind, number], dtype=torch.float32, device=strategy.root_device)
+            mine = torch.tensor([kind, found[0][1]], dtype=torch.float32, device=strategy.root_device)
             found = strategy.all_gather(mine).tolist()
         plain, weighted = ([rank for rank, (k, _) in enumerate(found) if k == each] for each in (_PLAIN, _WEIGHTED))
         if plain and weighted:
@@ -234,14 +281,21 @@ def _checked(weight: Any) -> float | Tensor:
                 " samples that the loss is the mean of: sum it up, or give it another name."
             )
         if weight.device.type != "cpu":
-            return weight.detach().reshape(()).double() if weight.device.type == "cuda" else weight.detach().reshape(())
+            number: Tensor = weight.detach().reshape(())
+            if number.device.type == "cuda":
+                return number.double()
+            return number if number.is_floating_point() else number.float()
     try:
-        number = float(weight)
+        value = float(weight)
     except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise MisconfigurationException(
-            f"`training_step` returned weight={weight!r:.60}; it is a finite number of at least 0: the tokens or"
-            " samples that the loss is the mean of."
-        )
-    return number
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise _refused(weight)
+    return value
+
+
+def _refused(weight: Any) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`training_step` returned weight={weight!r:.60}; it is a finite number of at least 0: the tokens or samples"
+        " that the loss is the mean of."
+    )
