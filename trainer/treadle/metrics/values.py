@@ -100,7 +100,6 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-
 def is_at_hand(value: Any) -> bool:
     """Return whether reading the value as a Python number, which is as exact as float64, waits for no device."""
     return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
