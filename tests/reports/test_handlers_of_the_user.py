@@ -26,7 +26,7 @@ from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
 import treadle as L
-from treadle_fabric import AsyncCheckpointIO, TorchCheckpointIO, find_free_port
+from treadle_fabric import AsyncCheckpointIO, SignalListener, TorchCheckpointIO, find_free_port
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -254,16 +254,24 @@ def test_an_error_that_ends_the_run_meanwhile_stands() -> None:
 
 
 def test_one_that_is_set_during_fit_is_called_at_once_and_stays() -> None:
-    """The run saves and ends after the batch all the same."""
+    """The run saves and ends all the same, once a thread has heard of the signal."""
     before = Handles()
     found: list[Handles] = []
+    heard = threading.Event()
 
     class Sets(Signalled):
         def on_train_start(self) -> None:
+            self.listener = SignalListener(lambda number: heard.set())  # is told after the one that fit listens with
             found.append(Handles())
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            assert batch_idx != 1 or heard.wait(20)
+            return loss
 
     model = Sets()
     assert fit(model)[1] == 143
+    model.listener.close()
     assert [call[3] for call in found[0].calls] == [False], "before the save"
     assert before.calls == []
     assert model.finished == [0, 1]

@@ -51,7 +51,8 @@ class Signals:
 
     Python's own handlers (SIG_DFL, SIG_IGN, ``default_int_handler``) are not called. Where another error ends the run
     meanwhile, that one stands, with a note of what a handler raised. A handler that replaces this one while the context
-    is entered is called by Python, at once; the run saves and ends after the batch all the same, and the handler stays.
+    is entered is called by Python, at once, and stays; the run saves and ends all the same, after this batch or one of
+    the next, for a thread has to hear of the signal.
 
     The main thread runs no handler while it waits in a collective. If the batch does not end within
     ``TREADLE_SIGTERM_GRACE`` seconds (default: 20), and the main thread is not saving, another thread ends the process,
