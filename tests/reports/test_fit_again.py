@@ -228,6 +228,26 @@ def test_a_checkpoint_wins(tmp_path: Path) -> None:
     assert (run.current_epoch, run.global_step) == (3, 12)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("steps", [3, 4, 6])
+def test_a_checkpoint_written_after_a_fit_goes_on_where_the_fit_stopped(
+    tmp_path: Path, steps: int, accumulate: int
+) -> None:
+    def fit(max_steps: int, ckpt_path: Path | None = None) -> tuple[Noting, Any]:
+        L.seed_everything(4, verbose=False)
+        model = Noting()
+        run = trainer(tmp_path, max_epochs=9, max_steps=max_steps, accumulate_grad_batches=accumulate)
+        run.fit(model, shuffled(14), ckpt_path=ckpt_path)
+        return model, run
+
+    long, _ = fit(8)
+    short, run = fit(steps)
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    resumed, _ = fit(8, tmp_path / "after.ckpt")
+    assert short.seen + resumed.seen == long.seen
+    assert all(map(torch.equal, weights(resumed), weights(long)))
+
+
 def test_auto_resume_wins(tmp_path: Path) -> None:
     module = Noting()
     run = trainer(tmp_path, auto_resume=True, enable_checkpointing=True)

@@ -61,7 +61,8 @@ class Fitting:
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
-        self._stopped: Continuation | None = None
+        self._stopped: Continuation | None = None  # at the last stop in mid-epoch
+        self._ended_at: Continuation | None = None  # that stop, where the fit ended there
 
     @property
     def restoring(self) -> bool:
@@ -107,7 +108,11 @@ class Fitting:
 
     def exact_state(self, run: ReadyRun) -> dict[str, Any]:
         """Collect what a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
-        return self._unrestored or capture_exact(run, self.data)
+        return self._ended_at.exact if self._ended_at is not None else self._unrestored or capture_exact(run, self.data)
+
+    def as_saved(self, run: ReadyRun) -> ReadyRun:
+        """Give the run with the counters of a checkpoint: after a fit that stopped in mid-epoch, those of the stop."""
+        return run if self._ended_at is None else replace(run, progress=replace(self._ended_at.progress))
 
     def saved_state(self, run: ReadyRun) -> dict[str, Any]:
         """Collect the same for a checkpoint, and tell the user once where going on from it may not be exact."""
@@ -184,6 +189,7 @@ class Fitting:
         run.maps.release()  # where there was no batch
         module, progress, stopped = run.module, replace(run.progress), self._stopped
         if stopped is not None and stopped.progress.batches == progress.batches:  # no batch since
+            self._ended_at = stopped
             return replace(stopped, rng=own_rng_states())
         if interrupted and run.fabric.world_size > 1:
             return Continuation(module, progress, certain=False)

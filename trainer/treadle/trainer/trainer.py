@@ -320,9 +320,11 @@ class Trainer:
             CheckpointError: the file cannot be written.
         """
         run = self._ready_run("save_checkpoint", "in or after fit, validate or test")
+        fitting = self._fitting if self.state.fn is TrainerFn.FITTING and not weights_only else None
+        run = run if fitting is None else fitting.as_saved(run)
         checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
-        if not weights_only and self.state.fn is TrainerFn.FITTING and self._fitting is not None:
-            checkpoint["treadle"] |= {**self._fitting.saved_state(run), "should_stop": self.should_stop}
+        if fitting is not None:
+            checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self.should_stop}
             for logger in self.loggers:  # a run resumed from here does not log again what came before
                 logger.save()
         self.strategy.save_checkpoint(filepath, checkpoint, storage_options, keeping=keeping(run))
