@@ -86,7 +86,7 @@ def compute_alone(metric: Any) -> Any:
 
 
 def forget_computed(metric: Any) -> None:
-    """Have a torchmetrics object compute anew: the result that it keeps may be that of one rank, or of other samples."""
+    """Have a torchmetrics object compute anew: it keeps results, also one of this rank alone, or of other samples."""
     for part in metric.modules() if isinstance(metric, Module) else [metric]:
         if getattr(part, "_computed", None) is not None:
             part._computed = None
