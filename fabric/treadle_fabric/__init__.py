@@ -87,7 +87,7 @@ from treadle_fabric.rank_zero import (
     warn_user,
 )
 from treadle_fabric.resolve import Plan, resolve
-from treadle_fabric.setup.metrics import compute_alone
+from treadle_fabric.setup.metrics import compute_alone, forget_computed
 from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.wrapped import is_wrapped
@@ -187,6 +187,7 @@ __all__ = [
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
+    "forget_computed",
     "gather_objects",
     "has_len",
     "infer_batch_size",

@@ -154,6 +154,7 @@ class Evaluated(Net):
         super().__init__()
         self.metrics = Metrics()
         self.logged, self.auroc, self.held = MeanMetric(), AUROC("binary"), {"a": [CatMetric()]}
+        self.kept = SumMetric()  # never reset
         self.computed: dict[str, Any] = {}
 
     def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -161,6 +162,7 @@ class Evaluated(Net):
             self.metrics.update(i)
         values = batch[:, 0]
         self.logged(values)
+        self.kept.update(values)
         self.held["a"][0].update(values)
         self.auroc(values / 99, values.int() % 2)
         self.log("number", values.mean())
@@ -169,7 +171,7 @@ class Evaluated(Net):
 
     def on_validation_epoch_end(self) -> None:
         self.computed = self.metrics.compute()
-        self.computed["held"] = _plain(self.held["a"][0])
+        self.computed |= {"held": _plain(self.held["a"][0]), "kept": _plain(self.kept)}
         for metric in (*self.metrics.children(), self.held["a"][0]):
             metric.reset()  # type: ignore[operator]
 
@@ -184,12 +186,12 @@ class Counting(L.Callback):
 
 
 def evaluate(folder: Path, devices: int) -> list[Any]:
-    found = []
+    found = {}
     model, run = Evaluated(), trainer(folder, devices=devices, callbacks=Counting())
-    for n in SIZES:
+    for n in (0, *reversed(SIZES[1:])):  # so that ranks have no samples after they had some
         logged = run.validate(model, loader(n, 1), verbose=False) if n or devices > 1 else [{}]
-        found.append([model.computed if n or devices > 1 else None, logged[0]])
-    return found
+        found[n] = [model.computed if n or devices > 1 else None, logged[0]]
+    return [found[n] for n in SIZES]
 
 
 def loop(fabric: Fabric, n: int) -> dict[str, Any]:

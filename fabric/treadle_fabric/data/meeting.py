@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
 from treadle_fabric.failures import current_member, notes
 from treadle_fabric.failures.places import place_of_main_thread
 
@@ -64,6 +64,7 @@ class BatchMeeting:
 
         Raises:
             MisconfigurationException: Another rank is in a collective of a batch, for which this rank has none left.
+            ProcessFailedError: Another rank has come to the end of its script.
         """
         store: Any = dist.distributed_c10d._get_default_store()
         key = f"treadle/batches/{self._number}"
@@ -81,6 +82,8 @@ class BatchMeeting:
                 member.board.post(notes.Done(self._number, self._generation, member.rank), mine)
                 if member.board.has(notes.Blocked(self._number, self._generation)):
                     raise MisconfigurationException(self._explain(member, which))
+                if gone := [rank for rank in member.board.ranks if member.board.has(notes.Ended(rank))]:
+                    raise ProcessFailedError(f"{_ranks(gone)} ended in the {self._what}, and the others wait there.")
         self._generation += 1
         self.begun = 0
 

@@ -29,7 +29,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies import Strategy
 
-__all__ = ["compute_alone", "gather_metrics"]
+__all__ = ["compute_alone", "forget_computed", "gather_metrics"]
 
 _METHODS = {"sync", "unsync", "_sync_dist", "add_state"}  # of the base class, in all releases since 0.11
 _NEUTRAL = {"dim_zero_sum", "dim_zero_max", "dim_zero_min", "dim_zero_mean"}
@@ -74,21 +74,20 @@ def compute_alone(metric: Any) -> Any:
         What its ``compute`` returns.
     """
     global _alone
-    parts = list(metric.modules()) if isinstance(metric, Module) else [metric]
     before, _alone = _alone, True
     syncs = getattr(metric, "_to_sync", False)
     metric._to_sync = False
     try:
-        _forget_results(parts)
+        forget_computed(metric)
         return metric.compute()
     finally:
         _alone, metric._to_sync = before, syncs
-        _forget_results(parts)
+        forget_computed(metric)
 
 
-def _forget_results(parts: list[Any]) -> None:
-    """Have objects compute anew: they keep results, and that of one rank is not that of all."""
-    for part in parts:
+def forget_computed(metric: Any) -> None:
+    """Have a torchmetrics object compute anew: it keeps results, also one of this rank alone, or of other samples."""
+    for part in metric.modules() if isinstance(metric, Module) else [metric]:
         if getattr(part, "_computed", None) is not None:
             part._computed = None
 

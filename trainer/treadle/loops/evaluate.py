@@ -89,6 +89,8 @@ class Evaluation:
                     ended = ended and (not limit or self._loader(loader_idx, limit, silent, interrupted))
                     if self._meeting is not None:
                         self._meet(loader_idx, self._meeting)
+                if self._meeting is not None:
+                    results.forget_computed()
                 if interrupted is not None and run.fabric.world_size > 1:
                     ended = run.fabric.strategy.reduce_boolean_decision(ended)
                 if not ended:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.reduction import REDUCTIONS, Reduced, Row, Told, reduce_over_ranks
-from treadle_fabric import Fabric, MisconfigurationException, compute_alone, infer_batch_size, with_plain_names
+from treadle_fabric import (
+    Fabric,
+    MisconfigurationException,
+    compute_alone,
+    forget_computed,
+    infer_batch_size,
+    with_plain_names,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
@@ -131,6 +138,14 @@ class Results:
                 f" {type(self.batch).__name__}) has no tensor whose size could be used: pass `batch_size`."
             )
         return 1 if size is None else size
+
+    def forget_computed(self) -> None:
+        """Have all torchmetrics objects compute anew, on every rank.
+
+        A rank without samples still has the result of the last evaluation, and would not take part in the next one.
+        """
+        for metric in self._paths().values():
+            forget_computed(metric)
 
     def begin_batch(self, batch: Any) -> None:
         """Set the batch of the values that are logged from now on; None outside batches."""
