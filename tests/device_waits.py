@@ -17,7 +17,7 @@ What counts as a wait:
 "shape"    the shape of the result depends on the values: ``nonzero``, ``unique``, indexing by a mask
 "compare"  ``torch.equal``
 "await"    ``torch.cuda.synchronize()``
-"event"    an event is awaited, that of a copy to the host for example
+"event"    an event is awaited: the host waits for what was queued before the event, not for all that is queued
 
 What is not modelled: streams, pinned memory (copies that are ``non_blocking`` never wait), kernels that wait inside.
 A tensor of the CPU that has dimensions, in an operation together with tensors of the device, is an error as on a GPU.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -51,9 +52,10 @@ _OF_DTYPES = {torch.bool, torch.uint8}
 
 
 class Wait(NamedTuple):
-    """One wait: its kind, and the lines of Python that led to it, from the innermost."""
+    """One wait: its kind, what :attr:`CountedDevice.moment` gave, and the lines that led to it, from the innermost."""
 
     kind: str
+    moment: Any
     stack: tuple[str, ...]
 
     def passes(self, file: str) -> bool:
@@ -66,11 +68,13 @@ class CountedDevice(TorchDispatchMode):
 
     Attributes:
         waits: the waits so far, in their order.
+        moment: gives what each wait remembers, such as the number of the step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[Wait] = []
+        self.moment: Callable[[], Any] = lambda: None
         self._patches = [
             mock.patch("torch.cuda._lazy_init", lambda: None),
             mock.patch("torch.cuda.synchronize", lambda *_: self.note("await")),
@@ -92,7 +96,7 @@ class CountedDevice(TorchDispatchMode):
             if frame.f_code.co_filename != __file__:
                 stack.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
             frame = frame.f_back  # type: ignore[assignment]
-        self.waits.append(Wait(kind, tuple(stack)))
+        self.waits.append(Wait(kind, self.moment(), tuple(stack)))
 
     def __enter__(self) -> CountedDevice:
         for patch in self._patches:
@@ -109,7 +113,6 @@ class CountedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
-
 
 
 _devices: list[CountedDevice] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -70,8 +72,24 @@ def _move(data: Any, device: torch.device) -> Any:
             return data
         # From pinned memory the copy runs beside the computation; out of CUDA the host would read too early
         return data.to(device, non_blocking=device.type == "cuda")
-    moved = data.to(device)
+    if device.type == "cuda" and _takes_non_blocking(type(data)):  # type: ignore[arg-type] # classes are hashable
+        moved = data.to(device, non_blocking=True)
+    else:
+        moved = data.to(device)
     return data if moved is None else moved
+
+
+@functools.lru_cache(1024)
+def _takes_non_blocking(kind: type) -> bool:
+    """Whether ``to`` of a type takes ``non_blocking``: by name, or among any arguments at all, which it passes on."""
+    try:
+        parameters = inspect.signature(kind.to).parameters  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):  # an attribute of the object, or not written in Python
+        return False
+    named = parameters.get("non_blocking")
+    if named is not None:
+        return named.kind is not inspect.Parameter.POSITIONAL_ONLY
+    return {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= {p.kind for p in parameters.values()}
 
 
 def map_tensors(

@@ -458,8 +458,11 @@ class Fabric:
         return None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context that surrounds the forward pass, for computations outside of the model."""
-        return self._strategy.precision.forward_context()
+        """Return the context that surrounds the forward pass, for computations outside of the model.
+
+        In a precision that autocasts, optimizers may step in it, and weights may change.
+        """
+        return self._strategy.precision.step_context()
 
     def to_device(self, obj: Any) -> Any:
         """Move a module (in place), a tensor or a batch to :attr:`device`, and return it."""

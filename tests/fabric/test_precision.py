@@ -257,6 +257,45 @@ def test_unscaled_backward_is_refused_only_where_it_is_wrong() -> None:
         free(torch.ones(1, 2)).sum().backward()
 
 
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor, part: str) -> Tensor:
+        features = x if part == "only second" else self.trunk(x)
+        head = self.second if "second" in part else self.first
+        out: Tensor = features if part == "trunk" else head(features.detach() if part == "first" else features)
+        return out.sum()
+
+
+def watched(module: nn.Module) -> int:
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in module.parameters())  # type: ignore[attr-defined]
+
+
+def test_a_backward_pass_calls_two_hooks_and_an_unscaled_one_is_still_refused() -> None:
+    """A hook for each parameter would be called at each backward pass of the run."""
+    run = fabric(None, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")))
+    module = Heads()
+    model, optimizer = run.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+    x = torch.ones(1, 2)
+    parameters = len([*module.parameters()])
+    assert watched(module) == parameters
+    for _ in range(3):
+        run.backward(model(x, "whole"))
+        optimizer.step()
+        assert watched(module) == 2 + 2  # of what was reached, and of the second head, which was not
+    run.backward(model(x, "second"))
+    assert watched(module) == 2 + 2  # the trunk is known
+    for part in ("whole", "first", "trunk", "second", "only second"):
+        with pytest.raises(MisconfigurationException, match=r"fabric\.backward"):
+            model(x, part).backward()
+    run.backward(model(x, "whole"))
+    run.strategy.precision.teardown()
+    assert watched(module) == 0
+
+
 def test_teardown_lets_go_of_modules_and_of_a_step_that_never_came() -> None:
     run, model, optimizer, _ = scaled_run(64.0, growth_interval=1)
     run.backward(model(torch.ones(1, 2)).sum())

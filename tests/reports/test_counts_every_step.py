@@ -309,11 +309,15 @@ def test_an_optimizer_step_hook_that_does_not_step_does_not_count(tmp_path: Path
     assert run.global_step == 2
 
 
-def test_optimizers_keep_no_trace_of_a_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_optimizers_keep_no_trace_of_a_fit(tmp_path: Path, precision: Any) -> None:
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    hooks = {**_global_optimizer_post_hooks}
     model = Manual()
     shared = SGD(model.parameters(), lr=0.1)
     model.configure_optimizers = lambda: setattr(model, "own", shared) or shared  # type: ignore[method-assign, func-returns-value]
-    runs = [trainer(tmp_path) for _ in range(2)]
+    runs = [trainer(tmp_path, precision=precision) for _ in range(2)]
     for run in runs:
         run.fit(model, loader())
     assert [run.global_step for run in runs] == [4, 4]
@@ -326,10 +330,8 @@ def test_optimizers_keep_no_trace_of_a_fit(tmp_path: Path) -> None:
             def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
                 raise ZeroDivisionError
 
-        trainer(tmp_path).fit(Failing(), loader())
-    from torch.optim.optimizer import _global_optimizer_post_hooks
-
-    assert not _global_optimizer_post_hooks
+        trainer(tmp_path, precision=precision).fit(Failing(), loader())
+    assert not _global_optimizer_post_hooks.keys() - hooks.keys()
 
 
 def test_a_copy_of_an_optimizer_that_is_made_in_training_is_of_its_own(tmp_path: Path) -> None:

@@ -54,8 +54,10 @@ class MixedPrecision(Precision):
         self._scaling = _Scaling(scaler)
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Return the autocast context in the lower precision."""
-        return torch.autocast(self.device, dtype=self._dtype)
+        """Return the autocast context in the lower precision; it keeps casts of weights unless it is in one that does
+        not, such as :meth:`step_context`.
+        """
+        return torch.autocast(self.device, dtype=self._dtype, cache_enabled=torch.is_autocast_cache_enabled())
 
     def convert_input(self, data: Any) -> Any:
         """Cast floating-point tensors to the lower precision."""

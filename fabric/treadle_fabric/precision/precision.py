@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.batches import map_tensors
@@ -41,13 +43,14 @@ class Precision:
 
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
-        self._guards: list[Any] = []  # handles of the hooks of guarded modules
+        self._guards: dict[int, Any] = {}  # handles of the hooks of guarded parameters, by the parameters' ids
+        self._at_steps: Any = None  # the handle of a hook of all optimizers
         self.watches_backward = any(
             getattr(type(self), name) is not getattr(Precision, name) for name in ("pre_backward", "post_backward")
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guards": []}  # of modules of this process
+        return {**self.__dict__, "_guards": {}, "_at_steps": None}  # of modules of this process
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -76,6 +79,14 @@ class Precision:
         """Return the context that surrounds a forward pass."""
         return contextlib.nullcontext()
 
+    def step_context(self) -> AbstractContextManager[Any]:
+        """Return :meth:`forward_context` for code that may change weights between two uses of them.
+
+        Autocast keeps the cast of a weight until its outermost context ends, and does not see that the weight changes:
+        in this context no cast is kept.
+        """
+        return _without_cache(self.forward_context()) if self.autocasts else self.forward_context()
+
     def convert_input(self, data: Any) -> Any:
         """Cast the floating-point tensors that go into a forward pass."""
         return data
@@ -99,6 +110,8 @@ class Precision:
         else:
             with scaling.activated():
                 function(scaling.scale(tensor), *args, **kwargs)
+            if scaling.reached:
+                self._keep_sentinels()
 
     def post_backward(self, tensor: Tensor, module: Module | None) -> Any:
         """Called after :meth:`backward`; by default nothing happens."""
@@ -145,14 +158,28 @@ class Precision:
             )
 
     def guard_module(self, module: Module) -> None:
-        """With a scaler, make the backward pass of an unscaled loss into the module's parameters an error.
+        """Watch over a module that is trained: what goes past the wrappers must not make its numbers wrong.
 
+        In a precision that autocasts, casts of weights are forgotten after each step of any optimizer, in autocast
+        contexts of the user's own, too.
+
+        With a scaler, the backward pass of an unscaled loss into the module's parameters is an error.
         Gradients that do not go into the parameters, such as those of ``torch.autograd.grad``, are not checked.
+
+        Every parameter is watched until a scaled loss has reached it. Of those that one backward pass reaches for the
+        first time, the first and the last parameter are watched on: a loss that reaches others of them but neither of
+        these two begins and ends in the middle of the model. A hook for each parameter would take the interpreter's
+        lock for each at every backward pass.
         """
+        if self.autocasts and self._at_steps is None:
+            self._at_steps = register_optimizer_step_post_hook(_forget_casts)
+            weakref.finalize(self, self._at_steps.remove)
         scaling = self._scaling
 
         def refuse(parameter: Tensor) -> None:
-            if not scaling.active and parameter.__dict__.get("_treadle_guard") == id(scaling):
+            if scaling.active:
+                scaling.reached.append(parameter)
+            elif parameter.__dict__.get("_treadle_guard") == id(scaling):
                 raise MisconfigurationException(
                     f"loss.backward() with precision={self.precision!r} accumulates gradients of a loss that was not "
                     "scaled, and the step would divide them by the scale. Call fabric.backward(loss) instead."
@@ -162,7 +189,16 @@ class Precision:
             parameter.__dict__.pop("_treadle_guard", None)  # left by an earlier run
             if scaling.scaler is not None and parameter.requires_grad:
                 parameter.__dict__["_treadle_guard"] = id(scaling)
-                self._guards.append(parameter.register_post_accumulate_grad_hook(refuse))  # type: ignore[no-untyped-call]
+                handle: Any = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+                self._guards[id(parameter)], scaling.unseen[id(parameter)] = handle, handle
+
+    def _keep_sentinels(self) -> None:
+        """Watch only the first and the last of the parameters that a scaled loss has reached for the first time."""
+        unseen, reached = self._scaling.unseen, self._scaling.reached
+        self._scaling.reached = []
+        first_time = {id(p): handle for p in reached if (handle := unseen.pop(id(p), None)) is not None}
+        for key in [*first_time][1:-1]:
+            self._guards.pop(key).remove()
 
     def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
         """Iterate over the parameters that the optimizer updates."""
@@ -180,10 +216,29 @@ class Precision:
 
     def teardown(self) -> None:
         """Undo what the precision set up: ``loss.backward()`` is allowed again on guarded modules."""
-        for guard in self._guards:
+        if self._at_steps is not None:
+            self._at_steps.remove()
+            self._at_steps = None
+        for guard in self._guards.values():
             guard.remove()
         self._guards.clear()
+        self._scaling.unseen.clear()
         self._scaling.forget()
+
+
+def _forget_casts(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def _without_cache(autocast: AbstractContextManager[Any]) -> Generator[None]:
+    with autocast:
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(before)
 
 
 class _Scaling:
@@ -199,11 +254,13 @@ class _Scaling:
         self.active = False  # a scaled loss is being differentiated, perhaps by another thread
         self._unscaled: dict[int, Optimizer] = {}  # optimizers that have not stepped since
         self._stepped = False
+        self.unseen: dict[int, Any] = {}  # handles of the hooks of parameters that no scaled loss has reached, by id
+        self.reached: list[Tensor] = []  # the watched parameters that the backward pass under way has reached
 
     def __getstate__(self) -> dict[str, Any]:
         """The scaler with the scale that it has; a copy begins between two iterations."""
         scaler = None if self.scaler is None else _between_iterations(self.scaler)
-        return {"scaler": scaler, "active": False, "_unscaled": {}, "_stepped": False}
+        return {"scaler": scaler, "active": False, "_unscaled": {}, "_stepped": False, "unseen": {}, "reached": []}
 
     @contextlib.contextmanager
     def activated(self) -> Generator[None]:

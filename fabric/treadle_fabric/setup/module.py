@@ -97,7 +97,7 @@ class FabricModule(Module):
                 f"{type(parts.module).__name__} has no method {name!r} to mark. {near_names(name, own)}"
             )
         parts.marked.add(name)
-        self.__dict__[name] = _bind(parts, name, cast_output=True)
+        self.__dict__[name] = _bind(parts, name, cast_output=True, changes_weights=True)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The user's module's; names may be those of a compiled module where this one is not, and the reverse."""
@@ -174,7 +174,7 @@ def engine_of(module: FabricModule) -> Module:
     return _parts(module).engine
 
 
-def method_of(module: FabricModule, name: str) -> Callable[..., Any]:
+def method_of(module: FabricModule, name: str, *, changes_weights: bool = False) -> Callable[..., Any]:
     """Return a method of a wrapped module for a hot loop: it runs through the engine, in the precision.
 
     What it returns is not cast. Where neither engine nor precision has anything to add, this is the user's module's
@@ -183,8 +183,9 @@ def method_of(module: FabricModule, name: str) -> Callable[..., Any]:
     Args:
         module: The wrapped module.
         name: Such as ``"training_step"``.
+        changes_weights: Whether the method may change weights and use them again, as a step that optimizes manually.
     """
-    return _bind(_parts(module), name, cast_output=False)
+    return _bind(_parts(module), name, cast_output=False, changes_weights=changes_weights)
 
 
 def _parts(module: FabricModule) -> _Parts:
@@ -217,7 +218,7 @@ def _mark_again(module: FabricModule, name: str) -> None:
             module.mark_forward_method(name)
 
 
-def _bind(parts: _Parts, name: str, *, cast_output: bool) -> Callable[..., Any]:
+def _bind(parts: _Parts, name: str, *, cast_output: bool, changes_weights: bool = False) -> Callable[..., Any]:
     """What calling a method means, decided once instead of at each call."""
     strategy, engine, forward = parts.strategy, parts.engine, name == "forward"
     direct = parts.called if forward else compiled_like(parts.called, getattr(parts.module, name))
@@ -230,7 +231,7 @@ def _bind(parts: _Parts, name: str, *, cast_output: bool) -> Callable[..., Any]:
     if not precision.converts:
         return call
     convert_input, convert_output = precision.convert_input, precision.convert_output
-    context = precision.forward_context
+    context = precision.step_context if changes_weights else precision.forward_context
     cast_input = forward or not precision.autocasts
 
     def converted(*args: Any, **kwargs: Any) -> Any:

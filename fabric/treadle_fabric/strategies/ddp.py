@@ -88,9 +88,9 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
 
     def setup_module(self, module: Module) -> Module:
         _refuse_lazy(module)
-        device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
-        arguments = {"device_ids": device_ids, **self._ddp_kwargs}
-        engine = DDPEngine(module, self._timeout, self._check_later, arguments)
+        # Without `device_ids`: with some, DDP would move the inputs, which are on the device, and make their containers
+        # anew, subclasses of dict, list and tuple by calling the class with all entries
+        engine = DDPEngine(module, self._timeout, self._check_later, dict(self._ddp_kwargs))
         self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine
 

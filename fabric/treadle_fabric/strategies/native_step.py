@@ -22,12 +22,14 @@ class NativeStepStrategy(Strategy):
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         self.precision.validate_optimizer(optimizer)
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter, state in optimizer.state.items():
             if isinstance(parameter, Tensor):
                 for name, value in state.items():
-                    # a step counter may stay on the host while everything else moves
-                    if not (name == "step" and isinstance(value, Tensor) and value.device.type == "cpu"):
-                        state[name] = move_data_to_device(value, parameter.device)
+                    device = parameter.device
+                    if name == "step" and isinstance(value, Tensor):
+                        device = _device_of_counter(value, parameter, groups.get(id(parameter), {}))
+                    state[name] = move_data_to_device(value, device)
         return optimizer
 
     def setup_module_and_optimizers(
@@ -99,6 +101,15 @@ class NativeStepStrategy(Strategy):
         except NotImplementedError:
             for value in _values(self.precision.main_params(optimizer)):
                 value.clamp_(-clip_val, clip_val)
+
+
+def _device_of_counter(step: Tensor, parameter: Tensor, group: dict[str, Any]) -> torch.device:
+    """Where an optimizer expects the number of its steps: as torch's own optimizers when they load a state."""
+    if group.get("fused") or group.get("capturable"):
+        return parameter.device  # read by the kernels
+    if "capturable" in group or step.device.type == "cpu":
+        return torch.device("cpu")  # read by the host at each step, which would wait for another device
+    return parameter.device
 
 
 def _values(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -17,8 +17,10 @@ import torch
 from tests.processes import run_in_ranks
 from tests.trainer.models import Net, trainer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from treadle.cli.main import main
+from treadle.numbers.watch import _Copies
 from treadle_fabric import NonFiniteError
 
 pytestmark = pytest.mark.timeout(110)
@@ -406,3 +408,29 @@ def test_two_ranks_do_the_same_when_one_has_a_bad_batch(tmp_path: Path, capsys: 
     assert main(["replay", str(tmp_path / "nonfinite" / names[-1]), "--module", "tests.trainer.models:Net"]) == 0
     printed = capsys.readouterr().out
     assert "rank 1 of 2" in printed and "reproduced" in printed and "not compared" in printed
+
+
+def test_buffers_are_copied_together_and_into_the_same_memory() -> None:
+    copies, calls = _Copies(), []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    buffers = dict(nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(4))).named_buffers())
+    first = copies.of(buffers)
+    second = copies.of(buffers)  # of the next batch of an accumulation
+    memory = {value.data_ptr() for each in (first, second) for value in each.values()}
+    assert len(memory) == 2 * len(buffers)
+    copies.reuse([first, second])
+    for buffer in buffers.values():
+        buffer += 1
+    with Seen():
+        third = copies.of(buffers)
+    assert calls.count(torch.ops.aten._foreach_copy_) == 2  # the counters are integers
+    assert torch.ops.aten.clone not in calls
+    assert {value.data_ptr() for value in third.values()} < memory
+    assert all(torch.equal(third[name], buffer) for name, buffer in buffers.items())
+    buffers["0.running_mean"] = torch.ones(5)
+    assert copies.of(buffers)["0.running_mean"].shape == (5,)

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from treadle.metrics.values import scalar_on, to_floats, vector_on
 from treadle_fabric import Fabric, all_gather_objects, rank_zero_warn
 
 __all__ = ["REDUCTIONS", "Reduction", "Row", "compute_alone", "reduce_over_ranks"]
@@ -22,8 +23,9 @@ _PACKET: Final = 130  # doubles in the packed collective: a checksum, a count an
 
 
 def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
-    """Gather the values of all ranks, in the order of the ranks."""
-    return [v for theirs in all_gather_objects(fabric, [float(v) for v in values]) for v in theirs]
+    """Gather the values of all ranks, in the order of the ranks; the host waits once for the device."""
+    numbers = to_floats({str(i): value for i, value in enumerate(values)})
+    return [v for theirs in all_gather_objects(fabric, [*numbers.values()]) for v in theirs]
 
 
 def compute_alone(metric: Any) -> Any:
@@ -94,11 +96,11 @@ def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | Non
     dtype = torch.float64
     head = [checksum, float(len(rows))]
     numbers = [0.0 if how in ("gather", "count") else total for _, how, total, _ in rows]
-    totals = [torch.as_tensor(number, dtype=dtype, device=fabric.device).reshape(()) for number in numbers]
-    weights = torch.tensor([weight for *_, weight in rows], dtype=dtype, device=fabric.device)
+    totals = [scalar_on(number, dtype, fabric.device) for number in numbers]
+    weights = vector_on([weight for *_, weight in rows], dtype, fabric.device)
     pairs = torch.stack([torch.stack(totals), weights], dim=1).flatten() if rows else weights
     packet = torch.zeros(_PACKET, dtype=dtype, device=fabric.device)
-    packet[:2] = torch.tensor(head, dtype=dtype)
+    packet[:2] = vector_on(head, dtype, fabric.device)
     first = pairs[: _PACKET - 2]
     packet[2 : 2 + len(first)] = first
     gathered: Tensor = fabric.all_gather(packet).reshape(fabric.world_size, -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treadle.metrics.options import LogOptions
 from treadle.metrics.reduction import REDUCTIONS, Reduction
-from treadle.metrics.values import flatten_metrics
+from treadle.metrics.values import flatten_metrics, is_at_hand, scalar_on, vector_on
 
 __all__ = ["Slot"]
 _ON_TENSORS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
@@ -91,13 +91,13 @@ class Slot:
 
     def _of_tensors(self, values: list[Any], weights: list[float]) -> Tensor:
         """Reduce values among which are tensors; the result is a tensor, whichever kind of value came last."""
-        if self.reduce in ("mean", "sum") and all(map(_is_at_hand, values)):
+        if self.reduce in ("mean", "sum") and all(map(is_at_hand, values)):
             numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
             return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64)
         stacked = stack(values)
         if self.reduce == "mean":
             alike = weights.count(weights[0]) == len(weights)  # several weights would have to be sent to the device
-            return stacked.sum() * weights[0] if alike else stacked @ stacked.new_tensor(weights)
+            return stacked.sum() * weights[0] if alike else stacked @ vector_on(weights, stacked.dtype, stacked.device)
         return _ON_TENSORS[self.reduce](stacked)  # type: ignore[index]
 
     def compute(self) -> Any:
@@ -112,15 +112,10 @@ class Slot:
         return self.total / self.weight if self.reduce == "mean" else self.total
 
 
-def _is_at_hand(value: Any) -> bool:
-    """Return whether reading the value as a Python number, which is as exact as float64, waits for no device."""
-    return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
-
-
 def stack(values: list[Any]) -> Tensor:
     """Stack scalars of any kind into one vector, in double precision where the device has it."""
     device = next((v.device for v in values if isinstance(v, Tensor) and v.device.type != "cpu"), torch.device("cpu"))
     dtype = torch.float32 if device.type == "mps" else torch.float64
     if all(isinstance(v, Tensor) and v.device == device and v.dtype == values[0].dtype for v in values):
         return torch.stack([v.reshape(()) for v in values]).to(dtype)
-    return torch.stack([torch.as_tensor(v, dtype=dtype, device=device).reshape(()) for v in values])
+    return torch.stack([scalar_on(v, dtype, device) for v in values])

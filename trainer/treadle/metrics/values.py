@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.loggers import to_numbers
 
-__all__ = ["flatten_metrics", "is_metric", "to_floats"]
+__all__ = ["flatten_metrics", "is_at_hand", "is_metric", "scalar_on", "to_floats", "vector_on"]
 
 
 def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -43,3 +46,20 @@ def step_value(metric: Any) -> Any:
     """Return what a torchmetrics object computed of the last batch, or of all so far if it was only updated."""
     cached = getattr(metric, "_forward_cache", None)
     return metric.compute() if cached is None else cached
+
+
+def is_at_hand(value: Any) -> bool:
+    """Return whether reading the value as a Python number, which is as exact as float64, waits for no device."""
+    return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
+
+
+def scalar_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a scalar on a device that nobody waits for: a number of the host goes there as an operation's argument."""
+    if isinstance(value, Tensor) and (value.device == device or not is_at_hand(value)):
+        return value.to(device, dtype, non_blocking=device.type == "cuda").reshape(())
+    return torch.full((), value.item() if isinstance(value, Tensor) else value, dtype=dtype, device=device)
+
+
+def vector_on(numbers: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers as a vector on a device; the copy does not wait for what is queued there."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=device.type == "cuda")

@@ -27,10 +27,12 @@ class HostCopy:
         self._source = numbers
         if numbers.device.type == "mps":
             return  # such a copy would say too early that it is done
-        if self._target is None or self._event is None or self._target.dtype != numbers.dtype:
+        known = self._target
+        if known is None or self._event is None or (known.shape, known.dtype) != (numbers.shape, numbers.dtype):
             pinned = numbers.device.type == "cuda" and torch.cuda.is_available()
             self._target = torch.full(numbers.shape, float("nan"), dtype=numbers.dtype, pin_memory=pinned)
             self._event = _event(numbers.device)
+        assert self._target is not None
         self._target.copy_(numbers, non_blocking=True)
         if self._event is not None:
             self._event.record()
@@ -51,6 +53,8 @@ class HostCopy:
 
 def _event(device: torch.device) -> Any:
     try:
-        return torch.Event(device)
+        event = torch.Event(device)
+        event.record()
+        return event
     except RuntimeError:  # this kind of device has none
         return None

@@ -140,7 +140,7 @@ class WeightedLosses:
         count: float = self._count
         if strategy.world_size > 1:
             pair = torch.full((2,), count, dtype=torch.float64, device=strategy.root_device)  # copied from nowhere
-            pair[0].fill_(self._total)  # type: ignore[arg-type]
+            pair[0].fill_(self._total)
             pair = strategy.all_reduce(pair, reduce_op="sum")
             total, count = (pair[0], 1) if known_positive else pair.tolist()
         if not count:  # no loss in all of the accumulation: there are no gradients
@@ -277,17 +277,17 @@ def _checked(weight: Any) -> float | Tensor:
                 " samples that the loss is the mean of: sum it up, or give it another name."
             )
         if weight.device.type != "cpu":
-            weight = weight.detach().reshape(())
-            if weight.device.type == "cuda":
-                return weight.double()
-            return weight if weight.is_floating_point() else weight.float()
+            number: Tensor = weight.detach().reshape(())
+            if number.device.type == "cuda":
+                return number.double()
+            return number if number.is_floating_point() else number.float()
     try:
-        number = float(weight)
+        value = float(weight)
     except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < math.inf:
+        value = math.nan
+    if not 0 <= value < math.inf:
         raise _refused(weight)
-    return number
+    return value
 
 
 def _refused(weight: Any) -> MisconfigurationException:

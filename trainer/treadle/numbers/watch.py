@@ -70,6 +70,7 @@ class WatchedLosses:
         self._run, self._losses, self._mode = run, losses, mode
         self._folder = os.path.join(root if "://" in root else os.path.abspath(root), "nonfinite")
         self._records: list[_Record] = []
+        self._copies = _Copies()
         self._count = 0
         self._observes = self._reruns = False
         self._steps = True  # there is an optimizer
@@ -88,7 +89,7 @@ class WatchedLosses:
             if self._reruns:
                 record.batch = map_tensors(batch, lambda t: t.detach().clone())
                 record.rng = collect_rng_states()
-                record.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+                record.buffers = self._copies.of(dict(module.named_buffers()))
             self._records.append(record)
             output = training_step(batch, *rest)
             record.loss = loss_of(output)
@@ -111,7 +112,13 @@ class WatchedLosses:
 
     def forget(self) -> None:
         """Drop the records of an accumulation that was left unfinished, or has nothing to look at."""
-        self._records = []
+        self._take_records()
+
+    def _take_records(self) -> list[_Record]:
+        """Return the records so far, and begin anew; the memory of their buffers is used again at the next batch."""
+        records, self._records = self._records, []
+        self._copies.reuse(record.buffers for record in records)
+        return records
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the losses keep."""
@@ -136,7 +143,7 @@ class WatchedLosses:
             self.forget()  # the weights are all 0
             return False
         self._steps = optimizer is not None
-        records, self._records = self._records, []
+        records = self._take_records()
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
         scaled = strategy.precision.requires_fabric_backward
@@ -299,6 +306,35 @@ class WatchedLosses:
         except CheckpointError as error:
             return f"It could not be kept for a replay: {error}"
         return f"To run it again: `treadle replay {shlex.quote(path)}`."
+
+
+class _Copies:
+    """Copies of buffers: one operation for all of a kind, into memory that is used again."""
+
+    def __init__(self) -> None:
+        self._free: list[dict[str, Tensor]] = []
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies of tensors by name."""
+        kept = self._free.pop() if self._free else {}
+        if kept.keys() != tensors.keys() or any(_layout(kept[name]) != _layout(t) for name, t in tensors.items()):
+            return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+        for name, tensor in tensors.items():
+            targets, sources = groups.setdefault((tensor.dtype, tensor.device), ([], []))
+            targets.append(kept[name])
+            sources.append(tensor.detach())
+        for targets, sources in groups.values():
+            torch._foreach_copy_(targets, sources)
+        return kept
+
+    def reuse(self, copies: Iterable[dict[str, Tensor]]) -> None:
+        """Take back copies; they stay what they are until the next call of :meth:`of`."""
+        self._free += [each for each in copies if each]
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 @contextmanager

@@ -109,6 +109,11 @@ class ReadyRun(Run):
         """The strategy's engine, which runs the module."""
         return engine_of(self.wrapped)
 
-    def method(self, name: str) -> Callable[..., Any]:
-        """Return a method of the module for a hot loop: through the engine, in the precision."""
-        return method_of(self.wrapped, name)
+    def method(self, name: str, *, changes_weights: bool = False) -> Callable[..., Any]:
+        """Return a method of the module for a hot loop: through the engine, in the precision.
+
+        Args:
+            name: of the method.
+            changes_weights: whether it may change weights and use them again.
+        """
+        return method_of(self.wrapped, name, changes_weights=changes_weights)

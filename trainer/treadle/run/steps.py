@@ -30,7 +30,7 @@ class StepCounter:
         self._progress, self._module = progress, module
         self._counts: dict[Optimizer, bool] = {}  # the returned optimizers; False while a step is left out
         self._expected: dict[Optimizer, int] = {}  # the number of optimizer steps with the step under way
-        self._others: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._others: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:
         return self  # a copy of an optimizer is not a copy of its run
@@ -61,10 +61,12 @@ class StepCounter:
             handle.remove()
 
     def _trains_module(self, optimizer: Optimizer) -> bool:
-        found = self._others.get(optimizer)
-        if found is None:
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        known, found = self._others.get(optimizer, (-1, False))
+        if known != count:  # it may have got parameters since it was looked at
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            found = self._others[optimizer] = any(id(p) in held for p in self._module.parameters())
+            found = any(id(p) in held for p in self._module.parameters())
+            self._others[optimizer] = count, found
         return found
 
     # Around a step through the optimizer's wrapper, which makes exactly one step or leaves it out

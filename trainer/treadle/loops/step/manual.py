@@ -21,7 +21,7 @@ class ManualStep:
 
     def __init__(self, run: ReadyRun) -> None:
         self._results, self._loss = run.results, run.loss
-        step, call = run.module.training_step, run.method("training_step")
+        step, call = run.module.training_step, run.method("training_step", changes_weights=True)
         self._training_step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
         self._prepares = not run.optimizers  # an optimizer of `configure_optimizers` does it before each step
