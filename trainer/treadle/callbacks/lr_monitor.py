@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
+from treadle.metrics.values import to_floats
 from treadle_fabric import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -91,21 +92,25 @@ class LearningRateMonitor(Callback):
             self._log(trainer, pl_module, "epoch")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, interval: str) -> None:
-        found: dict[str, float] = {}
+        given: dict[str, Any] = {}
+        rates: list[str] = []
         for name, optimizer, own in self._sources(trainer):
             if self.logging_interval is None and own not in (interval, "any"):
                 continue
             for key, group in zip(_group_names(name, optimizer), optimizer.param_groups, strict=True):
-                found[key] = float(group["lr"])
-                self.lrs.setdefault(key, []).append(found[key])
+                rates.append(key)
+                given[key] = group["lr"]
                 if self.log_momentum:
-                    momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
-                    found[f"{key}-momentum"] = self.last_momentum_values[f"{key}-momentum"] = float(momentum)
+                    given[f"{key}-momentum"] = group["betas"][0] if "betas" in group else group.get("momentum", 0)
                 if self.log_weight_decay:
-                    decay = float(group.get("weight_decay", 0))
-                    found[f"{key}-weight_decay"] = self.last_weight_decay_values[f"{key}-weight_decay"] = decay
-        if not found:
+                    given[f"{key}-weight_decay"] = group.get("weight_decay", 0)
+        if not given:
             return
+        found = to_floats(given)  # rates may be on the device: one transfer for all
+        for key in rates:
+            self.lrs.setdefault(key, []).append(found[key])
+        for last, kind in ((self.last_momentum_values, "momentum"), (self.last_weight_decay_values, "weight_decay")):
+            last.update({name: value for key in rates if (value := found.get(name := f"{key}-{kind}")) is not None})
         for logger in trainer.loggers:
             logger.log_metrics(found, step=trainer.fit_progress.logging_step)
         at_step = interval == "step"
