@@ -102,6 +102,18 @@ def test_weights_change_within_autocast_of_fabric(change: Callable[..., None], c
     assert torch.equal(after.float(), expected(module).float())
 
 
+def test_a_forward_pass_within_autocast_of_fabric_keeps_no_casts() -> None:
+    """Not all versions of torch forget them at the end of an inner context."""
+    precision = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed").strategy.precision
+    with precision.forward_context():
+        assert torch.is_autocast_cache_enabled()
+    with precision.step_context():
+        assert not torch.is_autocast_cache_enabled()
+        with precision.forward_context():
+            assert not torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
 class WholeStep(nn.Module):
     """A marked method of a Fabric model that makes two steps."""
 

@@ -30,7 +30,7 @@ class HostCopy:
         known = self._target
         if known is None or self._event is None or (known.shape, known.dtype) != (numbers.shape, numbers.dtype):
             pinned = numbers.device.type == "cuda" and torch.cuda.is_available()
-            self._target = torch.full(numbers.shape, float("nan"), dtype=numbers.dtype, pin_memory=pinned)
+            self._target = torch.full(numbers.shape, float("nan"), dtype=numbers.dtype, device="cpu", pin_memory=pinned)
             self._event = _event(numbers.device)
         assert self._target is not None
         self._target.copy_(numbers, non_blocking=True)

@@ -116,11 +116,14 @@ class WeightedLosses:
         weight = _checked(weight)
         self._total = self._total + weight
         self._count += 1
-        if not isinstance(weight, Tensor):
-            # the loss of a weight of 0 may well be 0 / 0
-            return None if weight == 0 else loss * (weight / self._reference)
-        self._send()
-        return torch.where(weight > 0, loss * (weight / self._reference).to(loss.dtype), 0.0)
+        if isinstance(self._total, Tensor):
+            self._send()
+        factor = weight / self._reference
+        scaled = loss * (factor.to(loss.dtype) if isinstance(factor, Tensor) else factor)
+        # the loss of a weight of 0 may well be 0 / 0
+        if isinstance(weight, Tensor):
+            return torch.where(weight > 0, scaled, 0.0)
+        return None if weight == 0 else scaled
 
     def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
         """Divide the gradients by the weights of the accumulation, those of all ranks together.
@@ -140,7 +143,7 @@ class WeightedLosses:
         count: float = self._count
         if strategy.world_size > 1:
             pair = torch.full((2,), count, dtype=torch.float64, device=strategy.root_device)  # copied from nowhere
-            pair[0].fill_(self._total)
+            pair[0].fill_(mine)
             pair = strategy.all_reduce(pair, reduce_op="sum")
             total, count = (pair[0], 1) if known_positive else pair.tolist()
         if not count:  # no loss in all of the accumulation: there are no gradients
@@ -167,6 +170,7 @@ class WeightedLosses:
             raise _refused(total)
         if reference:
             (self._reference,) = reference
+        self._total = total
         return total
 
     def state_dict(self) -> dict[str, Any]:
