@@ -39,8 +39,8 @@ class HostGroup:
     timeout begins only where no rank works any more, because all of them wait patiently: they are then at different
     places of the program, and get an error. Every other wait ends with the timeout of the group.
 
-    A patient rank waits in gloo, and not for a key in the store: gloo sees at once when another rank, of this machine or
-    of another one, has ended, with an error or without.
+    A patient rank waits in gloo, and not for a key in the store: gloo sees at once when another rank, of this machine
+    or of another one, has ended, with an error or without.
 
     Args:
         group: The process group.
