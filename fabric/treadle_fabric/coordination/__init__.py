@@ -2,14 +2,14 @@
 
 Start with ``stop_agreement.py``: all ranks stop after the same step. ``step_clock.py`` is a clock that all ranks read
 alike. ``on_rank_zero.py`` and ``objects.py`` are for what happens seldom, a save for example: rank 0 acts and all ranks
-learn what came of it; objects of ranks come to one rank or to all. These go through ``host_group.py``, and wait for no
+learn what came of it; objects of ranks come to one rank or to all. These go through ``hosts.py``, and wait for no
 device. ``as_tensors.py`` and ``alike.py`` come before an exchange of tensors: what is exchanged, and whether it is
 alike. Imports only the foundation (errors, containers, tensor_pickle).
 """
 
 from treadle_fabric.coordination.alike import check_alike
 from treadle_fabric.coordination.as_tensors import as_tensors
-from treadle_fabric.coordination.host_group import (
+from treadle_fabric.coordination.hosts import (
     HostGroup,
     Vote,
     host_group,
