@@ -1,6 +1,6 @@
 """Objects and decisions of ranks travel through host memory, whatever the default group reaches.
 
-Tests of ``treadle_fabric.coordination.objects``, ``treadle_fabric.coordination.host_group``,
+Tests of ``treadle_fabric.coordination.objects``, ``treadle_fabric.coordination.hosts``,
 ``treadle_fabric.tensor_pickle``, ``treadle_fabric.strategies.parallel``.
 """
 

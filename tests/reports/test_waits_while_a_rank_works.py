@@ -2,7 +2,7 @@
 
 The timeout of collectives ends none of them; where every rank waits, or the one that works fails, all end.
 
-Tests of ``treadle_fabric.coordination.host_group``, ``treadle_fabric.coordination.on_rank_zero``,
+Tests of ``treadle_fabric.coordination.hosts``, ``treadle_fabric.coordination.on_rank_zero``,
 ``treadle.trainer.session``.
 """
 

@@ -3,7 +3,7 @@
 Start with ``stop_agreement.py``: all ranks stop after the same step. ``step_clock.py`` is a clock that all ranks read
 alike. ``on_rank_zero.py``, ``once_a_node.py`` and ``objects.py`` are for what happens seldom, a save for example: rank
 0, or one rank of each node, acts and the others learn what came of it; objects of ranks come to one rank or to all.
-These go through ``host_group.py``, and wait for no device. ``as_tensors.py`` and ``alike.py`` come before an exchange
+These go through ``hosts.py``, and wait for no device. ``as_tensors.py`` and ``alike.py`` come before an exchange
 of tensors: what is exchanged, and whether it is alike. ``rendezvous.py`` is where the ranks meet at the start, and
 ``waiting.py`` says for whom a rank waits. Imports only the foundation (errors, containers, tensor_pickle) and
 environments.
@@ -11,7 +11,7 @@ environments.
 
 from treadle_fabric.coordination.alike import check_alike
 from treadle_fabric.coordination.as_tensors import as_tensors
-from treadle_fabric.coordination.host_group import (
+from treadle_fabric.coordination.hosts import (
     HostGroup,
     Vote,
     host_group,

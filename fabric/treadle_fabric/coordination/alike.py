@@ -91,7 +91,10 @@ class _Calls:
         elif len(self._places) < _MOST_PLACES:
             self._places.add(place)
         mine = json.dumps([[path, _shape(leaf), _dtype(leaf, dtype_of)] for path, leaf in leaves])
-        verdict = self._lead(mine) if self._rank == 0 else self._follow(mine)
+        try:
+            verdict = self._lead(mine) if self._rank == 0 else self._follow(mine)
+        except dist.DistNetworkError:  # the store went with its process: the exchange itself will tell of that
+            return
         if verdict:
             file = "?" if code is None else code.co_filename
             raise MisconfigurationException(_explained(json.loads(verdict), f"{method} ({file}:{line})"))

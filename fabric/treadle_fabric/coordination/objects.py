@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treadle_fabric import tensor_pickle
-from treadle_fabric.coordination.host_group import HostGroup, host_group
+from treadle_fabric.coordination.hosts import HostGroup, host_group
 from treadle_fabric.coordination.on_rank_zero import Ranked
 
 __all__ = ["all_gather_objects", "broadcast_object", "gather_objects"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from treadle_fabric.coordination.host_group import wait_for_rank_zero
+from treadle_fabric.coordination.hosts import wait_for_rank_zero
 from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
 
 __all__ = ["Ranked", "on_rank_zero"]

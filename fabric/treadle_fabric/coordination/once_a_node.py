@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from treadle_fabric.coordination.host_group import meet_patiently
+from treadle_fabric.coordination.hosts import meet_patiently
 from treadle_fabric.coordination.objects import all_gather_objects
 from treadle_fabric.coordination.on_rank_zero import Ranked
 from treadle_fabric.errors import CheckpointError, TreadleError, describe_error

@@ -39,7 +39,7 @@ _CRASH_THREADS = re.compile(r"^(?=Thread |Current thread )", re.MULTILINE)
 _SHOWN = 16  # ranks at most; ranks that did not take part in the collective are shown first
 _INNERMOST = 2  # frames of libraries that are shown: what the rank was waiting in
 _WITHOUT_THE_USERS = 8  # the same number where no frame is the user's
-_HOST_GROUP = os.path.join("treadle_fabric", "coordination", "host_group.py")  # calls a process group itself
+_HOST_GROUP = os.path.join("treadle_fabric", "coordination", "hosts.py")  # calls a process group itself
 _DEPTH = 8  # where a collective waits, one of the 8 innermost frames is torch.distributed's, or that of the host group
 
 

@@ -126,11 +126,11 @@ def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | Non
     packet[:2] = vector_on(head, dtype, fabric.device)
     first = pairs[: _PACKET - 2]
     packet[2 : 2 + len(first)] = first
-    gathered: Tensor = fabric.all_gather(packet).reshape(fabric.world_size, -1)
+    gathered: Tensor = fabric.strategy.all_gather(packet).reshape(fabric.world_size, -1)
     if not bool((gathered[:, :2] == gathered[0, :2]).all()):
         return None
     body = gathered[:, 2 : 2 + len(first)]
     if len(pairs) > len(first):
-        rest = fabric.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
+        rest = fabric.strategy.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
         body = torch.cat([body, rest], dim=1)
     return body

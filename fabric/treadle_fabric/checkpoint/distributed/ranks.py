@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from treadle_fabric.checkpoint.torch_file import reason_of, why_not_written
-from treadle_fabric.coordination import host_group, meet_patiently
+from treadle_fabric.coordination import host_group
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.types import PathLike
 
@@ -32,8 +32,7 @@ class Ranks:
         self._failure = failure
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.size = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
-        self._all = group is None
-        self.group = host_group().group if self._all and self.size > 1 else group
+        self.group = host_group().group if group is None and self.size > 1 else group
 
     def together(self, action: Callable[[], T]) -> list[T]:
         """Act on every rank, and return the results of all ranks; if one rank fails, all raise."""
@@ -48,8 +47,6 @@ class Ranks:
         if self.size == 1:
             outcomes = [outcome]
         else:
-            if self._all:
-                meet_patiently("what all ranks write or read")  # which a slow disk may make a long time
             dist.all_gather_object(outcomes, outcome, group=self.group)
         failed = {rank: reason for rank, (_, reason) in enumerate(outcomes) if reason is not None}
         if failed:

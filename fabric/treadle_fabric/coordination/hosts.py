@@ -134,14 +134,14 @@ class Vote:
         return int(self._count)
 
 
-def _is_done(work: Any, time: timedelta) -> bool:
+def _is_done(work: Any, limit: timedelta) -> bool:
     """Wait for so long.
 
     Raises:
         RuntimeError: The work failed.
     """
     try:
-        work.wait(time)
+        work.wait(limit)
     except RuntimeError:
         if work.is_completed():
             raise
