@@ -50,7 +50,7 @@ class Fitting:
         signals: Signals,
     ) -> None:
         self._session, self._run, self._settings = session, run, settings
-        self._train, self._val = train, val
+        self._given = {"train": train, "val": val}  # loaders, where fit got some
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
@@ -162,7 +162,7 @@ class Fitting:
 
     def _renew_validation(self, run: ReadyRun) -> Evaluation | None:
         self._loaders_of = run.progress.epoch
-        loaders = assembly.validation_loaders(run, self._val) if self.validates else None
+        loaders = assembly.validation_loaders(run, self._given["val"]) if self.validates else None
         self.validates = loaders is not None
         before, self._validation = self._validation, None
         if self.validates:
@@ -206,5 +206,5 @@ class Fitting:
 
     def _ask_for_data(self) -> None:
         if not self._data_asked:
-            self.data = assembly.training_data(self._run, self._settings, self._train)
+            self.data = assembly.training_data(self._run, self._settings, self._given["train"])
             self._data_asked = True
