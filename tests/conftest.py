@@ -19,6 +19,7 @@ import torch
 import torch._dynamo  # seconds of work that each forked rank would do at its first optimizer
 
 from tests.processes import wait_until
+from treadle_fabric import rank_zero_only
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,7 +71,9 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    rank = rank_zero_only.rank
     yield
+    rank_zero_only.rank = rank
     os.environ.clear()
     os.environ.update(environ)
     random.setstate(python_rng)

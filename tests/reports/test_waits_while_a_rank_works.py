@@ -115,6 +115,8 @@ def waits_elsewhere() -> None:
         else:
             on_rank_zero(fabric, int, "did nothing")
     assert lost_peer(info.value)
+    Path(f"told {fabric.global_rank}").touch()
+    wait_until(Path(f"told {1 - fabric.global_rank}").exists)  # rank 0 holds the store
 
 
 def test_ranks_that_all_wait_at_different_places_are_told() -> None:

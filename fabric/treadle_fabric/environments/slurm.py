@@ -75,6 +75,10 @@ class SLURMEnvironment(StartedEnvironment):
         if not found:
             return Finding(False, found, "No variable of SLURM is set.")
         tasks = _first(_TASKS, environ)
+        if srun_step(environ) is None and not pick(("SLURM_JOB_ID", "SLURM_JOBID", *_STEP), environ):
+            # Some of a job's variables, handed on into a container for example: ranks are all that they can tell of.
+            ranks = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOB_NAMES
+            return Finding(ranks, found, f"Variables of SLURM {'with' if ranks else 'without'} ranks, and of no job.")
         if srun_step(environ) is None:
             step = list_variables(pick(_STEP, environ)) or "SLURM_STEP_ID is not set"
             reason = f"srun did not start this process ({step}): it belongs to the batch script, or to salloc's shell."
