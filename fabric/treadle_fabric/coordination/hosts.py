@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,7 +23,6 @@ from treadle_fabric.coordination.rendezvous import new_group
 
 __all__ = [
     "HostGroup",
-    "Vote",
     "host_group",
     "meet_patiently",
     "reached_by",
@@ -76,10 +76,20 @@ class HostGroup:
             options.timeout = _NO_LIMIT
         self._wait(self.group.broadcast([tensor], options), f"a wait for rank {src}", patient)
 
-    def vote(self, decision: bool) -> Vote:
-        """Begin to count the ranks that decided for something; every rank calls this."""
+    def vote(self, decision: bool) -> Callable[[], int]:
+        """Begin to count the ranks that decided for something; every rank calls this.
+
+        Returns:
+            What waits until every rank has voted, but for no device, and returns the number of those for it.
+        """
         count = torch.tensor(int(decision), device="cpu")
-        return Vote(count, dist.all_reduce(count, group=self.group, async_op=True))
+        work: Any = dist.all_reduce(count, group=self.group, async_op=True)
+
+        def counted() -> int:
+            work.wait()
+            return int(count)
+
+        return counted
 
     def _wait(self, work: Any, what: str, patient: bool) -> None:
         if not self._in_slices:
@@ -114,24 +124,6 @@ class HostGroup:
             if seen <= 2:
                 with contextlib.suppress(RuntimeError):  # the store went with its process
                     store.add(key, -1)
-
-
-class Vote:
-    """A count of ranks that is under way.
-
-    Args:
-        count: What becomes the number of ranks that decided for it.
-        work: Fills ``count``.
-    """
-
-    def __init__(self, count: Tensor, work: Any) -> None:
-        self._count, self._work = count, work
-
-    def count(self) -> int:
-        """The number of ranks that decided for it. Waits until every rank has voted, but for no device."""
-        if self._work is not None:
-            self._work.wait()
-        return int(self._count)
 
 
 def _is_done(work: Any, limit: timedelta) -> bool:

@@ -244,7 +244,7 @@ class ParallelStrategy(Strategy):
     def begin_vote(self, decision: bool) -> Callable[[], int]:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return lambda: int(bool(decision))
-        return host_group(self._timeout).vote(decision).count
+        return host_group(self._timeout).vote(decision)
 
 
 _SENT = frozenset(
