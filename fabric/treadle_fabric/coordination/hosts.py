@@ -24,7 +24,7 @@ from treadle_fabric.coordination.rendezvous import new_group
 __all__ = [
     "HostGroup",
     "host_group",
-    "meet_patiently",
+    "patient_barrier",
     "reached_by",
     "wait_for_rank_zero",
     "waits_in_vain",
@@ -55,7 +55,7 @@ class HostGroup:
         self._timeout = timeout
         self._in_slices = "cpu:gloo" in dist.get_backend_config(group)
 
-    def meet(self, what: str = "a barrier", *, patient: bool = False) -> None:
+    def barrier(self, what: str = "a barrier", *, patient: bool = False) -> None:
         """Wait until every rank has called this.
 
         Args:
@@ -69,7 +69,7 @@ class HostGroup:
         self._wait(self.group.barrier(options), what, patient)
 
     def broadcast(self, tensor: Tensor, src: int, *, patient: bool = False) -> None:
-        """Fill a tensor in host memory with that of the rank ``src``; the arguments are those of :meth:`meet`."""
+        """Fill a tensor in host memory with that of the rank ``src``; the arguments are those of :meth:`barrier`."""
         options = torch._C._distributed_c10d.BroadcastOptions()
         options.rootRank, options.rootTensor = src, 0
         if patient:
@@ -146,10 +146,10 @@ def reached_by(group: Any | None) -> list[str]:
     return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
-def meet_patiently(what: str) -> None:
+def patient_barrier(what: str) -> None:
     """Wait patiently until every rank is here, because some of them work; alone, return at once."""
     if _are_several():
-        host_group().meet(what, patient=True)
+        host_group().barrier(what, patient=True)
 
 
 def wait_for_rank_zero() -> None:

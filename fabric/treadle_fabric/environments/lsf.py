@@ -50,10 +50,6 @@ class LSFEnvironment(StartedEnvironment):
         return 10000 + require_number("LSB_JOBID", self.variables) % 1000
 
     @staticmethod
-    def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return LSFEnvironment.examine(environ).applies
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return whether jsrun started this process, and by which variables that was decided."""
         environ = os.environ if environ is None else environ

@@ -32,10 +32,6 @@ class TorchElasticEnvironment(StartedEnvironment):
         return require_number("MASTER_PORT", self.variables)
 
     @staticmethod
-    def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return TorchElasticEnvironment.examine(environ).applies
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return whether torchrun started this process, and by which variables that was decided."""
         environ = os.environ if environ is None else environ
