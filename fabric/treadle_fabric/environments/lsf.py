@@ -56,7 +56,7 @@ class LSFEnvironment(StartedEnvironment):
         found = pick((*_JOB, *_JSRUN), environ)
         missing = [name for name in (*_JOB, *_JSRUN) if name not in found]
         if missing:
-            return Finding(False, found, f"jsrun in an LSF job sets {', '.join(missing)}, too.")
+            return Finding(False, found, f"jsrun did not start this process: {', '.join(missing)} not set.")
         rank, size = found["JSM_NAMESPACE_RANK"], found["JSM_NAMESPACE_SIZE"]
         return Finding(True, found, f"jsrun started this process as rank {rank} of {size}.")
 
