@@ -34,6 +34,7 @@ __all__ = [
     "entries",
     "holds_state",
     "leaves",
+    "leaves_by_path",
     "map_leaves",
     "update_entries",
     "with_children",
@@ -243,3 +244,15 @@ def leaves(value: Any, is_leaf: Callable[[Any], bool] | None = None, within: tup
                 yield from leaves(item, is_leaf, (*within, id(value)))
     elif is_leaf is None or is_leaf(value):
         yield value
+
+
+def leaves_by_path(
+    value: Any, is_leaf: Callable[[Any], bool], path: str = "", within: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Any]]:
+    """The leaves in nested containers with their paths, such as ``['a'][0]``, and what ``is_leaf`` takes for a leaf."""
+    held = None if is_leaf(value) else children(value)
+    if held is None:
+        yield path, value
+    elif id(value) not in within:
+        for key, item in held:
+            yield from leaves_by_path(item, is_leaf, f"{path}[{key!r}]", (*within, id(value)))

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.checks import check_loss, is_several, one_or_several
-from treadle_fabric.coordination import as_tensors, check_alike, meet_patiently
+from treadle_fabric.coordination import as_tensors, check_alike, patient_barrier
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
@@ -564,11 +564,11 @@ class Fabric:
         self._require_launch("rank_zero_first")
         rank = self.local_rank if local else self.global_rank
         if rank > 0:
-            meet_patiently("rank_zero_first")
+            patient_barrier("rank_zero_first")
         yield
         if rank == 0:
-            meet_patiently("rank_zero_first")
-        meet_patiently("the end of rank_zero_first")
+            patient_barrier("rank_zero_first")
+        patient_barrier("the end of rank_zero_first")
 
     # Files
 

@@ -18,6 +18,7 @@ HEAVY = [
     "IPython",
     "comet_ml",
     "deepspeed",
+    "fsspec",
     "jsonargparse",
     "lightning",
     "matplotlib",

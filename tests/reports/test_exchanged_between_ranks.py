@@ -197,16 +197,16 @@ def unequal_shapes() -> None:
     fabric = fabric_of(3)
     rank = fabric.global_rank
     line = sys._getframe().f_lineno
-    with differs("shapes differ", "shape (1,) on rank 0; shape (2,) on ranks 1, 2", f"{__file__}:{line + 2}"):
+    with differs("shapes differ", "shape (1,) on rank 0; shape (2,) on ranks 1-2", f"{__file__}:{line + 2}"):
         fabric.all_gather(torch.ones(min(rank, 1) + 1))
     for call in (fabric.all_gather, fabric.all_reduce):
-        with differs("shapes differ", "data['b'][0] is shape () on rank 0; shape (1,) on ranks 1, 2"):
+        with differs("shapes differ", "data['b'][0] is shape () on rank 0; shape (1,) on ranks 1-2"):
             call({"a": 1, "b": [torch.ones(()) if rank == 0 else torch.ones(1)]})
-        with differs("dtypes differ", "float32 on ranks 0, 1; float64 on rank 2"):
+        with differs("dtypes differ", "float32 on ranks 0-1; float64 on rank 2"):
             call(torch.ones(1, dtype=torch.float64 if rank == 2 else torch.float32))
         with differs("structures differ", "data[1] on rank 1", "nothing on ranks 0, 2"):
             call([1.0] * (2 if rank == 1 else 1))
-        with differs("structures differ", "data['a'] on ranks 0, 1; data['b'] on rank 2"):
+        with differs("structures differ", "data['a'] on ranks 0-1; data['b'] on rank 2"):
             call({"a" if rank < 2 else "b": 1})
     with differs("shapes differ", "shape (1,) on ranks 0, 2; None on rank 1"):
         fabric.all_gather(None if rank == 1 else torch.ones(1))

@@ -338,6 +338,7 @@ def test_messages_come_after_ten_seconds_and_then_rarely(monkeypatch: pytest.Mon
     monkeypatch.setenv("TREADLE_WAIT_MESSAGE_AFTER", "soon")
     assert WaitMessages(str)._first == 10  # a malformed variable is no reason to fail
     assert (list_ranks([3]), list_ranks([5, 1, 3, 4])) == ("rank 3", "ranks 1, 3-5")
+    assert list_ranks(range(0, 40, 2)) == "ranks 0, 2, 4, 6, 8, 10, 12, 14 and 12 more"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from tests.processes import run_in_ranks, thread_runs, wait_until
 
 import treadle as L
 from treadle_fabric import DDPStrategy, Fabric, TorchCheckpointIO, on_rank_zero
-from treadle_fabric.coordination import meet_patiently, waits_in_vain
+from treadle_fabric.coordination import patient_barrier, waits_in_vain
 from treadle_fabric.failures.places import lost_peer
 
 LIMIT = 2.0  # the timeout, in seconds
@@ -111,7 +111,7 @@ def waits_elsewhere() -> None:
     fabric = fabric_of_two(timeout=0.5)
     with pytest.raises(RuntimeError, match=r"timeout in (here|a wait for rank 0), after 500ms") as info:
         if fabric.global_rank == 0:
-            meet_patiently("here")
+            patient_barrier("here")
         else:
             on_rank_zero(fabric, int, "did nothing")
     assert lost_peer(info.value)

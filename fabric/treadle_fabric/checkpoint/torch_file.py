@@ -15,9 +15,7 @@ import pickle
 from collections.abc import Iterator
 from typing import IO, Any
 
-import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
 
 from treadle_fabric.checkpoint.archive import (
     check_archive,
@@ -65,6 +63,9 @@ def file_system(path: PathLike, storage_options: Any | None = None) -> tuple[Any
     """The fsspec file system (None: the local disk) and the path in it."""
     text = os.fspath(path)
     if "://" in text:
+        import fsspec  # heavy, and only for such paths
+        from fsspec.implementations.local import LocalFileSystem
+
         fs, where = fsspec.url_to_fs(text, **(storage_options or {}))
         if not isinstance(fs, LocalFileSystem):
             return fs, where

@@ -13,9 +13,8 @@ from treadle_fabric.coordination.alike import check_alike
 from treadle_fabric.coordination.as_tensors import as_tensors
 from treadle_fabric.coordination.hosts import (
     HostGroup,
-    Vote,
     host_group,
-    meet_patiently,
+    patient_barrier,
     reached_by,
     wait_for_rank_zero,
     waits_in_vain,
@@ -23,7 +22,7 @@ from treadle_fabric.coordination.hosts import (
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
 from treadle_fabric.coordination.once_a_node import once_a_node
-from treadle_fabric.coordination.rendezvous import meet, new_group, this_machine
+from treadle_fabric.coordination.rendezvous import is_running, meet, new_group, this_machine
 from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.coordination.stop_agreement import StopAgreement
 from treadle_fabric.coordination.waiting import WaitMessages, list_ranks, wait_with_messages
@@ -32,7 +31,6 @@ __all__ = [
     "HostGroup",
     "StepClock",
     "StopAgreement",
-    "Vote",
     "WaitMessages",
     "all_gather_objects",
     "as_tensors",
@@ -40,12 +38,13 @@ __all__ = [
     "check_alike",
     "gather_objects",
     "host_group",
+    "is_running",
     "list_ranks",
     "meet",
-    "meet_patiently",
     "new_group",
     "on_rank_zero",
     "once_a_node",
+    "patient_barrier",
     "reached_by",
     "this_machine",
     "wait_for_rank_zero",

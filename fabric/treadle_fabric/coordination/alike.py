@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treadle_fabric.containers import children
+from treadle_fabric.containers import leaves_by_path
+from treadle_fabric.coordination.waiting import list_ranks
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["check_alike"]
@@ -26,7 +27,6 @@ _LIBRARIES: Final = ("treadle", "treadle_fabric")
 _PATIENCE: Final = 10.0  # seconds that a rank waits for the others before it goes on
 _SLICE: Final = timedelta(seconds=0.1)  # until a rank looks whether another one does not compare
 _MOST_PLACES: Final = 1024
-_SHOWN: Final = 8
 
 
 def check_alike(
@@ -80,8 +80,7 @@ class _Calls:
 
     def next(self, data: Any, method: str, dtype_of: Callable[[torch.dtype], torch.dtype]) -> None:
         self._count += 1
-        leaves: list[tuple[str, Any]] = []
-        _list_leaves(data, "", leaves)
+        leaves = list(leaves_by_path(data, lambda value: isinstance(value, Tensor)))
         code, line = _line_of_user()
         place = (method, code, line, tuple((path, _kind(leaf)) for path, leaf in leaves))
         if place in self._places:
@@ -158,15 +157,6 @@ def _line_of_user() -> tuple[CodeType | None, int]:
     return (None, 0) if frame is None else (frame.f_code, frame.f_lineno)
 
 
-def _list_leaves(data: Any, path: str, found: list[tuple[str, Any]], within: tuple[int, ...] = ()) -> None:
-    held = None if isinstance(data, Tensor) else children(data)
-    if held is None:
-        found.append((path, data))
-    elif id(data) not in within:
-        for key, value in held:
-            _list_leaves(value, f"{path}[{key!r}]", found, (*within, id(data)))
-
-
 def _kind(leaf: Any) -> Any:
     return (leaf.dim(), leaf.dtype) if isinstance(leaf, Tensor) else leaf is None
 
@@ -208,12 +198,9 @@ def _shown(shape: list[int] | str) -> str:
 
 
 def _message(call: str, what: str, path: str, told: dict[str, list[int]]) -> str:
-    lists = []
-    for value, ranks in told.items():
-        more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-        lists.append(f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}")
+    lists = "; ".join(f"{value} on {list_ranks(ranks)}" for value, ranks in told.items())
     return (
-        f"{call}: {what} between the ranks. {path} is {'; '.join(lists)}. Tensors that ranks exchange have one shape"
+        f"{call}: {what} between the ranks. {path} is {lists}. Tensors that ranks exchange have one shape"
         " and dtype on all of them: pad them to it, or exchange values of any size with"
         " treadle_fabric.all_gather_objects(fabric, value)."
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Set
-from fractions import Fraction
 from numbers import Number
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from treadle_fabric.containers import children, map_leaves
+from treadle_fabric.containers import children, leaves_by_path, map_leaves
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["as_tensors"]
@@ -67,9 +66,9 @@ def as_tensors(
         return tensor
 
     try:
-        return _map(data, convert)
+        return map_leaves(data, convert, _is_leaf)
     except _RefusedError as refused:
-        path, leaf = _find(data, convert) or ("", data)
+        path, leaf = next(found for found in leaves_by_path(data, _is_set) if _refuses(convert, found[1]))
         of = f" of dtype {leaf.dtype}" if hasattr(leaf, "dtype") else ""
         where = f"data{path} ({type(leaf).__name__}{of})"
         raise MisconfigurationException(f"{method}: {where} {refused}.") from None
@@ -80,23 +79,20 @@ def _is_plain(value: Any) -> bool:
     return type(value) is Tensor and value.layout is torch.strided and not value.is_meta and not value.is_quantized
 
 
-def _map(data: Any, convert: Callable[[Any], Any]) -> Any:
-    return map_leaves(data, convert, lambda value: isinstance(value, Set) or children(value) is None)
+def _is_set(value: Any) -> bool:
+    return isinstance(value, Set)
 
 
-def _find(data: Any, convert: Callable[[Any], Any], path: str = "", within: tuple[int, ...] = ()) -> Any:
-    """The path of the first leaf that is refused, and the leaf."""
-    held = None if isinstance(data, Set) else children(data)
-    if held is None:
-        try:
-            convert(data)
-        except _RefusedError:
-            return path, data
-        return None
-    if id(data) in within:
-        return None
-    found = (_find(value, convert, f"{path}[{key!r}]", (*within, id(data))) for key, value in held)
-    return next((each for each in found if each is not None), None)
+def _is_leaf(value: Any) -> bool:
+    return _is_set(value) or children(value) is None
+
+
+def _refuses(convert: Callable[[Any], Any], leaf: Any) -> bool:
+    try:
+        convert(leaf)
+    except _RefusedError:
+        return True
+    return False
 
 
 def _exchanged(tensor: Tensor) -> Tensor:
@@ -124,7 +120,7 @@ def _tensor_of(value: Any, device: torch.device) -> Tensor | None:
     if isinstance(value, _PLAIN):  # of a class of the user's, or an enum
         plain: Any = next(each for each in _PLAIN if isinstance(value, each))
         return torch.tensor(plain(value), device=device)
-    if isinstance(value, (Number, Fraction)):  # a Decimal, say
+    if isinstance(value, Number):  # a Fraction or a Decimal, say
         try:
             return torch.tensor(float(value), device=device)  # type: ignore[arg-type]
         except TypeError:

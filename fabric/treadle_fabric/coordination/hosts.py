@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,9 +23,8 @@ from treadle_fabric.coordination.rendezvous import new_group
 
 __all__ = [
     "HostGroup",
-    "Vote",
     "host_group",
-    "meet_patiently",
+    "patient_barrier",
     "reached_by",
     "wait_for_rank_zero",
     "waits_in_vain",
@@ -55,7 +55,7 @@ class HostGroup:
         self._timeout = timeout
         self._in_slices = "cpu:gloo" in dist.get_backend_config(group)
 
-    def meet(self, what: str = "a barrier", *, patient: bool = False) -> None:
+    def barrier(self, what: str = "a barrier", *, patient: bool = False) -> None:
         """Wait until every rank has called this.
 
         Args:
@@ -69,17 +69,27 @@ class HostGroup:
         self._wait(self.group.barrier(options), what, patient)
 
     def broadcast(self, tensor: Tensor, src: int, *, patient: bool = False) -> None:
-        """Fill a tensor in host memory with that of the rank ``src``; the arguments are those of :meth:`meet`."""
+        """Fill a tensor in host memory with that of the rank ``src``; the arguments are those of :meth:`barrier`."""
         options = torch._C._distributed_c10d.BroadcastOptions()
         options.rootRank, options.rootTensor = src, 0
         if patient:
             options.timeout = _NO_LIMIT
         self._wait(self.group.broadcast([tensor], options), f"a wait for rank {src}", patient)
 
-    def vote(self, decision: bool) -> Vote:
-        """Begin to count the ranks that decided for something; every rank calls this."""
+    def vote(self, decision: bool) -> Callable[[], int]:
+        """Begin to count the ranks that decided for something; every rank calls this.
+
+        Returns:
+            What waits until every rank has voted, but for no device, and returns the number of those for it.
+        """
         count = torch.tensor(int(decision), device="cpu")
-        return Vote(count, dist.all_reduce(count, group=self.group, async_op=True))
+        work: Any = dist.all_reduce(count, group=self.group, async_op=True)
+
+        def counted() -> int:
+            work.wait()
+            return int(count)
+
+        return counted
 
     def _wait(self, work: Any, what: str, patient: bool) -> None:
         if not self._in_slices:
@@ -116,24 +126,6 @@ class HostGroup:
                     store.add(key, -1)
 
 
-class Vote:
-    """A count of ranks that is under way.
-
-    Args:
-        count: What becomes the number of ranks that decided for it.
-        work: Fills ``count``.
-    """
-
-    def __init__(self, count: Tensor, work: Any) -> None:
-        self._count, self._work = count, work
-
-    def count(self) -> int:
-        """The number of ranks that decided for it. Waits until every rank has voted, but for no device."""
-        if self._work is not None:
-            self._work.wait()
-        return int(self._count)
-
-
 def _is_done(work: Any, limit: timedelta) -> bool:
     """Wait for so long.
 
@@ -154,10 +146,10 @@ def reached_by(group: Any | None) -> list[str]:
     return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
-def meet_patiently(what: str) -> None:
+def patient_barrier(what: str) -> None:
     """Wait patiently until every rank is here, because some of them work; alone, return at once."""
     if _are_several():
-        host_group().meet(what, patient=True)
+        host_group().barrier(what, patient=True)
 
 
 def wait_for_rank_zero() -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from treadle_fabric.coordination.hosts import wait_for_rank_zero
 from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
 
-__all__ = ["Ranked", "on_rank_zero"]
+__all__ = ["Ranked", "attempt", "on_rank_zero"]
 
 T = TypeVar("T")
 
@@ -40,18 +40,12 @@ def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
 
     Raises:
         Exception: On rank 0, what ``action`` raised.
-        CheckpointError: On the other ranks, if ``action`` raised a CheckpointError or an OSError.
+        CheckpointError: On the other ranks, if ``action`` raised a CheckpointError (of its class) or an OSError.
         TreadleError: On the other ranks, if ``action`` raised any other exception.
     """
     if strategy.world_size == 1:
         return action()
-    result, error, trouble = None, None, None
-    if strategy.global_rank == 0:
-        try:
-            result = action()
-        except Exception as e:
-            kind = CheckpointError if isinstance(e, CheckpointError | OSError) else TreadleError
-            error, trouble = e, (kind, f"Rank 0 {failure}: {str(e) or describe_error(e)}")
+    result, error, trouble = attempt(action, 0, failure) if strategy.global_rank == 0 else (None, None, None)
     wait_for_rank_zero()
     result, trouble = strategy.broadcast((result, trouble))
     if error is not None:
@@ -60,3 +54,22 @@ def on_rank_zero(strategy: Ranked, action: Callable[[], T], failure: str) -> T:
         kind, text = trouble
         raise kind(text)
     return result  # type: ignore[no-any-return]
+
+
+Trouble = tuple[type[TreadleError], str]
+"""Class and text of the error that the ranks raise which did not act."""
+
+
+def attempt(action: Callable[[], T], rank: int, failure: str) -> tuple[T, None, None] | tuple[None, Exception, Trouble]:
+    """Return the result of an action; or what it raised, and what the other ranks are to raise."""
+    try:
+        return action(), None, None
+    except Exception as e:
+        return None, e, (_kind_elsewhere(e), f"Rank {rank} {failure}: {str(e) or describe_error(e)}")
+
+
+def _kind_elsewhere(error: Exception) -> type[TreadleError]:
+    """The class of what the other ranks raise: only classes of this library are sure to be made from a text."""
+    if isinstance(error, CheckpointError) and type(error).__module__ == CheckpointError.__module__:
+        return type(error)
+    return CheckpointError if isinstance(error, CheckpointError | OSError) else TreadleError

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from treadle_fabric.coordination.hosts import meet_patiently
+from treadle_fabric.coordination.hosts import patient_barrier
 from treadle_fabric.coordination.objects import all_gather_objects
-from treadle_fabric.coordination.on_rank_zero import Ranked
-from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
+from treadle_fabric.coordination.on_rank_zero import Ranked, attempt
 
 __all__ = ["OnNodes", "once_a_node"]
 
@@ -43,14 +42,9 @@ def once_a_node(strategy: OnNodes, action: Callable[[], T], failure: str) -> T |
         TreadleError: On the other ranks of all nodes, if ``action`` failed on any; a CheckpointError for an error that
             is one, of its class, and for an OSError.
     """
-    result, error, trouble = None, None, None
-    if strategy.local_rank == 0:
-        try:
-            result = action()
-        except Exception as e:
-            text = f"Rank {strategy.global_rank} {failure}: {str(e) or describe_error(e)}"
-            error, trouble = e, (_kind_elsewhere(e), text)
-    meet_patiently("what one rank of each node does for the others")
+    acts = strategy.local_rank == 0
+    result, error, trouble = attempt(action, strategy.global_rank, failure) if acts else (None, None, None)
+    patient_barrier("what one rank of each node does for the others")
     outcomes = all_gather_objects(strategy, (strategy.local_rank, strategy.node_rank, result, trouble))
     if error is not None:
         raise error
@@ -60,10 +54,3 @@ def once_a_node(strategy: OnNodes, action: Callable[[], T], failure: str) -> T |
             raise kind(text)
     of_node = (found for local, node, found, _ in outcomes if local == 0 and node == strategy.node_rank)
     return next(of_node, None)
-
-
-def _kind_elsewhere(error: Exception) -> type[TreadleError]:
-    """The class of what the other ranks raise: only classes of this library are sure to be made from a text."""
-    if isinstance(error, CheckpointError) and type(error).__module__ == CheckpointError.__module__:
-        return type(error)
-    return CheckpointError if isinstance(error, CheckpointError | OSError) else TreadleError

@@ -22,7 +22,7 @@ from treadle_fabric.coordination.waiting import list_ranks, wait_with_messages
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, RendezvousError, describe_error
 
-__all__ = ["meet", "new_group", "this_machine"]
+__all__ = ["is_running", "meet", "new_group", "this_machine"]
 
 _RANKS_PER_SECOND = 500  # that may ask the store; more ranks ask less often
 _PROBE_TIMEOUT = 2.0  # seconds for an address to answer
@@ -143,7 +143,7 @@ class _Meeting:
         if before == mine or self._by_agent:  # an agent's store may keep what was before a restart
             return
         pid, machine, host = before.split("|", 2)
-        if machine == str(this_machine()) and machine != "None" and _runs(int(pid)):
+        if machine == str(this_machine()) and machine != "None" and is_running(int(pid)):
             raise MisconfigurationException(
                 f"{self._who} is there a second time: process {pid} on {host} has the rank already, at "
                 f"{self._address}:{self._port}. Each process needs a rank of its own, and each run a port of its own. "
@@ -251,11 +251,8 @@ def this_machine() -> str | None:
     return None
 
 
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def is_running(pid: int) -> bool:
+    """Return whether a process of :func:`this_machine` runs; one that has ended and was not waited for does not."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
+    return False

@@ -14,6 +14,7 @@ __all__ = ["WaitMessages", "list_ranks", "wait_with_messages"]
 _FIRST_VARIABLE = "TREADLE_WAIT_MESSAGE_AFTER"
 _FIRST = 10.0
 _LATER = (1, 3, 6, 12, 30)  # times the first: 10 s, 30 s, 1 min, 2 min, 5 min, and then every 5 min
+_SHOWN = 8  # ranks, or ranges of ranks
 _SHORTEST_LOOK, _LONGEST_LOOK = 0.005, 0.2
 
 
@@ -90,12 +91,14 @@ def wait_with_messages(
 
 
 def list_ranks(ranks: Iterable[int]) -> str:
-    """Return ranks for a sentence: ``rank 3``, or ``ranks 1, 3-7``."""
+    """Return ranks for a sentence: ``rank 3``, or ``ranks 1, 3-7``; of many only the first ones, and how many more."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
             runs[-1].append(rank)
         else:
             runs.append([rank])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:_SHOWN])
+    if more := sum(map(len, runs[_SHOWN:])):
+        text += f" and {more} more"
     return f"rank {text}" if len(runs) == 1 and len(runs[0]) == 1 else f"ranks {text}"

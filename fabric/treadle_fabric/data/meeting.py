@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from treadle_fabric.coordination import list_ranks
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
 from treadle_fabric.failures import current_member, notes
 from treadle_fabric.failures.places import place_of_main_thread
@@ -83,7 +84,9 @@ class BatchMeeting:
                 if member.board.has(notes.Blocked(self._number, self._generation)):
                     raise MisconfigurationException(self._explain(member, which))
                 if gone := [rank for rank in member.board.ranks if member.board.has(notes.Ended(rank))]:
-                    raise ProcessFailedError(f"{_ranks(gone)} ended in the {self._what}, and the others wait there.")
+                    raise ProcessFailedError(
+                        f"{list_ranks(gone)} ended in the {self._what}, and the others wait there."
+                    )
         self._generation += 1
         self.begun = 0
 
@@ -123,10 +126,10 @@ class BatchMeeting:
             for found, kind in ((done, notes.Done), (held, notes.Held)):
                 found |= {r: p for r in board.ranks if r not in found and (p := board.read(kind(*this, r))) is not None}
             time.sleep(0.05)
-        none_left = [f"{_ranks(r for r in done if done[r].batches == n)} had {n}" for n in _counts(done)]
-        inside = [f"{_ranks(r for r in held if held[r].batches == n)} in batch {n}" for n in _counts(held)]
+        none_left = [f"{list_ranks(r for r in done if done[r].batches == n)} had {n}" for n in _counts(done)]
+        inside = [f"{list_ranks(r for r in held if held[r].batches == n)} in batch {n}" for n in _counts(held)]
         first, busy = next(iter(held.values())), [r for r in board.ranks if r not in done and r not in held]
-        still = f" ({_ranks(busy)} still in a batch)" if busy else ""
+        still = f" ({list_ranks(busy)} still in a batch)" if busy else ""
         return (
             f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}: "
             f"{', '.join(none_left)} and {'have' if len(done) > 1 else 'has'} none left, and a collective waits for "
@@ -152,8 +155,3 @@ def _sequences() -> dict[str, int]:
 
 def _counts(found: dict[int, notes.Progress]) -> list[int]:
     return sorted({progress.batches for progress in found.values()})
-
-
-def _ranks(ranks: Any) -> str:
-    several = sorted(ranks)
-    return f"rank{'s' if len(several) > 1 else ''} {', '.join(map(str, several))}"

@@ -7,7 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from treadle_fabric.environments.environment import ClusterEnvironment, Finding, list_variables, pick
+from treadle_fabric.environments.environment import (
+    ClusterEnvironment,
+    Finding,
+    StartedEnvironment,
+    list_variables,
+    pick,
+)
 from treadle_fabric.environments.kubeflow import KubeflowEnvironment
 from treadle_fabric.environments.local import LightningEnvironment
 from treadle_fabric.environments.lsf import LSFEnvironment
@@ -20,7 +26,7 @@ from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["Detection", "detect", "detect_environment", "examine_all"]
 
-_Kind = type[TorchElasticEnvironment | SLURMEnvironment | LSFEnvironment | MPIEnvironment]
+_Kind = type[StartedEnvironment]
 # torchrun comes first because it also runs inside SLURM and LSF jobs.
 _KINDS: tuple[_Kind, ...] = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
 _RANKS = (
@@ -80,7 +86,8 @@ def detect(environ: Mapping[str, str] | None = None, pid: int | None = None) -> 
 def examine_all(environ: Mapping[str, str] | None = None) -> dict[type[ClusterEnvironment], Finding]:
     """Return, of each environment that Treadle knows, whether its variables describe this process, and why."""
     findings: dict[type[ClusterEnvironment], Finding] = {}
-    for kind in (*_KINDS, KubeflowEnvironment, LightningEnvironment):
+    kinds: list[type[StartedEnvironment | LightningEnvironment]] = [*_KINDS, KubeflowEnvironment, LightningEnvironment]
+    for kind in kinds:
         try:
             findings[kind] = kind.examine(environ)
         except MisconfigurationException as e:
@@ -117,7 +124,8 @@ def _mpirun_inside(outer: ClusterEnvironment, environ: Mapping[str, str]) -> Fin
 
 
 def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:
-    findings = [kind.examine(environ) for kind in (*_KINDS, KubeflowEnvironment)]
+    kinds: list[_Kind] = [*_KINDS, KubeflowEnvironment]
+    findings = [kind.examine(environ) for kind in kinds]
     return tuple(finding.note for finding in findings if finding.note)
 
 

@@ -146,6 +146,19 @@ class ClusterEnvironment(ABC):
 class StartedEnvironment(ClusterEnvironment):
     """The base class of environments in which another program starts the processes and tells them their ranks."""
 
+    @staticmethod
+    @abstractmethod
+    def examine(environ: Mapping[str, str] | None = None) -> Finding:
+        """Return whether this program started the process, and by which variables that was decided.
+
+        Args:
+            environ: The environment variables to decide by. Default: those of this process.
+        """
+
+    @classmethod
+    def detect(cls, environ: Mapping[str, str] | None = None) -> bool:
+        return cls.examine(environ).applies
+
     @property
     def creates_processes_externally(self) -> bool:
         return True

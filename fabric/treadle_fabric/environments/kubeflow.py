@@ -36,10 +36,6 @@ class KubeflowEnvironment(StartedEnvironment):
         return require_number("MASTER_PORT", self.variables)
 
     @staticmethod
-    def detect() -> bool:
-        return False
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return why these variables are not taken for Kubeflow's, and what to say where nothing else follows them."""
         environ = os.environ if environ is None else environ

@@ -23,7 +23,6 @@ _READ = (
     "MASTER_PORT",
     "TREADLE_LAUNCH_DIR",
 )
-_NEW_PORT = "a free port, chosen when the processes are started"
 
 
 class LightningEnvironment(ClusterEnvironment):
@@ -164,8 +163,9 @@ class LightningEnvironment(ClusterEnvironment):
         described = {"local rank": str(self.local_rank()), "node rank": str(self.node_rank())}
         if "LOCAL_WORLD_SIZE" in self.variables and "LOCAL_RANK" in self.variables:
             described = {"global rank": f"{self.global_rank()} of {self.world_size()}", **described}
-        port = str(self.main_port) if "MASTER_PORT" in self.variables else _NEW_PORT
-        return {**described, "meeting point": f"{self.main_address}:{port}"}
+        chosen = ", at a free port that is chosen when the processes are started"
+        port = f":{self.main_port}" if "MASTER_PORT" in self.variables else chosen
+        return {**described, "meeting point": f"{self.main_address}{port}"}
 
 
 def find_free_port() -> int:

@@ -50,17 +50,13 @@ class LSFEnvironment(StartedEnvironment):
         return 10000 + require_number("LSB_JOBID", self.variables) % 1000
 
     @staticmethod
-    def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return LSFEnvironment.examine(environ).applies
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return whether jsrun started this process, and by which variables that was decided."""
         environ = os.environ if environ is None else environ
         found = pick((*_JOB, *_JSRUN), environ)
         missing = [name for name in (*_JOB, *_JSRUN) if name not in found]
         if missing:
-            return Finding(False, found, f"jsrun in an LSF job sets {', '.join(missing)}, too.")
+            return Finding(False, found, f"jsrun did not start this process: {', '.join(missing)} not set.")
         rank, size = found["JSM_NAMESPACE_RANK"], found["JSM_NAMESPACE_SIZE"]
         return Finding(True, found, f"jsrun started this process as rank {rank} of {size}.")
 

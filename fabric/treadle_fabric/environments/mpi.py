@@ -54,10 +54,6 @@ class MPIEnvironment(StartedEnvironment):
         return self._port
 
     @staticmethod
-    def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return MPIEnvironment.examine(environ).applies
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return whether mpirun started this process as one of several, and by which variables that was decided."""
         environ = os.environ if environ is None else environ

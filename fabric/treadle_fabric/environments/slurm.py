@@ -60,10 +60,6 @@ class SLURMEnvironment(StartedEnvironment):
         return 15000 + (int(job) + 101 * step) % 10000 if job.isdecimal() else 29500
 
     @staticmethod
-    def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return SLURMEnvironment.examine(environ).applies
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return whether srun started this process, and by which variables that was decided.
 

@@ -32,10 +32,6 @@ class TorchElasticEnvironment(StartedEnvironment):
         return require_number("MASTER_PORT", self.variables)
 
     @staticmethod
-    def detect(environ: Mapping[str, str] | None = None) -> bool:
-        return TorchElasticEnvironment.examine(environ).applies
-
-    @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
         """Return whether torchrun started this process, and by which variables that was decided."""
         environ = os.environ if environ is None else environ
@@ -47,7 +43,7 @@ class TorchElasticEnvironment(StartedEnvironment):
         note = ""
         if "TORCHELASTIC_RUN_ID" in found:  # a script that a worker started, after it removed the ranks
             note = f"TORCHELASTIC_RUN_ID is not followed, because torchrun also sets {', '.join(missing)}."
-        return Finding(False, found, f"torchrun sets {', '.join(missing)}, too.", note)
+        return Finding(False, found, f"torchrun did not start this process: {', '.join(missing)} not set.", note)
 
     def world_size(self) -> int:
         return require_number("WORLD_SIZE", self.variables)

@@ -62,7 +62,7 @@ What happens:
 - *A run that is to end* (``end_run``): a failure with an exit status of its own, for example 143 after SIGTERM. Ranks
   that end it with the same status share one failure.
 
-Imports only :mod:`treadle_fabric.errors` of the package; launchers, strategies and the trainer import it.
+Imports only the foundation, environments and coordination; launchers, strategies and the trainer import it.
 """
 
 from treadle_fabric.failures.membership import claim_failure, current_member, end_run, first_failure

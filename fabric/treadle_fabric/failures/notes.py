@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 C = TypeVar("C")
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """A failure of a launch: the rank on which it happened first, and a traceback or a sentence in place of one."""
 
     number: int
@@ -37,16 +36,14 @@ class Failure:
         return f"rank {self.rank} failed:\n{self.text}" if is_traceback else self.text
 
 
-@dataclass(frozen=True)
-class Whereabouts:
+class Whereabouts(NamedTuple):
     """Where the main thread of a rank was: whether in a collective, and the lines of its stack."""
 
     waits: bool
     stack: str
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
     """How far a rank is in a loop over batches that may have unequal numbers on the ranks."""
 
     batches: int
@@ -57,16 +54,14 @@ class Progress:
     """Where a collective holds it."""
 
 
-@dataclass(frozen=True)
-class LaunchInfo:
+class LaunchInfo(NamedTuple):
     """The launching process, and the global ranks that it started on its machine, its own included."""
 
     pid: int
     ranks: Sequence[int]
 
 
-@dataclass(frozen=True)
-class ProcessIdentity:
+class ProcessIdentity(NamedTuple):
     """A process, and the machine on which its id means this process; None where that cannot be told."""
 
     pid: int
@@ -89,7 +84,7 @@ class Note(Generic[C]):
 
     def encode(self, content: C) -> str:
         """The text that stands for the content."""
-        return content if isinstance(content, str) else json.dumps(asdict(cast(Any, content)))
+        return content if isinstance(content, str) else json.dumps(cast(Any, content)._asdict())
 
     def decode(self, text: str) -> C:
         """The content that a text stands for."""

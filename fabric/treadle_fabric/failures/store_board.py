@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import multiprocessing.util
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from treadle_fabric.coordination import this_machine, wait_with_messages
+from treadle_fabric.coordination import is_running, this_machine, wait_with_messages
 from treadle_fabric.errors import RendezvousError
 from treadle_fabric.failures import grace, notes
 from treadle_fabric.failures.board import Board
@@ -148,16 +147,10 @@ class _Peers:
                 if peer.machine == self._machine:
                     self._pids[rank] = peer.pid
         for rank, pid in list(self._pids.items()):
-            if not _runs(pid):
+            if not is_running(pid):
                 del self._pids[rank]
                 if not board.has(notes.Released(rank)) and board.exists():
                     self._member.report_death(rank)
-
-
-def _runs(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")
-    return False
 
 
 def join_group() -> None:

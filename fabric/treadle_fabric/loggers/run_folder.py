@@ -7,9 +7,6 @@ import re
 import uuid
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.logger import Logger
 from treadle_fabric.types import PathLike
@@ -77,6 +74,8 @@ class RunFolder:
 
     def local_path(self) -> str | None:
         """Make the folder if needed, and return its path on the local disk; None if the folder is not local."""
+        from fsspec.implementations.local import LocalFileSystem  # heavy
+
         fs, path = self._file_system(self.path)
         if not isinstance(fs, LocalFileSystem):
             return None
@@ -130,6 +129,8 @@ class RunFolder:
 
     @staticmethod
     def _file_system(path: str) -> tuple[Any, str]:
+        import fsspec  # heavy
+
         fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have made a folder since
         return fs, where
 

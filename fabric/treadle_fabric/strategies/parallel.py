@@ -236,7 +236,7 @@ class ParallelStrategy(Strategy):
     def barrier(self, name: str | None = None) -> None:
         """Wait on the host, and not behind what the devices have yet to do."""
         if dist.is_initialized() and dist.get_world_size() > 1:
-            host_group(self._timeout).meet(f"the barrier {name!r}" if name else "a barrier")
+            host_group(self._timeout).barrier(f"the barrier {name!r}" if name else "a barrier")
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return broadcast_object(self, obj, src, self.root_device) if dist.is_initialized() else obj
@@ -244,7 +244,7 @@ class ParallelStrategy(Strategy):
     def begin_vote(self, decision: bool) -> Callable[[], int]:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return lambda: int(bool(decision))
-        return host_group(self._timeout).vote(decision).count
+        return host_group(self._timeout).vote(decision)
 
 
 _SENT = frozenset(

@@ -98,8 +98,8 @@ def test_one_process_gets_its_own_object() -> None:
 
 def acts(fabric: Fabric) -> None:
     assert on_rank_zero(fabric, lambda: {"from": fabric.global_rank}, "could not count") == {"from": 0}
-    for error, elsewhere in ((OSError(28, "full"), CheckpointError), (CheckpointCorruptError("bad"), CheckpointError),
-                             (ValueError("odd"), TreadleError)):  # fmt: skip
+    for error, elsewhere in ((OSError(28, "full"), CheckpointError), (ValueError("odd"), TreadleError),
+                             (CheckpointCorruptError("bad"), CheckpointCorruptError)):  # fmt: skip
 
         def fails(error: Exception = error) -> None:
             assert fabric.global_rank == 0

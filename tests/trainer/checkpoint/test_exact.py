@@ -23,6 +23,7 @@ from tests.faults.forkserver import ForkServer
 from tests.faults.victim import Case, Trace, find, read
 from tests.processes import wait_until
 from tests.trainer.models import Net, loader, trainer
+from torchmetrics import MetricCollection, SumMetric
 
 import treadle as L
 from treadle.callbacks import Checkpoint, ModelCheckpoint
@@ -296,3 +297,30 @@ def test_double_precision_keeps_its_digits(tmp_path: Path) -> None:
         trainer(tmp_path, precision="64-true", max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "double.ckpt")
     assert model.layer.weight.dtype is torch.float64
     assert torch.equal(model.layer.weight, again.layer.weight)
+
+
+class HoldsMetrics(L.Callback):
+    """Counts in metrics that are no submodules: its own, and some that the module holds in containers."""
+
+    def __init__(self) -> None:
+        self.metric, self.found = SumMetric(), {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = self.metric, pl_module.held["a"][0], pl_module.held["b"]["metric"]
+        for metric in metrics:
+            metric.update(batch_idx + 1)
+        self.found = {trainer.global_step: [float(metric.compute()) for metric in metrics]}
+        if batch_idx == 1:
+            trainer.save_checkpoint("middle.ckpt")
+
+
+def test_metrics_that_a_callback_or_a_container_holds_go_on(tmp_path: Path) -> None:
+    found = []
+    for ckpt_path in (None, "middle.ckpt"):
+        module = Net()
+        module.held = {"a": [SumMetric()], "b": MetricCollection({"metric": SumMetric()}), "samples": [0] * 10_000}
+        module.held["itself"] = module.held
+        holds = HoldsMetrics()
+        trainer(tmp_path, max_epochs=1, callbacks=holds).fit(module, loader(4, 1), ckpt_path=ckpt_path)
+        found.append(holds.found)
+    assert found == [{4: [10.0, 10.0, 10.0]}] * 2

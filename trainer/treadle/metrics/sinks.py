@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from treadle_fabric import rank_zero_warn
@@ -36,11 +37,7 @@ class _NotLogging:
             )
         elif LogOptions(*options).logger is not False:
             for key, scalar in flatten_metrics({name: value}):
-                module.fabric.log(key, step_value(scalar, _compute) if is_metric(scalar) else scalar)
-
-
-def _compute(metric: Any) -> Any:
-    return metric.compute()
+                module.fabric.log(key, step_value(scalar, methodcaller("compute")) if is_metric(scalar) else scalar)
 
 
 NOT_LOGGING: Final = _NotLogging()

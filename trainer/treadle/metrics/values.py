@@ -22,6 +22,8 @@ __all__ = [
     "vector_on",
 ]
 
+_DEEPEST, _LONGEST = 3, 1000  # containers in containers, and entries, among which metrics are looked for
+
 
 def flatten_metrics(dictionary: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the entries of a dictionary or a torchmetrics collection; nested names are joined by ``/``."""
@@ -66,12 +68,12 @@ def metrics_by_path(module: Module, callbacks: Sequence[Any]) -> dict[str, Any]:
     """Return the torchmetrics objects of a run by names that are the same on all ranks.
 
     Args:
-        module: its submodules are searched, and the lists and dictionaries that are attributes of them.
+        module: its submodules are searched, and the lists, tuples and dictionaries that are attributes of them.
         callbacks: their attributes are searched likewise.
     """
     found = {name: each for name, each in with_plain_names(module, module.named_modules()) if is_metric(each)}
     owners = [(name, each) for name, each in module.named_modules() if not is_metric(each)]
-    owners += [(f"callback {i}", each) for i, each in enumerate(callbacks)]
+    owners += [(f"callback {i} {type(each).__qualname__}", each) for i, each in enumerate(callbacks)]
     known = {id(each) for each in found.values()}
     for owner, holder in owners:
         for attribute, value in vars(holder).items():
@@ -82,20 +84,19 @@ def metrics_by_path(module: Module, callbacks: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a value, or what the containers in it hold, with a name for each."""
+def _held(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield a value, or what the containers in it hold, with a name for each; long containers hold samples instead."""
     if name in ("_modules", "_parameters", "_buffers"):
         return
-    if isinstance(value, Module) and not is_metric(value):
-        yield from ((f"{name}.{inner}", each) for inner, each in value.named_modules() if is_metric(each))
-    elif hasattr(value, "compute_groups"):
-        yield from ((f"{name}.{key}", each) for key, each in value.items(keep_base=True, copy_state=False))
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield from _held(f"{name}[{key!r}]", each)
-    elif isinstance(value, list | tuple):
-        for i, each in enumerate(value):
-            yield from _held(f"{name}[{i}]", each)
+    if hasattr(value, "compute_groups"):
+        for key, each in value.items(keep_base=True, copy_state=False):
+            yield from _held(f"{name}.{key}", each, depth)
+    elif isinstance(value, Module):
+        yield from ((f"{name}.{inner}" if inner else name, each) for inner, each in value.named_modules())
+    elif isinstance(value, dict | list | tuple):
+        if depth < _DEEPEST and len(value) <= _LONGEST:
+            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from _held(f"{name}[{key!r}]", each, depth + 1)
     else:
         yield name, value
 

@@ -12,7 +12,6 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-import fsspec
 import torch
 from torch import Tensor
 
@@ -265,6 +264,8 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
     kind = path.rpartition(".")[2].lower()
     if kind not in ("yaml", "yml", "csv"):
         raise MisconfigurationException(f"hparams_file={path!r} is neither .yaml nor .csv.")
+    import fsspec  # heavy
+
     with fsspec.open(path, "r", newline="") as file:
         text = file.read()
     if kind == "csv":

@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
-from treadle.metrics.values import is_metric, to_floats
+from treadle.metrics.values import metrics_by_path, to_floats
 from treadle.module import LightningDataModule, LightningModule
 from treadle.run.changes import ModelChanges
 from treadle.run.dispatch import Dispatch
@@ -18,7 +18,7 @@ from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.steps import StepCounter
 from treadle.stages import TrainerState
-from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of, with_plain_names
+from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of
 from treadle_fabric.checkpoint import FileMaps
 from treadle_fabric.loggers import Logger
 
@@ -55,9 +55,9 @@ class Run:
 
     @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
-        """The torchmetrics collections in the module, and its single torchmetrics objects by path."""
-        found = list(with_plain_names(self.module, self.module.named_modules()))
-        return [m for _, m in found if hasattr(m, "compute_groups")], {n: m for n, m in found if is_metric(m)}
+        """The torchmetrics collections in the module, and the single torchmetrics objects of the run by path."""
+        collections = [each for each in self.module.modules() if hasattr(each, "compute_groups")]
+        return collections, metrics_by_path(self.module, self.results.callbacks)
 
     def log_to(self, results: Results) -> Results:
         """Send ``self.log`` to the slots of another stage, and return the slots that it went to before."""

@@ -24,7 +24,7 @@ from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.settings import Settings
 from treadle_fabric import Fabric, claim_failure, rank_zero_info, rank_zero_warn
-from treadle_fabric.coordination import meet_patiently
+from treadle_fabric.coordination import patient_barrier
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -114,7 +114,7 @@ class Session:
             per_node = getattr(owner, "prepare_data_per_node", True)
             if (self._fabric.local_rank if per_node else self._fabric.global_rank) == 0:
                 dispatch.run("prepare_data", owner.prepare_data)
-        meet_patiently("prepare_data")
+        patient_barrier("prepare_data")
         if self.datamodule is not None:
             dispatch.run("setup", self.datamodule.setup, fn.value)
         dispatch.call("setup", fn.value)
