@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
+import time
+from array import array
 from collections import namedtuple
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +48,13 @@ def fabric_of(devices: int) -> Fabric:
     return fabric
 
 
+class Column:
+    """What another library has for an array."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        return np.array([1.0, 2.0])
+
+
 def same(found: Any, wanted: torch.Tensor) -> bool:
     return found.dtype == wanted.dtype and found.shape == wanted.shape and bool((found == wanted).all())
 
@@ -79,8 +88,17 @@ VALUES: dict[str, tuple[Any, torch.Tensor]] = {
     },
     "bfloat16": (torch.ones(2, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bfloat16)),
     "float8": (torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2).to(torch.float8_e4m3fn)),
+    "a row of floats": (array("d", [1.0, 2.0]), torch.tensor([1.0, 2.0], dtype=torch.float64)),
+    "a row of integers": (array("h", [1, 2]), torch.tensor([1, 2])),
+    "a column of a table": (Column(), torch.tensor([1.0, 2.0], dtype=torch.float64)),
+    "a conjugate": (torch.tensor([1 + 2j]).conj(), torch.tensor([1 - 2j])),
+    "the imaginary part of one": (torch.tensor([1 + 2j]).conj().imag, torch.tensor([-2.0])),
     "a tensor of other strides": (torch.arange(6).reshape(2, 3).T, torch.arange(6).reshape(2, 3).T),
 }  # fmt: skip
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.resolve_neg().resolve_conj().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def gathers(devices: int) -> None:
@@ -90,12 +108,14 @@ def gathers(devices: int) -> None:
         wide = alone.double() if alone.dtype.itemsize == 1 and alone.is_floating_point() else alone
         wanted = torch.stack([wide] * devices).to(alone.dtype) if devices > 1 else alone
         assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
-        assert found.contiguous().reshape(-1).view(torch.uint8).equal(wanted.reshape(-1).view(torch.uint8)), name
+        assert _bytes(found).equal(_bytes(wanted)), name
     others = ["text", b"bytes", None, np.str_("text"), object(), Fabric, range(3)]
     assert all(a is b for a, b in zip(fabric.all_gather(others), others, strict=True))
+    lead = (2,) if devices > 1 else ()
+    sizes = fabric.all_gather(torch.zeros(3, 4).shape)
+    assert type(sizes) is tuple and [size.shape for size in sizes] == [lead] * 2 and int(sizes[1].max()) == 4
     mixed = {"n": 1, "point": Point(1.0, "here"), "box": Box(np.ones(2)), "none": None}
     found = fabric.all_gather(mixed)
-    lead = (2,) if devices > 1 else ()
     assert found["n"].shape == found["point"].x.shape == lead and found["box"].size.shape == (*lead, 2)
     assert (found["point"].y, found["box"].name, found["none"]) == ("here", "box", None)
     assert mixed["n"] == 1 and type(mixed["box"].size) is np.ndarray
@@ -107,7 +127,9 @@ def gathers(devices: int) -> None:
         "dates": np.array(["2020"], "M8[D]"),
         "a record": np.zeros(1, [("a", "i4")]), "a masked array": np.ma.masked_array([1, 2], [0, 1]), "a set": {1, 2},
         "a sparse tensor": torch.eye(2).to_sparse(), "a tensor without values": torch.ones(1, device="meta"),
-        "a huge int": 2**70,
+        "a nested tensor": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        "a masked tensor": torch.masked.masked_tensor(torch.ones(1), torch.tensor([True])),
+        "a huge int": 2**70, "a row of huge integers": array("Q", [2**64 - 1]),
     }  # fmt: skip
     for name, value in refused.items():
         for call in (fabric.all_gather, fabric.all_reduce):
@@ -171,6 +193,7 @@ def reduces(devices: int) -> None:
         (torch.ones(1), "maen", "Did you mean 'mean'"),
         (torch.ones(1), None, "reduce_op=None is no reduction"),
         (0.5, dist.ReduceOp.BXOR, "combines bits"),
+        (0.5, dist.ReduceOp.PREMUL_SUM, "is no reduction"),
     ]
     for value, op, text in refused:
         with pytest.raises(MisconfigurationException, match=text):
@@ -282,6 +305,21 @@ def comes_late(late: int) -> None:
 @pytest.mark.parametrize("late", [0, 1])
 def test_the_rank_that_comes_last_names_the_shapes(late: int) -> None:
     run_in_ranks(comes_late, late)
+
+
+def comes_a_little_late() -> None:
+    fabric = fabric_of(2)
+    store: Any = dist.distributed_c10d._get_default_store()
+    if fabric.global_rank:
+        store.wait(["treadle/alike/0/0/1/0"])  # rank 0 compares
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            pass
+    fabric.all_gather(torch.ones(1))
+
+
+def test_a_rank_that_comes_a_little_late_is_waited_for_without_a_word() -> None:
+    assert run_in_ranks(comes_a_little_late) == ""
 
 
 class Gathers(L.LightningModule):

@@ -344,3 +344,23 @@ class TestCommand:
     def test_it_is_installed(self) -> None:
         scripts = tomllib.loads((Path(ROOT) / "pyproject.toml").read_text())["project"]["scripts"]
         assert scripts["treadle-fabric"] == "treadle_fabric.cli:main"
+
+
+STARTED_BY_HAND = {"MASTER_ADDR": "a", "MASTER_PORT": "7", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(("node", "rank"), [(None, 1), ("0", 1), ("1", 5), ("2", 9)])
+def test_ranks_started_by_hand_are_counted_over_the_machines(node: str | None, rank: int) -> None:
+    environ = {**STARTED_BY_HAND, **({} if node is None else {"NODE_RANK": node})}
+    for more in ({}, {"RANK": str(rank)}, {"RANK": str(rank), "WORLD_SIZE": "12"}):
+        plan = resolved(environ | more, 4, num_nodes=3)
+        assert (plan.launcher, plan.world_size, plan.environment.global_rank()) == ("external", 12, rank)
+
+
+def test_a_rank_that_is_not_the_one_of_machine_and_place_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="RANK=5, but NODE_RANK is not set, so node 0 .* is rank 1"):
+        resolved({**STARTED_BY_HAND, "RANK": "5"}, 4, num_nodes=2)
+    with pytest.raises(MisconfigurationException, match="RANK=1, but NODE_RANK=1 .* is rank 5"):
+        resolved({**STARTED_BY_HAND, "RANK": "1", "NODE_RANK": "1"}, 4, num_nodes=2)
+    left_over = {"RANK": "0", "WORLD_SIZE": "1", "TREADLE_LAUNCH_DIR": "d", "LOCAL_WORLD_SIZE": "4"}
+    assert resolved({**STARTED_BY_HAND, **left_over}, 4).environment.global_rank() == 1

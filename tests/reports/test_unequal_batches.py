@@ -301,6 +301,8 @@ class Talking(Net):
     def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.how == "metric":
             self.metric(batch.sum())  # the line of metric
+        elif self.how == "asynchronous":
+            dist.all_reduce(batch.clone(), async_op=True)
         elif self.how == "all_gather":
             self.all_gather(batch.sum())  # the line of all_gather
         elif dataloader_idx == 1:
@@ -344,6 +346,15 @@ def test_a_collective_in_a_step_that_some_ranks_lack_is_an_error(
     assert f"the step of rank{'s 0-1' if how == 'barrier' else ' 0'} in batch {1 if how == 'all_gather' else 2}" in said
     assert f"# the line of {how}" in said
     assert time.monotonic() - began < 60  # the collective's timeout is half an hour
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_a_collective_that_nothing_waits_for_is_an_error_too(devices: int, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=re.escape(str([1] * devices))):
+        run_in_ranks(talk, tmp_path, "asynchronous", 2 * devices - 1, devices, devices=devices)
+    said = (tmp_path / "said").read_text()
+    assert "in the validation, and its steps begin collectives that nothing waits for: rank 0 had 2 and began 2" in said
+    assert f"rank {devices - 1} had 1 and began 1. The other ranks" in said
 
 
 def test_the_error_reaches_the_process_that_launched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from datetime import timedelta
 from types import CodeType
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -25,7 +24,8 @@ __all__ = ["check_alike"]
 
 _LIBRARIES: Final = ("treadle", "treadle_fabric")
 _PATIENCE: Final = 10.0  # seconds that a rank waits for the others before it goes on
-_SLICE: Final = timedelta(seconds=0.1)  # until a rank looks whether another one does not compare
+_SHORTEST_LOOK: Final = 0.0002  # seconds between two looks at the store; each one is longer than the one before
+_LONGEST_LOOK: Final = 0.02
 _MOST_PLACES: Final = 1024
 
 
@@ -130,19 +130,13 @@ class _Calls:
 
     def _await(self, keys: list[str], counts: list[str]) -> None:
         """Wait for keys, but only as long as the ranks that are to set them have not passed by, as ``counts`` say."""
-        until = time.monotonic() + _PATIENCE
-        while time.monotonic() < until:
-            try:
-                self._store.wait(keys, _SLICE)
+        until, pause = time.monotonic() + _PATIENCE, _SHORTEST_LOOK
+        while not self._store.check(keys) and time.monotonic() < until:  # wait(keys) writes to stderr when it is over
+            missing = [i for i, key in enumerate(keys) if not self._store.check([key])]
+            if all(self._store.check([counts[i]]) and int(self._store.get(counts[i])) >= self._count for i in missing):
                 return
-            except dist.DistNetworkError:
-                raise
-            except RuntimeError:  # not yet
-                missing = [i for i, key in enumerate(keys) if not self._store.check([key])]
-                if all(
-                    self._store.check([counts[i]]) and int(self._store.get(counts[i])) >= self._count for i in missing
-                ):
-                    return
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_LOOK)
 
 
 _numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)

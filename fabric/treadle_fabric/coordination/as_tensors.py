@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Callable, Set
 from numbers import Number
 from typing import Any, Final
@@ -51,6 +52,8 @@ def as_tensors(
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Set):
             raise _RefusedError("has no order, by which the ranks' values would belong together: pass a sorted list")
+        if isinstance(leaf, torch.Size):  # which holds integers only, and the exchanged ones are tensors
+            return tuple(map(convert, leaf))
         tensor = _exchanged(leaf) if isinstance(leaf, Tensor) else _tensor_of(leaf, device)
         if reduction is None:
             return leaf if tensor is None else tensor
@@ -76,7 +79,11 @@ def as_tensors(
 
 def _is_plain(value: Any) -> bool:
     """Whether a value is a tensor that ranks exchange as it is; True for most, and quickly found out."""
-    return type(value) is Tensor and value.layout is torch.strided and not value.is_meta and not value.is_quantized
+    return (
+        type(value) is Tensor
+        and value.layout is torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_nested or value.is_conj() or value.is_neg())
+    )
 
 
 def _is_set(value: Any) -> bool:
@@ -84,7 +91,7 @@ def _is_set(value: Any) -> bool:
 
 
 def _is_leaf(value: Any) -> bool:
-    return _is_set(value) or children(value) is None
+    return isinstance(value, (Set, torch.Size)) or children(value) is None
 
 
 def _refuses(convert: Callable[[Any], Any], leaf: Any) -> bool:
@@ -103,7 +110,9 @@ def _exchanged(tensor: Tensor) -> Tensor:
         raise _RefusedError(f"is {kind}: ranks exchange dense tensors, such as to_dense() or to_padded_tensor() gives")
     if tensor.is_quantized:
         raise _RefusedError("is quantized: pass its dequantize()")
-    return tensor
+    if type(tensor).__name__ == "MaskedTensor":
+        raise _RefusedError("has a mask, which ranks do not exchange: pass its to_tensor(value)")
+    return tensor.resolve_conj().resolve_neg()
 
 
 def _tensor_of(value: Any, device: torch.device) -> Tensor | None:
@@ -114,9 +123,13 @@ def _tensor_of(value: Any, device: torch.device) -> Tensor | None:
             return torch.tensor(value, device=device)
         except (RuntimeError, OverflowError, ValueError):
             raise _RefusedError("is too large for an integer of 64 bits: pass a float") from None
-    numpy = sys.modules.get("numpy")
+    numpy: Any = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
         return _tensor_of_array(numpy, value, device)
+    if kind is array:
+        return _tensor_of_row(value, device)
+    if hasattr(kind, "__array__") and numpy is not None:  # of another library: a column of a table, say
+        return _tensor_of_array(numpy, numpy.asarray(value), device)
     if isinstance(value, _PLAIN):  # of a class of the user's, or an enum
         plain: Any = next(each for each in _PLAIN if isinstance(value, each))
         return torch.tensor(plain(value), device=device)
@@ -126,6 +139,17 @@ def _tensor_of(value: Any, device: torch.device) -> Tensor | None:
         except TypeError:
             return None
     return None
+
+
+def _tensor_of_row(value: Any, device: torch.device) -> Tensor | None:
+    """The numbers of a row of Python's module ``array``; None for one of characters."""
+    if value.typecode not in "bBhHiIlLqQfd":
+        return None
+    dtype = {"f": torch.float32, "d": torch.float64}.get(value.typecode, torch.int64)
+    try:
+        return torch.tensor(value.tolist(), dtype=dtype, device=device)
+    except (RuntimeError, OverflowError, ValueError):
+        raise _RefusedError("has numbers that are too large for an integer of 64 bits: pass floats") from None
 
 
 def _tensor_of_array(numpy: Any, value: Any, device: torch.device) -> Tensor | None:

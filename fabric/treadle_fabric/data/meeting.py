@@ -7,6 +7,7 @@ meeting they would go on, and the next collective of theirs would be taken for t
 
 from __future__ import annotations
 
+import ast
 import itertools
 import sys
 import threading
@@ -30,6 +31,13 @@ _HELD_ELSEWHERE = 5.0  # at one place where a device may be waited for
 _HELD_UNKNOWN = 10.0  # in a collective, where the backend does not number its collectives
 _ANSWERS = 1.0  # seconds that the rank with the error waits for the others to say where they are
 
+_REMEDY = (
+    "Each sample is evaluated once, so that the last batches may be missing on some ranks, and a step must not "
+    "talk to other ranks. Put the collective into the hook at the end of the epoch; let self.log(..., "
+    "sync_dist=True) reduce values; leave dist_sync_on_step of torchmetrics objects at False, and log or "
+    "compute these at the end of the epoch."
+)
+
 
 class BatchMeeting:
     """Lets the ranks meet after the batches of a loop. All ranks make the same number of meetings, in the same order.
@@ -45,6 +53,7 @@ class BatchMeeting:
         self.begun = 0
         """The batches that this rank has begun since the last meeting; the loop sets it."""
         self._what, self._number, self._generation = what, next(_made), 0
+        self._collectives = 0  # before the batches
         self._since = (time.monotonic(), None)  # how long the main thread has been where, as another thread sees it
         member, reference = current_member(), weakref.ref(self)
         if member is not None:
@@ -57,6 +66,10 @@ class BatchMeeting:
 
             member.answers.append(answer)
 
+    def open(self) -> None:
+        """Say that batches follow, before the first meeting that comes after them."""
+        self._collectives = _collectives_of_all()
+
     def come(self, which: str = "") -> None:
         """Wait for the other ranks after the last batch; every rank calls this.
 
@@ -64,16 +77,21 @@ class BatchMeeting:
             which: Of which loader the batches were, where there are several: "of loader 1".
 
         Raises:
-            MisconfigurationException: Another rank is in a collective of a batch, for which this rank has none left.
+            MisconfigurationException: Another rank is in a collective of a batch, for which this rank has none left; or
+                it has begun one there and has not waited for its end.
             ProcessFailedError: Another rank has come to the end of its script.
         """
         store: Any = dist.distributed_c10d._get_default_store()
         key = f"treadle/batches/{self._number}"
         all_came = f"{key}/{self._generation}/all"
+        collectives = _collectives_of_all()
+        mine = {dist.get_rank(): (self.begun, collectives - self._collectives)}
+        store.append(f"{key}/{self._generation}/had", f"{mine}\n")
         if store.add(f"{key}/{self._generation}", 1) == dist.get_world_size():
-            for old in (f"{key}/{self._generation - 1}", f"{key}/{self._generation - 1}/all"):
-                store.delete_key(old)
-            store.set(all_came, "")
+            for old in ("", "/had", "/all"):
+                store.delete_key(f"{key}/{self._generation - 1}{old}")
+            lines = store.get(f"{key}/{self._generation}/had").decode().splitlines()
+            store.set(all_came, self._explain_unmatched([ast.literal_eval(line) for line in lines], which))
         member, since, pause = current_member(), time.monotonic(), 0.0005
         while not store.check([all_came]):
             time.sleep(pause := min(2 * pause, 0.05))
@@ -87,8 +105,10 @@ class BatchMeeting:
                     raise ProcessFailedError(
                         f"{list_ranks(gone)} ended in the {self._what}, and the others wait there."
                     )
+        if told := store.get(all_came).decode():
+            raise MisconfigurationException(told)
         self._generation += 1
-        self.begun = 0
+        self.begun, self._collectives = 0, collectives
 
     def _look(self, member: Any) -> None:
         """Tell the ranks that wait if a collective without them holds this one; another thread calls this."""
@@ -117,6 +137,24 @@ class BatchMeeting:
                 board.post(notes.Blocked(self._number, generation))
                 return
 
+    def _explain_unmatched(self, told: list[dict[int, tuple[int, int]]], which: str) -> str:
+        """What is wrong where ranks with more batches have begun collectives which others will not; empty if nothing.
+
+        Args:
+            told: Of each rank, how many batches and collectives it has begun.
+            which: As in :meth:`come`.
+        """
+        found = {rank: numbers for one in told for rank, numbers in one.items()}
+        batches, collectives = zip(*sorted(found.values()), strict=True)
+        if len(set(batches)) == 1 or len(set(collectives)) == 1 or list(collectives) != sorted(collectives):
+            return ""
+        had = [f"rank {rank} had {found[rank][0]} and began {found[rank][1]}" for rank in sorted(found)]
+        return (
+            f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}, and its steps "
+            f"begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the collectives "
+            f"that have no counterpart for their next ones. {_REMEDY}"
+        )
+
     def _explain(self, member: Any, which: str) -> str:
         board, this = member.board, (self._number, self._generation)
         until = time.monotonic() + _ANSWERS
@@ -135,10 +173,7 @@ class BatchMeeting:
             f"{', '.join(none_left)} and {'have' if len(done) > 1 else 'has'} none left, and a collective waits for "
             f"{'them' if len(done) > 1 else 'that rank'} in the step of {', '.join(inside)}{still}:\n"
             f"{first.stack}"
-            "Each sample is evaluated once, so that the last batches may be missing on some ranks, and a step must not "
-            "talk to other ranks. Put the collective into the hook at the end of the epoch; let self.log(..., "
-            "sync_dist=True) reduce values; leave dist_sync_on_step of torchmetrics objects at False, and log or "
-            "compute these at the end of the epoch."
+            f"{_REMEDY}"
         )
 
 
@@ -151,6 +186,11 @@ def _sequences() -> dict[str, int]:
         except (RuntimeError, AttributeError):  # a backend that does not count
             continue
     return found
+
+
+def _collectives_of_all() -> int:
+    """How many collectives of all ranks this rank has begun; 0 where the backend does not number them."""
+    return _sequences().get(dist.group.WORLD.group_name, 0) if dist.is_initialized() else 0
 
 
 def _counts(found: dict[int, notes.Progress]) -> list[int]:

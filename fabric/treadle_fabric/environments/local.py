@@ -129,6 +129,21 @@ class LightningEnvironment(ClusterEnvironment):
                 "MASTER_ADDR and MASTER_PORT for all of them, to the same values."
             )
         self._per_node = num_devices
+        self._check_rank(num_devices, num_nodes)
+
+    def _check_rank(self, num_devices: int, num_nodes: int) -> None:
+        """Refuse a RANK, as scripts with torch's ``env://`` have it, that is not the rank which this one computes."""
+        if num_devices * num_nodes == 1 or "RANK" not in self.variables or "TREADLE_LAUNCH_DIR" in self.variables:
+            return
+        rank = self.node_rank() * num_devices + self.local_rank()
+        if require_number("RANK", self.variables) != rank:
+            which = "NODE_RANK" if "NODE_RANK" in self.variables else "GROUP_RANK"
+            node = f"{which}={self.node_rank()}" if which in self.variables else "NODE_RANK is not set, so"
+            raise MisconfigurationException(
+                f"RANK={self.variables['RANK']}, but {node} node {self.node_rank()} with devices={num_devices} and "
+                f"LOCAL_RANK={self.local_rank()} is rank {rank}. Set NODE_RANK to the number of the machine, from 0, or, "
+                "if RANK is left over, `unset RANK`."
+            )
 
     def announcing_signal(self) -> int:
         """Return SIGUSR1 in a SLURM job, where ``#SBATCH --signal=B:SIGUSR1@90`` sends it to the batch script; else 0.

@@ -54,6 +54,21 @@ def _listen(reading: int) -> None:
                 listener._heard(number)
 
 
+_masks = threading.local()
+
+
+def _hold_signals() -> None:
+    # A signal that comes to a forked process before it has forgotten the pipe would count as the parent's.
+    if SignalListener._writing is not None:
+        _masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+
+
+def _let_signals_come() -> None:
+    before = vars(_masks).pop("before", None)
+    if before is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _forget() -> None:
     # A forked process writes to the same pipe: its signals would count as the parent's.
     if SignalListener._writing is not None:
@@ -61,7 +76,8 @@ def _forget() -> None:
             signal.set_wakeup_fd(-1)
     SignalListener._writing, SignalListener._listeners = None, ()
     SignalListener._changing = threading.RLock()  # the parent's may be held by a thread that is not here
+    _let_signals_come()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_come, after_in_child=_forget)

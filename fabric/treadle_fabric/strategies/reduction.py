@@ -119,7 +119,7 @@ def check_reduce_op(reduce_op: Any) -> str:
     for name in ("AVG", "SUM", "MIN", "MAX", "PRODUCT", "BAND", "BOR", "BXOR"):
         if reduce_op == getattr(dist.ReduceOp, name):
             return name
-    if isinstance(reduce_op, dist.ReduceOp):  # such as a sum with a factor
+    if type(reduce_op) is dist.ReduceOp:  # such as a sum with a factor, which its bare name lacks
         return "OTHER"
     raise MisconfigurationException(
         f"reduce_op={reduce_op!r} is no reduction: give one of {', '.join(_NAMES)}, or a torch.distributed.ReduceOp."

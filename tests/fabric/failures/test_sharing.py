@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tests.processes import importing_tests
 
 from treadle_fabric.environments import find_free_port
 from treadle_fabric.failures import notes
@@ -340,7 +341,30 @@ class TestStoreBoard:
         assert not board.claim_report(1)
 
 
+FORKS_UNDER_A_SIGNAL = """
+import os, signal, threading, time
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))  # at once, before any other of these
+from treadle_fabric.launchers import SignalListener
+heard, came = [], threading.Event()
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: os._exit(7) if os.getpid() != parent else None)
+parent = os.getpid()
+SignalListener(lambda number: (heard.append(number), number == signal.SIGUSR1 and came.set()))
+child = os.fork()
+if not child:
+    time.sleep(30)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "its handler was called"
+os.kill(parent, signal.SIGUSR1)
+assert came.wait(30)
+assert heard == [signal.SIGUSR1], heard
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+"""
+
+
 class TestSignalListener:
+    def test_a_signal_to_a_process_that_is_being_forked_is_not_heard_by_its_parent(self) -> None:
+        subprocess.run([sys.executable, "-c", FORKS_UNDER_A_SIGNAL], check=True, timeout=60, env=importing_tests())
+
     def test_one_that_is_made_while_another_closes_is_kept(self) -> None:
         before = SignalListener._listeners
         interval = sys.getswitchinterval()

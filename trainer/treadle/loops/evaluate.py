@@ -85,6 +85,8 @@ class Evaluation:
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
                 ended, self._asked = True, 0
+                if self._meeting is not None:
+                    self._meeting.open()
                 for loader_idx, limit in enumerate(limits):
                     ended = ended and (not limit or self._loader(loader_idx, limit, silent, interrupted))
                     if self._meeting is not None:

@@ -79,6 +79,8 @@ class Prediction:
                 run.module.eval()
                 dispatch.call("on_predict_start")
                 dispatch.call("on_predict_epoch_start")
+            if meet and self._meeting is not None:
+                self._meeting.open()
             for loader_idx, limit in enumerate(self._data.num_batches):
                 outputs = self._loader(loader_idx, limit)
                 if share and self._data.is_shared(loader_idx):
