@@ -250,7 +250,7 @@ def test_values_of_a_callable_reduction_are_gathered_in_one_transfer() -> None:
         fabric = counted_fabric()
         values = [torch.full((), float(i), device=DEVICE) for i in range(20)]
         found = reduce_over_ranks(fabric, [("median", "gather", [*values, 7.5, torch.tensor(8.5)], 0.0)])
-    assert found["median"] == [*map(float, range(20)), 7.5, 8.5]
+    assert found.values["median"] == [*map(float, range(20)), 7.5, 8.5]
     gathering = [wait for wait in device.waits if wait.passes("metrics/values.py")]
     assert len(gathering) == 1
     assert not [wait for wait in device.waits if wait.kind == "send"]

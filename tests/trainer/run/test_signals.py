@@ -193,6 +193,7 @@ def test_a_save_that_sigkill_cuts_off_leaves_the_last_good_checkpoint() -> None:
 
 def test_slurms_announcement_of_the_end_saves_and_ends_all_with_143() -> None:
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
+    job |= {"SLURM_STEP_ID": "0"}
     job |= {"SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
     job |= {"PYTHONFAULTHANDLER": "1"}
     ranks = [start("announce", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in (0, 1)]
