@@ -1,9 +1,9 @@
 """What is right for a CUDA device with an index is right for any device: without one, of another kind, or not here.
 
-Tests of ``treadle_fabric.accelerators.accelerator``, ``treadle_fabric.batches``,
+Tests of ``treadle_fabric.accelerators.accelerator``, ``treadle_fabric.precision.autocast``, ``treadle_fabric.batches``,
 ``treadle_fabric.strategies.parallel``, ``treadle_fabric.strategies.single_device``,
-``treadle_fabric.checkpoint.values.standard_kinds``, ``treadle.module.loading``, ``treadle.metrics.values``,
-``treadle.metrics.reduction``, ``treadle.run.signals``.
+``treadle_fabric.strategies.whole_state``, ``treadle_fabric.checkpoint.values.standard_kinds``,
+``treadle.module.loading``, ``treadle.metrics.values``, ``treadle.metrics.reduction``, ``treadle.run.signals``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from treadle.callbacks import EarlyStopping, ModelCheckpoint
 from treadle.metrics.reduction import reduce_over_ranks
 from treadle.module.loading import _where_saved
 from treadle.run.signals import SIGTERMException, _share_status
-from treadle_fabric import DDPStrategy, Fabric, SingleDeviceStrategy, move_data_to_device
+from treadle_fabric import DDPStrategy, Fabric, MixedPrecision, SingleDeviceStrategy, move_data_to_device
 from treadle_fabric.accelerators import count_devices
 from treadle_fabric.checkpoint.values.kinds import make_kind
 from treadle_fabric.data import PrivateStream
@@ -139,6 +139,27 @@ def test_a_group_is_bound_to_an_accelerator(
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")
+@pytest.mark.parametrize("name", ["16-mixed", "bf16-mixed"])
+def test_a_precision_object_is_for_the_devices_of_the_run(name: Any) -> None:
+    """On a GPU, autocast for the CPU does nothing, without a word."""
+    for _ in range(2):  # an object may serve several runs
+        precision = MixedPrecision(name)
+        Fabric(accelerator=CountedAccelerator(), devices=1, plugins=precision)
+        assert precision.device == "cuda"
+        assert precision.scaler is None or precision.scaler._device == "cuda"
+        assert (precision.scaler is None) == (name == "bf16-mixed")
+    given = torch.amp.GradScaler("cpu", init_scale=8.0)
+    own = MixedPrecision("16-mixed", scaler=given)
+    Fabric(accelerator=CountedAccelerator(), devices=1, plugins=own)
+    assert own.scaler is given and own.device == "cuda"
+    strategy = SingleDeviceStrategy("cuda:0", accelerator=CountedAccelerator(), precision=(own := MixedPrecision(name)))
+    Fabric(accelerator="auto", strategy=strategy)
+    assert own.device == "cuda"
+    with pytest.warns(UserWarning, match="autocasts nothing on 'cuda'"):
+        Fabric(accelerator=CountedAccelerator(), devices=1, plugins=MixedPrecision(name, "cpu"))
+
+
 # --- devices that are not here ---
 
 
@@ -181,6 +202,21 @@ def test_a_generator_of_a_device_that_is_not_here_draws_the_same_in_each_run(mon
             generator = make_kind("Generator", torch.arange(first, first + 16, dtype=torch.uint8), "cuda:1")
         drawn.append(torch.rand(3, generator=generator).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_learning_rate_comes_back_to_its_device(tmp_path: Path) -> None:
+    """Torch moves the states of parameters, and leaves what groups hold where the file was read."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+
+    def optimizer(device: str) -> torch.optim.SGD:
+        made = torch.optim.SGD([torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))], lr=0.1)
+        made.param_groups[0].update(lr=torch.tensor(0.5, device=device), more=torch.ones(1) if device == "cpu" else 1)
+        return made
+
+    fabric.save(tmp_path / "a.ckpt", {"optimizer": optimizer("cpu")})
+    fabric.load(tmp_path / "a.ckpt", {"optimizer": (found := optimizer("meta"))})
+    assert found.param_groups[0]["lr"].device.type == "meta"
+    assert found.param_groups[0]["more"].device.type == "cpu"
 
 
 # --- a default device ---

@@ -31,6 +31,7 @@ from treadle_fabric.loggers import TensorBoardLogger
 from treadle_fabric.strategies import ddp_engine
 
 STEPS = 200
+AUTOCAST = "ignore:.*autocasts nothing"  # torch's own needs the real type of the device, which is that of the CPU
 
 
 class Model(L.LightningModule):
@@ -71,6 +72,7 @@ def samples(count: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=4)
 
 
+@pytest.mark.filterwarnings(AUTOCAST)
 @pytest.mark.filterwarnings("ignore:.*such values are kept pickled")  # tensors of the device that is not there
 @pytest.mark.parametrize(
     ("model", "more"),
@@ -309,6 +311,7 @@ def test_ddp_leaves_inputs_on_a_gpu_as_they_are(monkeypatch: pytest.MonkeyPatch)
     assert seen == {"find_unused_parameters": True}
 
 
+@pytest.mark.filterwarnings(AUTOCAST)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fabric_loop_does_not_wait(precision: Any) -> None:
     with CountedDevice() as device:

@@ -65,6 +65,9 @@ class Precision:
         """Whether ``loss.backward()`` would be wrong, because the loss has to be scaled first."""
         return self._scaling.scaler is not None
 
+    def place(self, device: str) -> None:
+        """Learn on which type of devices, such as ``"cuda"``, a run is; before anything else. Default: nothing."""
+
     def convert_module(self, module: Module) -> Module:
         """Cast the module's weights to this precision's dtype, and return the module."""
         return module
