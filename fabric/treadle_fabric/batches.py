@@ -16,6 +16,9 @@ from treadle_fabric.containers import children, map_leaves
 
 __all__ = ["batch_mover", "infer_batch_size", "map_tensors", "move_data_to_device"]
 
+_COPIED_AT_ONCE = frozenset({"cpu", "mps"})
+"""Types of devices to which no copy is queued: the host may read, or change, what is copied too early."""
+
 
 def move_data_to_device(batch: Any, device: torch.device | str | int) -> Any:
     """Move a batch to a device.
@@ -70,9 +73,9 @@ def _move(data: Any, device: torch.device) -> Any:
     if isinstance(data, Tensor):
         if data.device == device:
             return data
-        # From pinned memory the copy runs beside the computation; out of CUDA the host would read too early
-        return data.to(device, non_blocking=device.type == "cuda")
-    if device.type == "cuda" and _takes_non_blocking(type(data)):  # type: ignore[arg-type] # classes are hashable
+        # From pinned memory the copy runs beside the computation; to the CPU the host would read too early
+        return data.to(device, non_blocking=device.type not in _COPIED_AT_ONCE)
+    if device.type not in _COPIED_AT_ONCE and _takes_non_blocking(type(data)):  # type: ignore[arg-type] # classes are hashable
         moved = data.to(device, non_blocking=True)
     else:
         moved = data.to(device)

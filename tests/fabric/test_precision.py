@@ -7,7 +7,9 @@ Tests of ``treadle_fabric.precision.precision``,
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -266,6 +268,8 @@ class Heads(nn.Module):
     def forward(self, x: Tensor, part: str) -> Tensor:
         features = x if part == "only second" else self.trunk(x)
         head = self.second if "second" in part else self.first
+        if part == "middle":
+            return self.trunk[2].weight.sum()
         out: Tensor = features if part == "trunk" else head(features.detach() if part == "first" else features)
         return out.sum()
 
@@ -274,7 +278,7 @@ def watched(module: nn.Module) -> int:
     return sum(len(p._post_accumulate_grad_hooks or ()) for p in module.parameters())  # type: ignore[attr-defined]
 
 
-def test_a_backward_pass_calls_two_hooks_and_an_unscaled_one_is_still_refused() -> None:
+def test_a_backward_pass_calls_few_hooks_and_an_unscaled_one_is_still_refused() -> None:
     """A hook for each parameter would be called at each backward pass of the run."""
     run = fabric(None, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")))
     module = Heads()
@@ -282,18 +286,55 @@ def test_a_backward_pass_calls_two_hooks_and_an_unscaled_one_is_still_refused() 
     x = torch.ones(1, 2)
     parameters = len([*module.parameters()])
     assert watched(module) == parameters
-    for _ in range(3):
+    run.backward(model(x, "whole"))
+    assert watched(module) == parameters  # an unscaled loss beside it is to be found, wherever it is
+    with pytest.raises(MisconfigurationException, match=r"fabric\.backward"):
+        model(x, "middle").backward()
+    for _ in range(20):
         run.backward(model(x, "whole"))
         optimizer.step()
-        assert watched(module) == 2 + 2  # of what was reached, and of the second head, which was not
+        # of what was reached, the one whose turn it is, and those of the second head, which was not reached
+        assert watched(module) == 2 + 1 + 2
     run.backward(model(x, "second"))
-    assert watched(module) == 2 + 2  # the trunk is known
+    run.backward(model(x, "second"))
+    assert watched(module) == 2 + 1 + 2  # the trunk is known
     for part in ("whole", "first", "trunk", "second", "only second"):
         with pytest.raises(MisconfigurationException, match=r"fabric\.backward"):
             model(x, part).backward()
     run.backward(model(x, "whole"))
     run.strategy.precision.teardown()
     assert watched(module) == 0
+
+
+def test_an_unscaled_loss_of_any_parameter_is_found_in_the_end() -> None:
+    """Those between the first and the last one that the first scaled loss reached are watched in turns."""
+    run = fabric(None, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu")))
+    module = Heads()
+    model = run.setup(module)
+    x = torch.ones(1, 2)
+    for _ in range(3):
+        run.backward(model(x, "whole"))
+        run.backward(model(x, "second"))
+    named = dict(module.named_parameters())
+    missed = {*named}
+    for turn in range(len(named)):
+        for name in [*missed]:
+            gradient = None if named[name].grad is None else named[name].grad.clone()
+            try:
+                named[name].sum().backward()
+            except MisconfigurationException:
+                missed.remove(name)
+            named[name].grad = gradient
+        assert len(missed) == max(0, 7 - turn)  # one more each time
+        run.backward(model(x, "whole"))
+    assert not missed
+    kept = [weakref.ref(parameter) for parameter in module.parameters()]
+    del module, model, named
+    gc.collect()
+    assert not any(reference() for reference in kept)
+    other = run.setup(Heads())
+    for _ in range(3):
+        run.backward(other(x, "whole"))
 
 
 def test_teardown_lets_go_of_modules_and_of_a_step_that_never_came() -> None:

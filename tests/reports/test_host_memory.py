@@ -39,11 +39,17 @@ from treadle_fabric import (
 )
 from treadle_fabric.checkpoint import archive, files_mapped, fingerprint
 from treadle_fabric.checkpoint.distributed import loading
-from treadle_fabric.checkpoint.host import arena
+from treadle_fabric.checkpoint.host import arena, mapping
 from treadle_fabric.checkpoint.host.arena import Arena
 from treadle_fabric.coordination import once_a_node
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="files are mapped on Linux only")
+
+
+@pytest.fixture(autouse=True)
+def small_files_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large ones are."""
+    monkeypatch.setattr(mapping, "_WORTHWHILE", 0)
 
 
 def is_mapped(path: Path) -> bool:
@@ -134,6 +140,19 @@ def test_what_is_garbage_in_a_circle_is_let_go_of_as_well(tmp_path: Path) -> Non
         assert all(bool((each == 1).all()) for each in kept) and not is_mapped(path)
     finally:
         gc.enable()
+
+
+@linux
+@pytest.mark.parametrize("large", [False, True])
+def test_a_small_file_is_read(tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To keep account of what is mapped takes longer than to read little."""
+    monkeypatch.undo()
+    path = tmp_path / "a.ckpt"
+    TorchCheckpointIO().save_checkpoint({"w": torch.ones(300_000 if large else 200_000)}, path)
+    with files_mapped():
+        state = TorchCheckpointIO().load_checkpoint(path)
+        assert is_mapped(path) == large
+        assert state["w"].sum() == len(state["w"])
 
 
 def test_a_user_who_reads_a_file_has_it_in_memory(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import treadle as L
 from treadle.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from treadle.metrics.reduction import reduce_over_ranks
 from treadle.metrics.slot import stack
+from treadle.numbers import host_copy
 from treadle.numbers.host_copy import HostCopy
 from treadle.numbers.losses import WeightedLosses, _power_of_two
 from treadle_fabric import DDPStrategy, Fabric, MisconfigurationException, MixedPrecision, move_data_to_device
@@ -31,6 +32,7 @@ from treadle_fabric.loggers import TensorBoardLogger
 from treadle_fabric.strategies import ddp_engine
 
 STEPS = 200
+AUTOCAST = "ignore:.*autocasts nothing"  # torch's own needs the real type of the device, which is that of the CPU
 
 
 class Model(L.LightningModule):
@@ -71,6 +73,7 @@ def samples(count: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=4)
 
 
+@pytest.mark.filterwarnings(AUTOCAST)
 @pytest.mark.filterwarnings("ignore:.*such values are kept pickled")  # tensors of the device that is not there
 @pytest.mark.parametrize(
     ("model", "more"),
@@ -207,6 +210,17 @@ def test_a_copy_to_the_host_without_events_reads_what_was_sent() -> None:
         assert str(copy.read()) == str(numbers)
 
 
+def test_a_copy_that_has_not_come_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without events does not tell that the copy has come; a number that is not there yet is NaN."""
+    monkeypatch.setattr(host_copy, "_event", lambda device: None)
+    for arrived, expected in (([3.0, 4.0], [3.0, 4.0]), ([3.0, math.nan], [1.0, 2.0])):
+        copy = HostCopy()
+        copy.send(torch.tensor([1.0, 2.0]))
+        assert copy._target is not None
+        copy._target.copy_(torch.tensor(arrived))
+        assert copy.read() == expected
+
+
 class Graph:
     """A batch that moves by itself."""
 
@@ -249,8 +263,8 @@ def test_values_of_a_callable_reduction_are_gathered_in_one_transfer() -> None:
     with CountedDevice() as device:
         fabric = counted_fabric()
         values = [torch.full((), float(i), device=DEVICE) for i in range(20)]
-        found = reduce_over_ranks(fabric, [("median", "gather", [*values, 7.5, torch.tensor(8.5)], 0.0)]).values
-    assert found["median"] == [*map(float, range(20)), 7.5, 8.5]
+        found = reduce_over_ranks(fabric, [("median", "gather", [*values, 7.5, torch.tensor(8.5)], 0.0)])
+    assert found.values["median"] == [*map(float, range(20)), 7.5, 8.5]
     gathering = [wait for wait in device.waits if wait.passes("metrics/values.py")]
     assert len(gathering) == 1
     assert not [wait for wait in device.waits if wait.kind == "send"]
@@ -309,6 +323,7 @@ def test_ddp_leaves_inputs_on_a_gpu_as_they_are(monkeypatch: pytest.MonkeyPatch)
     assert seen == {"find_unused_parameters": True}
 
 
+@pytest.mark.filterwarnings(AUTOCAST)
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_fabric_loop_does_not_wait(precision: Any) -> None:
     with CountedDevice() as device:

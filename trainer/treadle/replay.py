@@ -28,6 +28,7 @@ from treadle.run.progress import FitProgress
 from treadle.stages import RunningStage, TrainerFn, TrainerState
 from treadle.trainer.trainer import Trainer
 from treadle_fabric import (
+    ACCELERATOR_REGISTRY,
     CheckpointMismatchError,
     MisconfigurationException,
     PathLike,
@@ -106,7 +107,7 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
         bundle = unpack(bundle, "the replay file", classes=known_classes(cls))
         module = _make(cls, bundle)
         kind = bundle["device"]
-        here = kind == "cpu" or getattr(torch, kind if kind in ("cuda", "mps") else "cpu").is_available()
+        here = kind in ACCELERATOR_REGISTRY and ACCELERATOR_REGISTRY[kind].is_available()
         try:
             trainer = Trainer(
                 accelerator=kind if here else "cpu", devices=1, precision=bundle.get("precision"), logger=False,

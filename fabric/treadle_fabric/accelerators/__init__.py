@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric.accelerators.accelerator import Accelerator, Devices
+from treadle_fabric.accelerators.accelerator import Accelerator, Devices, count_devices, with_index
 from treadle_fabric.accelerators.cpu import CPUAccelerator
 from treadle_fabric.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
 from treadle_fabric.accelerators.mps import MPSAccelerator
@@ -23,7 +23,9 @@ __all__ = [
     "CUDAAccelerator",
     "Devices",
     "MPSAccelerator",
+    "count_devices",
     "find_usable_cuda_devices",
+    "with_index",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name

@@ -11,7 +11,7 @@ import torch
 from treadle_fabric.checks import is_several
 from treadle_fabric.errors import DeviceUnavailableError
 
-__all__ = ["Accelerator", "Devices", "parse_count", "parse_indices"]
+__all__ = ["Accelerator", "Devices", "count_devices", "parse_count", "parse_indices", "with_index"]
 
 Devices = int | str | Sequence[int]
 """A request for devices: a count, a list of indices, ``"auto"``, -1 for all; also a string, ``"2"`` or ``"0,1"``."""
@@ -77,6 +77,27 @@ class Accelerator(ABC):
     def register_accelerators(cls, accelerator_registry: Any) -> None:
         """Register this class under its :meth:`name`."""
         accelerator_registry.register(cls.name(), cls)
+
+
+def count_devices(kind: str) -> int:
+    """Return how many devices of a type of torch, such as ``"cuda"``, this process sees; none of them is initialized.
+
+    Args:
+        kind: The type of a ``torch.device``; of ``"cpu"`` and ``"meta"`` there is one.
+    """
+    if kind in ("cpu", "meta"):
+        return 1
+    count = getattr(getattr(torch, kind, None), "device_count", None)
+    return 0 if count is None else int(count())
+
+
+def with_index(device: torch.device) -> torch.device:
+    """Return a device with the index that it stands for, as tensors name theirs: the current one, at first 0."""
+    if device.index is not None or device.type in ("cpu", "meta"):
+        return device
+    module: Any = getattr(torch, device.type, None)
+    chosen = hasattr(module, "current_device") and module.is_initialized()
+    return torch.device(device.type, module.current_device() if chosen else 0)
 
 
 def parse_count(devices: Any, kind: str, available: int | None = None) -> int:

@@ -85,7 +85,7 @@ class PrivateStream(Generic[Batch]):
         self.stream = stream
 
     def __iter__(self) -> Iterator[Batch]:
-        seed = int(torch.empty((), dtype=torch.int64).random_())
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         return (batch for chunk in PrivateRandomness(seed).chunks(self.stream, 1) for batch in chunk)
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision.precision import Precision, _Scaling, cast_floating
+from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["MixedPrecision"]
 
@@ -20,7 +21,7 @@ class MixedPrecision(Precision):
 
     Args:
         precision: ``"16-mixed"`` or ``"bf16-mixed"``.
-        device: The device type, such as ``"cuda"``.
+        device: The device type, such as ``"cuda"``. Default: that of the run.
         scaler: Keeps small float16 gradients from vanishing. Default: a new ``GradScaler`` for ``"16-mixed"``.
 
     Raises:
@@ -33,7 +34,7 @@ class MixedPrecision(Precision):
     def __init__(
         self,
         precision: Literal["16-mixed", "bf16-mixed"],
-        device: str = "cpu",
+        device: str | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         super().__init__()
@@ -41,7 +42,8 @@ class MixedPrecision(Precision):
             raise MisconfigurationException(
                 f"MixedPrecision(precision={precision!r}): must be one of {', '.join(map(repr, _DTYPES))}."
             )
-        self.device = torch.device(device).type
+        self.device = "cpu" if device is None else torch.device(device).type
+        self._follows, self._own_scaler = device is None, scaler is None
         if scaler is not None and precision == "bf16-mixed":
             raise MisconfigurationException(
                 "precision='bf16-mixed' with a scaler: bfloat16 has the range of float32 and needs no scaling. "
@@ -52,6 +54,20 @@ class MixedPrecision(Precision):
         self.precision = precision
         self._dtype = _DTYPES[precision]
         self._scaling = _Scaling(scaler)
+
+    def place(self, device: str) -> None:
+        """Take over the type of the run's devices, unless the constructor was given one."""
+        if device == self.device:
+            return
+        if not self._follows:
+            rank_zero_warn(
+                f"MixedPrecision(device={self.device!r}) autocasts nothing on {device!r}, where the run is: leave"
+                " device= out."
+            )
+            return
+        self.device = device
+        if self._own_scaler and self._scaling.scaler is not None:
+            self._scaling = _Scaling(torch.amp.GradScaler(device))
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return the autocast context in the lower precision; it keeps casts of weights unless it is in one that does

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -44,13 +45,14 @@ class Precision:
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
         self._guards: dict[int, Any] = {}  # handles of the hooks of guarded parameters, by the parameters' ids
+        self._turns: deque[weakref.ref[Tensor]] = deque()  # parameters that are guarded in turns, now the last of them
         self._at_steps: Any = None  # the handle of a hook of all optimizers
         self.watches_backward = any(
             getattr(type(self), name) is not getattr(Precision, name) for name in ("pre_backward", "post_backward")
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_guards": {}, "_at_steps": None}  # of modules of this process
+        return {**self.__dict__, "_guards": {}, "_turns": deque(), "_at_steps": None}  # of modules of this process
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -62,6 +64,9 @@ class Precision:
     def requires_fabric_backward(self) -> bool:
         """Whether ``loss.backward()`` would be wrong, because the loss has to be scaled first."""
         return self._scaling.scaler is not None
+
+    def place(self, device: str) -> None:
+        """Learn on which type of devices, such as ``"cuda"``, a run is; before anything else. Default: nothing."""
 
     def convert_module(self, module: Module) -> Module:
         """Cast the module's weights to this precision's dtype, and return the module."""
@@ -108,10 +113,10 @@ class Precision:
         if scaling.scaler is None:
             function(tensor, *args, **kwargs)
         else:
+            if scaling.reached:
+                self._move_guards()
             with scaling.activated():
                 function(scaling.scale(tensor), *args, **kwargs)
-            if scaling.reached:
-                self._keep_sentinels()
 
     def post_backward(self, tensor: Tensor, module: Module | None) -> Any:
         """Called after :meth:`backward`; by default nothing happens."""
@@ -166,39 +171,57 @@ class Precision:
         With a scaler, the backward pass of an unscaled loss into the module's parameters is an error.
         Gradients that do not go into the parameters, such as those of ``torch.autograd.grad``, are not checked.
 
-        Every parameter is watched until a scaled loss has reached it. Of those that one backward pass reaches for the
-        first time, the first and the last parameter are watched on: a loss that reaches others of them but neither of
-        these two begins and ends in the middle of the model. A hook for each parameter would take the interpreter's
-        lock for each at every backward pass.
+        Every parameter is watched until a scaled loss has reached it, and on to the next scaled loss: an unscaled one
+        beside it is found in the first iteration. Of the parameters that one backward pass reaches for the first time,
+        the first and the last are watched for good. The others take turns, one at each scaled loss: an unscaled loss
+        that comes later, and begins and ends in the middle of the model, is found after some steps. A hook for each
+        parameter would take the interpreter's lock for each at every backward pass.
         """
         if self.autocasts and self._at_steps is None:
             self._at_steps = register_optimizer_step_post_hook(_forget_casts)
             weakref.finalize(self, self._at_steps.remove)
         scaling = self._scaling
-
-        def refuse(parameter: Tensor) -> None:
-            if scaling.active:
-                scaling.reached.append(parameter)
-            elif parameter.__dict__.get("_treadle_guard") == id(scaling):
-                raise MisconfigurationException(
-                    f"loss.backward() with precision={self.precision!r} accumulates gradients of a loss that was not "
-                    "scaled, and the step would divide them by the scale. Call fabric.backward(loss) instead."
-                )
-
         for parameter in module.parameters():
             parameter.__dict__.pop("_treadle_guard", None)  # left by an earlier run
             if scaling.scaler is not None and parameter.requires_grad:
                 parameter.__dict__["_treadle_guard"] = id(scaling)
-                handle: Any = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
-                self._guards[id(parameter)], scaling.unseen[id(parameter)] = handle, handle
+                self._guard(parameter)
+                scaling.unseen.add(id(parameter))
 
-    def _keep_sentinels(self) -> None:
-        """Watch only the first and the last of the parameters that a scaled loss has reached for the first time."""
-        unseen, reached = self._scaling.unseen, self._scaling.reached
+    def _guard(self, parameter: Tensor) -> None:
+        scaling, name = self._scaling, self.precision
+
+        def refuse(parameter: Tensor) -> None:
+            if scaling.active:
+                scaling.reached.append(weakref.ref(parameter))
+            elif parameter.__dict__.get("_treadle_guard") == id(scaling):
+                raise MisconfigurationException(
+                    f"loss.backward() with precision={name!r} accumulates gradients of a loss that was not scaled, and "
+                    "the step would divide them by the scale. Call fabric.backward(loss) instead."
+                )
+
+        handle: Any = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+        self._guards[id(parameter)] = handle
+
+    def _move_guards(self) -> None:
+        """Watch on the first and the last of the parameters that the last scaled loss was the first to reach, and of
+        all others the one whose turn it is.
+        """
+        unseen, reached, turns = self._scaling.unseen, self._scaling.reached, self._turns
         self._scaling.reached = []
-        first_time = {id(p): handle for p in reached if (handle := unseen.pop(id(p), None)) is not None}
-        for key in [*first_time][1:-1]:
-            self._guards.pop(key).remove()
+        alive = {id(p): p for each in reached if (p := each()) is not None}
+        first_time = [p for key, p in alive.items() if key in unseen]
+        unseen.difference_update(alive)
+        left = [last] if turns and (last := turns[-1]()) is not None else []
+        for given_up in (*left, *first_time[1:-1]):
+            self._guards.pop(id(given_up)).remove()
+        turns.extendleft(map(weakref.ref, first_time[1:-1]))
+        while turns:
+            turns.rotate(-1)
+            if (parameter := turns[-1]()) is not None:
+                self._guard(parameter)
+                return
+            turns.pop()  # its module is gone
 
     def main_params(self, optimizer: Optimizer) -> Iterator[torch.nn.Parameter]:
         """Iterate over the parameters that the optimizer updates."""
@@ -222,7 +245,9 @@ class Precision:
         for guard in self._guards.values():
             guard.remove()
         self._guards.clear()
+        self._turns.clear()
         self._scaling.unseen.clear()
+        self._scaling.reached.clear()
         self._scaling.forget()
 
 
@@ -254,13 +279,13 @@ class _Scaling:
         self.active = False  # a scaled loss is being differentiated, perhaps by another thread
         self._unscaled: dict[int, Optimizer] = {}  # optimizers that have not stepped since
         self._stepped = False
-        self.unseen: dict[int, Any] = {}  # handles of the hooks of parameters that no scaled loss has reached, by id
-        self.reached: list[Tensor] = []  # the watched parameters that the backward pass under way has reached
+        self.unseen: set[int] = set()  # ids of watched parameters that no scaled loss has reached
+        self.reached: list[weakref.ref[Tensor]] = []  # the watched parameters that the last scaled loss reached
 
     def __getstate__(self) -> dict[str, Any]:
         """The scaler with the scale that it has; a copy begins between two iterations."""
         scaler = None if self.scaler is None else _between_iterations(self.scaler)
-        return {"scaler": scaler, "active": False, "_unscaled": {}, "_stepped": False, "unseen": {}, "reached": []}
+        return {"scaler": scaler, "active": False, "_unscaled": {}, "_stepped": False, "unseen": set(), "reached": []}
 
     @contextlib.contextmanager
     def activated(self) -> Generator[None]:

@@ -44,7 +44,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         cluster_environment: Where ranks and addresses come from.
         checkpoint_io: Writes and reads files.
         precision: Default: ``32-true``.
-        process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
+        process_group_backend: Default: torch's for the device, ``"nccl"`` on CUDA and ``"gloo"`` on the CPU.
         timeout: How long a collective waits for the slowest process.
         start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         **kwargs: For ``torch.nn.parallel.DistributedDataParallel``, such as ``find_unused_parameters``.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
-from treadle_fabric.accelerators import Accelerator
+from treadle_fabric.accelerators import Accelerator, with_index
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import one_or_several
 from treadle_fabric.coordination import broadcast_object, host_group, meet, reached_by, waits_in_vain
@@ -43,7 +43,7 @@ class ParallelStrategy(Strategy):
         cluster_environment: Where ranks and addresses come from.
         checkpoint_io: Writes and reads files.
         precision: Default: ``32-true``.
-        process_group_backend: Default: ``"nccl"`` on CUDA, otherwise ``"gloo"``.
+        process_group_backend: Default: torch's for the device, ``"nccl"`` on CUDA and ``"gloo"`` on the CPU.
         timeout: How long a collective waits for the slowest process. What rank 0 does for all, such as a save, may
             take longer.
         start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
@@ -68,7 +68,7 @@ class ParallelStrategy(Strategy):
             raise MisconfigurationException(
                 f"start_method={start_method!r} is unknown. {near_names(str(start_method), _START_METHODS)}"
             )
-        self._parallel_devices = one_or_several(parallel_devices) or None
+        self._parallel_devices = [with_index(device) for device in one_or_several(parallel_devices)] or None
         self._environment = cluster_environment
         self._backend = process_group_backend
         self._timeout = timeout
@@ -125,8 +125,8 @@ class ParallelStrategy(Strategy):
 
     @property
     def process_group_backend(self) -> str:
-        """``"nccl"``, ``"gloo"``, or what the user asked for."""
-        return self._backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+        """What the user asked for, or torch's choice for the device: ``"nccl"`` on CUDA, ``"gloo"`` on the CPU."""
+        return self._backend or dist.Backend.default_device_backend_map.get(self.root_device.type, "gloo")
 
     @property
     def root_device(self) -> torch.device:
@@ -180,8 +180,9 @@ class ParallelStrategy(Strategy):
             self._accelerator.setup_device(self.root_device)
         if dist.is_initialized():
             return
-        on_gpu = self.root_device.type == "cuda"
-        exclusive = self.root_device if on_gpu and "nccl" in self.process_group_backend else None
+        here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        bound = self.root_device if here is not None and here.type == self.root_device.type else None
+        exclusive = bound if "nccl" in self.process_group_backend else None
         store = meet(environment, rank, world_size, self._timeout, exclusive)
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
@@ -191,7 +192,7 @@ class ParallelStrategy(Strategy):
             rank=rank,
             world_size=world_size,
             timeout=self._timeout,
-            device_id=self.root_device if on_gpu else None,
+            device_id=bound,
         )
         mark_rank_as_taken()
         self._owns_group = True

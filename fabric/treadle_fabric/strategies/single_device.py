@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from treadle_fabric.accelerators import Accelerator
+from treadle_fabric.accelerators import Accelerator, with_index
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.launchers import Launcher
@@ -41,7 +41,7 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         precision: Precision | None = None,
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision)
-        self._device = torch.device(device)
+        self._device = with_index(torch.device(device))
         self._environment: ClusterEnvironment | None = None
 
     @property

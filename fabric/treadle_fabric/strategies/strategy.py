@@ -115,6 +115,8 @@ class Strategy(ABC):
         """
         self._accelerator = self._accelerator or accelerator
         self._precision = self._precision or precision
+        if devices and self._precision is not None:
+            self._precision.place(devices[0].type)
         self._checkpoint_io = self._checkpoint_io or checkpoint_io
         self.assign_devices(devices, environment, num_nodes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -36,4 +37,10 @@ class WholeStateStrategy(CheckpointingStrategy):
                 optimizer.state = whole
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        groups = optimizer.param_groups
+        devices = [{name: v.device for name, v in group.items() if isinstance(v, Tensor)} for group in groups]
         optimizer.load_state_dict(state)
+        for group, before in zip(optimizer.param_groups, devices, strict=True):
+            for name, device in before.items():  # a learning rate, say; torch leaves these where the file had them
+                if isinstance(value := group.get(name), Tensor):
+                    group[name] = value.to(device)

@@ -100,7 +100,7 @@ class EarlyStopping(Callback):
         self.divergence_threshold = divergence_threshold
         self.log_rank_zero_only = log_rank_zero_only
         self.min_delta = abs(min_delta) if mode == "max" else -abs(min_delta)
-        self.best_score = torch.tensor(worst_value(mode))
+        self.best_score = torch.tensor(worst_value(mode), device="cpu")
         self._check_on_train_epoch_end = check_on_train_epoch_end
 
     @property
@@ -214,7 +214,7 @@ class EarlyStopping(Callback):
         """Take back the best score, the number of checks since, and the patience."""
         self.wait_count = state_dict["wait_count"]
         self.stopped_epoch = state_dict["stopped_epoch"]
-        self.best_score = torch.as_tensor(state_dict["best_score"])
+        self.best_score = torch.as_tensor(state_dict["best_score"], device="cpu")
         self.patience = state_dict["patience"]
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")

@@ -49,4 +49,4 @@ def _verdict(same: bool | None) -> str:
 
 
 def _number(loss: Tensor | None) -> str:
-    return "none" if loss is None else repr(loss.double().item())
+    return "none" if loss is None else repr(loss.cpu().double().item())  # MPS has no float64

@@ -62,6 +62,8 @@ class Prediction:
         """Predict one batch each time the caller asks for an output, one loader after the other.
 
         Where ranks share a loader, outputs are exchanged batch by batch, so every rank has to ask for the same number.
+        Where they do not, a rank may stop asking when it likes: ranks do not meet, and ``predict_step`` must not talk
+        to other ranks, which may have fewer batches.
         """
         for _, output in self._outputs(share=True):
             yield output

@@ -123,4 +123,4 @@ class Metrics:
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: v if isinstance(v, Tensor) else torch.tensor(float(v)) for name, v in values.items()}
+    return {n: v if isinstance(v, Tensor) else torch.tensor(float(v), device="cpu") for n, v in values.items()}

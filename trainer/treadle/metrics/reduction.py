@@ -79,6 +79,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
         gathered = _exchange(fabric, rows, names)
         assert gathered is not None
     out: dict[str, Any] = {}
+    counts = gathered[:, 1::2].sum(0).tolist() if any(how == "count" for _, how, *_ in rows) else []
     for i, (name, how, total, _) in enumerate(rows):
         totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
         match how:
@@ -87,7 +88,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
             case "sum":
                 out[name] = totals.sum()
             case "count":
-                out[name] = int(weights.sum().item())
+                out[name] = int(counts[i])
             case "gather":
                 out[name] = _gather_values(fabric, total)
             case "min":

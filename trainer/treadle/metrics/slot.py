@@ -93,7 +93,7 @@ class Slot:
         """Reduce values among which are tensors; the result is a tensor, whichever kind of value came last."""
         if self.reduce in ("mean", "sum") and all(map(is_at_hand, values)):
             numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
-            return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64)
+            return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64, device="cpu")
         stacked = stack(values)
         if self.reduce == "mean":
             alike = weights.count(weights[0]) == len(weights)  # several weights would have to be sent to the device

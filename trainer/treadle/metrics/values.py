@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from treadle_fabric import MisconfigurationException, with_plain_names
+from treadle_fabric import MisconfigurationException, move_data_to_device, with_plain_names
 from treadle_fabric.loggers import to_numbers
 
 __all__ = [
@@ -109,10 +109,11 @@ def is_at_hand(value: Any) -> bool:
 def scalar_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a scalar on a device that nobody waits for: a number of the host goes there as an operation's argument."""
     if isinstance(value, Tensor) and (value.device == device or not is_at_hand(value)):
-        return value.to(device, dtype, non_blocking=device.type == "cuda").reshape(())
+        return value.to(device, dtype, non_blocking=device.type not in ("cpu", "mps")).reshape(())
     return torch.full((), value.item() if isinstance(value, Tensor) else value, dtype=dtype, device=device)
 
 
 def vector_on(numbers: list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a vector on a device; the copy does not wait for what is queued there."""
-    return torch.tensor(numbers, dtype=dtype, device="cpu").to(device, non_blocking=device.type == "cuda")
+    vector: Tensor = move_data_to_device(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
+    return vector

@@ -26,6 +26,7 @@ from treadle_fabric import (
     near_names,
     rank_zero_warn,
 )
+from treadle_fabric.accelerators import count_devices
 from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, files_mapped, known_classes, unpack
 
 if TYPE_CHECKING:
@@ -166,12 +167,7 @@ def _read(cls: type[Any], path: PathLike | IO[bytes], map_location: Any, weights
 def _where_saved(storage: Any, location: str) -> Any:
     """Put a tensor on the device it was saved from, or on the CPU where that device is not here."""
     kind, _, index = location.partition(":")
-    here = {
-        "cuda": torch.cuda.device_count() if kind == "cuda" else 0,
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    absent = kind in here and int(index or 0) >= here[kind]
-    return storage if absent else None
+    return storage if int(index or 0) >= count_devices(kind) else None
 
 
 def _hparams_of(

@@ -282,7 +282,7 @@ def _checked(weight: Any) -> float | Tensor:
             )
         if weight.device.type != "cpu":
             number: Tensor = weight.detach().reshape(())
-            if number.device.type == "cuda":
+            if number.device.type != "mps":
                 return number.double()
             return number if number.is_floating_point() else number.float()
     try:

@@ -13,9 +13,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeGuard, TypeVar
 
-import torch
-
-from treadle_fabric import MisconfigurationException, SignalListener, Strategy, TreadleError, claim_failure, end_run
+from treadle_fabric import (
+    MisconfigurationException,
+    SignalListener,
+    Strategy,
+    TreadleError,
+    all_gather_objects,
+    claim_failure,
+    end_run,
+)
 
 __all__ = ["SIGTERMException", "Signals", "claim_together", "during_a_save", "meet"]
 
@@ -284,7 +290,7 @@ def _share_status(error: BaseException, strategy: Strategy) -> None:
         code: object = error.code
         status = 0 if code is None else code & 0xFF if isinstance(code, int) else 1
     with contextlib.suppress(RuntimeError):
-        status = int(strategy.all_reduce(torch.tensor(status), reduce_op="max"))
+        status = max(all_gather_objects(strategy, status))  # on the hosts: the devices may never come to an end
         if isinstance(error, SIGTERMException) and status != none:
             error.code = status
             error.args = (status,)

@@ -31,6 +31,8 @@ __all__ = ["FileMaps", "active_maps", "files_mapped", "mappable"]
 _MAPS: Final = "/proc/self/maps"
 _ALONE: Final = 0x4000  # MAP_NORESERVE of Linux: no room is set aside for the pages that are never written
 _MAY_MOVE_TO: Final = 1 | 2  # MREMAP_MAYMOVE | MREMAP_FIXED
+_WORTHWHILE: Final = 2**20
+"""Bytes of a file; a smaller one is read in less time than it takes to keep account of its storages."""
 _COLLECTED: Final = 2**26
 """Bytes that take longer to be copied than a collection of garbage takes."""
 _active: ContextVar[FileMaps | None] = ContextVar("treadle_file_maps", default=None)
@@ -108,8 +110,10 @@ def active_maps() -> FileMaps | None:
 
 
 def mappable(file: IO[bytes]) -> bool:
-    """Whether the file can be mapped, and be let go of while tensors are still there."""
-    if sys.platform != "linux" or not os.path.exists(_MAPS):
+    """Whether the file is to be mapped: where it can be, can be let go of while tensors are still there, and is large
+    enough.
+    """
+    if sys.platform != "linux" or os.fstat(file.fileno()).st_size < _WORTHWHILE or not os.path.exists(_MAPS):
         return False
     try:
         mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ).close()

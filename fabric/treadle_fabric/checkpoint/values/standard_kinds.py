@@ -7,6 +7,7 @@ import datetime
 import io
 import random
 import re
+import zlib
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -23,7 +24,9 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.torch_version import TorchVersion
 
+from treadle_fabric.accelerators import count_devices, with_index
 from treadle_fabric.attribute_dict import AttributeDict
+from treadle_fabric.rank_zero import rank_zero_warn
 
 __all__ = ["KINDS", "Kind", "NoPlainFormError"]
 
@@ -128,11 +131,18 @@ def _take_generator(value: torch.Generator) -> tuple[Any, Any]:
 
 
 def _make_generator(content: torch.Tensor, device: str) -> torch.Generator:
-    kind = torch.device(device).type
-    here = kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
-    generator = torch.Generator(device if here else "cpu")
-    generator.set_state(content.cpu())
-    return generator
+    """Make a generator on a device of its kind; of another index where there are fewer devices than there were."""
+    kind, _, index = device.partition(":")
+    there = count_devices(kind)
+    if there:
+        generator = torch.Generator(device if int(index or 0) < there else with_index(torch.device(kind)))
+        generator.set_state(content.cpu())
+        return generator
+    rank_zero_warn(
+        f"A random generator of {device} comes back as one of the CPU, since there is no {kind} device here. It draws"
+        " other numbers than it would have drawn there, but the same in each run."
+    )
+    return torch.Generator().manual_seed(zlib.crc32(content.cpu().numpy().tobytes()))
 
 
 def _make_random(content: Any) -> random.Random:

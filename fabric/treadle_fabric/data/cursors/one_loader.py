@@ -57,7 +57,8 @@ class OneLoaderCursor(Cursor):
             return self._rng
         generator = torch.Generator()
         generator.set_state(self._rng["torch"])
-        torch.empty((), dtype=torch.int64).random_(generator=generator)  # a DataLoader draws its workers' seed first
+        if torch.get_default_device().type == "cpu":  # there a DataLoader draws its workers' seed first
+            torch.empty((), dtype=torch.int64, device="cpu").random_(generator=generator)
         return {**self._rng, "torch": generator.get_state()}
 
     @final

@@ -83,7 +83,7 @@ class SeededStream(_Around):
 
     def __init__(self, dataset: Any) -> None:
         super().__init__(dataset)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()  # type: ignore[no-untyped-call]
 
     def begin(self, key: int) -> None:
         """An epoch begins."""

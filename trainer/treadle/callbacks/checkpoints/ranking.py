@@ -46,7 +46,7 @@ class Ranking:
     @classmethod
     def empty(cls, mode: str, save_top_k: int) -> Ranking:
         """Return the ranking of a run that has saved nothing."""
-        return cls(mode, save_top_k, torch.tensor(worst_value(mode)), {})
+        return cls(mode, save_top_k, torch.tensor(worst_value(mode), device="cpu"), {})
 
     def has_room_for(self, score: Tensor) -> bool:
         """Tell whether a score is among the best ``save_top_k``. A score that equals the worst one kept is not."""
@@ -122,7 +122,7 @@ class Ranking:
             best_model_score=kept.get(best),
             current_score=current_score,
             kth_best_model_path=worst,
-            kth_value=kept.get(worst, torch.tensor(worst_value(self.mode))),
+            kth_value=kept.get(worst, torch.tensor(worst_value(self.mode), device="cpu")),
         )
 
 

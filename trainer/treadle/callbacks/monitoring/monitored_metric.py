@@ -72,7 +72,8 @@ class MonitoredMetric:
             found = metrics.get(self.name)
             if found is None:
                 return None
-            return found.detach().cpu().reshape(()) if isinstance(found, Tensor) else torch.tensor(found)
+            found = found if isinstance(found, Tensor) else torch.tensor(found, device="cpu")
+            return found.detach().cpu().reshape(())
 
         return on_rank_zero(strategy, value, f"could not read the metric {self.name!r}")
 
