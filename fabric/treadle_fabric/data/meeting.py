@@ -151,8 +151,8 @@ class BatchMeeting:
         had = [f"rank {rank} had {found[rank][0]} and began {found[rank][1]}" for rank in sorted(found)]
         return (
             f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}, and its "
-            f"steps begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the collectives "
-            f"that have no counterpart for their next ones. {_REMEDY}"
+            f"steps begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the "
+            f"collectives that have no counterpart for their next ones. {_REMEDY}"
         )
 
     def _explain(self, member: Any, which: str) -> str:
