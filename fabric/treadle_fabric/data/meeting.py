@@ -84,8 +84,8 @@ class BatchMeeting:
         key = f"treadle/batches/{self._number}"
         all_came = f"{key}/{self._generation}/all"
         collectives = _collectives_of_all()
-        mine = {dist.get_rank(): (self.begun, collectives - self._collectives)}
-        store.append(f"{key}/{self._generation}/had", f"{mine}\n")
+        numbers = {dist.get_rank(): (self.begun, collectives - self._collectives)}
+        store.append(f"{key}/{self._generation}/had", f"{numbers}\n")
         if store.add(f"{key}/{self._generation}", 1) == dist.get_world_size():
             for old in ("", "/had", "/all"):
                 store.delete_key(f"{key}/{self._generation - 1}{old}")
@@ -147,8 +147,8 @@ class BatchMeeting:
             return ""
         had = [f"rank {rank} had {found[rank][0]} and began {found[rank][1]}" for rank in sorted(found)]
         return (
-            f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}, and its steps "
-            f"begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the collectives "
+            f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}, and its "
+            f"steps begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the collectives "
             f"that have no counterpart for their next ones. {_REMEDY}"
         )
 
@@ -187,7 +187,8 @@ def _sequences() -> dict[str, int]:
 
 def _collectives_of_all() -> int:
     """How many collectives of all ranks this rank has begun; 0 where the backend does not number them."""
-    return _sequences().get(dist.group.WORLD.group_name, 0) if dist.is_initialized() else 0
+    default = dist.group.WORLD
+    return 0 if default is None else _sequences().get(default.group_name, 0)
 
 
 def _counts(found: dict[int, notes.Progress]) -> list[int]:

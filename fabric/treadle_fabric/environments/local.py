@@ -142,8 +142,8 @@ class LightningEnvironment(ClusterEnvironment):
             node = f"{which}={self.node_rank()}" if which in self.variables else "NODE_RANK is not set, so"
             raise MisconfigurationException(
                 f"RANK={self.variables['RANK']}, but {node} node {self.node_rank()} with devices={num_devices} and "
-                f"LOCAL_RANK={self.local_rank()} is rank {rank}. Set NODE_RANK to the number of the machine, from 0, or, "
-                "if RANK is left over, `unset RANK`."
+                f"LOCAL_RANK={self.local_rank()} is rank {rank}. Set NODE_RANK to the number of the machine, from 0, "
+                "or, if RANK is left over, `unset RANK`."
             )
 
     def announcing_signal(self) -> int:
