@@ -145,11 +145,11 @@ class BatchMeeting:
         batches, collectives = zip(*sorted(found.values()), strict=True)
         if len(set(batches)) == 1 or len(set(collectives)) == 1 or list(collectives) != sorted(collectives):
             return ""
-        had = [f"rank {rank} had {found[rank][0]} and began {found[rank][1]}" for rank in sorted(found)]
+        had = [f"rank {rank}: {found[rank][0]} batches, {found[rank][1]} collectives" for rank in sorted(found)]
         return (
             f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}, and its "
-            f"steps begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the collectives "
-            f"that have no counterpart for their next ones. {_REMEDY}"
+            f"steps begin collectives that nothing waits for ({'; '.join(had)}). Those to which some ranks do not come "
+            f"would be taken for other ones later. {_REMEDY}"
         )
 
     def _explain(self, member: Any, which: str) -> str:
