@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.processes import run_in_ranks, wait_until
+from tests.processes import importing_tests, run_in_ranks, wait_until
 
 from treadle_fabric import Fabric
 from treadle_fabric.coordination import WaitMessages, list_ranks, meet, new_group
@@ -415,3 +415,23 @@ def test_the_error_is_a_runtime_error() -> None:
     assert issubclass(RendezvousError, RuntimeError)
     with pytest.raises(MisconfigurationException, match="rank 3, but the run has 2"):
         meet(LightningEnvironment(), 3, 2)
+
+
+def test_a_port_at_which_another_program_listens_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        environ = {"LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        script = "from treadle_fabric import Fabric; Fabric(accelerator='cpu', devices=2, strategy='ddp').launch()"
+        with subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**importing_tests(), **environ, "TREADLE_WAIT_MESSAGE_AFTER": "0.3"},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as rank:
+            try:
+                assert rank.stderr is not None
+                said = next(line for line in rank.stderr if "has waited" in line)
+            finally:
+                rank.kill()
+    assert "for rank 0 at 127.0.0.1" in said and "which answers, but not as a rank does" in said

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
-from treadle_fabric.coordination.waiting import list_ranks, wait_with_messages
+from treadle_fabric.coordination.waiting import list_ranks, messages_during, wait_with_messages
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, RendezvousError, describe_error
 
@@ -115,16 +115,17 @@ class _Meeting:
         if not self._hosts:
             self._await_address()
         try:
-            store = dist.TCPStore(  # type: ignore[attr-defined]
-                # Rank 0 listens at all its addresses; where MASTER_ADDR is none of them, to ask there would block.
-                "127.0.0.1" if self._hosts else self._address,
-                self._port,
-                self._world_size,
-                self._hosts,
-                self._timeout,
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
+            with messages_during(self._describe_silence) if not self._hosts else contextlib.nullcontext():
+                store = dist.TCPStore(  # type: ignore[attr-defined]
+                    # Rank 0 listens at all its addresses; where MASTER_ADDR is none of them, to ask there would block.
+                    "127.0.0.1" if self._hosts else self._address,
+                    self._port,
+                    self._world_size,
+                    self._hosts,
+                    self._timeout,
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
         except dist.DistNetworkError as error:
             if not self._hosts:
                 raise
@@ -194,6 +195,13 @@ class _Meeting:
 
         if not wait_with_messages(answers, describe, self._timeout.total_seconds()):
             raise self._too_late(missing(), f", which does not answer ({last})")
+
+    def _describe_silence(self, seconds: float) -> str:
+        return self._waits_for(
+            "torchrun's agent" if self._by_agent else "rank 0",
+            seconds,
+            ", which answers, but not as a rank does: another program may listen there",
+        )
 
     def _unanswered(self) -> str:
         """Why the address does not answer; empty if it does."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["WaitMessages", "list_ranks", "wait_with_messages"]
+__all__ = ["WaitMessages", "list_ranks", "messages_during", "wait_with_messages"]
 
 # Seconds after which the first message is due; the others come in a fixed proportion to it.
 _FIRST_VARIABLE = "TREADLE_WAIT_MESSAGE_AFTER"
@@ -88,6 +89,28 @@ def wait_with_messages(
         time.sleep(min(pause, max(0.0, timeout - messages.seconds)))
         pause = min(2 * pause, look_every)
     return True
+
+
+@contextlib.contextmanager
+def messages_during(describe: Callable[[float], str]) -> Iterator[None]:
+    """Say what is waited for while the context holds a call that blocks and releases the interpreter's lock.
+
+    Args:
+        describe: Makes the message from the seconds so far; another thread calls this.
+    """
+    messages, over = WaitMessages(describe), threading.Event()
+
+    def look() -> None:
+        while not over.wait(_LONGEST_LOOK):
+            messages.look()
+
+    thread = threading.Thread(target=look, name="treadle-waits", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def list_ranks(ranks: Iterable[int]) -> str:

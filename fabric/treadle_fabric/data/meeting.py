@@ -85,8 +85,8 @@ class BatchMeeting:
         key = f"treadle/batches/{self._number}"
         all_came = f"{key}/{self._generation}/all"
         collectives = _collectives_of_all()
-        had = {dist.get_rank(): (self.begun, collectives - self._collectives)}
-        store.append(f"{key}/{self._generation}/had", f"{had}\n")
+        numbers = {dist.get_rank(): (self.begun, collectives - self._collectives)}
+        store.append(f"{key}/{self._generation}/had", f"{numbers}\n")
         if store.add(f"{key}/{self._generation}", 1) == dist.get_world_size():
             for old in ("", "/had", "/all"):
                 store.delete_key(f"{key}/{self._generation - 1}{old}")
@@ -148,11 +148,11 @@ class BatchMeeting:
         batches, collectives = zip(*sorted(found.values()), strict=True)
         if len(set(batches)) == 1 or len(set(collectives)) == 1 or list(collectives) != sorted(collectives):
             return ""
-        had = [f"rank {rank} had {found[rank][0]} and began {found[rank][1]}" for rank in sorted(found)]
+        had = [f"rank {rank}: {found[rank][0]} batches, {found[rank][1]} collectives" for rank in sorted(found)]
         return (
             f"The ranks have unequal numbers of batches{f' {which}' if which else ''} in the {self._what}, and its "
-            f"steps begin collectives that nothing waits for: {', '.join(had)}. The other ranks would take the "
-            f"collectives that have no counterpart for their next ones. {_REMEDY}"
+            f"steps begin collectives that nothing waits for ({'; '.join(had)}). Those to which some ranks do not come "
+            f"would be taken for other ones later. {_REMEDY}"
         )
 
     def _explain(self, member: Any, which: str) -> str:
@@ -190,8 +190,8 @@ def _sequences() -> dict[str, int]:
 
 def _collectives_of_all() -> int:
     """How many collectives of all ranks this rank has begun; 0 where the backend does not number them."""
-    world: Any = dist.group.WORLD
-    return _sequences().get(world.group_name, 0) if dist.is_initialized() else 0
+    default = dist.group.WORLD
+    return 0 if default is None else _sequences().get(default.group_name, 0)
 
 
 def _counts(found: dict[int, notes.Progress]) -> list[int]:
