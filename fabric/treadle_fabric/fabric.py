@@ -21,6 +21,7 @@ from treadle_fabric.coordination import as_tensors, check_alike, patient_barrier
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.errors import MisconfigurationException, suggests_arguments
+from treadle_fabric.failures import call_at_looks
 from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -524,7 +525,7 @@ class Fabric:
         self._require_launch("all_gather")
         data = as_tensors(data, self.device, "all_gather")
         if self._strategy.uses_process_group:
-            check_alike(data, group, "all_gather")
+            check_alike(data, group, "all_gather", call_at_times=call_at_looks)
         return map_tensors(data, lambda t: self._strategy.all_gather(t, group, sync_grads))
 
     def all_reduce(self, data: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
@@ -552,7 +553,7 @@ class Fabric:
         reduction = functools.partial(reduction_of, reduce_op)
         data = as_tensors(data, self.device, "all_reduce", reduction)
         if self._strategy.uses_process_group:
-            check_alike(data, group, "all_reduce", lambda dtype: reduction(dtype).result)
+            check_alike(data, group, "all_reduce", lambda dtype: reduction(dtype).result, call_at_times=call_at_looks)
         return map_tensors(data, lambda t: self._strategy.all_reduce(t, group, reduce_op))
 
     @contextmanager

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import sys
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, Final
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,12 @@ _MOST_PLACES: Final = 1024
 
 
 def check_alike(
-    data: Any, group: Any | None, method: str, dtype_of: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype
+    data: Any,
+    group: Any | None,
+    method: str,
+    dtype_of: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
+    *,
+    call_at_times: Callable[[Callable[[], bool]], bool] = lambda function: False,
 ) -> None:
     """Raise, on every rank, if ranks are about to exchange tensors of different shapes.
 
@@ -39,15 +46,18 @@ def check_alike(
 
     The rule cannot deadlock, although ranks may call from different lines, so that a call is the first of its place on
     some ranks only. The n-th call of a group is the n-th on every rank, or the exchange itself would never end. A rank
-    that does not compare leaves a word in the store, without waiting, that it has come to its n-th call. A rank that
-    compares leaves its shapes there, and waits until each other rank has left one or the other. Rank 0 of the group
-    gives the verdict. Where ranks come more than 10 s apart, the first ones go on, and the last one finds their shapes.
+    that does not compare only counts, and another thread of it leaves word in the store of how far it has come. A rank
+    that compares leaves its shapes there, and waits until each other rank has left one or the other. Rank 0 of the
+    group gives the verdict. Where ranks come more than 10 s apart, the first ones go on, and the last one finds their
+    shapes.
 
     Args:
         data: Tensors in containers, and other values.
         group: The process group. Default: all ranks.
         method: What is called, for an error.
         dtype_of: The dtype in which tensors of a dtype are exchanged.
+        call_at_times: Has a function called a few times a second by another thread, until the function returns False;
+            returns whether there is such a thread. Default: there is none, and every call leaves word itself.
 
     Raises:
         MisconfigurationException: Shapes, dtypes or structures differ; the error says which each rank has.
@@ -61,6 +71,7 @@ def check_alike(
     calls = _calls.get(default)
     if calls is None:
         calls = _calls[default] = _Calls(default, rank, size)
+        calls.told_by_thread = call_at_times(functools.partial(_tell, weakref.ref(calls)))
     calls.next(data, method, dtype_of)
 
 
@@ -74,6 +85,8 @@ class _Calls:
         store: Any = dist.distributed_c10d._get_default_store()
         self._store = store.clone()  # a connection of its own: one that waits in it keeps no other thread waiting
         self._count = 0
+        self._passed = self._told = 0  # the last call that was not compared, and of which word was left
+        self.told_by_thread = False
         self._used: list[str] = []  # keys of the last comparison, which other ranks may still read
         self._places: set[Any] = set()
         self._store.set(f"{self._key}/at/{rank}", "0")
@@ -85,7 +98,9 @@ class _Calls:
         place = (method, code, line, tuple((path, _kind(leaf)) for path, leaf in leaves))
         if place in self._places:
             if not torch.is_anomaly_enabled():
-                self._store.set(f"{self._key}/at/{self._rank}", str(self._count))
+                self._passed = self._count
+                if not self.told_by_thread:
+                    self.tell()
                 return
         elif len(self._places) < _MOST_PLACES:
             self._places.add(place)
@@ -97,6 +112,13 @@ class _Calls:
         if verdict:
             file = "?" if code is None else code.co_filename
             raise MisconfigurationException(_explained(json.loads(verdict), f"{method} ({file}:{line})"))
+
+    def tell(self) -> None:
+        """Leave word of how far this rank has come without comparing."""
+        passed = self._passed
+        if passed != self._told:
+            self._store.set(f"{self._key}/at/{self._rank}", str(passed))
+            self._told = passed
 
     def _lead(self, mine: str) -> str:
         """Compare the shapes of all ranks that compare; give and return the verdict, empty if they are alike."""
@@ -139,8 +161,16 @@ class _Calls:
             pause = min(2 * pause, _LONGEST_LOOK)
 
 
+def _tell(reference: weakref.ref[_Calls]) -> bool:
+    calls = reference()
+    if calls is not None:
+        with contextlib.suppress(RuntimeError):  # the store went with its process
+            calls.tell()
+    return calls is not None
+
+
 _numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
-_calls: WeakKeyDictionary[Any, _Calls] = WeakKeyDictionary()
+_calls: weakref.WeakKeyDictionary[Any, _Calls] = weakref.WeakKeyDictionary()
 
 
 def _line_of_user() -> tuple[CodeType | None, int]:

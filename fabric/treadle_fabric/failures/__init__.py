@@ -65,13 +65,14 @@ What happens:
 Imports only the foundation, environments and coordination; launchers, strategies and the trainer import it.
 """
 
-from treadle_fabric.failures.membership import claim_failure, current_member, end_run, first_failure
+from treadle_fabric.failures.membership import call_at_looks, claim_failure, current_member, end_run, first_failure
 from treadle_fabric.failures.notes import Failure
 from treadle_fabric.failures.process import end_process
 from treadle_fabric.failures.store_board import join_group, leave_group
 
 __all__ = [
     "Failure",
+    "call_at_looks",
     "claim_failure",
     "current_member",
     "end_process",

@@ -19,7 +19,16 @@ from treadle_fabric.failures.notes import Failure, Joined
 from treadle_fabric.failures.places import lost_peer
 from treadle_fabric.failures.process import end_process, say
 
-__all__ = ["call_guarded", "claim_failure", "current_member", "end_run", "first_failure", "join_launch", "leave_launch"]
+__all__ = [
+    "call_at_looks",
+    "call_guarded",
+    "claim_failure",
+    "current_member",
+    "end_run",
+    "first_failure",
+    "join_launch",
+    "leave_launch",
+]
 
 T = TypeVar("T")
 
@@ -91,6 +100,18 @@ def current_member() -> Member | None:
     """This process's part in a launch, None outside of one and in processes forked from a member."""
     member = None if _membership is None else _membership.member
     return member if member is not None and member.pid == os.getpid() else None
+
+
+def call_at_looks(function: Callable[[], bool]) -> bool:
+    """Have a function called at each look at the failure board, by the thread that looks, until it returns False.
+
+    Returns:
+        Whether there is such a thread; outside of a launch there is none.
+    """
+    member = current_member()
+    if member is not None:
+        member.answers.append(function)
+    return member is not None
 
 
 def join_launch(member: Member, check: Callable[[], None] | None = None, interval: float = LOOK_INTERVAL) -> Member:
