@@ -129,6 +129,9 @@ class Member:
             self.say_stopped(failure)
             if failure.status != 1 and not interrupt:  # it is not for this exception that the run ends
                 self.process.end(failure.status)
+        elif failure is not None and failure.status != 1 and not interrupt:  # another thread ends the run
+            self.process.wait(lambda: self.board.has(notes.Reported(number)), grace.REPORT_WAIT)
+            self.end(failure.status)
         elif show is not None:
             report(self.board, failure or self._own, self.process, show)
         elif failure is None:  # no note could be left, and the traceback would be lost

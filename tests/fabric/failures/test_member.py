@@ -377,6 +377,18 @@ class TestEndRun:
         assert world.ends(2, lambda: world.go_down(2, RuntimeError(LOST)))
         assert world.statuses[2] == 143
 
+    def test_the_main_thread_that_fails_because_of_it_lets_the_thread_that_ends_the_run_tell(self) -> None:
+        """The other rank ends first, and the main thread's collective fails while its other thread still reports."""
+        world = World(ranks=2)
+        world.board.claim(Failure(1, 0, "rank 0: SIGTERM came\n", hangs=True, status=143))
+        world.board.post(notes.Final(1))
+        world.board.post(notes.Released(1))
+        assert world.board.claim_report(1)
+        world.at(world.time + 1, lambda: world.board.post(notes.Reported(1)))
+        assert world.ends(0, lambda: world.go_down(0, RuntimeError(LOST)))
+        assert world.statuses[0] == 143
+        assert world.ended_at[0] >= 1
+
     def test_the_launching_process_ends_last_and_takes_the_board_away(self, world: World) -> None:
         world.at(world.time + 2, lambda: [world.board.post(notes.Released(rank)) for rank in (1, 2)])
         assert world.ends(0, lambda: world.members[0].end_run("SIGTERM came", 143))
