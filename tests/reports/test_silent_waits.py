@@ -379,6 +379,8 @@ def test_processes_that_each_see_one_gpu_use_it(monkeypatch: pytest.MonkeyPatch)
     made: dict[str, Any] = {}
     met: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.update(current=device))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr("treadle_fabric.strategies.parallel.meet", lambda *args: met.append(args[1:]))
     for name in ("join_group", "mark_rank_as_taken"):
         monkeypatch.setattr(f"treadle_fabric.strategies.parallel.{name}", lambda: None)
