@@ -284,6 +284,30 @@ def test_ranks_that_call_from_different_lines_do_not_wait_for_each_other() -> No
     run_in_ranks(from_other_lines, devices=3)
 
 
+def exchanges_at_one_place() -> None:
+    fabric = fabric_of(2)
+    words: list[str] = []
+    own: Any = dist.Store.set
+
+    def counted(store: Any, key: str, value: str) -> None:
+        words.append(key)
+        own(store, key, value)
+
+    dist.Store.set = counted
+    for number in range(200):
+        fabric.all_reduce(torch.ones(2))
+        if number == 0:
+            compared = sum("treadle/alike" in word for word in words)
+    found = [word for word in words if "treadle/alike" in word]
+    assert compared, "the first call is compared"
+    assert len(found) - compared < 50, "the thread's, a few a second"
+    fabric.barrier()
+
+
+def test_a_later_call_at_a_place_costs_no_message() -> None:
+    run_in_ranks(exchanges_at_one_place)
+
+
 def comes_late(late: int) -> None:
     fabric = fabric_of(2)
     rank = fabric.global_rank

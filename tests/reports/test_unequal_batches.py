@@ -8,6 +8,7 @@ Tests of ``treadle_fabric.setup.metrics``, ``treadle_fabric.data.meeting``, ``tr
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -346,6 +347,19 @@ def test_a_collective_in_a_step_that_some_ranks_lack_is_an_error(
     assert f"the step of rank{'s 0-1' if how == 'barrier' else ' 0'} in batch {1 if how == 'all_gather' else 2}" in said
     assert f"# the line of {how}" in said
     assert time.monotonic() - began < 60  # the collective's timeout is half an hour
+
+
+def talk_in_the_second_loader(folder: Path) -> None:
+    run = trainer(folder, devices=2, strategy="ddp")
+    with pytest.raises(MisconfigurationException) as info:
+        run.validate(Talking("barrier"), [loader(4, 1), loader(1, 1)], verbose=False)
+    (folder / f"said {run.global_rank}").write_text(str(info.value))
+
+
+def test_batches_of_the_loader_before_do_not_count(tmp_path: Path) -> None:
+    with contextlib.suppress(AssertionError):  # the rank in the collective is ended, or sees its peer go
+        run_in_ranks(talk_in_the_second_loader, tmp_path)
+    assert "of loader 1 in the validation: rank 1 had 0 and has none left" in (tmp_path / "said 1").read_text()
 
 
 @pytest.mark.parametrize("devices", [2, 3])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import json
 import sys
@@ -37,7 +36,7 @@ def check_alike(
     method: str,
     dtype_of: Callable[[torch.dtype], torch.dtype] = lambda dtype: dtype,
     *,
-    call_at_times: Callable[[Callable[[], bool]], bool] = lambda function: False,
+    call_at_times: Callable[[Any, Callable[[Any], object]], bool] = lambda owner, function: False,
 ) -> None:
     """Raise, on every rank, if ranks are about to exchange tensors of different shapes.
 
@@ -56,8 +55,8 @@ def check_alike(
         group: The process group. Default: all ranks.
         method: What is called, for an error.
         dtype_of: The dtype in which tensors of a dtype are exchanged.
-        call_at_times: Has a function called a few times a second by another thread, until the function returns False;
-            returns whether there is such a thread. Default: there is none, and every call leaves word itself.
+        call_at_times: Has a function called a few times a second by another thread, with the first argument as long as
+            that lives; returns whether there is such a thread. Default: there is none, and every call leaves word.
 
     Raises:
         MisconfigurationException: Shapes, dtypes or structures differ; the error says which each rank has.
@@ -71,7 +70,7 @@ def check_alike(
     calls = _calls.get(default)
     if calls is None:
         calls = _calls[default] = _Calls(default, rank, size)
-        calls.told_by_thread = call_at_times(functools.partial(_tell, weakref.ref(calls)))
+        calls.told_by_thread = call_at_times(calls, _tell)
     calls.next(data, method, dtype_of)
 
 
@@ -161,12 +160,9 @@ class _Calls:
             pause = min(2 * pause, _LONGEST_LOOK)
 
 
-def _tell(reference: weakref.ref[_Calls]) -> bool:
-    calls = reference()
-    if calls is not None:
-        with contextlib.suppress(RuntimeError):  # the store went with its process
-            calls.tell()
-    return calls is not None
+def _tell(calls: _Calls) -> None:
+    with contextlib.suppress(RuntimeError):  # the store went with its process
+        calls.tell()
 
 
 _numbers: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)

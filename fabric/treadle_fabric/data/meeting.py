@@ -12,14 +12,13 @@ import itertools
 import sys
 import threading
 import time
-import weakref
 from typing import Any
 
 import torch.distributed as dist
 
 from treadle_fabric.coordination import list_ranks
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
-from treadle_fabric.failures import current_member, notes
+from treadle_fabric.failures import call_at_looks, current_member, notes
 from treadle_fabric.failures.places import place_of_main_thread
 
 __all__ = ["BatchMeeting"]
@@ -55,16 +54,7 @@ class BatchMeeting:
         self._what, self._number, self._generation = what, next(_made), 0
         self._collectives = 0  # before the batches
         self._since = (time.monotonic(), None)  # how long the main thread has been where, as another thread sees it
-        member, reference = current_member(), weakref.ref(self)
-        if member is not None:
-
-            def answer() -> bool:
-                alive = reference()
-                if alive is not None and alive.begun:
-                    alive._look(member)
-                return alive is not None
-
-            member.answers.append(answer)
+        call_at_looks(self, BatchMeeting._look)
 
     def open(self) -> None:
         """Say that batches follow, before the first meeting that comes after them."""
@@ -110,8 +100,11 @@ class BatchMeeting:
         self._generation += 1
         self.begun, self._collectives = 0, collectives
 
-    def _look(self, member: Any) -> None:
+    def _look(self) -> None:
         """Tell the ranks that wait if a collective without them holds this one; another thread calls this."""
+        member = current_member()
+        if not self.begun or member is None:
+            return
         frame, now = sys._current_frames().get(threading.main_thread().ident or 0), time.monotonic()
         sequences = _sequences()
         here = (id(frame), getattr(frame, "f_lasti", 0), sequences)

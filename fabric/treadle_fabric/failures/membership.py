@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+Owner = TypeVar("Owner")
 
 
 class _Membership:
@@ -102,16 +104,28 @@ def current_member() -> Member | None:
     return member if member is not None and member.pid == os.getpid() else None
 
 
-def call_at_looks(function: Callable[[], bool]) -> bool:
-    """Have a function called at each look at the failure board, by the thread that looks, until it returns False.
+def call_at_looks(owner: Owner, function: Callable[[Owner], object]) -> bool:
+    """Have a function called at each look at the failure board, by the thread that looks.
+
+    Args:
+        owner: What the function is called with, as long as it lives.
+        function: It must not take long.
 
     Returns:
         Whether there is such a thread; outside of a launch there is none.
     """
-    member = current_member()
-    if member is not None:
-        member.answers.append(function)
-    return member is not None
+    member, reference = current_member(), weakref.ref(owner)
+    if member is None:
+        return False
+
+    def answer() -> bool:
+        alive = reference()
+        if alive is not None:
+            function(alive)
+        return alive is not None
+
+    member.answers.append(answer)
+    return True
 
 
 def join_launch(member: Member, check: Callable[[], None] | None = None, interval: float = LOOK_INTERVAL) -> Member:

@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import time
-import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,7 +24,7 @@ from torch.nn.modules.module import (
 from torch.nn.parallel import DistributedDataParallel
 
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.failures import current_member, notes
+from treadle_fabric.failures import call_at_looks, current_member, notes
 from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
@@ -80,7 +79,7 @@ class DDPEngine(Module):
         fields["_tolerant"] = arguments.get("find_unused_parameters", False) and not arguments.get("static_graph")
         self._note_parameters()
         self._run_under(DistributedDataParallel(self.target, **arguments) if self._trained else None)
-        _answer_others(self)
+        call_at_looks(self, DDPEngine._answer)
 
     @property
     def module(self) -> Module:
@@ -254,12 +253,12 @@ class DDPEngine(Module):
                 " requires_grad, and add parameters, on all ranks alike."
             )
 
-    def _answer(self, board: Any) -> None:
+    def _answer(self) -> None:
         """Tell a rank that waits for this one to wrap again if this one does not; another thread calls this."""
-        this = self.number, self._generation
-        asked = board.read(notes.Changed(*this))
-        if asked is not None and self._begun >= int(asked):
-            board.post(notes.Unchanged(*this), str(dist.get_rank()))
+        member, this = current_member(), (self.number, self._generation)
+        asked = None if member is None else member.board.read(notes.Changed(*this))
+        if member is not None and asked is not None and self._begun >= int(asked):
+            member.board.post(notes.Unchanged(*this), str(dist.get_rank()))
 
 
 class MethodForward(Module):
@@ -339,18 +338,3 @@ def _count_registrations() -> None:
 
     register_module_parameter_registration_hook(count)
     register_module_module_registration_hook(count)
-
-
-def _answer_others(engine: DDPEngine) -> None:
-    """Have the thread that looks at the board answer other ranks, as long as the engine lives."""
-    member, reference = current_member(), weakref.ref(engine)
-    if member is None:
-        return
-
-    def answer() -> bool:
-        alive = reference()
-        if alive is not None:
-            alive._answer(member.board)
-        return alive is not None
-
-    member.answers.append(answer)
