@@ -76,6 +76,32 @@ class Logger(ABC):
         Default: nothing happens, so that the values go where they went before.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this logger: which run it writes, and how far. Default: nothing.
+
+        Called on rank 0, after :meth:`save`. Plain containers only.
+        """
+        return {}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on in the run that ``state`` names, before anything is written.
+
+        What that run has of later steps than the checkpoint is superseded: a reader sees each step once, as in a run
+        that was never interrupted. Default: nothing happens, and the values go into the run that this logger has.
+
+        Args:
+            state: What :meth:`state_dict` returned when the checkpoint was saved.
+        """
+
+    def branch(self, state: Mapping[str, Any]) -> None:
+        """Begin a run of its own that names the run in ``state`` as its parent, and leave that run untouched.
+
+        Default: nothing happens.
+
+        Args:
+            state: What :meth:`state_dict` returned when the checkpoint was saved.
+        """
+
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """Called after a checkpoint callback has saved; by default nothing happens."""
 
