@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
-from treadle.callbacks.checkpoint import tolerated
-from treadle.checkpoint.content import dump_checkpoint, keeping
-from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
-from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
-from treadle.loops.evaluate import Evaluation
-from treadle.loops.predict import Prediction
 from treadle.loops.schedule import change_durations
 from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
-from treadle.metrics.table import print_results
-from treadle.metrics.values import to_floats
 from treadle.module import LightningDataModule, LightningModule
-from treadle.run.dispatch import with_model_callbacks
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.run import ReadyRun, Run
-from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
-from treadle.trainer import assembly, preflight
-from treadle.trainer.continuation import Continuation, Fits
-from treadle.trainer.fitting import Fitting
-from treadle.trainer.outcome import launch
-from treadle.trainer.session import Session
+from treadle.trainer import preflight
+from treadle.trainer.runner import Runner, Source
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
 from treadle.trainer.view import FitLoopView
 from treadle_fabric import (
@@ -45,8 +31,6 @@ from treadle_fabric import (
     MisconfigurationException,
     PathLike,
     check_integer,
-    on_rank_zero,
-    rank_zero_info,
     suggests_arguments,
 )
 from treadle_fabric.accelerators import Accelerator
@@ -54,9 +38,6 @@ from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Strategy
 
 __all__ = ["Trainer"]
-
-Source: TypeAlias = tuple[PathLike | None, bool | None]
-"""Which checkpoint, and whether it must hold nothing but weights and plain data."""
 
 
 class Trainer:
@@ -176,20 +157,9 @@ class Trainer:
             plugins=plugins,
             loggers=self._loggers,
         )
-        self.state = TrainerState()
         self.should_stop = False
         """Set it to True to stop after the current batch."""
-        self.fit_progress = FitProgress()
-        """How far fit has come."""
-        environment = self.fabric.strategy.cluster_environment
-        self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
-        self._session: Session | None = None  # the current or last one
-        self._fitting: Fitting | None = None  # the current or last one
-        self._fits = Fits()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy of a trainer has: settings, parts, counters, metrics and the last module; nothing runs in it."""
-        return {**self.__dict__, "_fitting": None}
+        self._runner = Runner(self, settings)
 
     # ------------------------------------------------------------------------------------------------ entry points
 
@@ -223,9 +193,11 @@ class Trainer:
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
         resumes = ckpt_path is not None or self._settings.auto_resume
-        self._fits.begin(model, self.callbacks, self.loggers, resumes=resumes)
+        self._runner.begin_fit(model, resumes=resumes)
         self.should_stop = False
-        self._launch(self._fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only))
+        self._runner.launch(
+            self._runner.fit, model, datamodule, train_dataloaders, val_dataloaders, (ckpt_path, weights_only)
+        )
 
     def validate(
         self,
@@ -291,20 +263,21 @@ class Trainer:
             ``CombinedLoader`` that runs side by side, a rank gets its own part.
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
-        module = preflight.model_or_last(model, self._last_module, "predict")
+        module = preflight.model_or_last(model, self._runner.module, "predict")
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule)
         preflight.check_return_predictions(return_predictions, self.strategy)
         if return_predictions == "stream":
             self.fabric.launch()
-            stream = self._stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
+            stream = self._runner.stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
             next(stream, None)  # errors are raised here, not at the first batch; Ctrl-C leaves an empty stream
             return stream
         keep = return_predictions is not False
-        found = self._launch(self._predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep)
+        found = self._runner.launch(
+            self._runner.predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep
+        )
         return cast("list[Any] | None", found)
 
-    @during_a_save
     def save_checkpoint(
         self, filepath: PathLike, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
@@ -319,22 +292,15 @@ class Trainer:
             MisconfigurationException: there is no module that was set up.
             CheckpointError: the file cannot be written.
         """
-        run = self._ready_run("save_checkpoint", "in or after fit, validate or test")
-        fitting = self._fitting if self.state.fn is TrainerFn.FITTING and not weights_only else None
-        run = run if fitting is None else fitting.as_saved(run)
-        checkpoint = dump_checkpoint(run, self.callbacks, weights_only=bool(weights_only))
-        if fitting is not None:
-            checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self.should_stop}
-            for logger in self.loggers:  # a run resumed from here does not log again what came before
-                logger.save()
-        self.strategy.save_checkpoint(filepath, checkpoint, storage_options, keeping=keeping(run))
+        self._ready_run("save_checkpoint", "in or after fit, validate or test")
+        self._runner.save(filepath, weights_only=bool(weights_only), storage_options=storage_options)
 
     # ------------------------------------------------------------------------------------------------ the parts
 
     @property
     def lightning_module(self) -> LightningModule:
         """The module of the current or last run."""
-        module = self._last_module
+        module = self._runner.module
         if module is None:
             raise MisconfigurationException(
                 "The trainer has no module yet: it gets one with fit, validate, test or predict."
@@ -344,13 +310,13 @@ class Trainer:
     @property
     def datamodule(self) -> LightningDataModule | None:
         """The data module of the current or last run."""
-        return self._session.datamodule if self._session is not None else None
+        return self._runner.session.datamodule if self._runner.session is not None else None
 
     @property
     def model(self) -> torch.nn.Module | None:
         """The module as the strategy wrapped it, under DDP for example; before its set-up, the plain module."""
         run = self._run
-        return run.wrapped if isinstance(run, ReadyRun) else self._last_module
+        return run.wrapped if isinstance(run, ReadyRun) else self._runner.module
 
     @property
     def strategy(self) -> Strategy:
@@ -466,14 +432,14 @@ class Trainer:
     @property
     def log_dir(self) -> str | None:
         """The first logger's folder, the same on every rank; ``default_root_dir`` without loggers."""
-        if self._session is not None and self._session.log_dir is not None:
-            return self._session.log_dir
+        if self._runner.session is not None and self._runner.session.log_dir is not None:
+            return self._runner.session.log_dir
         return (self.loggers[0].log_dir or self.default_root_dir) if self.loggers else self.default_root_dir
 
     @property
     def ckpt_path(self) -> str | None:
         """The checkpoint that the current or last run was started from."""
-        return self._session.ckpt_path if self._session is not None else None
+        return self._runner.session.ckpt_path if self._runner.session is not None else None
 
     # ------------------------------------------------------------------------------------------------ callbacks
 
@@ -503,6 +469,16 @@ class Trainer:
         return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
 
     # ------------------------------------------------------------------------------------------------ state
+
+    @property
+    def state(self) -> TrainerState:
+        """What runs (``fn``, ``stage``), and how it goes (``status``)."""
+        return self._runner.state
+
+    @property
+    def fit_progress(self) -> FitProgress:
+        """How far fit has come."""
+        return self._runner.progress
 
     @property
     def training(self) -> bool:
@@ -542,7 +518,7 @@ class Trainer:
     @property
     def received_sigterm(self) -> bool:
         """Whether SIGTERM, or the signal with which SLURM announces the end, ended the last run."""
-        return self._session is not None and self._session.terminated
+        return self._runner.session is not None and self._runner.session.terminated
 
     @property
     def is_last_batch(self) -> bool:
@@ -562,7 +538,7 @@ class Trainer:
     @property
     def fit_loop(self) -> FitLoopView:
         """The counters and bounds of fit under the names of Lightning's loops."""
-        return FitLoopView(self, self._fitting is not None and self._fitting.restoring)
+        return FitLoopView(self, self._runner.fitting is not None and self._runner.fitting.restoring)
 
     @property
     def current_epoch(self) -> int:
@@ -619,8 +595,8 @@ class Trainer:
 
     def _bound(self, **bounds: Any) -> None:
         self._settings.durations = change_durations(self._settings.durations, **bounds)
-        if self._fitting is not None:
-            self._fitting.bound_steps()
+        if self._runner.fitting is not None:
+            self._runner.fitting.bound_steps()
 
     @property
     def log_every_n_steps(self) -> int:
@@ -660,7 +636,7 @@ class Trainer:
     @property
     def val_check_batch(self) -> float:
         """The batches between two validations; infinity where epochs or time decide."""
-        return self._fitting.val_check_batch if self._fitting is not None else math.inf
+        return self._runner.fitting.val_check_batch if self._runner.fitting is not None else math.inf
 
     @property
     def check_val_every_n_epoch(self) -> int | None:
@@ -696,17 +672,17 @@ class Trainer:
     @property
     def train_dataloader(self) -> Any:
         """The training loader of the current or last fit, as this rank iterates it."""
-        data = self._fitting.data if self._fitting is not None else None
+        data = self._runner.fitting.data if self._runner.fitting is not None else None
         return data.loader if data is not None else None
 
     def _loaders(self, stage: str) -> Any:
-        data = self._session.evaluations.get(stage) if self._session is not None else None
+        data = self._runner.session.evaluations.get(stage) if self._runner.session is not None else None
         if data is None:
             return None
         return data.loaders[0] if len(data.loaders) == 1 else data.loaders
 
     def _num_batches(self, stage: str) -> list[float]:
-        data = self._session.evaluations.get(stage) if self._session is not None else None
+        data = self._runner.session.evaluations.get(stage) if self._runner.session is not None else None
         return data.num_batches if data is not None else []
 
     @property
@@ -727,7 +703,7 @@ class Trainer:
     @property
     def num_training_batches(self) -> float:
         """The training batches of an epoch on this rank; infinity where that is not known."""
-        data = self._fitting.data if self._fitting is not None else None
+        data = self._runner.fitting.data if self._runner.fitting is not None else None
         return data.num_batches if data is not None else math.inf
 
     @property
@@ -753,7 +729,7 @@ class Trainer:
     @property
     def enable_validation(self) -> bool:
         """Whether fit validates: there is a ``validation_step``, a loader, and the limit is not 0."""
-        return self._fitting is not None and self._fitting.validates
+        return self._runner.fitting is not None and self._runner.fitting.validates
 
     @property
     def estimated_stepping_batches(self) -> float:
@@ -761,39 +737,37 @@ class Trainer:
 
         Asks for the training loader if that was not done yet.
         """
-        if self._fitting is None:
+        if self._runner.fitting is None:
             raise MisconfigurationException("estimated_stepping_batches is known in fit only.")
-        return self._fitting.estimated_steps()
+        return self._runner.fitting.estimated_steps()
 
     # ------------------------------------------------------------------------------------------------ metrics
 
     @property
     def callback_metrics(self) -> dict[str, Tensor]:
         """The newest value of everything logged, as scalar tensors."""
-        return self._metrics.callback
+        return self._runner.metrics.callback
 
     @property
     def logged_metrics(self) -> dict[str, Tensor]:
         """The newest value of what goes to the loggers."""
-        return self._metrics.logged
+        return self._runner.metrics.logged
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """What the progress bar shows; reading it brings the values to the host."""
-        return self._metrics.bar
+        return self._runner.metrics.bar
 
     def metrics_on_cpu(self) -> Metrics:
         """Return a copy of the metrics that can be sent to another process."""
-        return self._metrics.detached()
+        return self._runner.metrics.detached()
 
     def take_outcome(
         self, module: LightningModule, state: TrainerState, progress: FitProgress, metrics: Metrics, should_stop: bool
     ) -> None:
         """Take over the outcome of a run in another process."""
-        self.state, self.fit_progress, self.should_stop = state, progress, should_stop
-        self._session = Session(self.fabric, module, None, state, metrics)
-        if state.fn is TrainerFn.FITTING:
-            self._fits.end(Continuation(module, replace(progress)))
+        self.should_stop = should_stop
+        self._runner.take_outcome(module, state, progress, metrics)
 
     # ------------------------------------------------------------------------------------------------ for modules
 
@@ -822,97 +796,7 @@ class Trainer:
             raise MisconfigurationException(f"{what} needs a module that was set up: call it {where}.")
         return run
 
-    # ------------------------------------------------------------------------------------------------ a run
-
-    def _launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
-        """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
-        if not self.strategy.launches_function:
-            self.fabric.launch()
-            try:
-                return stage(module, *args)
-            finally:
-                self._fits.after_run()
-        return launch(self, stage, module, args, signals=self._signals if stage == self._fit else None)
-
-    def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
-        preflight.check_idle(self.state, fn)
-        self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
-        if fn is TrainerFn.FITTING:
-            self.fit_progress, self._fitting = self._fits.progress, None
-        self._session = session = Session(self.fabric, module, datamodule, self.state)
-        return session
-
-    @contextmanager
-    def _started(self, session: Session) -> Generator[Run]:
-        """Call the hooks before and after a stage; see :class:`Session`."""
-        with session.flagged(self._settings, self._signals):
-            results = session.attach(self)
-            results.hook = "configure_callbacks"
-            self.callbacks = with_model_callbacks(self.callbacks, session.module)
-            results.hook = ""
-            run = session.start(self, results, self.fit_progress, self._settings)
-            yield run
-            session.finish(self, run)
-
-    def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
-        """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
-        (ckpt_path, weights_only), fitting = source, self.state.fn is TrainerFn.FITTING
-
-        def find() -> str | None:
-            path = find_checkpoint(ckpt_path, self.callbacks, self.default_root_dir, fitting=fitting)
-            if path is None and fitting and self._settings.auto_resume:
-                path = find_newest(self.callbacks, self.loggers, self.default_root_dir)
-            return path
-
-        path = session.ckpt_path = on_rank_zero(self.strategy, find, "found no checkpoint to start from")
-        checkpoint: dict[str, Any] | None = None
-        if path is not None:
-            rank_zero_info(f"Restoring from {path}.")
-            checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
-        late = self.strategy.restores_after_setup
-        if checkpoint is not None and not late:
-            restore_weights(run, run.module, checkpoint, self.callbacks, training=fitting)
-        session.run = ready = assembly.set_up(run, self._settings)
-        if checkpoint is not None and late:
-            restore_weights(run, ready.engine, checkpoint, self.callbacks, training=fitting)
-        return ready, checkpoint
-
-    # ------------------------------------------------------------------------------------------------ the stages
-
-    def _fit(
-        self, module: LightningModule, datamodule: LightningDataModule | None, train: Any, val: Any, source: Source
-    ) -> None:
-        session = self._open(TrainerFn.FITTING, module, datamodule)
-        with session.guarded(self), self._started(session) as run:
-            self._fitting = fitting = Fitting(
-                session, run, self._settings, train, val, controls=self, signals=self._signals
-            )
-            ready, checkpoint = self._prepare(session, run, source)
-            assembly.set_up_optimizers(ready)
-            ready.dispatch.call("on_fit_start")
-            assembly.log_hyperparameters(ready, self._settings)
-            exact = self._fits.exact
-            if checkpoint is not None:
-                restore_training(ready, checkpoint)
-                exact = checkpoint.get("treadle", {})
-                self.should_stop |= bool(exact.get("should_stop", False))
-            ready.dispatch.refresh("fit")
-            loop = fitting.make_loop(ready, exact)
-            del checkpoint, exact  # the fitting drops what it has put back
-            try:
-                loop.run()
-                self._fits.end(fitting.left(ready, interrupted=False))
-            except SIGTERMException:
-                with tolerated(self, always=True):
-                    if self._settings.enable_checkpointing:
-                        self.save_checkpoint(path := preempted_path(self.callbacks, self.default_root_dir))
-                        on_rank_zero(self.strategy, self.strategy.checkpoint_io.wait, f"could not write {path}")
-                        rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
-                raise
-            except BaseException:
-                with suppress(Exception):  # the error that ended the fit is the one to report
-                    self._fits.end(fitting.left(ready, interrupted=True))
-                raise
+    # ------------------------------------------------------------------------------------------------ internals
 
     def _evaluate(
         self,
@@ -924,77 +808,14 @@ class Trainer:
         datamodule: LightningDataModule | None,
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
-        module = preflight.model_or_last(model, self._last_module, fn.value)
+        module = preflight.model_or_last(model, self._runner.module, fn.value)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule)
-        result: list[dict[str, float]] = self._launch(
-            self._evaluate_stage, module, datamodule, fn, dataloaders, source, verbose
+        result: list[dict[str, float]] = self._runner.launch(
+            self._runner.evaluate, module, datamodule, fn, dataloaders, source, verbose
         )
         return result or []
 
-    def _evaluate_stage(
-        self,
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        fn: TrainerFn,
-        dataloaders: Any,
-        source: Source,
-        verbose: bool,
-    ) -> list[dict[str, float]]:
-        validating = fn is TrainerFn.VALIDATING
-        stage, name = ("val", "validation") if validating else ("test", "test")
-        found: list[dict[str, float]] = []
-        session = self._open(fn, module, datamodule)
-        with session.guarded(self), self._started(session) as run:
-            ready = self._prepare(session, run, source)[0]
-            data = session.add_evaluation(ready, stage, dataloaders, self._settings)
-            evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
-            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
-            found = [to_floats(metrics) for metrics in evaluation() or []]
-        if verbose and self.is_global_zero:
-            print_results(found, fn.value)
-        return found
-
-    def _predict(
-        self,
-        module: LightningModule,
-        datamodule: LightningDataModule | None,
-        dataloaders: Any,
-        source: Source,
-        keep: bool,
-    ) -> list[Any] | None:
-        predictions: list[Any] | None = None
-        session = self._open(TrainerFn.PREDICTING, module, datamodule)
-        with session.guarded(self), self._started(session) as run:
-            predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
-        return predictions
-
-    def _stream(
-        self, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any, source: Source
-    ) -> Iterator[Any]:
-        session = self._open(TrainerFn.PREDICTING, module, datamodule)
-        with session.guarded(self), self._started(session) as run:
-            prediction = self._prediction(session, run, dataloaders, source, keep=True)
-            with suppress(GeneratorExit):  # the caller has enough predictions, which is no failure
-                yield None
-                yield from prediction.stream()
-
-    def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
-        ready = self._prepare(session, run, source)[0]
-        data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
-        self.state.stage = RunningStage.PREDICTING
-        return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
-
-    # ------------------------------------------------------------------------------------------------ the last session
-
     @property
     def _run(self) -> Run | None:
-        return self._session.run if self._session is not None else None
-
-    @property
-    def _last_module(self) -> LightningModule | None:
-        return self._session.module if self._session is not None else None
-
-    @property
-    def _metrics(self) -> Metrics:
-        return self._session.metrics if self._session is not None else Metrics()
+        return self._runner.run

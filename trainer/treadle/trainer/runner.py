@@ -1,0 +1,263 @@
+"""Run the stages of a trainer: fit, validate, test and predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from treadle.callbacks.checkpoint import tolerated
+from treadle.checkpoint.content import dump_checkpoint, keeping
+from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
+from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
+from treadle.loops.evaluate import Evaluation
+from treadle.loops.predict import Prediction
+from treadle.metrics.latest import Metrics
+from treadle.metrics.table import print_results
+from treadle.metrics.values import to_floats
+from treadle.module import LightningDataModule, LightningModule
+from treadle.run.dispatch import with_model_callbacks
+from treadle.run.progress import FitProgress
+from treadle.run.run import ReadyRun, Run
+from treadle.run.signals import Signals, SIGTERMException, during_a_save
+from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from treadle.trainer import assembly, preflight
+from treadle.trainer.continuation import Continuation, Fits
+from treadle.trainer.fitting import Fitting
+from treadle.trainer.outcome import launch
+from treadle.trainer.session import Session
+from treadle.trainer.settings import Settings
+from treadle_fabric import PathLike, on_rank_zero, rank_zero_info
+
+if TYPE_CHECKING:
+    from treadle.contracts import Trainer
+
+__all__ = ["Runner", "Source"]
+
+Source: TypeAlias = tuple[PathLike | None, bool | None]
+"""Which checkpoint, and whether it must hold nothing but weights and plain data."""
+
+
+class Runner:
+    """Runs the stages of a trainer one after the other, and keeps what the trainer shows of the last one.
+
+    Args:
+        trainer: The trainer, with its runtime, callbacks and loggers.
+        settings: Its settings.
+    """
+
+    def __init__(self, trainer: Trainer, settings: Settings) -> None:
+        self._trainer, self._settings, self._fabric = trainer, settings, trainer.fabric
+        self.state = TrainerState()
+        """What runs, and how it goes."""
+        self.progress = FitProgress()
+        """How far fit has come."""
+        self.session: Session | None = None
+        """The current or last call of a stage."""
+        self.fitting: Fitting | None = None
+        """The parts of the current or last fit."""
+        environment = self._fabric.strategy.cluster_environment
+        self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
+        self._fits = Fits()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: counters, metrics and the last module; nothing runs in it."""
+        return {**self.__dict__, "fitting": None}
+
+    @property
+    def run(self) -> Run | None:
+        """The current or last run; a :class:`ReadyRun` once the module was set up."""
+        return self.session.run if self.session is not None else None
+
+    @property
+    def module(self) -> LightningModule | None:
+        """The module of the current or last run."""
+        return self.session.module if self.session is not None else None
+
+    @property
+    def metrics(self) -> Metrics:
+        """What was logged in the current or last run."""
+        return self.session.metrics if self.session is not None else Metrics()
+
+    # Around a stage
+
+    def begin_fit(self, module: LightningModule, *, resumes: bool) -> None:
+        """Go on where the last fit of this module ended; see :class:`Fits`."""
+        self._fits.begin(module, self._trainer.callbacks, self._trainer.loggers, resumes=resumes)
+
+    def launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
+        """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
+        if not self._fabric.strategy.launches_function:
+            self._fabric.launch()
+            try:
+                return stage(module, *args)
+            finally:
+                self._fits.after_run()
+        return launch(self._trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
+
+    def take_outcome(
+        self, module: LightningModule, state: TrainerState, progress: FitProgress, metrics: Metrics
+    ) -> None:
+        """Take over the outcome of a run in another process."""
+        self.state, self.progress = state, progress
+        self.session = Session(self._fabric, module, None, state, metrics)
+        if state.fn is TrainerFn.FITTING:
+            self._fits.end(Continuation(module, replace(progress)))
+
+    def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
+        preflight.check_idle(self.state, fn)
+        self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
+        if fn is TrainerFn.FITTING:
+            self.progress, self.fitting = self._fits.progress, None
+        self.session = session = Session(self._fabric, module, datamodule, self.state)
+        return session
+
+    @contextmanager
+    def _started(self, session: Session) -> Generator[Run]:
+        """Call the hooks before and after a stage; see :class:`Session`."""
+        trainer = self._trainer
+        with session.flagged(self._settings, self._signals):
+            results = session.attach(trainer)
+            results.hook = "configure_callbacks"
+            trainer.callbacks = with_model_callbacks(trainer.callbacks, session.module)
+            results.hook = ""
+            run = session.start(trainer, results, self.progress, self._settings)
+            yield run
+            session.finish(trainer, run)
+
+    def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
+        """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
+        (ckpt_path, weights_only), fitting = source, self.state.fn is TrainerFn.FITTING
+        callbacks, root, strategy = self._trainer.callbacks, self._settings.default_root_dir, self._fabric.strategy
+
+        def find() -> str | None:
+            path = find_checkpoint(ckpt_path, callbacks, root, fitting=fitting)
+            if path is None and fitting and self._settings.auto_resume:
+                path = find_newest(callbacks, self._trainer.loggers, root)
+            return path
+
+        path = session.ckpt_path = on_rank_zero(strategy, find, "found no checkpoint to start from")
+        checkpoint: dict[str, Any] | None = None
+        if path is not None:
+            rank_zero_info(f"Restoring from {path}.")
+            checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
+        late = strategy.restores_after_setup
+        if checkpoint is not None and not late:
+            restore_weights(run, run.module, checkpoint, callbacks, training=fitting)
+        session.run = ready = assembly.set_up(run, self._settings)
+        if checkpoint is not None and late:
+            restore_weights(run, ready.engine, checkpoint, callbacks, training=fitting)
+        return ready, checkpoint
+
+    # The stages
+
+    def fit(
+        self, module: LightningModule, datamodule: LightningDataModule | None, train: Any, val: Any, source: Source
+    ) -> None:
+        """Train."""
+        trainer, session = self._trainer, self._open(TrainerFn.FITTING, module, datamodule)
+        with session.guarded(trainer), self._started(session) as run:
+            self.fitting = fitting = Fitting(
+                session, run, self._settings, train, val, controls=trainer, signals=self._signals
+            )
+            ready, checkpoint = self._prepare(session, run, source)
+            assembly.set_up_optimizers(ready)
+            ready.dispatch.call("on_fit_start")
+            assembly.log_hyperparameters(ready, self._settings)
+            exact = self._fits.exact
+            if checkpoint is not None:
+                restore_training(ready, checkpoint)
+                exact = checkpoint.get("treadle", {})
+                trainer.should_stop |= bool(exact.get("should_stop", False))
+            ready.dispatch.refresh("fit")
+            loop = fitting.make_loop(ready, exact)
+            del checkpoint, exact  # the fitting drops what it has put back
+            try:
+                loop.run()
+                self._fits.end(fitting.left(ready, interrupted=False))
+            except SIGTERMException:
+                self._save_preempted()
+                raise
+            except BaseException:
+                with suppress(Exception):  # the error that ended the fit is the one to report
+                    self._fits.end(fitting.left(ready, interrupted=True))
+                raise
+
+    @during_a_save
+    def save(self, path: PathLike, *, weights_only: bool, storage_options: Any = None) -> None:
+        """Write a checkpoint; every rank calls it."""
+        run, strategy, callbacks = self.run, self._fabric.strategy, self._trainer.callbacks
+        assert isinstance(run, ReadyRun)
+        fitting = self.fitting if self.state.fn is TrainerFn.FITTING and not weights_only else None
+        run = run if fitting is None else fitting.as_saved(run)
+        checkpoint = dump_checkpoint(run, callbacks, weights_only=weights_only)
+        if fitting is not None:
+            checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self._trainer.should_stop}
+            for logger in self._trainer.loggers:  # a run resumed from here does not log again what came before
+                logger.save()
+        strategy.save_checkpoint(path, checkpoint, storage_options, keeping=keeping(run))
+
+    def _save_preempted(self) -> None:
+        trainer, strategy = self._trainer, self._fabric.strategy
+        with tolerated(trainer, always=True):
+            if self._settings.enable_checkpointing:
+                trainer.save_checkpoint(path := preempted_path(trainer.callbacks, self._settings.default_root_dir))
+                on_rank_zero(strategy, strategy.checkpoint_io.wait, f"could not write {path}")
+                rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
+
+    def evaluate(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        fn: TrainerFn,
+        dataloaders: Any,
+        source: Source,
+        verbose: bool,
+    ) -> list[dict[str, float]]:
+        """Validate or test; returns, for every loader, the logged names and values."""
+        validating = fn is TrainerFn.VALIDATING
+        stage, name = ("val", "validation") if validating else ("test", "test")
+        found: list[dict[str, float]] = []
+        session = self._open(fn, module, datamodule)
+        with session.guarded(self._trainer), self._started(session) as run:
+            ready = self._prepare(session, run, source)[0]
+            data = session.add_evaluation(ready, stage, dataloaders, self._settings)
+            evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
+            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
+            found = [to_floats(metrics) for metrics in evaluation() or []]
+        if verbose and self._fabric.is_global_zero:
+            print_results(found, fn.value)
+        return found
+
+    def predict(
+        self,
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        dataloaders: Any,
+        source: Source,
+        keep: bool,
+    ) -> list[Any] | None:
+        """Predict; returns the predictions, None where they are not kept."""
+        predictions: list[Any] | None = None
+        session = self._open(TrainerFn.PREDICTING, module, datamodule)
+        with session.guarded(self._trainer), self._started(session) as run:
+            predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
+        return predictions
+
+    def stream(
+        self, module: LightningModule, datamodule: LightningDataModule | None, dataloaders: Any, source: Source
+    ) -> Iterator[Any]:
+        """Predict one batch at a time; the first item is None, and comes when all is set up."""
+        session = self._open(TrainerFn.PREDICTING, module, datamodule)
+        with session.guarded(self._trainer), self._started(session) as run:
+            prediction = self._prediction(session, run, dataloaders, source, keep=True)
+            with suppress(GeneratorExit):  # the caller has enough predictions, which is no failure
+                yield None
+                yield from prediction.stream()
+
+    def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
+        ready = self._prepare(session, run, source)[0]
+        data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
+        self.state.stage = RunningStage.PREDICTING
+        return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
