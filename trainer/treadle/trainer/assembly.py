@@ -13,11 +13,10 @@ from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.fit import FitLoop
-from treadle.loops.optimizers import explained_optimizers, parse_optimizers
+from treadle.loops.optimizers import check_together, explained_optimizers, parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
-from treadle.loops.step.automatic import AutomaticStep
+from treadle.loops.step.choose import choose_step
 from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.manual import ManualStep
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule
@@ -80,6 +79,8 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
     with run.changes.undone(run.module), explained_optimizers(run.module):
         returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, schedulers = parse_optimizers(returned, run.module)
+    if len(optimizers) > 1 and run.module.automatic_optimization:
+        check_together(optimizers, run.module, run.fabric.strategy)
     run.changes.note_groups(run.module, optimizers)
     run.schedulers.extend(schedulers)
     return optimizers
@@ -87,12 +88,17 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
 
 def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
     """Add the optimizers to the run; in manual optimization, their steps call the step's hook."""
-    prepare, steps, module = Preparation(run), run.steps, run.module
+    steps, module = run.steps, run.module
 
     def prepare_step(optimizer: Optimizer) -> None:
         steps.begin(optimizer)
-        if not run.dispatch.run("on_before_optimizer_step", prepare.of, optimizer):
+        preparation = preparations[optimizer]
+        if not preparation.permits():
             steps.leave_out(optimizer)
+        elif preparation.shows:
+            run.dispatch.run("on_before_optimizer_step", preparation.show, optimizer)
+
+    preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
     for optimizer in optimizers:
         steps.add(optimizer)
@@ -167,7 +173,7 @@ def make_epoch(
     return TrainingEpoch(
         run,
         data,
-        AutomaticStep(run, clipping) if run.module.automatic_optimization else ManualStep(run),
+        choose_step(run, clipping),
         controls,
         schedule=schedule,
         validate=loop.validate,
