@@ -101,9 +101,11 @@ class SingleOptimizerStep(AutomaticStep):
             nonlocal outputs
             with torch.enable_grad():
                 outputs, loss = self._gradients.of(batch, batch_idx, window, done)
-                if self._preparation.permits(window, done + 1):
-                    self._show(self._optimizer)
+                if self._loss.prepare(self._optimizers, window, done + 1):
+                    if self._shows:
+                        self._show(self._optimizer)
                 else:
+                    self._optimizer.zero_grad()
                     self._steps.leave_out(self._optimizer)
             if loss is None and self._needs_loss:
                 raise MisconfigurationException(
