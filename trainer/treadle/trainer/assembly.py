@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,7 @@ from treadle.loops.stopping import Controls
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
+from treadle.run.dispatch import action_of
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter
@@ -59,6 +61,7 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     fabric = run.fabric
     loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
     transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
+    transfer = run.timed(transfer, "batch_to_device", fabric.strategy)
     steps = StepCounter(run.progress, run.module)
     if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
         wrapped, *stepped = fabric.setup(run.module._runs, *_configure_optimizers(run))
@@ -107,7 +110,25 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
             hooks = prepare_step, steps.end
         elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
             hooks = steps.begin, steps.end
+        if not module.automatic_optimization and run.profiler is not None:
+            hooks = _timed_hooks(run, *hooks)
         run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
+
+
+def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[..., Any]) -> tuple[Any, Any]:
+    """Let the profiler measure what comes between the two hooks around a step of manual optimization."""
+    profiler, action = run.profiler, action_of(run.fabric.strategy, "optimizer_step")
+    assert profiler is not None
+
+    def before_step(optimizer: Optimizer) -> None:
+        before(optimizer)
+        profiler.start(action)
+
+    def after_step(optimizer: Optimizer) -> None:
+        profiler.stop(action)
+        after(optimizer)
+
+    return before_step, after_step
 
 
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:

@@ -15,17 +15,18 @@ from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.gradients import Gradients, WholeBatchGradients
 from treadle.loops.step.preparation import Preparation
 from treadle.run.run import ReadyRun
-from treadle_fabric import Strategy
 
 __all__ = ["AutomaticStep", "step_of"]
 
 
-def step_of(optimizer: Optimizer, strategy: Strategy) -> Callable[[], Any]:
+def step_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], Any]:
     """Return what steps an optimizer: the strategy, or the optimizer alone where the strategy adds nothing."""
     plain: Any = optimizer
-    if strategy.plain_step:
-        return lambda: plain.step()  # schedulers put another `step` into its place
-    return partial(strategy.optimizer_step, optimizer)
+    strategy = run.fabric.strategy
+    by_strategy = partial(strategy.optimizer_step, optimizer)
+    # Looked up at each step: schedulers put another `step` into its place
+    step = (lambda: plain.step()) if strategy.plain_step else by_strategy
+    return run.timed(step, "optimizer_step", strategy)
 
 
 class AutomaticStep(ABC):

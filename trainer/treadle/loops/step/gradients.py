@@ -155,7 +155,9 @@ def _zero_grad_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], None]:
         dispatch.run("optimizer_zero_grad", hook, progress.epoch, progress.batch, optimizer)
 
     own = overrides(run.module, "optimizer_zero_grad", LightningModule)
-    zero_grad: Callable[[], None] = by_hook if own else optimizer.zero_grad
+    zero_grad: Callable[[], None] = (
+        by_hook if own else run.timed(optimizer.zero_grad, "optimizer_zero_grad", run.module)
+    )
     if not listeners:
         return zero_grad
 

@@ -28,7 +28,7 @@ class Preparation:
         self._loss, self._results, self._optimizers = run.loss, run.results, tuple(optimizers)
         self._precision = run.fabric.strategy.precision
         self._listeners = run.dispatch.listeners("on_before_optimizer_step")
-        self._clipping = clipping
+        self._clipping = clipping and run.timed(clipping, "configure_gradient_clipping", run.module)
         self.shows = bool(self._listeners) or clipping is not None
         """Whether :meth:`show` does anything."""
 

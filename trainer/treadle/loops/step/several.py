@@ -35,9 +35,9 @@ class SeveralOptimizersStep(AutomaticStep):
     def __init__(self, run: ReadyRun, clipping: Clipping, wrapped: Sequence[FabricOptimizer]) -> None:
         super().__init__(run, clipping, [each.optimizer for each in wrapped])
         self._wrapped = tuple(wrapped)
-        self._optimizer_steps = [(each, step_of(each, run.fabric.strategy)) for each in self._optimizers]
+        self._optimizer_steps = [(each, step_of(run, each)) for each in self._optimizers]
         own = overrides(run.module, "optimizer_step", LightningModule)
-        self.step = self._step_with_closures if own else self._step
+        self.step = self._step_with_closures if own else run.timed(self._step, "optimizer_step", run.module)
 
     def _check(self, accumulate: int) -> None:
         check_disjoint(self._optimizers, self._run.module)  # a callback may have added parameters

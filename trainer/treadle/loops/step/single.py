@@ -54,12 +54,14 @@ class SingleOptimizerStep(AutomaticStep):
         super().__init__(run, clipping, [optimizer])
         self._wrapped_optimizer, self._optimizer = wrapped, optimizer
         self._shows, self._show = self._preparation.shows, self._preparation.show
-        self._optimizer_step = step_of(optimizer, strategy)
+        self._optimizer_step = step_of(run, optimizer)
         self._needs_loss = needs_closure(optimizer)
         if strategy.handles_gradient_accumulation:
             self.accumulate = self._accumulate_in_engine
-        by_closure = self._needs_loss or overrides(run.module, "optimizer_step", LightningModule)
-        self.step = self._step_with_closure if by_closure else self._step
+        own = overrides(run.module, "optimizer_step", LightningModule)
+        # The action includes forward and backward, as the closure of an `optimizer_step` does
+        plain = run.timed(self._step, "optimizer_step", run.module)
+        self.step = self._step_with_closure if own or self._needs_loss else plain
 
     def _check(self, accumulate: int) -> None:
         if accumulate > 1 and self._needs_loss:
