@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from treadle.profilers.profiler import Profiler, write_file
-from treadle.profilers.report import WIDTH, readable, shortened
+from treadle.profilers.report import WIDTH, readable
 from treadle_fabric import MisconfigurationException, PathLike
 
 if TYPE_CHECKING:
@@ -115,8 +115,8 @@ class AdvancedProfiler(Profiler):
             stream = io.StringIO()
             stats = pstats.Stats(profile, stream=stream).strip_dirs().sort_stats("cumulative")
             stats.print_stats(self.line_count_restriction)
-            lines = [shortened(line.rstrip(), WIDTH) for line in stream.getvalue().splitlines()]
-            table = "\n".join(line for line in lines if line)
+            lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
+            table = "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…" for line in lines)
             found.append((stats.total_tt, name, table))  # type: ignore[attr-defined]
         found.sort(key=lambda each: each[0], reverse=True)
         return "\n\n".join([self.title, *(f"Profile stats for: {readable(name)}\n{table}" for _, name, table in found)])

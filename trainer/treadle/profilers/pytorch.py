@@ -193,7 +193,7 @@ class PyTorchProfiler(Profiler):
             return ""
         if self._averages is None:
             return (
-                f"{self.title}\nNo step was recorded: there were {self._steps} steps, and the schedule begins later. Use"
+                f"{self.title}\nNo step was recorded: there were {self._steps}, and the schedule begins later. Use"
                 " `schedule=torch.profiler.schedule(wait=0, warmup=0, active=1)` to record from the first step on."
             )
         title = f"{self.title}\nThe last recording ended with step {self._recorded_at} of {self._steps}."
@@ -204,14 +204,9 @@ class PyTorchProfiler(Profiler):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has the options; the recording stays with this process."""
-        nothing: dict[str, Any] = {
-            "profiler": None,
-            "function_events": None,
-            "_averages": None,
-            "_running": {},
-            "_nvtx": None,
-        }
-        return {**self.__dict__, **nothing, "_layers": LayerNames(self._options["record_module_names"])}
+        nothing = dict.fromkeys(("profiler", "function_events", "_averages", "_nvtx"))
+        layers = LayerNames(self._options["record_module_names"])
+        return {**self.__dict__, **nothing, "_running": {}, "_layers": layers}
 
 
 def _checked(**flags: Any) -> dict[str, bool]:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-__all__ = ["WIDTH", "readable", "shortened", "table"]
+__all__ = ["WIDTH", "readable", "table"]
 
 WIDTH: Final = 100
 """The columns of a report."""
 
 
-def shortened(text: str, width: int) -> str:
+def _shortened(text: str, width: int) -> str:
     """Cut a long text in its middle: its kind is at the beginning of an action's name, and the hook at the end."""
     if len(text) <= width:
         return text
@@ -37,7 +37,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     name = min(WIDTH - sum(widths) - 2 * len(widths), max(len(line[0]) for line in lines))
     rule = "-" * (name + sum(widths) + 2 * len(widths))
     text = [
-        shortened(line[0], name).ljust(name)
+        _shortened(line[0], name).ljust(name)
         + "".join("  " + cell.rjust(width) for cell, width in zip(line[1:], widths, strict=True))
         for line in lines
     ]
