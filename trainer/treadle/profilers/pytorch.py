@@ -152,7 +152,9 @@ class PyTorchProfiler(Profiler):
             self._nvtx.enter_context(torch.cuda.profiler.profile())
             self._nvtx.enter_context(torch.autograd.profiler.emit_nvtx())  # type: ignore[no-untyped-call]
         else:
-            self.profiler = torch.profiler.profile(**{**self._arguments, "on_trace_ready": self._ready})
+            schedule = self._arguments.get("schedule") or torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
+            arguments = {**self._arguments, "schedule": schedule, "on_trace_ready": self._ready}
+            self.profiler = torch.profiler.profile(**arguments)
             self.profiler.start()
         self._layers.record(self._nvtx is not None or self._records_now)
 
@@ -217,7 +219,7 @@ def _checked(**flags: Any) -> dict[str, bool]:
 
 
 def _torch_arguments(given: Mapping[str, Any], shapes: bool) -> dict[str, Any]:
-    """Check the arguments of ``torch.profiler.profile``, and fill in the schedule."""
+    """Check the arguments of ``torch.profiler.profile``."""
     known = list(inspect.signature(torch.profiler.profile).parameters)
     for name in given:
         if name not in known:
@@ -234,6 +236,5 @@ def _torch_arguments(given: Mapping[str, Any], shapes: bool) -> dict[str, Any]:
     if ready is not None and not callable(ready):
         raise MisconfigurationException(f"on_trace_ready={ready!r} must be a function of the torch.profiler.profile.")
     arguments = {**given, "on_trace_ready": ready}
-    arguments["schedule"] = schedule or torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
     arguments["record_shapes"] = given.get("record_shapes", False) or shapes
     return arguments

@@ -153,7 +153,7 @@ class Session:
             try:
                 end()
             except Exception as error:
-                rank_zero_warn(f"The report of {type(profiler).__name__} failed: {error!r}.")
+                rank_zero_warn(f"The report of {type(profiler).__name__} failed: {type(error).__name__}: {error}.")
 
     def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:
         """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module.

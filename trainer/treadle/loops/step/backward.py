@@ -59,10 +59,7 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
                 raise explained from error
             raise
 
-    own = _own_backward(run)
-    if own is None:
-        own = run.timed(differentiate, "backward", strategy)
-    return _with_listeners(run, own)
+    return _with_listeners(run, run.timed(_own_backward(run) or differentiate, "backward", strategy))
 
 
 def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:

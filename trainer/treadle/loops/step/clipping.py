@@ -37,6 +37,11 @@ class Clipping:
         self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else None
         self.active = bool(value) or self._hook is not None or self._clip is not None
 
+    @property
+    def hooked(self) -> bool:
+        """Whether the module's own ``configure_gradient_clipping`` does it."""
+        return self._hook is not None
+
     def __call__(self, optimizer: Optimizer) -> None:
         if self._hook is not None:
             self._dispatch.run("configure_gradient_clipping", self._hook, optimizer, self._value, self._algorithm)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from treadle.loops.step.clipping import Clipping
 from treadle.run.run import ReadyRun
@@ -28,7 +28,9 @@ class Preparation:
         self._loss, self._results, self._optimizers = run.loss, run.results, tuple(optimizers)
         self._precision = run.fabric.strategy.precision
         self._listeners = run.dispatch.listeners("on_before_optimizer_step")
-        self._clipping = clipping and run.timed(clipping, "configure_gradient_clipping", run.module)
+        self._clipping: Callable[..., Any] | None = clipping
+        if clipping is not None and not clipping.hooked:  # the module's own hook is measured as such
+            self._clipping = run.timed(clipping, "configure_gradient_clipping", run.module)
         self.shows = bool(self._listeners) or clipping is not None
         """Whether :meth:`show` does anything."""
 
