@@ -324,9 +324,15 @@ class SpoiltGradient(Two):
             self.second.bias.grad.fill_(float("nan"))
 
 
+class SpoiltStepping(SpoiltGradient):
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [SpoiltGradient, SpoiltStepping])
 @pytest.mark.parametrize("mode", ["raise", "skip", "warn"])
-def test_no_optimizer_steps_where_the_gradients_of_one_are_not_finite(tmp_path: Path, mode: str) -> None:
-    model, before = SpoiltGradient(separate), {}
+def test_no_optimizer_steps_where_the_gradients_of_one_are_not_finite(tmp_path: Path, mode: str, kind: Any) -> None:
+    model, before = kind(separate), {}
 
     class Keeps(L.Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -341,6 +347,7 @@ def test_no_optimizer_steps_where_the_gradients_of_one_are_not_finite(tmp_path: 
     with pytest.warns(UserWarning, match=r"second\.bias|were (skipped|taken)"):
         run = fit(tmp_path, model, **arguments)
     assert torch.equal(before[3], before[2]) is (mode == "skip")  # the first layer's gradients were finite
+    assert bool(model.second.bias.isfinite().all()) is (mode == "skip")
     assert run.global_step == (BATCHES - 1 if mode == "skip" else BATCHES)
 
 
