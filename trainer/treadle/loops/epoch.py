@@ -16,6 +16,7 @@ from treadle.loops.schedulers import Schedulers
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
 from treadle.loops.stopping import Controls, Stops
+from treadle.profilers.profiler import timed_iteration
 from treadle.run.accumulation import Accumulation
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
@@ -47,6 +48,7 @@ class TrainingEpoch:
         agreement: StopAgreement | None,
     ) -> None:
         self._run, self._data, self._step, self._controls = run, data, step, controls
+        self._trains = tuple(run.timed(each, "run_training_batch") for each in (step.accumulate, step.step))
         self._schedule, self._validate, self._elapsed = schedule, validate, elapsed
         self._log_every, self._max_steps = log_every_n_steps, math.inf
         self._stops = Stops(run, controls, signals, agreement, may_stop)
@@ -75,7 +77,7 @@ class TrainingEpoch:
         if step.wants_iterator:
             batches = BatchIterator(batches, transfer).steps()
             transfer = stay
-        begin_batch, train, train_and_step = results.begin_batch, step.accumulate, step.step
+        begin_batch, (train, train_and_step) = results.begin_batch, self._trains
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
         progress.stepped = False
@@ -154,7 +156,8 @@ class TrainingEpoch:
         progress, early = self._run.progress, bool(self._on_batch_start) or self._step.wants_iterator
         progress.begun, place = True, progress.accumulation.place
         steps = (lambda batch: place(batch, math.inf).ends) if progress.accumulation.every > 1 else None
-        return self._data.iterate(progress.epoch, progress.batch, steps=steps, saves_early=early)
+        batches = self._data.iterate(progress.epoch, progress.batch, steps=steps, saves_early=early)
+        return timed_iteration(self._run.profiler, "[_TrainingEpochLoop].train_dataloader_next", batches)
 
     def _may_be_over(self) -> bool:
         """Whether ``max_steps`` was reached where a stream may be over, and something is due then."""

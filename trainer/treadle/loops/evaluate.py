@@ -17,6 +17,7 @@ from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.overriding import overrides
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
+from treadle.profilers.profiler import timed_iteration
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage, TrainerFn
@@ -144,7 +145,8 @@ class Evaluation:
             f"on_{self._name}_batch_end",
         )
         results.dataloader_idx = loader_idx if self._several else None
-        batches: Any = self._iterate(loader_idx, run.progress.epoch, limit)
+        action = f"[_EvaluationLoop].{'test' if self._name == 'test' else 'val'}_next"
+        batches: Any = timed_iteration(run.profiler, action, self._iterate(loader_idx, run.progress.epoch, limit))
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay

@@ -154,7 +154,7 @@ class FitLoop:
                 first = False
                 epoch = self._begin_epoch(epoch)
                 with explained_steps(run.module):
-                    stopped = epoch.run()
+                    stopped = run.timed(epoch.run, "run_training_epoch")()
                 if stopped:
                     self._parts.stopped(run)
                 self._changed = dispatch.refresh("fit")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from treadle.run.progress import LRSchedulerConfig
 from treadle_fabric import (
     LRScheduler,
     MisconfigurationException,
+    Strategy,
     TreadleError,
     check_integer,
     is_several,
@@ -27,7 +28,7 @@ from treadle_fabric import (
 )
 from treadle_fabric.precision import needs_closure
 
-__all__ = ["explained_optimizers", "explained_steps", "parse_optimizers"]
+__all__ = ["check_disjoint", "check_together", "explained_optimizers", "explained_steps", "parse_optimizers"]
 
 _SHAPES = (
     "an optimizer, a list of optimizers, a list of optimizers and a list of schedulers, a dict with 'optimizer' and "
@@ -111,8 +112,8 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
     """Read the optimizers and schedulers in any of the forms that ``configure_optimizers`` may return.
 
     Raises:
-        MisconfigurationException: the form or a key is unknown, an optimizer holds parameters of another model, there
-            are several optimizers without manual optimization, a plateau scheduler has no monitor, ...
+        MisconfigurationException: the form or a key is unknown, an optimizer holds parameters of another model, a
+            plateau scheduler has no monitor, ...
     """
     if returned is None:
         rank_zero_warn(
@@ -126,11 +127,6 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
                 f"configure_optimizers returned {type(optimizer).__name__} as an optimizer; it may return {_SHAPES}."
             )
         _check_parameters(optimizer, module)
-    if len(optimizers) > 1 and module.automatic_optimization:
-        raise MisconfigurationException(
-            f"configure_optimizers returned {len(optimizers)} optimizers; several need manual optimization: set "
-            "`self.automatic_optimization = False` and step them in `training_step`."
-        )
     configs = [_scheduler(s, module) for s in schedulers]
     held = {id(getattr(o, "optimizer", o)) for o in optimizers}
     for config in configs:
@@ -141,6 +137,53 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
                 " not return: return that optimizer too, or make the scheduler with one that is returned."
             )
     return optimizers, configs
+
+
+def check_together(optimizers: Sequence[Optimizer], module: LightningModule, strategy: Strategy) -> None:
+    """Check that automatic optimization can step several optimizers together.
+
+    Raises:
+        MisconfigurationException: a parameter is in two optimizers, an optimizer evaluates the loss itself, or the
+            strategy's engine makes the steps.
+    """
+    kinds = [type(optimizer).__name__ for optimizer in optimizers]
+    listed = f"configure_optimizers returned {len(optimizers)} optimizers ({', '.join(kinds)})"
+    if strategy.handles_gradient_accumulation or strategy.owns_optimizer_step:
+        raise MisconfigurationException(
+            f"{listed}, and the engine of {type(strategy).__name__} steps one optimizer by itself: return one optimizer"
+            " with several parameter groups, or use another strategy, such as 'ddp'."
+        )
+    if alone := [kind for kind, optimizer in zip(kinds, optimizers, strict=True) if needs_closure(optimizer)]:
+        raise MisconfigurationException(
+            f"{listed}. {alone[0]} evaluates the loss several times a step, by a closure, and automatic optimization"
+            " computes the gradients of several optimizers once a batch: use another optimizer beside the others, or"
+            f" step by hand (`self.automatic_optimization = False`, and `self.optimizers()` in `training_step`)."
+        )
+    check_disjoint(optimizers, module)
+
+
+def check_disjoint(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    """Refuse a parameter in two optimizers that step together: it would move twice a batch.
+
+    Raises:
+        MisconfigurationException: the message names the parameters and the optimizers.
+    """
+    holders: dict[int, list[int]] = {}
+    for index, optimizer in enumerate(optimizers):
+        for key in {id(p) for group in optimizer.param_groups for p in group["params"]}:
+            holders.setdefault(key, []).append(index)
+    shared = {key: indices for key, indices in holders.items() if len(indices) > 1}
+    if not shared:
+        return
+    named = with_plain_names(module, module.named_parameters())
+    names = [name for name, parameter in named if id(parameter) in shared] or [f"{len(shared)} parameters"]
+    both = sorted({index for indices in shared.values() for index in indices})
+    holding = " and ".join(f"{type(optimizers[index]).__name__} (number {index})" for index in both)
+    raise MisconfigurationException(
+        f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} in {holding}: the optimizers of automatic"
+        " optimization step together, each with parameters of its own. Give every parameter to one optimizer; for"
+        " steps in turns, as of a GAN, set `self.automatic_optimization = False` and step in `training_step`."
+    )
 
 
 def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:

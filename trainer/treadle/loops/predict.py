@@ -14,6 +14,7 @@ from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, without_inference
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
+from treadle.profilers.profiler import timed_iteration
 from treadle.run.run import ReadyRun
 from treadle_fabric import all_gather_objects, move_data_to_device
 from treadle_fabric.data import BatchMeeting
@@ -106,6 +107,7 @@ class Prediction:
         results, transfer = run.results, run.transfer
         cpu = torch.device("cpu")
         batches: Any = self._data.iterate(loader_idx, run.progress.epoch, limit)
+        batches = timed_iteration(run.profiler, "[_PredictionLoop].predict_next", batches)
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
         meeting = self._meeting

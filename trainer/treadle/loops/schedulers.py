@@ -27,7 +27,8 @@ class Schedulers:
         self._progress, self._metrics, self._first_time = run.progress, run.metrics, run.first_time
         hook: Any = run.module.lr_scheduler_step
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
-        self._step = partial(run.dispatch.run, "lr_scheduler_step", hook) if own else hook
+        plain = run.timed(hook, "lr_scheduler_step", run.module)
+        self._step = partial(run.dispatch.run, "lr_scheduler_step", hook) if own else plain
 
     def step(self, interval: str, count: int, *, plateau: bool = False) -> None:
         """Step the schedulers that are due.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Self, TypeAlias
 
@@ -33,7 +33,7 @@ OptimizerLRScheduler: TypeAlias = (
 
 
 _OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
-    toggle_optimizer untoggle_optimizer""".split()
+    profile toggle_optimizer untoggle_optimizer""".split()
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -319,6 +319,14 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             MisconfigurationException: the Trainer has another ``gradient_clip_val``, or the algorithm is unknown.
         """
         self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def profile(self, action_name: str) -> AbstractContextManager[Any]:
+        """While entered, measure an action with the Trainer's profiler; without a Trainer nothing happens.
+
+        Args:
+            action_name: the name of the action in the profiler's report.
+        """
+        return self._trainer.profiler.profile(action_name) if self._trainer is not None else nullcontext()
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -52,10 +52,10 @@ class PlainLosses:
             raise _mixture(f"the weight {_checked(weight)}, and others before without one")
         return loss / window if window > 1 else loss
 
-    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
+    def prepare(self, optimizers: Sequence[Optimizer], window: float, done: float, /) -> bool:
         """Multiply the gradients where an epoch of unknown length ended before the accumulation was complete."""
-        if done != window and optimizer is not None:
-            _multiply(gradients_of(optimizer), window / done)
+        if done != window:
+            _multiply(gradients_of(optimizers), window / done)
         return True
 
 
@@ -72,7 +72,7 @@ class EngineLosses:
             )
         return loss
 
-    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
+    def prepare(self, optimizers: Sequence[Optimizer], window: float, done: float, /) -> bool:
         """Do nothing: the gradients are the engine's."""
         return True
 
@@ -125,7 +125,7 @@ class WeightedLosses:
             return torch.where(weight > 0, scaled, 0.0)
         return None if weight == 0 else scaled
 
-    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
+    def prepare(self, optimizers: Sequence[Optimizer], window: float, done: float, /) -> bool:
         """Divide the gradients by the weights of the accumulation, those of all ranks together.
 
         Returns:
@@ -134,7 +134,7 @@ class WeightedLosses:
         Raises:
             MisconfigurationException: a weight on the device was negative, NaN or infinite.
         """
-        if optimizer is None:
+        if not optimizers:
             return True
         strategy = self._strategy
         mine = self._read()
@@ -153,7 +153,7 @@ class WeightedLosses:
                 self._warned = True
                 rank_zero_warn("The weights of an optimizer step are 0 in total: such steps are skipped.")
             return False
-        _multiply(gradients_of(optimizer), strategy.world_size * self._reference / total)
+        _multiply(gradients_of(optimizers), strategy.world_size * self._reference / total)
         return True
 
     def _send(self) -> None:
@@ -207,7 +207,7 @@ class Losses:
     """
 
     scale: Callable[[Tensor | None, Any, float, bool], Tensor | None]
-    prepare: Callable[[Optimizer | None, float, float], bool]
+    prepare: Callable[[Sequence[Optimizer], float, float], bool]
 
     def __init__(self, strategy: Strategy, rule: _Rule | None) -> None:
         self._strategy = strategy

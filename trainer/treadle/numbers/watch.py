@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -128,7 +128,7 @@ class WatchedLosses:
         """Take back what :meth:`state_dict` returned."""
         self._losses.load_state_dict(state)
 
-    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
+    def prepare(self, optimizers: Sequence[Optimizer], window: float, done: float, /) -> bool:
         """Look at the losses since the last step, and at the gradients; every rank calls it.
 
         Under a gradient scaler, which finds infinite gradients itself, only the losses are looked at.
@@ -139,15 +139,15 @@ class WatchedLosses:
         Raises:
             NonFiniteError: something is not finite, in the mode "raise".
         """
-        if not self._losses.prepare(optimizer, window, done):
+        if not self._losses.prepare(optimizers, window, done):
             self.forget()  # the weights are all 0
             return False
-        self._steps = optimizer is not None
+        self._steps = bool(optimizers)
         records = self._take_records()
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
         scaled = strategy.precision.requires_fabric_backward
-        gradients = [] if optimizer is None or scaled else [values_of(g) for g in gradients_of(optimizer)]
+        gradients = [] if scaled else [values_of(g) for g in gradients_of(optimizers)]
         flags = torch.stack([_any_nonfinite(each, strategy.root_device) for each in (losses, gradients)])
         if strategy.world_size > 1:
             flags = strategy.all_reduce(flags, reduce_op="sum")
@@ -155,12 +155,12 @@ class WatchedLosses:
             return True
         self._count += 1
         if self._mode == "raise" or self._count <= _MAX_TOLD:
-            message = self._explain(records, optimizer)
+            message = self._explain(records, optimizers)
             if self._mode == "raise":
-                other = "'skip' would leave such steps out" if optimizer is not None else "'warn' would go on"
+                other = "'skip' would leave such steps out" if optimizers else "'warn' would go on"
                 raise NonFiniteError(f"{message} on_nonfinite={other}.")
             what = "The step is skipped." if self._mode == "skip" else "The optimizer steps all the same."
-            if optimizer is None:
+            if not optimizers:
                 what = "`configure_optimizers` returned no optimizer that could be held back."
             if strategy.is_global_zero:
                 warn_user(f"{message} {what}")
@@ -182,15 +182,15 @@ class WatchedLosses:
 
     # ------------------------------------------------------------------------------------------------ the explanation
 
-    def _explain(self, records: list[_Record], optimizer: Optimizer | None) -> str:
+    def _explain(self, records: list[_Record], optimizers: Sequence[Optimizer]) -> str:
         """Describe what is not finite: the ranks where it began do, and all ranks get the same text."""
         fabric = self._run.fabric
-        mine = self._diagnose(records, optimizer)
+        mine = self._diagnose(records, optimizers)
         if fabric.world_size > 1:
             mine = " ".join(text for text in all_gather_objects(fabric, mine) if text)
-        return mine or f"Gradients are not finite {self._where()}: {_listed(self._named(optimizer))}."
+        return mine or f"Gradients are not finite {self._where()}: {_listed(self._named(optimizers))}."
 
-    def _diagnose(self, records: list[_Record], optimizer: Optimizer | None) -> str:
+    def _diagnose(self, records: list[_Record], optimizers: Sequence[Optimizer]) -> str:
         """Describe the micro-batch and the layer where it began; empty if it did not begin on this rank."""
         fabric = self._run.fabric
         bad = [r for r in records if r.taken and r.loss is not None and not bool(r.loss.isfinite().all())]
@@ -206,8 +206,8 @@ class WatchedLosses:
                         break
         if culprit is None:
             return ""
-        alone = fabric.world_size == 1 and optimizer is not None  # without one, gradients of earlier batches stay
-        names = self._named(optimizer) if alone else found.gradients
+        alone = fabric.world_size == 1 and bool(optimizers)  # without one, gradients of earlier batches stay
+        names = self._named(optimizers) if alone else found.gradients
         loss = float("nan") if culprit.loss is None else culprit.loss.float().item()
         what = "The loss is" if bad else "Gradients are not finite, with a loss of"
         text = f"{what} {loss} {self._where(culprit.batch_idx)}."
@@ -232,10 +232,8 @@ class WatchedLosses:
         rank = f", rank {fabric.global_rank}" if fabric.world_size > 1 else ""
         return f"at epoch {progress.epoch}, batch_idx {batch}, global_step {progress.step}{rank}"
 
-    def _named(self, optimizer: Optimizer | None) -> list[str]:
-        if optimizer is None:
-            return []
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    def _named(self, optimizers: Sequence[Optimizer]) -> list[str]:
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         return [
             f"{name} {tuple(p.shape)}"
             for name, p in with_plain_names(self._run.module, self._run.module.named_parameters())

@@ -11,15 +11,16 @@ from torch import nn
 
 from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.metrics.bus import Results
-from treadle.module import LightningModule
+from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle.module.overriding import check_signature, overrides
-from treadle_fabric import MisconfigurationException, one_or_several, rank_zero_info, rank_zero_warn
+from treadle.profilers.profiler import Profiler, timed
+from treadle_fabric import MisconfigurationException, Strategy, one_or_several, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Dispatch", "check_hook_names"]
+__all__ = ["Dispatch", "action_of", "check_hook_names"]
 
 Listeners = tuple[Callable[..., Any], ...]
 Signature = tuple[list[int], dict[tuple[int, str], Any]]
@@ -71,10 +72,20 @@ class Dispatch:
         module: The module.
         callbacks: The trainer's, which may change during the run; see :meth:`refresh`.
         results: Where ``self.log`` goes.
+        profiler: Measures the methods. Default: nobody does.
+
+    Attributes:
+        run: Calls a function (``configure_optimizers``, a dataloader method, ...) under the name of its hook; takes the
+            name, the function and its arguments.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, callbacks: Sequence[Callback], results: Results
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        callbacks: Sequence[Callback],
+        results: Results,
+        profiler: Profiler | None = None,
     ) -> None:
         self.results = results
         """Where ``self.log`` goes now. Its ``hook`` is set to the hook that runs."""
@@ -82,6 +93,8 @@ class Dispatch:
         self._table: dict[str, Listeners] = {}
         self._known: tuple[Callback, ...] = tuple(callbacks)
         self._states: dict[str, Any] = {}  # in the checkpoint, of callbacks that may still come
+        self._profiler = profiler
+        self.run: Callable[..., Any] = self._run if profiler is None else self._run_timed
         self._signature: Signature | None = None  # to be compared once the hooks of the set-up have run
         self._fill(callbacks)
 
@@ -145,11 +158,11 @@ class Dispatch:
                         method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
                     )
                     late = callback.monitors and name in _AFTER_MODULE
-                    (last if late else first).append(partial(method, trainer, module))
+                    (last if late else first).append(self._timed(partial(method, trainer, module), name, callback))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
                 method = getattr(module, name)
                 check_signature(method, name, MODULE_HOOKS[name], type(module).__qualname__)
-                first.append(method)
+                first.append(self._timed(method, name, module))
             if name == "on_train_epoch_end":
                 self._table[MONITORS] = tuple(last)
             else:
@@ -176,14 +189,36 @@ class Dispatch:
                 listener(*args)
             self.results.hook = ""
 
-    def run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call one function (``configure_optimizers``, a dataloader method, ...) under the name of its hook."""
+    def _timed(self, method: Callable[..., Any], name: str, owner: object) -> Callable[..., Any]:
+        return timed(self._profiler, action_of(owner, name), method) if self._profiler is not None else method
+
+    def _run_timed(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        known = isinstance(owner, (LightningModule, LightningDataModule, Callback)) or name.endswith("_dataloader")
+        return self._run(name, self._timed(function, name, owner) if known else function, *args, **kwargs)
+
+    def _run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         results = self.results
         before, results.hook = results.hook, name
         try:
             return function(*args, **kwargs)
         finally:
             results.hook = before
+
+
+def action_of(owner: object, name: str) -> str:
+    """Return the name of an action in the reports of profilers, which is the one that Lightning gives it.
+
+    Args:
+        owner: the object that does it: a callback, the module, the data module, a strategy; any other one is not named.
+        name: of the hook or the method.
+    """
+    if isinstance(owner, Callback):
+        return f"[Callback]{owner.state_key}.{name}"
+    for kind in (LightningModule, LightningDataModule, Strategy):
+        if isinstance(owner, kind):
+            return f"[{kind.__name__}]{type(owner).__name__}.{name}"
+    return name
 
 
 def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:

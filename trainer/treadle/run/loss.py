@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -44,16 +44,16 @@ class LossPolicy(Protocol):
             MisconfigurationException: the weight is not a number of at least 0, or only some losses have one.
         """
 
-    def prepare(self, optimizer: Optimizer | None, window: float, done: float, /) -> bool:
+    def prepare(self, optimizers: Sequence[Optimizer], window: float, done: float, /) -> bool:
         """Make the gradients those of one mean over the accumulation; every rank calls it before a step.
 
         Args:
-            optimizer: about to step; None in a fit without optimizers.
+            optimizers: about to step, all of them together; empty in a fit without optimizers.
             window: the number of batches that the losses were divided by.
             done: the number of batches in the accumulation; fewer where an epoch of unknown length ended.
 
         Returns:
-            Whether the optimizer may step.
+            Whether the optimizers may step: all of them, or none.
         """
 
     def forget(self) -> None:
@@ -69,6 +69,7 @@ class LossPolicy(Protocol):
         """Take back what :meth:`state_dict` returned."""
 
 
-def gradients_of(optimizer: Optimizer) -> list[Tensor]:
-    """The gradients of the parameters of an optimizer, those that have one."""
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+def gradients_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """The gradients of the parameters of optimizers, those that have one."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return [p.grad for group in groups for p in group["params"] if p.grad is not None]

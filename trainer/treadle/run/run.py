@@ -12,8 +12,9 @@ from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import metrics_by_path, to_floats
 from treadle.module import LightningDataModule, LightningModule
+from treadle.profilers.profiler import Profiler, timed
 from treadle.run.changes import ModelChanges
-from treadle.run.dispatch import Dispatch
+from treadle.run.dispatch import Dispatch, action_of
 from treadle.run.loss import LossPolicy
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.steps import StepCounter
@@ -52,6 +53,8 @@ class Run:
     """What the run changes about its module and optimizers: what is trainable, modes, parameter groups."""
     maps: FileMaps = field(default_factory=FileMaps)
     """The file that the run starts from, until all of it is restored."""
+    profiler: Profiler | None = None
+    """Measures the actions of the run; None where nobody does."""
 
     @property
     def metric_objects(self) -> tuple[list[Any], dict[str, Any]]:
@@ -80,6 +83,16 @@ class Run:
             scalars.setdefault("epoch", self.progress.epoch)
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
+
+    def timed(self, function: Callable[..., Any], name: str, owner: object = None) -> Callable[..., Any]:
+        """Return a function that the profiler measures; ``function`` itself where there is no profiler.
+
+        Args:
+            function: what is measured.
+            name: of the action.
+            owner: the module, the strategy, ... that does it. Default: the loop.
+        """
+        return function if self.profiler is None else timed(self.profiler, action_of(owner, name), function)
 
     def first_time(self, what: str) -> bool:
         """Return whether this run asks for the first time; for what is told once."""
@@ -119,4 +132,5 @@ class ReadyRun(Run):
             name: of the method.
             changes_weights: whether it may change weights and use them again.
         """
-        return method_of(self.wrapped, name, changes_weights=changes_weights)
+        method = method_of(self.wrapped, name, changes_weights=changes_weights)
+        return self.timed(method, name, self.fabric.strategy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,16 +14,16 @@ from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.fit import FitLoop
-from treadle.loops.optimizers import explained_optimizers, parse_optimizers
+from treadle.loops.optimizers import check_together, explained_optimizers, parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
-from treadle.loops.step.automatic import AutomaticStep
+from treadle.loops.step.choose import choose_step
 from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.manual import ManualStep
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
+from treadle.run.dispatch import action_of
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter
@@ -60,6 +61,7 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     fabric = run.fabric
     loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
     transfer = make_transfer(run.module, run.datamodule, fabric.device, run.dispatch.run)
+    transfer = run.timed(transfer, "batch_to_device", fabric.strategy)
     steps = StepCounter(run.progress, run.module)
     if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
         wrapped, *stepped = fabric.setup(run.module._runs, *_configure_optimizers(run))
@@ -80,6 +82,8 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
     with run.changes.undone(run.module), explained_optimizers(run.module):
         returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
     optimizers, schedulers = parse_optimizers(returned, run.module)
+    if len(optimizers) > 1 and run.module.automatic_optimization:
+        check_together(optimizers, run.module, run.fabric.strategy)
     run.changes.note_groups(run.module, optimizers)
     run.schedulers.extend(schedulers)
     return optimizers
@@ -87,12 +91,17 @@ def _configure_optimizers(run: Run) -> list[Optimizer]:
 
 def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
     """Add the optimizers to the run; in manual optimization, their steps call the step's hook."""
-    prepare, steps, module = Preparation(run), run.steps, run.module
+    steps, module = run.steps, run.module
 
     def prepare_step(optimizer: Optimizer) -> None:
         steps.begin(optimizer)
-        if not run.dispatch.run("on_before_optimizer_step", prepare.of, optimizer):
+        preparation = preparations[optimizer]
+        if not preparation.permits():
             steps.leave_out(optimizer)
+        elif preparation.shows:
+            run.dispatch.run("on_before_optimizer_step", preparation.show, optimizer)
+
+    preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
     for optimizer in optimizers:
         steps.add(optimizer)
@@ -101,7 +110,25 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
             hooks = prepare_step, steps.end
         elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
             hooks = steps.begin, steps.end
+        if not module.automatic_optimization and run.profiler is not None:
+            hooks = _timed_hooks(run, *hooks)
         run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
+
+
+def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[..., Any]) -> tuple[Any, Any]:
+    """Let the profiler measure what comes between the two hooks around a step of manual optimization."""
+    profiler, action = run.profiler, action_of(run.fabric.strategy, "optimizer_step")
+    assert profiler is not None
+
+    def before_step(optimizer: Optimizer) -> None:
+        before(optimizer)
+        profiler.start(action)
+
+    def after_step(optimizer: Optimizer) -> None:
+        profiler.stop(action)
+        after(optimizer)
+
+    return before_step, after_step
 
 
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:
@@ -167,7 +194,7 @@ def make_epoch(
     return TrainingEpoch(
         run,
         data,
-        AutomaticStep(run, clipping) if run.module.automatic_optimization else ManualStep(run),
+        choose_step(run, clipping),
         controls,
         schedule=schedule,
         validate=loop.validate,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -126,6 +127,30 @@ def _has_loader(name: str, given: Any, module: LightningModule, datamodule: Ligh
     return given is not None or any(o is not None and defines_loader(o, name) for o in (datamodule, module))
 
 
+_GOT_OPTIMIZER_IDX = (
+    "training_step", "backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step",
+    "configure_gradient_clipping", "toggle_optimizer", "untoggle_optimizer", "training_step_end",
+)  # fmt: skip
+"""The methods that got ``optimizer_idx`` in Lightning before 2.0."""
+
+
+def _refuse_optimizer_idx(module: LightningModule) -> None:
+    """Refuse a module whose methods ask which of several optimizers is meant, which the trainer does not tell."""
+    for method in _GOT_OPTIMIZER_IDX:
+        try:
+            asks = "optimizer_idx" in inspect.signature(getattr(module, method, None)).parameters  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # there is none, or a mock
+            continue
+        if asks:
+            raise MisconfigurationException(
+                f"`{type(module).__qualname__}.{method}` asks for `optimizer_idx`, which the trainer does not give: in"
+                " automatic optimization one loss is for all optimizers, which step together. For a loss and steps of"
+                " each optimizer, as of a GAN, set `self.automatic_optimization = False` in `__init__`, and in"
+                " `training_step` use `self.optimizers()`, `self.toggle_optimizer`, `self.manual_backward` and"
+                " `optimizer.step()`. Then remove `optimizer_idx`."
+            )
+
+
 def check_fit(
     module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
 ) -> None:
@@ -136,6 +161,7 @@ def check_fit(
             raise MisconfigurationException(
                 f"{name} has no `{needed}`, which fit needs: define it.{_near_method(module, needed)}"
             )
+    _refuse_optimizer_idx(module)
     if not _has_loader("train_dataloader", train, module, datamodule):
         raise MisconfigurationException(
             "fit has no training batches: pass `train_dataloaders`, a `datamodule`, or define `train_dataloader`."

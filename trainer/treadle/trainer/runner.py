@@ -187,6 +187,10 @@ class Runner:
     @during_a_save
     def save(self, path: PathLike, *, weights_only: bool, storage_options: Any = None) -> None:
         """Write a checkpoint; every rank calls it."""
+        assert self.run is not None
+        self.run.timed(self._save, "save_checkpoint")(path, weights_only, storage_options)
+
+    def _save(self, path: PathLike, weights_only: bool, storage_options: Any) -> None:
         run, strategy, callbacks = self.run, self._fabric.strategy, self._trainer.callbacks
         assert isinstance(run, ReadyRun)
         fitting = self.fitting if self.state.fn is TrainerFn.FITTING and not weights_only else None

@@ -16,6 +16,7 @@ from treadle.loops.inference import replace_inference_tensors
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
+from treadle.profilers import Profiler
 from treadle.run.dispatch import Dispatch
 from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
@@ -74,10 +75,12 @@ class Session:
         self.terminated = False
         """Whether a signal ended the session."""
         self._signals: Signals | None = None  # those that end the session, while they do
+        self._profiler: Profiler | None = None  # while it measures
 
     def __getstate__(self) -> dict[str, Any]:
         """What the trainer still shows of a session in a copy: not the run, its loaders and its optimizers."""
-        return {**self.__dict__, "metrics": self.metrics.detached(), "run": None, "evaluations": {}, "_signals": None}
+        ended = dict.fromkeys(("run", "_signals", "_profiler"))
+        return {**self.__dict__, "metrics": self.metrics.detached(), "evaluations": {}, **ended}
 
     @contextmanager
     def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
@@ -104,12 +107,13 @@ class Session:
         """Call the hooks that come before the module is set up: prepare_data, setup, configure_model."""
         module, fn = self.module, self.state.fn
         assert fn is not None
-        dispatch = Dispatch(trainer, module, trainer.callbacks, results)
+        self.log_dir = self._fabric.broadcast(trainer.log_dir)
+        profiler = self._begin_profiling(trainer.profiler)
+        dispatch = Dispatch(trainer, module, trainer.callbacks, results, profiler)
         self.run = run = Run(
             self._fabric, module, self.datamodule, dispatch, self.state, self.metrics, results, trainer.loggers,
-            progress, [m for m in module.modules() if isinstance(m, LightningModule)],
+            progress, [m for m in module.modules() if isinstance(m, LightningModule)], profiler=profiler,
         )  # fmt: skip
-        self.log_dir = self._fabric.broadcast(trainer.log_dir)
         for owner in [o for o in (self.datamodule, module) if o is not None]:
             per_node = getattr(owner, "prepare_data_per_node", True)
             if (self._fabric.local_rank if per_node else self._fabric.global_rank) == 0:
@@ -127,6 +131,29 @@ class Session:
         if settings.sync_batchnorm and self._fabric.world_size > 1:
             assembly.share_batch_norm(module, self._fabric.accelerator)
         return run
+
+    def _begin_profiling(self, profiler: Profiler) -> Profiler | None:
+        """Begin to measure; returns the profiler, None where it measures nothing."""
+        if not profiler.records:
+            return None
+        fabric, fn = self._fabric, self.state.fn
+        assert fn is not None
+        profiler.watch(self.module)
+        profiler.setup(fn.value, fabric.local_rank if fabric.world_size > 1 else None, self.log_dir)
+        self._profiler = profiler
+        return profiler
+
+    def _end_profiling(self) -> None:
+        """Report what was measured. A report that fails does not fail the run, nor hide the error that ended it."""
+        profiler, self._profiler = self._profiler, None
+        if profiler is None:
+            return
+        assert self.state.fn is not None
+        for end in (profiler.describe, partial(profiler.teardown, self.state.fn.value)):
+            try:
+                end()
+            except Exception as error:
+                rank_zero_warn(f"The report of {type(profiler).__name__} failed: {type(error).__name__}: {error}.")
 
     def add_evaluation(self, run: ReadyRun, stage: str, given: Any, settings: Settings) -> EvaluationData:
         """Find the loaders of "val", "test" or "predict": the given ones, else those of data module or module.
@@ -182,6 +209,7 @@ class Session:
                 raise
             self._tell_of_interrupt()
         finally:
+            self._end_profiling()
             self.state.stage = None
             if self.metrics.active is not None:
                 self.metrics.keep(self.metrics.active)

@@ -103,10 +103,6 @@ def _barebones(given: dict[str, Any]) -> None:
 
 def _check_flags(given: dict[str, Any]) -> None:
     """Check the arguments that do not depend on others."""
-    if given["profiler"] is not None:
-        raise MisconfigurationException(
-            f"profiler={given['profiler']!r}: profilers are not available yet; use torch.profiler around `fit`."
-        )
     for name in (
         "inference_mode",
         "use_distributed_sampler",

@@ -18,6 +18,8 @@ from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
+from treadle.profilers import Profiler
+from treadle.profilers.choose import choose_profiler
 from treadle.run.progress import FitProgress, LRSchedulerConfig
 from treadle.run.run import ReadyRun, Run
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -77,7 +79,7 @@ class Trainer:
         inference_mode: validate, test and predict under ``torch.inference_mode``. Default: True. False, and inside fit:
             under ``torch.no_grad``.
         use_distributed_sampler: share the samples of loaders out over the ranks. Default: True.
-        profiler: must be None; profilers are not available yet.
+        profiler: "simple", "advanced", "pytorch" or a :class:`treadle.profilers.Profiler`. Default: none.
         detect_anomaly: find the operation that made a NaN gradient. Default: False.
         barebones: turn off everything that costs time: bar, loggers, checkpoints, summary, sanity check, callbacks.
         plugins: precision, cluster environment and checkpoint IO objects.
@@ -131,7 +133,7 @@ class Trainer:
         benchmark: bool | None = None,
         inference_mode: bool = True,
         use_distributed_sampler: bool = True,
-        profiler: Any | None = None,
+        profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
         plugins: Any | None = None,
@@ -146,6 +148,8 @@ class Trainer:
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self._settings = settings = resolve_settings(given)
+        self.profiler = choose_profiler(profiler)
+        """Measures the actions of a run: ``with trainer.profiler.profile("name"): ...``."""
         self.callbacks = choose_callbacks(callbacks, settings)
         self._loggers = choose_loggers(given["logger"], settings)
         self.fabric = Fabric(

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.optim import Optimizer
 
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.gradients import Gradients, WholeBatchGradients
 from treadle.loops.step.preparation import Preparation
-from treadle.module import LightningModule
-from treadle.module.overriding import overrides
 from treadle.run.run import ReadyRun
-from treadle_fabric import MisconfigurationException
-from treadle_fabric.precision import needs_closure
 
-__all__ = ["AutomaticStep"]
+__all__ = ["AutomaticStep", "step_of"]
 
 
-class AutomaticStep:
-    """Automatic optimization with one optimizer, or none.
+def step_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], Any]:
+    """Return what steps an optimizer: the strategy, or the optimizer alone where the strategy adds nothing."""
+    plain: Any = optimizer
+    strategy = run.fabric.strategy
+    by_strategy = partial(strategy.optimizer_step, optimizer)
+    # Looked up at each step: schedulers put another `step` into its place
+    step = (lambda: plain.step()) if strategy.plain_step else by_strategy
+    return run.timed(step, "optimizer_step", strategy)
+
+
+class AutomaticStep(ABC):
+    """What all kinds of automatic optimization have in common; the leaves step one optimizer, several, or none.
+
+    Args:
+        run: the run.
+        clipping: how to clip the gradients of an optimizer.
+        optimizers: the plain optimizers.
 
     Attributes:
         accumulate: trains on a micro-batch that others of its accumulation follow.
-        step: trains on the last micro-batch of an accumulation, and steps the optimizer.
+        step: trains on the last micro-batch of an accumulation, and steps; the leaf chooses how.
         wants_iterator: whether ``training_step`` draws its batches itself.
 
     ``accumulate`` and ``step`` take a batch on the device, its number in the epoch, the number of batches of the
@@ -35,28 +47,22 @@ class AutomaticStep:
     ``on_train_batch_end`` gets.
     """
 
-    def __init__(self, run: ReadyRun, clipping: Clipping) -> None:
-        strategy, module = run.fabric.strategy, run.module
+    step: Callable[..., Any]
+
+    def __init__(self, run: ReadyRun, clipping: Clipping, optimizers: Sequence[Optimizer]) -> None:
+        strategy = run.fabric.strategy
         self._run, self._loss, self._progress, self._steps = run, run.loss, run.progress, run.steps
-        self._wrapped_optimizer = run.optimizers[0] if run.optimizers else None
-        optimizer: Any = self._wrapped_optimizer.optimizer if self._wrapped_optimizer is not None else None
-        self._gradients = (WholeBatchGradients if strategy.runs_whole_batch else Gradients)(run, optimizer)
+        self._optimizers = tuple(optimizers)
+        self._gradients = (WholeBatchGradients if strategy.runs_whole_batch else Gradients)(run, self._optimizers)
         self.wants_iterator = self._gradients.wants_iterator
         clips = clipping.active and not strategy.handles_gradient_clipping
-        self._prepare = Preparation(run, clipping if clips else None)
-        self._optimizer = optimizer
-        self._optimizer_step: Callable[[], Any] = partial(strategy.optimizer_step, optimizer)
-        if strategy.plain_step:
-            self._optimizer_step = lambda: optimizer.step()  # schedulers put another `step` into its place
+        self._preparation = Preparation(run, self._optimizers, clipping if clips else None)
         self._no_sync = partial(run.fabric.no_backward_sync, run.wrapped) if strategy.world_size > 1 else nullcontext
-        self._needs_loss = optimizer is not None and needs_closure(optimizer)
-        in_engine = strategy.handles_gradient_accumulation and optimizer is not None
-        self.accumulate = self._accumulate_in_engine if in_engine else self._accumulate
-        self.step = self._step
-        if optimizer is None:
-            self.step = self._step_without_optimizer
-        elif self._needs_loss or overrides(module, "optimizer_step", LightningModule):
-            self.step = self._step_with_closure
+        self.accumulate: Callable[..., Any] = self._accumulate
+
+    @abstractmethod
+    def _step_all(self) -> None:
+        """Step every optimizer; the gradients of all of them may be taken."""
 
     @property
     def idle(self) -> int:
@@ -65,13 +71,12 @@ class AutomaticStep:
 
     def begin_epoch(self, accumulate: int) -> None:
         """Begin an epoch, with the number of batches of an accumulation."""
-        if accumulate > 1 and self._needs_loss:
-            raise MisconfigurationException(
-                f"accumulate_grad_batches={accumulate}, but {type(self._optimizer).__name__} evaluates the loss several"
-                " times a step, of one batch only: use larger batches, or an optimizer without a closure."
-            )
+        self._check(accumulate)
         self._gradients.idle = 0
         self._loss.forget()
+
+    def _check(self, accumulate: int) -> None:
+        """Refuse what the optimizers cannot do in an epoch. Default: nothing."""
 
     def finish(self, window: float, done: float) -> None:
         """Step for an accumulation to which no other batch will come.
@@ -80,63 +85,17 @@ class AutomaticStep:
             window: The number of batches that its losses were divided by.
             done: The number of batches that it has.
         """
-        optimizer, strategy = self._optimizer, self._run.fabric.strategy
-        if optimizer is None or strategy.handles_gradient_accumulation:
+        strategy = self._run.fabric.strategy
+        if not self._optimizers or strategy.handles_gradient_accumulation:
             return
         if strategy.world_size > 1:  # what was accumulated is of each rank alone
-            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+            groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+            for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
                 mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 parameter.grad = strategy.all_reduce(mine, reduce_op="mean")
-        if self._prepare.of(optimizer, window, done):
-            expected = self._progress.optimizer_steps + 1
-            self._optimizer_step()
-            self._progress.settle_steps(expected)
+        if self._preparation.permits(window, done):
+            self._step_all()
 
     def _accumulate(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
         with self._no_sync():
             return self._gradients.of(batch, batch_idx, window, done)[0]
-
-    def _accumulate_in_engine(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
-        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
-        self._optimizer_step()  # the engine counts: it steps at the last micro-batch only
-        return outputs
-
-    def _step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
-        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
-        if self._prepare.of(self._optimizer, window, done + 1):
-            progress = self._progress
-            expected = progress.optimizer_steps + 1
-            self._optimizer_step()  # torch reports the step to the step counter
-            if progress.optimizer_steps != expected:
-                progress.settle_steps(expected)
-        return outputs
-
-    def _step_without_optimizer(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
-        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
-        if not self._loss.prepare(None, window, done + 1):
-            self._run.module.zero_grad()
-        return outputs
-
-    def _step_with_closure(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
-        """The optimizer runs the forward and backward itself, perhaps several times."""
-        outputs = None
-
-        def closure() -> Tensor | None:
-            nonlocal outputs
-            with torch.enable_grad():
-                outputs, loss = self._gradients.of(batch, batch_idx, window, done)
-                if not self._prepare.of(self._optimizer, window, done + 1):
-                    self._steps.leave_out(self._optimizer)
-            if loss is None and self._needs_loss:
-                raise MisconfigurationException(
-                    f"`training_step` gave nothing to learn from at batch_idx {batch_idx} (None, a weight of 0, or a"
-                    f" batch of 0 samples), but {type(self._optimizer).__name__} evaluates the loss several times a"
-                    " step, and needs one for every batch: leave such batches out of the loader, or use an optimizer"
-                    " without a closure."
-                )
-            return loss / window if loss is not None and window > 1 else loss
-
-        hook, epoch = self._run.module.optimizer_step, self._progress.epoch
-        self._steps.add(self._optimizer)
-        self._run.dispatch.run("optimizer_step", hook, epoch, batch_idx, self._wrapped_optimizer, closure)
-        return outputs

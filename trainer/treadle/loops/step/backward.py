@@ -59,21 +59,21 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
                 raise explained from error
             raise
 
-    return _with_listeners(run, _own_backward(run) or differentiate)
+    return _with_listeners(run, run.timed(_own_backward(run) or differentiate, "backward", strategy))
 
 
 def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:
     """Differentiate a loss in manual optimization; the arguments are those of ``Tensor.backward``."""
     strategy, engine, own = run.fabric.strategy, run.engine, _own_backward(run)
 
-    def by_strategy(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        strategy.backward(loss, engine, *args, **kwargs)
-
     def differentiate(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         run.loss.scale(loss, None, 1, True)
         strategy.expect_backward(loss)
         try:
-            (own or by_strategy)(loss, *args, **kwargs)
+            if own is not None:
+                own(loss, *args, **kwargs)
+            else:
+                strategy.backward(loss, engine, *args, **kwargs)
         except RuntimeError as error:
             if not args and not kwargs:
                 check_loss(loss, "`manual_backward` got")
@@ -81,6 +81,8 @@ def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> N
                 raise explained from error
             raise
 
+    if run.profiler is not None:
+        differentiate = run.timed(differentiate, "backward", strategy)
     _with_listeners(run, differentiate)(loss, *args, **kwargs)
     run.results.hook = "training_step"
 

@@ -34,14 +34,21 @@ class Clipping:
             if overrides(module, "configure_gradient_clipping", LightningModule)
             else None
         )
-        self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else self.clip
-        self.active = bool(value) or self._hook is not None or self._clip != self.clip
+        self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else None
+        self.active = bool(value) or self._hook is not None or self._clip is not None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the module's own ``configure_gradient_clipping`` does it."""
+        return self._hook is not None
 
     def __call__(self, optimizer: Optimizer) -> None:
         if self._hook is not None:
             self._dispatch.run("configure_gradient_clipping", self._hook, optimizer, self._value, self._algorithm)
-        else:
+        elif self._clip is not None:
             self._dispatch.run("clip_gradients", self._clip, optimizer, self._value, self._algorithm)
+        else:
+            self.clip(optimizer, self._value, self._algorithm)
 
     def clip(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
         """Clip the gradients of ``optimizer``; a value must agree with the Trainer's, if that has one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,15 +28,15 @@ class Gradients:
 
     Args:
         run: the run.
-        optimizer: whose gradients are emptied where an accumulation begins; None in a fit without optimizers.
+        optimizers: whose gradients are emptied where an accumulation begins; none in a fit without optimizers.
     """
 
-    def __init__(self, run: ReadyRun, optimizer: Optimizer | None) -> None:
+    def __init__(self, run: ReadyRun, optimizers: Sequence[Optimizer]) -> None:
         step, call = run.module.training_step, run.method("training_step")
         step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._training_step = run.loss.observe(step, wants_iterator=self.wants_iterator)
         self._run, self._results, self._loss = run, run.results, run.loss
-        self._zero_grad = _make_zero_grad(run, optimizer)
+        self._zero_grad = _make_zero_grad(run, optimizers)
         self._backward = automatic_backward(run)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
         self.idle = 0
@@ -101,17 +101,17 @@ class WholeBatchGradients:
 
     Args:
         run: the run, whose strategy ``runs_whole_batch``.
-        optimizer: as for :class:`Gradients`.
+        optimizers: as for :class:`Gradients`.
     """
 
     wants_iterator = False
     idle = 0  # a rank without the last stage of a pipeline never has a loss
 
-    def __init__(self, run: ReadyRun, optimizer: Optimizer | None) -> None:
+    def __init__(self, run: ReadyRun, optimizers: Sequence[Optimizer]) -> None:
         strategy: Any = run.fabric.strategy
         self._run_batch, self._engine = strategy.run_batch, run.engine
         self._results, self._loss = run.results, run.loss
-        self._zero_grad = _make_zero_grad(run, optimizer)
+        self._zero_grad = _make_zero_grad(run, optimizers)
         self._after_backward = run.dispatch.listeners("on_after_backward")
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
 
@@ -130,18 +130,34 @@ class WholeBatchGradients:
         return {} if loss is None else {"loss": loss.detach()}, mean
 
 
-def _make_zero_grad(run: ReadyRun, optimizer: Optimizer | None) -> Callable[[], None]:
+def _make_zero_grad(run: ReadyRun, optimizers: Sequence[Optimizer]) -> Callable[[], None]:
     """What empties the gradients, with its hooks; nothing where there is no optimizer, or an engine does it."""
-    strategy, dispatch, progress, results = run.fabric.strategy, run.dispatch, run.progress, run.results
-    if optimizer is None or strategy.handles_gradient_accumulation or strategy.owns_optimizer_step:
+    strategy = run.fabric.strategy
+    if not optimizers or strategy.handles_gradient_accumulation or strategy.owns_optimizer_step:
         return lambda: None
+    each = [_zero_grad_of(run, optimizer) for optimizer in optimizers]
+    if len(each) == 1:
+        return each[0]
+
+    def of_all() -> None:
+        for zero_grad in each:
+            zero_grad()
+
+    return of_all
+
+
+def _zero_grad_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], None]:
+    """What empties the gradients of one optimizer."""
+    dispatch, progress, results = run.dispatch, run.progress, run.results
     listeners, hook = dispatch.listeners("on_before_zero_grad"), run.module.optimizer_zero_grad
 
     def by_hook() -> None:
         dispatch.run("optimizer_zero_grad", hook, progress.epoch, progress.batch, optimizer)
 
     own = overrides(run.module, "optimizer_zero_grad", LightningModule)
-    zero_grad: Callable[[], None] = by_hook if own else optimizer.zero_grad
+    zero_grad: Callable[[], None] = (
+        by_hook if own else run.timed(optimizer.zero_grad, "optimizer_zero_grad", run.module)
+    )
     if not listeners:
         return zero_grad
 

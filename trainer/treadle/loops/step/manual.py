@@ -37,7 +37,7 @@ class ManualStep:
         self._results.hook = "training_step"
         output = self._training_step(batch, batch_idx)
         if self._prepares:
-            self._loss.prepare(None, 1, 1)
+            self._loss.prepare((), 1, 1)
         if not self._gives_outputs or output is None:
             return {} if self._gives_outputs else None
         if isinstance(output, Tensor):

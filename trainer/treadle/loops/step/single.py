@@ -1,0 +1,124 @@
+"""Automatic optimization with one optimizer, or without any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treadle.loops.step.automatic import AutomaticStep, step_of
+from treadle.loops.step.clipping import Clipping
+from treadle.module import LightningModule
+from treadle.module.overriding import overrides
+from treadle.run.run import ReadyRun
+from treadle_fabric import FabricOptimizer, MisconfigurationException
+from treadle_fabric.precision import needs_closure
+
+__all__ = ["NoOptimizerStep", "SingleOptimizerStep"]
+
+
+class NoOptimizerStep(AutomaticStep):
+    """Training steps of a fit that changes no weights.
+
+    Args:
+        run: the run.
+        clipping: not used; there is nothing to clip.
+    """
+
+    def __init__(self, run: ReadyRun, clipping: Clipping) -> None:
+        super().__init__(run, clipping, ())
+        self.step = self._step
+
+    def _step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
+        if not self._loss.prepare((), window, done + 1):
+            self._run.module.zero_grad()
+        return outputs
+
+    def _step_all(self) -> None:
+        """Do nothing."""
+
+
+class SingleOptimizerStep(AutomaticStep):
+    """Automatic optimization with one optimizer.
+
+    Args:
+        run: the run.
+        clipping: how to clip the gradients.
+        wrapped: the optimizer, in its wrapper.
+    """
+
+    def __init__(self, run: ReadyRun, clipping: Clipping, wrapped: FabricOptimizer) -> None:
+        strategy, optimizer = run.fabric.strategy, wrapped.optimizer
+        super().__init__(run, clipping, [optimizer])
+        self._wrapped_optimizer, self._optimizer = wrapped, optimizer
+        self._shows, self._show = self._preparation.shows, self._preparation.show
+        self._optimizer_step = step_of(run, optimizer)
+        self._needs_loss = needs_closure(optimizer)
+        if strategy.handles_gradient_accumulation:
+            self.accumulate = self._accumulate_in_engine
+        own = overrides(run.module, "optimizer_step", LightningModule)
+        # The action includes forward and backward, as the closure of an `optimizer_step` does
+        plain = run.timed(self._step, "optimizer_step", run.module)
+        self.step = self._step_with_closure if own or self._needs_loss else plain
+
+    def _check(self, accumulate: int) -> None:
+        if accumulate > 1 and self._needs_loss:
+            raise MisconfigurationException(
+                f"accumulate_grad_batches={accumulate}, but {type(self._optimizer).__name__} evaluates the loss several"
+                " times a step, of one batch only: use larger batches, or an optimizer without a closure."
+            )
+
+    def _step_all(self) -> None:
+        self._preparation.show(self._optimizer)
+        expected = self._progress.optimizer_steps + 1
+        self._optimizer_step()
+        self._progress.settle_steps(expected)
+
+    def _accumulate_in_engine(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
+        self._optimizer_step()  # the engine counts: it steps at the last micro-batch only
+        return outputs
+
+    def _step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        outputs = self._gradients.of(batch, batch_idx, window, done)[0]
+        if self._loss.prepare(self._optimizers, window, done + 1):  # `permits`, without its frame
+            if self._shows:
+                self._show(self._optimizer)
+            progress = self._progress
+            expected = progress.optimizer_steps + 1
+            self._optimizer_step()  # torch reports the step to the step counter
+            if progress.optimizer_steps != expected:
+                progress.settle_steps(expected)
+        else:
+            self._optimizer.zero_grad()
+        return outputs
+
+    def _step_with_closure(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        """The optimizer runs the forward and backward itself, perhaps several times."""
+        outputs = None
+
+        def closure() -> Tensor | None:
+            nonlocal outputs
+            with torch.enable_grad():
+                outputs, loss = self._gradients.of(batch, batch_idx, window, done)
+                if self._loss.prepare(self._optimizers, window, done + 1):
+                    if self._shows:
+                        self._show(self._optimizer)
+                else:
+                    self._optimizer.zero_grad()
+                    self._steps.leave_out(self._optimizer)
+            if loss is None and self._needs_loss:
+                raise MisconfigurationException(
+                    f"`training_step` gave nothing to learn from at batch_idx {batch_idx} (None, a weight of 0, or a"
+                    f" batch of 0 samples), but {type(self._optimizer).__name__} evaluates the loss several times a"
+                    " step, and needs one for every batch: leave such batches out of the loader, or use an optimizer"
+                    " without a closure."
+                )
+            return loss / window if loss is not None and window > 1 else loss
+
+        hook, epoch = self._run.module.optimizer_step, self._progress.epoch
+        self._steps.add(self._optimizer)
+        self._run.dispatch.run("optimizer_step", hook, epoch, batch_idx, self._wrapped_optimizer, closure)
+        return outputs
