@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,11 @@ class Logger(ABC):
     def save_dir(self) -> str | None:
         """The same as :attr:`root_dir`, under the name that the trainer's users know."""
         return self.root_dir
+
+    @property
+    def runs_dir(self) -> str | None:
+        """The folder below which the runs lie that this logger may go on in; None for a logger that keeps no files."""
+        return None if self.save_dir is None else join_path(self.save_dir, self.name or "")
 
     @property
     def group_separator(self) -> str:
@@ -87,19 +93,25 @@ class Logger(ABC):
         """Go on in the run that ``state`` names, before anything is written.
 
         What that run has of later steps than the checkpoint is superseded: a reader sees each step once, as in a run
-        that was never interrupted. Default: nothing happens, and the values go into the run that this logger has.
+        that was never interrupted. Every rank calls this method, before a hook of the fit runs; what is written changes
+        with the next value, and not before. Default: nothing happens, and the values go into the run that this logger
+        has.
 
         Args:
-            state: What :meth:`state_dict` returned when the checkpoint was saved.
+            state: What :meth:`state_dict` returned when the checkpoint was saved. A trainer adds ``checkpoint``, its
+                path, and ``global_step``, the optimizer steps that had been made.
         """
+
+    def supersede_nothing(self) -> None:
+        """Keep all that the resumed run has, because nothing is trained again after all. Default: nothing happens."""
 
     def branch(self, state: Mapping[str, Any]) -> None:
         """Begin a run of its own that names the run in ``state`` as its parent, and leave that run untouched.
 
-        Default: nothing happens.
+        Every rank calls this method, before a hook of the fit runs. Default: nothing happens.
 
         Args:
-            state: What :meth:`state_dict` returned when the checkpoint was saved.
+            state: As for :meth:`resume`.
         """
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
@@ -153,6 +165,14 @@ class DummyLogger(Logger):
 
     def __getitem__(self, index: int) -> DummyLogger:
         return self
+
+
+def join_path(*parts: str) -> str:
+    """Join the parts of a local path or of an fsspec URL; empty ones are left out."""
+    head, *tail = [part for part in parts if part]
+    if "://" in head:
+        return "/".join([head.rstrip("/"), *(part.strip("/") for part in tail)])
+    return os.path.join(head, *tail)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -106,6 +106,9 @@ class ReadyRun(Run):
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""
+    unwritten: dict[str, Any] = field(default_factory=dict)
+    """In the end hooks of an epoch: ``values`` of the epoch that no logger has yet, and whether those that a hook still
+    logs are ``local`` to the ranks."""
 
     @property
     def engine(self) -> Module:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.checkpoint.exact import capture_exact, restore_exact, write_left
 from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
 from treadle.loops.epoch import TrainingEpoch
@@ -179,6 +179,12 @@ class Fitting:
 
     def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
         return Evaluation(run, data, "validation", inference_mode=False)
+
+    def nothing_left(self, run: ReadyRun) -> None:
+        """Have the loggers keep all that the run has logged, because nothing is trained again."""
+        for logger in run.loggers:
+            logger.supersede_nothing()
+        write_left(run, self._unrestored)
 
     def stopped(self, run: ReadyRun) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
