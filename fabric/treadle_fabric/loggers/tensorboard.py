@@ -77,6 +77,7 @@ class TensorBoardLogger(FolderLogger):
         self._hp_metric_logged = False
         self._graph_logged = False
         self._earlier = ""  # the hyper-parameters that the resumed run had, as YAML
+        self._newest: dict[str, list[Any]] = {}  # of each metric the last step and value, which are not written twice
 
     @property
     def sub_dir(self) -> str | None:
@@ -119,12 +120,16 @@ class TensorBoardLogger(FolderLogger):
                 writer.add_scalars(name, dict(value), step)
                 continue
             try:
-                values.append(summary.Value(tag=name, simple_value=float(value)))
+                number = float(value)
             except (TypeError, ValueError):
                 raise MisconfigurationException(
                     f"The metric {name!r} is {value!r}, a {type(value).__qualname__}, and TensorBoard draws numbers. "
                     "Log a number, or use `logger.experiment.add_text` and its like."
                 ) from None
+            newest = [step, number]
+            if self._newest.get(name) != newest:  # a resumed run may call a hook again
+                self._newest[name] = newest
+                values.append(summary.Value(tag=name, simple_value=number))
         # One event for all values costs a fifth of one add_scalar for each value
         if values:
             writer._get_file_writer().add_summary(summary(value=values), step)
@@ -205,7 +210,7 @@ class TensorBoardLogger(FolderLogger):
     def begin_anew(self) -> None:
         self._renew()
         self._hparams, self._hparams_changed, self._hp_metric_logged = {}, False, False
-        self._graph_logged, self._earlier = False, ""
+        self._graph_logged, self._earlier, self._newest = False, "", {}
 
     def state_dict(self) -> dict[str, Any]:
         if getattr(rank_zero_only, "rank", 0) != 0:
@@ -218,6 +223,7 @@ class TensorBoardLogger(FolderLogger):
             "hparams": keep_entries(self._earlier, to_yaml(self._hparams)),
             "hp_metric": self._hp_metric_logged,
             "graph": self._graph_logged,
+            "newest": dict(self._newest),
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
@@ -235,6 +241,7 @@ class TensorBoardLogger(FolderLogger):
             return
         self._resumed, self._begun, self._earlier = dict(state), False, state["hparams"]
         self._hp_metric_logged, self._graph_logged = state["hp_metric"], state["graph"]
+        self._newest = dict(state["newest"])
         if self._experiment is not None:  # in the folder of a run that does not begin
             self.finalize("success")
 

@@ -69,15 +69,24 @@ class Run:
             module.attach_metrics(results)
         return before
 
-    def write(self, metrics: Mapping[str, Any], step: int, *, with_epoch: bool = True) -> None:
-        """Send metrics to the loggers, in one transfer from the device. A metric called ``step`` replaces the step."""
+    def write(
+        self, metrics: Mapping[str, Any], step: int, *, with_epoch: bool = True, epoch: int | None = None
+    ) -> None:
+        """Send metrics to the loggers, in one transfer from the device. A metric called ``step`` replaces the step.
+
+        Args:
+            metrics: names and values.
+            step: the x axis.
+            with_epoch: add the epoch, unless there is a metric called ``step``.
+            epoch: that the values are of. Default: the current one.
+        """
         if not metrics or not self.loggers:
             return
         scalars: dict[str, Any] = to_floats(metrics)
         if "step" in scalars:
             step = int(scalars.pop("step"))
         elif with_epoch:
-            scalars.setdefault("epoch", self.progress.epoch)
+            scalars.setdefault("epoch", self.progress.epoch if epoch is None else epoch)
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
 
