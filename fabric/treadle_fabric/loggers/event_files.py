@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from treadle_fabric.loggers.run_folder import file_system
 
-__all__ = ["event_files", "rewind_events"]
+__all__ = ["event_files", "newest_scalars", "rewind_events"]
 
 _EVENTS: Final = "tfevents"  # TensorBoard reads every file with this word in its name
 _SUPERSEDED: Final = "superseded"
@@ -60,6 +60,32 @@ def rewind_events(folder: str, run_id: str, sizes: Mapping[str, int]) -> int | N
     if not longer or not _is_local(fs):
         return None
     return max((_last_step(path) for path in left), default=-1) + 1
+
+
+def newest_scalars(folder: str, run_id: str, sizes: Mapping[str, int], event_class: Any) -> dict[str, list[Any]]:
+    """Return the last step and value of each metric that the run's files have after the sizes in a checkpoint.
+
+    Args:
+        folder: The folder of the run.
+        run_id: Names the run.
+        sizes: What :func:`event_files` returned when the checkpoint was saved.
+        event_class: Parses an event.
+    """
+    fs, where = file_system(folder)
+    found: dict[str, list[Any]] = {}
+    for name, size in sorted(event_files(folder, run_id).items()):
+        if os.path.dirname(name) or size <= sizes.get(name, 0):  # charts of several lines lie in folders
+            continue
+        content, at = fs.cat_file(f"{where.rstrip('/')}/{name}", start=sizes.get(name, 0)), 0
+        while at + 12 <= len(content):
+            (length,) = struct.unpack("<Q", content[at : at + 8])
+            record = content[at + 12 : at + 12 + length]
+            if len(record) < length:  # cut off
+                break
+            event = event_class.FromString(record)
+            found |= {v.tag: [event.step, v.simple_value] for v in event.summary.value if v.HasField("simple_value")}
+            at += length + 16
+    return found
 
 
 def _shorten(fs: Any, path: str, size: int) -> None:

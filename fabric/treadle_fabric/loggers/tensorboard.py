@@ -13,7 +13,7 @@ import torch
 
 from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.errors import MisconfigurationException, describe_error
-from treadle_fabric.loggers.event_files import event_files, rewind_events
+from treadle_fabric.loggers.event_files import event_files, newest_scalars, rewind_events
 from treadle_fabric.loggers.hyperparameters import flatten, keep_entries, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
 from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder, exists
@@ -120,16 +120,16 @@ class TensorBoardLogger(FolderLogger):
                 writer.add_scalars(name, dict(value), step)
                 continue
             try:
-                number = float(value)
+                entry = summary.Value(tag=name, simple_value=float(value))
             except (TypeError, ValueError):
                 raise MisconfigurationException(
                     f"The metric {name!r} is {value!r}, a {type(value).__qualname__}, and TensorBoard draws numbers. "
                     "Log a number, or use `logger.experiment.add_text` and its like."
                 ) from None
-            newest = [step, number]
+            newest = [step, entry.simple_value]
             if self._newest.get(name) != newest:  # a resumed run may call a hook again
                 self._newest[name] = newest
-                values.append(summary.Value(tag=name, simple_value=number))
+                values.append(entry)
         # One event for all values costs a fifth of one add_scalar for each value
         if values:
             writer._get_file_writer().add_summary(summary(value=values), step)
@@ -245,8 +245,11 @@ class TensorBoardLogger(FolderLogger):
         if self._experiment is not None:  # in the folder of a run that does not begin
             self.finalize("success")
 
+    @rank_zero_only
     def supersede_nothing(self) -> None:
-        self._resumed = None
+        if self._resumed is not None:
+            self._newest |= newest_scalars(self.log_dir, self._folder.id, self._resumed["files"], _event_class())
+            self._resumed = None
 
     @rank_zero_only
     def save(self) -> None:
@@ -273,3 +276,9 @@ def _backend() -> tuple[Any, Any, Any]:
         package, messages = "tensorboardX", "tensorboardX.proto"
     writer, summary = importlib.import_module(package), importlib.import_module(f"{package}.summary")
     return writer.SummaryWriter, importlib.import_module(f"{messages}.summary_pb2").Summary, summary.hparams
+
+
+def _event_class() -> Any:
+    """Return the class of the events in the files."""
+    package = _backend()[1].__module__.removesuffix(".summary_pb2")
+    return importlib.import_module(f"{package}.event_pb2").Event

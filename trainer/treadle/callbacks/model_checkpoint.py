@@ -215,7 +215,8 @@ class ModelCheckpoint(Checkpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a folder that holds files of another run."""
-        wrote_here = os.path.dirname(self._last.path) == self.dirpath  # in the fit that this one continues
+        # in the fit that this one continues, or in the run that the checkpoint is of
+        wrote_here = os.path.dirname(self._last.path) == self.dirpath or self._restored
         if trainer.is_global_zero and self.save_top_k != 0 and not trainer.fast_dev_run and not wrote_here:
             warn_if_in_use(self.dirpath or "", os.fspath(trainer.ckpt_path or ""))
 
