@@ -129,7 +129,7 @@ def rewind(path: str, folder: RunFolder, state: Mapping[str, Any]) -> Rewound | 
                 _add(found, state["last"], new)
         if cut:
             _keep(folder, header, cut, str(state.get("global_step", "")))
-        if cut or header != columns:
+        if cut or header != columns or found.size != os.path.getsize(path):
             os.replace(temporary, path) if found.steps else os.remove(path)
     except FileNotFoundError:
         return None
