@@ -407,6 +407,10 @@ def test_processes_that_are_forked_leave_the_run_to_the_trainer(tmp_path: Path) 
     trainer.fit(trainer.lightning_module, loader(10), loader(4))
     assert [logger.version for logger in trainer.loggers] == [0, 0]
     assert [path.name for path in (tmp_path / "csv/version_0").glob("*.csv")] == ["metrics.csv"]
-    metrics = (tmp_path / "csv/version_0/metrics.csv").read_text()
-    assert metrics == (tmp_path / "whole/csv/version_0/metrics.csv").read_text()
-    assert scalars(tmp_path / "tb/version_0") == scalars(tmp_path / "whole/tb/version_0")
+    assert losses(tmp_path / "csv/version_0") == losses(tmp_path / "whole/csv/version_0")
+    assert scalars(tmp_path / "tb/version_0")["loss"] == scalars(tmp_path / "whole/tb/version_0")["loss"]
+
+
+def losses(folder: Path) -> dict[str, str]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return {row["step"]: row["loss"] for row in csv.DictReader(file) if row["loss"]}
