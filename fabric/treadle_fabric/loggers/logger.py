@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -46,8 +45,8 @@ class Logger(ABC):
 
     @property
     def runs_dir(self) -> str | None:
-        """The folder below which the runs lie that this logger may go on in; None for a logger that keeps no files."""
-        return None if self.save_dir is None else join_path(self.save_dir, self.name or "")
+        """The folder that has the runs which this logger may go on in; None: those of its name in ``save_dir``."""
+        return None
 
     @property
     def group_separator(self) -> str:
@@ -165,14 +164,6 @@ class DummyLogger(Logger):
 
     def __getitem__(self, index: int) -> DummyLogger:
         return self
-
-
-def join_path(*parts: str) -> str:
-    """Join the parts of a local path or of an fsspec URL; empty ones are left out."""
-    head, *tail = [part for part in parts if part]
-    if "://" in head:
-        return "/".join([head.rstrip("/"), *(part.strip("/") for part in tail)])
-    return os.path.join(head, *tail)
 
 
 def _nothing(*_: Any, **__: Any) -> None:

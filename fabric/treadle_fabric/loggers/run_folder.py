@@ -7,10 +7,11 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
+from datetime import UTC
 from typing import Any, Final
 
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.loggers.logger import Logger, join_path
+from treadle_fabric.loggers.logger import Logger
 from treadle_fabric.types import PathLike
 
 __all__ = ["FolderLogger", "RunFolder", "exists", "file_system", "read_file"]
@@ -96,8 +97,8 @@ class RunFolder:
         if self._given_version is not None and _folder_name(self._given_version) != name:
             return False
         if state["root"] != self._absolute_root:
-            folder = join_path(self.root, self.name, name, self.sub_dir or "")
-            if not holds(lambda file: join_path(folder, file)):
+            folder = _join(self.root, self.name, name, self.sub_dir or "")
+            if not holds(lambda file: _join(folder, file)):
                 return False
         self._version, self.id, self.parent = state["version"], state["id"], None
         return True
@@ -106,7 +107,7 @@ class RunFolder:
     def runs(self) -> str:
         """The folder of all versions, or of the one that the user has named."""
         version = "" if self._given_version is None else _folder_name(self._given_version)
-        return join_path(self.root, self.name, version)
+        return _join(self.root, self.name, version)
 
     @property
     def _absolute_root(self) -> str:
@@ -115,11 +116,11 @@ class RunFolder:
     @property
     def path(self) -> str:
         """The path of the folder as the user would write it, which may be a URL."""
-        return join_path(self.root, self.name, _folder_name(self.version), self.sub_dir or "")
+        return _join(self.root, self.name, _folder_name(self.version), self.sub_dir or "")
 
     def file(self, name: str) -> str:
         """Return the path of a file in the folder."""
-        return join_path(self.path, name)
+        return _join(self.path, name)
 
     def local_path(self) -> str | None:
         """Make the folder if needed, and return its path on the local disk; None if the folder is not local."""
@@ -174,8 +175,6 @@ class RunFolder:
 
     def modified(self, name: str) -> str:
         """Return when a file was written last, in UTC; empty where the file system does not tell."""
-        from datetime import UTC
-
         fs, path = self._file_system(self.file(name))
         try:
             return str(fs.modified(path).astimezone(UTC).isoformat())
@@ -195,7 +194,7 @@ class RunFolder:
             self.write(PARENT, (json.dumps(parent, indent=2, default=str) + "\n").encode())
 
     def _next_version(self) -> int:
-        fs, path = self._file_system(join_path(self.root, self.name))
+        fs, path = self._file_system(_join(self.root, self.name))
         try:
             names = [os.path.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False)]
         except FileNotFoundError:
@@ -284,6 +283,14 @@ def read_file(path: str) -> bytes | None:
         return bytes(fs.cat_file(where))
     except FileNotFoundError:
         return None
+
+
+def _join(*parts: str) -> str:
+    """Join the parts of a local path or of an fsspec URL; empty ones are left out."""
+    head, *tail = [part for part in parts if part]
+    if "://" in head:
+        return "/".join([head.rstrip("/"), *(part.strip("/") for part in tail)])
+    return os.path.join(head, *tail)
 
 
 def _folder_name(version: int | str) -> str:

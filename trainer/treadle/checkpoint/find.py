@@ -119,4 +119,4 @@ def _default_runs(loggers: Sequence[Logger], root: str) -> list[str]:
 
 
 def _runs_of(logger: Logger, root: str) -> str:
-    return logger.runs_dir or os.path.join(root, str(logger.name))
+    return logger.runs_dir or os.path.join(logger.save_dir or root, str(logger.name))
