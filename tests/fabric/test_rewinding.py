@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import random
 import warnings
 from pathlib import Path
@@ -173,6 +174,39 @@ def test_another_runs_file_is_set_aside(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"earlier run.*metrics_0\.csv"):
         again.save()
     assert read(again) == "step,a\n4,4\n"
+
+
+def test_a_copy_of_a_resumed_logger_takes_nothing_back(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 0}, 0)
+    state = saved(logger)
+    again = CSVLogger(tmp_path)
+    again.resume(state)
+    sent = pickle.loads(pickle.dumps(again))  # to the process that trains
+    sent.log_metrics({"a": 1}, 1)
+    sent.save()
+    assert read(again) == "step,a\n0,0\n1,1\n"
+    copy = pickle.loads(pickle.dumps(sent))
+    copy.log_metrics({"a": 2}, 2)
+    with pytest.warns(UserWarning, match="earlier run"):
+        copy.save()
+    assert read(copy, "metrics_0.csv") == "step,a\n0,0\n1,1\n"
+
+
+def test_the_journal_of_an_earlier_run_in_the_folder_is_not_believed(tmp_path: Path) -> None:
+    for value in (1, 2):
+        logger = CSVLogger(tmp_path, version="mine", flush_logs_every_n_steps=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the file of the first is set aside
+            for step in range(3):
+                logger.log_metrics({"a": value}, step)
+        state = saved(logger)
+        logger.log_metrics({"b": 1}, 0)
+    again = CSVLogger(tmp_path, version="mine")
+    again.resume(state)
+    again.log_metrics({"a": 2}, 3)
+    again.save()
+    assert read(again) == "step,a\n0,2\n1,2\n2,2\n3,2\n"
 
 
 @pytest.mark.parametrize("version", ["../elsewhere", "/elsewhere"])

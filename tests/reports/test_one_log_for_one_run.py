@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -254,6 +255,21 @@ def test_the_folder_of_the_run_is_known_in_setup(how: dict[str, Any], tmp_path: 
     assert after.last_model_path == before.last_model_path
     assert os.listdir(tmp_path / "lightning_logs") == ["version_0"]
     assert steps_in(version) == list(range(10))
+
+
+def test_a_remote_log_goes_on(tmp_path: Path) -> None:
+    fs = fsspec.filesystem("memory")
+    for steps, how in ((5, {}), (-1, {"ckpt_path": "last"})):
+        saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=2)
+        trainer = quick(tmp_path, steps, loggers=CSVLogger("memory://far"), callbacks=saver, **how)
+    quick(tmp_path / "whole")
+    try:
+        assert trainer.log_dir == "memory://far/lightning_logs/version_0"
+        found = fs.cat("/far/lightning_logs/version_0/metrics.csv")
+        assert found == (tmp_path / "whole/lightning_logs/version_0/metrics.csv").read_bytes()
+        assert fs.exists("/far/lightning_logs/version_0/metrics_superseded.csv")
+    finally:
+        fs.rm("/far", recursive=True)
 
 
 def test_an_hpc_checkpoint_goes_on_in_the_run(tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ class ExperimentWriter:
             state, self._resumed = self._resumed, None
             if self._go_on(path, state):
                 return path
+        self._folder.remove(JOURNAL)
         aside = self._folder.set_aside(self.METRICS)
         if aside is not None:
             rank_zero_warn(

@@ -259,7 +259,8 @@ class FolderLogger(Logger):
         self._folder.renew()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_experiment": None}
+        resumed = None if self._begun else self._resumed  # a copy does not take back what was written since
+        return {**self.__dict__, "_experiment": None, "_resumed": resumed}
 
 
 def file_system(path: str) -> tuple[Any, str]:
