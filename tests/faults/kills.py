@@ -148,6 +148,7 @@ class Endurance:
             exact = trained and written(folder / "ckpt" / "preempted.ckpt") != preempted
             self.counts["kills"] += status != 0
             self.counts["preempted"] += written(folder / "ckpt" / "preempted.ckpt") != preempted
+        assert metrics(folder) == metrics(self.folder / "whole"), f"{self.case}: another metrics.csv"
         self.counts["pairs"] += 1
 
     def death(self, rng: random.Random, trace: Path) -> dict[str, Any]:
@@ -206,6 +207,12 @@ class Endurance:
         """What the last victim wrote."""
         texts = sorted(folder.glob("*.txt"), key=lambda p: p.stat().st_mtime)
         return texts[-1].read_text()[-3000:] if texts else ""
+
+
+def metrics(folder: Path) -> str:
+    """The rows of the newest version: one that was killed before its first checkpoint began anew."""
+    versions = sorted((folder / "csv").iterdir(), key=lambda version: int(version.name.removeprefix("version_")))
+    return (versions[-1] / "metrics.csv").read_text()
 
 
 def written(file: Path) -> int:

@@ -29,7 +29,7 @@ from torch.utils.data import (
 
 import treadle as L
 from treadle.callbacks import EarlyStopping, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
-from treadle_fabric.loggers import Logger
+from treadle_fabric.loggers import CSVLogger, Logger
 
 WIDTH = 6
 
@@ -523,7 +523,7 @@ def build(case: Case, folder: Path, trace: Trace, **kwargs: Any) -> L.Trainer:
         "log_every_n_steps": case.log_every,
         "reload_dataloaders_every_n_epochs": case.reload_every,
         "callbacks": callbacks,
-        "logger": Rows(trace),
+        "logger": [Rows(trace), CSVLogger(folder, "csv", flush_logs_every_n_steps=case.log_every)],
         "auto_resume": case.auto_resume,
         "enable_progress_bar": False,
         "enable_model_summary": False,

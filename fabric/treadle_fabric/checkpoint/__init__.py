@@ -8,11 +8,11 @@ has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor.
 plain for a file, and turns them back; ``host/`` is about the memory of the host. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
-``read_outline`` look at what is there; ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and
-``shortened`` make them; ``files_mapped`` and ``FileMaps`` have the processes of a host share what they read, and
-``noting_checks`` and ``trusting`` the check of it; ``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what
-the ranks do not have in common; ``pack`` and ``unpack`` are for values of any kind, and ``pickled_in`` says which of
-them are pickled.
+``read_outline`` look at what is there, and ``read_quickly`` does without checking it; ``put_in_place`` and
+``link_folder`` give names, ``hidden_beside`` and ``shortened`` make them; ``files_mapped`` and ``FileMaps`` have the
+processes of a host share what they read, and ``noting_checks`` and ``trusting`` the check of it; ``PerRank``,
+``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common; ``pack`` and ``unpack`` are for
+values of any kind, and ``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
@@ -27,7 +27,7 @@ from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
-from treadle_fabric.checkpoint.reading import read_outline
+from treadle_fabric.checkpoint.reading import read_outline, read_quickly
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
@@ -61,6 +61,7 @@ __all__ = [
     "placed_like",
     "put_in_place",
     "read_outline",
+    "read_quickly",
     "shortened",
     "size_of",
     "trusting",

@@ -7,12 +7,15 @@ import os
 from typing import Any
 
 from treadle_fabric.checkpoint.distributed.loading import load_sharded
+from treadle_fabric.checkpoint.folder.layout import identity, identity_of
 from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
+from treadle_fabric.checkpoint.host.checked import trusting
+from treadle_fabric.checkpoint.per_rank import parts_on_demand
 from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_of
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["load_any", "read_outline", "remove_any"]
+__all__ = ["load_any", "read_outline", "read_quickly", "remove_any"]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -58,3 +61,23 @@ def read_outline(path: PathLike) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(found).__name__}, and a checkpoint is a dict.")
     return found
+
+
+def read_quickly(path: PathLike) -> dict[str, Any]:
+    """Read a checkpoint for a look at its plain values: tensors are on the meta device, and nothing is checked.
+
+    Of a local file or folder only the plain values are read; a remote file is fetched whole.
+
+    Returns:
+        The content; nothing where there is no checkpoint that can be read so. Whoever loads it learns why not.
+    """
+    fs, where = file_system(path)
+    try:
+        known = None
+        if fs is None:
+            known = identity(where) if os.path.isdir(where) else identity_of(os.stat(where))
+        with parts_on_demand(), trusting([known] if known else []):
+            found: Any = load_any(path, map_location="meta")
+    except (OSError, CheckpointError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,7 +1,8 @@
 """Loggers, which write metrics and hyper-parameters: one file for each logger.
 
 Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger,
-``scalars.py`` and ``hyperparameters.py`` turn values into what loggers write. Imports only the foundation.
+``scalars.py`` and ``hyperparameters.py`` turn values into what loggers write. ``rewinding.py`` (CSV) and
+``event_files.py`` (TensorBoard) take files back to a checkpoint of the run that goes on. Imports only the foundation.
 """
 
 from treadle_fabric.loggers.csv import CSVLogger

@@ -8,11 +8,12 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["flatten", "to_dict", "to_yaml"]
+__all__ = ["flatten", "keep_entries", "to_dict", "to_yaml"]
 
 _BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
@@ -70,6 +71,20 @@ def to_yaml(params: Mapping[str, Any]) -> str:
     """Format as YAML: one ``key: value`` per line, each value in YAML's JSON-like form, or as a string without one."""
     lines = (f"{_key(key)}: {_value(value)}\n" for key, value in params.items())
     return "".join(lines) or "{}\n"
+
+
+def keep_entries(before: str, now: str) -> str:
+    """Return the YAML ``now``, and below it the entries of the earlier YAML ``before`` that ``now`` has no key of."""
+    known = {_key_of(line) for line in now.splitlines()}
+    kept = [line for line in before.splitlines() if line != "{}" and _key_of(line) not in known]
+    return (now if now != "{}\n" or not kept else "") + "".join(f"{line}\n" for line in kept)
+
+
+def _key_of(line: str) -> str:
+    if line.startswith('"'):
+        with suppress(ValueError):  # edited by hand
+            return line[: json.JSONDecoder().raw_decode(line)[1]]
+    return line.partition(": ")[0]
 
 
 def _key(key: str) -> str:

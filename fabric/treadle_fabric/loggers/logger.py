@@ -44,6 +44,11 @@ class Logger(ABC):
         return self.root_dir
 
     @property
+    def runs_dir(self) -> str | None:
+        """The folder that has the runs which this logger may go on in; None: those of its name in ``save_dir``."""
+        return None
+
+    @property
     def group_separator(self) -> str:
         """The separator between the prefix and the name of a metric."""
         return "/"
@@ -87,19 +92,25 @@ class Logger(ABC):
         """Go on in the run that ``state`` names, before anything is written.
 
         What that run has of later steps than the checkpoint is superseded: a reader sees each step once, as in a run
-        that was never interrupted. Default: nothing happens, and the values go into the run that this logger has.
+        that was never interrupted. Every rank calls this method, before a hook of the fit runs; what is written changes
+        with the next value, and not before. Default: nothing happens, and the values go into the run that this logger
+        has.
 
         Args:
-            state: What :meth:`state_dict` returned when the checkpoint was saved.
+            state: What :meth:`state_dict` returned when the checkpoint was saved. A trainer adds ``checkpoint``, its
+                path, and ``global_step``, the optimizer steps that had been made.
         """
+
+    def supersede_nothing(self) -> None:
+        """Keep all that the resumed run has, because nothing is trained again after all. Default: nothing happens."""
 
     def branch(self, state: Mapping[str, Any]) -> None:
         """Begin a run of its own that names the run in ``state`` as its parent, and leave that run untouched.
 
-        Default: nothing happens.
+        Every rank calls this method, before a hook of the fit runs. Default: nothing happens.
 
         Args:
-            state: What :meth:`state_dict` returned when the checkpoint was saved.
+            state: As for :meth:`resume`.
         """
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:

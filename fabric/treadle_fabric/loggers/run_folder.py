@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import uuid
-from typing import Any
+from collections.abc import Callable, Mapping
+from datetime import UTC
+from typing import Any, Final
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.logger import Logger
 from treadle_fabric.types import PathLike
 
-__all__ = ["FolderLogger", "RunFolder"]
+__all__ = ["FolderLogger", "RunFolder", "exists", "file_system", "read_file"]
+
+PARENT: Final = "parent.json"
+"""The file that tells which run, and which checkpoint of it, a branch has begun from."""
+_RUN: Final = ("id", "name", "version", "root")
 
 
 class RunFolder:
@@ -50,6 +57,10 @@ class RunFolder:
         self.name = name or ""
         self.sub_dir = None if sub_dir is None else os.path.expandvars(os.path.expanduser(os.fspath(sub_dir)))
         self._given_version = self._version = version
+        self.id = _new_id()
+        """Names the run, in checkpoints too."""
+        self.parent: dict[str, Any] | None = None
+        """The run and the checkpoint that this run has branched from; until the folder is made."""
 
     @property
     def version(self) -> int | str:
@@ -60,13 +71,52 @@ class RunFolder:
 
     def renew(self) -> None:
         """Count the version up for another run, unless the user has named the version."""
-        self._version = self._given_version
+        self._version, self.id, self.parent = self._given_version, _new_id(), None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which run this is."""
+        return {"id": self.id, "name": self.name, "version": self.version, "root": self._absolute_root}
+
+    def go_on(self, state: Mapping[str, Any], holds: Callable[[Callable[[str], str]], bool]) -> bool:
+        """Become the folder of the run in ``state``, if the run is to be found here.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            holds: Asked where the folder above the experiments is another one, because the files were moved or because
+                the user wants the new run elsewhere: whether the run's files are there. It gets a function from the
+                names of files to paths.
+
+        Returns:
+            Whether it is that folder now. It is not if the user has named another version.
+        """
+        if any(state.get(key) is None for key in _RUN) or state["name"] != self.name:
+            return False
+        name = _folder_name(state["version"])
+        if os.path.isabs(name) or os.pardir in name.split("/"):  # a checkpoint does not choose where files go
+            return False
+        if self._given_version is not None and _folder_name(self._given_version) != name:
+            return False
+        if state["root"] != self._absolute_root:
+            folder = _join(self.root, self.name, name, self.sub_dir or "")
+            if not holds(lambda file: _join(folder, file)):
+                return False
+        self._version, self.id, self.parent = state["version"], state["id"], None
+        return True
+
+    @property
+    def runs(self) -> str:
+        """The folder of all versions, or of the one that the user has named."""
+        version = "" if self._given_version is None else _folder_name(self._given_version)
+        return _join(self.root, self.name, version)
+
+    @property
+    def _absolute_root(self) -> str:
+        return self.root.rstrip("/") if "://" in self.root else os.path.abspath(self.root)
 
     @property
     def path(self) -> str:
         """The path of the folder as the user would write it, which may be a URL."""
-        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        return _join(self.root, self.name, version, self.sub_dir or "")
+        return _join(self.root, self.name, _folder_name(self.version), self.sub_dir or "")
 
     def file(self, name: str) -> str:
         """Return the path of a file in the folder."""
@@ -77,10 +127,11 @@ class RunFolder:
         from fsspec.implementations.local import LocalFileSystem  # heavy
 
         fs, path = self._file_system(self.path)
-        if not isinstance(fs, LocalFileSystem):
-            return None
-        os.makedirs(path, exist_ok=True)
-        return str(path)
+        local = isinstance(fs, LocalFileSystem)
+        if local:
+            os.makedirs(path, exist_ok=True)
+        self._name_parent()
+        return str(path) if local else None
 
     def set_aside(self, name: str) -> str | None:
         """Rename a file that an earlier run left, and return the new name; None if there is no such file."""
@@ -118,6 +169,30 @@ class RunFolder:
         fs.makedirs(fs._parent(path), exist_ok=True)
         fs.put_file(source, path)
 
+    def read(self, name: str) -> bytes | None:
+        """Return what a file in the folder holds; None if there is no such file."""
+        return read_file(self.file(name))
+
+    def modified(self, name: str) -> str:
+        """Return when a file was written last, in UTC; empty where the file system does not tell."""
+        fs, path = self._file_system(self.file(name))
+        try:
+            return str(fs.modified(path).astimezone(UTC).isoformat())
+        except (NotImplementedError, FileNotFoundError):
+            return ""
+
+    def remove(self, name: str) -> None:
+        """Remove a file from the folder, if it is there."""
+        fs, path = self._file_system(self.file(name))
+        if fs.exists(path):
+            fs.rm_file(path)
+
+    def _name_parent(self) -> None:
+        """Write the parent of a branch, once, when its folder is made."""
+        parent, self.parent = self.parent, None
+        if parent is not None:
+            self.write(PARENT, (json.dumps(parent, indent=2, default=str) + "\n").encode())
+
     def _next_version(self) -> int:
         fs, path = self._file_system(_join(self.root, self.name))
         try:
@@ -129,10 +204,7 @@ class RunFolder:
 
     @staticmethod
     def _file_system(path: str) -> tuple[Any, str]:
-        import fsspec  # heavy
-
-        fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have made a folder since
-        return fs, where
+        return file_system(path)
 
 
 class FolderLogger(Logger):
@@ -145,6 +217,8 @@ class FolderLogger(Logger):
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._experiment: Any = None  # writes the files; made when first needed, never pickled
+        self._resumed: dict[str, Any] | None = None  # the state of the run that goes on, until that is written to
+        self._begun = False  # whether values were logged to the run
 
     @property
     def name(self) -> str:
@@ -162,18 +236,67 @@ class FolderLogger(Logger):
     def log_dir(self) -> str:
         return self._folder.path
 
+    @property
+    def runs_dir(self) -> str:
+        return self._folder.runs
+
+    def branch(self, state: Mapping[str, Any]) -> None:
+        """Begin a run in a new version whose ``parent.json`` names the run, the checkpoint and its step.
+
+        A version that the user has named stays. The parent's files are not touched.
+
+        Args:
+            state: What :meth:`state_dict` returned; ``checkpoint`` and ``global_step`` are added by a trainer.
+        """
+        if self._begun or self._resumed is not None or self._folder.id == state.get("id"):
+            self.begin_anew()
+        self._folder.parent = {key: state.get(key) for key in (*_RUN, "checkpoint", "global_step")}
+
     def _renew(self) -> None:
         """End the experiment and begin another one in a new version."""
         self.finalize("success")
-        self._experiment = None
+        self._experiment, self._resumed, self._begun = None, None, False
         self._folder.renew()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_experiment": None}
+        resumed = None if self._begun else self._resumed  # a copy does not take back what was written since
+        return {**self.__dict__, "_experiment": None, "_resumed": resumed}
+
+
+def file_system(path: str) -> tuple[Any, str]:
+    """Return the file system that a local path or a URL belongs to, and the path in it."""
+    import fsspec  # heavy
+
+    fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have made a folder since
+    return fs, where
+
+
+def exists(path: str) -> bool:
+    """Tell whether there is something at a local path or a URL."""
+    fs, where = file_system(path)
+    return bool(fs.exists(where))
+
+
+def read_file(path: str) -> bytes | None:
+    """Return what a local or remote file holds; None if there is no such file."""
+    fs, where = file_system(path)
+    try:
+        return bytes(fs.cat_file(where))
+    except FileNotFoundError:
+        return None
 
 
 def _join(*parts: str) -> str:
+    """Join the parts of a local path or of an fsspec URL; empty ones are left out."""
     head, *tail = [part for part in parts if part]
     if "://" in head:
         return "/".join([head.rstrip("/"), *(part.strip("/") for part in tail)])
     return os.path.join(head, *tail)
+
+
+def _folder_name(version: int | str) -> str:
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:12]

@@ -13,9 +13,10 @@ import torch
 
 from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.errors import MisconfigurationException, describe_error
-from treadle_fabric.loggers.hyperparameters import flatten, to_dict, to_yaml
+from treadle_fabric.loggers.event_files import event_files, newest_scalars, rewind_events
+from treadle_fabric.loggers.hyperparameters import flatten, keep_entries, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
-from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder
+from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder, exists
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
 from treadle_fabric.types import PathLike
@@ -74,6 +75,9 @@ class TensorBoardLogger(FolderLogger):
         self._hparams: dict[str, Any] = {}
         self._hparams_changed = False
         self._hp_metric_logged = False
+        self._graph_logged = False
+        self._earlier = ""  # the hyper-parameters that the resumed run had, as YAML
+        self._newest: dict[str, list[Any]] = {}  # of each metric the last step and value, which are not written twice
 
     @property
     def sub_dir(self) -> str | None:
@@ -86,7 +90,14 @@ class TensorBoardLogger(FolderLogger):
         """The ``SummaryWriter``; made, with the folder, when it is first needed."""
         if self._experiment is None:
             self._folder.local_path()
-            self._experiment = _backend()[0](log_dir=self.log_dir, **self._kwargs)
+            options = dict(self._kwargs)
+            if (state := self._resumed) is not None:
+                step = rewind_events(self.log_dir, self._folder.id, state["files"])
+                if step is not None:  # a TensorBoard that runs has read what is cut
+                    options.setdefault("purge_step", step)
+                self._resumed = None
+            options["filename_suffix"] = f".{self._folder.id}{options.get('filename_suffix', '')}"
+            self._experiment = _backend()[0](log_dir=self.log_dir, **options)
         return self._experiment
 
     @rank_zero_only
@@ -101,6 +112,7 @@ class TensorBoardLogger(FolderLogger):
             MisconfigurationException: A value is no number.
         """
         writer = self.experiment
+        self._begun = True
         summary = _backend()[1]
         values = []
         for name, value in to_numbers(add_prefix(metrics, self._prefix, self.group_separator)).items():
@@ -108,12 +120,16 @@ class TensorBoardLogger(FolderLogger):
                 writer.add_scalars(name, dict(value), step)
                 continue
             try:
-                values.append(summary.Value(tag=name, simple_value=float(value)))
+                entry = summary.Value(tag=name, simple_value=float(value))
             except (TypeError, ValueError):
                 raise MisconfigurationException(
                     f"The metric {name!r} is {value!r}, a {type(value).__qualname__}, and TensorBoard draws numbers. "
                     "Log a number, or use `logger.experiment.add_text` and its like."
                 ) from None
+            newest = [step, entry.simple_value]
+            if self._newest.get(name) != newest:  # a resumed run may call a hook again
+                self._newest[name] = newest
+                values.append(entry)
         # One event for all values costs a fifth of one add_scalar for each value
         if values:
             writer._get_file_writer().add_summary(summary(value=values), step)
@@ -132,7 +148,8 @@ class TensorBoardLogger(FolderLogger):
         names, values = self._table_metrics(metrics)
         if values:
             self.log_metrics(values, step)
-        if names and (values or changed != self._hparams):
+        known = changed == self._hparams or set(to_yaml(changed).splitlines()) <= set(self._earlier.splitlines())
+        if names and (values or not known):
             self._write_table(changed, add_prefix(names, self._prefix, self.group_separator), step)
         self._hparams, self._hparams_changed = changed, True
 
@@ -164,7 +181,7 @@ class TensorBoardLogger(FolderLogger):
                 else no graph is recorded.
         """
         if input_array is None:
-            if not self._log_graph:
+            if not self._log_graph or self._graph_logged:  # by the run that goes on
                 return
             input_array = getattr(model, "example_input_array", None)
         if input_array is None:
@@ -181,6 +198,7 @@ class TensorBoardLogger(FolderLogger):
                 warnings.simplefilter("ignore")  # about tracing, which the user did not ask for
                 model.eval()  # tracing runs the model, and must not change batch statistics
                 self.experiment.add_graph(model, inputs)
+                self._graph_logged = True
         except Exception as e:
             rank_zero_warn(
                 f"The graph of {type(model).__qualname__} was not logged, it cannot be traced: {describe_error(e)}"
@@ -192,13 +210,53 @@ class TensorBoardLogger(FolderLogger):
     def begin_anew(self) -> None:
         self._renew()
         self._hparams, self._hparams_changed, self._hp_metric_logged = {}, False, False
+        self._graph_logged, self._earlier, self._newest = False, "", {}
+
+    def state_dict(self) -> dict[str, Any]:
+        if getattr(rank_zero_only, "rank", 0) != 0:
+            return {}
+        self.save()
+        run_id, files = self._folder.id, (self._resumed or {}).get("files")
+        return {
+            **self._folder.state_dict(),
+            "files": event_files(self.log_dir, run_id) if files is None else files,
+            "hparams": keep_entries(self._earlier, to_yaml(self._hparams)),
+            "hp_metric": self._hp_metric_logged,
+            "graph": self._graph_logged,
+            "newest": dict(self._newest),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on in the folder of the run in ``state``, which :meth:`state_dict` returned when it was saved.
+
+        With the next value, what the event files have that was logged after that moves to files beside them that
+        TensorBoard does not read, and the new event file tells a TensorBoard that runs to forget the steps. If the user
+        has named another version, or the run's files are not under this logger's folder, the logger begins a run of its
+        own (:meth:`branch`).
+        """
+        if self._begun and self._experiment is not None:
+            self.finalize("success")
+        if not self._folder.go_on(state, lambda path: any(exists(path(name)) for name in state["files"])):
+            self.branch(state)
+            return
+        self._resumed, self._begun, self._earlier = dict(state), False, state["hparams"]
+        self._hp_metric_logged, self._graph_logged = state["hp_metric"], state["graph"]
+        self._newest = dict(state["newest"])
+        if self._experiment is not None:  # in the folder of a run that does not begin
+            self.finalize("success")
+
+    @rank_zero_only
+    def supersede_nothing(self) -> None:
+        if self._resumed is not None:
+            self._newest |= newest_scalars(self.log_dir, self._folder.id, self._resumed["files"], _event_class())
+            self._resumed = None
 
     @rank_zero_only
     def save(self) -> None:
         if self._experiment is not None:
             self._experiment.flush()
         if self._hparams_changed:
-            self._folder.write("hparams.yaml", to_yaml(self._hparams).encode())
+            self._folder.write("hparams.yaml", keep_entries(self._earlier, to_yaml(self._hparams)).encode())
             self._hparams_changed = False
 
     @rank_zero_only
@@ -218,3 +276,9 @@ def _backend() -> tuple[Any, Any, Any]:
         package, messages = "tensorboardX", "tensorboardX.proto"
     writer, summary = importlib.import_module(package), importlib.import_module(f"{package}.summary")
     return writer.SummaryWriter, importlib.import_module(f"{messages}.summary_pb2").Summary, summary.hparams
+
+
+def _event_class() -> Any:
+    """Return the class of the events in the files."""
+    package = _backend()[1].__module__.removesuffix(".summary_pb2")
+    return importlib.import_module(f"{package}.event_pb2").Event

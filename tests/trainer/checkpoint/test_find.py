@@ -90,8 +90,8 @@ def test_a_trainer_goes_on_by_itself_from_the_newest_checkpoint_that_is_whole(tm
     assert fit(2).ckpt_path is None
     saved = sorted(tmp_path.rglob("*.ckpt"))
     data = saved[1].read_bytes()
-    with pytest.warns(UserWarning, match="folder"):
-        assert str(fit(3).ckpt_path) == str(saved[1])
+    assert str(fit(3).ckpt_path) == str(saved[1])
+    assert os.listdir(tmp_path / "lightning_logs") == ["version_0"]
     for newest in set(tmp_path.rglob("*.ckpt")) - {saved[0]}:
         newest.write_bytes(data[: len(data) // 2])
     with pytest.warns(UserWarning):

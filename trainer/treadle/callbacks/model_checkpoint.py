@@ -119,6 +119,8 @@ class ModelCheckpoint(Checkpoint):
     FILE_EXTENSION = ".ckpt"
     STARTING_VERSION = 1
 
+    _default: str | None = None  # the folder that was chosen because none was given
+
     # documented at the fields of Ranking
     mode = _InRanking[str]()
     save_top_k = _InRanking[int]()
@@ -202,15 +204,19 @@ class ModelCheckpoint(Checkpoint):
         if stage != "fit":
             return
 
-        def folder() -> str:
-            return self.dirpath or default_folder(trainer.loggers, trainer.default_root_dir)
+        def folder() -> tuple[str, bool]:
+            if self.dirpath not in (None, self._default):
+                return str(self.dirpath), False
+            return default_folder(trainer.loggers, trainer.default_root_dir), True  # another run has another folder
 
-        self.dirpath = on_rank_zero(trainer.strategy, folder, "could not choose a folder for checkpoints")
+        self.dirpath, chosen = on_rank_zero(trainer.strategy, folder, "could not choose a folder for checkpoints")
+        self._default = self.dirpath if chosen else self._default
         self._metric.start()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a folder that holds files of another run."""
-        wrote_here = os.path.dirname(self._last.path) == self.dirpath  # in the fit that this one continues
+        # in the fit that this one continues, or in the run that the checkpoint is of
+        wrote_here = os.path.dirname(self._last.path) == self.dirpath or self._restored
         if trainer.is_global_zero and self.save_top_k != 0 and not trainer.fast_dev_run and not wrote_here:
             warn_if_in_use(self.dirpath or "", os.fspath(trainer.ckpt_path or ""))
 

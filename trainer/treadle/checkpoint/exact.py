@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from treadle.checkpoint.elastic import part_of_rank, without_sums
+from treadle.checkpoint.loggers import logger_states
 from treadle.data.training import TrainingData
 from treadle.run.accumulation import Accumulation, Place, decide
 from treadle.run.progress import FitProgress, Phase
@@ -23,7 +24,15 @@ from treadle_fabric import name_in, plain_name, rank_zero_info, rank_zero_warn, 
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
 
-__all__ = ["capture_exact", "keep_own_part", "moment", "restore_exact", "restore_metrics"]
+__all__ = [
+    "capture_exact",
+    "capture_loggers",
+    "keep_own_part",
+    "moment",
+    "restore_exact",
+    "restore_metrics",
+    "write_left",
+]
 
 
 def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
@@ -36,11 +45,13 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
     Returns:
         ``ranks``: this rank's part in tensors and plain containers, marked as :class:`PerRank`; in the middle of an
         accumulation it has gradients, too. ``accumulated``: the place of the next batch in its accumulation.
+        ``unwritten``: values of an epoch that ends, which no logger has yet.
     """
     module, progress = run.module, run.progress
     if progress.epoch_ended:
         run.metrics.keep(run.results)  # the slots in which they would be looked up are gone in the next epoch
-    validating = run.before_validation if progress.phase is Phase.LOGGED else {}
+    validating = dict(run.before_validation) if progress.phase is Phase.LOGGED else {}
+    validating.pop("loggers", None)
     mine: dict[str, Any] = {
         **(validating or moment(run)),
         "data": data.epochs.state_dict(progress.batch) if data is not None else {},
@@ -56,6 +67,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
+    if progress.epoch_ended:
+        shared["unwritten"] = dict(run.unwritten)
     if fabric.strategy.shards_parameters:
         shared["gradients"] = gradients  # each rank holds a part of what is one gradient, averaged over the ranks
     else:
@@ -67,6 +80,17 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved[name]}
         mine["engine"] = fabric.strategy.engine_state()
     return {"ranks": PerRank(mine), **shared}
+
+
+def capture_loggers(run: ReadyRun) -> dict[str, Any]:
+    """Write what the loggers hold, and give for a checkpoint which runs they write, and how far; empty but on rank 0.
+
+    A run resumed from the middle of a validation begins that validation anew, and so do its loggers.
+    """
+    if run.progress.phase is Phase.LOGGED and "loggers" in run.before_validation:
+        found: dict[str, Any] = run.before_validation["loggers"]
+        return found
+    return logger_states(run.loggers) if run.fabric.is_global_zero else {}
 
 
 def moment(run: Run) -> dict[str, Any]:
@@ -137,6 +161,7 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
     if begins:
+        _write_ended(run, saved)
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
     for name, gradient in gradients.items():
@@ -150,6 +175,40 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(as_own_rng_states(mine["rng"], fabric.global_rank))
+
+
+def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:
+    """Write what was logged in an epoch that ended in the checkpoint, where nothing is trained after it.
+
+    Args:
+        run: the run.
+        saved: what :func:`keep_own_part` kept.
+
+    Returns:
+        Whether there was something to write.
+    """
+    ranks = saved.get("ranks")
+    if not ranks or "unwritten" not in saved:
+        return False
+    metrics = run.metric_objects[1]
+    elsewhere = not isinstance(ranks, PerRank)
+    mine = part_of_rank(ranks, run.fabric.global_rank, run.fabric.world_size, metrics) if elsewhere else ranks.value
+    run.results.load_state_dict(mine["results"], metrics)
+    restore_metrics(run, mine["metric_objects"])
+    written = _write_ended(run, saved)
+    run.results.reset()
+    return written
+
+
+def _write_ended(run: ReadyRun, saved: dict[str, Any]) -> bool:
+    """Write the values of the epoch that ended in the checkpoint and that no logger had; every rank calls this."""
+    unwritten = saved.get("unwritten")
+    if unwritten is None:
+        return False
+    late, _ = run.metrics.close_epoch(run.results, local=unwritten["local"])
+    values = {**unwritten["values"], **late}
+    run.write(values, max(run.progress.logging_step - 1, 0), epoch=run.progress.epoch - 1)
+    return bool(values)
 
 
 def _go_on_accumulating(

@@ -27,14 +27,17 @@ def preempted_path(callbacks: Sequence[Callback], root: str) -> str:
     return str(Path(folders[0] if folders else root) / PREEMPTED)
 
 
-def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *, fitting: bool) -> str | None:
+def find_checkpoint(
+    ckpt_path: Any, callbacks: Sequence[Callback], loggers: Sequence[Logger], root: str, *, fitting: bool
+) -> str | None:
     """The file that ``ckpt_path`` means.
 
     Args:
         ckpt_path: a path, "best", "last", "hpc" or None.
         callbacks: whose checkpoints "best" and "last" mean.
+        loggers: in fit, "last" means those of earlier runs too, where a callback saves beside the files of a logger.
         root: ``default_root_dir``, where "hpc" is looked for.
-        fitting: in fit, "last" without a file starts from the beginning.
+        fitting: in fit, None comes back for "last" without a file.
 
     Raises:
         MisconfigurationException: nothing is meant by it.
@@ -58,13 +61,12 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
         known = [path for c in savers if (path := getattr(c, "last_model_path", "")) and os.path.exists(path)]
         times = [(written_at(path), path) for path in known]
         for saver in savers:
-            if saver.dirpath:
-                lasts = checkpoints_in(saver.dirpath, recursive=False, names=("*last*.ckpt", PREEMPTED))
-                times += [(time, str(path)) for path, time in lasts]
+            folders = [saver.dirpath] if saver.dirpath else _default_runs(loggers, root) if fitting else []
+            lasts = checkpoints_in(folders, recursive=not saver.dirpath, names=("*last*.ckpt", PREEMPTED))
+            times += [(time, str(path)) for path, time in lasts]
         if times:
             return max(times, key=lambda entry: entry[0])[1]
         if fitting:
-            rank_zero_warn("ckpt_path='last' found no checkpoint: training starts from the beginning.")
             return None
         raise MisconfigurationException("ckpt_path='last' found no checkpoint: pass a path.")
     if ckpt_path == "hpc":
@@ -87,20 +89,34 @@ def find_checkpoint(ckpt_path: Any, callbacks: Sequence[Callback], root: str, *,
     return path
 
 
-def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: str) -> str | None:
+def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: str | None) -> str | None:
     """The newest checkpoint, of this run or of earlier ones, that is whole and that training can go on from.
 
     Args:
         callbacks: their folders are searched.
-        loggers: the folders of their runs are searched, all versions included.
+        loggers: the folders of their runs are searched: all versions, or the one that the user has named.
         root: ``default_root_dir``: searched are the folder itself, where requeued jobs save, and its ``checkpoints``.
+            None: nothing but the folders of the callbacks.
 
     Returns:
         Its path; None where there is none. Damaged ones are named in warnings.
     """
     folders = [Path(folder) for c in callbacks if (folder := getattr(c, "dirpath", None)) and "://" not in str(folder)]
-    folders += [Path(logger.save_dir or root, str(logger.name)) for logger in loggers]
-    folders.append(Path(root, "checkpoints"))
-    found = [newest_good(folders, holds=_NEEDED), newest_good(root, recursive=False, holds=_NEEDED)]
+    found = []
+    if root is not None:
+        folders += [Path(runs) for logger in loggers if "://" not in (runs := _runs_of(logger, root))]
+        folders.append(Path(root, "checkpoints"))
+        found.append(newest_good(root, recursive=False, holds=_NEEDED))
+    found.insert(0, newest_good(folders, holds=_NEEDED))
     paths = [path for path in found if path is not None]
     return str(max(paths, key=written_at)) if paths else None
+
+
+def _default_runs(loggers: Sequence[Logger], root: str) -> list[str]:
+    """Where the checkpoints of callbacks without a folder lie, those of earlier runs included."""
+    folders = [_runs_of(logger, root) for logger in loggers] or [os.path.join(root, "checkpoints")]
+    return [folder for folder in folders if "://" not in folder]
+
+
+def _runs_of(logger: Logger, root: str) -> str:
+    return logger.runs_dir or os.path.join(logger.save_dir or root, str(logger.name))

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from treadle.checkpoint.exact import moment
+from treadle.checkpoint.loggers import logger_states
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.inference import explain_inference_tensor
@@ -54,6 +55,9 @@ class Parts(Protocol):
 
     def validation(self, run: ReadyRun, /) -> Evaluation | None:
         """Give the validation with the loaders that this epoch is to have; None where there are none."""
+
+    def nothing_left(self, run: ReadyRun, /) -> None:
+        """Have the loggers keep all that the run has logged, because nothing is trained again."""
 
     def stopped(self, run: ReadyRun, /) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
@@ -133,6 +137,7 @@ class FitLoop:
         reason = self._done()
         self.epoch = epoch = None if reason else self._parts.make_epoch(run, self)
         if epoch is None:
+            self._parts.nothing_left(run)
             rank_zero_info(f"`Trainer.fit` has nothing to train: {reason or 'there are no batches'}.")
             if progress.batches and not self._controls.should_stop:
                 rank_zero_warn(
@@ -188,13 +193,16 @@ class FitLoop:
     def _end_epoch(self, epoch: TrainingEpoch) -> None:
         run = self._run
         logged, _ = run.metrics.close_epoch(run.results)
+        run.unwritten.update(values=logged, local=False)
         run.dispatch.call("on_train_epoch_end")
         logged |= run.metrics.close_epoch(run.results)[0]  # what the hooks logged: monitoring callbacks see it
         step = max(run.progress.logging_step - 1, 0)
         run.write(logged, step)
+        run.unwritten.update(values={}, local=True)
         epoch.end()  # before monitoring callbacks, so that their checkpoint has the whole epoch's end
         run.dispatch.call(MONITORS, hook="on_train_epoch_end")
         run.write(run.metrics.close_epoch(run.results, local=True)[0], step)
+        run.unwritten.clear()
         run.results.reset()
         run.progress.epoch += 1
         epoch.agree_to_stop()
@@ -226,6 +234,8 @@ class FitLoop:
         watched = run.fabric.world_size > 1 or self._validation_s > _SHORT_S
         if watched or self._may_save_in_validation:
             run.before_validation.update(moment(run))
+            if run.loggers and run.fabric.is_global_zero:
+                run.before_validation["loggers"] = logger_states(run.loggers)
         began = time.monotonic()
         completed = validation(interrupted=interrupted if watched else None) is not None
         self._validated_at = time.monotonic()

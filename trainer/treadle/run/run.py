@@ -72,15 +72,24 @@ class Run:
             module.attach_metrics(results)
         return before
 
-    def write(self, metrics: Mapping[str, Any], step: int, *, with_epoch: bool = True) -> None:
-        """Send metrics to the loggers, in one transfer from the device. A metric called ``step`` replaces the step."""
+    def write(
+        self, metrics: Mapping[str, Any], step: int, *, with_epoch: bool = True, epoch: int | None = None
+    ) -> None:
+        """Send metrics to the loggers, in one transfer from the device. A metric called ``step`` replaces the step.
+
+        Args:
+            metrics: names and values.
+            step: the x axis.
+            with_epoch: add the epoch, unless there is a metric called ``step``.
+            epoch: that the values are of. Default: the current one.
+        """
         if not metrics or not self.loggers:
             return
         scalars: dict[str, Any] = to_floats(metrics)
         if "step" in scalars:
             step = int(scalars.pop("step"))
         elif with_epoch:
-            scalars.setdefault("epoch", self.progress.epoch)
+            scalars.setdefault("epoch", self.progress.epoch if epoch is None else epoch)
         for logger in self.loggers:
             logger.log_metrics(scalars, step)
 
@@ -119,6 +128,9 @@ class ReadyRun(Run):
     before_validation: dict[str, Any] = field(default_factory=dict)
     """What a checkpoint saved in the middle of a validation keeps, so that a resumed run begins that validation anew.
     Empty outside of a validation."""
+    unwritten: dict[str, Any] = field(default_factory=dict)
+    """In the end hooks of an epoch: ``values`` of the epoch that no logger has yet, and whether those that a hook still
+    logs are ``local`` to the ranks."""
 
     @property
     def engine(self) -> Module:

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from treadle.checkpoint.exact import capture_exact, restore_exact
+from treadle.checkpoint.exact import capture_exact, capture_loggers, restore_exact, write_left
 from treadle.data.evaluation import EvaluationData
 from treadle.data.training import TrainingData
 from treadle.loops.epoch import TrainingEpoch
@@ -119,7 +119,7 @@ class Fitting:
         state = self.exact_state(run)
         if self.data is not None:
             self.data.epochs.tell()
-        return state
+        return state if self._ended_at is not None else {**state, "loggers": capture_loggers(run)}
 
     # What the loop asks for
 
@@ -180,9 +180,16 @@ class Fitting:
     def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
         return Evaluation(run, data, "validation", inference_mode=False)
 
+    def nothing_left(self, run: ReadyRun) -> None:
+        """Have the loggers keep all that the run has logged, because nothing is trained again."""
+        if not write_left(run, self._unrestored):
+            for logger in run.loggers:
+                logger.supersede_nothing()
+
     def stopped(self, run: ReadyRun) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
-        self._stopped = Continuation(run.module, replace(run.progress), self.exact_state(run))
+        exact = {**self.exact_state(run), "loggers": capture_loggers(run)}
+        self._stopped = Continuation(run.module, replace(run.progress), exact)
 
     def left(self, run: ReadyRun, *, interrupted: bool) -> Continuation:
         """Tell where the fit ended, for a later fit that goes on."""

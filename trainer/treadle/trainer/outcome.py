@@ -29,7 +29,7 @@ _COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_mod
 
 @dataclass
 class Outcome:
-    """A run's result, and what the run changed: weights, metrics, counters and the state of callbacks."""
+    """A run's result, and what the run changed: weights, metrics, counters, and the states of callbacks and loggers."""
 
     result: Any
     weights: dict[str, Any]
@@ -37,6 +37,7 @@ class Outcome:
     progress: FitProgress
     metrics: Metrics
     callbacks: list[dict[str, Any]]
+    loggers: list[dict[str, Any]]
     should_stop: bool
 
 
@@ -86,6 +87,7 @@ def _run_and_capture(trainer: Trainer, stage: Callable[..., Any], fabric: Fabric
         callbacks=[
             {k: getattr(c, k) for k in _COPIED if hasattr(c, k)} | {"state": c.state_dict()} for c in trainer.callbacks
         ],
+        loggers=[logger.state_dict() for logger in trainer.loggers] if trainer.is_global_zero else [],
         should_stop=trainer.should_stop,
     )
 
@@ -100,3 +102,6 @@ def _adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
             setattr(callback, key, value)
         if state:
             callback.load_state_dict(state)
+    for logger, state in zip(trainer.loggers, outcome.loggers, strict=False):
+        if state:  # the run that the other processes have written is the one that this trainer has
+            logger.resume(state)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.content import dump_checkpoint, keeping
 from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
+from treadle.checkpoint.loggers import go_on_logging, read_logger_states
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
@@ -28,7 +31,8 @@ from treadle.trainer.fitting import Fitting
 from treadle.trainer.outcome import launch
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
-from treadle_fabric import PathLike, on_rank_zero, rank_zero_info
+from treadle_fabric import MisconfigurationException, PathLike, on_rank_zero, rank_zero_info, rank_zero_warn
+from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -114,7 +118,7 @@ class Runner:
         return session
 
     @contextmanager
-    def _started(self, session: Session) -> Generator[Run]:
+    def _started(self, session: Session, source: Source) -> Generator[Run]:
         """Call the hooks before and after a stage; see :class:`Session`."""
         trainer = self._trainer
         with session.flagged(self._settings, self._signals):
@@ -122,22 +126,59 @@ class Runner:
             results.hook = "configure_callbacks"
             trainer.callbacks = with_model_callbacks(trainer.callbacks, session.module)
             results.hook = ""
+            if self.state.fn is TrainerFn.FITTING:
+                self._choose_run(session, source[0])
             run = session.start(trainer, results, self.progress, self._settings)
             yield run
             session.finish(trainer, run)
 
+    def _choose_run(self, session: Session, ckpt_path: PathLike | None) -> None:
+        """Find the checkpoint that a fit starts from, and have the loggers go on in its run or branch from it.
+
+        This comes before the hooks: in ``setup`` the folder of the run is known already. What cannot be found yet is
+        looked for again when the module is set up.
+        """
+        loggers, named = self._trainer.loggers, ckpt_path is not None
+        if not named and not self._settings.auto_resume:
+            return
+
+        def look() -> tuple[str | None, dict[str, Any]]:
+            path = None
+            with suppress(MisconfigurationException):  # raised when the module is set up
+                path = self._find(ckpt_path, loggers, self._trainer.callbacks)
+            return path, read_logger_states(path) if path is not None and loggers else {}
+
+        session.searched = [getattr(callback, "dirpath", None) for callback in self._trainer.callbacks]
+        path, saved = on_rank_zero(self._fabric.strategy, look, "found no checkpoint to start from")
+        session.ckpt_path = path
+        if path is not None and saved:
+            same_run = not named or str(ckpt_path) in ("last", "hpc")
+            go_on_logging(loggers, saved, path, same_run=same_run)
+
+    def _find(self, ckpt_path: PathLike | None, loggers: Sequence[Logger], callbacks: Sequence[Callback]) -> Any:
+        root, fitting = self._settings.default_root_dir, self.state.fn is TrainerFn.FITTING
+        if ckpt_path is None and fitting and self._settings.auto_resume:
+            return find_newest(callbacks, loggers, root)
+        return find_checkpoint(ckpt_path, callbacks, loggers, root, fitting=fitting)
+
+    def _find_late(self, session: Session, ckpt_path: PathLike | None) -> str | None:
+        """Find what the session starts from where nothing was found before the hooks, or nothing was looked for."""
+        callbacks = self._trainer.callbacks
+        if ckpt_path is None and session.searched:  # some callbacks have got their folders in the meantime
+            pairs = zip(callbacks, session.searched, strict=False)
+            return find_newest([c for c, before in pairs if getattr(c, "dirpath", None) != before], (), None)
+        return cast("str | None", self._find(ckpt_path, self._trainer.loggers, callbacks))
+
     def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
         """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
         (ckpt_path, weights_only), fitting = source, self.state.fn is TrainerFn.FITTING
-        callbacks, root, strategy = self._trainer.callbacks, self._settings.default_root_dir, self._fabric.strategy
-
-        def find() -> str | None:
-            path = find_checkpoint(ckpt_path, callbacks, root, fitting=fitting)
-            if path is None and fitting and self._settings.auto_resume:
-                path = find_newest(callbacks, self._trainer.loggers, root)
-            return path
-
-        path = session.ckpt_path = on_rank_zero(strategy, find, "found no checkpoint to start from")
+        callbacks, strategy = self._trainer.callbacks, self._fabric.strategy
+        path = session.ckpt_path
+        if path is None:
+            find = partial(self._find_late, session, ckpt_path)
+            path = session.ckpt_path = on_rank_zero(strategy, find, "found no checkpoint to start from")
+        if path is None and ckpt_path == "last":
+            rank_zero_warn("ckpt_path='last' found no checkpoint: training starts from the beginning.")
         checkpoint: dict[str, Any] | None = None
         if path is not None:
             rank_zero_info(f"Restoring from {path}.")
@@ -157,7 +198,7 @@ class Runner:
     ) -> None:
         """Train."""
         trainer, session = self._trainer, self._open(TrainerFn.FITTING, module, datamodule)
-        with session.guarded(trainer), self._started(session) as run:
+        with session.guarded(trainer), self._started(session, source) as run:
             self.fitting = fitting = Fitting(
                 session, run, self._settings, train, val, controls=trainer, signals=self._signals
             )
@@ -198,8 +239,6 @@ class Runner:
         checkpoint = dump_checkpoint(run, callbacks, weights_only=weights_only)
         if fitting is not None:
             checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self._trainer.should_stop}
-            for logger in self._trainer.loggers:  # a run resumed from here does not log again what came before
-                logger.save()
         strategy.save_checkpoint(path, checkpoint, storage_options, keeping=keeping(run))
 
     def _save_preempted(self) -> None:
@@ -224,7 +263,7 @@ class Runner:
         stage, name = ("val", "validation") if validating else ("test", "test")
         found: list[dict[str, float]] = []
         session = self._open(fn, module, datamodule)
-        with session.guarded(self._trainer), self._started(session) as run:
+        with session.guarded(self._trainer), self._started(session, source) as run:
             ready = self._prepare(session, run, source)[0]
             data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
@@ -245,7 +284,7 @@ class Runner:
         """Predict; returns the predictions, None where they are not kept."""
         predictions: list[Any] | None = None
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
-        with session.guarded(self._trainer), self._started(session) as run:
+        with session.guarded(self._trainer), self._started(session, source) as run:
             predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
         return predictions
 
@@ -254,7 +293,7 @@ class Runner:
     ) -> Iterator[Any]:
         """Predict one batch at a time; the first item is None, and comes when all is set up."""
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
-        with session.guarded(self._trainer), self._started(session) as run:
+        with session.guarded(self._trainer), self._started(session, source) as run:
             prediction = self._prediction(session, run, dataloaders, source, keep=True)
             with suppress(GeneratorExit):  # the caller has enough predictions, which is no failure
                 yield None

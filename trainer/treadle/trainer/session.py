@@ -71,6 +71,9 @@ class Session:
         self.evaluations: dict[str, EvaluationData] = {}
         """The loaders of "val", "test" and "predict"."""
         self.ckpt_path: str | None = None
+        """The checkpoint that the session starts from; a fit knows it before the first hook, if it is there then."""
+        self.searched: list[Any] = []
+        """The folders of the callbacks when a checkpoint was looked for before the first hook."""
         self.log_dir: str | None = None
         self.terminated = False
         """Whether a signal ended the session."""

@@ -185,7 +185,8 @@ class Trainer:
             train_dataloaders: an iterable of batches, several of them, or a data module.
             val_dataloaders: an iterable of batches, or a list of them.
             datamodule: gives the loaders instead.
-            ckpt_path: resume from this checkpoint: a path, "last", "best" or "hpc".
+            ckpt_path: resume from this checkpoint: a path, "last", "best" or "hpc". "last" and "hpc" go on in the
+                loggers' run; others begin a new version, which names the run that it branches from.
             weights_only: False unpickles arbitrary objects from it; only for files you trust. Default: True.
 
         Raises:
