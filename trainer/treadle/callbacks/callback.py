@@ -26,6 +26,10 @@ class Callback:
     monitors: ClassVar[bool] = False
     """Whether the callback decides by a metric. At ``on_train_batch_end``, ``on_validation_end`` and
     ``on_train_epoch_end`` such a callback runs after the module, so that it sees what the module logs."""
+    decides_weights: ClassVar[bool] = False
+    """Whether the callback decides which weights a checkpoint holds. Its ``on_save_checkpoint`` is then called where
+    weights only are saved, too, and a run can have one such callback. Where other weights than the module's are to be
+    found under ``state_dict``, those with which training goes on are under ``current_model_state``."""
     call_order: ClassVar[int] = 0
     """0 for ordinary callbacks, -1 to run before all of these, 1 to run after all of these."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 from treadle.metrics.options import GivenOptions, LogOptions
 from treadle.metrics.values import flatten_metrics, is_metric, step_value
 
-__all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink"]
+__all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink", "silenced"]
 
 
 class MetricSink(Protocol):
@@ -51,3 +53,16 @@ class _Nowhere:
 
 
 NOWHERE: Final = _Nowhere()
+
+
+@contextmanager
+def silenced(modules: Iterable[LightningModule]) -> Generator[None]:
+    """While entered, drop what these modules log."""
+    before = [(module, module.__dict__["_metrics"]) for module in modules]
+    for module, _ in before:
+        module.attach_metrics(NOWHERE)
+    try:
+        yield
+    finally:
+        for module, sink in before:
+            module.attach_metrics(sink)

@@ -203,7 +203,7 @@ def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuse objects that are no callbacks, and two with the same state key."""
+    """Refuse objects that are no callbacks, two with the same state key, and two that decide which weights are saved."""
     seen: Mapping[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -220,3 +220,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                     " could keep only one: give them different arguments, or override `state_key`."
                 )
             seen = {**seen, key: callback}
+    if len(deciding := [type(callback).__qualname__ for callback in callbacks if callback.decides_weights]) > 1:
+        raise MisconfigurationException(
+            f"The callbacks {' and '.join(deciding)} each decide which weights are evaluated and saved: keep one of"
+            " them."
+        )

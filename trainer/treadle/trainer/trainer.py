@@ -26,9 +26,9 @@ from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
 from treadle.metrics.table import print_results
 from treadle.metrics.values import to_floats
-from treadle.module import LightningDataModule, LightningModule
+from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
 from treadle.run.dispatch import with_model_callbacks
-from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus

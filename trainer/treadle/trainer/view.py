@@ -129,6 +129,18 @@ class FitLoopView(_Bounds):
         counts = Counts(ready, ready, p.epoch + p.epoch_ended, p.epoch)
         return Progress(counts, counts)
 
+    def forward_epoch(self) -> int:
+        """Run ``training_step`` on the batches of an epoch, for what a forward pass leaves in layers like batch norm.
+
+        Nothing learns, nothing is logged, and random states and the order of later batches stay. Every rank calls it.
+
+        Returns:
+            The number of batches; 0 where the steps cannot be run without learning, or the batches cannot be drawn
+            again.
+        """
+        fitting = self._trainer._fitting
+        return fitting.forward_epoch() if fitting is not None else 0
+
     @property
     def epoch_loop(self) -> EpochLoopView:
         """The batches of the fit."""
