@@ -3,7 +3,8 @@
 Open ``callback.py`` first: it declares every hook. ``model_checkpoint.py`` and ``early_stopping.py`` are the callbacks
 that decide by a metric. What several callbacks share has a folder of its own: ``checkpoints/`` (names, paths, links and
 the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars) and
-``summary/`` (the table of layers), as have the averages of weights (``averaging/``).
+``summary/`` (the table of layers), as have the averages of weights
+(``averaging/``) and the masks of pruned ones (``pruning/``).
 
 Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py``, and of the Trainer only the
 annotations in ``contracts.py``.
@@ -21,6 +22,7 @@ from treadle.callbacks.gradient_accumulation_scheduler import (
 from treadle.callbacks.lambda_function import LambdaCallback as LambdaCallback
 from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+from treadle.callbacks.model_pruning import ModelPruning as ModelPruning
 from treadle.callbacks.model_summary import ModelSummary as ModelSummary
 from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
 from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
@@ -43,7 +45,6 @@ if not TYPE_CHECKING:  # which tell of any other name
             "BatchSizeFinder",
             "DeviceStatsMonitor",
             "LearningRateFinder",
-            "ModelPruning",
             "SpikeDetection",
             "ThroughputMonitor",
         },

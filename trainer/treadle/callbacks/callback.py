@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from treadle.module.hooks import hook_arguments
 
-__all__ = ["CALLBACK_HOOKS", "Callback"]
+__all__ = ["CALLBACK_HOOKS", "Callback", "epoch_is_over"]
 
 
 class Callback:
@@ -194,3 +194,9 @@ class Callback:
 
 
 CALLBACK_HOOKS: Final = hook_arguments(Callback, 3)
+
+
+def epoch_is_over(trainer: Trainer) -> bool:
+    """Whether the hooks of an epoch's end run because the epoch is over, and not because training stops within it."""
+    stops = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
+    return trainer.is_last_batch or not stops

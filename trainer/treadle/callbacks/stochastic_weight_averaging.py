@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR, get_swa_avg_fn
 
-from treadle.callbacks.averaging.callback import AveragingCallback, as_device, epoch_is_over
+from treadle.callbacks.averaging.callback import AveragingCallback, as_device
 from treadle.callbacks.averaging.rules import OneByOne
 from treadle.callbacks.averaging.weights import AveragedWeights
+from treadle.callbacks.callback import epoch_is_over
 from treadle.module import LRSchedulerConfig
 from treadle.stages import TrainerFn
 from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info, rank_zero_warn

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from treadle.callbacks.averaging.callback import AveragingCallback, as_device, epoch_is_over
+from treadle.callbacks.averaging.callback import AveragingCallback, as_device
 from treadle.callbacks.averaging.rules import OneByOne, equal
 from treadle.callbacks.averaging.weights import AveragedWeights, MultiAverage
+from treadle.callbacks.callback import epoch_is_over
 from treadle_fabric import MisconfigurationException, near_names
 
 if TYPE_CHECKING:

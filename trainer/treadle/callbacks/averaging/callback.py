@@ -14,7 +14,7 @@ from treadle_fabric import MisconfigurationException
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
 
-__all__ = ["AveragingCallback", "as_device", "epoch_is_over"]
+__all__ = ["AveragingCallback", "as_device"]
 
 
 class AveragingCallback(Callback):
@@ -116,12 +116,6 @@ class AveragingCallback(Callback):
         self._loaded = None
         if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
             self._loaded = checkpoint["state_dict"], int(checkpoint["averaging_state"]["n_averaged"])
-
-
-def epoch_is_over(trainer: Trainer) -> bool:
-    """Whether the hooks of an epoch's end run because the epoch is over, and not because training stops within it."""
-    stops = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
-    return trainer.is_last_batch or not stops
 
 
 def as_device(owner: str, device: Any) -> torch.device | None:
