@@ -40,7 +40,9 @@ def mean(weights: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("start", [2, 0.4])
 def test_the_last_epochs_are_averaged_evaluated_and_saved(start: Any) -> None:
     model, rates = Noted(norm=False), Rates()
-    trainer = fit(model, callback := swa(swa_epoch_start=start), rates, SavesAt("on_train_end", 20, "end.ckpt"), max_epochs=5)
+    trainer = fit(
+        model, callback := swa(swa_epoch_start=start), rates, SavesAt("on_train_end", 20, "end.ckpt"), max_epochs=5
+    )
     assert (callback.swa_start, callback.swa_end) == (1, 4)
     ends = model.epoch_ends
     assert torch.allclose(model.weight, mean(ends[1:]))  # of four epochs, the last one included

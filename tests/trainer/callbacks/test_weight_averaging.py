@@ -133,7 +133,9 @@ def test_the_user_decides_when_and_how_and_steps_are_those_of_the_optimizer() ->
 )
 def test_a_resumed_run_is_the_run_that_went_on_to_the_last_bit(hook: str, step: int, more: Any) -> None:
     whole = Noted()
-    fit(whole, ema(update_every_n_steps=2), SavesAt(hook, step, "at.ckpt"), n=5, max_epochs=3, **more).save_checkpoint("whole.ckpt")
+    fit(whole, ema(update_every_n_steps=2), SavesAt(hook, step, "at.ckpt"), n=5, max_epochs=3, **more).save_checkpoint(
+        "whole.ckpt"
+    )
     other = Noted()
     with torch.no_grad():
         other.head.weight.zero_()  # what the program begins with does not matter

@@ -1,4 +1,4 @@
-"""Callbacks that decide which weights are saved, in two processes: all ranks have the same, and go on to the last bit."""
+"""Averaged and pruned weights in two processes: all ranks have the same, and go on to the last bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.processes import run_in_ranks
 from tests.trainer.callbacks.averaged import Noted, SavesAt, batches, differing
 from tests.trainer.callbacks.scripted import trainer_with
 
-from treadle.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from treadle.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 
 pytestmark = pytest.mark.timeout(110)
 
@@ -24,6 +24,14 @@ def swa() -> StochasticWeightAveraging:
     return StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=2)
 
 
+def pruning(resample: bool = False) -> ModelPruning:
+    class OfLayers(ModelPruning):
+        def filter_parameters_to_prune(self, parameters_to_prune: Any = ()) -> Any:
+            return [(m, name) for m, name in parameters_to_prune if name == "weight"]
+
+    return OfLayers("random_unstructured", amount=0.3, resample_parameters=resample)
+
+
 def fit(name: str, callback: Any, *more: Any, ckpt_path: str | None = None) -> Noted:
     torch.manual_seed(3)
     trainer = trainer_with(
@@ -32,10 +40,11 @@ def fit(name: str, callback: Any, *more: Any, ckpt_path: str | None = None) -> N
     model = Noted()
     trainer.fit(model, batches(6), batches(2), ckpt_path=ckpt_path)
     trainer.save_checkpoint(f"{name}.ckpt")
-    mine = torch.cat([t.flatten().float() for t in model.state_dict().values()])
-    both = trainer.strategy.all_gather(mine)
-    assert torch.equal(both[0], both[1]), name  # weights, and the statistics of batch norm
-    assert torch.equal(*trainer.strategy.all_gather(torch.stack(model.validated))), name
+    averages = not isinstance(callback, ModelPruning)  # of the statistics of batch norm too, which else differ
+    shared = model.state_dict().values() if averages else model.parameters()
+    for each in (torch.cat([t.detach().flatten().float() for t in shared]), torch.stack(model.validated)):
+        both = trainer.strategy.all_gather(each)
+        assert torch.equal(both[0], both[1]), name
     return model
 
 
@@ -44,6 +53,8 @@ def run_rank() -> None:
         ("ema", ema, "on_train_batch_end", 2),
         ("ema in a validation", ema, "on_validation_batch_end", 3),
         ("swa", swa, "on_train_batch_end", 4),
+        ("pruning", pruning, "on_train_batch_end", 4),
+        ("pruning with new values", lambda: pruning(True), "on_train_batch_end", 4),
     ):
         whole = fit("whole", make(), SavesAt(hook, step, "at.ckpt"))
         again = fit("again", make(), ckpt_path="at.ckpt")

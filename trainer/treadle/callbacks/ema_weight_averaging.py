@@ -57,8 +57,8 @@ class EMAWeightAveraging(WeightAveraging):
                 check_integer(f"EMAWeightAveraging: {name}", value, minimum=0)
         if given := sorted(kwargs.keys() & {"avg_fn", "multi_avg_fn"}):
             raise MisconfigurationException(
-                f"EMAWeightAveraging got {given[0]}, and its rule is that of `decay`: use WeightAveraging({given[0]}=...)"
-                " for another rule."
+                f"EMAWeightAveraging got {given[0]}, and its rule is that of `decay`: for another rule use"
+                f" WeightAveraging({given[0]}=...)."
             )
         super().__init__(device, use_buffers, multi_avg_fn=Exponential(decay), **kwargs)
         self.update_every_n_steps = update_every_n_steps

@@ -234,8 +234,8 @@ class ModelPruning(Callback):
         if amount > most:
             what = "entries in all" if self._global else ("channels" if dim is not None else "entries")
             raise MisconfigurationException(
-                f"ModelPruning(amount={amount}) is more than the {most} {what} of what is pruned: pass a smaller number,"
-                " or a fraction."
+                f"ModelPruning(amount={amount}) is more than the {most} {what} of what is pruned: pass a smaller"
+                " number, or a fraction."
             )
 
     def _prunes_the_same(self) -> bool:
@@ -282,10 +282,10 @@ class ModelPruning(Callback):
         options = {**self._options, **({"amount": amount} if "amount" in takes else {})}
         try:
             if self._global:
-                prune.global_unstructured(pairs, self.pruning_fn, **options)  # type: ignore[no-untyped-call]
+                prune.global_unstructured(pairs, self.pruning_fn, **options)
             else:
                 for owner, name in pairs:
-                    self.pruning_fn.apply(owner, name, **options)
+                    self.pruning_fn.apply(owner, name, **options)  # type: ignore[no-untyped-call]
         except ValueError as error:
             raise MisconfigurationException(
                 f"ModelPruning cannot prune amount={amount!r} of what is left: {error}. Pass a fraction, or a function"
@@ -309,8 +309,8 @@ class ModelPruning(Callback):
         for layer in run.layers.values():
             layer.reset_parameters()  # type: ignore[operator]
         for number, (owner, name) in enumerate(run.pairs):
-            if (layer := run.layers.get(id(owner))) is not None:
-                drawn[run.names[number]] = getattr(layer, name).detach().cpu()
+            if id(owner) in run.layers:
+                drawn[run.names[number]] = getattr(run.layers[id(owner)], name).detach().cpu()
         if drawn and run.broadcast is not None:
             drawn = run.broadcast(drawn)
         values = drawn or run.initial
@@ -349,7 +349,7 @@ class ModelPruning(Callback):
             for buffer in [*submodule._buffers]:
                 name = buffer.removesuffix("_mask")
                 if name != buffer and f"{name}_orig" in submodule._parameters:
-                    prune.remove(submodule, name)
+                    prune.remove(submodule, name)  # type: ignore[no-untyped-call]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make pruning permanent, if asked to; a later fit of the trainer goes on with the masks."""

@@ -219,7 +219,7 @@ class StochasticWeightAveraging(AveragingCallback):
     @staticmethod
     def avg_fn(averaged_model_parameter: Tensor, model_parameter: Tensor, num_averaged: Tensor) -> Tensor:
         """Return the average with one weight more, all weights counting the same."""
-        average: Tensor = get_swa_avg_fn()(averaged_model_parameter, model_parameter, num_averaged)
+        average: Tensor = get_swa_avg_fn()(averaged_model_parameter, model_parameter, num_averaged)  # type: ignore[no-untyped-call]
         return average
 
     @staticmethod

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+import torch
+
 from treadle_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ class _NotLogging:
     def log(
         self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
     ) -> None:
+        if torch.compiler.is_exporting():  # a trace has no values
+            return
         if module.fabric is None or module._trainer is not None:
             where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
             rank_zero_warn(

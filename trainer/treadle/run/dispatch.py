@@ -52,6 +52,11 @@ def check_hook_names(obj: object) -> None:
         if cls.__module__.partition(".")[0] in ("treadle", "treadle_fabric", "torch"):
             continue
         for name in vars(cls):
+            if name == "configure_sharded_model" and isinstance(obj, LightningModule):
+                raise MisconfigurationException(
+                    f"`{cls.__qualname__}.{name}` is never called: rename it to `configure_model`, which makes"
+                    " layers where they belong, sharded or not."
+                )
             if new := _RETIRED.get(name):
                 raise MisconfigurationException(
                     f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and"
@@ -203,7 +208,7 @@ def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuse objects that are no callbacks, two with the same state key, and two that decide which weights are saved."""
+    """Refuse objects that are no callbacks, two with one state key, and two that decide which weights are saved."""
     seen: Mapping[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):

@@ -14,7 +14,7 @@ __all__ = ["Exponential", "OneByOne", "equal"]
 
 def equal(averages: Any, weights: Any, count: Tensor) -> None:
     """Update averages in which all weights count the same."""
-    get_swa_multi_avg_fn()(averages, weights, int(count))
+    get_swa_multi_avg_fn()(averages, weights, int(count))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Exponential:
     decay: float
 
     def __call__(self, averages: Any, weights: Any, count: Tensor) -> None:
-        get_ema_multi_avg_fn(self.decay)(averages, weights, count)
+        get_ema_multi_avg_fn(self.decay)(averages, weights, count)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

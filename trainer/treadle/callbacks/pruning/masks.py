@@ -64,7 +64,7 @@ def put_on(module: nn.Module, pairs: Pairs, state: Mapping[str, Any]) -> None:
         if full not in state["masks"] or parameter is None or is_pruned(owner, name):
             continue
         kept = state["masks"][full].to(parameter.device)
-        prune.custom_from_mask(owner, name, kept.to(parameter.dtype))
+        prune.custom_from_mask(owner, name, kept.to(parameter.dtype))  # type: ignore[no-untyped-call]
         parameter[~kept] = state["pruned"][full].to(parameter)
 
 
@@ -72,7 +72,7 @@ def take_off(pairs: Pairs) -> None:
     """Make what is pruned 0 for good, and remove masks: parameters have their own names again."""
     for owner, name in pairs:
         if is_pruned(owner, name):
-            prune.remove(owner, name)
+            prune.remove(owner, name)  # type: ignore[no-untyped-call]
 
 
 def made_permanent(module: nn.Module, pairs: Pairs, state: Mapping[str, Any]) -> Any:

@@ -12,7 +12,16 @@ from torch.nn.utils import prune
 
 from treadle_fabric import MisconfigurationException, check_integer, near_names
 
-__all__ = ["CONTAINERS", "Amount", "Pairs", "check_amount", "find_parameters", "is_structured", "options_of", "read_method"]
+__all__ = [
+    "CONTAINERS",
+    "Amount",
+    "Pairs",
+    "check_amount",
+    "find_parameters",
+    "is_structured",
+    "options_of",
+    "read_method",
+]
 
 Amount: TypeAlias = int | float
 Pairs: TypeAlias = list[tuple[nn.Module, str]]
@@ -170,7 +179,7 @@ def _as_pairs(given: Any) -> Pairs:
     ]  # fmt: skip
     if wrong:
         raise MisconfigurationException(
-            f"ModelPruning: parameters_to_prune has {wrong[0]!r}: it is a list of pairs such as (model.layer, 'weight')."
+            f"ModelPruning: parameters_to_prune has {wrong[0]!r}: it holds pairs such as (model.layer, 'weight')."
         )
     return [(m, name) for m, name in given]
 
@@ -187,4 +196,5 @@ def choose(value: Any, name: str) -> bool | Callable[[int], Any]:
         raise MisconfigurationException(
             f"ModelPruning({name}={value!r}): it is True, False, or a function of the number of the epoch."
         )
-    return value
+    chosen: bool | Callable[[int], Any] = value
+    return chosen
