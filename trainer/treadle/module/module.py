@@ -514,9 +514,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def to_torchscript(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse: PyTorch has deprecated TorchScript. :func:`torch.export.export` takes its place."""
         raise MisconfigurationException(
-            f"{type(self).__qualname__}.to_torchscript: PyTorch has deprecated TorchScript, and it does not compile"
-            " what a LightningModule may hold. Use `torch.export.export(module.eval(), inputs)` with `torch.export.save`,"
-            " which AOTInductor compiles for C++; `to_onnx` for other programs; or `torch.jit` yourself."
+            f"{type(self).__qualname__}.to_torchscript: PyTorch has deprecated TorchScript, and it does not"
+            " compile what a LightningModule may hold. Use `torch.export.export(module.eval(), inputs)` with"
+            " `torch.export.save`, which AOTInductor compiles for C++; `to_onnx` for other programs; or `torch.jit`"
+            " yourself."
         )
 
     def to_tensorrt(self, *args: Any, **kwargs: Any) -> NoReturn:
