@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.device_waits import DEVICE, CountedDevice
 from tests.trainer.callbacks.averaged import Noted, SavesAt, batches, differing, fit
 from tests.trainer.callbacks.scripted import ending_with, trainer_with
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from treadle import Callback
 from treadle.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
+from treadle.callbacks.averaging.rules import Exponential
+from treadle.callbacks.averaging.weights import AveragedWeights
 from treadle_fabric import MisconfigurationException
 
 ema = partial(EMAWeightAveraging, decay=0.75)
@@ -198,8 +201,6 @@ def test_a_failure_in_a_validation_leaves_the_weights_of_training(error: BaseExc
 
 
 def test_an_exchange_that_ends_in_the_middle_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from treadle.callbacks.averaging.weights import AveragedWeights
-
     model, tensors = Noted(), AveragedWeights._tensors
     exchange = AveragedWeights.exchange
 
@@ -342,3 +343,29 @@ def test_wrong_arguments_are_refused(make: Any) -> None:
 def test_two_averages_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="keep one"):
         fit(Noted(), ema(), WeightAveraging())
+
+
+def test_an_update_does_not_wait_for_the_device() -> None:
+    weights = AveragedWeights(Exponential(0.9), None, use_buffers=True)
+    with CountedDevice() as device:
+        module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).to(DEVICE)
+        for _ in range(3):
+            weights.update(module)
+            weights.exchange(module)
+            weights.restore(module)
+        assert not device.counts()
+
+
+def test_a_kill_in_a_validation_loses_no_weights() -> None:
+    whole, resumed = Noted(), Noted()
+    fit(whole, ema())
+    if not (pid := os.fork()):
+        kill = ActsInValidation(partial(os.kill, os.getpid(), signal.SIGKILL), "on_validation_epoch_end")
+        fit(Noted(), SavesAt("on_validation_batch_end", 8, "at.ckpt"), kill, ema())
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    saved = load("at.ckpt")
+    assert torch.equal(saved["current_model_state"]["head.weight"], whole.trained[7])
+    assert torch.equal(saved["state_dict"]["head.weight"], whole.validated[1])
+    fit(resumed, ema(), ckpt_path="at.ckpt")
+    assert torch.equal(resumed.weight, whole.weight)

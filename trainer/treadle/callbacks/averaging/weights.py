@@ -68,7 +68,7 @@ class AveragedWeights:
         for key, pairs in groups.items():
             for part in (pairs,) if key[:2] == key[2:] else _in_parts(pairs):
                 averages = [average for average, _ in part]
-                self._rule(averages, [tensor.to(average) for average, tensor in part], count)
+                self._rule(averages, [tensor.to(key[0], key[1]) for _, tensor in part], count)
         self.count += 1
 
     @torch.no_grad()
