@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -33,7 +34,7 @@ def pruning(resample: bool = False) -> ModelPruning:
 
 
 def fit(name: str, callback: Any, *more: Any, ckpt_path: str | None = None) -> Noted:
-    torch.manual_seed(3)
+    torch.manual_seed(3 + int(os.environ["LOCAL_RANK"]))  # ranks draw different numbers
     trainer = trainer_with(
         callback, *more, devices=2, strategy="ddp", max_epochs=2, num_sanity_val_steps=0, enable_checkpointing=False
     )
