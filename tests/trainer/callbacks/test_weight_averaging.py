@@ -7,6 +7,7 @@ Tests of ``treadle.callbacks.weight_averaging``, ``treadle.callbacks.ema_weight_
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 from functools import partial
 from typing import Any
@@ -20,7 +21,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from treadle import Callback
-from treadle.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint, WeightAveraging
+from treadle.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from treadle.callbacks.averaging.rules import Exponential
 from treadle.callbacks.averaging.weights import AveragedWeights
 from treadle_fabric import MisconfigurationException
@@ -369,3 +377,11 @@ def test_a_kill_in_a_validation_loses_no_weights() -> None:
     assert torch.equal(saved["state_dict"]["head.weight"], whole.validated[1])
     fit(resumed, ema(), ckpt_path="at.ckpt")
     assert torch.equal(resumed.weight, whole.weight)
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [EMAWeightAveraging(), WeightAveraging(), StochasticWeightAveraging(0.1), ModelPruning("l1_unstructured")],
+)
+def test_they_can_be_sent_to_other_processes(callback: Callback) -> None:
+    assert type(pickle.loads(pickle.dumps(callback))) is type(callback)
