@@ -219,6 +219,16 @@ def test_after_an_error_the_module_fits_its_checkpoints() -> None:
     assert not differing(model.state_dict(), whole.state_dict())
 
 
+def test_in_another_trainer_it_begins_anew() -> None:
+    callback = ModelPruning("l1_unstructured", amount=lambda epoch: 0 if epoch else 5)
+    fit(Net(), callback, max_epochs=1)
+    model = Net()
+    with torch.no_grad():
+        model.head.bias.fill_(5.0)
+    fit(model, callback, max_epochs=1)
+    assert sum(model.zeros().values()) == 5 and model.head.bias == 5.0
+
+
 def test_files_with_weights_only_have_no_masks() -> None:
     fit(Net(), pruning(), ModelCheckpoint("c", filename="w", save_weights_only=True, every_n_train_steps=6))
     saved = torch.load("c/w.ckpt")

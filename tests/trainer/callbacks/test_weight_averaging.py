@@ -385,3 +385,20 @@ def test_a_kill_in_a_validation_loses_no_weights() -> None:
 )
 def test_they_can_be_sent_to_other_processes(callback: Callback) -> None:
     assert type(pickle.loads(pickle.dumps(callback))) is type(callback)
+
+
+def test_in_another_trainer_it_begins_anew() -> None:
+    callback, first, second = ema(), Noted(), Noted()
+    fit(first, callback)
+    fit(second, callback, max_epochs=1)
+    assert torch.equal(second.weight, expected(second.trained))
+
+
+def test_buffers_may_be_left_as_they_are() -> None:
+    plain, model = Noted(), Noted()
+    fit(plain)
+    fit(model, ema(use_buffers=False), SavesAt("on_validation_batch_end", 12, "at.ckpt"))
+    saved = load("at.ckpt")
+    for state in (saved["state_dict"], saved["current_model_state"], model.state_dict()):
+        assert torch.equal(state["body.1.running_mean"], plain.body[1].running_mean)  # type: ignore
+    assert torch.equal(model.weight, expected(model.trained))

@@ -2,9 +2,9 @@
 
 Open ``callback.py`` first: it declares every hook. ``model_checkpoint.py`` and ``early_stopping.py`` are the callbacks
 that decide by a metric. What several callbacks share has a folder of its own: ``checkpoints/`` (names, paths, links and
-the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars) and
-``summary/`` (the table of layers), as have the averages of weights
-(``averaging/``) and the masks of pruned ones (``pruning/``).
+the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars),
+``summary/`` (the table of layers) and ``averaging/`` (the averages of weights); ``pruning/`` has the parts of
+ModelPruning.
 
 Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py``, and of the Trainer only the
 annotations in ``contracts.py``.

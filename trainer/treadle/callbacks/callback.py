@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from treadle.module.hooks import hook_arguments
 
-__all__ = ["CALLBACK_HOOKS", "Callback", "epoch_is_over"]
+__all__ = ["CALLBACK_HOOKS", "Callback", "epoch_is_over", "fit_is_new"]
 
 
 class Callback:
@@ -200,3 +200,8 @@ def epoch_is_over(trainer: Trainer) -> bool:
     """Whether the hooks of an epoch's end run because the epoch is over, and not because training stops within it."""
     stops = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
     return trainer.is_last_batch or not stops
+
+
+def fit_is_new(trainer: Trainer) -> bool:
+    """Whether a fit begins anew: neither a checkpoint nor an earlier fit of the trainer says where to go on."""
+    return trainer.ckpt_path is None and not trainer.fit_progress.batches

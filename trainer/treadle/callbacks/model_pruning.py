@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from treadle.callbacks.callback import Callback, epoch_is_over
+from treadle.callbacks.callback import Callback, epoch_is_over, fit_is_new
 from treadle.callbacks.pruning.masks import (
     captured,
     is_pruned,
@@ -186,6 +186,8 @@ class ModelPruning(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the parameters to prune, and put masks on them again where training goes on."""
+        if fit_is_new(trainer):  # the callback may have been in another trainer before
+            self._state = {}
         run = self._run = _Run(broadcast=trainer.strategy.broadcast if trainer.world_size > 1 else None)
         found = self.sanitize_parameters_to_prune(pl_module, self._given, self._names)
         run.pairs = list(self.filter_parameters_to_prune(self._fitting_method(found)))
@@ -379,6 +381,11 @@ class ModelPruning(Callback):
             checkpoint["state_dict"] = plain
         elif "optimizer_states" in checkpoint:
             checkpoint["current_model_state"] = plain  # which fits a module that begins
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Forget the masks of an earlier run; those of the checkpoint follow."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._run, self._state = _Run(), {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing; what a checkpoint keeps is made in :meth:`on_save_checkpoint`, which knows the module."""

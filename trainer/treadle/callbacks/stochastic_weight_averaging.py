@@ -256,9 +256,9 @@ class StochasticWeightAveraging(AveragingCallback):
         return {"begun": self._begun, "latest_update_epoch": self._latest_update_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, also in a checkpoint of Lightning."""
+        """Restore what :meth:`state_dict` returned, also in a checkpoint of Lightning; of nothing, begin anew."""
         self._weights.forget()
-        self._latest_update_epoch = state_dict["latest_update_epoch"]
+        self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
         self._begun = state_dict.get("begun", self._latest_update_epoch >= 0)
         if state_dict.get("average_model_state") and state_dict.get("n_averaged"):
             self._loaded = state_dict["average_model_state"], int(state_dict["n_averaged"])

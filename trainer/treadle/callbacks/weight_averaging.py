@@ -84,7 +84,7 @@ class WeightAveraging(AveragingCallback):
         return {"latest_update_step": self._latest_update_step, "latest_update_epoch": self._latest_update_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; of nothing, begin anew."""
         self._weights.forget()
         self._latest_update_step = state_dict.get("latest_update_step", 0)
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)

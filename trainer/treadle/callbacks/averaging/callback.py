@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from treadle.callbacks.averaging.weights import AveragedWeights
-from treadle.callbacks.callback import Callback
+from treadle.callbacks.callback import Callback, fit_is_new
 from treadle.stages import TrainerFn
 from treadle_fabric import MisconfigurationException
 
@@ -59,6 +59,8 @@ class AveragingCallback(Callback):
         if self._loaded is not None:
             self._weights.load(pl_module, *self._loaded)
             self._loaded = None
+        elif fit_is_new(trainer):  # the callback may have been in another trainer before
+            self.load_state_dict({})
         elif self._weights.exchanged:
             if self._weights.is_in(pl_module):
                 self._weights.restore(pl_module)
@@ -112,7 +114,7 @@ class AveragingCallback(Callback):
         """Keep the average of a checkpoint from which training goes on."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._weights.forget()
+        self.load_state_dict({})
         self._loaded = None
         if "current_model_state" in checkpoint and "averaging_state" in checkpoint:
             self._loaded = checkpoint["state_dict"], int(checkpoint["averaging_state"]["n_averaged"])
