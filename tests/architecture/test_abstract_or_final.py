@@ -16,6 +16,7 @@ from tests.architecture.sources import PACKAGES, classes
 # `Base.name`: why a documented default, not a no-op, may be replaced there.
 ALLOWED = {
     "Callback.state_key": "the class name, unless arguments tell two callbacks of one class apart",
+    "WeightAveraging.should_update": "the rule by which users choose when to average, as the exponential average does",
     "ModelSummary.summarize": "what users override to render the table their way, as the Rich one does",
 }
 CONSTRUCTION = {*dir(object), "__post_init__"}

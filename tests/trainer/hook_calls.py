@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HOOK = re.compile(
-    r"on_|configure_|transfer_batch_to_device|prepare_data|setup$|teardown$|(load_)?state_dict$|\w+_step$|\w+_dataloader$"
+    r"on_|configure_(?!sharded_model)|transfer_batch_to_device|prepare_data|setup$|teardown$|(load_)?state_dict$|\w+_step$|\w+_dataloader$"
     r"|backward$|clip_gradients$|optimizer_zero_grad$"
 )
 BATCH = re.compile(r"(?<=batch )\d+")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 from treadle.module.hooks import hook_arguments
 
-__all__ = ["CALLBACK_HOOKS", "Callback"]
+__all__ = ["CALLBACK_HOOKS", "Callback", "epoch_is_over", "fit_is_new"]
 
 
 class Callback:
@@ -26,6 +26,10 @@ class Callback:
     monitors: ClassVar[bool] = False
     """Whether the callback decides by a metric. At ``on_train_batch_end``, ``on_validation_end`` and
     ``on_train_epoch_end`` such a callback runs after the module, so that it sees what the module logs."""
+    decides_weights: ClassVar[bool] = False
+    """Whether the callback decides which weights a checkpoint holds. Its ``on_save_checkpoint`` is then called where
+    weights only are saved, too, and a run can have one such callback. Where other weights than the module's are to be
+    found under ``state_dict``, those with which training goes on are under ``current_model_state``."""
     call_order: ClassVar[int] = 0
     """0 for ordinary callbacks, -1 to run before all of these, 1 to run after all of these."""
 
@@ -190,3 +194,14 @@ class Callback:
 
 
 CALLBACK_HOOKS: Final = hook_arguments(Callback, 3)
+
+
+def epoch_is_over(trainer: Trainer) -> bool:
+    """Whether the hooks of an epoch's end run because the epoch is over, and not because training stops within it."""
+    stops = trainer.should_stop or -1 < trainer.max_steps <= trainer.global_step
+    return trainer.is_last_batch or not stops
+
+
+def fit_is_new(trainer: Trainer) -> bool:
+    """Whether a fit begins anew: neither a checkpoint nor an earlier fit of the trainer says where to go on."""
+    return trainer.ckpt_path is None and not trainer.fit_progress.batches

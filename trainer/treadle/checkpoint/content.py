@@ -54,8 +54,8 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
     if run.datamodule is not None and not weights_only and overrides(run.datamodule, "state_dict", LightningDataModule):
         if state := run.datamodule.state_dict():
             checkpoint[type(run.datamodule).__qualname__] = state
-    if not weights_only:
-        for callback in callbacks:
+    for callback in callbacks:
+        if callback.decides_weights or not weights_only:
             run.dispatch.run("on_save_checkpoint", callback.on_save_checkpoint, module._trainer, module, checkpoint)
     run.dispatch.run("on_save_checkpoint", module.on_save_checkpoint, checkpoint)
     return checkpoint

@@ -58,8 +58,11 @@ def restore_weights(
         run.changes.load_state_dict(checkpoint.get("treadle", {}).get("changes", {}))
         run.changes.restore_trainable(module)  # before the strategy asks what is trainable
     run.fabric.strategy.precision.convert_module(module)  # loaded into single precision, double would lose digits
+    weights = checkpoint["state_dict"]
+    if training:  # a callback may have put averaged weights there, for example
+        weights = checkpoint.get("current_model_state", weights)
     try:
-        run.fabric.strategy.load_module_state_dict(engine, checkpoint["state_dict"], strict=module.strict_loading)
+        run.fabric.strategy.load_module_state_dict(engine, weights, strict=module.strict_loading)
     except RuntimeError as error:
         added = (
             f" Parameters that came during the run: {', '.join(run.changes.added[:5])}. Make them in the module's"

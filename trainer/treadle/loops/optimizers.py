@@ -11,9 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from treadle.module import LightningModule
+from treadle.module import LightningModule, LRSchedulerConfig
 from treadle.module.overriding import overrides
-from treadle.run.progress import LRSchedulerConfig
 from treadle_fabric import (
     LRScheduler,
     MisconfigurationException,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import torch
 
 from treadle_fabric import rank_zero_warn
 
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
 from treadle.metrics.options import GivenOptions, LogOptions
 from treadle.metrics.values import flatten_metrics, is_metric, step_value
 
-__all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink"]
+__all__ = ["NOT_LOGGING", "NOWHERE", "MetricSink", "silenced"]
 
 
 class MetricSink(Protocol):
@@ -29,6 +33,8 @@ class _NotLogging:
     def log(
         self, module: LightningModule, name: str, value: Any, options: GivenOptions, batch_size: int | None
     ) -> None:
+        if torch.compiler.is_exporting():  # a trace has no values
+            return
         if module.fabric is None or module._trainer is not None:
             where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
             rank_zero_warn(
@@ -51,3 +57,16 @@ class _Nowhere:
 
 
 NOWHERE: Final = _Nowhere()
+
+
+@contextmanager
+def silenced(modules: Iterable[LightningModule]) -> Generator[None]:
+    """While entered, drop what these modules log."""
+    before = [(module, module.__dict__["_metrics"]) for module in modules]
+    for module, _ in before:
+        module.attach_metrics(NOWHERE)
+    try:
+        yield
+    finally:
+        for module, sink in before:
+            module.attach_metrics(sink)

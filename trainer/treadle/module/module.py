@@ -6,15 +6,15 @@ import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 
 from treadle.metrics.sinks import NOT_LOGGING, MetricSink
 from treadle.metrics.values import flatten_metrics
+from treadle.module.export import export_to_onnx
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_module_from_checkpoint
@@ -499,31 +499,49 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """As every module's; names may be those of a compiled module where this one is not, and the reverse."""
         return super().load_state_dict(names_in(self, state_dict), *args, **kwargs)
 
+    @torch.no_grad()
     def to_onnx(self, file_path: str | Path | Any = None, input_sample: Any = None, **kwargs: Any) -> Any:
-        """Export ``forward`` to ONNX.
+        """Export ``forward`` to ONNX, in evaluation mode; afterwards every submodule has its mode again.
 
         Args:
-            file_path: the file to write. Default: none, the exported program is only returned.
-            input_sample: an input of ``forward``. Default: ``example_input_array``.
-            **kwargs: passed to :func:`torch.onnx.export`.
+            file_path: The file to write. Default: none, the exported program is only returned.
+            input_sample: An input of ``forward``: a tuple holds its positional arguments, a dictionary its keyword
+                arguments. Default: ``example_input_array``.
+            **kwargs: Passed to :func:`torch.onnx.export`, such as ``dynamic_shapes``, or ``external_data=False`` to
+                have the weights in the same file.
 
         Returns:
-            What :func:`torch.onnx.export` returns.
+            What :func:`torch.onnx.export` returns: a ``torch.onnx.ONNXProgram``.
 
         Raises:
-            MisconfigurationException: there is no input.
+            MisconfigurationException: There is no input.
+            ModuleNotFoundError: A package that the exporter needs is not installed.
         """
-        sample = self.example_input_array if input_sample is None else input_sample
-        if sample is None:
-            raise MisconfigurationException(
-                "to_onnx needs an input: pass `input_sample` or set `self.example_input_array`."
-            )
-        mode = self.training
-        inputs = sample if isinstance(sample, tuple) and not isinstance(sample, PackedSequence) else (sample,)
-        try:
-            return torch.onnx.export(self.eval(), inputs, file_path, **kwargs)
-        finally:
-            self.train(mode)
+        return export_to_onnx(self, file_path, input_sample, **kwargs)
+
+    def to_torchscript(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: PyTorch has deprecated TorchScript. :func:`torch.export.export` takes its place."""
+        raise MisconfigurationException(
+            f"{type(self).__qualname__}.to_torchscript: PyTorch has deprecated TorchScript, and it does not"
+            " compile what a LightningModule may hold. Use `torch.export.export(module.eval(), inputs)` with"
+            " `torch.export.save`, which AOTInductor compiles for C++; `to_onnx` for other programs; or `torch.jit`"
+            " yourself."
+        )
+
+    def to_tensorrt(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: the package of TensorRT compiles exported programs itself."""
+        raise MisconfigurationException(
+            f"{type(self).__qualname__}.to_tensorrt: torch-tensorrt takes what PyTorch exports, with no need of the"
+            " module's help. Use `torch_tensorrt.dynamo.compile(torch.export.export(module.eval(), inputs), inputs)`,"
+            " or TensorRT's own reader with the file of `to_onnx`."
+        )
+
+    def configure_sharded_model(self) -> NoReturn:
+        """Refuse: the hook is called :meth:`configure_model`."""
+        raise MisconfigurationException(
+            f"{type(self).__qualname__}.configure_sharded_model is never called: `configure_model` makes layers where"
+            " they belong, sharded or not."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shlex
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from treadle.checkpoint.exact import moment, restore_metrics
-from treadle.metrics.sinks import NOWHERE
+from treadle.metrics.sinks import silenced
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
@@ -246,7 +245,7 @@ class WatchedLosses:
         module, buffers = run.module, dict(run.module.named_buffers())
         before = {name: b.detach().clone() for name, b in buffers.items()}
         metrics = moment(run)["metric_objects"]
-        with isolate_rng(), _silence(run.modules):
+        with isolate_rng(), silenced(run.modules):
             _put_back(buffers, record.buffers)
             set_rng_states(record.rng)
             try:
@@ -333,18 +332,6 @@ class _Copies:
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return type(tensor), tensor.shape, tensor.dtype, tensor.device, tensor.layout
-
-
-@contextmanager
-def _silence(modules: Iterable[LightningModule]) -> Generator[None]:
-    before = [(module, module.__dict__["_metrics"]) for module in modules]
-    for module, _ in before:
-        module.attach_metrics(NOWHERE)
-    try:
-        yield
-    finally:
-        for module, sink in before:
-            module.attach_metrics(sink)
 
 
 def _put_back(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

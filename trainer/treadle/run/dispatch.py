@@ -53,6 +53,11 @@ def check_hook_names(obj: object) -> None:
         if cls.__module__.partition(".")[0] in ("treadle", "treadle_fabric", "torch"):
             continue
         for name in vars(cls):
+            if name == "configure_sharded_model" and isinstance(obj, LightningModule):
+                raise MisconfigurationException(
+                    f"`{cls.__qualname__}.{name}` is never called: rename it to `configure_model`, which makes"
+                    " layers where they belong, sharded or not."
+                )
             if new := _RETIRED.get(name):
                 raise MisconfigurationException(
                     f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and"
@@ -238,7 +243,7 @@ def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuse objects that are no callbacks, and two with the same state key."""
+    """Refuse objects that are no callbacks, two with one state key, and two that decide which weights are saved."""
     seen: Mapping[str, Callback] = {}
     for callback in callbacks:
         if not isinstance(callback, Callback):
@@ -255,3 +260,8 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                     " could keep only one: give them different arguments, or override `state_key`."
                 )
             seen = {**seen, key: callback}
+    if len(deciding := [type(callback).__qualname__ for callback in callbacks if callback.decides_weights]) > 1:
+        raise MisconfigurationException(
+            f"The callbacks {' and '.join(deciding)} each decide which weights are evaluated and saved: keep one of"
+            " them."
+        )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
 
 from treadle.run.accumulation import Accumulation
-from treadle_fabric import LRScheduler
 
-__all__ = ["FitProgress", "LRSchedulerConfig", "Phase"]
+__all__ = ["FitProgress", "Phase"]
 
 
 class Phase(IntEnum):
@@ -97,16 +95,3 @@ class FitProgress:
             self.stepped = True
             self.step += 1
             self.step_in_epoch += 1
-
-
-@dataclass(slots=True)
-class LRSchedulerConfig:
-    """A learning-rate scheduler and when it steps."""
-
-    scheduler: LRScheduler | Any
-    name: str | None = None
-    interval: str = "epoch"
-    frequency: int = 1
-    reduce_on_plateau: bool = False
-    monitor: str | None = None
-    strict: bool = True

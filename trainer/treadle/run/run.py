@@ -11,12 +11,12 @@ from torch.nn import Module
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.metrics.values import metrics_by_path, to_floats
-from treadle.module import LightningDataModule, LightningModule
+from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
 from treadle.profilers.profiler import Profiler, timed
 from treadle.run.changes import ModelChanges
 from treadle.run.dispatch import Dispatch, action_of
 from treadle.run.loss import LossPolicy
-from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.progress import FitProgress
 from treadle.run.steps import StepCounter
 from treadle.stages import TrainerState
 from treadle_fabric import Fabric, FabricModule, FabricOptimizer, engine_of, method_of

@@ -12,6 +12,7 @@ from treadle.data.training import TrainingData
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.fit import FitLoop
+from treadle.loops.forward_epoch import forward_epoch
 from treadle.loops.schedule import total_steps
 from treadle.loops.stopping import Controls
 from treadle.run.run import ReadyRun, Run
@@ -109,6 +110,11 @@ class Fitting:
     def exact_state(self, run: ReadyRun) -> dict[str, Any]:
         """Collect what a checkpoint keeps so that the fit goes on to the last bit. Every rank calls it."""
         return self._ended_at.exact if self._ended_at is not None else self._unrestored or capture_exact(run, self.data)
+
+    def forward_epoch(self) -> int:
+        """Run ``training_step`` on the batches of an epoch, and learn nothing; see :func:`forward_epoch`."""
+        run = self._session.run
+        return forward_epoch(run, self.data) if isinstance(run, ReadyRun) else 0
 
     def as_saved(self, run: ReadyRun) -> ReadyRun:
         """Give the run with the counters of a checkpoint: after a fit that stopped in mid-epoch, those of the stop."""

@@ -17,10 +17,10 @@ from treadle.loops.schedule import change_durations
 from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
-from treadle.module import LightningDataModule, LightningModule
+from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
 from treadle.profilers import Profiler
 from treadle.profilers.choose import choose_profiler
-from treadle.run.progress import FitProgress, LRSchedulerConfig
+from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import preflight
@@ -543,7 +543,7 @@ class Trainer:
     @property
     def fit_loop(self) -> FitLoopView:
         """The counters and bounds of fit under the names of Lightning's loops."""
-        return FitLoopView(self, self._runner.fitting is not None and self._runner.fitting.restoring)
+        return FitLoopView(self, self._runner.fitting)
 
     @property
     def current_epoch(self) -> int:

@@ -9,6 +9,7 @@ from treadle.stages import RunningStage
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
+    from treadle.trainer.fitting import Fitting
 
 __all__ = ["Counts", "EpochLoopView", "FitLoopView", "Progress"]
 
@@ -101,7 +102,11 @@ class EpochLoopView(_Bounds):
 class FitLoopView(_Bounds):
     """``trainer.fit_loop``: the epochs of a fit."""
 
-    __slots__ = ()
+    __slots__ = ("_fitting",)
+
+    def __init__(self, trainer: Trainer, fitting: Fitting | None) -> None:
+        super().__init__(trainer, fitting is not None and fitting.restoring)
+        self._fitting = fitting
 
     @property
     def max_epochs(self) -> int | None:
@@ -128,6 +133,17 @@ class FitLoopView(_Bounds):
         ready = p.epoch + self._in_epoch
         counts = Counts(ready, ready, p.epoch + p.epoch_ended, p.epoch)
         return Progress(counts, counts)
+
+    def forward_epoch(self) -> int:
+        """Run ``training_step`` on the batches of an epoch, for what a forward pass leaves in layers like batch norm.
+
+        Nothing learns, nothing is logged, and random states and the order of later batches stay. Every rank calls it.
+
+        Returns:
+            The number of batches; 0 where the steps cannot be run without learning, or the batches cannot be drawn
+            again.
+        """
+        return self._fitting.forward_epoch() if self._fitting is not None else 0
 
     @property
     def epoch_loop(self) -> EpochLoopView:
