@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
 from treadle.callbacks.early_stopping import EarlyStopping as EarlyStopping
+from treadle.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
+from treadle.callbacks.finetuning import BaseFinetuning as BaseFinetuning
 from treadle.callbacks.gradient_accumulation_scheduler import (
     GradientAccumulationScheduler as GradientAccumulationScheduler,
 )
@@ -34,8 +36,6 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "BackboneFinetuning",
-            "BaseFinetuning",
             "BasePredictionWriter",
             "BatchSizeFinder",
             "DeviceStatsMonitor",
