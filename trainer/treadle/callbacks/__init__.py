@@ -24,6 +24,7 @@ from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMoni
 from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from treadle.callbacks.model_summary import ModelSummary as ModelSummary
 from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+from treadle.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
 from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar
@@ -36,7 +37,6 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "BasePredictionWriter",
             "BatchSizeFinder",
             "DeviceStatsMonitor",
             "EMAWeightAveraging",
