@@ -13,6 +13,7 @@
     +-- RendezvousError                  the processes of a run did not all meet in time (also a RuntimeError)
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
+    +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
     +-- NotAvailableYetError             a name of Lightning that Treadle does not have yet (also an ImportError)
 
 Every message says the value, the rule and the remedy.
@@ -40,6 +41,7 @@ __all__ = [
     "NotAvailableYetError",
     "ProcessFailedError",
     "RendezvousError",
+    "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
@@ -108,6 +110,29 @@ class UnusedParametersError(TreadleError, RuntimeError):
 
 class NonFiniteError(TreadleError, ArithmeticError):
     """A loss or gradients are NaN or infinite, and ``on_nonfinite="raise"`` ends the run."""
+
+
+class TrainingSpikeException(TreadleError, RuntimeError):
+    """A loss is far worse than those before, and ``SpikeDetection`` ends the run.
+
+    Args:
+        batch_idx: The number of the batch.
+        loss: Its loss.
+        before: The losses of the batches before.
+    """
+
+    def __init__(self, batch_idx: int, loss: float | None = None, before: Iterable[float] = ()) -> None:
+        super().__init__(batch_idx, loss, list(before))
+        self.batch_idx = batch_idx
+
+    def __str__(self) -> str:
+        _, loss, before = self.args
+        told = "" if loss is None else f": the loss is {loss:g}"
+        last = ", ".join(f"{each:g}" for each in before[-3:])
+        return (
+            f"Training spike detected in batch {self.batch_idx}{told}{f', after {last}' if last else ''}. Go on from an"
+            " earlier checkpoint without this batch and the one before; the JSON file of SpikeDetection has both."
+        )
 
 
 class NotAvailableYetError(TreadleError, ImportError):

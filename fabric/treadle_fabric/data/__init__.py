@@ -12,7 +12,13 @@ from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, share_loader
 from treadle_fabric.data.meeting import BatchMeeting
-from treadle_fabric.data.samplers import RecordedSampler, record_order, set_epoch, sized_len
+from treadle_fabric.data.samplers import (
+    RecordedSampler,
+    record_order,
+    set_epoch,
+    sized_len,
+    suggested_max_num_workers,
+)
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.data.sharding import ShardedSampler, is_shared
 from treadle_fabric.data.streams import PrivateStream, is_stream, keeps_position
@@ -33,4 +39,5 @@ __all__ = [
     "several_loaders",
     "share_loader",
     "sized_len",
+    "suggested_max_num_workers",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from treadle_fabric.checks import check_integer
 from treadle_fabric.randomness import is_generator, worker_init_function
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "seed_workers",
     "set_epoch",
     "sized_len",
+    "suggested_max_num_workers",
 ]
 
 
@@ -173,6 +175,22 @@ def seed_workers(loader: Any, rank: int) -> Any:
     if not wanted or not isinstance(loader, DataLoader) or loader.worker_init_fn is not None or not loader.num_workers:
         return loader
     return copy_loader(loader, worker_init_fn=partial(worker_init_function, rank=rank))
+
+
+def suggested_max_num_workers(local_world_size: int) -> int:
+    """How many workers the loader of each process can have without waiting for a core; at least 1.
+
+    The cores that this process may use are shared by the processes of the machine, each of which needs one itself.
+
+    Args:
+        local_world_size: The number of processes on this machine.
+
+    Raises:
+        MisconfigurationException: The number is less than 1.
+    """
+    processes = check_integer("local_world_size", local_world_size, minimum=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes - 1)
 
 
 def sized_len(loader: Any) -> int | None:

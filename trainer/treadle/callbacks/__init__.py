@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
+from treadle.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
 from treadle.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from treadle.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
 from treadle.callbacks.finetuning import BaseFinetuning as BaseFinetuning
@@ -30,6 +31,8 @@ from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar
 from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
 from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+from treadle.callbacks.spike_detection import SpikeDetection as SpikeDetection
+from treadle.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
 from treadle.callbacks.timer import Timer as Timer
 from treadle_fabric import not_yet
 
@@ -38,13 +41,10 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "BatchSizeFinder",
-            "DeviceStatsMonitor",
             "EMAWeightAveraging",
             "LearningRateFinder",
             "ModelPruning",
-            "SpikeDetection",
             "StochasticWeightAveraging",
-            "ThroughputMonitor",
             "WeightAveraging",
         },
     )

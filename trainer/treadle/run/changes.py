@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treadle.module.modes import restore_modes
-from treadle_fabric import FabricOptimizer, rank_zero_info, rank_zero_warn, with_plain_names
+from treadle_fabric import FabricOptimizer, PossibleUserWarning, rank_zero_info, rank_zero_warn, with_plain_names
 
 __all__ = ["ModelChanges", "group_names"]
 
@@ -77,7 +77,8 @@ class ModelChanges:
             self._told.update(names)
             rank_zero_warn(
                 f"{_shown(names)} can be trained now, but no optimizer has them, so they do not learn. Add them: "
-                "`self.optimizers().add_param_group({'params': ...})`."
+                "`self.optimizers().add_param_group({'params': ...})`.",
+                category=PossibleUserWarning,
             )
 
     # Going on from a checkpoint

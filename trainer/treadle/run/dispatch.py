@@ -14,7 +14,13 @@ from treadle.metrics.bus import Results
 from treadle.module import LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle.module.overriding import check_signature, overrides
-from treadle_fabric import MisconfigurationException, one_or_several, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    PossibleUserWarning,
+    one_or_several,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -60,7 +66,10 @@ def check_hook_names(obj: object) -> None:
             if name.startswith("on_") and not hasattr(ModuleHooks, name) and not hasattr(Callback, name):
                 near = difflib.get_close_matches(name, [*MODULE_HOOKS, *CALLBACK_HOOKS], n=1, cutoff=0.88)
                 if near:
-                    rank_zero_warn(f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?")
+                    rank_zero_warn(
+                        f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?",
+                        category=PossibleUserWarning,
+                    )
 
 
 class Dispatch:
