@@ -26,7 +26,7 @@ import functools
 import inspect
 import opcode
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ParamSpec
 
 __all__ = [
@@ -136,11 +136,11 @@ class TrainingSpikeException(TreadleError, RuntimeError):
 
 
 class NotAvailableYetError(TreadleError, ImportError):
-    """A name that Lightning has and Treadle is still to get."""
+    """A name that Lightning has and Treadle is still to get, or leaves out."""
 
 
-def not_yet(module: str, names: Collection[str]) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module in which some names of Lightning are still to come.
+def not_yet(module: str, names: Collection[str], left_out: Mapping[str, str] | None = None) -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module in which some names of Lightning are still to come, or left out on purpose.
 
     The error says so where one of them is imported. Where it is looked up as an attribute, the error is an
     AttributeError with the same message, so that ``hasattr`` gives False.
@@ -148,12 +148,18 @@ def not_yet(module: str, names: Collection[str]) -> Callable[[str], Any]:
     Args:
         module: The module's ``__name__``.
         names: The names.
+        left_out: Names that are left out, and for each what to use instead, to follow a colon. Default: none.
     """
 
     def missing(name: str) -> Any:
-        if name not in names:
+        if name in names:
+            message = (
+                f"{module}.{name} is not available yet: docs/differences.md lists Lightning's names still to come."
+            )
+        elif left_out is not None and name in left_out:
+            message = f"{module}.{name} is left out on purpose: {left_out[name]}"
+        else:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        message = f"{module}.{name} is not available yet: docs/differences.md lists Lightning's names still to come."
         caller = sys._getframe(1)
         importing = caller.f_code.co_code[caller.f_lasti] == opcode.opmap["IMPORT_FROM"]
         raise NotAvailableYetError(message) if importing else AttributeError(message)

@@ -1,7 +1,7 @@
 """DeviceStatsMonitor, ThroughputMonitor and SpikeDetection: what is logged when, and what a resumed run has of it.
 
 Tests of ``treadle.callbacks.device_stats_monitor``, ``treadle.callbacks.throughput_monitor`` and
-``treadle.callbacks.spike_detection``.
+``treadle.callbacks.spike``.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar
 from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
 from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
-from treadle.callbacks.spike_detection import SpikeDetection as SpikeDetection
+from treadle.callbacks.spike import SpikeDetection as SpikeDetection
 from treadle.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
 from treadle.callbacks.timer import Timer as Timer
 from treadle_fabric import not_yet

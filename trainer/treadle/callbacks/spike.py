@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from treadle.callbacks.callback import Callback
 from treadle_fabric import PathLike
-from treadle_fabric import measuring as fabric_measuring
+from treadle_fabric.measuring import SpikeDetection as OfFabric
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -46,9 +46,7 @@ class SpikeDetection(Callback):
         exclude_batches_path: PathLike | None = None,
         finite_only: bool = True,
     ) -> None:
-        self._detection = fabric_measuring.SpikeDetection(
-            mode, window, warmup, atol, rtol, exclude_batches_path, finite_only
-        )
+        self._detection = OfFabric(mode, window, warmup, atol, rtol, exclude_batches_path, finite_only)
 
     @property
     def bad_batches(self) -> list[int]:
