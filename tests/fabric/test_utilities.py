@@ -19,6 +19,7 @@ from torch import nn
 import treadle as L
 from treadle.utilities import GradClipAlgorithmType, is_picklable, isolate_rng
 from treadle.utilities.memory import garbage_collection_cuda, is_oom_error, recursive_detach
+from treadle.utilities.model_helpers import is_overridden
 from treadle.utilities.types import STEP_OUTPUT, LRSchedulerTypeTuple, OptimizerLRScheduler
 from treadle_fabric import DDPStrategy, Fabric, HalfPrecision, MisconfigurationException, SingleDeviceStrategy
 from treadle_fabric.utilities import (
@@ -27,11 +28,13 @@ from treadle_fabric.utilities import (
     rank_zero_warn,
     suggested_max_num_workers,
 )
+from treadle_fabric.utilities.cloud_io import get_filesystem
 from treadle_fabric.utilities.seed import pl_worker_init_function, reset_seed, seed_everything
 from treadle_fabric.utilities.warnings import PossibleUserWarning
 
 PATHS = {
-    "treadle_fabric.utilities": """apply_func.apply_to_collection apply_func.move_data_to_device data.AttributeDict
+    "treadle_fabric.utilities": """apply_func.apply_to_collection apply_func.move_data_to_device cloud_io.get_filesystem
+        data.AttributeDict
         data.has_len data.sized_len data.suggested_max_num_workers distributed.is_shared_filesystem enums.LightningEnum
         exceptions.MisconfigurationException rank_zero.rank_zero_only rank_zero.rank_zero_info seed.seed_everything
         spike.SpikeDetection spike.TrainingSpikeException throughput.Throughput throughput.ThroughputMonitor
@@ -39,8 +42,8 @@ PATHS = {
         warnings.PossibleUserWarning warnings.disable_possible_user_warnings""",
     "treadle.utilities": """combined_loader.CombinedLoader data.extract_batch_size enums.GradClipAlgorithmType
         exceptions.MisconfigurationException exceptions.SIGTERMException grads.grad_norm
-        memory.garbage_collection_cuda model_summary.ModelSummary parameter_tying.find_shared_parameters
-        parsing.AttributeDict parsing.is_picklable rank_zero.rank_zero_warn seed.isolate_rng types.EVAL_DATALOADERS
+        memory.garbage_collection_cuda model_helpers.is_overridden model_summary.ModelSummary
+        parameter_tying.find_shared_parameters parsing.AttributeDict parsing.is_picklable rank_zero.rank_zero_warn seed.isolate_rng types.EVAL_DATALOADERS
         types.LRSchedulerConfig types.LRSchedulerPLType types.LRSchedulerTypeUnion types.OptimizerLRSchedulerConfig
         types.TRAIN_DATALOADERS warnings.PossibleUserWarning""",
 }
@@ -74,6 +77,22 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_pickle_takes() -> None:
     assert is_picklable([nn.Linear(2, 2), "a", MisconfigurationException])
     assert not is_picklable(lambda: 0) and not is_picklable({"a": (i for i in ())})
+
+
+def test_what_is_overridden() -> None:
+    class Module(L.LightningModule):
+        def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    assert is_overridden("training_step", Module()) and not is_overridden("validation_step", Module())
+    assert not is_overridden("training_step") and is_overridden("forward", nn.Linear(1, 1), nn.Module)
+    with pytest.raises(MisconfigurationException, match="has no such method"):
+        is_overridden("training_steps", Module())
+    with pytest.raises(MisconfigurationException, match="no LightningModule"):
+        is_overridden("forward", nn.Linear(1, 1))
+
+
+def test_file_systems() -> None:
+    assert get_filesystem("here").exists(".") and get_filesystem("memory://a").protocol == "memory"
 
 
 def test_memory() -> None:

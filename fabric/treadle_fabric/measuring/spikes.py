@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from treadle_fabric.checks import check_integer
-from treadle_fabric.errors import MisconfigurationException, TrainingSpikeException
+from treadle_fabric.errors import MisconfigurationException, TrainingSpikeException, describe_error
 from treadle_fabric.fabric import Fabric
+from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies import Strategy
 from treadle_fabric.types import PathLike
 
@@ -129,9 +130,15 @@ class SpikeDetection:
     def _write(self) -> None:
         path = Path.cwd() if self.exclude_batches_path is None else Path(self.exclude_batches_path)
         path = path if path.suffix == ".json" else path / "skip_batches.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(path.read_text()) if path.exists() else []
-        path.write_text(json.dumps([*before, *(n for n in self.bad_batches if n not in before)], indent=4))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = json.loads(path.read_text()) if path.exists() else []
+            path.write_text(json.dumps([*before, *(n for n in self.bad_batches if n not in before)], indent=4))
+        except (OSError, ValueError) as error:  # the spike is the error to report
+            rank_zero_warn(
+                f"SpikeDetection could not write {str(path)!r} ({describe_error(error)}). The batches to leave out are"
+                f" {self.bad_batches}."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last losses and the batches to be left out."""

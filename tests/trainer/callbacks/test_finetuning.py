@@ -148,6 +148,28 @@ def test_a_second_fit_unfreezes_for_its_own_optimizer(tmp_path: Path) -> None:
     assert len(model.rates[6]) == 2
 
 
+def test_of_several_optimizers_one_has_the_backbone(tmp_path: Path) -> None:
+    class Two(Classifier):
+        automatic_optimization = False
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD([p], lr=0.1 * (i + 1)) for i, p in enumerate(self.head.parameters())]
+
+        def on_train_epoch_end(self) -> None:
+            self.optimizers()[0].step()
+
+    callback = BackboneFinetuning(1)
+    run = trainer(tmp_path, max_epochs=4, callbacks=callback)
+    run.fit(model := Two(), loader(4))
+    first, second = run.optimizers
+    assert [len(o.param_groups) for o in (first, second)] == [2, 1]
+    assert first.param_groups[1]["lr"] == callback.previous_backbone_lr == pytest.approx(0.04)
+    assert model.backbone[0].weight.requires_grad
+
+
 def test_helpers() -> None:
     model = Classifier().backbone
     linear, norm, (tanh, last) = model[0], model[1], model[2]
@@ -188,11 +210,15 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 
 def in_ranks(path: Path) -> None:
-    run, model = fit(path, backbone(False), devices=2, strategy="ddp", max_epochs=3)
+    arguments: Any = {"devices": 2, "strategy": "ddp", "max_epochs": 4}
+    run, model = fit(path, backbone(False), **arguments)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert_same(*run.strategy.all_gather(weights))
     assert not model.backbone[1].training and model.backbone[0].weight.grad is not None
     assert_same(model.backbone[1].running_mean, torch.zeros(3))
+    stopped, _ = fit(path, backbone(False), max_steps=3, **arguments)  # in the epoch of the unfreezing
+    stopped.save_checkpoint(path / "a.ckpt")
+    assert_same(everything(*fit(path, backbone(False), ckpt_path=path / "a.ckpt", **arguments)), everything(run, model))
 
 
 @pytest.mark.timeout(110)

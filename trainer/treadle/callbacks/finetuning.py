@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -48,7 +48,8 @@ class BaseFinetuning(Callback):
     """
 
     _restored = False  # whether this fit goes on from a checkpoint that tells what is frozen
-    _frozen: Sequence[_BatchNorm] = ()  # both set here, so that a subclass need not call `super().__init__()`
+    _frozen: Sequence[_BatchNorm] = ()
+    _groups: Mapping[int, list[dict[str, Any]]] = {}  # all set here, for subclasses without `super().__init__()`
 
     @staticmethod
     def flatten_modules(modules: nn.Module | Iterable[nn.Module | Iterable[Any]]) -> list[nn.Module]:
@@ -191,13 +192,30 @@ class BaseFinetuning(Callback):
                     f"{type(self).__qualname__} has no `{name}`, and BaseFinetuning needs one: override it, or use"
                     " BackboneFinetuning."
                 )
-        self._restored = False
+        self._restored, self._groups = False, {}
         self.freeze_before_training(pl_module)
         self._note_frozen(pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note whether the checkpoint restores what is frozen."""
-        self._restored = "changes" in checkpoint.get("treadle", {})
+        """Note whether the checkpoint restores what is frozen; one of Lightning has the groups in its own way."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        self._groups = state.get("internal_optimizer_metadata", {})
+        self._restored = bool(self._groups) or "changes" in checkpoint.get("treadle", {})
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the optimizers the groups of a checkpoint of Lightning, whose state is restored next."""
+        owners = {
+            f"{prefix}.{name}" if prefix else name: module
+            for prefix, module in pl_module.named_modules()
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        parameters = dict(pl_module.named_parameters())
+        for index, groups in self._groups.items():
+            optimizer = trainer.optimizers[index]
+            for group in groups[len(optimizer.param_groups) :]:
+                self.make_trainable(owners[name] for name in group["params"])
+                optimizer.add_param_group({**group, "params": [parameters[name] for name in group["params"]]})
+        self._groups = {}
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Call :meth:`finetune_function` for each optimizer."""
@@ -289,11 +307,15 @@ class BackboneFinetuning(BaseFinetuning):
         self.freeze(backbone, train_bn=self.train_bn)
 
     def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
-        """Unfreeze the backbone, or set its learning rate for this epoch."""
+        """Unfreeze the backbone, or set its learning rate for this epoch; of several optimizers the first has it."""
         if epoch < self.unfreeze_backbone_at_epoch:
             return
         backbone: Any = pl_module.backbone
-        if epoch != self._rate_of[0]:  # with several optimizers the first one comes here
+        group = self._group(optimizer, backbone)
+        others = [o for o in getattr(pl_module._trainer, "optimizers", ()) if o is not optimizer]
+        if group is None and any(self._group(other, backbone) for other in others):
+            return  # one optimizer has the backbone, and two would step it twice
+        if epoch != self._rate_of[0]:
             self._rate_of = (epoch, self.previous_backbone_lr)
         first, before = optimizer.param_groups[0]["lr"], self._rate_of[1]
         if before is None:
@@ -303,7 +325,6 @@ class BackboneFinetuning(BaseFinetuning):
             rate = self.lambda_func(epoch + 1) * before
             rate = min(rate, first) if self.should_align else rate
         self.previous_backbone_lr = rate
-        group = self._group(optimizer, backbone)
         if group is None:
             self.unfreeze_and_add_param_group(
                 backbone, optimizer, rate, train_bn=self.train_bn, initial_denom_lr=self.initial_denom_lr
