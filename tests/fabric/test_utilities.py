@@ -43,7 +43,8 @@ PATHS = {
     "treadle.utilities": """combined_loader.CombinedLoader data.extract_batch_size enums.GradClipAlgorithmType
         exceptions.MisconfigurationException exceptions.SIGTERMException grads.grad_norm
         memory.garbage_collection_cuda model_helpers.is_overridden model_summary.ModelSummary
-        parameter_tying.find_shared_parameters parsing.AttributeDict parsing.is_picklable rank_zero.rank_zero_warn seed.isolate_rng types.EVAL_DATALOADERS
+        parameter_tying.find_shared_parameters parsing.AttributeDict parsing.is_picklable rank_zero.rank_zero_warn
+        seed.isolate_rng types.EVAL_DATALOADERS
         types.LRSchedulerConfig types.LRSchedulerPLType types.LRSchedulerTypeUnion types.OptimizerLRSchedulerConfig
         types.TRAIN_DATALOADERS warnings.PossibleUserWarning""",
 }

@@ -2,7 +2,8 @@
 
 Start with ``hooks.py``, which has the order of all hooks. ``hparams.py`` keeps constructor arguments, and
 ``loading.py`` makes an object from a checkpoint; ``overriding.py`` and ``step_arguments.py`` read what a user's methods
-override and take, ``returned.py`` has the types of what they return; ``modes.py`` and ``shared_parameters.py`` are about the submodules and parameters of a module.
+override and take, and ``returned.py`` has the types of what they return; ``modes.py`` and ``shared_parameters.py`` are
+about the submodules and parameters of a module.
 Imports metrics and contracts.
 """
 
