@@ -103,6 +103,25 @@ def test_a_resumed_run_goes_on_exactly(tmp_path: Path, kind: str) -> None:
         assert_same(everything(*fit(tmp_path, MAKE[kind](), ckpt_path=path)), whole)
 
 
+class Saving(L.Callback):
+    """Saves after a batch."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.fit_progress.batches == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_saved_within_an_accumulation_goes_on_exactly(tmp_path: Path) -> None:
+    path, arguments = tmp_path / "a.ckpt", {"accumulate_grad_batches": 3}
+    saving: Any = {"callbacks": [backbone(False), Saving(6, path)], **arguments}  # in the epoch of the unfreezing
+    run, model = fit(tmp_path, backbone(False), **saving)
+    run.callbacks.pop()
+    assert_same(everything(*fit(tmp_path, backbone(False), ckpt_path=path, **arguments)), everything(run, model))
+
+
 def test_the_backbone_trains_from_its_epoch_on_with_a_rate_of_its_own(tmp_path: Path) -> None:
     _, model = fit(tmp_path, BackboneFinetuning(2, lambda epoch: float(epoch)), max_epochs=5)
     by_epoch = [model.rates[4 * epoch] for epoch in range(5)]
