@@ -54,6 +54,7 @@ from treadle_fabric.errors import (
     NotAvailableYetError,
     ProcessFailedError,
     RendezvousError,
+    TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
     UnusedParametersError,
@@ -78,6 +79,8 @@ from treadle_fabric.precision import (
 from treadle_fabric.randomness.seeds import reset_seed, seed_everything, worker_init_function
 from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
 from treadle_fabric.rank_zero import (
+    PossibleUserWarning,
+    disable_possible_user_warnings,
     rank_prefixed_message,
     rank_zero_debug,
     rank_zero_deprecation,
@@ -102,6 +105,7 @@ from treadle_fabric.strategies.unwrapping import (
     user_module,
     with_plain_names,
 )
+from treadle_fabric.tensor_pickle import is_picklable
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 
 if _collects:
@@ -151,6 +155,7 @@ __all__ = [
     "ParallelStrategy",
     "PathLike",
     "Plan",
+    "PossibleUserWarning",
     "Precision",
     "PrivateStream",
     "ProcessFailedError",
@@ -168,6 +173,7 @@ __all__ = [
     "TensorBoardLogger",
     "TorchCheckpointIO",
     "TorchElasticEnvironment",
+    "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
@@ -182,6 +188,7 @@ __all__ = [
     "compute_alone",
     "describe_error",
     "detect_environment",
+    "disable_possible_user_warnings",
     "end_run",
     "engine_of",
     "find_free_port",
@@ -192,6 +199,7 @@ __all__ = [
     "has_len",
     "infer_batch_size",
     "is_list",
+    "is_picklable",
     "is_several",
     "is_wrapped",
     "isolate_rng",

@@ -13,6 +13,7 @@
     +-- RendezvousError                  the processes of a run did not all meet in time (also a RuntimeError)
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
+    +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
     +-- NotAvailableYetError             a name of Lightning that Treadle does not have yet (also an ImportError)
 
 Every message says the value, the rule and the remedy.
@@ -25,7 +26,7 @@ import functools
 import inspect
 import opcode
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ParamSpec
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "NotAvailableYetError",
     "ProcessFailedError",
     "RendezvousError",
+    "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
@@ -110,12 +112,35 @@ class NonFiniteError(TreadleError, ArithmeticError):
     """A loss or gradients are NaN or infinite, and ``on_nonfinite="raise"`` ends the run."""
 
 
+class TrainingSpikeException(TreadleError, RuntimeError):
+    """A loss is far worse than those before, and ``SpikeDetection`` ends the run.
+
+    Args:
+        batch_idx: The number of the batch.
+        loss: Its loss.
+        before: The losses of the batches before.
+    """
+
+    def __init__(self, batch_idx: int, loss: float | None = None, before: Iterable[float] = ()) -> None:
+        super().__init__(batch_idx, loss, list(before))
+        self.batch_idx = batch_idx
+
+    def __str__(self) -> str:
+        _, loss, before = self.args
+        told = "" if loss is None else f": the loss is {loss:g}"
+        last = ", ".join(f"{each:g}" for each in before[-3:])
+        return (
+            f"Training spike detected in batch {self.batch_idx}{told}{f', after {last}' if last else ''}. Go on from an"
+            " earlier checkpoint without this batch and the one before; the JSON file of SpikeDetection has both."
+        )
+
+
 class NotAvailableYetError(TreadleError, ImportError):
-    """A name that Lightning has and Treadle is still to get."""
+    """A name that Lightning has and Treadle is still to get, or leaves out."""
 
 
-def not_yet(module: str, names: Collection[str]) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module in which some names of Lightning are still to come.
+def not_yet(module: str, names: Collection[str], left_out: Mapping[str, str] | None = None) -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module in which some names of Lightning are still to come, or left out on purpose.
 
     The error says so where one of them is imported. Where it is looked up as an attribute, the error is an
     AttributeError with the same message, so that ``hasattr`` gives False.
@@ -123,12 +148,18 @@ def not_yet(module: str, names: Collection[str]) -> Callable[[str], Any]:
     Args:
         module: The module's ``__name__``.
         names: The names.
+        left_out: Names that are left out, and for each what to use instead, to follow a colon. Default: none.
     """
 
     def missing(name: str) -> Any:
-        if name not in names:
+        if name in names:
+            message = (
+                f"{module}.{name} is not available yet: docs/differences.md lists Lightning's names still to come."
+            )
+        elif left_out is not None and name in left_out:
+            message = f"{module}.{name} is left out on purpose: {left_out[name]}"
+        else:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        message = f"{module}.{name} is not available yet: docs/differences.md lists Lightning's names still to come."
         caller = sys._getframe(1)
         importing = caller.f_code.co_code[caller.f_lasti] == opcode.opmap["IMPORT_FROM"]
         raise NotAvailableYetError(message) if importing else AttributeError(message)

@@ -20,7 +20,9 @@ from lightning_utilities.core.rank_zero import (
 )
 
 __all__ = [
+    "PossibleUserWarning",
     "WarningCache",
+    "disable_possible_user_warnings",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",
@@ -32,6 +34,22 @@ __all__ = [
 
 _LIBRARIES = ("treadle", "treadle_fabric", "lightning_utilities", "torch", "contextlib")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+class PossibleUserWarning(UserWarning):
+    """A warning of what is probably a mistake, and may be meant; see :func:`disable_possible_user_warnings`."""
+
+
+def disable_possible_user_warnings(module: str = "") -> None:
+    """Ignore warnings of what is probably a mistake, and may be meant.
+
+    The same does the environment variable ``POSSIBLE_USER_WARNINGS=off`` for the whole program.
+
+    Args:
+        module: A regular expression for the names of the modules, of your program, in which they are ignored. Default:
+            in all.
+    """
+    warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)
 
 
 def _rank_from_environment() -> int:
@@ -60,6 +78,9 @@ def _console_logger(name: str) -> logging.Logger:
 
 
 _log = _console_logger("treadle_fabric")
+
+if os.environ.get("POSSIBLE_USER_WARNINGS", "").lower() in ("0", "off"):
+    disable_possible_user_warnings()
 
 # Lightning shares this function object: a rank that Lightning has set is right here, too
 if getattr(rank_zero_only, "rank", None) is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["dump", "dump_to_send", "load"]
+__all__ = ["dump", "dump_to_send", "is_picklable", "load"]
 
 
 def dump(obj: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
@@ -25,6 +25,15 @@ def dump(obj: Any) -> tuple[bytes, list[torch.UntypedStorage]]:
     pickler.storages, pickler.places = [], {}
     pickler.dump(obj)
     return stream.getvalue(), pickler.storages
+
+
+def is_picklable(obj: object) -> bool:
+    """Return whether pickle takes an object; the bytes of its tensors are not copied for that."""
+    try:
+        dump(obj)
+    except Exception:  # an object's own __reduce__ may raise anything
+        return False
+    return True
 
 
 def dump_to_send(obj: Any) -> tuple[bytes, list[torch.UntypedStorage], list[pickle.PickleBuffer]]:

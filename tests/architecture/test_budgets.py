@@ -14,7 +14,13 @@ FILES_IN_A_FOLDER = 12
 
 FACADES = {"treadle_fabric.fabric": "Fabric", "treadle.trainer.trainer": "Trainer"}
 # Folders with one file a callback, logger or environment, and those of re-exports.
-UNCOUNTED = {"treadle.callbacks", "treadle_fabric.loggers", "treadle_fabric.environments"}
+UNCOUNTED = {
+    "treadle.callbacks",
+    "treadle.utilities",
+    "treadle_fabric.environments",
+    "treadle_fabric.loggers",
+    "treadle_fabric.utilities",
+}
 
 
 def docstring_lines(node: FunctionNode) -> int:

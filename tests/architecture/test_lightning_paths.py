@@ -10,10 +10,12 @@ TRAINER = """callbacks callbacks.callback callbacks.checkpoint callbacks.early_s
     callbacks.gradient_accumulation_scheduler callbacks.lambda_function callbacks.lr_monitor callbacks.model_checkpoint
     callbacks.model_summary callbacks.on_exception_checkpoint callbacks.progress callbacks.progress.progress_bar
     callbacks.progress.rich_progress callbacks.progress.tqdm_progress callbacks.rich_model_summary callbacks.timer cli
-    loggers loops trainer""".split()
+    callbacks.device_stats_monitor callbacks.finetuning callbacks.prediction_writer callbacks.spike
+    callbacks.throughput_monitor loggers loops plugins.layer_sync trainer utilities utilities.types""".split()
 FABRIC = """accelerators accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps
     accelerators.registry fabric loggers loggers.logger loggers.tensorboard strategies strategies.ddp
-    strategies.parallel strategies.registry strategies.single_device strategies.strategy wrappers""".split()
+    strategies.parallel strategies.registry strategies.single_device strategies.strategy utilities utilities.seed
+    utilities.throughput wrappers""".split()
 
 
 @pytest.mark.parametrize(

@@ -258,6 +258,7 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "SingleDeviceStrategy": lambda: set_up()[0].strategy,
     "Plan": lambda: treadle_fabric.resolve(accelerator="cpu"),
     "AsyncCheckpointIO": lambda: wrote_checkpoint(treadle_fabric.AsyncCheckpointIO()),
+    "ThroughputMonitor": lambda: callbacks.ThroughputMonitor(len),
     "StopAgreement": lambda: None,
     "SignalListener": lambda: None,
 }

@@ -1,7 +1,7 @@
 """Accelerators: the hardware behind one small interface.
 
-Start with ``accelerator.py``, the base class. ``registry.py`` finds accelerators by name; every other file is one kind
-of hardware. Imports only the foundation.
+Start with ``accelerator.py``, the base class. ``registry.py`` finds accelerators by name, ``memory.py`` tells when
+memory ran out; every other file is one kind of hardware. Imports only the foundation.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING
 from treadle_fabric.accelerators.accelerator import Accelerator, Devices, count_devices, with_index
 from treadle_fabric.accelerators.cpu import CPUAccelerator
 from treadle_fabric.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
+from treadle_fabric.accelerators.memory import (
+    garbage_collection_cuda,
+    is_cuda_out_of_memory,
+    is_cudnn_snafu,
+    is_oom_error,
+    is_out_of_cpu_memory,
+    recursive_detach,
+)
 from treadle_fabric.accelerators.mps import MPSAccelerator
 from treadle_fabric.accelerators.registry import ACCELERATOR_REGISTRY, AcceleratorRegistry
 from treadle_fabric.errors import not_yet
@@ -25,6 +33,12 @@ __all__ = [
     "MPSAccelerator",
     "count_devices",
     "find_usable_cuda_devices",
+    "garbage_collection_cuda",
+    "is_cuda_out_of_memory",
+    "is_cudnn_snafu",
+    "is_oom_error",
+    "is_out_of_cpu_memory",
+    "recursive_detach",
     "with_index",
 ]
 

@@ -39,7 +39,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["file_system", "load_file", "neighbours", "reason_of", "save_file", "why_not_written"]
+__all__ = ["file_system", "get_filesystem", "load_file", "neighbours", "reason_of", "save_file", "why_not_written"]
 
 # An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
 _STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
@@ -76,6 +76,13 @@ def file_system(path: PathLike, storage_options: Any | None = None) -> tuple[Any
             "Leave them out."
         )
     return None, text
+
+
+def get_filesystem(path: PathLike, **kwargs: Any) -> Any:
+    """The fsspec file system of a local path or a URL; ``kwargs`` are the options of its constructor."""
+    import fsspec  # heavy
+
+    return fsspec.url_to_fs(os.fspath(path), **kwargs)[0]
 
 
 # --- saving ---

@@ -12,7 +12,14 @@ from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, share_loader
 from treadle_fabric.data.meeting import BatchMeeting
-from treadle_fabric.data.samplers import generators_of, set_epoch, sized_len
+from treadle_fabric.data.samplers import (
+    RecordedSampler,
+    generators_of,
+    record_order,
+    set_epoch,
+    sized_len,
+    suggested_max_num_workers,
+)
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.data.sharding import ShardedSampler, is_shared
 from treadle_fabric.data.streams import PrivateStream, is_stream, keeps_position
@@ -23,13 +30,16 @@ __all__ = [
     "Epochs",
     "FabricDataLoader",
     "PrivateStream",
+    "RecordedSampler",
     "ShardedSampler",
     "generators_of",
     "is_shared",
     "is_stream",
     "keeps_position",
+    "record_order",
     "set_epoch",
     "several_loaders",
     "share_loader",
     "sized_len",
+    "suggested_max_num_workers",
 ]

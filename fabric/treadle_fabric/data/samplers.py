@@ -1,26 +1,31 @@
-"""A loader's samplers, its length and its workers: find them, tell them the epoch, replace them."""
+"""A loader's samplers, its length and its workers: find them, tell them the epoch, replace and record them."""
 
 from __future__ import annotations
 
 import copy
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from treadle_fabric.checks import check_integer
 from treadle_fabric.randomness import is_generator, worker_init_function
 
 __all__ = [
+    "RecordedSampler",
     "has_len",
     "innermost_sampler",
     "is_indexed",
+    "record_order",
     "sampler_epoch",
     "samplers_of",
     "seed_workers",
     "set_epoch",
     "sized_len",
+    "suggested_max_num_workers",
 ]
 
 
@@ -97,6 +102,58 @@ def with_sampler(loader: DataLoader[Any], sampler: Any, **fields: Any) -> Any:
     return copy_loader(loader, **{name: sampler}, **fields)
 
 
+class RecordedSampler:
+    """Yields what another sampler yields, and keeps each item until the batch that is made of it has come.
+
+    Args:
+        sampler: Yields indices, or batches of them.
+        batched: Whether its items are batches.
+    """
+
+    def __init__(self, sampler: Any, *, batched: bool) -> None:
+        self.sampler, self._batched = sampler, batched
+        self._drawn: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._drawn.clear()
+        for item in self.sampler:  # workers have several batches drawn before the first one comes
+            self._drawn.append(item)
+            yield item
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def take(self) -> list[Any] | None:
+        """The indices of the samples of the next batch that comes; ``None`` if nothing was drawn for it."""
+        if not self._drawn:
+            return None
+        item = _as_python(self._drawn.popleft())
+        several = self._batched or isinstance(item, list)  # a list where the dataset makes the batch of it
+        return [_as_python(index) for index in item] if several else [item]
+
+
+def _as_python(index: Any) -> Any:
+    """An index as a plain number, where it is one of torch or NumPy."""
+    return index.tolist() if hasattr(index, "tolist") else index
+
+
+def record_order(loader: Any) -> tuple[Any, RecordedSampler | None]:
+    """A loader whose samplers are recorded, and what records them.
+
+    Args:
+        loader: Any iterable of batches.
+
+    Returns:
+        A copy of the loader whose batches come in the order in which they are drawn, also from workers; its workers do
+        not persist. The loader itself and ``None`` where samples have no indices, or where the loader iterates in a way
+        of its own.
+    """
+    if not is_indexed(loader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return loader, None
+    recorded = RecordedSampler(index_sampler(loader), batched=loader.batch_sampler is not None)
+    return with_sampler(loader, recorded, persistent_workers=False, in_order=True), recorded
+
+
 def end_workers(loader: DataLoader[Any]) -> None:
     """End workers that persist; garbage collection would wait five seconds for each."""
     if (iterator := loader.__dict__.get("_iterator")) is not None:
@@ -118,6 +175,22 @@ def seed_workers(loader: Any, rank: int) -> Any:
     if not wanted or not isinstance(loader, DataLoader) or loader.worker_init_fn is not None or not loader.num_workers:
         return loader
     return copy_loader(loader, worker_init_fn=partial(worker_init_function, rank=rank))
+
+
+def suggested_max_num_workers(local_world_size: int) -> int:
+    """How many workers the loader of each process can have without waiting for a core; at least 1.
+
+    The cores that this process may use are shared by the processes of the machine, each of which needs one itself.
+
+    Args:
+        local_world_size: The number of processes on this machine.
+
+    Raises:
+        MisconfigurationException: The number is less than 1.
+    """
+    processes = check_integer("local_world_size", local_world_size, minimum=1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes - 1)
 
 
 def sized_len(loader: Any) -> int | None:

@@ -48,7 +48,6 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "DataParallelStrategy",
             "DeepSpeedStrategy",
             "FSDPStrategy",
             "ModelParallelStrategy",
@@ -56,4 +55,5 @@ if not TYPE_CHECKING:  # which tell of any other name
             "XLAFSDPStrategy",
             "XLAStrategy",
         },
+        {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
     )

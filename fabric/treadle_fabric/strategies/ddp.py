@@ -47,6 +47,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         process_group_backend: Default: torch's for the device, ``"nccl"`` on CUDA and ``"gloo"`` on the CPU.
         timeout: How long a collective waits for the slowest process.
         start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        precision_plugin: The precision, under the name that strategies of a trainer have for it.
         **kwargs: For ``torch.nn.parallel.DistributedDataParallel``, such as ``find_unused_parameters``.
     """
 
@@ -63,6 +64,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        precision_plugin: Precision | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -74,6 +76,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
             process_group_backend,
             timeout,
             start_method,
+            precision_plugin,
         )
         for name in kwargs:
             if name not in _ENGINE_ARGUMENTS:

@@ -48,6 +48,7 @@ class ParallelStrategy(Strategy):
             take longer.
         start_method: How processes are started: ``"popen"`` runs the script again, ``"spawn"``, ``"fork"`` and
             ``"forkserver"`` run a function.
+        precision_plugin: The precision, under the name that strategies of a trainer have for it.
     """
 
     uses_process_group = True
@@ -62,8 +63,9 @@ class ParallelStrategy(Strategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(accelerator, checkpoint_io, precision)
+        super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
         if start_method not in _START_METHODS:
             raise MisconfigurationException(
                 f"start_method={start_method!r} is unknown. {near_names(str(start_method), _START_METHODS)}"

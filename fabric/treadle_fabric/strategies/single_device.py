@@ -31,6 +31,7 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         accelerator: The hardware.
         checkpoint_io: Writes and reads files.
         precision: Default: ``32-true``.
+        precision_plugin: The same, under the name that strategies of a trainer have for it.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__(accelerator, checkpoint_io, precision)
+        super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
         self._device = with_index(torch.device(device))
         self._environment: ClusterEnvironment | None = None
 

@@ -19,6 +19,7 @@ from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, Keeping, TorchCheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.types import PathLike
@@ -50,6 +51,10 @@ class Strategy(ABC):
         accelerator: The hardware. Default: as Fabric or the Trainer finds it.
         checkpoint_io: Writes and reads files. Default: whole ``torch.save`` files.
         precision: Default: ``32-true``.
+        precision_plugin: The same, under the name that strategies of a trainer have for it.
+
+    Raises:
+        MisconfigurationException: Both names of the precision are given.
     """
 
     uses_process_group: ClassVar[bool] = False
@@ -85,10 +90,16 @@ class Strategy(ABC):
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
+        precision_plugin: Precision | None = None,
     ) -> None:
+        if precision is not None and precision_plugin is not None:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: precision={precision!r} and precision_plugin={precision_plugin!r} are two"
+                " names of one argument: give one."
+            )
         self._accelerator = accelerator
         self._checkpoint_io = checkpoint_io
-        self._precision = precision
+        self._precision = precision_plugin if precision is None else precision
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Strategy:
         return self  # there is one process group and one device, however many copies of a model
@@ -142,6 +153,11 @@ class Strategy(ABC):
         if self._precision is None:
             self._precision = Precision()
         return self._precision
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """The precision, under the name that strategies of a trainer have for it."""
+        return self.precision
 
     @property
     def checkpoint_io(self) -> CheckpointIO:

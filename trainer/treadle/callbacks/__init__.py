@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
+from treadle.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
 from treadle.callbacks.early_stopping import EarlyStopping as EarlyStopping
 from treadle.callbacks.ema_weight_averaging import EMAWeightAveraging as EMAWeightAveraging
+from treadle.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
+from treadle.callbacks.finetuning import BaseFinetuning as BaseFinetuning
 from treadle.callbacks.gradient_accumulation_scheduler import (
     GradientAccumulationScheduler as GradientAccumulationScheduler,
 )
@@ -25,12 +28,15 @@ from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoin
 from treadle.callbacks.model_pruning import ModelPruning as ModelPruning
 from treadle.callbacks.model_summary import ModelSummary as ModelSummary
 from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+from treadle.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
 from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar
 from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
 from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
+from treadle.callbacks.spike import SpikeDetection as SpikeDetection
 from treadle.callbacks.stochastic_weight_averaging import StochasticWeightAveraging as StochasticWeightAveraging
+from treadle.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
 from treadle.callbacks.timer import Timer as Timer
 from treadle.callbacks.weight_averaging import WeightAveraging as WeightAveraging
 from treadle_fabric import not_yet
@@ -39,13 +45,7 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "BackboneFinetuning",
-            "BaseFinetuning",
-            "BasePredictionWriter",
             "BatchSizeFinder",
-            "DeviceStatsMonitor",
             "LearningRateFinder",
-            "SpikeDetection",
-            "ThroughputMonitor",
         },
     )

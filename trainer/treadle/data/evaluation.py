@@ -13,7 +13,16 @@ from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, rank_zero_warn
-from treadle_fabric.data import CombinedLoader, is_shared, set_epoch, several_loaders, share_loader, sized_len
+from treadle_fabric.data import (
+    CombinedLoader,
+    RecordedSampler,
+    is_shared,
+    record_order,
+    set_epoch,
+    several_loaders,
+    share_loader,
+    sized_len,
+)
 
 __all__ = ["EvaluationData"]
 
@@ -56,6 +65,10 @@ class EvaluationData:
             self.loaders = [share(p, whole_batches=turns) for p in found]
         self.num_batches: list[float] = []
         self._name, self._limit = name, limit
+        self._records = False
+        self.indices: list[Any] | None = None
+        """The indices of the samples of the batch that came last; None where :meth:`record` was not called, and of
+        loaders whose samples have no indices."""
         for i, loader in enumerate(self.loaders):
             length = sized_len(loader)
             if length == 0 and fabric.world_size == 1:
@@ -66,13 +79,24 @@ class EvaluationData:
         """Whether the ranks share the samples of a loader out."""
         return is_shared(self.loaders[loader_idx])
 
+    def record(self) -> None:
+        """Tell the indices of the samples of each batch, in :attr:`indices`."""
+        self._records = True
+
     def iterate(self, loader_idx: int, epoch: int, limit: float) -> Iterator[tuple[int, Any, bool]]:
         """The first ``limit`` batches of one loader, each with its number and whether it is the last."""
         loader = self.loaders[loader_idx]
         for part in self.combined.flattened if self.combined is not None else [loader]:
             set_epoch(part, epoch)
-        batches = first_loader(iter(loader)) if self.combined is not None else iter(loader)
+        recorded, order = record_order(loader) if self._records else (loader, None)
+        batches = first_loader(iter(loader)) if self.combined is not None else iter(recorded)
+        batches = self._with_indices(batches, order) if self._records else batches
         length = sized_len(loader)
         if limit == length and not has_exact_length(loader) and unlimited(self._limit, length):
             limit = math.inf  # a stream may have more batches than it says
         return iter(Lookahead(batches, 0, limit, f"of {self._name} ({loader_idx})"))
+
+    def _with_indices(self, batches: Iterator[Any], order: RecordedSampler | None) -> Iterator[Any]:
+        for batch in batches:
+            self.indices = None if order is None else order.take()
+            yield batch

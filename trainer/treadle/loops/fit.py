@@ -22,7 +22,14 @@ from treadle.run.dispatch import MONITORS
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage
-from treadle_fabric import StopAgreement, isolate_rng, rank_zero_info, rank_zero_warn, with_plain_names
+from treadle_fabric import (
+    PossibleUserWarning,
+    StopAgreement,
+    isolate_rng,
+    rank_zero_info,
+    rank_zero_warn,
+    with_plain_names,
+)
 from treadle_fabric.coordination import StepClock
 
 __all__ = ["FitLoop"]
@@ -75,7 +82,8 @@ def _tell_of_evaluation_mode(module: LightningModule) -> None:
     if not module.training:
         rank_zero_warn(
             f"{type(module).__qualname__} is in evaluation mode when training begins, and stays so: dropout and batch"
-            " norm do not train. Call its `train()` before fit if that is not meant."
+            " norm do not train. Call its `train()` before fit if that is not meant.",
+            category=PossibleUserWarning,
         )
     elif names:
         rank_zero_info(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from treadle.callbacks import BasePredictionWriter
 from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
@@ -42,6 +43,12 @@ class Prediction:
         self._meeting = BatchMeeting("prediction") if run.fabric.world_size > 1 else None
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
+        self._writers = [c for c in run.module.trainer.callbacks if isinstance(c, BasePredictionWriter)]
+        self._epoch_writers = [writer for writer in self._writers if writer.interval.on_epoch]
+        if self._writers:
+            data.record()
+        self._kept: list[list[Any]] = [[] for _ in data.num_batches]
+        self._indices: list[list[Any]] = [[] for _ in data.num_batches]
 
     def __call__(self) -> list[Any] | None:
         """Predict over all loaders.
@@ -56,7 +63,10 @@ class Prediction:
                 predictions[loader_idx].append(output)
         if not self._keep:
             return None
-        predictions = [self._gathered(i, kept) for i, kept in enumerate(predictions)]
+        return self._of_loaders([self._gathered(i, kept) for i, kept in enumerate(predictions)])
+
+    @staticmethod
+    def _of_loaders(predictions: list[list[Any]]) -> list[Any]:
         return predictions[0] if len(predictions) == 1 else predictions
 
     def stream(self) -> Iterator[Any]:
@@ -92,6 +102,9 @@ class Prediction:
                     yield loader_idx, output
                 if meet and self._meeting is not None:
                     self._meeting.come(f"of loader {loader_idx}" if len(self._data.loaders) > 1 else "")
+            for writer in self._epoch_writers:
+                writer.take_epoch(self._of_loaders(self._kept), self._indices)
+            self._kept, self._indices = [], []  # the writers have them, until they have written
             with self._no_grad():
                 dispatch.call("on_predict_epoch_end")
                 dispatch.call("on_predict_end")
@@ -103,10 +116,9 @@ class Prediction:
             restore_modes(modes)
 
     def _loader(self, loader_idx: int, limit: float) -> Iterator[Any]:
-        run, step, keep = self._run, self._step, self._keep
+        run, step, data, writers = self._run, self._step, self._data, self._writers
         results, transfer = run.results, run.transfer
-        cpu = torch.device("cpu")
-        batches: Any = self._data.iterate(loader_idx, run.progress.epoch, limit)
+        batches: Any = data.iterate(loader_idx, run.progress.epoch, limit)
         batches = timed_iteration(run.profiler, "[_PredictionLoop].predict_next", batches)
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
@@ -122,10 +134,20 @@ class Prediction:
                 results.hook = "predict_step"
                 output = step(batch, batch_idx, loader_idx)
                 results.hook = "on_predict_batch_end"
+                for writer in writers:
+                    writer.take_batch(data.indices)
                 for listener in self._on_batch_end:
                     listener(output, batch, batch_idx, loader_idx)
                 results.hook = ""
-            yield without_inference(move_data_to_device(output, cpu)) if keep else None
+            yield self._on_cpu(output, loader_idx) if self._keep or self._epoch_writers else None
+
+    def _on_cpu(self, output: Any, loader_idx: int) -> Any:
+        """Return an output as it is kept; callbacks that write at the end of the epoch get it then."""
+        output = without_inference(move_data_to_device(output, torch.device("cpu")))
+        if self._epoch_writers:
+            self._kept[loader_idx].append(output)
+            self._indices[loader_idx].append(self._data.indices)
+        return output
 
     def _gathered(self, loader_idx: int, kept: list[Any]) -> list[Any]:
         """Return the outputs of all ranks in the order of one process: the ranks took turns with the batches."""

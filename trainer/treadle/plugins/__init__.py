@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from treadle.run.layer_sync import LayerSync, TorchSyncBatchNorm
 from treadle_fabric import not_yet
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from treadle_fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
@@ -11,9 +12,11 @@ __all__ = [
     "CheckpointIO",
     "DoublePrecision",
     "HalfPrecision",
+    "LayerSync",
     "MixedPrecision",
     "Precision",
     "TorchCheckpointIO",
+    "TorchSyncBatchNorm",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -23,8 +26,6 @@ if not TYPE_CHECKING:  # which tell of any other name
             "BitsandbytesPrecision",
             "DeepSpeedPrecision",
             "FSDPPrecision",
-            "LayerSync",
-            "TorchSyncBatchNorm",
             "TransformerEnginePrecision",
             "XLACheckpointIO",
             "XLAPrecision",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from treadle.module.modes import restore_modes
-from treadle_fabric import FabricOptimizer, rank_zero_info, rank_zero_warn, with_plain_names
+from treadle_fabric import FabricOptimizer, PossibleUserWarning, rank_zero_info, rank_zero_warn, with_plain_names
 
 __all__ = ["ModelChanges", "group_names"]
 
@@ -22,6 +22,8 @@ _SHOWN = 5
 class ModelChanges:
     """What is trainable, what is in evaluation mode and what the optimizers hold: as the program made it, and now.
 
+    What is in evaluation mode includes the norms that do not update their running statistics.
+
     A checkpoint keeps both. Where a resumed program makes the same as it made then, it gets what the run had when the
     checkpoint was saved; where the program was changed, its new state stays.
     """
@@ -29,6 +31,7 @@ class ModelChanges:
     def __init__(self) -> None:
         self._trainable: dict[str, bool] = {}
         self._modes: dict[str, bool] = {}
+        self._tracking: dict[str, bool] = {}
         self._groups: list[Groups] = []
         self._saved: Mapping[str, Any] = {}
         self._told: set[str] = set()
@@ -38,14 +41,21 @@ class ModelChanges:
     def begin(self, module: nn.Module) -> None:
         """Note the module as the program made it; after ``configure_model``, before anything is restored."""
         self._trainable, self._modes = _trainable(module), self._current_modes(module)
+        self._tracking = _tracking(module)
 
     def state_dict(self, module: nn.Module, optimizers: Iterable[FabricOptimizer]) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         return {
             "requires_grad": _trainable(module),
             "training": self._current_modes(module),
+            "tracking": _tracking(module),
             "groups": [group_names(module, each.optimizer) for each in optimizers],
-            "made": {"requires_grad": self._trainable, "training": self._modes, "groups": self._groups},
+            "made": {
+                "requires_grad": self._trainable,
+                "training": self._modes,
+                "tracking": self._tracking,
+                "groups": self._groups,
+            },
         }
 
     def _current_modes(self, module: nn.Module) -> dict[str, bool]:
@@ -67,7 +77,8 @@ class ModelChanges:
             self._told.update(names)
             rank_zero_warn(
                 f"{_shown(names)} can be trained now, but no optimizer has them, so they do not learn. Add them: "
-                "`self.optimizers().add_param_group({'params': ...})`."
+                "`self.optimizers().add_param_group({'params': ...})`.",
+                category=PossibleUserWarning,
             )
 
     # Going on from a checkpoint
@@ -97,15 +108,20 @@ class ModelChanges:
             )
 
     def restore_modes(self, module: nn.Module) -> None:
-        """Put submodules into the modes in which they were when the checkpoint was saved."""
-        wanted = self._wanted("training", self._modes)
-        restore_modes(
-            [(m, wanted[name]) for name, m in with_plain_names(module, module.named_modules()) if name in wanted]
-        )
+        """Put submodules into the modes in which they were when the checkpoint was saved.
+
+        Norms also update their running statistics, or not, as then.
+        """
+        modes, tracking = self._wanted("training", self._modes), self._wanted("tracking", self._tracking)
+        parts = list(with_plain_names(module, module.named_modules()))
+        restore_modes([(part, modes[name]) for name, part in parts if name in modes])
+        for name, part in parts:
+            if name in tracking:
+                part.track_running_stats = tracking[name]
 
     def _wanted(self, key: str, built: Mapping[str, bool]) -> dict[str, bool]:
         """The values that were saved, where the program makes what it made then."""
-        made = self._saved["made"][key] if self._saved else {}
+        made = self._saved.get("made", {}).get(key, {})
         return {name: now for name, now in self._saved.get(key, {}).items() if built.get(name) is made.get(name)}
 
     @contextmanager
@@ -200,6 +216,12 @@ def _shown(names: list[str]) -> str:
 
 def _trainable(module: nn.Module) -> dict[str, bool]:
     return {name: p.requires_grad for name, p in with_plain_names(module, module.named_parameters())}
+
+
+def _tracking(module: nn.Module) -> dict[str, bool]:
+    """Whether each norm updates its running statistics."""
+    parts = with_plain_names(module, module.named_modules())
+    return {name: part.track_running_stats for name, part in parts if hasattr(part, "track_running_stats")}
 
 
 def _require(module: nn.Module, wanted: Mapping[str, bool]) -> list[str]:

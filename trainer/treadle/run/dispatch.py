@@ -15,12 +15,19 @@ from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle.module.overriding import check_signature, overrides
 from treadle.profilers.profiler import Profiler, timed
-from treadle_fabric import MisconfigurationException, Strategy, one_or_several, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    PossibleUserWarning,
+    Strategy,
+    one_or_several,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Dispatch", "action_of", "check_hook_names"]
+__all__ = ["Dispatch", "action_of", "check_hook_names", "is_overridden"]
 
 Listeners = tuple[Callable[..., Any], ...]
 Signature = tuple[list[int], dict[tuple[int, str], Any]]
@@ -66,7 +73,34 @@ def check_hook_names(obj: object) -> None:
             if name.startswith("on_") and not hasattr(ModuleHooks, name) and not hasattr(Callback, name):
                 near = difflib.get_close_matches(name, [*MODULE_HOOKS, *CALLBACK_HOOKS], n=1, cutoff=0.88)
                 if near:
-                    rank_zero_warn(f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?")
+                    rank_zero_warn(
+                        f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?",
+                        category=PossibleUserWarning,
+                    )
+
+
+def is_overridden(method_name: str, instance: object | None = None, parent: type | None = None) -> bool:
+    """Return whether an object overrides a method of its base class.
+
+    Args:
+        method_name: The method.
+        instance: The object.
+        parent: The base class. Default: LightningModule, LightningDataModule or Callback, which the object is.
+
+    Raises:
+        MisconfigurationException: The base class is not known, or does not have the method.
+    """
+    if instance is None:
+        return False
+    bases = (LightningModule, LightningDataModule, Callback)
+    parent = parent or next((base for base in bases if isinstance(instance, base)), None)
+    if parent is None or not hasattr(parent, method_name):
+        what = "no LightningModule, LightningDataModule or Callback" if parent is None else f"a {parent.__name__}"
+        raise MisconfigurationException(
+            f"is_overridden({method_name!r}, ...): the object is {what}, which has no such method. Pass the class that"
+            " has it as `parent`."
+        )
+    return overrides(instance, method_name, parent)
 
 
 class Dispatch:

@@ -24,6 +24,7 @@ from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
+from treadle.run.layer_sync import LayerSync
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter
@@ -37,15 +38,21 @@ from treadle_fabric.precision import needs_closure
 __all__: list[str] = []
 
 
-def share_batch_norm(module: nn.Module, accelerator: Accelerator) -> None:
-    """Let the batch-norm layers of ``module`` share their statistics over the ranks.
+def sync_layers(module: nn.Module, sync: LayerSync, accelerator: Accelerator) -> None:
+    """Let layers of ``module`` share over the ranks.
 
     Raises:
-        MisconfigurationException: torch cannot do this between devices of this accelerator.
+        MisconfigurationException: torch cannot share batch norm between devices of this accelerator; or the plugin made
+            another module.
     """
-    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    if sync.apply(module) is not module:
+        raise MisconfigurationException(
+            f"{type(sync).__qualname__}.apply made another module, and the run has this one: let it change the layers"
+            " of the module that it gets, and return that."
+        )
     layers = [name for name, m in with_plain_names(module, module.named_modules()) if isinstance(m, nn.SyncBatchNorm)]
     if layers and not accelerator.shares_batch_norm:
+        sync.revert(module)
         raise MisconfigurationException(
             f"sync_batchnorm=True, but torch cannot share the statistics of {layers[0]!r} between devices of"
             f" accelerator={accelerator.name()!r}: leave sync_batchnorm out."

@@ -19,6 +19,7 @@ from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import (
     MisconfigurationException,
+    PossibleUserWarning,
     is_wrapped,
     rank_zero_info,
     rank_zero_warn,
@@ -170,7 +171,8 @@ def check_fit(
     if has_val and not _has(module, "validation_step"):
         rank_zero_warn(
             f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
-            + _near_method(module, "validation_step")
+            + _near_method(module, "validation_step"),
+            category=PossibleUserWarning,
         )
     elif not has_val and _has(module, "validation_step"):
         rank_zero_info(
@@ -191,7 +193,8 @@ def check_fit(
     if settings.durations.max_epochs_assumed:
         rank_zero_warn(
             f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
-            " train without end."
+            " train without end.",
+            category=PossibleUserWarning,
         )
 
 

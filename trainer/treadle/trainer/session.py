@@ -75,6 +75,7 @@ class Session:
         self.searched: list[Any] = []
         """The folders of the callbacks when a checkpoint was looked for before the first hook."""
         self.log_dir: str | None = None
+        self._undo: list[Callable[[], Any]] = []  # called at the end in any case
         self.terminated = False
         """Whether a signal ended the session."""
         self._signals: Signals | None = None  # those that end the session, while they do
@@ -83,7 +84,7 @@ class Session:
     def __getstate__(self) -> dict[str, Any]:
         """What the trainer still shows of a session in a copy: not the run, its loaders and its optimizers."""
         ended = dict.fromkeys(("run", "_signals", "_profiler"))
-        return {**self.__dict__, "metrics": self.metrics.detached(), "evaluations": {}, **ended}
+        return {**self.__dict__, "metrics": self.metrics.detached(), "evaluations": {}, "_undo": [], **ended}
 
     @contextmanager
     def flagged(self, settings: Settings, signals: Signals) -> Generator[None]:
@@ -131,8 +132,9 @@ class Session:
         run.changes.begin(module)
         run.modules[:] = [m for m in module.modules() if isinstance(m, LightningModule)]
         module.attach(trainer, results)  # those that were made just now, too
-        if settings.sync_batchnorm and self._fabric.world_size > 1:
-            assembly.share_batch_norm(module, self._fabric.accelerator)
+        if settings.layer_sync is not None and self._fabric.world_size > 1:
+            assembly.sync_layers(module, settings.layer_sync, self._fabric.accelerator)
+            self._undo.append(partial(settings.layer_sync.revert, module))
         return run
 
     def _begin_profiling(self, profiler: Profiler) -> Profiler | None:
@@ -218,6 +220,8 @@ class Session:
                 self.metrics.keep(self.metrics.active)
                 self.metrics.active = None
             strategy.precision.teardown()
+            while self._undo:
+                self._undo.pop()()
             self.module.attach(trainer)
             if self.state.fn is not TrainerFn.FITTING:  # what was evaluated may be trained next
                 replace_inference_tensors([self.module, self.datamodule, *trainer.callbacks, self.metrics])

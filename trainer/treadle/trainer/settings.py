@@ -11,6 +11,7 @@ from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoi
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks
+from treadle.run.layer_sync import LayerSync, TorchSyncBatchNorm
 from treadle_fabric import (
     MisconfigurationException,
     check_integer,
@@ -44,7 +45,7 @@ class Settings:
     inference_mode: bool
     use_distributed_sampler: bool
     detect_anomaly: bool
-    sync_batchnorm: bool
+    layer_sync: LayerSync | None
     reload_dataloaders_every_n_epochs: int
     default_root_dir: str
     enable_checkpointing: bool
@@ -64,7 +65,7 @@ class Settings:
 
 _AS_GIVEN = (
     "gradient_clip_val", "deterministic", "benchmark", "inference_mode", "use_distributed_sampler", "detect_anomaly",
-    "sync_batchnorm", "enable_autolog_hparams", "barebones", "auto_resume", "on_save_error", "on_nonfinite",
+    "enable_autolog_hparams", "barebones", "auto_resume", "on_save_error", "on_nonfinite",
 )  # fmt: skip
 
 
@@ -198,6 +199,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         durations=resolve_durations(max_epochs, given["min_epochs"], max_steps, given["min_steps"], given["max_time"]),
         limits=limits,
         overfit_batches=overfit,
+        layer_sync=_take_layer_sync(given),
         fast_dev_run=fast,
         val_check_interval=interval,
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
@@ -214,6 +216,21 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         enable_model_summary=given["enable_model_summary"] is not False,
         **{name: given[name] for name in _AS_GIVEN},
     )
+
+
+def _take_layer_sync(given: dict[str, Any]) -> LayerSync | None:
+    """Take the plugin that syncs layers out of ``plugins``: it is the Trainer's, and the others are the runtime's."""
+    plugins = one_or_several(given["plugins"])
+    found = [each for each in plugins if isinstance(each, LayerSync)]
+    if len(found) + given["sync_batchnorm"] > 1:
+        both = " and sync_batchnorm=True" if given["sync_batchnorm"] else ""
+        names = ", ".join(type(each).__name__ for each in found)
+        raise MisconfigurationException(f"plugins has {names}{both}, and one plugin syncs layers: keep one.")
+    if found:
+        given["plugins"] = [each for each in plugins if each is not found[0]] or None
+        return found[0]
+    given["plugins"] = plugins or None
+    return TorchSyncBatchNorm() if given["sync_batchnorm"] else None
 
 
 def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:

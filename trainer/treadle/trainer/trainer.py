@@ -82,7 +82,7 @@ class Trainer:
         profiler: "simple", "advanced", "pytorch" or a :class:`treadle.profilers.Profiler`. Default: none.
         detect_anomaly: find the operation that made a NaN gradient. Default: False.
         barebones: turn off everything that costs time: bar, loggers, checkpoints, summary, sanity check, callbacks.
-        plugins: precision, cluster environment and checkpoint IO objects.
+        plugins: precision, cluster environment, checkpoint IO and LayerSync objects.
         sync_batchnorm: share batch-norm statistics over the ranks.
         reload_dataloaders_every_n_epochs: ask for fit's loaders anew every n epochs. Default: 0, never.
         default_root_dir: where logs and checkpoints go. Default: the working directory.
@@ -158,7 +158,7 @@ class Trainer:
             devices=devices,
             num_nodes=num_nodes,
             precision="32-true" if precision is None and plugins is None else precision,
-            plugins=plugins,
+            plugins=given["plugins"],
             loggers=self._loggers,
         )
         self.should_stop = False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from treadle_fabric import CheckpointError, CheckpointIO, Logger, rank_zero_warn
+from treadle_fabric import CheckpointError, CheckpointIO, Logger, PossibleUserWarning, rank_zero_warn
 
 __all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "warn_if_in_use"]
 
@@ -46,7 +46,10 @@ def warn_if_in_use(folder: str, resumed: str) -> None:
     if not is_local(folder) or not os.path.isdir(folder) or not os.listdir(folder):
         return
     if not (resumed and Path(folder) in Path(absolute(resumed)).parents):
-        rank_zero_warn(f"The checkpoint folder {folder} is not empty: files of another run may lie there.")
+        rank_zero_warn(
+            f"The checkpoint folder {folder} is not empty: files of another run may lie there.",
+            category=PossibleUserWarning,
+        )
 
 
 def remove_replaced(path: str, folder: str, resumed: str, checkpoint_io: CheckpointIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from treadle.module import LightningModule
@@ -12,7 +13,24 @@ from treadle_fabric import MisconfigurationException
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Clipping"]
+__all__ = ["Clipping", "GradClipAlgorithmType"]
+
+
+class GradClipAlgorithmType(StrEnum):
+    """What ``gradient_clip_val`` limits: each entry of the gradients, or their norm."""
+
+    VALUE = "value"
+    NORM = "norm"
+
+    @staticmethod
+    def supported_type(val: str) -> bool:
+        """Return whether there is an algorithm of this name."""
+        return val in tuple(GradClipAlgorithmType)
+
+    @staticmethod
+    def supported_types() -> list[str]:
+        """Return the names of all."""
+        return [each.value for each in GradClipAlgorithmType]
 
 
 class Clipping:
@@ -59,7 +77,7 @@ class Clipping:
                 f"clip_gradients got gradient_clip_val={value}, the Trainer has {self._value}: give it in one place."
             )
         algorithm = algorithm or self._algorithm or "norm"
-        if algorithm not in ("norm", "value"):
+        if algorithm not in tuple(GradClipAlgorithmType):
             raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'.")
         if not value:
             return
