@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle_fabric.batches import move_data_to_device
+from treadle_fabric.checks import require_package
 from treadle_fabric.errors import MisconfigurationException, describe_error
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
@@ -42,7 +43,7 @@ class TensorBoardLogger(FolderLogger):
         **kwargs: For :class:`torch.utils.tensorboard.writer.SummaryWriter`, such as ``flush_secs``.
 
     Raises:
-        ModuleNotFoundError: Neither tensorboard nor tensorboardX is installed.
+        MissingPackageError: Neither tensorboard nor tensorboardX is installed.
         MisconfigurationException: No folder is given.
     """
 
@@ -61,10 +62,9 @@ class TensorBoardLogger(FolderLogger):
         log_graph: bool = False,
         **kwargs: Any,
     ) -> None:
-        if importlib.util.find_spec("tensorboard") is None and importlib.util.find_spec("tensorboardX") is None:
-            raise ModuleNotFoundError(
-                "TensorBoardLogger needs tensorboard (or tensorboardX), and neither is installed. Install it with "
-                "`pip install treadle[trainer]`, or use CSVLogger."
+        if importlib.util.find_spec("tensorboardX") is None:
+            require_package(
+                "tensorboard", "TensorBoardLogger", "trainer", "tensorboardX will do, and so will CSVLogger."
             )
         super().__init__(RunFolder(root_dir, name, version, sub_dir, save_dir=save_dir))
         self._prefix = prefix

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.callbacks.model_summary import ModelSummary
-from treadle.callbacks.progress.display import require_package
 from treadle.callbacks.summary.formatting import Totals
+from treadle_fabric import require_package
 
 __all__ = ["RichModelSummary"]
 
@@ -19,11 +19,11 @@ class RichModelSummary(ModelSummary):
         **summarize_kwargs: ``header_style`` (default "bold magenta"), and what :class:`rich.table.Table` takes.
 
     Raises:
-        MisconfigurationException: rich is not installed.
+        MissingPackageError: rich is not installed.
     """
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
-        require_package("rich", "RichModelSummary")
+        require_package("rich", "RichModelSummary", "trainer", "ModelSummary needs no package.")
         super().__init__(max_depth, **summarize_kwargs)
 
     @staticmethod
