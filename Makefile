@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults lint format bench clean
+.PHONY: demo test test-faults test-package lint format bench clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -21,13 +21,18 @@ demo: $(VENV)/.demo
 # One thread a process: the tests start many. A test marked `alone` measures time and so has the machine to itself.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults and not package"
 	$(BIN)/python -m pytest -m alone
 
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
+
+# The wheel and the sdist; the wheel in an environment of its own: a second download of torch, or pip's copy.
+test-package: export OMP_NUM_THREADS = 1
+test-package: $(VENV)/.dev
+	$(BIN)/python -m pytest -m package
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
