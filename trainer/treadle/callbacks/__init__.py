@@ -22,6 +22,7 @@ from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMoni
 from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from treadle.callbacks.model_summary import ModelSummary as ModelSummary
 from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+from treadle.callbacks.optuna_pruning import OptunaPruning as OptunaPruning
 from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
 from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar

@@ -35,7 +35,7 @@ from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
-from treadle.trainer.outcome import launch
+from treadle.trainer.outcome import launch, raise_asked_for
 from treadle.trainer.session import Session
 from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
 from treadle.trainer.view import FitLoopView
@@ -826,13 +826,16 @@ class Trainer:
 
     def _launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
-        if not self.strategy.launches_function:
+        if self.strategy.launches_function:
+            result = launch(self, stage, module, args, signals=self._signals if stage == self._fit else None)
+        else:
             self.fabric.launch()
             try:
-                return stage(module, *args)
+                result = stage(module, *args)
             finally:
                 self._fits.after_run()
-        return launch(self, stage, module, args, signals=self._signals if stage == self._fit else None)
+        raise_asked_for(self.callbacks)
+        return result
 
     def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
         preflight.check_idle(self.state, fn)
@@ -927,10 +930,7 @@ class Trainer:
         module = preflight.model_or_last(model, self._last_module, fn.value)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule)
-        result: list[dict[str, float]] = self._launch(
-            self._evaluate_stage, module, datamodule, fn, dataloaders, source, verbose
-        )
-        return result or []
+        return self._launch(self._evaluate_stage, module, datamodule, fn, dataloaders, source, verbose) or []
 
     def _evaluate_stage(
         self,
