@@ -17,7 +17,7 @@ import torch
 from tests.processes import ROOT
 from tests.trainer.models import Net
 
-from treadle.callbacks import OptunaPruning, RichModelSummary, RichProgressBar, TQDMProgressBar
+from treadle.callbacks import OptunaPruning, RayTuneReport, RichModelSummary, RichProgressBar, TQDMProgressBar
 from treadle.cli.plotting.events import read_scalars
 from treadle.cli.plotting.picture import check_output
 from treadle_fabric import (
@@ -49,6 +49,7 @@ USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("trainer", ("psutil",), lambda: CPUAccelerator().get_device_stats(torch.device("cpu"))),
     ("plot", ("matplotlib",), lambda: check_output("x.png")),
     ("tune", ("optuna",), lambda: OptunaPruning(None, "val_loss")),
+    ("tune", ("ray",), RayTuneReport),
     ("cli", ("yaml",), read_yaml),
 ]
 

@@ -27,6 +27,7 @@ from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
 from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar
 from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
+from treadle.callbacks.ray_tune_report import RayTuneReport as RayTuneReport
 from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
 from treadle.callbacks.timer import Timer as Timer
 from treadle_fabric import not_yet
