@@ -41,7 +41,7 @@ class RichModelSummary(ModelSummary):
         # rich is optional, and takes long to import
         from rich.console import Console
         from rich.table import Table
-        from rich.text import Text
+        from rich.text import Text  # optional, too
 
         console = Console()
         table = Table(**{"header_style": "bold magenta", **summarize_kwargs})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from treadle.cli.plotting.panels import Curve, Panel
+from treadle.cli.plotting.panels import LEARNING_RATE, Curve, Panel
 from treadle.cli.plotting.ticks import linear_ticks, logarithmic_ticks
 from treadle_fabric import MisconfigurationException, require_package
 
@@ -115,8 +115,9 @@ def _draw_grid(
 def _draw_panel(axes: Axes, panel: Panel, colors: Sequence[Any], log_y: bool, width: float) -> None:
     axes.set_title(_wrapped(panel.title, int(width / _LETTER * 0.85)), loc="left", parse_math=False)
     marks = sum(len(curve.marks) for curve in panel.curves)
+    between = "steps-post" if panel.title == LEARNING_RATE else "default"  # a rate holds until it is set anew
     for curve in panel.curves:
-        _draw_curve(axes, curve, colors[curve.run], _MARK if marks <= _CROWD else _MARK / 2)
+        _draw_curve(axes, curve, colors[curve.run], _MARK if marks <= _CROWD else _MARK / 2, between)
     axes.margins(x=0.03, y=0.08)
     lowest, highest = panel.range
     if log_y and 0 < lowest < highest:
@@ -125,7 +126,7 @@ def _draw_panel(axes: Axes, panel: Panel, colors: Sequence[Any], log_y: bool, wi
         linear_ticks(axes, "y")
 
 
-def _draw_curve(axes: Axes, curve: Curve, color: Any, mark_size: float) -> None:
+def _draw_curve(axes: Axes, curve: Curve, color: Any, mark_size: float, between: str) -> None:
     if curve.raw:
         axes.plot(*zip(*curve.raw), color=color, alpha=0.25, linewidth=0.8)
     if curve.points:
@@ -135,6 +136,7 @@ def _draw_curve(axes: Axes, curve: Curve, color: Any, mark_size: float) -> None:
             color=color,
             linestyle=_LINES[curve.style % len(_LINES)],
             linewidth=1.4,
+            drawstyle=between,
             marker="o" if few else None,
             markersize=5 if len(curve.points) == 1 else 2.5,
         )
