@@ -32,7 +32,7 @@ test-faults: $(VENV)/.dev
 # The wheel and the sdist; the wheel in an environment of its own: a second download of torch, or pip's copy.
 test-package: export OMP_NUM_THREADS = 1
 test-package: $(VENV)/.dev
-	$(BIN)/python -m pytest -m package
+	$(BIN)/python -m pytest -m package tests/package
 
 # Hyper-parameter search with Ray Tune, which brings pandas and pyarrow along.
 test-ray: export OMP_NUM_THREADS = 1

@@ -19,12 +19,13 @@ from treadle.callbacks import RayTuneReport
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.loggers import CSVLogger
 
-ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture
 def cluster(isolated: None, no_process_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import ray
+
     for name, value in importing_tests().items():
         monkeypatch.setenv(name, value)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
