@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults lint format bench clean
+.PHONY: demo test test-faults test-package test-ray lint format bench clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -21,13 +21,23 @@ demo: $(VENV)/.demo
 # One thread a process: the tests start many. A test marked `alone` measures time and so has the machine to itself.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults and not package and not ray"
 	$(BIN)/python -m pytest -m alone
 
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
+
+# The wheel and the sdist; the wheel in an environment of its own: a second download of torch, or pip's copy.
+test-package: export OMP_NUM_THREADS = 1
+test-package: $(VENV)/.dev
+	$(BIN)/python -m pytest -m package tests/package
+
+# Hyper-parameter search with Ray Tune, which brings pandas and pyarrow along.
+test-ray: export OMP_NUM_THREADS = 1
+test-ray: .venv-ray/.done
+	.venv-ray/bin/python -m pytest -m ray tests/ray
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -44,7 +54,7 @@ bench: .venv-bench/.done
 	.venv-bench/bin/python benchmarks/bench.py
 
 clean:
-	rm -rf .venv .venv-bench build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-ray build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -64,4 +74,10 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python $(INSTALL) -e '.[demo]' lightning==2.6.6 accelerate==1.15.0
+	touch $@
+
+.venv-ray/.done: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python $(INSTALL) -e '.[dev,tune]'
 	touch $@

@@ -23,7 +23,7 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checks import check_integer, check_loss, is_list, is_several, one_or_several
+from treadle_fabric.checks import check_integer, check_loss, is_list, is_several, one_or_several, require_package
 from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
@@ -50,6 +50,7 @@ from treadle_fabric.errors import (
     CheckpointUnsafeError,
     DeviceUnavailableError,
     MisconfigurationException,
+    MissingPackageError,
     NonFiniteError,
     NotAvailableYetError,
     ProcessFailedError,
@@ -149,6 +150,7 @@ __all__ = [
     "MPIEnvironment",
     "MPSAccelerator",
     "MisconfigurationException",
+    "MissingPackageError",
     "MixedPrecision",
     "NonFiniteError",
     "NotAvailableYetError",
@@ -225,6 +227,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
+    "require_package",
     "reset_seed",
     "resolve",
     "sampler_epoch",

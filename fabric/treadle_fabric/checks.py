@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 import sys
 from collections.abc import Iterator, MappingView, Sequence, Set
@@ -10,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, MissingPackageError
 
-__all__ = ["check_integer", "check_loss", "is_list", "is_several", "one_or_several"]
+__all__ = ["check_integer", "check_loss", "is_list", "is_several", "one_or_several", "require_package"]
 
 
 def is_several(value: Any) -> bool:
@@ -89,3 +90,22 @@ def check_loss(loss: Tensor, what: str) -> None:
             f"{what} a loss that does not depend on any parameter that requires a gradient: compute it from the model's"
             " output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
         ) from None
+
+
+def require_package(package: str, wanted_by: str, extra: str, otherwise: str = "") -> None:
+    """Raise an error with the command that installs it when an optional package is not there.
+
+    Args:
+        package: the name under which it is imported.
+        wanted_by: what the message begins with, such as ``"TQDMProgressBar"``.
+        extra: the extra of Treadle that the package belongs to.
+        otherwise: what works without it, as a sentence for the end of the message.
+
+    Raises:
+        MissingPackageError: the package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(
+            f"{wanted_by} needs the package {package}, which is not installed: `pip install treadle[{extra}]`."
+            + (f" {otherwise}" if otherwise else "")
+        )

@@ -4,6 +4,7 @@
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
+    |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointUnsafeError",
     "DeviceUnavailableError",
     "MisconfigurationException",
+    "MissingPackageError",
     "NonFiniteError",
     "NotAvailableYetError",
     "ProcessFailedError",
@@ -71,6 +73,10 @@ class DeviceUnavailableError(MisconfigurationException):
 
 class UnknownArgumentError(MisconfigurationException, TypeError):
     """A constructor was called with a name that none of its arguments has."""
+
+
+class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
+    """What was asked for needs a package that is not installed: one of an extra of Treadle."""
 
 
 class CheckpointError(TreadleError):

@@ -158,6 +158,77 @@ def main() -> None:
     print(results)
 """
 
+LOOP = """
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from treadle_fabric import CSVLogger, Fabric, seed_everything
+from treadle_fabric.strategies import DDPStrategy
+
+
+class Printing:
+    def on_epoch_end(self, epoch: int, loss: float) -> None:
+        print(epoch, loss)
+
+
+def evaluate(fabric: Fabric, model: nn.Module, loader: DataLoader[Any]) -> float:
+    total = torch.zeros((), device=fabric.device)
+    with torch.inference_mode():
+        for x, y in loader:
+            total += nn.functional.mse_loss(model(x), y)
+    mean = fabric.all_reduce(total, reduce_op="mean")
+    assert isinstance(mean, Tensor)
+    return mean.item()
+
+
+def main() -> None:
+    seed_everything(1)
+    fabric = Fabric(
+        accelerator="cpu",
+        devices=2,
+        strategy=DDPStrategy(find_unused_parameters=False),
+        precision="bf16-mixed",
+        loggers=[CSVLogger("logs")],
+        callbacks=[Printing()],
+    )
+    fabric.launch()
+    rows = TensorDataset(torch.randn(8, 4), torch.randn(8, 1))
+    loader = fabric.setup_dataloaders(DataLoader(rows, batch_size=2, shuffle=True), resumable=True)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    state: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader, "epoch": 0}
+    path = Path("last.ckpt")
+    if path.exists():
+        fabric.load(path, state)
+    for epoch in range(2):
+        for i, (x, y) in enumerate(loader):
+            accumulating = i % 2 == 0
+            with fabric.no_backward_sync(model, enabled=accumulating):
+                loss: Tensor = nn.functional.mse_loss(model(x), y)
+                fabric.backward(loss)
+            if not accumulating:
+                fabric.clip_gradients(model, optimizer, max_norm=1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            fabric.log("loss", loss, step=i)
+        fabric.log_dict({"val": evaluate(fabric, model, loader)})
+        fabric.call("on_epoch_end", epoch=epoch, loss=0.0)
+        fabric.save(path, state)
+        fabric.barrier()
+        if fabric.is_global_zero:
+            fabric.print(fabric.global_rank, fabric.world_size, fabric.local_rank)
+
+
+if __name__ == "__main__":
+    main()
+"""
+
 WRONG = """
 import treadle as L
 
@@ -194,10 +265,10 @@ follow_imports = skip
 """
 
 
-@pytest.mark.timeout(300)
-def test_a_strict_type_check_of_user_code(tmp_path: Path) -> None:
-    for name, text in (("right.py", RIGHT), ("wrong.py", WRONG), ("mypy.ini", CONFIG)):
-        (tmp_path / name).write_text(text.lstrip())
+def check_types(folder: Path, *options: str, **variables: str) -> None:
+    """Check the programs strictly, in an empty folder."""
+    for name, text in (("loop.py", LOOP), ("right.py", RIGHT), ("wrong.py", WRONG), ("mypy.ini", CONFIG)):
+        (folder / name).write_text(text.lstrip())
     done = subprocess.run(
         [
             sys.executable,
@@ -206,11 +277,13 @@ def test_a_strict_type_check_of_user_code(tmp_path: Path) -> None:
             "--strict",
             "--config-file=mypy.ini",
             "--cache-dir=cache",
+            *options,
+            "loop.py",
             "right.py",
             "wrong.py",
         ],
-        env={**os.environ, "MYPYPATH": os.pathsep.join(str(folder.parent) for folder in PACKAGES.values())},
-        cwd=tmp_path,
+        env={**{name: value for name, value in os.environ.items() if name != "MYPYPATH"}, **variables},
+        cwd=folder,
         capture_output=True,
         text=True,
     )
@@ -222,4 +295,9 @@ def test_a_strict_type_check_of_user_code(tmp_path: Path) -> None:
         ("wrong.py", "15", "attr-defined"),
         ("wrong.py", "19", "override"),
     ], done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("Found 5 errors in 1 file (checked 2 source files)")
+    assert done.stdout.rstrip().endswith("Found 5 errors in 1 file (checked 3 source files)")
+
+
+@pytest.mark.timeout(300)
+def test_a_strict_type_check_of_user_code(tmp_path: Path) -> None:
+    check_types(tmp_path, MYPYPATH=os.pathsep.join(str(folder.parent) for folder in PACKAGES.values()))

@@ -372,7 +372,7 @@ def test_without_tensorboard_the_constructor_says_how_to_get_it() -> None:
         CSVLogger("logs").log_metrics({"a": 1})
         TensorBoardLogger("logs")
     """)
-    assert "ModuleNotFoundError" in done.stderr.splitlines()[-1]
+    assert "MissingPackageError" in done.stderr.splitlines()[-1]
     assert "pip install treadle[trainer]" in done.stderr
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from treadle_fabric.accelerators.accelerator import Accelerator, parse_count
-from treadle_fabric.checks import is_several, one_or_several
-from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException
+from treadle_fabric.checks import is_several, one_or_several, require_package
+from treadle_fabric.errors import DeviceUnavailableError
 
 __all__ = ["CPUAccelerator"]
 
@@ -55,12 +53,9 @@ class CPUAccelerator(Accelerator):
         """Return load and used memory in per cent.
 
         Raises:
-            MisconfigurationException: psutil is not installed.
+            MissingPackageError: psutil is not installed.
         """
-        if find_spec("psutil") is None:
-            raise MisconfigurationException(
-                "Reading the load of the CPU needs psutil, which is not installed: pip install psutil."
-            )
+        require_package("psutil", "Reading the load of the CPU", "trainer")
         import psutil  # an extra
 
         return {

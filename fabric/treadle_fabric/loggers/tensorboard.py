@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle_fabric.batches import move_data_to_device
+from treadle_fabric.checks import require_package
 from treadle_fabric.errors import MisconfigurationException, describe_error
 from treadle_fabric.loggers.event_files import event_files, newest_scalars, rewind_events
 from treadle_fabric.loggers.hyperparameters import flatten, keep_entries, to_dict, to_yaml
@@ -43,7 +44,7 @@ class TensorBoardLogger(FolderLogger):
         **kwargs: For :class:`torch.utils.tensorboard.writer.SummaryWriter`, such as ``flush_secs``.
 
     Raises:
-        ModuleNotFoundError: Neither tensorboard nor tensorboardX is installed.
+        MissingPackageError: Neither tensorboard nor tensorboardX is installed.
         MisconfigurationException: No folder is given.
     """
 
@@ -62,10 +63,9 @@ class TensorBoardLogger(FolderLogger):
         log_graph: bool = False,
         **kwargs: Any,
     ) -> None:
-        if importlib.util.find_spec("tensorboard") is None and importlib.util.find_spec("tensorboardX") is None:
-            raise ModuleNotFoundError(
-                "TensorBoardLogger needs tensorboard (or tensorboardX), and neither is installed. Install it with "
-                "`pip install treadle[trainer]`, or use CSVLogger."
+        if importlib.util.find_spec("tensorboardX") is None:
+            require_package(
+                "tensorboard", "TensorBoardLogger", "trainer", "tensorboardX will do, and so will CSVLogger."
             )
         super().__init__(RunFolder(root_dir, name, version, sub_dir, save_dir=save_dir))
         self._prefix = prefix

@@ -1,7 +1,7 @@
 """The table of layers.
 
 Tests of ``treadle.callbacks.model_summary``, ``treadle.callbacks.summary.layers``,
-``treadle.callbacks.summary.formatting``.
+``treadle.callbacks.summary.formatting``, ``treadle.callbacks.summary.fitting``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 import treadle as tr
 from treadle.callbacks import ModelSummary as SummaryCallback
 from treadle.callbacks import RichModelSummary
+from treadle.callbacks.summary.fitting import fit_columns
 from treadle.callbacks.summary.formatting import get_formatted_model_size, get_human_readable_count
 from treadle.callbacks.summary.layers import LayerSummary, ModelSummary, parse_batch_shape, summarize
 
@@ -282,3 +283,95 @@ def test_the_rich_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     assert re.search(r"│ net\.0 +│ Linear +│ +144 │ train │ +1\.0 K │ +\[4, 8\] │ +\[4, 16\] │", out)
     assert re.search(r"Non-trainable params: +9", out) and re.search(r"Total FLOPs: +1\.3 K", out)
     assert max(map(len, out.splitlines())) <= 100
+
+
+# ------------------------------------------------------------------------------------------------ a narrow terminal
+
+
+class AttentionWithRotaryPositionEmbeddings(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_key_value_projection = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        y = self.query_key_value_projection(x)
+        return {"hidden": y[..., :8], "cache": (y, y)}
+
+
+class Deep(nn.Module):
+    """A layer in a layer in a layer ..., with inputs and outputs of several kinds."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.self_attention = AttentionWithRotaryPositionEmbeddings()
+        self.next_encoder_layer = Deep(levels - 1) if levels else nn.Linear(8, 8)
+
+    def forward(self, batch: Any) -> Any:
+        if isinstance(batch, dict):
+            batch = self.self_attention(batch["hidden"], batch["mask"])["hidden"]
+        inner: Any = batch
+        return self.next_encoder_layer({"hidden": inner, "mask": inner} if hasattr(self, "more") else inner)
+
+
+def deep(levels: int, example: bool) -> tr.LightningModule:
+    model = Model()
+    model.net = Deep(levels)  # type: ignore[assignment]
+    model.head = nn.Linear(8, 8)
+    for module in model.modules():
+        if isinstance(module, Deep) and isinstance(module.next_encoder_layer, Deep):
+            module.more = True  # type: ignore[assignment]
+    if example:
+        model.example_input_array = ({"hidden": torch.ones(4, 16, 8), "mask": torch.ones(4, 16)},)
+    return model
+
+
+@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("columns", [80, 100, 132])
+def test_the_table_fits_into_the_terminal(columns: int, example: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    summary = ModelSummary(deep(6, example), max_depth=-1)
+    lines = str(summary).splitlines()
+    assert max(map(len, lines)) <= columns
+    numbers = [line.partition(" | ")[0].strip() for line in lines if " | " in line]
+    assert [number for number in numbers if number] == [str(i) for i in range(len(summary.layer_names))]
+    for line in lines:
+        if " | " in line:
+            assert line.count("[") - line.count("]") in range(-3, 4) and not re.search(r"\[\d+,$|^\d+\]", line)
+    if example:
+        text = str(summary)
+        assert "hidden:" in text and "-> [4, 16, 24]" in text
+        assert summary.in_sizes[0] == "?", "as in Lightning, where code asks for the size of a mapping"
+
+
+@pytest.mark.parametrize("example", [False, True])
+def test_the_rich_table_fits_into_the_terminal(
+    example: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    summary = ModelSummary(deep(4, example), max_depth=-1)
+    RichModelSummary.summarize(summary.columns(), *summary.totals())
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    assert len(re.findall(r"^│ \d+ +│", out, re.MULTILINE)) == len(summary.layer_names)
+    assert "…" not in out, "what does not fit is cut by us, in the middle"
+
+
+def test_in_a_wide_terminal_names_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    summary = ModelSummary(deep(3, True), max_depth=-1)
+    text = str(summary)
+    assert all(name in text for name in summary.layer_names) and "..." not in text
+    assert "[[4, 16, 8], [4, 16]]" in text and "{hidden: [4, 16, 8], mask: [4, 16]}" in text
+
+
+@pytest.mark.parametrize(
+    ("columns", "width", "fitted"),
+    [
+        ([("Name", ["a", "a.bcd"]), ("Type", ["A", "B"])], 8, [("Name", ["a", "  bcd"]), ("Type", ["A", "B"])]),
+        ([("Name", ["x.a", "x.b"])], 1, [("Name", ["x.a", "x.b"])]),
+        ([("Name", ["a"]), ("Mine", ["x" * 50])], 20, [("Name", ["a"]), ("Mine", ["x" * 50])]),
+        ([("Type", ["A" + "b" * 38 + "C"])], 21, [("Type", ["Abbbbbbbb...bbbbbbbbC"])]),
+    ],
+)
+def test_only_as_much_as_is_needed(columns: Any, width: int, fitted: Any) -> None:
+    assert fit_columns(columns, width, between=3) == fitted

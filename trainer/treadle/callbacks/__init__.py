@@ -28,11 +28,13 @@ from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoin
 from treadle.callbacks.model_pruning import ModelPruning as ModelPruning
 from treadle.callbacks.model_summary import ModelSummary as ModelSummary
 from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
+from treadle.callbacks.optuna_pruning import OptunaPruning as OptunaPruning
 from treadle.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
 from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
 from treadle.callbacks.progress import ProgressBar as ProgressBar
 from treadle.callbacks.progress import RichProgressBar as RichProgressBar
 from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
+from treadle.callbacks.ray_tune_report import RayTuneReport as RayTuneReport
 from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
 from treadle.callbacks.spike import SpikeDetection as SpikeDetection
 from treadle.callbacks.stochastic_weight_averaging import StochasticWeightAveraging as StochasticWeightAveraging

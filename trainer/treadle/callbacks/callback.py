@@ -33,6 +33,10 @@ class Callback:
     call_order: ClassVar[int] = 0
     """0 for ordinary callbacks, -1 to run before all of these, 1 to run after all of these."""
 
+    raised_after_fit: BaseException | None = None
+    """What ``fit`` raises once it has ended in order, with its loggers closed; None: ``fit`` returns. A callback that
+    sets it also sets ``trainer.should_stop``, on every rank."""
+
     @property
     def state_key(self) -> str:
         """The name of this callback's state in a checkpoint; two callbacks of one class need different names."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from treadle.callbacks.model_summary import ModelSummary
-from treadle.callbacks.progress.display import require_package
+from treadle.callbacks.summary.fitting import fit_columns
 from treadle.callbacks.summary.formatting import Totals
+from treadle_fabric import require_package
 
 __all__ = ["RichModelSummary"]
 
@@ -19,11 +20,11 @@ class RichModelSummary(ModelSummary):
         **summarize_kwargs: ``header_style`` (default "bold magenta"), and what :class:`rich.table.Table` takes.
 
     Raises:
-        MisconfigurationException: rich is not installed.
+        MissingPackageError: rich is not installed.
     """
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
-        require_package("rich", "RichModelSummary")
+        require_package("rich", "RichModelSummary", "trainer", "ModelSummary needs no package.")
         super().__init__(max_depth, **summarize_kwargs)
 
     @staticmethod
@@ -40,15 +41,17 @@ class RichModelSummary(ModelSummary):
         # rich is optional, and takes long to import
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text  # optional, too
 
         console = Console()
         table = Table(**{"header_style": "bold magenta", **summarize_kwargs})
-        for heading, _ in summary_data:
+        columns = fit_columns(summary_data, console.width, between=3, around=4)  # the lines of rich's tables
+        for heading, _ in columns:
             numeric = heading in ("Params", "FLOPs", "In sizes", "Out sizes")
             table.add_column(heading, justify="right" if numeric else "left", style="dim" if heading == " " else None)
-        for row in zip(*(cells for _, cells in summary_data), strict=True):
-            table.add_row(*(cell.strip() for cell in row))
-        console.print(table, markup=False)
+        for row in zip(*(cells for _, cells in columns), strict=True):
+            table.add_row(*(Text(cell.rstrip()) for cell in row))
+        console.print(table)
         below = Table.grid(padding=(0, 1))
         totals = Totals(total_parameters, trainable_parameters, model_size, total_training_modes, total_flops)
         for label, value in totals.rows():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from treadle.cli.checkpoint import add_checkpoint_commands
+from treadle.cli.plot import add_plot_command
 from treadle.cli.replay import add_replay_command
 from treadle_fabric import TreadleError
 
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("treadle", description="Tools for what Treadle's runs leave behind.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_checkpoint_commands(commands)
+    add_plot_command(commands)
     add_replay_command(commands)
     given = parser.parse_args(arguments)
     try:

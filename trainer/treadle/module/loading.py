@@ -25,6 +25,7 @@ from treadle_fabric import (
     load_module_state,
     near_names,
     rank_zero_warn,
+    require_package,
 )
 from treadle_fabric.accelerators import count_devices
 from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, files_mapped, known_classes, unpack
@@ -272,12 +273,9 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
         return {key.strip(): json.loads(value) for key, _, value in lines}
     except json.JSONDecodeError:
         pass
-    try:
-        import yaml  # an extra
-    except ImportError:
-        raise MisconfigurationException(
-            f"{path} has other YAML than the `key: <json>` lines of our loggers; `pip install pyyaml` to read it."
-        ) from None
+    require_package("yaml", f"{path}, with other YAML than the `key: <json>` lines of our loggers,", "cli")
+    import yaml  # an extra
+
     return dict(yaml.safe_load(text) or {})
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import Module
 
+from treadle.callbacks import Callback
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningModule
 from treadle.run.progress import FitProgress
@@ -18,11 +19,11 @@ from treadle.stages import TrainerState
 from treadle_fabric import Fabric, load_module_state, module_state, move_data_to_device, user_module
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from treadle.contracts import Trainer
 
-__all__ = ["launch"]
+__all__ = ["launch", "raise_asked_for"]
 
 _COPIED = ("best_model_path", "best_model_score", "last_model_path", "best_k_models", "kth_best_model_path", "dirpath")
 
@@ -105,3 +106,11 @@ def _adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
     for logger, state in zip(trainer.loggers, outcome.loggers, strict=False):
         if state:  # the run that the other processes have written is the one that this trainer has
             logger.resume(state)
+
+
+def raise_asked_for(callbacks: Iterable[Callback]) -> None:
+    """Raise, once, what a callback asked for in the process that called the trainer; see ``raised_after_fit``."""
+    for callback in callbacks:
+        if (error := callback.raised_after_fit) is not None:
+            callback.raised_after_fit = None
+            raise error

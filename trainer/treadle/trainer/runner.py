@@ -28,7 +28,7 @@ from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
-from treadle.trainer.outcome import launch
+from treadle.trainer.outcome import launch, raise_asked_for
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
 from treadle_fabric import MisconfigurationException, PathLike, on_rank_zero, rank_zero_info, rank_zero_warn
@@ -92,13 +92,17 @@ class Runner:
 
     def launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
-        if not self._fabric.strategy.launches_function:
+        trainer = self._trainer
+        if self._fabric.strategy.launches_function:
+            result = launch(trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
+        else:
             self._fabric.launch()
             try:
-                return stage(module, *args)
+                result = stage(module, *args)
             finally:
                 self._fits.after_run()
-        return launch(self._trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
+        raise_asked_for(trainer.callbacks)
+        return result
 
     def take_outcome(
         self, module: LightningModule, state: TrainerState, progress: FitProgress, metrics: Metrics

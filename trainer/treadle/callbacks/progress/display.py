@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import sys
@@ -10,8 +9,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Literal, TypeAlias
-
-from treadle_fabric import MisconfigurationException
 
 __all__ = [
     "Bar",
@@ -22,21 +19,11 @@ __all__ = [
     "format_time",
     "is_notebook",
     "is_terminal",
-    "require_package",
 ]
 
 Stage: TypeAlias = Literal["sanity", "train", "validation", "test", "predict"]
 
 _MEMORY = 10.0  # seconds over which the displayed speed is averaged
-
-
-def require_package(name: str, wanted_by: str) -> None:
-    """Raise an error, with the remedy, when an optional package is not installed."""
-    if importlib.util.find_spec(name) is None:
-        raise MisconfigurationException(
-            f"{wanted_by} needs the package {name}, which is not installed: `pip install treadle[trainer]` or "
-            f"`pip install {name}`. PlainProgressBar and ModelSummary need no package."
-        )
 
 
 def is_notebook() -> bool:

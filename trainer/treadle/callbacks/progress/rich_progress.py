@@ -6,9 +6,10 @@ import builtins
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from treadle.callbacks.progress.display import Bar, Display, Stage, format_rate, format_time, require_package
+from treadle.callbacks.progress.display import Bar, Display, Stage, format_rate, format_time
 from treadle.callbacks.progress.plain_progress import LinesDisplay
 from treadle.callbacks.progress.progress_bar import TimedProgressBar
+from treadle_fabric import require_package
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,7 +134,8 @@ class RichProgressBar(TimedProgressBar):
         console_kwargs: arguments of the :class:`rich.console.Console` to draw on.
 
     Raises:
-        MisconfigurationException: rich is not installed, or ``refresh_rate`` is no integer or negative.
+        MissingPackageError: rich is not installed.
+        MisconfigurationException: ``refresh_rate`` is no integer or negative.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class RichProgressBar(TimedProgressBar):
         theme: RichProgressBarTheme = _DEFAULT_THEME,
         console_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        require_package("rich", "RichProgressBar")
+        require_package("rich", "RichProgressBar", "trainer", "PlainProgressBar needs no package.")
         super().__init__(refresh_rate, leave)
         self.theme = theme
         self._console_kwargs = console_kwargs or {}

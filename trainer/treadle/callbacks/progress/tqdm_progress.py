@@ -18,10 +18,10 @@ from treadle.callbacks.progress.display import (
     format_metric,
     is_notebook,
     is_terminal,
-    require_package,
 )
 from treadle.callbacks.progress.plain_progress import LinesDisplay
 from treadle.callbacks.progress.progress_bar import TimedProgressBar
+from treadle_fabric import require_package
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -195,11 +195,12 @@ class TQDMProgressBar(TimedProgressBar):
         leave: keep the finished bar of every training epoch. Otherwise one line serves all epochs.
 
     Raises:
-        MisconfigurationException: tqdm is not installed, or ``refresh_rate`` is no integer or negative.
+        MissingPackageError: tqdm is not installed.
+        MisconfigurationException: ``refresh_rate`` is no integer or negative.
     """
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        require_package("tqdm", "TQDMProgressBar")
+        require_package("tqdm", "TQDMProgressBar", "trainer", "PlainProgressBar needs no package.")
         super().__init__(refresh_rate, leave)
         self._process_position = process_position
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from itertools import zip_longest
 from typing import NamedTuple
 
+from treadle.callbacks.summary.fitting import Column, fit_columns, width_of
 from treadle_fabric import MisconfigurationException
 
-__all__ = ["Column", "Totals", "format_summary", "get_formatted_model_size", "get_human_readable_count", "not_counted"]
+__all__ = ["Totals", "format_summary", "get_formatted_model_size", "get_human_readable_count", "not_counted"]
 
+_BETWEEN = " | "
 _UNITS = (" ", "K", "M", "B", "T")
-
-Column = tuple[str, list[str]]
-"""A heading, and a cell for each layer."""
 
 
 class Totals(NamedTuple):
@@ -39,14 +40,24 @@ class Totals(NamedTuple):
         return [*rows, ("Total FLOPs", get_human_readable_count(self.total_flops))] if self.total_flops else rows
 
 
-def format_summary(columns: list[Column], totals: Totals) -> str:
-    """Return the table of layers, and the totals below it, as text."""
+def format_summary(columns: list[Column], totals: Totals, width: int | None = None) -> str:
+    """Return the table of layers, and the totals below it, as text.
+
+    Args:
+        columns: the table.
+        totals: the numbers below it.
+        width: how many characters a line has. Default: those of the terminal (or ``COLUMNS``), and 80 without one.
+    """
     lines = []
     if columns and columns[0][1]:
-        widths = [max(map(len, [heading, *cells])) for heading, cells in columns]
+        width = shutil.get_terminal_size((80, 24)).columns if width is None else width
+        columns = fit_columns(columns, width, between=len(_BETWEEN))
+        widths = [width_of(column) for column in columns]
         rows = [[heading for heading, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
         table = [
-            " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+            _BETWEEN.join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for row in rows
+            for line in zip_longest(*(cell.split("\n") for cell in row), fillvalue="")
         ]
         rule = "-" * max(map(len, table))
         lines += [table[0], rule, *table[1:], rule]

@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
-from treadle.callbacks.summary.formatting import Column, Totals, format_summary, get_human_readable_count, not_counted
+from treadle.callbacks.summary.fitting import Column
+from treadle.callbacks.summary.formatting import Totals, format_summary, get_human_readable_count, not_counted
 from treadle.module.modes import module_modes, restore_modes
 from treadle_fabric import check_integer, isolate_rng, move_data_to_device, plain_name, with_plain_names
 
@@ -33,13 +34,16 @@ class LayerSummary:
         self._module = module
         self._in_size: Any = None
         self._out_size: Any = None
+        self.size_texts = (_UNKNOWN, _UNKNOWN)
+        """The sizes of input and output for the table, which has those in mappings, too."""
         # a scripted module takes no hook that sees Python values
         self._hook = None if isinstance(module, torch.jit.ScriptModule) else self._attach()
 
     def _attach(self) -> RemovableHandle:
         def record(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self._in_size = parse_batch_shape(args[0] if len(args) == 1 else args)
-            self._out_size = parse_batch_shape(out)
+            given = args[0] if len(args) == 1 else args
+            self._in_size, self._out_size = parse_batch_shape(given), parse_batch_shape(out)
+            self.size_texts = _size_text(given), _size_text(out)
             self.detach_hook()
 
         return self._module.register_forward_hook(record)
@@ -263,8 +267,8 @@ class ModelSummary:
             flops = [get_human_readable_count(sum(counts.values())) for counts in self.flop_counts.values()]
             table += [
                 ("FLOPs", flops),
-                ("In sizes", [str(size) for size in self.in_sizes]),
-                ("Out sizes", [str(size) for size in self.out_sizes]),
+                ("In sizes", [layer.size_texts[0] for layer in self._layers.values()]),
+                ("Out sizes", [layer.size_texts[1] for layer in self._layers.values()]),
             ]
         others = self.total_parameters - self.total_layer_params
         if others and self._layers:
@@ -304,3 +308,14 @@ def parse_batch_shape(batch: Any) -> Any:
     if isinstance(batch, (tuple, list)):
         return [parse_batch_shape(item) for item in batch]
     return _UNKNOWN
+
+
+def _size_text(batch: Any) -> str:
+    """Return the shapes as :func:`parse_batch_shape` does, and those of mappings with their keys."""
+    if isinstance(batch, Mapping):
+        parts = {key: _size_text(value) for key, value in batch.items()}
+        known = any(part != _UNKNOWN for part in parts.values())
+        return f"{{{', '.join(f'{key}: {part}' for key, part in parts.items())}}}" if known else _UNKNOWN
+    if isinstance(batch, (tuple, list)):
+        return f"[{', '.join(map(_size_text, batch))}]"
+    return str(parse_batch_shape(batch))

@@ -1,0 +1,130 @@
+"""RayTuneReport in real trials of Ray Tune: `make test-ray`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.processes import importing_tests
+from tests.trainer.models import Net, loader, trainer
+
+from treadle import Callback
+from treadle.callbacks import RayTuneReport
+from treadle_fabric import MisconfigurationException
+from treadle_fabric.loggers import CSVLogger
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture
+def cluster(isolated: None, no_process_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import ray
+
+    for name, value in importing_tests().items():
+        monkeypatch.setenv(name, value)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+class Killed(Callback):
+    """Kills the trial's process in the middle of an epoch, once."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 10 and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Finalized(CSVLogger):
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        Path(self.log_dir, "status").write_text(status)
+
+
+def run_trial(config: dict[str, Any], folder: Path, epochs: int = 4, report: Any = None) -> Net:
+    torch.manual_seed(0)
+    callbacks = [] if report is None else [report]
+    callbacks += [Killed(folder / "killed")] if config.get("kill") else []
+    net = Net(config["lr"])
+    run = trainer(folder, callbacks=callbacks, max_epochs=epochs, logger=Finalized(folder, version=str(config["lr"])))
+    path = report.ckpt_path if report else None
+    if path is not None:
+        (folder / f"resumed_{net.lr}").touch()
+    run.fit(net, loader(), loader(), ckpt_path=path)
+    return net
+
+
+def trial(config: dict[str, Any], folder: Path) -> None:
+    run_trial(config, folder, report=RayTuneReport({"loss": "val_loss"}))
+
+
+def tuner(function: Any, space: dict[str, Any], folder: Path, **run: Any) -> Any:
+    from ray import tune
+
+    return tune.Tuner(
+        partial(function, folder=folder),
+        param_space=space,
+        run_config=tune.RunConfig(storage_path=str(folder / "ray"), name="study", verbose=0, **run),
+    )
+
+
+def test_two_trials_of_which_one_is_killed_and_goes_on(cluster: None, tmp_path: Path) -> None:
+    from ray import tune
+
+    space = tune.grid_search([{"lr": 0.01, "kill": False}, {"lr": 0.05, "kill": True}])
+    search = tuner(
+        lambda config, folder: trial(config["own"], folder), {"own": space}, tmp_path,
+        failure_config=tune.FailureConfig(max_failures=1),
+    )  # fmt: skip
+    results = search.fit()
+    assert not results.errors and (tmp_path / "killed").exists()
+    assert [file.name for file in tmp_path.glob("resumed_*")] == ["resumed_0.05"]
+    for result in results:
+        config = result.config["own"]
+        expected = run_trial({**config, "kill": False}, tmp_path / f"alone_{config['lr']}")
+        assert result.metrics["training_iteration"] == 4
+        with result.checkpoint.as_directory() as folder:
+            saved = torch.load(Path(folder) / "checkpoint.ckpt", weights_only=True)
+        assert saved["epoch"] == 3 and saved["global_step"] == 16
+        for name, value in expected.state_dict().items():
+            assert torch.equal(saved["state_dict"][name], value)
+        # a report that the kill came after is there twice
+        losses = list(result.metrics_dataframe.drop_duplicates("training_iteration", keep="last")["loss"])
+        assert len(losses) == 4 and losses == sorted(losses, reverse=True)
+    best = results.get_best_result("loss", "min")
+    assert best.config["own"]["lr"] == 0.05
+
+
+def test_a_trial_that_ray_stops_ends_in_order(cluster: None, tmp_path: Path) -> None:
+    results = tuner(trial, {"lr": 0.01}, tmp_path, stop={"training_iteration": 2}).fit()
+    assert not results.errors and results[0].metrics["training_iteration"] == 2
+    [status] = tmp_path.rglob("status")
+    assert status.read_text() == "success"
+
+
+def test_outside_of_a_trial(tmp_path: Path) -> None:
+    report = RayTuneReport("val_loss")
+    assert report.ckpt_path is None
+    with pytest.raises(MisconfigurationException, match="this process runs none"):
+        trainer(tmp_path, callbacks=report).fit(Net(), loader(), loader())
+    for arguments, said in (({"metrics": {"loss": 1}}, "metrics="), ({"filename": "a/b.ckpt"}, "without a folder")):
+        with pytest.raises(MisconfigurationException, match=said):
+            RayTuneReport(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_metric_that_nobody_logged(cluster: None, tmp_path: Path) -> None:
+    def wrong(config: dict[str, Any], folder: Path) -> None:
+        run_trial(config, folder, report=RayTuneReport(["val_los"], save_checkpoints=False))
+
+    results = tuner(wrong, {"lr": 0.01}, tmp_path).fit()
+    assert "nothing has logged 'val_los'. Did you mean 'val_loss'?" in str(results.errors[0])
