@@ -128,7 +128,9 @@ class CometLogger(ServiceLogger):
         if isinstance(media, Images):
             for i, image in enumerate(media.images):
                 number = f"_{i}" if len(media.images) > 1 else ""
-                experiment.log_image(image, name=f"{media.key}{number}", step=media.step, metadata=dict(media.options[i]))
+                experiment.log_image(
+                    image, name=f"{media.key}{number}", step=media.step, metadata=dict(media.options[i])
+                )
         elif isinstance(media, Figure):
             experiment.log_figure(media.key, media.figure, step=media.step)
         elif isinstance(media, Text):

@@ -82,6 +82,12 @@ class Figure(Media):
         self.figure.write_html(text := io.StringIO())
         return text.getvalue().encode()
 
+    def to_image(self) -> Any:
+        """Return a Pillow image of a matplotlib figure."""
+        from PIL import Image  # matplotlib needs it too
+
+        return Image.open(io.BytesIO(self.encode()))
+
 
 @dataclass(frozen=True)
 class Text(Media):
@@ -276,8 +282,8 @@ def _to_bytes(pixels: Tensor) -> Tensor:
     low, high = (float(v) for v in pixels.aminmax()) if pixels.numel() else (0.0, 0.0)
     if low < -0.05 or high > 1.05:
         rank_zero_warn(
-            f"An image has values from {low:.3g} to {high:.3g}, and what is below 0 or above 1 is cut. Scale its values "
-            "to 0 to 1, or give uint8 values from 0 to 255."
+            f"An image has values from {low:.3g} to {high:.3g}, and what is below 0 or above 1 is cut. Scale its "
+            "values to 0 to 1, or give uint8 values from 0 to 255."
         )
     return pixels.clamp(0, 1).mul(255).round().to(torch.uint8)
 
@@ -286,5 +292,3 @@ def _plain(cell: Any) -> Any:
     if getattr(cell, "shape", None) == () and callable(getattr(cell, "item", None)):
         cell = cell.item()
     return cell if cell is None or isinstance(cell, bool | int | float | str) else str(cell)
-
-

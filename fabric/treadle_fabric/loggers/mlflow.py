@@ -80,6 +80,7 @@ class MLFlowLogger(ServiceLogger):
         self._synchronous = synchronous
         self._begun = run_id is not None
         self._parameters: dict[str, str] = {}  # those that the run has
+        self._running = False
 
     @property
     def name(self) -> str | None:
@@ -94,13 +95,15 @@ class MLFlowLogger(ServiceLogger):
     @property
     def experiment_id(self) -> str | None:
         """The id of the experiment; MLflow is asked when it is first needed."""
-        _ = self.experiment
+        if self._experiment_id is None:
+            _ = self.experiment
         return self._experiment_id
 
     @property
     def run_id(self) -> str | None:
         """The id of the run, which is begun when it is first needed."""
-        _ = self.experiment
+        if self._run is None:
+            _ = self.experiment
         return self._run
 
     @property
@@ -114,9 +117,8 @@ class MLFlowLogger(ServiceLogger):
         client = self._client()
         if self._begun:
             run = client.get_run(self._run)
-            client.update_run(self._run, status="RUNNING")
-            self._experiment_id = run.info.experiment_id
-            self._parameters = dict(run.data.params)
+            self._experiment_id, self._parameters = run.info.experiment_id, dict(run.data.params)
+            self._running = run.info.status == "RUNNING"
             return client
         from mlflow.tracking.context.registry import resolve_tags  # an extra
 
@@ -127,7 +129,15 @@ class MLFlowLogger(ServiceLogger):
         else:
             self._experiment_id = found.experiment_id
         run = client.create_run(self._experiment_id, tags=resolve_tags(self._tags), run_name=self._run_name)
-        self._run, self._parameters = run.info.run_id, {}
+        self._run, self._parameters, self._running = run.info.run_id, {}, True
+        return client
+
+    def _running_client(self) -> Any:
+        """Return the client; a run that had ended is marked as running again."""
+        client = self.experiment
+        if not self._running:
+            client.update_run(self._run, status="RUNNING")
+            self._running = True
         return client
 
     def _client(self) -> Any:
@@ -153,11 +163,10 @@ class MLFlowLogger(ServiceLogger):
         return (folder / "artifacts" / re.sub(r"[^\w.-]", "_", self._experiment_name)).as_uri()
 
     def _close(self, status: str) -> None:
-        if self._experiment is not None:
+        if self._experiment is not None and self._running:
             self._wait()
             self._experiment.set_terminated(self._run, _STATUS.get(status, "FINISHED"))
-            self._experiment = None
-
+            self._running = False
     def _name_parent(self, parent: str) -> None:
         self.experiment.set_tag(self._run, "mlflow.parentRunId", parent)
 
@@ -169,7 +178,7 @@ class MLFlowLogger(ServiceLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        client = self.experiment
+        client = self._running_client()
         from mlflow.entities import Metric
 
         now, values = int(time.time() * 1000), []
@@ -193,7 +202,7 @@ class MLFlowLogger(ServiceLogger):
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Record the settings of the run; MLflow keeps the first value of each, and a warning names another one."""
-        client = self.experiment
+        client = self._running_client()
         from mlflow.entities import Param
 
         given = {_REFUSED.sub("_", k): str(v)[:_LONGEST_PARAMETER] for k, v in flatten(to_dict(params)).items()}
@@ -209,7 +218,7 @@ class MLFlowLogger(ServiceLogger):
         self._parameters = given | self._parameters
 
     def record_media(self, media: Media) -> bool:
-        client = self.experiment
+        client = self._running_client()
         if isinstance(media, Images):
             for i, image in enumerate(media.images):
                 number = f"_{i}" if len(media.images) > 1 else ""
@@ -243,7 +252,7 @@ class MLFlowLogger(ServiceLogger):
         self._close(status)
 
     def _send(self, checkpoint: SavedCheckpoint) -> None:
-        client = self.experiment
+        client = self._running_client()
         target = f"model/checkpoints/{checkpoint.stem}"
         with checkpoint.local() as path:
             send = client.log_artifacts if os.path.isdir(path) else client.log_artifact

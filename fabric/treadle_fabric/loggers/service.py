@@ -84,6 +84,7 @@ class ServiceLogger(Logger):
             )
             return
         self._close("finished")
+        self._experiment = None
         self._run, self._parent, self._begun = run, state.get("parent"), True
 
     @rank_zero_only
@@ -105,6 +106,7 @@ class ServiceLogger(Logger):
         if self._chosen:
             return
         self._close("finished")
+        self._experiment = None
         self._run, self._parent, self._begun = None, None, False
 
     @rank_zero_only

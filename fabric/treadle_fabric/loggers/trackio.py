@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import io
 import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -116,10 +115,7 @@ class TrackioLogger(ServiceLogger):
                 values[f"{media.key}{number}"] = image if _own(image) else trackio.Image(image, caption=caption)
             self.experiment.log(values, step=media.step)
         elif isinstance(media, Figure) and media.extension == ".png":
-            from PIL import Image  # an extra
-
-            drawn = Image.open(io.BytesIO(media.encode()))
-            self.experiment.log({media.key: trackio.Image(drawn)}, step=media.step)
+            self.experiment.log({media.key: trackio.Image(media.to_image())}, step=media.step)
         elif isinstance(media, Figure):
             self.experiment.log({media.key: media.figure}, step=media.step)
         elif isinstance(media, Text):

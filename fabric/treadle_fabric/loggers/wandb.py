@@ -157,9 +157,7 @@ class WandbLogger(ServiceLogger):
         self.experiment.config.update({"parent_run": parent}, allow_val_change=True)
 
     @rank_zero_only
-    def watch(
-        self, model: Module, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True
-    ) -> None:
+    def watch(self, model: Module, log: str | None = "gradients", log_freq: int = 100, log_graph: bool = True) -> None:
         """Record gradients or parameters of a model as histograms, and its graph.
 
         Args:
@@ -191,7 +189,7 @@ class WandbLogger(ServiceLogger):
             ]
             self._log({media.key: images}, media.step)
         elif isinstance(media, Figure):
-            drawn = wandb.Image(media.figure) if media.extension == ".png" else wandb.Plotly(media.figure)
+            drawn = wandb.Image(media.to_image()) if media.extension == ".png" else wandb.Plotly(media.figure)
             self._log({media.key: drawn}, media.step)
         elif isinstance(media, Text):
             self._log({media.key: wandb.Table(columns=["text"], data=[[media.text]])}, media.step)
