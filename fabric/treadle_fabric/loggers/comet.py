@@ -13,13 +13,14 @@ from treadle_fabric.loggers.hyperparameters import flatten, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 from treadle_fabric.loggers.media_files import file_name
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
-from treadle_fabric.loggers.scalars import add_prefix, to_numbers
+from treadle_fabric.loggers.scalars import add_prefix, flat, to_numbers
 from treadle_fabric.loggers.service import ServiceLogger, need_client
 from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["CometLogger"]
 
 _MODES = (None, "get_or_create", "get", "create")
+_OPENED: list[Any] = []  # the experiments that loggers have begun, not the program, and not ended
 
 
 class CometLogger(ServiceLogger):
@@ -89,12 +90,16 @@ class CometLogger(ServiceLogger):
 
         if self.root_dir is not None:
             os.makedirs(self.root_dir, exist_ok=True)
+        mode: str | None = "get" if self._begun else self._mode
+        if mode is None and self._run is None and comet_ml.get_running_experiment() in _OPENED:
+            mode = "create"  # Comet would give the experiment of another logger
         experiment = comet_ml.start(
             **self._account,
             experiment_key=self._run,
-            mode="get" if self._begun else self._mode,
+            mode=mode,
             experiment_config=comet_ml.ExperimentConfig(**self._config),
         )
+        _OPENED.append(experiment)
         self._run = experiment.get_key()
         experiment.log_other("Created from", "treadle")
         return experiment
@@ -102,6 +107,7 @@ class CometLogger(ServiceLogger):
     def _close(self, status: str) -> None:
         if self._experiment is not None:
             self._experiment.end()
+            _OPENED[:] = [opened for opened in _OPENED if opened is not self._experiment]
             self._experiment = None
 
     def _name_parent(self, parent: str) -> None:
@@ -111,7 +117,7 @@ class CometLogger(ServiceLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         values = to_numbers(metrics)
         epoch = values.pop("epoch", None)
-        named = dict(add_prefix(values, self._prefix, self._separator))
+        named = flat(add_prefix(values, self._prefix, self._separator))
         self.experiment.log_metrics(named, step=step, epoch=None if epoch is None else int(epoch))
 
     @rank_zero_only

@@ -17,7 +17,7 @@ from treadle_fabric.loggers.hyperparameters import flatten, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 from treadle_fabric.loggers.media_files import file_name
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
-from treadle_fabric.loggers.scalars import add_prefix, to_numbers
+from treadle_fabric.loggers.scalars import add_prefix, flat, to_numbers
 from treadle_fabric.loggers.service import ServiceLogger, need_client
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
 
@@ -167,6 +167,7 @@ class MLFlowLogger(ServiceLogger):
             self._wait()
             self._experiment.set_terminated(self._run, _STATUS.get(status, "FINISHED"))
             self._running = False
+
     def _name_parent(self, parent: str) -> None:
         self.experiment.set_tag(self._run, "mlflow.parentRunId", parent)
 
@@ -182,7 +183,7 @@ class MLFlowLogger(ServiceLogger):
         from mlflow.entities import Metric
 
         now, values = int(time.time() * 1000), []
-        for name, value in _flat(to_numbers(add_prefix(metrics, self._prefix, self._separator))).items():
+        for name, value in flat(to_numbers(add_prefix(metrics, self._prefix, self._separator))).items():
             if not isinstance(value, int | float):
                 rank_zero_warn(f"MLflow takes numbers, so that the metric {name!r} = {value!r} is left out.")
                 continue
@@ -260,16 +261,6 @@ class MLFlowLogger(ServiceLogger):
         # JSON is YAML too
         client.log_text(self._run, json.dumps(checkpoint.metadata, indent=2, default=str), f"{target}/metadata.yaml")
         client.log_text(self._run, str(checkpoint.aliases), f"{target}/aliases.txt")
-
-
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{name}/{key}": inner for key, inner in _flat(value).items()})
-        else:
-            flat[name] = value
-    return flat
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from treadle_fabric.loggers.hyperparameters import plain, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
-from treadle_fabric.loggers.scalars import add_prefix, to_numbers
+from treadle_fabric.loggers.scalars import add_prefix, flat, to_numbers
 from treadle_fabric.loggers.service import ServiceLogger, need_client
 from treadle_fabric.rank_zero import rank_zero_only
 
@@ -97,7 +97,7 @@ class TrackioLogger(ServiceLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self.experiment.log(dict(to_numbers(add_prefix(metrics, self._prefix, self._separator))), step=step)
+        self.experiment.log(flat(to_numbers(add_prefix(metrics, self._prefix, self._separator))), step=step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import wait_until
 from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
@@ -45,7 +46,6 @@ def offline(**kwargs: Any) -> WandbLogger:
 
 def records(content: bytes) -> Iterator[bytes]:
     """The records of W&B's file: a header of 7 bytes, then LevelDB's log, in blocks of 32 KiB."""
-    assert content.startswith(b":W&B")
     position, record = 7, b""
     while position + 7 <= len(content):
         if (left := -position % 32768) < 7 and left:  # no room for a header: zeros
@@ -74,7 +74,7 @@ class Read:
     """What is in the offline folders of a run."""
 
     def __init__(self, run: str, folder: str = ".") -> None:
-        from wandb.proto import wandb_internal_pb2
+        from wandb.proto.wandb_internal_pb2 import Record
 
         self.history: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
@@ -83,8 +83,10 @@ class Read:
         self.exits: list[int] = []
         self.files: list[str] = []
         for path in sorted(Path(folder).glob(f"wandb/offline-run-*-{run}*/run-{run}.wandb")):
+            # the process that writes the file does so a moment after the run was finished
+            wait_until(lambda: any(Record.FromString(data).HasField("exit") for data in records(path.read_bytes())))
             for data in records(path.read_bytes()):
-                record = wandb_internal_pb2.Record.FromString(data)
+                record = Record.FromString(data)
                 self.add(record, record.WhichOneof("record_type"))
 
     def add(self, record: Any, kind: str) -> None:
