@@ -64,7 +64,12 @@ class CometLogger(ServiceLogger):
         if mode not in _MODES:
             raise MisconfigurationException(f"mode={mode!r} must be 'get_or_create', 'get', 'create' or None.")
         super().__init__(prefix, log_model, experiment_key)
-        self._account = {"api_key": api_key, "workspace": workspace, "project": project, "online": online}
+        self._account: dict[str, Any] = {
+            "api_key": api_key,
+            "workspace": workspace,
+            "project": project,
+            "online": online,
+        }
         self._mode = mode
         self._config = kwargs
         self._checkpoint_name = checkpoint_name
@@ -72,7 +77,8 @@ class CometLogger(ServiceLogger):
     @property
     def name(self) -> str | None:
         """The name of the project."""
-        return self._account["project"]  # type: ignore[return-value]
+        project: str | None = self._account["project"]
+        return project
 
     @property
     def version(self) -> str | None:

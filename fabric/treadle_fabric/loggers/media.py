@@ -237,7 +237,7 @@ def _to_image(value: Any) -> Any:
     if isinstance(value, Tensor):
         pixels = _channels_last(value.detach().cpu())
     elif hasattr(value, "__array__"):
-        pixels = _checked(torch.as_tensor(value.__array__()), "array", "HWC", "transpose(1, 2, 0)")
+        pixels = _checked(torch.as_tensor(value.__array__().copy()), "array", "HWC", "transpose(1, 2, 0)")
     else:
         raise MisconfigurationException(
             f"An image is a tensor, a NumPy array, a Pillow image or a path, and this is a {type(value).__qualname__}."

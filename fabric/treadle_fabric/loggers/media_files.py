@@ -95,7 +95,7 @@ def _part(part: str) -> str:
         part = f"%2E{_ODD.sub(_quoted, part[1:])}"
     else:
         part = _ODD.sub(_quoted, part)
-    return part or "%00"
+    return part or "%"
 
 
 def _quoted(match: re.Match[str]) -> str:

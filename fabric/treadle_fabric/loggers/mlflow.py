@@ -180,7 +180,7 @@ class MLFlowLogger(ServiceLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         client = self._running_client()
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # an extra
 
         now, values = int(time.time() * 1000), []
         for name, value in flat(to_numbers(add_prefix(metrics, self._prefix, self._separator))).items():
@@ -204,7 +204,7 @@ class MLFlowLogger(ServiceLogger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Record the settings of the run; MLflow keeps the first value of each, and a warning names another one."""
         client = self._running_client()
-        from mlflow.entities import Param
+        from mlflow.entities import Param  # an extra
 
         given = {_REFUSED.sub("_", k): str(v)[:_LONGEST_PARAMETER] for k, v in flatten(to_dict(params)).items()}
         other = [name for name, value in given.items() if self._parameters.get(name, value) != value]

@@ -72,7 +72,7 @@ class TrackioLogger(ServiceLogger):
 
         if self._parent is not None:
             self._settings["parent_run"] = self._parent
-        given = {"resume": "never", "embed": False} | self._init | {"config": self._settings}
+        given: dict[str, Any] = {"resume": "never", "embed": False} | self._init | {"config": self._settings}
         if self._begun:
             given["resume"] = "allow"
         # In a context of its own: trackio.init ends the run of the context that it is called in

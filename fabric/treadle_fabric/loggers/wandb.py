@@ -16,6 +16,7 @@ from torch.nn import Module
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.hyperparameters import plain, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text, to_options
+from treadle_fabric.loggers.media_files import file_name
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
 from treadle_fabric.loggers.service import ServiceLogger, need_client
@@ -86,8 +87,8 @@ class WandbLogger(ServiceLogger):
         self._save_dir = os.fspath(save_dir if dir is None else dir)
         self._checkpoint_name = checkpoint_name
         self._policy = add_file_policy
-        self._init = {"name": name, "anonymous": anonymous, "mode": "offline" if offline else None}
-        self._init = {key: value for key, value in self._init.items() if value is not None} | kwargs
+        given = {"name": name, "anonymous": anonymous, "mode": "offline" if offline else None}
+        self._init: dict[str, Any] = {key: value for key, value in given.items() if value is not None} | kwargs
         self._users_run = experiment is not None
         if experiment is not None:
             self._experiment = self._defined(experiment)
@@ -130,7 +131,12 @@ class WandbLogger(ServiceLogger):
                 )
             self._run, self._users_run = str(wandb.run.id), True
             return self._defined(wandb.run)
-        settings = {"project": self.name, "dir": self._save_dir, "id": run, "resume": "allow"} | self._init
+        settings: dict[str, Any] = {
+            "project": self.name,
+            "dir": self._save_dir,
+            "id": run,
+            "resume": "allow",
+        } | self._init
         if wandb.run is not None:
             settings.setdefault("reinit", "create_new")
         if "://" not in self._save_dir:
@@ -202,8 +208,6 @@ class WandbLogger(ServiceLogger):
 
     def _save_file(self, file: File) -> None:
         """Copy a file into the folder that W&B sends; what has the same name is replaced."""
-        from treadle_fabric.loggers.media_files import file_name
-
         folder = self.experiment.dir
         target = os.path.join(folder, "media", "files", file_name(file))
         os.makedirs(os.path.dirname(target), exist_ok=True)

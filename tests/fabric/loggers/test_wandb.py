@@ -13,6 +13,7 @@ import struct
 import sys
 import wave
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def records(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
+def complete(path: Path, kind: Any) -> list[Any]:
+    found = [kind.FromString(data) for data in records(path.read_bytes())]
+    return found if any(record.HasField("exit") for record in found) else []
+
+
 def nested(items: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for item in items:
@@ -84,9 +90,8 @@ class Read:
         self.files: list[str] = []
         for path in sorted(Path(folder).glob(f"wandb/offline-run-*-{run}*/run-{run}.wandb")):
             # the process that writes the file does so a moment after the run was finished
-            wait_until(lambda: any(Record.FromString(data).HasField("exit") for data in records(path.read_bytes())))
-            for data in records(path.read_bytes()):
-                record = Record.FromString(data)
+            wait_until(whole := partial(complete, path, Record))
+            for record in whole():
                 self.add(record, record.WhichOneof("record_type"))
 
     def add(self, record: Any, kind: str) -> None:
