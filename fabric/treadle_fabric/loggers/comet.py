@@ -75,14 +75,15 @@ class CometLogger(ServiceLogger):
         self._checkpoint_name = checkpoint_name
 
     @property
-    def name(self) -> str | None:
+    def name(self) -> str:
         """The name of the project."""
-        project: str | None = self._account["project"]
-        return project
+        return str(self._account["project"] or "general")
 
     @property
     def version(self) -> str | None:
-        """The key of the experiment; None before it has begun."""
+        """The key of the experiment, which is begun when it is first needed."""
+        if self._run is None:
+            _ = self.experiment
         return self._run
 
     @property

@@ -94,9 +94,9 @@ class MLFlowLogger(ServiceLogger):
 
     @property
     def experiment_id(self) -> str | None:
-        """The id of the experiment; MLflow is asked when it is first needed."""
-        if self._experiment_id is None:
-            _ = self.experiment
+        """The id of the experiment, which is made when it is first needed; no run is begun for it."""
+        if self._experiment_id is None and getattr(rank_zero_only, "rank", 0) == 0:
+            self._experiment_id = self._find_experiment(self._client())
         return self._experiment_id
 
     @property
@@ -122,12 +122,8 @@ class MLFlowLogger(ServiceLogger):
             return client
         from mlflow.tracking.context.registry import resolve_tags  # an extra
 
-        found = client.get_experiment_by_name(self._experiment_name)
-        if found is None:
-            location = self._artifact_location or self._default_artifacts(client)
-            self._experiment_id = client.create_experiment(self._experiment_name, artifact_location=location)
-        else:
-            self._experiment_id = found.experiment_id
+        if self._experiment_id is None:
+            self._experiment_id = self._find_experiment(client)
         run = client.create_run(self._experiment_id, tags=resolve_tags(self._tags), run_name=self._run_name)
         self._run, self._parameters, self._running = run.info.run_id, {}, True
         return client
@@ -139,6 +135,15 @@ class MLFlowLogger(ServiceLogger):
             client.update_run(self._run, status="RUNNING")
             self._running = True
         return client
+
+    def _find_experiment(self, client: Any) -> str:
+        if self._begun:
+            return str(client.get_run(self._run).info.experiment_id)
+        found = client.get_experiment_by_name(self._experiment_name)
+        if found is not None:
+            return str(found.experiment_id)
+        location = self._artifact_location or self._default_artifacts(client)
+        return str(client.create_experiment(self._experiment_name, artifact_location=location))
 
     def _client(self) -> Any:
         from mlflow.exceptions import MlflowException  # an extra, a second

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from treadle_fabric.loggers.logger import Logger, rank_zero_experiment
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint, SavedCheckpoints
-from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
+from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["ServiceLogger", "need_client"]
 
@@ -71,17 +71,14 @@ class ServiceLogger(Logger):
     def resume(self, state: Mapping[str, Any]) -> None:
         """Go on in the run that ``state`` names.
 
-        The service keeps what that run has of later steps than the checkpoint; see docs/loggers.md. A run that was
-        named in the constructor stays, and a warning says so.
+        The service keeps what that run has of later steps than the checkpoint; see docs/loggers.md. Where the user has
+        named another run in the constructor, that one is a branch (:meth:`branch`).
         """
         run = state.get("run")
         if run is None or run == self._run:
             return
         if self._chosen:
-            rank_zero_warn(
-                f"The checkpoint is of the run {run!r}, and {type(self).__qualname__} was given the run {self._run!r}: "
-                "values go on there. Leave the run out of the constructor to go on in that of the checkpoint."
-            )
+            self.branch(state)
             return
         self._close("finished")
         self._experiment = None

@@ -64,7 +64,8 @@ class TrackioLogger(ServiceLogger):
     @property
     def version(self) -> str:
         """The name of the run, which is begun when it is first needed."""
-        _ = self.experiment
+        if self._run is None:
+            _ = self.experiment
         return self._run or ""
 
     def _open(self) -> Any:

@@ -132,6 +132,7 @@ def test_a_run_goes_on_or_branches() -> None:
     assert mlflow.MlflowClient("file:./mlruns").get_run(state["run"]).info.status == "FAILED"
     json.dumps(state)
     again = MLFlowLogger()
+    assert again.name == first.name
     again.resume(state)
     again.log_metrics({"a": 2.0}, 1)
     assert client_of(again).get_run(first.version).info.status == "RUNNING"
@@ -139,6 +140,7 @@ def test_a_run_goes_on_or_branches() -> None:
         again.log_hyperparams({"lr": 2, "new": 3})
     again.finalize("success")
     assert again.run_id == first.run_id
+    assert len(client_of(again).search_runs([again.name])) == 1, "no other run was begun on the way"
     assert values(again, "a") == [(0, 1.0), (1, 2.0)]
     assert client_of(again).get_run(first.run_id).data.params == {"lr": "1", "new": "3"}
     branch = MLFlowLogger()
@@ -147,8 +149,7 @@ def test_a_run_goes_on_or_branches() -> None:
     assert branch.run_id != first.run_id
     assert client_of(branch).get_run(branch.run_id).data.tags["mlflow.parentRunId"] == first.run_id
     named = MLFlowLogger(run_id=branch.run_id)
-    with pytest.warns(UserWarning, match="was given the run"):
-        named.resume(state)
+    named.resume(state)
     assert named.run_id == branch.run_id
     fold = branch.run_id
     branch.begin_anew()

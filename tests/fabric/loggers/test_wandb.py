@@ -226,9 +226,9 @@ def test_a_run_goes_on_or_branches(tmp_path: Path) -> None:
     assert Read(again.version).config["parent_run"] == first.version
     assert [row["a"] for row in Read(first.version).history] == [1.0, 2.0, 3.0]
     named = offline(id="mine")
-    with pytest.warns(UserWarning, match="was given the run 'mine'"):
-        named.resume(state)
+    named.resume(state)  # the user's choice of a run wins: it is a branch
     assert named.version == "mine"
+    assert named.state_dict()["parent"] == first.version
     fold = again.version
     again.begin_anew()
     assert again.version != fold
