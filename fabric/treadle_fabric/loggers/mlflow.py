@@ -26,7 +26,7 @@ __all__ = ["MLFlowLogger"]
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 _REFUSED = re.compile(r"[^\w\-. /:]")  # what the name of a metric must not have
 _LONGEST_PARAMETER = 6000
-_BATCH = 100  # parameters that MLflow takes at once
+_BATCH = 100  # parameters that MLflow takes at once, and calls that may be unfinished
 
 
 class MLFlowLogger(ServiceLogger):
@@ -176,15 +176,23 @@ class MLFlowLogger(ServiceLogger):
     def _name_parent(self, parent: str) -> None:
         self.experiment.set_tag(self._run, "mlflow.parentRunId", parent)
 
-    def _wait(self) -> None:
-        if self._synchronous is False:
-            import mlflow  # an extra
+    def _send_batch(self, **values: Any) -> None:
+        options = {} if self._synchronous is None else {"synchronous": self._synchronous}
+        sent = self.experiment.log_batch(self._run, **values, **options)
+        if sent is not None:
+            self._unfinished.append(sent)
+            if len(self._unfinished) >= _BATCH:
+                self._wait()
 
-            mlflow.flush_async_logging()
+    def _wait(self) -> None:
+        """Wait until everything is stored; only without ``synchronous`` there is something to wait for."""
+        for sent in self._unfinished:
+            sent.wait()
+        self._unfinished = []
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        client = self._running_client()
+        self._running_client()
         from mlflow.entities import Metric  # an extra
 
         now, values = int(time.time() * 1000), []
@@ -200,15 +208,12 @@ class MLFlowLogger(ServiceLogger):
                 )
                 name = allowed
             values.append(Metric(key=name, value=float(value), timestamp=now, step=step or 0))
-        client.log_batch(self._run, metrics=values, **self._waits())
-
-    def _waits(self) -> dict[str, Any]:
-        return {} if self._synchronous is None else {"synchronous": self._synchronous}
+        self._send_batch(metrics=values)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Record the settings of the run; MLflow keeps the first value of each, and a warning names another one."""
-        client = self._running_client()
+        self._running_client()
         from mlflow.entities import Param  # an extra
 
         given = {_REFUSED.sub("_", k): str(v)[:_LONGEST_PARAMETER] for k, v in flatten(to_dict(params)).items()}
@@ -220,7 +225,7 @@ class MLFlowLogger(ServiceLogger):
             )
         new = [Param(name, value) for name, value in given.items() if name not in self._parameters]
         for start in range(0, len(new), _BATCH):
-            client.log_batch(self._run, params=new[start : start + _BATCH], **self._waits())
+            self._send_batch(params=new[start : start + _BATCH])
         self._parameters = given | self._parameters
 
     def record_media(self, media: Media) -> bool:

@@ -49,6 +49,7 @@ class ServiceLogger(Logger):
         self._begun = False  # the run is there, and is opened again
         self._parent: str | None = None
         self._experiment: Any = None  # the client's object; never pickled
+        self._unfinished: list[Any] = []  # what the client sends in the background; never pickled
 
     @property
     @rank_zero_experiment
@@ -133,4 +134,4 @@ class ServiceLogger(Logger):
         """Send a checkpoint to the service."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_experiment": None}
+        return {**self.__dict__, "_experiment": None, "_unfinished": []}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -105,6 +106,7 @@ def test_media_become_artifacts(tmp_path: Path) -> None:
     logger.log_file("notes.txt")
     logger.log_file("deep/other", "notes.txt", 6)
     logger.log_metrics({"a": 1.0, "deep": {"b": torch.tensor(2.0)}, "nan": float("nan")}, 1)
+    assert pickle.loads(pickle.dumps(logger)).run_id == logger.run_id  # with values that are on their way
     with pytest.warns(UserWarning, match="'a@b' is called 'a_b'"):
         logger.log_metrics({"a@b": 1.0})
     with pytest.warns(UserWarning, match="'name' = 'text' is left out"):
@@ -121,6 +123,7 @@ def test_media_become_artifacts(tmp_path: Path) -> None:
     assert json.loads(content(logger, "media/table_5.json")) == {"columns": ["a", "b"], "data": [[1, "x"], [2, "y"]]}
     assert (values(logger, "a"), values(logger, "deep/b")) == ([(1, 1.0)], [(1, 2.0)])
     assert logger.save_dir == str(tmp_path / "runs")
+    assert sorted(os.listdir()) == ["notes.txt", "runs"], "nothing is written anywhere else"
 
 
 def test_a_run_goes_on_or_branches() -> None:
