@@ -41,7 +41,7 @@ def test_the_list_is_whole() -> None:
     lacking = {
         ".".join(path.relative_to(root).with_suffix("").parts[1:]).removesuffix(".__init__")
         for path in [*root.glob("fabric/**/*.py"), *root.glob("trainer/**/*.py")]
-        if re.search(r"not_yet\(\s*__name__,\s*(?!set\(\))", path.read_text())  # others leave names out for good
+        if re.search(r"not_yet\(\s*__name__,(?!\s*set\(\))", path.read_text())  # others leave names out for good
     }
     assert lacking == LISTED.keys()
 
