@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from treadle_fabric.loggers.run_folder import file_system
@@ -16,17 +17,25 @@ _SUPERSEDED: Final = "superseded"
 _HEAD: Final = 24  # bytes of an event in which its step is: two tags, the time and a number of at most ten bytes
 
 
-def event_files(folder: str, run_id: str) -> dict[str, int]:
-    """Return the sizes in bytes of the run's event files, by their paths below ``folder``, those of charts included."""
+def event_files(folder: str, run_id: str, folders: Iterable[str] | None = None) -> dict[str, int]:
+    """Return the sizes in bytes of the run's event files, by their paths below ``folder``.
+
+    Args:
+        folder: The folder of the run.
+        run_id: Names the run; it is in the names of its files.
+        folders: The folders that are known to have such files, charts of several lines have folders of their own.
+            Default: they are looked for in all folders below ``folder``.
+    """
     fs, where = file_system(folder)
-    found: dict[str, int] = {}
-    if not fs.exists(where):
-        return found
-    for path, info in fs.find(where, detail=True).items():
-        name = os.path.basename(path)
-        if _EVENTS in name and f".{run_id}" in name:
-            found[path[len(where) :].lstrip("/")] = info["size"]
-    return found
+    entries: dict[str, Any] = {}
+    if folders is None:
+        entries = fs.find(where, detail=True) if fs.exists(where) else {}
+    for each in folders or ():
+        with contextlib.suppress(FileNotFoundError):
+            entries |= {info["name"]: info for info in fs.ls(file_system(each)[1], detail=True)}
+    names = {path: os.path.basename(path) for path in entries}
+    own = [path for path, name in names.items() if _EVENTS in name and f".{run_id}" in name]
+    return {path[len(where) :].lstrip("/"): entries[path]["size"] for path in own}
 
 
 def rewind_events(folder: str, run_id: str, sizes: Mapping[str, int]) -> int | None:

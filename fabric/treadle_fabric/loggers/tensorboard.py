@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,7 @@ class TensorBoardLogger(FolderLogger):
         self._hp_metric_logged = False
         self._graph_logged = False
         self._earlier = ""  # the hyper-parameters that the resumed run had, as YAML
+        self._charts: set[str] = set()  # the folders of charts of several lines
         self._newest: dict[str, list[Any]] = {}  # of each metric the last step and value, which are not written twice
         self._table = _TableOfRuns()
 
@@ -239,17 +241,18 @@ class TensorBoardLogger(FolderLogger):
     def begin_anew(self) -> None:
         self._renew()
         self._hparams, self._hparams_changed, self._hp_metric_logged = {}, False, False
-        self._graph_logged, self._earlier, self._newest = False, "", {}
+        self._graph_logged, self._earlier, self._newest, self._charts = False, "", {}, set()
         self._table = _TableOfRuns()
 
     def state_dict(self) -> dict[str, Any]:
         if getattr(rank_zero_only, "rank", 0) != 0:
             return {}
         self.save()
+        self._note_charts()
         run_id, files = self._folder.id, (self._resumed or {}).get("files")
         return {
             **self._folder.state_dict(),
-            "files": event_files(self.log_dir, run_id) if files is None else files,
+            "files": event_files(self.log_dir, run_id, [self.log_dir, *self._charts]) if files is None else files,
             "hparams": keep_entries(self._earlier, to_yaml(self._hparams)),
             "hp_metric": self._hp_metric_logged,
             "graph": self._graph_logged,
@@ -273,6 +276,7 @@ class TensorBoardLogger(FolderLogger):
         self._hp_metric_logged, self._graph_logged = state["hp_metric"], state["graph"]
         self._newest = dict(state["newest"])
         self._table = _TableOfRuns(dict.fromkeys(self._newest))
+        self._charts = {self._folder.file(folder) for name in state["files"] if (folder := os.path.dirname(name))}
         if self._experiment is not None:  # in the folder of a run that does not begin
             self.finalize("success")
 
@@ -295,8 +299,13 @@ class TensorBoardLogger(FolderLogger):
         self._end_table(status)
         self.save()
         if self._experiment is not None:
+            self._note_charts()
             self._experiment.close()
             self._experiment = None  # later values open another event file in the same folder
+
+    def _note_charts(self) -> None:
+        writers = getattr(self._experiment, "all_writers", None) or {}
+        self._charts.update(folder for folder in map(str, writers) if folder != self.log_dir)
 
     def record_media(self, media: Media) -> bool:
         if isinstance(media, Images):
