@@ -32,7 +32,7 @@ from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
-from treadle_fabric.strategies import Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
+from treadle_fabric.strategies import Plugin, Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
 __all__ = ["Fabric"]
@@ -68,10 +68,10 @@ class Fabric:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: Iterable[int] | str | int = "auto",
+        devices: int | str | Iterable[int] = "auto",
         num_nodes: int = 1,
-        precision: str | int | None = None,
-        plugins: Any | None = None,
+        precision: int | str | None = None,
+        plugins: Plugin | Iterable[Plugin] | None = None,
         callbacks: Any | None = None,
         loggers: Logger | Iterable[Logger] | None = None,
     ) -> None:

@@ -51,7 +51,7 @@ from treadle_fabric import (
 )
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.loggers import Logger
-from treadle_fabric.strategies import Strategy
+from treadle_fabric.strategies import Plugin, Strategy
 
 __all__ = ["Trainer"]
 
@@ -120,9 +120,9 @@ class Trainer:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: Iterable[int] | str | int = "auto",
+        devices: int | str | Iterable[int] = "auto",
         num_nodes: int = 1,
-        precision: str | int | None = None,
+        precision: int | str | None = None,
         logger: Logger | Iterable[Logger] | bool | None = None,
         callbacks: Iterable[Callback] | Callback | None = None,
         fast_dev_run: int | bool = False,
@@ -153,7 +153,7 @@ class Trainer:
         profiler: Any | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
-        plugins: Any | None = None,
+        plugins: Plugin | Iterable[Plugin] | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: PathLike | None = None,
@@ -172,7 +172,7 @@ class Trainer:
             strategy=strategy,
             devices=devices,
             num_nodes=num_nodes,
-            precision="32-true" if precision is None and plugins is None else precision,
+            precision=precision,
             plugins=plugins,
             loggers=self._loggers,
         )

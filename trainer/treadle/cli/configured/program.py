@@ -5,8 +5,11 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import Namespace, class_from_function
@@ -104,7 +107,8 @@ class LightningCLI:
         self.parse_arguments(self.parser, args)
         self.subcommand: str | None = self.config["subcommand"] if run else None
         self._take_hyperparameters()
-        self._seed()
+        with self._misconfigurations_are_errors():
+            self._seed()
         self.before_instantiate_classes()
         self.instantiate_classes()
         self.after_instantiate_classes()
@@ -138,7 +142,7 @@ class LightningCLI:
         trainer = trainer if isinstance(trainer, type) else class_from_function(trainer)
         commands = self.parser.add_subcommands()
         for name, skip in self.subcommands().items():
-            about = (inspect.getdoc(getattr(trainer, name)) or "").partition("\n\n")[0].replace("\n", " ")
+            about = _summary(getattr(trainer, name))
             parser = self.init_parser(**{"description": about, **subparser_kwargs.get(name, {})})
             self._add_arguments(parser)
             self._subcommand_method_arguments[name] = parser.add_method_arguments(trainer, name, skip=set(skip))
@@ -213,7 +217,7 @@ class LightningCLI:
             parser: The parser.
             args: The arguments; None: those of the process.
         """
-        if args is not None and len(sys.argv) > 1 and "pytest" not in os.path.basename(sys.argv[0]):
+        if args is not None and len(sys.argv) > 1:
             rank_zero_warn(
                 f"LightningCLI got args={args!r}, so the arguments of the command line are not read: {sys.argv[1:]}."
             )
@@ -232,12 +236,14 @@ class LightningCLI:
         found = config.get(str(self.subcommand), config) if self.subcommand is not None else config
         return found.get(key, default)
 
-    def _plain(self) -> dict[str, Any]:
-        """The config of the sub-command as plain values, those of links included."""
+    def _plain(self, *, links: bool = True) -> dict[str, Any]:
+        """The config of the sub-command as plain values; with or without those that links set."""
         config = self.config if self.subcommand is None else self.config[self.subcommand]
-        text = self._parser(self.subcommand).dump(
-            config, format="json", skip_unset=False, skip_validation=True, skip_link_targets=False
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\s*Dump of a value that does not round-trip")  # lists for tuples
+            text = self._parser(self.subcommand).dump(
+                config, format="json", skip_unset=False, skip_validation=True, skip_link_targets=not links
+            )
         plain: dict[str, Any] = json.loads(text)
         return plain
 
@@ -247,25 +253,21 @@ class LightningCLI:
         if path is None or not os.path.exists(path):  # "best" and the like, or the trainer's error for a missing file
             return
         saved = saved_hyperparameters(path)
-        model = self._plain().get("model") or {}
-        configured: Mapping[str, Any] = model.get("init_args", {}) if self.subclass_mode_model else model
-        linked = {action.dest for action in self._parser(self.subcommand)._links_group._group_actions}
-        prefix = "model.init_args." if self.subclass_mode_model else "model."
-        if CLASS_PATH in saved and self.subclass_mode_model and saved[CLASS_PATH] != model.get("class_path"):
+        model = self._plain(links=False).get("model") or {}
+        chosen: str | None = model.get("class_path") if self.subclass_mode_model else None
+        if CLASS_PATH in saved and chosen is not None and saved[CLASS_PATH] != chosen:
             return  # another class than the checkpoint's was chosen on purpose
-        made_of_config = MAKER in saved
-        values = {
+        configured = model if chosen is None else model.get("init_args", {})
+        changed = {
             name: value
             for name, value in saved.items()
-            if name in configured and f"{prefix}{name}" not in linked and (made_of_config or isinstance(value, _PLAIN))
+            if name in configured and value != configured[name] and (MAKER in saved or isinstance(value, _PLAIN))
         }
-        changed = {name: value for name, value in values.items() if value != configured[name]}
-        if not changed:
-            return
-        told = ", ".join(f"{name}={value!r} (configured: {configured[name]!r})" for name, value in changed.items())
-        rank_zero_info(f"The module has the hyperparameters of {path}: {told}.")
-        new: dict[str, Any] = {"class_path": model["class_path"], "init_args": changed} if prefix != "model." else changed
-        self.config = self.parser.parse_object({str(self.subcommand): {"model": new}}, self.config)
+        if changed:
+            told = [f"{name}={value!r} (configured: {configured[name]!r})" for name, value in changed.items()]
+            rank_zero_info(f"The module has the hyperparameters of {path}: {', '.join(told)}.")
+            new = changed if chosen is None else {"class_path": chosen, "init_args": changed}
+            self.config = self.parser.parse_object({str(self.subcommand): {"model": new}}, self.config)
 
     def _seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
@@ -283,17 +285,30 @@ class LightningCLI:
 
     def instantiate_classes(self) -> None:
         """Make ``self.datamodule``, ``self.model`` and ``self.trainer``; ``self.config_init`` is the config of objects."""
-        parser = self._parser(self.subcommand)
-        try:
+        with self._misconfigurations_are_errors():
             self.config_init = self.parser.instantiate(self.config, instantiators=self._instantiators())
             self.datamodule: LightningDataModule | None = self._get(self.config_init, "data")
             self.model: LightningModule = self._get(self.config_init, "model")
             add_configure_optimizers(
-                self.model, parser, lambda key: self._get(self.config_init, key), self.configure_optimizers
+                self.model,
+                self._parser(self.subcommand),
+                lambda key: self._get(self.config_init, key),
+                self.configure_optimizers,
             )
             self.trainer: Trainer = self.instantiate_trainer()
-        except MisconfigurationException as error:
-            parser.error(str(error), error)
+
+    @contextmanager
+    def _misconfigurations_are_errors(self) -> Generator[None]:
+        """Values that the parser takes, and the classes do not, end the program as those that the parser refuses."""
+        try:
+            yield
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, MisconfigurationException):
+                cause = cause.__cause__  # the parser tells of the types that it tried
+            if cause is None:
+                raise
+            self._parser(self.subcommand).error(str(cause), error)
 
     def _instantiators(self) -> list[tuple[Callable[..., Any], type, bool]]:
         if not self.load_from_checkpoint_support:
@@ -373,3 +388,9 @@ class LightningCLI:
         arguments = {key: config[key] for key in self._subcommand_method_arguments[name]}
         data = {} if self.datamodule is None else {"datamodule": self.datamodule}
         return {**arguments, "model": self.model, **data}
+
+
+def _summary(function: Callable[..., Any]) -> str:
+    """The first paragraph of a docstring, without its markup."""
+    text = (inspect.getdoc(function) or "").partition("\n\n")[0]
+    return re.sub(r":\w+:`([^`]*)`|``([^`]*)``", r"\1\2", " ".join(text.split()))
