@@ -33,7 +33,6 @@ from treadle_fabric.strategies.whole_state import WholeStateStrategy
 __all__ = ["DDPStrategy"]
 
 
-
 class DDPArguments(TypedDict, total=False):
     """What ``torch.nn.parallel.DistributedDataParallel`` takes; an older torch lacks the last four."""
 

@@ -1,11 +1,10 @@
-"""Modules that a config made: their hyper-parameters, their checkpoints, and the config that is written beside the logs.
+"""Modules that a config made: their hyper-parameters and checkpoints, and the config that is written beside the logs.
 
 Tests of ``treadle.cli.configured.objects``, ``treadle.cli.configured.save_config``, ``treadle.module.configured``.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.processes import importing_tests
+from tests.processes import run_in_ranks
 from tests.trainer.cli.programs import Data, Net, WithOptimizer, cli
 
 import treadle as L
@@ -111,7 +110,7 @@ class Outer(WithOptimizer):
 
 
 def test_modules_inside_of_modules_keep_what_is_their_own() -> None:
-    words = ["--model.inner=Net", "--model.inner.hidden=2"]
+    words = ["--model.inner=tests.trainer.cli.programs.Net", "--model.inner.hidden=2"]
     made, path = trained(*words, model=Outer)
     assert made.model.inner.hparams == {"hidden": 2, "lr": 0.1, "encoder": None}
     assert made.model.hparams.inner["init_args"]["hidden"] == 2
@@ -164,20 +163,20 @@ def test_the_config_is_written_once_and_reads_back() -> None:
 
 
 def test_another_config_is_not_overwritten() -> None:
-    words = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.version=0"]
     kwargs: Any = {"model": WithOptimizer, "run": True}
-    made = cli("fit", *words, **kwargs)
+    made = cli("fit", **kwargs)  # without a logger the folder is default_root_dir
     made.trainer.save_checkpoint("last.ckpt")
     folder = Path(made.trainer.log_dir or "")
+    assert folder == Path.cwd()
     before = (folder / "config.yaml").read_text()
     with pytest.raises(MisconfigurationException, match=r"has the config of another run.*'overwrite': True"):
-        cli("fit", *words, **kwargs)
+        cli("fit", **kwargs)
     assert (folder / "config.yaml").read_text() == before
     for _ in range(2):  # the run goes on, with a config of its own
-        cli("fit", *words, "--ckpt_path=last.ckpt", "--trainer.max_epochs=2", **kwargs)
+        cli("fit", "--ckpt_path=last.ckpt", "--trainer.max_epochs=2", **kwargs)
     assert sorted(each.name for each in folder.glob("config*")) == ["config.yaml", "config_1.yaml"]
     assert yaml.safe_load((folder / "config_1.yaml").read_text())["trainer"]["max_epochs"] == 2
-    cli("fit", *words, "--model.hidden=2", save_config_kwargs={"overwrite": True}, **kwargs)
+    cli("fit", "--model.hidden=2", save_config_kwargs={"overwrite": True}, **kwargs)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["hidden"] == 2
 
 
@@ -213,22 +212,25 @@ def test_a_trial_run_writes_none() -> None:
     assert not list(Path().glob("**/config.yaml"))
 
 
+def fit_on_a_rank() -> None:
+    words = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp", "--model.hidden=3"]
+    words += ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    made = cli("fit", *words, model=WithOptimizer, run=True)
+    print("rank", made.trainer.global_rank, made.trainer.log_dir, flush=True)
+
+
 def test_on_two_ranks() -> None:
-    """The script runs again in each process; rank 0 writes the config."""
-    Path("train.py").write_text(
-        "from tests.trainer.cli.programs import Data, WithOptimizer\n"
-        "from treadle.cli import LightningCLI\n"
-        "if __name__ == '__main__':\n"
-        "    made = LightningCLI(WithOptimizer, Data)\n"
-        "    print('rank', made.trainer.global_rank, made.trainer.log_dir, flush=True)\n"
-    )
-    words = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.max_epochs=1", "--model.hidden=3"]
-    words += ["--trainer.enable_progress_bar=false", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
-    done = subprocess.run(
-        [sys.executable, "train.py", "fit", *words], env=importing_tests(), capture_output=True, text=True, timeout=90
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
-    assert said == ["rank 0 logs/lightning_logs/version_0", "rank 1 logs/lightning_logs/version_0"]
+    said = run_in_ranks(fit_on_a_rank)
+    ranks = sorted(line for line in said.splitlines() if line.startswith("rank"))
+    assert ranks == ["rank 0 logs/lightning_logs/version_0", "rank 1 logs/lightning_logs/version_0"]
     [config] = Path().glob("**/config.yaml")
     assert yaml.safe_load(config.read_text())["model"]["hidden"] == 3
+
+
+def test_a_module_without_arguments() -> None:
+    class Bare(WithOptimizer):
+        def __init__(self) -> None:
+            super().__init__()
+
+    assert instantiate_module(Bare, {}).hparams.hidden == 8
+    assert dict(cli(model=Bare).model.hparams)["hidden"] == 8

@@ -1,8 +1,8 @@
 """The command ``treadle``, and the command lines of users' own training programs.
 
 Start with ``main.py`` for the command; each file beside it is one sub-command. ``configured/`` is for programs:
-``LightningCLI``, which reads their arguments and configs. It needs jsonargparse, an extra, so its names are imported when
-they are asked for.
+``LightningCLI``, which reads their arguments and configs. It needs jsonargparse, an extra, so its names are imported
+when they are asked for.
 """
 
 import importlib
@@ -52,8 +52,7 @@ def __getattr__(name: str) -> Any:
         if error.name is None or error.name.partition(".")[0] == "treadle":
             raise
         raise ModuleNotFoundError(
-            f"treadle.cli.{name} needs the package {error.name!r}, which is not installed: "
-            "`pip install treadle[cli]`.",
+            f"treadle.cli.{name} needs the package {error.name!r}, which is not installed: `pip install treadle[cli]`.",
             name=error.name,
         ) from None
     value = globals()[name] = getattr(home, name)

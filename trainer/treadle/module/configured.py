@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 from treadle.module.hparams import CLASS_PATH, MAKER, made_from_config
 from treadle_fabric import CheckpointUnsafeError, MisconfigurationException, near_names
 
-__all__ = ["ModuleType", "class_at", "instantiate_class", "instantiate_module", "is_maker", "needs_cli", "refuse_imports"]
+__all__ = [
+    "ModuleType",
+    "class_at",
+    "instantiate_class",
+    "instantiate_module",
+    "is_maker",
+    "needs_cli",
+    "refuse_imports",
+]
 
 ModuleType = TypeVar("ModuleType")
 """The class of a module or a data module."""
@@ -66,7 +74,7 @@ def instantiate_module(class_type: type[ModuleType], config: dict[str, Any]) -> 
         MisconfigurationException: The values do not fit the class.
     """
     try:
-        from jsonargparse import ArgumentError, ArgumentParser, Namespace  # an extra
+        from jsonargparse import ArgumentError, ArgumentParser  # an extra
     except ModuleNotFoundError as error:
         raise needs_cli(f"Making a {class_type.__name__} from a config", error) from None
     arguments = {name: value for name, value in config.items() if name not in (MAKER, CLASS_PATH)}
@@ -74,7 +82,7 @@ def instantiate_module(class_type: type[ModuleType], config: dict[str, Any]) -> 
     cls = _chosen_class(class_type, config.get(CLASS_PATH))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "object", fail_untyped=False)
-    known = vars(parser.get_defaults(skip_validation=True).get("object", Namespace()))
+    known = _values(parser.get_defaults(skip_validation=True).get("object"))
     others = {name: arguments.pop(name) for name in list(arguments) if name not in known}  # of its **kwargs
     takes = inspect.signature(cls.__init__).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
@@ -84,13 +92,18 @@ def instantiate_module(class_type: type[ModuleType], config: dict[str, Any]) -> 
             )
     try:
         parsed = parser.parse_object({"object": arguments})
-        made = parser.instantiate(parsed, instantiate_groups=False).get("object", Namespace())
+        made = _values(parser.instantiate(parsed, instantiate_groups=False).get("object"))
     except (ArgumentError, TypeError, ValueError) as error:
         raise MisconfigurationException(
             f"The hyperparameters of {cls.__qualname__} do not fit its __init__: {error}"
         ) from error
     with made_from_config(cls, {**arguments, **others}, marks):
-        return cls(**vars(made), **others)  # type: ignore[no-any-return]
+        return cls(**made, **others)  # type: ignore[no-any-return]
+
+
+def _values(arguments: Any) -> dict[str, Any]:
+    """The arguments in a namespace; there is none where the class takes no arguments."""
+    return {} if arguments is None else vars(arguments)
 
 
 def refuse_imports(config: Mapping[str, Any], source: str) -> None:

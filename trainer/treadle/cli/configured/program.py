@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -12,7 +13,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import Namespace, class_from_function
+from jsonargparse import Namespace
+from jsonargparse.typing import class_from_function
 from torch.optim import Optimizer
 
 from treadle.callbacks import Callback
@@ -284,7 +286,7 @@ class LightningCLI:
         """Override it to run code before the objects are made."""
 
     def instantiate_classes(self) -> None:
-        """Make ``self.datamodule``, ``self.model`` and ``self.trainer``; ``self.config_init`` is the config of objects."""
+        """Make ``self.datamodule``, ``self.model`` and ``self.trainer``; ``self.config_init`` has all objects."""
         with self._misconfigurations_are_errors():
             self.config_init = self.parser.instantiate(self.config, instantiators=self._instantiators())
             self.datamodule: LightningDataModule | None = self._get(self.config_init, "data")
@@ -313,11 +315,7 @@ class LightningCLI:
     def _instantiators(self) -> list[tuple[Callable[..., Any], type, bool]]:
         if not self.load_from_checkpoint_support:
             return []
-        plain: list[dict[str, Any]] = []
-
-        def config() -> dict[str, Any]:
-            return plain[0] if plain else plain.append(self._plain()) or plain[0]
-
+        config = functools.cache(self._plain)
         kinds = {"model": (self.model_class, LightningModule), "data": (self.datamodule_class, LightningDataModule)}
         return [
             (RemembersConfig(config, key, cls if isinstance(cls, type) else base).make, base, True)
@@ -330,7 +328,8 @@ class LightningCLI:
         Args:
             **kwargs: Arguments in the place of those of the config.
         """
-        arguments = {**dict(self._get(self.config_init, "trainer", {}).items(branches=False)), **kwargs}
+        config = self._get(self.config_init, "trainer")
+        arguments = {**({} if config is None else vars(config)), **kwargs}
         own = [self._get(self.config_init, key) for key in self._parser(self.subcommand).callback_keys]
         callbacks: list[Callback] = [
             *one_or_several(arguments.get("callbacks")),
@@ -338,10 +337,8 @@ class LightningCLI:
             *one_or_several(self.trainer_defaults.get("callbacks")),
         ]
         if self.save_config_callback and not arguments.get("fast_dev_run") and not arguments.get("barebones"):
-            config = self.config if self.subcommand is None else self.config[self.subcommand]
-            callbacks.append(
-                self.save_config_callback(self._parser(self.subcommand), config, **self.save_config_kwargs)
-            )
+            whole = self.config if self.subcommand is None else self.config[self.subcommand]
+            callbacks.append(self.save_config_callback(self._parser(self.subcommand), whole, **self.save_config_kwargs))
         takes = inspect.signature(self.trainer_class).parameters
         if "callbacks" in takes or any(each.kind is each.VAR_KEYWORD for each in takes.values()):
             arguments["callbacks"] = callbacks
@@ -376,10 +373,10 @@ class LightningCLI:
     # ---------------------------------------------------------------------------------------------------- the run
 
     def _run_subcommand(self, name: str) -> None:
-        for step in (f"before_{name}", name, f"after_{name}"):
-            function = getattr(self, step, getattr(self.trainer, name) if step == name else None)
-            if step == name:
-                function(**self._method_arguments(name))
+        for hook in (f"before_{name}", name, f"after_{name}"):
+            function = getattr(self, hook, None)
+            if hook == name:
+                (function or getattr(self.trainer, name))(**self._method_arguments(name))
             elif callable(function):
                 function()
 
