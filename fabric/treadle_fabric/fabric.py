@@ -25,7 +25,7 @@ from treadle_fabric.failures import call_at_looks
 from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
-from treadle_fabric.resolve import build, resolve
+from treadle_fabric.resolve import build, launched_by_run, resolve
 from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
 from treadle_fabric.setup.metrics import gather_metrics
 from treadle_fabric.setup.module import FabricModule
@@ -221,6 +221,9 @@ class Fabric:
 
     def _require_launch(self, what: str) -> None:
         if self._launched:
+            return
+        if self._strategy.launcher is not None and launched_by_run():
+            self._launch(_nothing, self)  # `treadle-fabric run` has started the processes
             return
         if self._strategy.launcher is not None:
             raise MisconfigurationException(

@@ -215,8 +215,8 @@ class Member:
         with self.ending:
             self.board.post(notes.Place(self.board.newest() + 1, self.rank), place_of_main_thread())
             if self.board.post(notes.LauncherDied()):
-                rank, who = -1, "the launching process"  # of spawned processes, which has no rank
-                if self.speaks:
+                rank, who = -1, "the launching process"  # which has no rank, where it runs a function or a script
+                if self.speaks and self.board.launcher_is_rank:
                     rank, who = self.board.ranks[0], f"rank {self.board.ranks[0]}, the launching process,"
                 sentence = f"{who} died without a traceback; rank {self.rank} and the others stop\n"
                 claim_death(self.board, rank, sentence, self.process)
