@@ -110,7 +110,12 @@ def resolve(
     own = strategy.given if isinstance(strategy, Strategy) else Parts()
     given = _sort(plugins)
     environment, notes = _find_environment(own, given, environ)
-    said = {"accelerator": accelerator, "strategy": strategy, "devices": devices, "num_nodes": num_nodes}
+    said: dict[str, Any] = {
+        "accelerator": accelerator,
+        "strategy": strategy,
+        "devices": devices,
+        "num_nodes": num_nodes,
+    }
     said["precision"] = own.precision or given.precision or precision
     asked, words = _with_run_options(said, os.environ if environ is None else environ)
     accelerator, strategy, devices, num_nodes = (asked[name] for name in list(said)[:4])
@@ -223,7 +228,7 @@ def _with_run_options(said: dict[str, Any], environ: Mapping[str, str]) -> tuple
             found[name] = int(value) if name == "num_nodes" else value
         elif name in ("devices", "num_nodes") and _count(own) != _count(value):
             raise MisconfigurationException(
-                f"The script says {name}={own!r}, and it runs under {option}. Leave one of them out, or make them equal."
+                f"The script says {name}={own!r}, and it runs under {option}. Leave one out, or make them equal."
             )
         elif name != "devices" and str(getattr(own, "precision", own)) != value:
             notes.append(f"The script says {name}={own!r}, and {option} does not change that.")

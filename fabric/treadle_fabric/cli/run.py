@@ -81,7 +81,9 @@ def _meeting_point(given: argparse.Namespace) -> dict[str, str]:
 
 
 def _plan(options: dict[str, Any], meeting: dict[str, str]) -> Plan:
-    plan = resolve(**options, environ={**os.environ, **meeting}, interactive=False)
-    if plan.world_size > 1 and plan.launcher == "none":
-        raise MisconfigurationException(f"--strategy={options['strategy']} runs in one process. Leave one option out.")
-    return plan
+    try:
+        return resolve(**options, environ={**os.environ, **meeting}, interactive=False)
+    except MisconfigurationException as e:
+        if options.get("num_nodes", 1) > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= meeting.keys():
+            raise MisconfigurationException(f"{e} Or give --main-address, --main-port and --node-rank.") from None
+        raise

@@ -177,7 +177,8 @@ class Member:
             self.process.wait(lambda: self.board.has(notes.Reported(failure.number)), grace.REPORT_WAIT)
             report(self.board, failure, self.process)  # the rank that failed may be busy with its clean-up
             what = "was interrupted" if failure.status == _INTERRUPT_STATUS else "failed"
-            self.process.say(f"rank {self.rank} stopped because rank {failure.rank} {what}")
+            who = f"rank {failure.rank}" if failure.rank >= 0 else "the launching process"
+            self.process.say(f"rank {self.rank} stopped because {who} {what}")
 
     def look(self) -> None:
         """Look at the board once, and end this process if another rank's failure is final and the time is over."""

@@ -73,21 +73,24 @@ class _Script:
         self._board = board
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._supervisor = Supervisor(board)
-        self._interrupted: float | None = None  # when
-        self._told_of_interrupt = False
+        self._interrupts = 0
+        self._interrupted = 0.0  # when, the last time
+        self._told = False  # that the script goes on
+        self._asked = False  # to end, so that an exit status tells of no failure
 
     def start(self, rank: int, command: Sequence[str], environ: Mapping[str, str]) -> None:
-        # Only one process can have the user's key strokes.
+        # Only one process can have the user's key strokes; and in sessions of their own, they get each Ctrl-C once,
+        # whether it was typed or sent to the launching process alone.
         stdin = subprocess.DEVNULL if self._processes else None
-        self._processes[rank] = subprocess.Popen(command, env=environ, stdin=stdin)
+        self._processes[rank] = subprocess.Popen(command, env=environ, stdin=stdin, start_new_session=True)
 
     @contextmanager
     def passing_on_signals(self) -> Iterator[None]:
-        """Within the context, SIGTERM goes to the processes, and Ctrl-C is noted."""
+        """Within the context, Ctrl-C and signals that ask to end go to the processes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {signal.SIGINT: self._note_interrupt, signal.SIGTERM: self._pass_on}
+        handlers = {signal.SIGINT: self._note_interrupt, signal.SIGTERM: self._ask, signal.SIGHUP: self._ask}
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
@@ -95,10 +98,16 @@ class _Script:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _note_interrupt(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted, self._told_of_interrupt = time.monotonic(), False
+    def _note_interrupt(self, number: int, frame: FrameType | None = None) -> None:
+        self._interrupts += 1
+        self._interrupted = time.monotonic()
+        self._pass_on(signal.SIGINT)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _ask(self, number: int, frame: FrameType | None = None) -> None:
+        self._asked = True
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
         for process in self._running().values():
             process.send_signal(number)
 
@@ -109,7 +118,8 @@ class _Script:
             running = self._running()
             failure = self._supervisor.look(self._statuses())
             if failure is not None:
-                if failure.rank not in running or self._supervisor.seconds > grace.REPORT_WAIT:
+                late = failure.rank not in running or self._supervisor.seconds > grace.REPORT_WAIT
+                if late and (failure.hangs or not self._asked):
                     report(self._board, failure, THIS_PROCESS)
                 for rank, signum in self._supervisor.overdue(failure, running).items():
                     running[rank].send_signal(signum)
@@ -138,29 +148,30 @@ class _Script:
         return {rank: status or None for rank, status in statuses.items()}
 
     def _look_for_interrupt(self) -> None:
-        """Pass an interrupt on to the processes that have not seen it, and see that those which hang end, too."""
-        ended = [rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS]
-        if self._interrupted is None and any(rank not in self._supervisor.explained for rank in ended):
-            self._interrupted = time.monotonic()  # of one process alone
-        if self._interrupted is None:
+        """Where an interrupt ended one process, end all; a script that handles it may take its time."""
+        ended = {rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS}
+        if self._interrupts == 0 and ended - self._supervisor.explained:  # of one process alone
+            self._note_interrupt(signal.SIGINT)
+        if self._interrupts == 0:
             return
-        seen = {rank for rank in self._processes if rank in ended or self._board.has(notes.Interrupted(rank))}
-        self._supervisor.explained |= {rank for rank in seen if self._processes[rank].returncode is not None}
+        self._supervisor.explained |= {
+            rank
+            for rank, process in self._processes.items()
+            if rank in ended or (process.returncode is not None and self._board.has(notes.Interrupted(rank)))
+        }
         step = grace.due(grace.INTERRUPTED, time.monotonic() - self._interrupted)
-        waits = {rank: process for rank, process in self._running().items() if rank not in seen}
-        if step >= grace.Step.INTERRUPT and not self._told_of_interrupt:
-            self._told_of_interrupt = True
-            for process in waits.values():
-                process.send_signal(signal.SIGINT)
-        if step >= grace.Step.TERMINATE:
-            final = self._board.has(notes.FinalInterrupt())
-            for rank, process in self._running().items():
-                # one that handles the interrupt goes on, unless it waits for another that does not
-                if final or (rank in waits and self._board.has(notes.Joined(rank))):
-                    process.send_signal(grace.SIGNALS[step])
+        if step < grace.Step.TERMINATE or not self._running():
+            return
+        if ended or self._interrupts > 1 or self._board.has(notes.FinalInterrupt()):
+            self._pass_on(grace.SIGNALS[step])
+        elif not self._told:
+            self._told = True
+            THIS_PROCESS.say("The script goes on after the interrupt. A second Ctrl-C ends it.")
 
     def _status(self, failure: Failure | None) -> int:
         statuses = [process.returncode for process in self._processes.values()]
+        if failure is None and self._interrupts and any(statuses):
+            return 128 + signal.SIGINT
         if failure is not None and failure.status != 1:
             return failure.status
         if failure is not None and failure.rank in self._processes:

@@ -6,8 +6,11 @@ Tests of ``treadle.cli.configured.program``, ``treadle.cli.configured.parser``, 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -446,3 +449,27 @@ def test_types_for_annotations() -> None:
     optimizer = torch.optim.SGD(Net().parameters(), lr=1.0)
     scheduler = ReduceLROnPlateau(optimizer, "loss", factor=0.5)
     assert scheduler.monitor == "loss" and scheduler.factor == 0.5
+
+
+def test_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its program, its command lines and its config, in order."""
+    text = (Path(__file__).parents[3] / "docs" / "cli.md").read_text()
+    program, derived = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [config] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    Path("train.py").write_text(program)
+    Path("config.yaml").write_text(config)
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = re.findall(r"^python train.py (.*)$", text, re.MULTILINE)
+    quiet = [f"--trainer.{each}=false" for each in ("enable_progress_bar", "enable_model_summary", "logger")]
+    for number, line in enumerate(lines):
+        words = line.split()
+        if "-c" not in words:
+            words += [*quiet, "--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={number}"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        printed = "--help" in words or "--print_config" in words
+        with pytest.raises(SystemExit) if printed else contextlib.nullcontext():
+            runpy.run_path("train.py", run_name="__main__")
+    assert len(lines) == 9 and Path("logs/lightning_logs/version_0/config.yaml").exists()
+    monkeypatch.setattr(sys, "argv", ["derived.py"])
+    exec(compile(derived, "derived.py", "exec"), {"__name__": "derived"})
+    sys.modules.pop("train")
