@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
 import re
 import runpy
@@ -24,6 +25,10 @@ from tests.trainer.cli.programs import QUIET, Data, Injected, Net, WithOptimizer
 from torch.optim import lr_scheduler
 
 import treadle as L
+import treadle.callbacks
+import treadle.loggers
+import treadle.strategies
+import treadle_fabric
 from treadle.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from treadle.cli import (
     LightningArgumentParser,
@@ -34,7 +39,13 @@ from treadle.cli import (
     instantiate_class,
 )
 from treadle.loggers import CSVLogger
-from treadle_fabric import MisconfigurationException, TorchCheckpointIO
+from treadle_fabric import (
+    CheckpointIO,
+    ClusterEnvironment,
+    MisconfigurationException,
+    Precision,
+    TorchCheckpointIO,
+)
 from treadle_fabric.strategies import DDPStrategy
 
 
@@ -178,6 +189,54 @@ def test_a_printed_config_reads_back_the_same(capsys: pytest.CaptureFixture[str]
     assert values["trainer"]["callbacks"][0]["class_path"] == "treadle.callbacks.EarlyStopping"
 
 
+def named(home: Any, *bases: type) -> list[type]:
+    """The classes of a package that a config can name without arguments, or with those of ``REQUIRED``."""
+    classes = [getattr(home, name) for name in dir(home)]
+    return [
+        cls
+        for cls in classes
+        if isinstance(cls, type) and issubclass(cls, bases) and not inspect.isabstract(cls)
+        if cls.__name__ in REQUIRED or not takes(cls)
+    ]
+
+
+def takes(cls: type) -> list[str]:
+    parameters = inspect.signature(cls).parameters.values()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in variable]
+
+
+REQUIRED = {
+    "EarlyStopping": ["monitor=x"],
+    "GradientAccumulationScheduler": ["scheduling={0: 1}"],
+    "MixedPrecision": ["precision=bf16-mixed", "device=cpu"],
+    "OnExceptionCheckpoint": ["dirpath=x"],
+    "HalfPrecision": ["precision=bf16-true"],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "home", "bases"),
+    [
+        ("callbacks", treadle.callbacks, (L.Callback,)),
+        ("logger", treadle.loggers, (treadle_fabric.Logger,)),
+        ("strategy", treadle.strategies, (treadle_fabric.Strategy,)),
+        ("plugins", treadle_fabric, (Precision, CheckpointIO, ClusterEnvironment)),
+    ],
+)
+def test_what_a_config_can_name_reads_back_the_same(key: str, home: Any, bases: tuple[type, ...]) -> None:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(L.Trainer, "trainer")
+    found = named(home, *bases)
+    assert len(found) > 1
+    for cls in found:
+        words = [f"--trainer.{key}={cls.__name__}"]
+        words += [f"--trainer.{key}.{value}" for value in REQUIRED.get(cls.__name__, [])]
+        text = parser.dump(parser.parse_args(words), skip_unset=False)
+        again = parser.parse_object(yaml.safe_load(text))
+        assert parser.dump(again, skip_unset=False) == text and f".{cls.__name__}" in text
+
+
 def test_a_config_of_lightning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Written by lightning 2.6.6; read with `lightning.pytorch` replaced, and refused without, with the new path."""
     text = (Path(__file__).parents[2] / "fixtures" / "lightning_config.yaml").read_text()
@@ -210,6 +269,11 @@ def test_parsers_of_sub_commands_have_arguments_of_their_own(tmp_path: Path) -> 
     kwargs: Any = {"model": WithOptimizer, "run": True, "save_config_callback": None, "parser_kwargs": parsers}
     assert cli("fit", **kwargs).model.hparams.hidden == 2
     assert cli("validate", **kwargs).model.hparams.hidden == 8
+
+
+def test_interpolation_by_omegaconf(tmp_path: Path) -> None:
+    (tmp_path / "net.yaml").write_text("model:\n  hidden: 2\ndata:\n  batch_size: ${model.hidden}\n")
+    assert cli("-c", "net.yaml", parser_kwargs={"parser_mode": "omegaconf"}).datamodule.batch_size == 2  # type: ignore[union-attr]
 
 
 def test_arguments_as_a_dictionary() -> None:

@@ -118,8 +118,8 @@ class Trainer:
     def __init__(
         self,
         *,
-        accelerator: str | Accelerator = "auto",
-        strategy: str | Strategy = "auto",
+        accelerator: Accelerator | str = "auto",
+        strategy: Strategy | str = "auto",
         devices: int | str | Iterable[int] = "auto",
         num_nodes: int = 1,
         precision: int | str | None = None,

@@ -98,7 +98,8 @@ def _options(parser: Any) -> list[str]:
 
 def _arguments(path: str) -> Iterable[str]:
     try:
-        return [name for name in inspect.signature(class_at(path)).parameters if name not in ("args", "kwargs")]
+        takes = inspect.signature(class_at(path)).parameters.values()
+        return [each.name for each in takes if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
     except (MisconfigurationException, TypeError, ValueError):
         return []
 
