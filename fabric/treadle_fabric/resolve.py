@@ -201,14 +201,14 @@ def run_variables(options: Mapping[str, Any], *, launched: bool = False) -> dict
 
     Args:
         options: The options of ``treadle-fabric run`` that were given, by name.
-        launched: Whether the command started the script in every process.
+        launched: Whether the script runs in every process already.
     """
     variables = {f"{_RUN_PREFIX}{name.upper()}": str(value) for name, value in options.items()}
     return {**variables, _LAUNCHED: "1"} if launched else variables
 
 
 def launched_by_run(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether ``treadle-fabric run`` started the script in every process, so that the script need not launch."""
+    """Whether ``treadle-fabric run`` runs the script in every process, so that the script need not launch."""
     return _LAUNCHED in (os.environ if environ is None else environ)
 
 

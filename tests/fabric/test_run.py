@@ -213,6 +213,27 @@ def test_a_script_with_fabric(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Cap
 
 
 @pytest.mark.timeout(120)
+def test_where_the_processes_are_there_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun, each process becomes the script, with the options."""
+    Path("train.py").write_text("")
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**torchrun, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    found: list[Any] = []
+
+    def become(program: str, command: list[str], environ: dict[str, str]) -> None:
+        found[:] = [command, environ]
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", become)
+    with pytest.raises(SystemExit):
+        main(["run", "--accelerator", "cpu", "--precision", "64-true", "train.py", "-x"])
+    command, environ = found
+    assert command == [sys.executable, "train.py", "-x"] and launched_by_run(environ)
+    assert plan(environ).precision == "64-true" and plan(environ).world_size == 2
+    assert main(["run", "--accelerator", "cpu", "--devices", "3", "train.py"]) == 2
+
+
 def test_one_process_is_the_script_itself() -> None:
     Path("one.py").write_text("import os, sys\nprint(os.getpid(), os.environ['TREADLE_RUN_PRECISION'], sys.argv[1:])\n")
     command = [sys.executable, "-m", "treadle_fabric.cli", "run", "--precision", "64-true"]

@@ -49,7 +49,7 @@ def _run(given: argparse.Namespace) -> int:
         return 2
     started = plan.launcher == "external"
     if started or plan.world_size == 1:
-        variables = run_variables(options)
+        variables = run_variables(options, launched=started)
         os.execve(sys.executable, command, {**os.environ, **variables, **({} if started else meeting)})
     variables = run_variables({**options, "devices": options.get("devices", str(plan.num_processes))}, launched=True)
     os.environ.update(meeting)
