@@ -25,14 +25,14 @@ from treadle_fabric.failures import call_at_looks
 from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
-from treadle_fabric.resolve import build, resolve
+from treadle_fabric.resolve import build, launched_by_run, resolve
 from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
 from treadle_fabric.setup.metrics import gather_metrics
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
-from treadle_fabric.strategies import Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
+from treadle_fabric.strategies import Plugin, Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
 __all__ = ["Fabric"]
@@ -68,10 +68,10 @@ class Fabric:
         *,
         accelerator: str | Accelerator = "auto",
         strategy: str | Strategy = "auto",
-        devices: Iterable[int] | str | int = "auto",
+        devices: int | str | Iterable[int] = "auto",
         num_nodes: int = 1,
-        precision: str | int | None = None,
-        plugins: Any | None = None,
+        precision: int | str | None = None,
+        plugins: Plugin | Iterable[Plugin] | None = None,
         callbacks: Any | None = None,
         loggers: Logger | Iterable[Logger] | None = None,
     ) -> None:
@@ -221,6 +221,9 @@ class Fabric:
 
     def _require_launch(self, what: str) -> None:
         if self._launched:
+            return
+        if self._strategy.launcher is not None and launched_by_run():
+            self._launch(_nothing, self)  # `treadle-fabric run` has started the processes
             return
         if self._strategy.launcher is not None:
             raise MisconfigurationException(

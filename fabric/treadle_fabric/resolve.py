@@ -6,6 +6,7 @@ a row in a test; :func:`build` makes the objects.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -23,7 +24,7 @@ from treadle_fabric.precision import Precision, canonical_precision, make_precis
 from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
-__all__ = ["LauncherKind", "Plan", "available_devices", "build", "resolve"]
+__all__ = ["LauncherKind", "Plan", "available_devices", "build", "launched_by_run", "resolve", "run_variables"]
 
 T = TypeVar("T")
 _PLUGINS = {
@@ -31,6 +32,16 @@ _PLUGINS = {
     CheckpointIO: ("checkpoint_io", "checkpoint IO"),
     ClusterEnvironment: ("environment", "cluster environment"),
 }
+# The options of `treadle-fabric run` with their defaults; a script that leaves the default gets what the command says.
+_RUN_OPTIONS: dict[str, Any] = {
+    "accelerator": "auto",
+    "strategy": "auto",
+    "devices": "auto",
+    "num_nodes": 1,
+    "precision": None,
+}
+_RUN_PREFIX = "TREADLE_RUN_"
+_LAUNCHED = f"{_RUN_PREFIX}LAUNCHED"
 LauncherKind = Literal["none", "external", "subprocess", "spawn", "fork", "forkserver"]
 
 
@@ -96,19 +107,25 @@ def resolve(
     """
     if environ is None:
         settle()
+    own = strategy.given if isinstance(strategy, Strategy) else Parts()
+    given = _sort(plugins)
+    environment, notes = _find_environment(own, given, environ)
+    said: dict[str, Any] = {
+        "accelerator": accelerator,
+        "strategy": strategy,
+        "devices": devices,
+        "num_nodes": num_nodes,
+    }
+    said["precision"] = own.precision or given.precision or precision
+    asked, words = _with_run_options(said, os.environ if environ is None else environ)
+    accelerator, strategy, devices, num_nodes = (asked[name] for name in list(said)[:4])
+    precision = asked["precision"] if said["precision"] is None else precision
+    notes += words
     interactive = in_notebook() if interactive is None else interactive
     available = available_devices() if available is None else available
     num_nodes = check_integer("num_nodes", num_nodes, minimum=1)
     devices = list(devices) if is_several(devices) else devices  # type: ignore[arg-type]
     sample = _sample(strategy)
-    own = strategy.given if isinstance(strategy, Strategy) else Parts()
-    given = _sort(plugins)
-    environment = _one("cluster environment", own.environment, given.environment)
-    notes: list[str] = []
-    if environment is None:
-        detection = detect(environ)
-        environment = detection.environment
-        notes += detection.notes
     checkpoint_io = _one("checkpoint IO", own.checkpoint_io, given.checkpoint_io)
     hardware = _choose_accelerator(accelerator, own, available)
     chosen = _choose_devices(devices, hardware, own, environment, available)
@@ -166,6 +183,75 @@ def build(plan: Plan) -> Strategy:
 def available_devices() -> dict[str, int]:
     """Count this machine's devices of each registered accelerator, in the order of preference."""
     return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in ACCELERATOR_REGISTRY.items()}
+
+
+def _find_environment(
+    own: Parts, given: Parts, environ: Mapping[str, str] | None
+) -> tuple[ClusterEnvironment, list[str]]:
+    """The cluster environment that was given, or the one that is detected, with what to tell of it."""
+    environment = _one("cluster environment", own.environment, given.environment)
+    if environment is not None:
+        return environment, []
+    detection = detect(environ)
+    return detection.environment, list(detection.notes)
+
+
+def run_variables(options: Mapping[str, Any], *, launched: bool = False) -> dict[str, str]:
+    """Return the environment variables by which Fabric and the Trainer in a script learn of a command's options.
+
+    Args:
+        options: The options of ``treadle-fabric run`` that were given, by name.
+        launched: Whether the script runs in every process already.
+    """
+    variables = {f"{_RUN_PREFIX}{name.upper()}": str(value) for name, value in options.items()}
+    return {**variables, _LAUNCHED: "1"} if launched else variables
+
+
+def launched_by_run(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether ``treadle-fabric run`` runs the script in every process, so that the script need not launch."""
+    return _LAUNCHED in (os.environ if environ is None else environ)
+
+
+def _with_run_options(said: dict[str, Any], environ: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the arguments of a script, those that it left open as ``treadle-fabric run`` has them, and what to tell.
+
+    Raises:
+        MisconfigurationException: The script asks for another number of processes than the command.
+    """
+    found, notes = dict(said), []
+    for name, default in _RUN_OPTIONS.items():
+        value, own = environ.get(f"{_RUN_PREFIX}{name.upper()}"), said[name]
+        option = f"`treadle-fabric run --{name.replace('_', '-')} {value}`"
+        if value is None:
+            continue
+        if own is default or own == default:
+            found[name] = int(value) if name == "num_nodes" else value
+        elif name in ("devices", "num_nodes") and _count(own) != _count(value):
+            raise MisconfigurationException(
+                f"The script says {name}={own!r}, and it runs under {option}. Leave one out, or make them equal."
+            )
+        elif name != "devices" and str(getattr(own, "precision", own)) != value:
+            notes.append(f"The script says {name}={own!r}, and {option} does not change that.")
+    if _LAUNCHED in environ and isinstance(found["strategy"], str | Strategy):
+        sample = _sample(found["strategy"])
+        if sample is not None and not sample.uses_process_group:
+            raise MisconfigurationException(
+                f"The script says strategy={said['strategy']!r}, which is for one process, and `treadle-fabric run` "
+                "started several. Leave the strategy out, or run the script with --devices 1."
+            )
+    return found, notes
+
+
+def _count(devices: Any) -> int | None:
+    """The number of devices that an argument asks for; None where it depends on the machine, or is no such argument."""
+    if isinstance(devices, str):
+        text = devices.strip()
+        if "," in text:
+            return len([part for part in text.split(",") if part.strip()])
+        devices = int(text) if text.removeprefix("-").isdecimal() else None
+    if isinstance(devices, int):
+        return devices if devices >= 0 else None
+    return len(devices) if is_several(devices) else None
 
 
 def _sort(plugins: Any) -> Parts:

@@ -28,6 +28,7 @@ _DESCRIBING = (
 )
 _DESCRIBING_PREFIXES = (
     *("TORCHELASTIC_", "SLURM_STEP", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "JSM_NAMESPACE_"),
+    "TREADLE_RUN_",  # the options of `treadle-fabric run`
 )
 
 

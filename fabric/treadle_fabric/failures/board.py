@@ -22,6 +22,8 @@ class Board(ABC):
 
     has_launcher = True
     """Whether a launcher of ours started the processes and looks after them."""
+    launcher_is_rank = True
+    """Whether the launcher is the first of the ranks."""
     goes_with_process = False
     """Whether this process hosts the notes, so that none are left once it has ended."""
 

@@ -28,11 +28,12 @@ class FolderBoard(Board):
         super().__init__(launch.ranks)
         self.directory = Path(directory)
         self.launcher = launch.pid
+        self.launcher_is_rank = launch.is_rank
 
     @classmethod
-    def create(cls, ranks: Sequence[int]) -> FolderBoard:
-        """A new board for these global ranks, which the calling process launches."""
-        launch = LaunchInfo(os.getpid(), tuple(ranks))
+    def create(cls, ranks: Sequence[int], *, is_rank: bool = True) -> FolderBoard:
+        """A new board for these global ranks, which the calling process launches, and of which it may be the first."""
+        launch = LaunchInfo(os.getpid(), tuple(ranks), is_rank)
         board = cls(tempfile.mkdtemp(prefix="treadle-launch-"), launch)
         board.post(Launch(), launch)
         return board

@@ -177,7 +177,8 @@ class Member:
             self.process.wait(lambda: self.board.has(notes.Reported(failure.number)), grace.REPORT_WAIT)
             report(self.board, failure, self.process)  # the rank that failed may be busy with its clean-up
             what = "was interrupted" if failure.status == _INTERRUPT_STATUS else "failed"
-            self.process.say(f"rank {self.rank} stopped because rank {failure.rank} {what}")
+            who = f"rank {failure.rank}" if failure.rank >= 0 else "the launching process"
+            self.process.say(f"rank {self.rank} stopped because {who} {what}")
 
     def look(self) -> None:
         """Look at the board once, and end this process if another rank's failure is final and the time is over."""
@@ -215,8 +216,8 @@ class Member:
         with self.ending:
             self.board.post(notes.Place(self.board.newest() + 1, self.rank), place_of_main_thread())
             if self.board.post(notes.LauncherDied()):
-                rank, who = -1, "the launching process"  # of spawned processes, which has no rank
-                if self.speaks:
+                rank, who = -1, "the launching process"  # which has no rank, where it runs a function or a script
+                if self.speaks and self.board.launcher_is_rank:
                     rank, who = self.board.ranks[0], f"rank {self.board.ranks[0]}, the launching process,"
                 sentence = f"{who} died without a traceback; rank {self.rank} and the others stop\n"
                 claim_death(self.board, rank, sentence, self.process)

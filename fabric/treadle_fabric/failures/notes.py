@@ -59,6 +59,8 @@ class LaunchInfo(NamedTuple):
 
     pid: int
     ranks: Sequence[int]
+    is_rank: bool = True
+    """Whether the launching process is one of the ranks, the first one."""
 
 
 class ProcessIdentity(NamedTuple):

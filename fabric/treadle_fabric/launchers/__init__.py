@@ -3,7 +3,8 @@
 - ``launcher``: what a launcher is. Open it first.
 - ``subprocess``: starts the script again for each further rank. ``spawn``: makes processes out of this one.
   ``external``: processes that torchrun, SLURM, MPI or a subprocess launcher started.
-- ``supervisor``: what the first two do for the processes that they started.
+- ``script``: starts a script in every process, for ``treadle-fabric run``.
+- ``supervisor``: what launchers do for the processes that they started.
 - ``listener``: hears of a signal while the main thread waits in a collective.
 - ``under_pytest``: what differs where a test launches.
 
@@ -19,6 +20,7 @@ from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.launchers.external import ExternalLauncher
 from treadle_fabric.launchers.launcher import Launcher
 from treadle_fabric.launchers.listener import SignalListener
+from treadle_fabric.launchers.script import run_script
 from treadle_fabric.launchers.spawn import SpawnLauncher
 from treadle_fabric.launchers.subprocess import SubprocessLauncher, in_notebook, launched_here, settle
 
@@ -31,6 +33,7 @@ __all__ = [
     "in_notebook",
     "launched_here",
     "make_launcher",
+    "run_script",
     "settle",
 ]
 

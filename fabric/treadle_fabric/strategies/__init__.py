@@ -17,7 +17,7 @@ from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Strategy
+from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Plugin, Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
@@ -29,6 +29,7 @@ __all__ = [
     "NativeStepStrategy",
     "ParallelStrategy",
     "Parts",
+    "Plugin",
     "SingleDeviceStrategy",
     "Strategy",
     "StrategyRegistry",

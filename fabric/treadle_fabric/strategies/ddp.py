@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,30 @@ from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["DDPStrategy"]
+
+
+class DDPArguments(TypedDict, total=False):
+    """What ``torch.nn.parallel.DistributedDataParallel`` takes; an older torch lacks the last four."""
+
+    output_device: Any
+    dim: int
+    broadcast_buffers: bool | None
+    init_sync: bool
+    process_group: Any
+    bucket_cap_mb: float | None
+    find_unused_parameters: bool
+    check_reduction: bool
+    gradient_as_bucket_view: bool
+    static_graph: bool
+    delay_all_reduce_named_params: Any
+    param_to_hook_all_reduce: Any
+    mixed_precision: Any
+    device_mesh: Any
+    skip_all_reduce_unused_params: bool
+    bucket_cap_mb_list: list[float] | None
+    batched_grad_copy: bool
+    forward_sync_buffers: bool | None
+
 
 _ENGINE_ARGUMENTS = frozenset(inspect.signature(DistributedDataParallel).parameters) - {"module", "device_ids"}
 
@@ -65,7 +89,7 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         precision_plugin: Precision | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[DDPArguments],
     ) -> None:
         super().__init__(
             accelerator,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +24,15 @@ from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.types import PathLike
 
-__all__ = ["METHOD_KEYWORD", "Parts", "Strategy"]
+__all__ = ["METHOD_KEYWORD", "Parts", "Plugin", "Strategy"]
 
 METHOD_KEYWORD = "treadle_method"
 """Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
 module to run instead of the module's ``forward``."""
+
+
+Plugin: TypeAlias = Precision | CheckpointIO | ClusterEnvironment
+"""What ``plugins`` takes, one object of each."""
 
 
 @dataclass(frozen=True)

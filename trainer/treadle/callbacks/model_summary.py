@@ -36,7 +36,9 @@ class ModelSummary(Callback):
         summary = Summary(pl_module, self._max_depth)
         if not trainer.is_global_zero:
             return
-        self.summarize(summary.columns(), *summary.totals(), **self._summarize_kwargs)
+        # one by one, so that a command line takes for arguments of this class only what it has beyond these
+        parameters, trainable, size, modes, flops = summary.totals()
+        self.summarize(summary.columns(), parameters, trainable, size, modes, flops, **self._summarize_kwargs)
         if n := summary.uninitialized_parameters:
             rank_zero_info(not_counted(n))
 

@@ -46,7 +46,7 @@ class Timer(Callback):
     def __init__(
         self,
         duration: str | timedelta | dict[str, int] | None = None,
-        interval: str = Interval.step,
+        interval: Interval | str = Interval.step,
         verbose: bool = True,
     ) -> None:
         super().__init__()

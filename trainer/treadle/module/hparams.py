@@ -8,15 +8,48 @@ import dataclasses
 import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from treadle_fabric import AttributeDict, MisconfigurationException, near_names, rank_zero_warn
 
-__all__ = ["HyperparametersMixin"]
+__all__ = ["CLASS_PATH", "MAKER", "HyperparametersMixin", "made_from_config"]
+
+MAKER = "_instantiator"
+"""The hyperparameter that names the function which makes an object of the others."""
+CLASS_PATH = "_class_path"
+"""The hyperparameter that names the object's class, where a config chose the class."""
+
+
+class _Config(NamedTuple):
+    """Arguments of a class as a config has them: with ``class_path`` and ``init_args`` in the place of objects."""
+
+    cls: type
+    arguments: Mapping[str, Any]
+    marks: Mapping[str, Any]
+
+
+_config: ContextVar[_Config | None] = ContextVar("treadle_config", default=None)
+
+
+@contextlib.contextmanager
+def made_from_config(cls: type, arguments: Mapping[str, Any], marks: Mapping[str, Any]) -> Generator[None]:
+    """Within the context, ``save_hyperparameters`` of this class keeps what the config has in the place of arguments.
+
+    Args:
+        cls: The class that is made of a config; its subclasses are not meant.
+        arguments: Its arguments as plain values.
+        marks: Further hyperparameters, which say how to make the object again.
+    """
+    token = _config.set(_Config(cls, arguments, marks))
+    try:
+        yield
+    finally:
+        _config.reset(token)
 
 
 class HyperparametersMixin:
@@ -75,6 +108,9 @@ class HyperparametersMixin:
             found = {name: given[name] for name in args} if args else given
             self._hparams_name, self._hparams_whole = "kwargs" if found else None, None
         found = {name: value for name, value in found.items() if name not in ignored}
+        config = _config.get()
+        if config is not None and config.cls is type(self) and not objects:
+            found |= {name: value for name, value in config.arguments.items() if name in found} | dict(config.marks)
         for name, value in found.items():
             if isinstance(value, nn.Module):
                 rank_zero_warn(

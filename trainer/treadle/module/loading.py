@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
-from treadle.module.hparams import with_values
+from treadle.module.configured import instantiate_module, is_maker, refuse_imports
+from treadle.module.hparams import MAKER, with_values
 from treadle_fabric import (
     AttributeDict,
     CheckpointMismatchError,
@@ -45,7 +46,13 @@ else:
             return _refuse(f"{type(instance).__name__}.{self.__func__.__name__}")
 
 
-__all__ = ["class_only", "instantiate", "load_datamodule_from_checkpoint", "load_module_from_checkpoint"]
+__all__ = [
+    "class_only",
+    "instantiate",
+    "load_datamodule_from_checkpoint",
+    "load_module_from_checkpoint",
+    "saved_hyperparameters",
+]
 
 T = TypeVar("T")
 M = TypeVar("M", bound="LightningModule")
@@ -94,6 +101,8 @@ def _module_from(
 ) -> M:
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
     hparams, name, whole = _hparams_of(checkpoint, hparams_file, "")
+    if weights_only is not False:
+        refuse_imports(hparams, str(checkpoint_path))
     module = instantiate(cls, hparams, name, whole, kwargs)
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
@@ -139,10 +148,28 @@ def _datamodule_from(
     kwargs: dict[str, Any],
 ) -> D:
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
-    datamodule = instantiate(cls, *_hparams_of(checkpoint, hparams_file, "datamodule_"), kwargs)
+    hparams, name, whole = _hparams_of(checkpoint, hparams_file, "datamodule_")
+    if weights_only is not False:
+        refuse_imports(hparams, str(checkpoint_path))
+    datamodule = instantiate(cls, hparams, name, whole, kwargs)
     if cls.__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[cls.__qualname__])
     return datamodule
+
+
+def saved_hyperparameters(checkpoint_path: PathLike) -> dict[str, Any]:
+    """Return the hyperparameters of the module in a checkpoint.
+
+    Args:
+        checkpoint_path: A path or a URL.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    with files_mapped():
+        hparams, _, _ = _hparams_of(_read(object, checkpoint_path, "cpu", None), None, "")
+    refuse_imports(hparams, str(checkpoint_path))
+    return hparams
 
 
 def _refuse(name: str) -> Any:
@@ -197,6 +224,9 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: 
         CheckpointUnsafeError: A saved argument that was not loaded is needed; the message says what to do.
         MisconfigurationException: ``__init__`` needs arguments that are not there, or takes no such argument.
     """
+    if is_maker(hparams.get(MAKER)):
+        with _lack_is_the_reason(hparams | kwargs):
+            return instantiate_module(cls, hparams | kwargs)
     if cls.__init__ is object.__init__:
         parameters: dict[str, inspect.Parameter] = {}
     else:

@@ -13,6 +13,7 @@ import torch
 
 from treadle.data.find import check_loader, defines_loader
 from treadle.module import LightningDataModule, LightningModule
+from treadle.module.hparams import CLASS_PATH, MAKER
 from treadle.module.overriding import overrides
 from treadle.run.dispatch import check_hook_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
@@ -247,6 +248,8 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
     """
     mine = dict(module.hparams_initial) if getattr(module, "_log_hyperparams", False) else {}
     other = dict(datamodule.hparams_initial) if getattr(datamodule, "_log_hyperparams", False) else {}  # type: ignore[union-attr]
+    for mark in (MAKER, CLASS_PATH):  # each has its own, and `load_from_checkpoint` of the module reads the logged ones
+        other.pop(mark, None)
     for key in mine.keys() & other.keys():
         if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
             raise MisconfigurationException(

@@ -20,6 +20,7 @@ from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
 from treadle.profilers import Profiler
 from treadle.profilers.choose import choose_profiler
+from treadle.run.layer_sync import LayerSync
 from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -37,7 +38,7 @@ from treadle_fabric import (
 )
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.loggers import Logger
-from treadle_fabric.strategies import Strategy
+from treadle_fabric.strategies import Plugin, Strategy
 
 __all__ = ["Trainer"]
 
@@ -101,11 +102,11 @@ class Trainer:
     def __init__(
         self,
         *,
-        accelerator: str | Accelerator = "auto",
-        strategy: str | Strategy = "auto",
-        devices: Iterable[int] | str | int = "auto",
+        accelerator: Accelerator | str = "auto",
+        strategy: Strategy | str = "auto",
+        devices: int | str | Iterable[int] = "auto",
         num_nodes: int = 1,
-        precision: str | int | None = None,
+        precision: int | str | None = None,
         logger: Logger | Iterable[Logger] | bool | None = None,
         callbacks: Iterable[Callback] | Callback | None = None,
         fast_dev_run: int | bool = False,
@@ -136,7 +137,7 @@ class Trainer:
         profiler: Profiler | str | None = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
-        plugins: Any | None = None,
+        plugins: Plugin | LayerSync | Iterable[Plugin | LayerSync] | None = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: PathLike | None = None,
@@ -157,7 +158,7 @@ class Trainer:
             strategy=strategy,
             devices=devices,
             num_nodes=num_nodes,
-            precision="32-true" if precision is None and plugins is None else precision,
+            precision=precision,
             plugins=given["plugins"],
             loggers=self._loggers,
         )
