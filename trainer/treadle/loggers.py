@@ -3,9 +3,31 @@
 from typing import TYPE_CHECKING
 
 from treadle_fabric import not_yet
-from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger
+from treadle_fabric.loggers import (
+    CometLogger,
+    CSVLogger,
+    DummyLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    TrackioLogger,
+    WandbLogger,
+)
 
-__all__ = ["CSVLogger", "DummyLogger", "Logger", "TensorBoardLogger"]
+__all__ = [
+    "CSVLogger",
+    "CometLogger",
+    "DummyLogger",
+    "Logger",
+    "MLFlowLogger",
+    "TensorBoardLogger",
+    "TrackioLogger",
+    "WandbLogger",
+]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"CometLogger", "LitLogger", "MLFlowLogger", "WandbLogger"})
+    __getattr__ = not_yet(
+        __name__,
+        set(),
+        left_out={"LitLogger": "the other loggers do the same, and a `Logger` of your own writes to any service."},
+    )

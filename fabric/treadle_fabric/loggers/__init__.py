@@ -1,13 +1,30 @@
 """Loggers, which write metrics and hyper-parameters: one file for each logger.
 
-Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger,
-``scalars.py`` and ``hyperparameters.py`` turn values into what loggers write. ``rewinding.py`` (CSV) and
-``event_files.py`` (TensorBoard) take files back to a checkpoint of the run that goes on. Imports only the foundation.
+Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger.
+``scalars.py``, ``hyperparameters.py`` and ``media.py`` turn values into what loggers write, and ``media_files.py`` writes
+images and the like as files. ``rewinding.py`` (CSV) and ``event_files.py`` (TensorBoard) take files back to what a
+checkpoint of the run tells. ``service.py`` is the base of the loggers of tracking services, and ``saved_checkpoints.py``
+says which checkpoints these send. Imports only the foundation.
 """
 
+from treadle_fabric.loggers.comet import CometLogger
 from treadle_fabric.loggers.csv import CSVLogger
 from treadle_fabric.loggers.logger import DummyLogger, Logger, rank_zero_experiment
+from treadle_fabric.loggers.mlflow import MLFlowLogger
 from treadle_fabric.loggers.scalars import to_numbers
 from treadle_fabric.loggers.tensorboard import TensorBoardLogger
+from treadle_fabric.loggers.trackio import TrackioLogger
+from treadle_fabric.loggers.wandb import WandbLogger
 
-__all__ = ["CSVLogger", "DummyLogger", "Logger", "TensorBoardLogger", "rank_zero_experiment", "to_numbers"]
+__all__ = [
+    "CSVLogger",
+    "CometLogger",
+    "DummyLogger",
+    "Logger",
+    "MLFlowLogger",
+    "TensorBoardLogger",
+    "TrackioLogger",
+    "WandbLogger",
+    "rank_zero_experiment",
+    "to_numbers",
+]

@@ -13,7 +13,7 @@ from typing import Any
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["flatten", "keep_entries", "to_dict", "to_yaml"]
+__all__ = ["flatten", "keep_entries", "plain", "to_dict", "to_yaml"]
 
 _BARE_KEY = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
@@ -58,6 +58,18 @@ def flatten(params: Mapping[str, Any], separator: str = "/") -> dict[str, bool |
             plain = _number(value)
             flat[key] = plain if isinstance(plain, bool | int | float | str) else str(plain)
     return flat
+
+
+def plain(value: Any) -> Any:
+    """Turn hyper-parameters into what JSON has: nested dictionaries and lists, numbers, strings, truth values, None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    value = _number(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
 
 
 def _number(value: Any) -> Any:

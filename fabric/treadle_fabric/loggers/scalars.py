@@ -10,12 +10,23 @@ from torch import Tensor
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["add_prefix", "to_numbers"]
+__all__ = ["add_prefix", "flat", "to_numbers"]
 
 
 def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mapping[str, Any]:
     """Return the metrics under the names ``prefix + separator + name``; unchanged without a prefix."""
     return {f"{prefix}{separator}{name}": value for name, value in metrics.items()} if prefix else metrics
+
+
+def flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the values in nested mappings the names ``outer/inner``."""
+    result: dict[str, Any] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            result.update({f"{name}/{key}": inner for key, inner in flat(value).items()})
+        else:
+            result[name] = value
+    return result
 
 
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from treadle_fabric.errors import MisconfigurationException, describe_error
 from treadle_fabric.loggers.event_files import event_files, newest_scalars, rewind_events
 from treadle_fabric.loggers.hyperparameters import flatten, keep_entries, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
+from treadle_fabric.loggers.media import Figure, Images, Media, Table, Text
 from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder, exists
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
@@ -30,6 +32,9 @@ __all__ = ["TensorBoardLogger"]
 
 class TensorBoardLogger(FolderLogger):
     """Writes event files and ``hparams.yaml`` into ``root_dir/name/version_n``.
+
+    At the end of a run that has hyper-parameters, TensorBoard's table of runs (the tab HPARAMS) gets every metric that
+    was logged, with its last value, and whether the run failed.
 
     Args:
         root_dir: The folder above all experiments, a local path or an fsspec URL.
@@ -78,6 +83,7 @@ class TensorBoardLogger(FolderLogger):
         self._graph_logged = False
         self._earlier = ""  # the hyper-parameters that the resumed run had, as YAML
         self._newest: dict[str, list[Any]] = {}  # of each metric the last step and value, which are not written twice
+        self._table = _TableOfRuns()
 
     @property
     def sub_dir(self) -> str | None:
@@ -124,12 +130,13 @@ class TensorBoardLogger(FolderLogger):
             except (TypeError, ValueError):
                 raise MisconfigurationException(
                     f"The metric {name!r} is {value!r}, a {type(value).__qualname__}, and TensorBoard draws numbers. "
-                    "Log a number, or use `logger.experiment.add_text` and its like."
+                    "Log a number, or use `logger.log_text` and its like."
                 ) from None
             newest = [step, entry.simple_value]
             if self._newest.get(name) != newest:  # a resumed run may call a hook again
                 self._newest[name] = newest
                 values.append(entry)
+            self._table.names[name] = None
         # One event for all values costs a fifth of one add_scalar for each value
         if values:
             writer._get_file_writer().add_summary(summary(value=values), step)
@@ -150,7 +157,7 @@ class TensorBoardLogger(FolderLogger):
             self.log_metrics(values, step)
         known = changed == self._hparams or set(to_yaml(changed).splitlines()) <= set(self._earlier.splitlines())
         if names and (values or not known):
-            self._write_table(changed, add_prefix(names, self._prefix, self.group_separator), step)
+            self._write_table(changed, names, chosen=metrics is not None)
         self._hparams, self._hparams_changed = changed, True
 
     def _table_metrics(self, metrics: Any | None) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -166,10 +173,32 @@ class TensorBoardLogger(FolderLogger):
         self._hp_metric_logged = True
         return default, now
 
-    def _write_table(self, params: Mapping[str, Any], metric_names: Iterable[str], step: int | None) -> None:
+    def _write_table(self, params: Mapping[str, Any], metrics: Mapping[str, Any], chosen: bool) -> None:
+        """Write a line of the table of runs, and its columns if the user chose them.
+
+        The default columns are all that is logged: they follow at the end. TensorBoard takes the first that are there.
+        """
+        names = add_prefix(metrics, self._prefix, self.group_separator)
+        columns, line, _ = _backend()[2](flatten(params), dict.fromkeys(names, 0.0))
         events = self.experiment._get_file_writer()
-        for summary in _backend()[2](flatten(params), dict.fromkeys(metric_names, 0.0)):
-            events.add_summary(summary, step)
+        events.add_summary(line, None)
+        if chosen:
+            events.add_summary(columns, None)
+        self._table.begun, self._table.columns_written = True, self._table.columns_written or chosen
+        self._table.names |= dict.fromkeys(names)
+
+    def _end_table(self, status: str) -> None:
+        """Complete the table of runs: its columns, and how the run ended."""
+        if not self._hparams or self._table.ended or not (names := self._table.columns()):
+            return
+        if not self._table.begun:  # there was no metric yet when the hyper-parameters came
+            self._write_table(self._hparams, {}, chosen=False)
+        columns, _, end = _backend()[2](flatten(self._hparams), dict.fromkeys(names, 0.0))
+        events = self.experiment._get_file_writer()
+        if not self._table.columns_written:
+            events.add_summary(columns, None)
+        events.add_summary(_failed(end) if status == "failed" else end, None)
+        self._table.ended = self._table.columns_written = True
 
     @rank_zero_only
     def log_graph(self, model: torch.nn.Module, input_array: Any | None = None) -> None:
@@ -211,6 +240,7 @@ class TensorBoardLogger(FolderLogger):
         self._renew()
         self._hparams, self._hparams_changed, self._hp_metric_logged = {}, False, False
         self._graph_logged, self._earlier, self._newest = False, "", {}
+        self._table = _TableOfRuns()
 
     def state_dict(self) -> dict[str, Any]:
         if getattr(rank_zero_only, "rank", 0) != 0:
@@ -242,6 +272,7 @@ class TensorBoardLogger(FolderLogger):
         self._resumed, self._begun, self._earlier = dict(state), False, state["hparams"]
         self._hp_metric_logged, self._graph_logged = state["hp_metric"], state["graph"]
         self._newest = dict(state["newest"])
+        self._table = _TableOfRuns(dict.fromkeys(self._newest))
         if self._experiment is not None:  # in the folder of a run that does not begin
             self.finalize("success")
 
@@ -261,10 +292,62 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
+        self._end_table(status)
         self.save()
         if self._experiment is not None:
             self._experiment.close()
             self._experiment = None  # later values open another event file in the same folder
+
+    def record_media(self, media: Media) -> bool:
+        if isinstance(media, Images):
+            import numpy as np  # what TensorBoard's writer takes
+
+            for i, image in enumerate(media.images):
+                tag = f"{media.key}/{i}" if len(media.images) > 1 else media.key
+                colors = image if image.mode in ("RGB", "RGBA") else image.convert("RGB")
+                self.experiment.add_image(tag, np.asarray(colors), media.step, dataformats="HWC")
+        elif isinstance(media, Figure) and media.extension == ".png":
+            self.experiment.add_figure(media.key, media.figure, media.step, close=False)
+        elif isinstance(media, Text):
+            self.experiment.add_text(media.key, media.text, media.step)
+        elif isinstance(media, Table):
+            self.experiment.add_text(media.key, media.to_markdown(), media.step)
+        else:
+            return False
+        return True
+
+
+@dataclass
+class _TableOfRuns:
+    """What TensorBoard's table of runs, the tab HPARAMS, is to show of a run."""
+
+    names: dict[str, None] = field(default_factory=dict)
+    """All metrics: those that came with the hyper-parameters, and those that were logged."""
+    begun: bool = False
+    """Whether the hyper-parameters are in the file."""
+    columns_written: bool = False
+    ended: bool = False
+
+    def columns(self) -> list[str]:
+        """Return the names without the epoch, and without the values of steps where there are those of epochs."""
+        return [
+            name
+            for name in self.names
+            if name.rpartition("/")[2] != "epoch"
+            and not (name.endswith("_step") and f"{name.removesuffix('_step')}_epoch" in self.names)
+        ]
+
+
+def _failed(end: Any) -> Any:
+    """Make a summary of how a run ended one of a failure; tensorboardX has no messages for that."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return end
+    plugin = importlib.import_module("tensorboard.plugins.hparams.plugin_data_pb2")
+    content = end.value[0].metadata.plugin_data
+    data = plugin.HParamsPluginData.FromString(content.content)
+    data.session_end_info.status = importlib.import_module("tensorboard.plugins.hparams.api_pb2").STATUS_FAILURE
+    content.content = data.SerializeToString()
+    return end
 
 
 @functools.cache
