@@ -4,12 +4,12 @@ Start with ``hooks.py``, which has the order of all hooks. ``hparams.py`` keeps 
 ``loading.py`` makes an object from a checkpoint, ``configured.py`` one whose arguments came from a config;
 ``overriding.py`` and ``step_arguments.py`` read what a user's methods override and take, and ``returned.py`` has the
 types of what they return; ``modes.py`` and ``shared_parameters.py`` are about the submodules and parameters of a
-module, ``schedulers.py`` has what is kept of a learning-rate scheduler, and ``export.py`` makes ONNX programs.
+module, and ``export.py`` makes ONNX programs.
 Imports metrics and contracts.
 """
 
 from treadle.module.datamodule import LightningDataModule
 from treadle.module.module import LightningModule
-from treadle.module.schedulers import LRSchedulerConfig
+from treadle.module.returned import LRSchedulerConfig
 
 __all__ = ["LRSchedulerConfig", "LightningDataModule", "LightningModule"]

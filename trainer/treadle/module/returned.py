@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NotRequired, Required, TypeAlias, TypedDict
 
 from torch import Tensor
@@ -13,6 +14,7 @@ __all__ = [
     "EVAL_DATALOADERS",
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
+    "LRSchedulerConfig",
     "LRSchedulerConfigType",
     "LRSchedulerPLType",
     "LRSchedulerTypeTuple",
@@ -72,3 +74,16 @@ OptimizerLRScheduler: TypeAlias = (
     | None
 )
 """What ``configure_optimizers`` returns."""
+
+
+@dataclass(slots=True)
+class LRSchedulerConfig:
+    """A learning-rate scheduler and when it steps, as the Trainer keeps what ``configure_optimizers`` returned."""
+
+    scheduler: LRScheduler | Any
+    name: str | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: str | None = None
+    strict: bool = True
