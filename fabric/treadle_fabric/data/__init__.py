@@ -12,7 +12,7 @@ from treadle_fabric.data.combined import CombinedLoader
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, share_loader
 from treadle_fabric.data.meeting import BatchMeeting
-from treadle_fabric.data.samplers import set_epoch, sized_len
+from treadle_fabric.data.samplers import copy_loader, set_epoch, sized_len
 from treadle_fabric.data.several import several_loaders
 from treadle_fabric.data.sharding import ShardedSampler, is_shared
 from treadle_fabric.data.streams import PrivateStream, is_stream, keeps_position
@@ -24,6 +24,7 @@ __all__ = [
     "FabricDataLoader",
     "PrivateStream",
     "ShardedSampler",
+    "copy_loader",
     "is_shared",
     "is_stream",
     "keeps_position",

@@ -11,6 +11,7 @@ annotations in ``contracts.py``.
 
 from typing import TYPE_CHECKING
 
+from treadle.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
 from treadle.callbacks.early_stopping import EarlyStopping as EarlyStopping
@@ -18,6 +19,7 @@ from treadle.callbacks.gradient_accumulation_scheduler import (
     GradientAccumulationScheduler as GradientAccumulationScheduler,
 )
 from treadle.callbacks.lambda_function import LambdaCallback as LambdaCallback
+from treadle.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
 from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from treadle.callbacks.model_summary import ModelSummary as ModelSummary
@@ -37,10 +39,8 @@ if not TYPE_CHECKING:  # which tell of any other name
             "BackboneFinetuning",
             "BaseFinetuning",
             "BasePredictionWriter",
-            "BatchSizeFinder",
             "DeviceStatsMonitor",
             "EMAWeightAveraging",
-            "LearningRateFinder",
             "ModelPruning",
             "SpikeDetection",
             "StochasticWeightAveraging",

@@ -69,6 +69,21 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss, steps=steps)
 
 
+def take_over(run: Run, other: ReadyRun, settings: Settings) -> ReadyRun:
+    """Let a trial run with the engine and the optimizers of another run, in which the module is set up.
+
+    Schedulers are taken over only where the module steps them itself: a search sets the learning rates.
+    """
+    run.changes.begin(run.module)
+    loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir)
+    transfer = make_transfer(run.module, run.datamodule, run.fabric.device, run.dispatch.run)
+    ready = run.ready(wrapped=other.wrapped, transfer=transfer, loss=loss, steps=StepCounter(run.progress, run.module))
+    _add_optimizers(ready, [each.optimizer for each in other.optimizers])
+    if not run.module.automatic_optimization:
+        run.schedulers.extend(other.schedulers)
+    return ready
+
+
 def set_up_optimizers(run: ReadyRun) -> None:
     """Make the optimizers and schedulers, unless :func:`set_up` has made them."""
     strategy = run.fabric.strategy

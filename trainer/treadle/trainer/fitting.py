@@ -54,6 +54,8 @@ class Fitting:
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
+        self.outdated = False
+        """Whether the training loader is to be made anew before the next epoch."""
         self.validates = assembly.may_validate(run, settings, val)
         """Whether fit validates. Known for certain once the validation loaders were asked for."""
         self._validation: Evaluation | None = None
@@ -68,6 +70,11 @@ class Fitting:
     def restoring(self) -> bool:
         """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
         return bool(self._unrestored)
+
+    @property
+    def given(self) -> Any:
+        """The training batches that the user passed; None where data module or module make them."""
+        return self._given["train"]
 
     @property
     def val_check_batch(self) -> float:
@@ -125,6 +132,7 @@ class Fitting:
 
     def make_epoch(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
+        self.outdated = False
         if loop.epoch is not None:
             before, self._data_asked = self.data, False
             self._ask_for_data()
@@ -154,7 +162,7 @@ class Fitting:
     def validation(self, run: ReadyRun) -> Evaluation | None:
         """Give the validation with the loaders that this epoch is to have; None where there are none."""
         epoch, every, before = run.progress.epoch, self._settings.reload_dataloaders_every_n_epochs, self._validation
-        reloads = every and epoch // every != self._loaders_of // every
+        reloads = self._loaders_of < 0 or (every and epoch // every != self._loaders_of // every)
         if self.validates and (before is None or reloads):
             with isolate_rng():  # a resumed run makes them at other times
                 self._renew_validation(run)
@@ -179,6 +187,14 @@ class Fitting:
 
     def _evaluation(self, run: ReadyRun, data: EvaluationData) -> Evaluation:
         return Evaluation(run, data, "validation", inference_mode=False)
+
+    def renew_loaders(self) -> None:
+        """Have all loaders made anew when they are needed next: a batch size has changed, for example."""
+        if self._epoch is None:
+            self._data_asked, self.data = False, None
+        else:
+            self.outdated = True
+        self._loaders_of = -1
 
     def stopped(self, run: ReadyRun) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""

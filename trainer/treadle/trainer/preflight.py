@@ -199,6 +199,18 @@ def check_predict(module: LightningModule, given: Any, datamodule: LightningData
         )
 
 
+def check_stage(
+    module: LightningModule, fn: TrainerFn, settings: Settings, given: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Refuse a stage that cannot work, before it starts; ``given``: its loaders, of fit those of training."""
+    if fn is TrainerFn.FITTING:
+        check_fit(module, settings, given, None, datamodule)
+    elif fn is TrainerFn.PREDICTING:
+        check_predict(module, given, datamodule)
+    else:
+        check_evaluation(module, fn, given, datamodule)
+
+
 def check_return_predictions(value: Any, strategy: Strategy) -> None:
     """Refuse a value of ``return_predictions`` that is unknown, or that the strategy cannot do."""
     if value not in (None, True, False, "stream"):
