@@ -74,7 +74,7 @@ class BatchSizeFinder(Callback):
             self._found.note(size, trainer.current_epoch)
         trainer.renew(loaders=True)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str | None = None) -> None:
         """Note the run, and refuse one without the attribute that is to be set."""
         self._run = trainer, pl_module
         if not trainer.fast_dev_run:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from treadle.module import LightningDataModule, LightningModule
 from treadle.searches.attributes import Attribute, find_attribute
 from treadle.searches.status import StatusLine
 from treadle.searches.trials import Trials
 from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info
-
-if TYPE_CHECKING:
-    from treadle.module import LightningDataModule, LightningModule
 
 __all__ = ["BatchSizeSearch", "largest_that_fits"]
 

@@ -9,19 +9,17 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from treadle.module import LightningModule
 from treadle.searches.attributes import Attribute, find_attribute
 from treadle.searches.status import StatusLine
 from treadle.searches.trials import Trials
 from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info, rank_zero_warn
-
-if TYPE_CHECKING:
-    from treadle.module import LightningModule
 
 __all__ = ["LRFinder", "LRSearch", "go_on_with", "set_learning_rate"]
 
@@ -225,8 +223,8 @@ class LRSearch:
         if len(made) == 2 and made[0] == made[1]:
             rank_zero_warn(
                 f"lr_find sets {attribute.where}, but `configure_optimizers` makes the same optimizer whatever its"
-                f" value is: use it there (`lr=self.{attribute.name}`), name the attribute that is used with `attr_name`, or"
-                " pass update_attr=False."
+                f" value is: use it there (`lr=self.{attribute.name}`), name the attribute that is used with"
+                " `attr_name`, or pass update_attr=False."
             )
 
 

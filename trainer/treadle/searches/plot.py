@@ -24,7 +24,7 @@ def plot_range_test(
         ModuleNotFoundError: matplotlib is not installed.
     """
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib.pyplot as plt  # heavy, and an extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "Plots need matplotlib: `pip install matplotlib`, or `pip install treadle[demo]`."

@@ -44,7 +44,8 @@ class Snapshot:
     """What objects hold at one moment.
 
     Noted is all that can be reached from the objects: the values of tensors and their gradients, what requires
-    gradients, attributes, containers, random generators. Values are kept in host memory, one copy of each; no file is written.
+    gradients, attributes, containers, random generators. Values are kept in host memory, one copy of each; no file is
+    written.
     What is not noted: large tensors, arrays and lists of datasets and data modules (data is read and not written);
     files, processes and iterators; variables that functions refer to; and the runtime, loggers and trainers.
 

@@ -49,7 +49,7 @@ class Fitting:
         controls: Controls,
         signals: Signals,
     ) -> None:
-        self._session, self._run, self._settings = session, run, settings
+        self._session, self._settings = session, settings
         self._given = {"train": train, "val": val}  # loaders, where fit got some
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
@@ -222,5 +222,7 @@ class Fitting:
 
     def _ask_for_data(self) -> None:
         if not self._data_asked:
-            self.data = assembly.training_data(self._run, self._settings, self._given["train"])
+            run = self._session.run
+            assert run is not None
+            self.data = assembly.training_data(run, self._settings, self._given["train"])
             self._data_asked = True
