@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from treadle.callbacks import BatchSizeFinder, LearningRateFinder
+from treadle.module import LightningDataModule, LightningModule
 from treadle.searches import BatchSizeSearch, LRFinder, LRSearch
 from treadle.stages import TrainerFn
+from treadle.trainer import Trainer
 from treadle.trainer.preflight import split_datamodule
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_info, uncompiled
-
-if TYPE_CHECKING:
-    from treadle.module import LightningDataModule, LightningModule
-    from treadle.trainer import Trainer
 
 __all__ = ["Tuner"]
 

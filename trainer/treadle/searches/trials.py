@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from treadle.module import LightningDataModule, LightningModule
+from treadle.module import LightningDataModule, LightningModule
 
 __all__ = ["Trials"]
 

@@ -17,21 +17,19 @@ from torch.utils.data import DataLoader
 from treadle.callbacks import Callback
 from treadle.data.find import find_loaders
 from treadle.loops.optimizers import parse_optimizers
+from treadle.loops.stopping import Controls
 from treadle.module import LightningDataModule, LightningModule
-from treadle.run.run import ReadyRun
+from treadle.run.run import ReadyRun, Run
+from treadle.run.signals import Signals
 from treadle.searches import Snapshot
 from treadle.searches.memory import free_memory, is_out_of_memory
-from treadle.stages import TrainerFn
+from treadle.stages import TrainerFn, TrainerState
 from treadle.trainer.settings import Settings
 from treadle_fabric import Fabric, MisconfigurationException, isolate_rng
 from treadle_fabric.data import CombinedLoader, copy_loader, sized_len
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
-    from treadle.loops.stopping import Controls
-    from treadle.run.run import Run
-    from treadle.run.signals import Signals
-    from treadle.stages import TrainerState
 
 __all__ = ["LOADERS", "Trials", "trial_settings", "undone"]
 
