@@ -24,6 +24,7 @@ from treadle_fabric import MisconfigurationException, check_integer, near_names,
 __all__ = ["LRFinder", "LRSearch", "go_on_with", "set_learning_rate"]
 
 _SMOOTHING: Final = 0.98
+_WARM_UP: Final = 10  # points that are means over so few losses that they tell nothing
 _MODES: Final = ("exponential", "linear")
 
 
@@ -117,8 +118,8 @@ class LRSearch:
         max_lr: The largest.
         num_training: The number of rates to test.
         mode: "exponential" or "linear": the spacing of the rates.
-        early_stop_threshold: The test ends where the smoothed loss is this many times the smallest one so far, or where
-            a loss is not finite. None: it never ends early.
+        early_stop_threshold: The test ends where the smoothed loss is this many times the smallest one so far, but not
+            in the first 10 points; or where a loss is not finite. None: it never ends early.
         update_attr: Whether the module gets the suggested rate.
         attr_name: The attribute or hyper-parameter with the learning rate. Default: "lr" or "learning_rate".
 
@@ -275,7 +276,8 @@ class _RangeTest:
         if done >= search.num_training:
             return True
         threshold = search.early_stop_threshold
-        if threshold is not None and (not math.isfinite(loss) or (done > 1 and smoothed > threshold * self._best)):
+        exploded = done > _WARM_UP and smoothed > (threshold or math.inf) * self._best
+        if threshold is not None and (exploded or not math.isfinite(loss)):
             return True
         self._best = smoothed if done == 1 else min(self._best, smoothed)
         return False
