@@ -1,26 +1,23 @@
 """The tuner: a search finds what it is to find, and leaves everything else as it was, to the last bit.
 
-Tests of ``treadle.tuner``, ``treadle.trainer.trials``, ``treadle.searches.snapshot``.
+Tests of ``treadle.tuner``, ``treadle.trainer.trials``, ``treadle.callbacks.lr_finder``,
+``treadle.callbacks.batch_size_finder``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from tests.processes import run_in_ranks
+from tests.trainer.searches.models import Random, Stateful, files, held, trainer
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import treadle as L
-from tests.processes import run_in_ranks
-from tests.trainer.searches.models import Random, Stateful, files, held, trainer
-from treadle.callbacks import BatchSizeFinder, Callback, LearningRateFinder
-from treadle.searches.snapshot import Snapshot
-from treadle.trainer import trials
+from treadle.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from treadle.tuner import Tuner
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.loggers import CSVLogger
@@ -52,7 +49,7 @@ def fitted(search: Search | None, folder: str, **settings: Any) -> tuple[dict[st
     rows = next(Path(folder).rglob("metrics.csv")).read_text()
     optimizer = made.optimizers[0].state_dict()
     state = [v.tolist() for each in optimizer["state"].values() for v in each.values()]
-    groups = [{name: value for name, value in group.items()} for group in optimizer["param_groups"]]
+    groups = [dict(group) for group in optimizer["param_groups"]]
     module.__dict__.pop("_trainer"), module.__dict__.pop("_fabric")
     weights_after = {name: each.tolist() for name, each in module.state_dict().items()}
     plain = (module.calls, [each.item() for each in module.losses], module.nested, module.mean.tolist())
@@ -108,7 +105,9 @@ SEARCHES: dict[str, Search] = {
     "validate": scale("validate"),
     "predict": scale("predict"),
     "Ctrl-C in a batch-size trial": fails(
-        lambda tuner, module: tuner.scale_batch_size(module), KeyboardInterrupt, None,
+        lambda tuner, module: tuner.scale_batch_size(module),
+        KeyboardInterrupt,
+        None,
         lambda size, calls: KeyboardInterrupt() if size == 8 and calls == 2 else None,
     ),
 }
@@ -146,3 +145,233 @@ def test_inside_a_fit_a_search_changes_nothing_but_what_it_sets(
     assert len(finder.optimal_lr.results["loss"]) == 15
     assert found == untouched[0]
     assert rows == untouched[1]
+
+
+def weights_after(module: L.LightningModule, **settings: Any) -> dict[str, Any]:
+    trainer(**settings).fit(module)
+    return {name: each.tolist() for name, each in module.state_dict().items()}
+
+
+OPTIONS: dict[str, Any] = {"early_stop_threshold": None, "max_lr": 0.1}
+
+
+def test_a_finder_in_fit_is_the_tuner_before_fit() -> None:
+    found = []
+    for inside in (True, False):
+        L.seed_everything(7, verbose=False)
+        module, finder = Stateful(), LearningRateFinder(num_training_steps=20, **OPTIONS)
+        if not inside:
+            assert Tuner(trainer()).lr_find(module, num_training=20, **OPTIONS).suggestion() == module.lr
+        found.append((weights_after(module, callbacks=[finder] if inside else None), module.lr, module.hparams.lr))
+    assert found[0] == found[1]
+    assert found[0][1] == found[0][2] != 0.05
+
+
+def test_a_batch_size_finder_in_fit_is_the_tuner_before_fit() -> None:
+    found = []
+    for inside in (True, False):
+        L.seed_everything(7, verbose=False)
+        module = Stateful()
+        if not inside:
+            Tuner(trainer()).scale_batch_size(module, max_val=6, steps_per_trial=1)
+        finder = BatchSizeFinder(max_val=6, steps_per_trial=1)
+        found.append((weights_after(module, callbacks=[finder] if inside else None), module.batch_size, module.calls))
+    assert found[0] == found[1]
+    assert found[0][1:] == (6, 8)
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_a_batch_size_finder_in_an_evaluation_gives_it_larger_batches(method: str) -> None:
+    module, finder = Stateful(), BatchSizeFinder(max_val=12, steps_per_trial=1)
+    made = trainer(callbacks=[finder])
+    getattr(made, method)(module)
+    assert (finder.optimal_batch_size, module.batch_size) == (12, 12)
+    assert module.nested["sizes"] == {12: 2}
+
+
+@pytest.mark.parametrize("kind", ["fit", "milestones", "batch size"])
+def test_a_run_that_is_resumed_in_mid_epoch_does_not_search_again(kind: str, tmp_path: Path) -> None:
+    def run(**settings: Any) -> tuple[dict[str, Any], Any, Any]:
+        L.seed_everything(7, verbose=False)
+        module: Any = Stateful()
+        options = {"num_training_steps": 14, **OPTIONS}
+        finder: Any = {
+            "fit": lambda: LearningRateFinder(**options),
+            "milestones": lambda: AtMilestones((0, 1), **options),
+            "batch size": lambda: BatchSizeFinder(max_val=6, steps_per_trial=1),
+        }[kind]()
+        path = settings.pop("ckpt_path", None)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        made = trainer(callbacks=[finder, saver], enable_checkpointing=True, **settings)
+        made.fit(module, ckpt_path=path)
+        state = {name: value for name, value in finder.state_dict().items() if name != "results"}
+        return (
+            {name: each.tolist() for name, each in module.state_dict().items()},
+            (module.lr, module.batch_size),
+            state,
+        )
+
+    whole = run()
+    step = 5 if kind == "batch size" else 8
+    assert run(ckpt_path=tmp_path / f"step={step}.ckpt") == whole
+    assert whole[1] != (0.05, 4)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        yield from Stateful().data
+
+
+def test_loaders_of_any_kind_begin_again_where_they_are_short() -> None:
+    data = DataLoader(TensorDataset(torch.randn(8, 4), torch.randn(8, 1)), batch_size=4)
+    for loader in (data, [next(iter(data))], DataLoader(Stream(), batch_size=8)):
+        found = Tuner(trainer()).lr_find(Stateful(), loader, num_training=12, **OPTIONS)
+        assert len(found.results["lr"]) == 12
+    with pytest.raises(MisconfigurationException, match="an iterator as loader"):
+        Tuner(trainer()).lr_find(Stateful(), iter(data))
+
+
+@pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 3}, {"precision": "bf16-mixed"}, {"barebones": True}])
+def test_settings_of_the_trainer_hold(settings: dict[str, Any]) -> None:
+    module = Stateful()
+    made = L.Trainer(accelerator="cpu", max_epochs=1, **settings) if "barebones" in settings else trainer(**settings)
+    rates: list[float] = []
+
+    def step(*args: Any, **kwargs: Any) -> None:
+        rates.append(module.trainer.optimizers[0].param_groups[0]["lr"])
+
+    module.on_before_optimizer_step = step  # type: ignore[method-assign]
+    found = Tuner(made).lr_find(module, num_training=12, **OPTIONS)
+    assert rates == found.results["lr"]
+    assert (rates[0], rates[-1]) == (1e-8, 0.1)
+
+
+def test_a_module_that_steps_its_optimizer_itself_is_searched_too() -> None:
+    class Manual(Stateful):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = (self(batch[0]) - batch[1]).square().mean()
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            return loss if self.returns else None
+
+        returns = True
+
+    found = Tuner(trainer()).lr_find(Manual(), num_training=12, **OPTIONS)
+    assert found.results["loss"][0] > found.results["loss"][-1]
+    Manual.returns = False
+    with pytest.raises(MisconfigurationException, match="return the loss, also in manual optimization"):
+        Tuner(trainer()).lr_find(Manual(), num_training=12)
+
+
+def test_a_test_ends_where_the_loss_is_not_finite(tmp_path: Path) -> None:
+    Stateful.error = None
+
+    class Exploding(Stateful):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * float("nan") if self.calls > 15 else loss
+
+    module = Exploding()
+    found = Tuner(trainer(on_nonfinite="raise")).lr_find(module, num_training=30)
+    assert len(found.results["lr"]) == 16
+    assert found.suggestion() == module.lr
+    assert files() == set()
+
+
+def test_wrong_arguments_are_refused_before_any_work() -> None:
+    module, tuner = Stateful(), Tuner(trainer())
+    wrong: list[tuple[Callable[[], Any], str]] = [
+        (lambda: tuner.lr_find(module, method="test"), "lr_find trains"),
+        (lambda: tuner.lr_find(module, method="tset"), "Did you mean 'test'"),
+        (lambda: tuner.lr_find(module, dataloaders=[1]), "pass `train_dataloaders`"),
+        (lambda: tuner.lr_find(module, mode="log"), "'exponential' or 'linear'"),
+        (lambda: tuner.lr_find(module, min_lr=1, max_lr=0.1), "must be smaller"),
+        (lambda: tuner.lr_find(module, min_lr=0), "above 0"),
+        (lambda: tuner.lr_find(module, num_training=0), "num_training"),
+        (lambda: tuner.lr_find(module, early_stop_threshold=0.5), "above 1"),
+        (lambda: tuner.lr_find(module, attr_name="rate"), "no attribute 'rate'"),
+        (lambda: tuner.scale_batch_size(module, mode="binary"), "'power' or 'binsearch'"),
+        (lambda: tuner.scale_batch_size(module, margin=1), "margin"),
+        (lambda: tuner.scale_batch_size(module, [1]), "do not pass loaders"),
+        (lambda: tuner.scale_batch_size(module, [1], method="test"), "pass `dataloaders`"),
+        (lambda: tuner.scale_batch_size(module, batch_arg_name="size"), "no attribute 'size'"),
+        (lambda: Tuner(trainer(callbacks=[LearningRateFinder()])).lr_find(module), "has a LearningRateFinder"),
+        (lambda: trainer(callbacks=[BatchSizeFinder()]).fit(module, [1]), "do not pass loaders"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(MisconfigurationException, match=message):
+            call()
+    assert module.calls == 0
+    assert Tuner(trainer(fast_dev_run=True)).lr_find(module) is None
+    assert Tuner(trainer(fast_dev_run=True)).scale_batch_size(module) is None
+
+
+def test_what_makes_a_search_useless_is_told() -> None:
+    class Ignoring(Stateful):
+        def configure_optimizers(self) -> Any:
+            made = [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(self.count)]
+            return made if self.count > 1 else made[0]
+
+        count = 1
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.data, batch_size=3)
+
+    with pytest.warns(UserWarning, match="makes the same optimizer whatever its value is"):
+        Tuner(trainer()).lr_find(Ignoring(), num_training=12, early_stop_threshold=None)
+    with pytest.raises(MisconfigurationException, match=r"set Ignoring.batch_size to 2 and to 4.* batches of 3"):
+        Tuner(trainer()).scale_batch_size(Ignoring())
+    Ignoring.count, Ignoring.automatic_optimization = 2, False
+    with pytest.raises(MisconfigurationException, match="returned 2: return one"):
+        Tuner(trainer()).lr_find(Ignoring())
+
+
+def test_a_data_module_gets_the_batch_size_with_its_hparams() -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self, batch_size: int = 1) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(Stateful().data, batch_size=self.hparams.batch_size)
+
+    data, module = Data(), Stateful()
+    del module.batch_size, module.hparams["batch_size"]
+    assert Tuner(trainer()).scale_batch_size(module, datamodule=data, init_val=16) == 24  # all samples
+    assert data.hparams.batch_size == 24
+    assert data.trainer is None
+    assert "batch_size" not in vars(data)
+
+
+def search_in_rank(folder: Path) -> None:
+    found: dict[str, Any] = {}
+    rank = 0
+
+    def fault(size: int, calls: int) -> BaseException | None:
+        return RuntimeError("CUDA error: out of memory") if size > (3 if rank else 9) else None
+
+    for name in ("untouched", "searched"):
+        L.seed_everything(7, verbose=False)
+        made, module = trainer(devices=2, strategy="ddp", max_epochs=1), Stateful()
+        if name == "searched":
+            found["lr"] = (
+                Tuner(made).lr_find(module, num_training=12, early_stop_threshold=None, update_attr=False).results
+            )
+            rank, Stateful.error = made.global_rank, staticmethod(fault)
+            found["sizes"] = [Tuner(made).scale_batch_size(module, method=m, margin=0) for m in ("fit", "test")]
+            module.batch_size = module.hparams.batch_size = 4
+            Stateful.error = None
+        found[name] = weights_after(module, devices=2, strategy="ddp", max_epochs=1)
+    torch.save(found, folder / f"{made.global_rank}.pt")
+
+
+def test_two_ranks_find_the_same(tmp_path: Path) -> None:
+    run_in_ranks(search_in_rank, tmp_path)
+    zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert zero["lr"] == one["lr"] and len(zero["lr"]["lr"]) == 12
+    assert zero["sizes"] == one["sizes"] == [2, 2]
+    assert zero["searched"] == zero["untouched"] == one["searched"]

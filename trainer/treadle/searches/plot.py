@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,9 @@ def plot_range_test(
     ax.plot(rates, losses, color="#1f77b4", linewidth=1.5)
     if mode == "exponential":
         ax.set_xscale("log")
+    bottom, top = _shown_range(losses)
+    if top > bottom:
+        ax.set_ylim(bottom, top)
     ax.set_xlabel("learning rate")
     ax.set_ylabel("loss (smoothed)")
     ax.grid(True, which="major", alpha=0.3)
@@ -49,3 +53,14 @@ def plot_range_test(
     if show:
         plt.show()
     return figure
+
+
+def _shown_range(losses: Sequence[float]) -> tuple[float, float]:
+    """The part of the axis that shows how the loss falls: where it explodes at the end, the curve leaves the picture."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        return 0.0, 0.0
+    low = min(finite)
+    high = max(finite[: finite.index(low) + 1])
+    room = 0.1 * (high - low)
+    return low - room, min(max(finite) + room, high + 5 * room)

@@ -126,10 +126,10 @@ def _has_loader(name: str, given: Any, module: LightningModule, datamodule: Ligh
     return given is not None or any(o is not None and defines_loader(o, name) for o in (datamodule, module))
 
 
-def check_fit(
-    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+def check_training(
+    module: LightningModule, settings: Settings, train: Any, datamodule: LightningDataModule | None
 ) -> None:
-    """Refuse a fit that cannot work, before it starts."""
+    """Refuse training that cannot work, before it starts."""
     name = type(module).__qualname__
     for needed in ("training_step", "configure_optimizers"):
         if not _has(module, needed):
@@ -139,17 +139,6 @@ def check_fit(
     if not _has_loader("train_dataloader", train, module, datamodule):
         raise MisconfigurationException(
             "fit has no training batches: pass `train_dataloaders`, a `datamodule`, or define `train_dataloader`."
-        )
-    has_val = _has_loader("val_dataloader", val, module, datamodule)
-    if has_val and not _has(module, "validation_step"):
-        rank_zero_warn(
-            f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
-            + _near_method(module, "validation_step")
-        )
-    elif not has_val and _has(module, "validation_step"):
-        rank_zero_info(
-            f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
-            "`val_dataloaders`."
         )
     if not module.automatic_optimization:
         if settings.gradient_clip_val:
@@ -162,6 +151,24 @@ def check_fit(
                 f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
                 " in `training_step` instead."
             )
+
+
+def check_fit(
+    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Refuse a fit that cannot work, before it starts, and tell of what may not be meant."""
+    check_training(module, settings, train, datamodule)
+    name, has_val = type(module).__qualname__, _has_loader("val_dataloader", val, module, datamodule)
+    if has_val and not _has(module, "validation_step"):
+        rank_zero_warn(
+            f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
+            + _near_method(module, "validation_step")
+        )
+    elif not has_val and _has(module, "validation_step"):
+        rank_zero_info(
+            f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
+            "`val_dataloaders`."
+        )
     if settings.durations.max_epochs_assumed:
         rank_zero_warn(
             f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
@@ -204,7 +211,7 @@ def check_stage(
 ) -> None:
     """Refuse a stage that cannot work, before it starts; ``given``: its loaders, of fit those of training."""
     if fn is TrainerFn.FITTING:
-        check_fit(module, settings, given, None, datamodule)
+        check_training(module, settings, given, datamodule)
     elif fn is TrainerFn.PREDICTING:
         check_predict(module, given, datamodule)
     else:

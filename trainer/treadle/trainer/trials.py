@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -176,6 +176,11 @@ class Trials:
         self._trainer, self._runner, self._settings = trainer, runner, settings
         self._run, self._fn = run, fn
         self.given_loaders = given
+        if any(isinstance(each, Iterator) for each in _flat(given)):
+            raise MisconfigurationException(
+                "A search was asked for with an iterator as loader: it gives each batch once, and the search would use"
+                " batches up. Pass a DataLoader, or an iterable that begins again, such as a list."
+            )
         self._snapshot = Snapshot(
             run.module,
             *self.optimizers,
