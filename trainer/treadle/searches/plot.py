@@ -56,7 +56,7 @@ def plot_range_test(
 
 
 def _shown_range(losses: Sequence[float]) -> tuple[float, float]:
-    """The part of the axis that shows how the loss falls: where it explodes at the end, the curve leaves the picture."""
+    """The part of the axis that shows how the loss falls; the curve leaves the picture where the loss explodes."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     if not finite:
         return 0.0, 0.0

@@ -334,7 +334,7 @@ class Runner:
                 data.renew(run.dispatch.run(name, find_loaders, None, name, run.module, run.datamodule))
         return False
 
-    def _begin_trial(self, other: ReadyRun) -> ReadyRun:
+    def _begin_trial(self, other: ReadyRun, *, alone: bool = False) -> ReadyRun:
         """Begin to run batches with what another run has set up, with counters, metrics and listeners of its own."""
         trainer = self._trainer
         self.state = TrainerState(fn=other.state.fn, status=TrainerStatus.RUNNING)
@@ -347,12 +347,20 @@ class Runner:
             self._fabric, other.module, other.datamodule, dispatch, self.state, session.metrics, results, [], progress,
             list(other.modules),
         )  # fmt: skip
-        session.run = ready = assembly.take_over(run, other, self._settings)
+        session.run = ready = assembly.take_over(run, other, self._settings, alone=alone)
         return ready
 
-    def train_trial(self, other: ReadyRun, loaders: Any, bounds: Controls, signals: Signals) -> None:
-        """Train with the module, engine and optimizers of another run, until a callback raises what ends the trial."""
-        run = self._begin_trial(other)
+    def train_trial(self, other: ReadyRun, loaders: Any, bounds: Controls, signals: Signals, *, alone: bool) -> None:
+        """Train with the module, engine and optimizers of another run, until a callback raises what ends the trial.
+
+        Args:
+            other: The other run.
+            loaders: The training batches.
+            bounds: Of the trial.
+            signals: Of the other run.
+            alone: Whether ranks must not wait for each other in a step.
+        """
+        run = self._begin_trial(other, alone=alone)
         assert self.session is not None
         self.fitting = Fitting(self.session, run, self._settings, loaders, None, controls=bounds, signals=signals)
         self.fitting.make_loop(run, {}).run()

@@ -92,7 +92,7 @@ class TrialRunner(Protocol):
     def signals(self) -> Signals:
         """The signals that end a fit."""
 
-    def train_trial(self, other: ReadyRun, loaders: Any, bounds: Controls, signals: Signals) -> None:
+    def train_trial(self, other: ReadyRun, loaders: Any, bounds: Controls, signals: Signals, *, alone: bool) -> None:
         """Train with what another run has set up, until a callback raises what ends the trial."""
 
     def end_trial(self) -> None:
@@ -262,17 +262,20 @@ class Trials:
             left -= 1
             return left == 0
 
-        # Only some ranks may have no room: the others must not wait for the gradients of those
-        with self._run.fabric.no_backward_sync(self._run.wrapped):
-            self._train(_Listener(lambda: None, after, one_epoch=True), epochs=self._run.progress.epoch + 1)
+        # Only some ranks may have no room: the others must not wait for their gradients, losses and buffers
+        fabric, epochs = self._run.fabric, self._run.progress.epoch + 1
+        if "synchronizes" in (engine := fabric.strategy.engine_state()):
+            fabric.strategy.load_engine_state({**engine, "synchronizes": False})
+        with fabric.no_backward_sync(self._run.wrapped):
+            self._train(_Listener(lambda: None, after, one_epoch=True), epochs=epochs, alone=True)
         return False
 
-    def _train(self, listener: _Listener, *, epochs: int = -1) -> None:
+    def _train(self, listener: _Listener, *, epochs: int = -1, alone: bool = False) -> None:
         bounds = _Bounds(self._trainer.accumulate_grad_batches, max_epochs=epochs)
         runner = self._trainer.for_trials(trial_settings(self._settings, {"val": 0}), [listener])
         loaders = self._loaders()
         try:
-            runner.train_trial(self._run, loaders, bounds, self._runner.signals)
+            runner.train_trial(self._run, loaders, bounds, self._runner.signals, alone=alone)
         except _OverError:
             runner.end_trial()
 
