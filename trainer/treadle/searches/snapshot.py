@@ -27,7 +27,7 @@ Undo = Callable[[], None]
 
 _PLAIN: Final = frozenset({int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size})
 _NOT_OPENED: Final = (
-    type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.GeneratorType, enum.Enum, io.IOBase,
+    type, types.ModuleType, types.FunctionType, types.GeneratorType, enum.Enum, io.IOBase,
     Fabric, Strategy, Logger,
 )  # fmt: skip
 _NOT_OPENED_FROM: Final = (
@@ -100,7 +100,7 @@ class Snapshot:
             return [*(() if is_data and len(value) > _FEW else inside), *self._note_attributes(value)]
         if isinstance(value, (tuple, frozenset)):
             return () if is_data and len(value) > _FEW else value
-        if isinstance(value, types.MethodType):
+        if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
             return (value.__self__,)
         if isinstance(value, functools.partial):
             return (value.func, *value.args, *value.keywords.values())
@@ -131,12 +131,8 @@ class Snapshot:
     def _note_attributes(self, value: Any) -> Iterable[Any]:
         held: dict[str, Any] = getattr(value, "__dict__", None) or {}
         kind, before = type(value), dict(held)
-        slots = {
-            slot: slot.__get__(value)
-            for cls in kind.__mro__
-            for slot in vars(cls).values()
-            if isinstance(slot, types.MemberDescriptorType) and cls.__module__ != "builtins" and _is_set(slot, value)
-        }
+        every = [slot for cls in kind.__mro__ for slot in vars(cls).values() if _is_slot(slot, cls)]
+        slots = {slot: slot.__get__(value) for slot in every if _is_set(slot, value)}
 
         def undo() -> None:
             if type(value) is not kind:  # a lazy layer has become an ordinary one
@@ -145,11 +141,13 @@ class Snapshot:
             if now is not None and not _same_objects(list(now.items()), list(before.items())):
                 now.clear()
                 now.update(before)
-            for slot, old in slots.items():
-                if not _is_set(slot, value) or slot.__get__(value) is not old:
-                    slot.__set__(value, old)
+            for slot in every:
+                if slot not in slots and _is_set(slot, value):
+                    slot.__delete__(value)
+                elif slot in slots and not (_is_set(slot, value) and slot.__get__(value) is slots[slot]):
+                    slot.__set__(value, slots[slot])
 
-        if before or slots or isinstance(getattr(value, "__dict__", None), dict):
+        if before or every or isinstance(getattr(value, "__dict__", None), dict):
             self._undo.append((value, undo))
         return [*before.values(), *slots.values()]
 
@@ -202,6 +200,10 @@ def _same_objects(now: list[Any], before: list[Any]) -> bool:
             for a, b in zip(now, before, strict=True)
         )
     return all(a is b for a, b in zip(now, before, strict=True))
+
+
+def _is_slot(member: Any, cls: type) -> bool:
+    return isinstance(member, types.MemberDescriptorType) and cls.__module__ != "builtins"
 
 
 def _is_set(slot: types.MemberDescriptorType, value: Any) -> bool:
