@@ -220,12 +220,8 @@ def test_a_run_that_is_resumed_in_mid_epoch_does_not_search_again(kind: str, tmp
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         made = trainer(callbacks=[finder, saver], enable_checkpointing=True, **settings)
         made.fit(module, ckpt_path=path)
-        state = {name: value for name, value in finder.state_dict().items() if name != "results"}
-        return (
-            {name: each.tolist() for name, each in module.state_dict().items()},
-            (module.lr, module.batch_size),
-            state,
-        )
+        weights = {name: each.tolist() for name, each in module.state_dict().items()}
+        return weights, (module.lr, module.batch_size), finder.state_dict()
 
     whole = run()
     step = 5 if kind == "batch size" else 8

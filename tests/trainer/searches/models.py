@@ -88,7 +88,9 @@ class Stateful(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5), "interval": "step"}]
+        total = self.trainer.estimated_stepping_batches
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step) - 0.1 / total)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
 
 def trainer(**settings: Any) -> L.Trainer:

@@ -25,6 +25,7 @@ from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.searches import Snapshot
+from treadle.searches.memory import free_memory
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
@@ -302,6 +303,9 @@ class Runner:
                     assembly.set_up_optimizers(ready)
                     ready.dispatch.call("on_fit_start")
                 found = function(Trials(trainer, self, self._settings, loaders, keeps_values=False))
+        if self._fabric.world_size > 1 or self._fabric.device.type != "cpu":
+            self.session = self.fitting = None
+            free_memory()  # the engine of the search, and its buffers
         return found
 
     def search_within(self, function: Callable[[Trials], T]) -> T:

@@ -75,8 +75,6 @@ def undone(fabric: Fabric, snapshot: Snapshot) -> Generator[None]:
             fabric.callbacks[:] = callbacks
             snapshot.restore()
             strategy.load_engine_state(engine)
-            if strategy.world_size > 1 or strategy.root_device.type != "cpu":
-                free_memory()
 
 
 class TrialRunner(Protocol):
@@ -248,8 +246,8 @@ class Trials:
                 if not is_out_of_memory(error):
                     raise
                 failed = True
-        if failed:
-            free_memory()  # the error has held the frames in which memory became full
+        if failed or self._run.fabric.device.type != "cpu":
+            free_memory()  # an error has held the frames in which memory became full
         return not self._run.fabric.strategy.reduce_boolean_decision(failed, all=False)
 
     def _try_batches(self, steps: int) -> bool:
