@@ -299,6 +299,7 @@ def test_wrong_arguments_are_refused_before_any_work() -> None:
     module, tuner = Stateful(), Tuner(trainer())
     wrong: list[tuple[Callable[[], Any], str]] = [
         (lambda: tuner.lr_find(module, method="test"), "lr_find trains"),
+        (lambda: tuner.lr_find(torch.nn.Linear(1, 1)), "a plain nn.Module"),
         (lambda: tuner.lr_find(module, method="tset"), "Did you mean 'test'"),
         (lambda: tuner.lr_find(module, dataloaders=[1]), "pass `train_dataloaders`"),
         (lambda: tuner.lr_find(module, mode="log"), "'exponential' or 'linear'"),

@@ -9,8 +9,8 @@ from treadle.module import LightningDataModule, LightningModule
 from treadle.searches import BatchSizeSearch, LRFinder, LRSearch
 from treadle.stages import TrainerFn
 from treadle.trainer import Trainer
-from treadle.trainer.preflight import split_datamodule
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_info, uncompiled
+from treadle.trainer.preflight import check_model, split_datamodule
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
 
 __all__ = ["Tuner"]
 
@@ -98,7 +98,7 @@ class Tuner:
         if self._trainer.fast_dev_run:
             rank_zero_info("lr_find: fast_dev_run leaves out the search for a learning rate.")
             return None
-        module: Any = uncompiled(model)
+        module = check_model(model, "fit")
         search.attribute(module)
         finder: LRFinder = self._trainer.search(search.run, TrainerFn.FITTING, model, given, datamodule)
         search.apply(finder, module)
@@ -156,7 +156,7 @@ class Tuner:
             return None
         given, datamodule = split_datamodule(given, datamodule)
         search.check_loaders(given if val_dataloaders is None else val_dataloaders)
-        module: Any = uncompiled(model)
+        module = check_model(model, fn.value)
         search.attribute(module, datamodule)
         size: int = self._trainer.search(search.run, fn, model, None, datamodule)
         search.apply(size, module, datamodule)
