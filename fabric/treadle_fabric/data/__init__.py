@@ -14,6 +14,7 @@ from treadle_fabric.data.loader import FabricDataLoader, share_loader
 from treadle_fabric.data.meeting import BatchMeeting
 from treadle_fabric.data.samplers import (
     RecordedSampler,
+    copy_loader,
     generators_of,
     record_order,
     set_epoch,
@@ -32,6 +33,7 @@ __all__ = [
     "PrivateStream",
     "RecordedSampler",
     "ShardedSampler",
+    "copy_loader",
     "generators_of",
     "is_shared",
     "is_stream",

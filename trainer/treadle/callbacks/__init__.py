@@ -12,6 +12,7 @@ annotations in ``contracts.py``.
 
 from typing import TYPE_CHECKING
 
+from treadle.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
 from treadle.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
@@ -23,6 +24,7 @@ from treadle.callbacks.gradient_accumulation_scheduler import (
     GradientAccumulationScheduler as GradientAccumulationScheduler,
 )
 from treadle.callbacks.lambda_function import LambdaCallback as LambdaCallback
+from treadle.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
 from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
 from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
 from treadle.callbacks.model_pruning import ModelPruning as ModelPruning
@@ -46,8 +48,5 @@ from treadle_fabric import not_yet
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {
-            "BatchSizeFinder",
-            "LearningRateFinder",
-        },
+        {},
     )

@@ -12,7 +12,7 @@ from treadle.data.find import check_loader, first_loader, sequential
 from treadle.data.lengths import describe, has_exact_length, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
-from treadle_fabric import Fabric, rank_zero_warn
+from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
 from treadle_fabric.data import (
     CombinedLoader,
     RecordedSampler,
@@ -42,6 +42,30 @@ class EvaluationData:
     def __init__(
         self, loaders: Any, fabric: Fabric, *, limit: float, name: str, inject: bool, overfit: bool = False
     ) -> None:
+        self._fabric, self._inject, self._overfit = fabric, inject, overfit
+        self._name, self._limit = name, limit
+        self._records = False
+        self.indices: list[Any] | None = None
+        """The indices of the samples of the batch that came last; None where :meth:`record` was not called, and of
+        loaders whose samples have no indices."""
+        self._take(loaders)
+
+    def renew(self, loaders: Any) -> None:
+        """Take other loaders, the same number of them: they are made anew where their batch size has changed.
+
+        Raises:
+            MisconfigurationException: The number of loaders is another one.
+        """
+        before = len(self.loaders)
+        self._take(loaders)
+        if len(self.loaders) != before:
+            raise MisconfigurationException(
+                f"{self._name} were {before} loaders, and are {len(self.loaders)} with another batch size: the number"
+                " must not depend on the batch size."
+            )
+
+    def _take(self, loaders: Any) -> None:
+        fabric, name, inject = self._fabric, self._name, self._inject
         share = partial(share_loader, strategy=fabric.strategy, share=inject, pad=False)
         self.combined: CombinedLoader | None = None
         if isinstance(loaders, CombinedLoader) and loaders.mode != "sequential":
@@ -59,21 +83,16 @@ class EvaluationData:
                 found = several_loaders(loaders) or [loaders]
             for loader in found:
                 check_loader(loader, name)
-            if overfit:
+            if self._overfit:
                 found = [sequential(loader, "the validation loader") for loader in found]
             turns = name.startswith("predict")  # the outputs of whole batches are put in order again
             self.loaders = [share(p, whole_batches=turns) for p in found]
         self.num_batches: list[float] = []
-        self._name, self._limit = name, limit
-        self._records = False
-        self.indices: list[Any] | None = None
-        """The indices of the samples of the batch that came last; None where :meth:`record` was not called, and of
-        loaders whose samples have no indices."""
         for i, loader in enumerate(self.loaders):
             length = sized_len(loader)
             if length == 0 and fabric.world_size == 1:
                 rank_zero_warn(f"{name}: loader {i} is empty ({describe(loader)}); nothing is evaluated on it.")
-            self.num_batches.append(limit_batches(length, limit, f"limit_{name.split('_')[0]}_batches"))
+            self.num_batches.append(limit_batches(length, self._limit, f"limit_{name.split('_')[0]}_batches"))
 
     def is_shared(self, loader_idx: int) -> bool:
         """Whether the ranks share the samples of a loader out."""

@@ -74,7 +74,6 @@ class Evaluation:
             For every loader the logged names and values; None if the evaluation was interrupted.
         """
         run, name, dispatch, results = self._run, self._name, self._run.dispatch, self._results
-        limits = self.data.num_batches if num_batches is None else num_batches
         hook = f"on_{name}"
         before = run.log_to(results)
         run.changes.modes_before = modes = module_modes(run.module)
@@ -85,6 +84,7 @@ class Evaluation:
                     run.module.eval()
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
+                limits = self.data.num_batches if num_batches is None else num_batches  # hooks may renew the loaders
                 ended, self._asked = True, 0
                 if self._meeting is not None:
                     self._meeting.open()

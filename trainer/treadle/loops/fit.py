@@ -54,6 +54,10 @@ class Parts(Protocol):
     def restoring(self) -> bool:
         """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
 
+    @property
+    def outdated(self) -> bool:
+        """Whether the training loader is to be made anew, because what it depends on has changed."""
+
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
@@ -193,6 +197,11 @@ class FitLoop:
             dispatch.call("on_train_epoch_start")
         run.changes.tell_untrained(run.module, run.optimizers)
         epoch.check_optimization()
+        if self._parts.outdated:
+            epoch.close()
+            self.epoch = renewed = self._parts.make_epoch(run, self)
+            assert renewed is not None
+            epoch = renewed
         if dispatch.refresh("fit") or self._changed:
             self.epoch = epoch = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))

@@ -23,16 +23,19 @@ _NOTHING, _PLAIN, _WEIGHTED = range(3)
 _RULE: Final = "give 'weight' with every loss of a run, on every rank, or with none"
 
 
-def choose_loss_policy(run: Run, on_nonfinite: str | None, root: str) -> LossPolicy:
+def choose_loss_policy(run: Run, on_nonfinite: str | None, root: str, *, alone: bool = False) -> LossPolicy:
     """Choose what becomes of the losses of a run.
 
     Args:
         run: the run.
         on_nonfinite: what happens to losses and gradients that are not finite. Default: nobody looks.
         root: the folder for files of what is not finite.
+        alone: whether each rank runs for itself, so that it must not wait for the losses of others.
     """
     strategy = run.fabric.strategy
     rule: _Rule | None = EngineLosses() if strategy.handles_gradient_accumulation else None
+    if alone and rule is None:
+        rule = LoneLosses()
     losses = Losses(strategy, rule if run.module.automatic_optimization else PlainLosses())
     if on_nonfinite is None:
         return losses
@@ -56,6 +59,18 @@ class PlainLosses:
         """Multiply the gradients where an epoch of unknown length ended before the accumulation was complete."""
         if done != window:
             _multiply(gradients_of(optimizers), window / done)
+        return True
+
+
+class LoneLosses:
+    """Divides each loss by the number of batches, with whatever weight: other ranks may not come to this step."""
+
+    def scale(self, loss: Tensor | None, weight: Any, window: float, first: bool, /) -> Tensor | None:
+        """See :class:`treadle.run.loss.LossPolicy`."""
+        return loss / window if loss is not None and window > 1 else loss
+
+    def prepare(self, optimizers: Sequence[Optimizer], window: float, done: float, /) -> bool:
+        """Leave the gradients as they are."""
         return True
 
 
@@ -194,7 +209,7 @@ def _power_of_two(weight: Tensor) -> Tensor:
     return torch.where(weight > 0, torch.where(mantissa < math.sqrt(0.5), power / 2, power), 1.0)
 
 
-_Rule = PlainLosses | EngineLosses | WeightedLosses
+_Rule = PlainLosses | EngineLosses | LoneLosses | WeightedLosses
 
 
 class Losses:

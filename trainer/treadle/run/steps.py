@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ class StepCounter:
         self._progress, self._module = progress, module
         self._counts: dict[Optimizer, bool] = {}  # the returned optimizers; False while a step is left out
         self._expected: dict[Optimizer, int] = {}  # the number of optimizer steps with the step under way
+        self._handle: Any = None  # of the hook, while steps are counted
         self._others: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepCounter:
@@ -42,6 +43,26 @@ class StepCounter:
     @contextmanager
     def counting(self) -> Generator[None]:
         """While entered, count the steps."""
+        self._handle = register_optimizer_step_post_hook(self._hook())
+        try:
+            yield
+        finally:
+            self._handle.remove()
+            self._handle = None
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """While entered, the steps of trials do not count."""
+        counting = self._handle is not None
+        if counting:
+            self._handle.remove()
+        try:
+            yield
+        finally:
+            if counting:
+                self._handle = register_optimizer_step_post_hook(self._hook())
+
+    def _hook(self) -> Callable[..., None]:
         progress, counts = self._progress, self._counts.get
 
         def stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -54,11 +75,7 @@ class StepCounter:
                 progress.step += 1
                 progress.step_in_epoch += 1
 
-        handle = register_optimizer_step_post_hook(stepped)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return stepped
 
     def _trains_module(self, optimizer: Optimizer) -> bool:
         count = sum(len(group["params"]) for group in optimizer.param_groups)

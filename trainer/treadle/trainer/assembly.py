@@ -78,6 +78,27 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss, steps=steps)
 
 
+def take_over(run: Run, other: ReadyRun, settings: Settings, *, alone: bool) -> ReadyRun:
+    """Let a trial run with the engine and the optimizers of another run, in which the module is set up.
+
+    Schedulers are taken over only where the module steps them itself: a search sets the learning rates.
+
+    Args:
+        run: The trial's run.
+        other: The other run.
+        settings: The trial's.
+        alone: Whether ranks must not wait for each other in a step.
+    """
+    run.changes.begin(run.module)
+    loss = choose_loss_policy(run, settings.on_nonfinite, settings.default_root_dir, alone=alone)
+    transfer = make_transfer(run.module, run.datamodule, run.fabric.device, run.dispatch.run)
+    ready = run.ready(wrapped=other.wrapped, transfer=transfer, loss=loss, steps=StepCounter(run.progress, run.module))
+    _add_optimizers(ready, [each.optimizer for each in other.optimizers])
+    if not run.module.automatic_optimization:
+        run.schedulers.extend(other.schedulers)
+    return ready
+
+
 def set_up_optimizers(run: ReadyRun) -> None:
     """Make the optimizers and schedulers, unless :func:`set_up` has made them."""
     strategy = run.fabric.strategy

@@ -50,11 +50,13 @@ class Fitting:
         controls: Controls,
         signals: Signals,
     ) -> None:
-        self._session, self._run, self._settings = session, run, settings
+        self._session, self._settings = session, settings
         self._given = {"train": train, "val": val}  # loaders, where fit got some
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
+        self.outdated = False
+        """Whether the training loader is to be made anew before the next epoch."""
         self.validates = assembly.may_validate(run, settings, val)
         """Whether fit validates. Known for certain once the validation loaders were asked for."""
         self._validation: Evaluation | None = None
@@ -69,6 +71,11 @@ class Fitting:
     def restoring(self) -> bool:
         """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
         return bool(self._unrestored)
+
+    @property
+    def given(self) -> Any:
+        """The training batches that the user passed; None where data module or module make them."""
+        return self._given["train"]
 
     @property
     def val_check_batch(self) -> float:
@@ -131,6 +138,7 @@ class Fitting:
 
     def make_epoch(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
+        self.outdated = False
         if loop.epoch is not None:
             before, self._data_asked = self.data, False
             self._ask_for_data()
@@ -160,7 +168,7 @@ class Fitting:
     def validation(self, run: ReadyRun) -> Evaluation | None:
         """Give the validation with the loaders that this epoch is to have; None where there are none."""
         epoch, every, before = run.progress.epoch, self._settings.reload_dataloaders_every_n_epochs, self._validation
-        reloads = every and epoch // every != self._loaders_of // every
+        reloads = self._loaders_of < 0 or (every and epoch // every != self._loaders_of // every)
         if self.validates and (before is None or reloads):
             with isolate_rng():  # a resumed run makes them at other times
                 self._renew_validation(run)
@@ -192,6 +200,14 @@ class Fitting:
             for logger in run.loggers:
                 logger.supersede_nothing()
 
+    def renew_loaders(self) -> None:
+        """Have all loaders made anew when they are needed next: a batch size has changed, for example."""
+        if self._epoch is None:
+            self._data_asked, self.data = False, None
+        else:
+            self.outdated = True
+        self._loaders_of = -1
+
     def stopped(self, run: ReadyRun) -> None:
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
         exact = {**self.exact_state(run), "loggers": capture_loggers(run)}
@@ -219,5 +235,7 @@ class Fitting:
 
     def _ask_for_data(self) -> None:
         if not self._data_asked:
-            self.data = assembly.training_data(self._run, self._settings, self._given["train"])
+            run = self._session.run
+            assert run is not None
+            self.data = assembly.training_data(run, self._settings, self._given["train"])
             self._data_asked = True

@@ -153,10 +153,10 @@ def _refuse_optimizer_idx(module: LightningModule) -> None:
             )
 
 
-def check_fit(
-    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+def check_training(
+    module: LightningModule, settings: Settings, train: Any, datamodule: LightningDataModule | None
 ) -> None:
-    """Refuse a fit that cannot work, before it starts."""
+    """Refuse training that cannot work, before it starts."""
     name = type(module).__qualname__
     for needed in ("training_step", "configure_optimizers"):
         if not _has(module, needed):
@@ -167,18 +167,6 @@ def check_fit(
     if not _has_loader("train_dataloader", train, module, datamodule):
         raise MisconfigurationException(
             "fit has no training batches: pass `train_dataloaders`, a `datamodule`, or define `train_dataloader`."
-        )
-    has_val = _has_loader("val_dataloader", val, module, datamodule)
-    if has_val and not _has(module, "validation_step"):
-        rank_zero_warn(
-            f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
-            + _near_method(module, "validation_step"),
-            category=PossibleUserWarning,
-        )
-    elif not has_val and _has(module, "validation_step"):
-        rank_zero_info(
-            f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
-            "`val_dataloaders`."
         )
     if not module.automatic_optimization:
         if settings.gradient_clip_val:
@@ -191,6 +179,25 @@ def check_fit(
                 f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
                 " in `training_step` instead."
             )
+
+
+def check_fit(
+    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Refuse a fit that cannot work, before it starts, and tell of what may not be meant."""
+    check_training(module, settings, train, datamodule)
+    name, has_val = type(module).__qualname__, _has_loader("val_dataloader", val, module, datamodule)
+    if has_val and not _has(module, "validation_step"):
+        rank_zero_warn(
+            f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
+            + _near_method(module, "validation_step"),
+            category=PossibleUserWarning,
+        )
+    elif not has_val and _has(module, "validation_step"):
+        rank_zero_info(
+            f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
+            "`val_dataloaders`."
+        )
     if settings.durations.max_epochs_assumed:
         rank_zero_warn(
             f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
@@ -227,6 +234,18 @@ def check_predict(module: LightningModule, given: Any, datamodule: LightningData
         raise MisconfigurationException(
             "predict has no batches: pass `dataloaders`, a `datamodule`, or define `predict_dataloader`."
         )
+
+
+def check_stage(
+    module: LightningModule, fn: TrainerFn, settings: Settings, given: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Refuse a stage that cannot work, before it starts; ``given``: its loaders, of fit those of training."""
+    if fn is TrainerFn.FITTING:
+        check_training(module, settings, given, datamodule)
+    elif fn is TrainerFn.PREDICTING:
+        check_predict(module, given, datamodule)
+    else:
+        check_evaluation(module, fn, given, datamodule)
 
 
 def check_return_predictions(value: Any, strategy: Strategy) -> None:

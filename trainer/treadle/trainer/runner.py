@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
@@ -14,16 +14,20 @@ from treadle.checkpoint.content import dump_checkpoint, keeping
 from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
 from treadle.checkpoint.loggers import go_on_logging, read_logger_states
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
+from treadle.data.find import find_loaders
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
+from treadle.loops.stopping import Controls
 from treadle.metrics.latest import Metrics
 from treadle.metrics.table import print_results
 from treadle.metrics.values import to_floats
 from treadle.module import LightningDataModule, LightningModule
-from treadle.run.dispatch import with_model_callbacks
+from treadle.run.dispatch import Dispatch, with_model_callbacks
 from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
+from treadle.searches import Snapshot
+from treadle.searches.memory import free_memory
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
@@ -31,7 +35,16 @@ from treadle.trainer.fitting import Fitting
 from treadle.trainer.outcome import launch, raise_asked_for
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
-from treadle_fabric import MisconfigurationException, PathLike, on_rank_zero, rank_zero_info, rank_zero_warn
+from treadle.trainer.trials import LOADERS, Trials, undone
+from treadle_fabric import (
+    Fabric,
+    MisconfigurationException,
+    PathLike,
+    on_rank_zero,
+    rank_zero_info,
+    rank_zero_warn,
+    user_module,
+)
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -39,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Runner", "Source"]
 
+T = TypeVar("T")
 Source: TypeAlias = tuple[PathLike | None, bool | None]
 """Which checkpoint, and whether it must hold nothing but weights and plain data."""
 
@@ -61,6 +75,7 @@ class Runner:
         """The current or last call of a stage."""
         self.fitting: Fitting | None = None
         """The parts of the current or last fit."""
+        self._given: Any = None  # the loaders that the running evaluation got
         environment = self._fabric.strategy.cluster_environment
         self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
         self._fits = Fits()
@@ -78,6 +93,11 @@ class Runner:
     def module(self) -> LightningModule | None:
         """The module of the current or last run."""
         return self.session.module if self.session is not None else None
+
+    @property
+    def signals(self) -> Signals:
+        """The signals that end a fit after the current batch."""
+        return self._signals
 
     @property
     def metrics(self) -> Metrics:
@@ -122,15 +142,16 @@ class Runner:
         return session
 
     @contextmanager
-    def _started(self, session: Session, source: Source) -> Generator[Run]:
-        """Call the hooks before and after a stage; see :class:`Session`."""
+    def _started(self, session: Session, source: Source, *, alone: bool = False) -> Generator[Run]:
+        """Call the hooks before and after a stage; see :class:`Session`. With ``alone`` no callback takes part."""
         trainer = self._trainer
         with session.flagged(self._settings, self._signals):
             results = session.attach(trainer)
-            results.hook = "configure_callbacks"
-            trainer.callbacks = with_model_callbacks(trainer.callbacks, session.module)
-            results.hook = ""
-            if self.state.fn is TrainerFn.FITTING:
+            if not alone:
+                results.hook = "configure_callbacks"
+                trainer.callbacks = with_model_callbacks(trainer.callbacks, session.module)
+                results.hook = ""
+            if self.state.fn is TrainerFn.FITTING and not alone:
                 self._choose_run(session, source[0])
             run = session.start(trainer, results, self.progress, self._settings)
             yield run
@@ -269,6 +290,7 @@ class Runner:
         session = self._open(fn, module, datamodule)
         with session.guarded(self._trainer), self._started(session, source) as run:
             ready = self._prepare(session, run, source)[0]
+            self._given = dataloaders
             data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
             self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
@@ -303,8 +325,138 @@ class Runner:
                 yield None
                 yield from prediction.stream()
 
+    # Searches, and their trials
+
+    def launch_search(self, function: Callable[[Trials], T], module: LightningModule, *args: Any) -> T:
+        """Run :meth:`search` in every process; returns what it returned on rank 0 where the strategy starts them."""
+        if not self._fabric.strategy.launches_function:
+            self._fabric.launch()
+            return self.search(function, module, *args)
+        found: T = self._fabric.launch(partial(_search_in_process, self, function), module._runs, *args)
+        return found
+
+    def search(
+        self,
+        function: Callable[[Trials], T],
+        module: LightningModule,
+        datamodule: LightningDataModule | None,
+        fn: TrainerFn,
+        loaders: Any,
+    ) -> T:
+        """Set up as a stage does, run a search in the place of its batches, and put everything back."""
+        trainer, session = self._trainer, self._open(fn, module, datamodule)
+        snapshot = Snapshot(module, data=[datamodule, loaders])
+        with undone(self._fabric, snapshot), session.guarded(trainer, raises_interrupt=True):
+            with self._started(session, (None, None), alone=True) as run:
+                if fn is TrainerFn.FITTING:
+                    self.fitting = Fitting(
+                        session, run, self._settings, loaders, None, controls=trainer, signals=self._signals
+                    )
+                ready = self._prepare(session, run, (None, None))[0]
+                if fn is TrainerFn.FITTING:
+                    assembly.set_up_optimizers(ready)
+                    ready.dispatch.call("on_fit_start")
+                found = function(Trials(trainer, self, self._settings, loaders, keeps_values=False))
+        if self._fabric.world_size > 1 or self._fabric.device.type != "cpu":
+            self.session = self.fitting = None
+            free_memory()  # the engine of the search, and its buffers
+        return found
+
+    def search_within(self, function: Callable[[Trials], T]) -> T:
+        """Run a search inside of the stage that runs, with its module, engine and optimizers."""
+        given = self.fitting.given if self.state.fn is TrainerFn.FITTING and self.fitting is not None else self._given
+        return function(Trials(self._trainer, self, self._settings, given, keeps_values=True))
+
+    def renew(self, *, loaders: bool) -> bool:
+        """Make anew what depends on an attribute that has changed: before the first batch of a fit its optimizers.
+
+        Args:
+            loaders: Whether the loaders of the running stage depend on it, too.
+
+        Returns:
+            Whether the optimizers were made anew.
+        """
+        run, fitting = self.run, self.fitting
+        assert isinstance(run, ReadyRun)
+        if self.state.fn is TrainerFn.FITTING and fitting is not None:
+            if loaders:
+                fitting.renew_loaders()
+            if fitting.loop is None and run.optimizers and not self._fabric.strategy.sets_up_jointly:
+                run.optimizers.clear()
+                run.schedulers.clear()
+                assembly.set_up_optimizers(run)
+                return True
+        elif loaders:
+            for stage, data in self.session.evaluations.items() if self.session is not None else ():
+                name = f"{stage}_dataloader"
+                data.renew(run.dispatch.run(name, find_loaders, None, name, run.module, run.datamodule))
+        return False
+
+    def _begin_trial(self, other: ReadyRun, *, alone: bool = False) -> ReadyRun:
+        """Begin to run batches with what another run has set up, with counters, metrics and listeners of its own."""
+        trainer = self._trainer
+        self.state = TrainerState(fn=other.state.fn, status=TrainerStatus.RUNNING)
+        self.progress = progress = replace(other.progress)
+        progress.begin_epoch()
+        self.session = session = Session(self._fabric, other.module, other.datamodule, self.state)
+        results = session.attach(trainer)
+        dispatch = Dispatch(trainer, other.module, trainer.callbacks, results)
+        run = Run(
+            self._fabric, other.module, other.datamodule, dispatch, self.state, session.metrics, results, [], progress,
+            list(other.modules),
+        )  # fmt: skip
+        session.run = ready = assembly.take_over(run, other, self._settings, alone=alone)
+        return ready
+
+    def train_trial(self, other: ReadyRun, loaders: Any, bounds: Controls, signals: Signals, *, alone: bool) -> None:
+        """Train with the module, engine and optimizers of another run, until a callback raises what ends the trial.
+
+        Args:
+            other: The other run.
+            loaders: The training batches.
+            bounds: Of the trial.
+            signals: Of the other run.
+            alone: Whether ranks must not wait for each other in a step.
+        """
+        run = self._begin_trial(other, alone=alone)
+        assert self.session is not None
+        self.fitting = Fitting(self.session, run, self._settings, loaders, None, controls=bounds, signals=signals)
+        self.fitting.make_loop(run, {}).run()
+        if run.progress.batches == other.progress.batches:
+            raise MisconfigurationException(
+                "A search needs training batches, and there are none: the loader is empty, or limit_train_batches is 0."
+            )
+
+    def end_trial(self) -> None:
+        """Call the hook that ends what the hook before the first batch has begun."""
+        run = self.run
+        assert run is not None
+        run.dispatch.call("on_train_end")
+
+    def evaluate_trial(self, other: ReadyRun, loaders: Any) -> None:
+        """Validate, test or predict with the module and engine of another run, on the batches that the limits allow."""
+        run, fn = self._begin_trial(other), self.state.fn
+        assert self.session is not None and fn is not None
+        data = self.session.add_evaluation(run, LOADERS[fn], loaders, self._settings)
+        inference = self._settings.inference_mode
+        if fn is TrainerFn.PREDICTING:
+            self.state.stage = RunningStage.PREDICTING
+            Prediction(run, data, inference_mode=inference, keep=False)()
+        else:
+            validating = fn is TrainerFn.VALIDATING
+            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
+            Evaluation(run, data, "validation" if validating else "test", inference_mode=inference)()
+
     def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
         ready = self._prepare(session, run, source)[0]
+        self._given = dataloaders
         data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
         self.state.stage = RunningStage.PREDICTING
         return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
+
+
+def _search_in_process(runner: Runner, function: Callable[[Trials], T], fabric: Fabric, model: Any, *args: Any) -> T:
+    """Run a search in a process that the strategy has started."""
+    module: Any = user_module(model)
+    module._run_as(model)  # sent here, a module has forgotten its compiled form
+    return runner.search(function, module, *args)

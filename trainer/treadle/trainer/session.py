@@ -191,10 +191,14 @@ class Session:
         self.state.status = TrainerStatus.FINISHED
 
     @contextmanager
-    def guarded(self, trainer: Trainer) -> Generator[None]:
+    def guarded(self, trainer: Trainer, *, raises_interrupt: bool = False) -> Generator[None]:
         """Report an error to other ranks, hooks and loggers, and detach the module in any case.
 
         Ctrl-C ends the run without an error. What a user's handler of a signal raised is reported as an error is.
+
+        Args:
+            trainer: The trainer.
+            raises_interrupt: Whether Ctrl-C is raised again, because the caller has nothing to return then.
         """
         strategy = self._fabric.strategy
         try:
@@ -210,7 +214,7 @@ class Session:
             self._failed(error, trainer)
             if together:  # the program that started the ranks may end the others, which still write, after the first
                 meet(strategy)
-            if not interrupted:
+            if not interrupted or raises_interrupt:
                 raise
             self._tell_of_interrupt()
         finally:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
-from treadle.profilers import Profiler
+from treadle.profilers import PassThroughProfiler, Profiler
 from treadle.profilers.choose import choose_profiler
 from treadle.run.layer_sync import LayerSync
 from treadle.run.progress import FitProgress
@@ -26,7 +27,8 @@ from treadle.run.run import ReadyRun, Run
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import preflight
 from treadle.trainer.runner import Runner, Source
-from treadle.trainer.settings import choose_callbacks, choose_loggers, resolve_settings
+from treadle.trainer.settings import Settings, choose_callbacks, choose_loggers, resolve_settings
+from treadle.trainer.trials import Trials, trial_settings
 from treadle.trainer.view import FitLoopView
 from treadle_fabric import (
     Fabric,
@@ -41,6 +43,8 @@ from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Plugin, Strategy
 
 __all__ = ["Trainer"]
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -300,6 +304,60 @@ class Trainer:
         """
         self._ready_run("save_checkpoint", "in or after fit, validate or test")
         self._runner.save(filepath, weights_only=bool(weights_only), storage_options=storage_options)
+
+    # ------------------------------------------------------------------------------------------------ searches
+
+    def search(
+        self,
+        function: Callable[[Trials], T],
+        fn: TrainerFn | None = None,
+        model: Any = None,
+        dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+    ) -> T:
+        """Run a search by trials: batches after which module, optimizers, loaders and this trainer are as before.
+
+        Callbacks and loggers take no part in trials. Inside a run (``fn`` is None), trials are of that run.
+
+        Args:
+            function: the search; it runs in every process, and gets what runs its trials.
+            fn: the stage whose batches are tried.
+            model: as for the method of that stage, as the other arguments are.
+            dataloaders: loaders of that stage.
+            datamodule: gives the loaders instead.
+
+        Returns:
+            What the search returned.
+        """
+        if fn is None:
+            return self._runner.search_within(function)
+        dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
+        module = preflight.check_model(model, fn.value)
+        preflight.check_idle(self.state, fn)
+        preflight.check_loaders(dataloaders=dataloaders)
+        preflight.check_stage(module, fn, self._settings, dataloaders, datamodule)
+        return self.for_trials(trial_settings(self._settings), []).launch_search(
+            function, module, datamodule, fn, dataloaders
+        )
+
+    def renew(self, *, loaders: bool = False) -> bool:
+        """Make anew what depends on an attribute that a callback has changed: before the first batch, the optimizers.
+
+        Args:
+            loaders: whether the loaders of the running stage depend on it, too. Default: False.
+
+        Returns:
+            Whether the optimizers were made anew.
+        """
+        return self._runner.renew(loaders=loaders)
+
+    def for_trials(self, settings: Settings, callbacks: list[Callback]) -> Runner:
+        """Return the runner of a copy of this trainer that shares the runtime, and has no loggers."""
+        trial = copy.copy(self)
+        trial._settings, trial.callbacks, trial._loggers, trial.should_stop = settings, callbacks, [], False
+        trial.profiler = PassThroughProfiler()
+        trial._runner = Runner(trial, settings)
+        return trial._runner
 
     # ------------------------------------------------------------------------------------------------ the parts
 
