@@ -1,6 +1,7 @@
 """Modules that a config made: their hyper-parameters and checkpoints, and the config that is written beside the logs.
 
-Tests of ``treadle.cli.configured.objects``, ``treadle.cli.configured.save_config``, ``treadle.module.configured``.
+Tests of ``treadle.cli.configured.objects``, ``treadle.cli.configured.save_config``,
+``treadle.module.configured.making``.
 """
 
 from __future__ import annotations
