@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from treadle.run.progress import FitProgress, Phase
 from treadle.stages import RunningStage
+from treadle.trainer.fitting import Fitting
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
-    from treadle.trainer.fitting import Fitting
 
 __all__ = ["Counts", "EpochLoopView", "FitLoopView", "Progress"]
 
