@@ -389,3 +389,25 @@ def test_two_ranks_find_the_same(tmp_path: Path) -> None:
     assert zero["lr"] == one["lr"] and len(zero["lr"]["lr"]) == 12
     assert zero["sizes"] == one["sizes"] == [2, 2]
     assert zero["searched"] == zero["untouched"] == one["searched"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("mine")])
+def test_an_error_in_a_search_inside_a_fit_leaves_the_module_as_it_was(error: BaseException) -> None:
+    module = Stateful()
+    module.setup("fit")
+    before, made = held(module), trainer(callbacks=[LearningRateFinder(num_training_steps=12)])
+    Stateful.error = staticmethod(raising(error, 6))
+    try:
+        if isinstance(error, ValueError):
+            with pytest.raises(ValueError, match="mine"):
+                made.fit(module)
+        else:
+            made.fit(module)  # Ctrl-C ends a fit without an error
+    finally:
+        Stateful.error = None
+    assert made.interrupted
+    left = held(module)
+    for name in ("_trainer", "_fabric", "_metrics"):
+        before[""].pop(name), left[""].pop(name)
+    assert left == before
+    assert module.trainer is made
