@@ -23,7 +23,15 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checks import check_integer, check_loss, is_list, is_several, one_or_several, require_package
+from treadle_fabric.checks import (
+    check_integer,
+    check_loss,
+    is_list,
+    is_number,
+    is_several,
+    one_or_several,
+    require_package,
+)
 from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
@@ -201,6 +209,7 @@ __all__ = [
     "has_len",
     "infer_batch_size",
     "is_list",
+    "is_number",
     "is_picklable",
     "is_several",
     "is_wrapped",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import numbers
 import operator
 import sys
 from collections.abc import Iterator, MappingView, Sequence, Set
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from treadle_fabric.errors import MisconfigurationException, MissingPackageError
 
-__all__ = ["check_integer", "check_loss", "is_list", "is_several", "one_or_several", "require_package"]
+__all__ = ["check_integer", "check_loss", "is_list", "is_number", "is_several", "one_or_several", "require_package"]
 
 
 def is_several(value: Any) -> bool:
@@ -69,6 +70,11 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning:
     raise MisconfigurationException(
         f"{name}={value!r} must be an integer{least}{note}: pass a number such as {max(1, minimum or 1)}."
     )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number: an int, a float or one of NumPy's. A bool and a string are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_loss(loss: Tensor, what: str) -> None:

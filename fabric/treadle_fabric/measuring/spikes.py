@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from treadle_fabric.checks import check_integer
+from treadle_fabric.checks import check_integer, is_number
 from treadle_fabric.errors import MisconfigurationException, TrainingSpikeException, describe_error
 from treadle_fabric.fabric import Fabric
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -63,8 +63,10 @@ class SpikeDetection:
         if mode not in ("min", "max"):
             raise MisconfigurationException(f"SpikeDetection(mode={mode!r}): it must be 'min' or 'max'.")
         for name, value in (("atol", atol), ("rtol", rtol)):
-            if value is not None and not value >= 0:
-                raise MisconfigurationException(f"SpikeDetection({name}={value!r}): it must be from 0, or None.")
+            if value is not None and not (is_number(value) and value >= 0):
+                raise MisconfigurationException(
+                    f"SpikeDetection({name}={value!r}): it must be a number from 0, or None."
+                )
         if atol is None and rtol is None:
             raise MisconfigurationException("SpikeDetection: atol and rtol are None, so any loss could be a spike.")
         self.mode = mode

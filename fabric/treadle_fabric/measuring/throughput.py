@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from treadle_fabric.checks import check_integer
+from treadle_fabric.checks import check_integer, is_number
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.fabric import Fabric
 from treadle_fabric.measuring.peak_rates import compute_dtype, get_available_flops
@@ -51,9 +51,9 @@ class Throughput:
         window_size: int = 100,
         separator: str = "/",
     ) -> None:
-        if available_flops is not None and not available_flops > 0:
+        if available_flops is not None and not (is_number(available_flops) and available_flops > 0):
             raise MisconfigurationException(
-                f"Throughput(available_flops={available_flops!r}): it must be more than 0, or None."
+                f"Throughput(available_flops={available_flops!r}): it must be a number above 0, or None."
             )
         self.available_flops = available_flops
         self.separator = separator

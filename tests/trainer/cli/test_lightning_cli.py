@@ -43,6 +43,7 @@ from treadle_fabric import (
     CheckpointIO,
     ClusterEnvironment,
     MisconfigurationException,
+    MissingPackageError,
     Precision,
     TorchCheckpointIO,
 )
@@ -212,6 +213,9 @@ REQUIRED = {
     "MixedPrecision": ["precision=bf16-mixed", "device=cpu"],
     "OnExceptionCheckpoint": ["dirpath=x"],
     "HalfPrecision": ["precision=bf16-true"],
+    "ModelPruning": ["pruning_fn=l1_unstructured"],
+    "StochasticWeightAveraging": ["swa_lrs=0.1"],
+    "ThroughputMonitor": ["batch_size_fn=builtins.len"],
 }
 
 
@@ -235,6 +239,19 @@ def test_what_a_config_can_name_reads_back_the_same(key: str, home: Any, bases: 
         text = parser.dump(parser.parse_args(words), skip_unset=False)
         again = parser.parse_object(yaml.safe_load(text))
         assert parser.dump(again, skip_unset=False) == text and f".{cls.__name__}" in text
+
+
+def test_a_config_makes_every_callback() -> None:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=L.Callback)
+    for cls in named(treadle.callbacks, L.Callback):
+        words = [f"--callback={cls.__name__}", *(f"--callback.{value}" for value in REQUIRED.get(cls.__name__, []))]
+        try:
+            made = parser.instantiate(parser.parse_args(words)).callback
+        except ValueError as error:  # RayTuneReport: its package is not for the default tests
+            assert isinstance(error.__cause__, MissingPackageError), error
+        else:
+            assert type(made) is cls
 
 
 def test_a_config_of_lightning(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

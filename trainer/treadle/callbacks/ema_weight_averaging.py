@@ -8,7 +8,7 @@ import torch
 
 from treadle.callbacks.averaging.rules import Exponential
 from treadle.callbacks.weight_averaging import WeightAveraging
-from treadle_fabric import MisconfigurationException, check_integer
+from treadle_fabric import MisconfigurationException, check_integer, is_number
 
 __all__ = ["EMAWeightAveraging"]
 
@@ -42,7 +42,7 @@ class EMAWeightAveraging(WeightAveraging):
         update_starting_at_epoch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        if not is_number(decay) or not 0 <= decay <= 1:
             raise MisconfigurationException(
                 f"EMAWeightAveraging(decay={decay!r}): it is a number from 0 to 1, such as 0.999, which leaves 99.9% of"
                 " the average at each update."
@@ -55,7 +55,9 @@ class EMAWeightAveraging(WeightAveraging):
         for name, value in numbers.items():
             if value is not None or name == "update_every_n_steps":
                 check_integer(f"EMAWeightAveraging: {name}", value, minimum=0)
-        if given := sorted(kwargs.keys() & {"avg_fn", "multi_avg_fn"}):
+        # a command line gives None for both; jsonargparse understands no loop here
+        rules = {"avg_fn": kwargs.pop("avg_fn", None), "multi_avg_fn": kwargs.pop("multi_avg_fn", None)}
+        if given := [name for name, rule in rules.items() if rule is not None]:
             raise MisconfigurationException(
                 f"EMAWeightAveraging got {given[0]}, and its rule is that of `decay`: for another rule use"
                 f" WeightAveraging({given[0]}=...)."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
 from treadle.module.overriding import overrides
-from treadle_fabric import MisconfigurationException, check_integer, rank_zero_info, rank_zero_warn
+from treadle_fabric import MisconfigurationException, check_integer, is_number, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -273,6 +274,13 @@ class BackboneFinetuning(BaseFinetuning):
             raise MisconfigurationException(
                 f"BackboneFinetuning(lambda_func={lambda_func!r}): it must be a function of the epoch."
             )
+        rates = {"backbone_initial_ratio_lr": backbone_initial_ratio_lr}
+        if backbone_initial_lr is not None:
+            rates["backbone_initial_lr"] = backbone_initial_lr
+        for name, rate in rates.items():
+            if not is_number(rate) or not 0 <= rate < math.inf:
+                raise MisconfigurationException(f"BackboneFinetuning({name}={rate!r}): it must be a number from 0.")
+        check_integer("BackboneFinetuning: rounding", rounding, minimum=0)
         self.unfreeze_backbone_at_epoch = unfreeze_backbone_at_epoch
         self.lambda_func = lambda_func
         self.backbone_initial_ratio_lr = backbone_initial_ratio_lr

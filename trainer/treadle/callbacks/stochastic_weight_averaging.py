@@ -17,7 +17,14 @@ from treadle.callbacks.averaging.weights import AveragedWeights
 from treadle.callbacks.callback import epoch_is_over
 from treadle.module import LRSchedulerConfig
 from treadle.stages import TrainerFn
-from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    check_integer,
+    is_number,
+    near_names,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -275,7 +282,7 @@ def _state(norm: _BatchNorm) -> list[Tensor]:
 
 def _learning_rates(given: Any) -> float | list[float]:
     rates = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    if not rates or not all(isinstance(lr, int | float) and not isinstance(lr, bool) and lr > 0 for lr in rates):
+    if not rates or not all(is_number(lr) and lr > 0 for lr in rates):
         raise MisconfigurationException(
             f"StochasticWeightAveraging(swa_lrs={given!r}): it is a learning rate above 0, or a list of them, one for"
             " each parameter group."

@@ -11,7 +11,7 @@ from treadle.module import LightningDataModule, LightningModule
 from treadle.searches.attributes import Attribute, find_attribute
 from treadle.searches.status import StatusLine
 from treadle.searches.trials import Trials
-from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info
+from treadle_fabric import MisconfigurationException, check_integer, is_number, near_names, rank_zero_info
 
 __all__ = ["BatchSizeSearch", "largest_that_fits"]
 
@@ -62,7 +62,7 @@ class BatchSizeSearch:
         for name in ("steps_per_trial", "init_val", "max_trials", "max_val"):
             check_integer(f"scale_batch_size: {name}", getattr(self, name), minimum=1)
         margin = self.margin
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < 1:
+        if not is_number(margin) or not 0 <= margin < 1:
             raise MisconfigurationException(f"scale_batch_size: margin={margin!r} must be a number from 0 to below 1.")
 
     def attribute(self, module: LightningModule, datamodule: LightningDataModule | None) -> Attribute:

@@ -19,7 +19,14 @@ from treadle.module import LightningModule
 from treadle.searches.attributes import Attribute, find_attribute
 from treadle.searches.status import StatusLine
 from treadle.searches.trials import Trials
-from treadle_fabric import MisconfigurationException, check_integer, near_names, rank_zero_info, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    check_integer,
+    is_number,
+    near_names,
+    rank_zero_info,
+    rank_zero_warn,
+)
 
 __all__ = ["LRFinder", "LRSearch", "go_on_with", "set_learning_rate"]
 
@@ -144,7 +151,7 @@ class LRSearch:
             )
         for name in ("min_lr", "max_lr"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise MisconfigurationException(f"lr_find: {name}={value!r} must be a number above 0.")
         if self.min_lr >= self.max_lr:
             raise MisconfigurationException(
@@ -152,9 +159,7 @@ class LRSearch:
             )
         check_integer("lr_find: num_training", self.num_training, minimum=1)
         threshold = self.early_stop_threshold
-        if threshold is not None and (
-            isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not threshold > 1
-        ):
+        if threshold is not None and not (is_number(threshold) and threshold > 1):
             raise MisconfigurationException(
                 f"lr_find: early_stop_threshold={threshold!r} must be a number above 1, or None to test all rates."
             )

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
-from jsonargparse.typing import class_from_function
+from jsonargparse.typing import class_from_function, register_type
+from torch import device
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +26,7 @@ AUTOMATIC = "AUTOMATIC"
 _KINDS = (Trainer, LightningModule, LightningDataModule, Callback)
 
 set_parsing_settings(config_read_mode_fsspec_enabled=True)  # configs in object stores, like everything else
+register_type(device, deserializer_exceptions=(RuntimeError, TypeError, ValueError))  # by its name, such as cuda:0
 
 
 class LightningArgumentParser(ArgumentParser):
