@@ -6,6 +6,9 @@ import importlib
 
 import pytest
 
+from treadle.callbacks.summary.layers import ModelSummary
+from treadle.utilities import model_summary
+
 TRAINER = """callbacks callbacks.callback callbacks.checkpoint callbacks.early_stopping
     callbacks.gradient_accumulation_scheduler callbacks.lambda_function callbacks.lr_monitor callbacks.model_checkpoint
     callbacks.model_summary callbacks.on_exception_checkpoint callbacks.progress callbacks.progress.progress_bar
@@ -43,3 +46,7 @@ def test_the_class_is_found_there(path: str, name: str) -> None:
     package = importlib.import_module(path.split(".")[0])
     found = getattr(importlib.import_module(path), name)
     assert getattr(package, name, found) is found
+
+
+def test_a_summary_and_the_callback_that_prints_it_have_the_same_name() -> None:
+    assert model_summary.ModelSummary is ModelSummary

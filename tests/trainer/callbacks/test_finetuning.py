@@ -15,7 +15,7 @@ from tests.trainer.models import loader, trainer
 from torch import Tensor, nn
 
 import treadle as L
-from treadle.callbacks import BackboneFinetuning, BaseFinetuning
+from treadle.callbacks import BackboneFinetuning, BaseFinetuning, ModelPruning
 
 
 class Classifier(L.LightningModule):
@@ -101,6 +101,19 @@ def test_a_resumed_run_goes_on_exactly(tmp_path: Path, kind: str) -> None:
         stopped, _ = fit(tmp_path, MAKE[kind](), max_steps=steps)
         stopped.save_checkpoint(path := tmp_path / f"{steps}.ckpt")
         assert_same(everything(*fit(tmp_path, MAKE[kind](), ckpt_path=path)), whole)
+
+
+@pytest.mark.parametrize("pruned_first", [True, False])
+def test_a_pruned_backbone_goes_on_exactly(tmp_path: Path, pruned_first: bool) -> None:
+    def callbacks() -> Any:
+        both = [ModelPruning("l1_unstructured", amount=0.2, parameter_names=["weight"]), backbone(True)]
+        return both if pruned_first else both[::-1]
+
+    whole = fit(tmp_path, callbacks())[1].state_dict()
+    for steps in (3, 6, 9):  # before there are masks, in the epoch of the unfreezing, later
+        stopped, _ = fit(tmp_path, callbacks(), max_steps=steps)
+        stopped.save_checkpoint(path := tmp_path / f"{steps}.ckpt")
+        assert_same(fit(tmp_path, callbacks(), ckpt_path=path)[1].state_dict(), whole)
 
 
 class Saving(L.Callback):

@@ -152,6 +152,8 @@ def test_max_depth(depth: int, names: list[str]) -> None:
 def test_a_wrong_depth_is_refused(depth: Any) -> None:
     with pytest.raises(tr.MisconfigurationException, match=f"max_depth={depth}"):
         ModelSummary(nn.Linear(1, 1), max_depth=depth)
+    with pytest.raises(tr.MisconfigurationException, match=f"max_depth={depth}"):
+        SummaryCallback(depth)
 
 
 def test_shared_parameters_count_once_in_the_total() -> None:

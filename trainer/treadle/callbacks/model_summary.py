@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.summary.formatting import Totals, format_summary, not_counted
 from treadle.callbacks.summary.layers import ModelSummary as Summary
-from treadle_fabric import rank_zero_info
+from treadle_fabric import check_integer, rank_zero_info
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -23,10 +23,15 @@ class ModelSummary(Callback):
     Args:
         max_depth: how many levels of layers to show: 1 for the top level, -1 for all; 0 prints nothing.
         **summarize_kwargs: passed on to :meth:`summarize`.
+
+    Raises:
+        MisconfigurationException: ``max_depth`` is no integer, or below -1.
     """
 
     def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
-        self._max_depth = max_depth
+        self._max_depth = check_integer(
+            "ModelSummary: max_depth", max_depth, minimum=-1, meaning="a number of levels, -1 for all"
+        )
         self._summarize_kwargs = summarize_kwargs
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -64,11 +64,7 @@ class ModelChanges:
 
     def tell_untrained(self, module: nn.Module, optimizers: Sequence[FabricOptimizer]) -> None:
         """Warn of parameters that came, or became trainable, during the run, and that no optimizer has."""
-        new = {
-            name: p
-            for name, p in with_plain_names(module, module.named_parameters())
-            if p.requires_grad and not self._trainable.get(name)
-        }
+        new = {name: p for name, p in _parameters(module) if p.requires_grad and not self._trainable.get(name)}
         if not new or not optimizers:
             return
         held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
@@ -150,7 +146,7 @@ class ModelChanges:
         begun = [[name for name in names if name not in added] for names in have]  # added layers are there at once now
         if have == wanted or begun != self.saved_groups("made", index):
             return
-        parameters = dict(with_plain_names(module, module.named_parameters(remove_duplicate=False)))
+        parameters = dict(_parameters(module, remove_duplicate=False))
         if not all(name in parameters for names in wanted for name in names):
             return
         options = [dict(group) for group in state["param_groups"]]
@@ -206,8 +202,17 @@ class ModelChanges:
 
 def group_names(module: nn.Module, optimizer: Optimizer) -> Groups:
     """Return, for each parameter group, the names of its parameters; empty for one that the module has not."""
-    names = {id(p): name for name, p in with_plain_names(module, module.named_parameters())}
+    names = {id(p): name for name, p in _parameters(module)}
     return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield parameters with plain names; what ``torch.nn.utils.prune`` calls ``weight_orig`` is ``weight``."""
+    buffers = {name for name, _ in with_plain_names(module, module.named_buffers())}
+    found = module.named_parameters(remove_duplicate=remove_duplicate)
+    for name, parameter in with_plain_names(module, found):
+        own = name.removesuffix("_orig")
+        yield own if own != name and f"{own}_mask" in buffers else name, parameter
 
 
 def _shown(names: list[str]) -> str:
@@ -215,7 +220,7 @@ def _shown(names: list[str]) -> str:
 
 
 def _trainable(module: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in with_plain_names(module, module.named_parameters())}
+    return {name: p.requires_grad for name, p in _parameters(module)}
 
 
 def _tracking(module: nn.Module) -> dict[str, bool]:
@@ -226,7 +231,7 @@ def _tracking(module: nn.Module) -> dict[str, bool]:
 
 def _require(module: nn.Module, wanted: Mapping[str, bool]) -> list[str]:
     """Let parameters require gradients or not; return the names of those that changed."""
-    now = dict(with_plain_names(module, module.named_parameters()))
+    now = dict(_parameters(module))
     changed = [name for name, required in wanted.items() if name in now and now[name].requires_grad is not required]
     for name in changed:
         now[name].requires_grad_(wanted[name])

@@ -2,9 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from treadle.callbacks.model_summary import ModelSummary
 from treadle.callbacks.summary.formatting import get_formatted_model_size, get_human_readable_count
-from treadle.callbacks.summary.layers import LayerSummary, parse_batch_shape, summarize
+from treadle.callbacks.summary.layers import LayerSummary, ModelSummary, parse_batch_shape, summarize
 from treadle_fabric import not_yet
 
 __all__ = [
