@@ -14,7 +14,8 @@ TRAINER = """callbacks callbacks.callback callbacks.checkpoint callbacks.early_s
     callbacks.model_summary callbacks.on_exception_checkpoint callbacks.progress callbacks.progress.progress_bar
     callbacks.progress.rich_progress callbacks.progress.tqdm_progress callbacks.rich_model_summary callbacks.timer cli
     callbacks.device_stats_monitor callbacks.finetuning callbacks.prediction_writer callbacks.spike
-    callbacks.throughput_monitor loggers loops plugins.layer_sync trainer utilities utilities.types""".split()
+    callbacks.throughput_monitor loggers loggers.comet loggers.csv_logs loggers.logger loggers.mlflow
+    loggers.tensorboard loggers.wandb loops plugins.layer_sync trainer utilities utilities.types""".split()
 FABRIC = """accelerators accelerators.accelerator accelerators.cpu accelerators.cuda accelerators.mps
     accelerators.registry fabric loggers loggers.logger loggers.tensorboard strategies strategies.ddp
     strategies.parallel strategies.registry strategies.single_device strategies.strategy utilities utilities.seed
@@ -35,6 +36,10 @@ def test_the_path_imports(path: str) -> None:
         ("treadle.callbacks.progress.tqdm_progress", "TQDMProgressBar"),
         ("treadle.callbacks.model_summary", "ModelSummary"),
         ("treadle.trainer", "Trainer"),
+        ("treadle.loggers.csv_logs", "CSVLogger"),
+        ("treadle.loggers.logger", "Logger"),
+        ("treadle.loggers.logger", "rank_zero_experiment"),
+        ("treadle.loggers.tensorboard", "TensorBoardLogger"),
         ("treadle_fabric.fabric", "Fabric"),
         ("treadle_fabric.strategies.ddp", "DDPStrategy"),
         ("treadle_fabric.wrappers", "FabricModule"),
