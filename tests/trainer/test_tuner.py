@@ -295,6 +295,17 @@ def test_a_test_ends_where_the_loss_is_not_finite(tmp_path: Path) -> None:
     assert files() == set()
 
 
+def test_a_flag_is_not_proposed_as_a_learning_rate() -> None:
+    class Plain(Stateful):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adapts = True
+
+    with pytest.raises(MisconfigurationException, match="no attribute 'rate'") as refused:
+        Tuner(trainer()).lr_find(Plain(), attr_name="rate")
+    assert not {"adapts", "training"} & {*str(refused.value).replace(",", "").replace(".", "").split()}
+
+
 def test_wrong_arguments_are_refused_before_any_work() -> None:
     module, tuner = Stateful(), Tuner(trainer())
     wrong: list[tuple[Callable[[], Any], str]] = [

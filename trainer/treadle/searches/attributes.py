@@ -68,7 +68,7 @@ def find_attribute(names: Iterable[str], owners: Iterable[Any], remedy: str) -> 
 
 
 def _plain_names(owner: Any) -> list[str]:
-    return [name for name in vars(owner) if not name.startswith("_")]
+    return [name for name, value in vars(owner).items() if not name.startswith("_") and not isinstance(value, bool)]
 
 
 def _hparams(owner: Any) -> MutableMapping[str, Any]:
