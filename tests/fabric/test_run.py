@@ -165,7 +165,7 @@ UP = "open(f'up_{rank}', 'w').close()\n"
 def test_sigterm_is_passed_on(capfd: pytest.CaptureFixture[str]) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     thread = send_when_up(signal.SIGTERM)
-    handle = "signal.signal(signal.SIGTERM, lambda *_: (print('asked', rank, flush=True), sys.exit(143)))"
+    handle = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'asked %d\\n' % rank), sys.exit(143)))"
     status = run(f"{handle}\n{UP}time.sleep(60)")
     thread.join()
     assert status == 143 and signal.getsignal(signal.SIGTERM) is handler

@@ -244,6 +244,9 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "EarlyStopping": lambda: callbacks.EarlyStopping("loss"),
     "OnExceptionCheckpoint": lambda: callbacks.OnExceptionCheckpoint("."),
     "LambdaCallback": lambda: callbacks.LambdaCallback(on_train_start=print),
+    "ModelPruning": lambda: callbacks.ModelPruning("l1_unstructured", amount=0.5),
+    "OptunaPruning": lambda: callbacks.OptunaPruning(trial(), "loss"),
+    "StochasticWeightAveraging": lambda: callbacks.StochasticWeightAveraging(swa_lrs=0.1),
     # the runtime's
     "Fabric": lambda: set_up()[0],
     "FabricModule": lambda: set_up()[1],
@@ -266,9 +269,15 @@ ABSTRACT = """Accelerator CheckpointIO ClusterEnvironment LRScheduler Launcher L
 Checkpoint""".split()
 OF_THE_PROCESS = """StopAgreement SignalListener ExternalLauncher SpawnLauncher SubprocessLauncher""".split()
 """They are the threads, pipes and children of a process, no state; what holds them leaves them out."""
-ELSEWHERE = """CUDAAccelerator MPSAccelerator KubeflowEnvironment LSFEnvironment MPIEnvironment SLURMEnvironment
-TorchElasticEnvironment""".split()
-"""They need hardware, or a cluster's variables."""
+ELSEWHERE = """CUDAAccelerator MPSAccelerator KubeflowEnvironment LSFEnvironment MPIEnvironment RayTuneReport
+SLURMEnvironment TorchElasticEnvironment""".split()
+"""They need hardware, a cluster's variables or Ray."""
+
+
+def trial() -> Any:
+    optuna = pytest.importorskip("optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study().ask()
 
 
 def begun(loader: Any) -> Any:

@@ -179,7 +179,7 @@ def test_ranks_add_weights_up_without_a_wait(
             parameter.grad = elsewhere(torch.full((2,), 2.0, dtype=dtype))
         losses = WeightedLosses(strategy, reference=4.0)
         losses.scale(elsewhere(torch.tensor(2.0)), own, 1, True)
-        assert losses.prepare(torch.optim.SGD(parameters, lr=1.0), 1, 1)
+        assert losses.prepare([torch.optim.SGD(parameters, lr=1.0)], 1, 1)
         assert sum(device.counts().values()) == waits
     assert sent == [[own, 1.0]]
     gradients = [p.grad.cpu().tolist() for p in parameters if p.grad is not None]

@@ -21,7 +21,7 @@ STEPPING = """optimizer_step optimizer_zero_grad backward configure_gradient_cli
     lr_scheduler_step""".split()
 
 
-class SGD(torch.optim.SGD):
+class RecordedSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         with call("optimizer", "step"):
             return super().step(closure)
@@ -77,7 +77,7 @@ class Model(Net):
     def configure_optimizers(self) -> Any:
         if self.lbfgs:
             return LBFGS(self.parameters(), lr=0.1, max_iter=2)
-        optimizers = [SGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_made)]
+        optimizers = [RecordedSGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_made)]
         if len(optimizers) > 1 or not self.schedulers:
             return optimizers
         return optimizers, [self.scheduler(kind, optimizers[0]) for kind in self.schedulers]

@@ -10,8 +10,6 @@ Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py`
 annotations in ``contracts.py``.
 """
 
-from typing import TYPE_CHECKING
-
 from treadle.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
 from treadle.callbacks.callback import Callback as Callback
 from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
@@ -43,10 +41,3 @@ from treadle.callbacks.stochastic_weight_averaging import StochasticWeightAverag
 from treadle.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
 from treadle.callbacks.timer import Timer as Timer
 from treadle.callbacks.weight_averaging import WeightAveraging as WeightAveraging
-from treadle_fabric import not_yet
-
-if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
-        __name__,
-        {},
-    )
