@@ -28,15 +28,15 @@ class DeviceStatsMonitor(Callback):
             accelerator. Needs psutil.
 
     Raises:
-        MisconfigurationException: When a run begins, the trainer has no logger, or psutil is needed and not installed.
+        MisconfigurationException: When a fit begins, the trainer has no logger, or psutil is needed and not installed.
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
         self._cpu_stats = cpu_stats
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a trainer without loggers, and a missing psutil."""
-        if not trainer.loggers and not trainer.fast_dev_run:
+        """Refuse a fit without loggers, and a missing psutil."""
+        if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
             raise MisconfigurationException(
                 "DeviceStatsMonitor writes to loggers, and the trainer has none: pass `Trainer(logger=True)`, or leave"
                 " the callback out."

@@ -10,7 +10,7 @@ import torch
 
 from treadle.callbacks.callback import Callback
 from treadle.stages import RunningStage
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, rank_zero_warn
 from treadle_fabric.measuring import Throughput, compute_dtype, get_available_flops
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ class ThroughputMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out what the chip can do at most."""
-        if not trainer.loggers and not trainer.fast_dev_run:
-            raise MisconfigurationException(
+        if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
+            rank_zero_warn(
                 "ThroughputMonitor writes to loggers, and the trainer has none: pass `Trainer(logger=True)`, or leave"
                 " the callback out."
             )

@@ -8,7 +8,7 @@ when they are asked for.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from treadle.cli.main import main
+from treadle.cli.main import main as main  # no part of `import *`, which would hide a user's own
 
 if TYPE_CHECKING:
     from treadle.cli.configured import (
@@ -39,7 +39,6 @@ __all__ = [
     "SaveConfigCallback",
     "instantiate_class",
     "instantiate_module",
-    "main",
 ]
 
 
