@@ -23,7 +23,15 @@ from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checks import check_integer, check_loss, is_list, is_several, one_or_several, require_package
+from treadle_fabric.checks import (
+    check_integer,
+    check_loss,
+    is_list,
+    is_several,
+    on_demand,
+    one_or_several,
+    require_package,
+)
 from treadle_fabric.containers import leaves
 from treadle_fabric.coordination import StopAgreement, all_gather_objects, gather_objects, on_rank_zero
 from treadle_fabric.data.loader import FabricDataLoader
@@ -217,6 +225,7 @@ __all__ = [
     "near_names",
     "newest_good",
     "not_yet",
+    "on_demand",
     "on_rank_zero",
     "one_or_several",
     "plain_name",

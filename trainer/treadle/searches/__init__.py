@@ -9,9 +9,25 @@ terminal how far a search has come.
 Imports the runtime, modules and the annotations in ``contracts.py``; callbacks and the tuner stand on it.
 """
 
-from treadle.searches.batch_size import BatchSizeSearch
-from treadle.searches.found import Found
-from treadle.searches.learning_rate import LRFinder, LRSearch
+from typing import TYPE_CHECKING
+
 from treadle.searches.snapshot import Snapshot
+from treadle_fabric import on_demand
+
+if TYPE_CHECKING:
+    from treadle.searches.batch_size import BatchSizeSearch
+    from treadle.searches.found import Found
+    from treadle.searches.learning_rate import LRFinder, LRSearch
 
 __all__ = ["BatchSizeSearch", "Found", "LRFinder", "LRSearch", "Snapshot"]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = on_demand(  # a run without a search needs none of them
+        __name__,
+        {
+            "BatchSizeSearch": "treadle.searches.batch_size",
+            "Found": "treadle.searches.found",
+            "LRFinder": "treadle.searches.learning_rate",
+            "LRSearch": "treadle.searches.learning_rate",
+        },
+    )
