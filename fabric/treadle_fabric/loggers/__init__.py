@@ -1,10 +1,11 @@
 """Loggers, which write metrics and hyper-parameters: one file for each logger.
 
-Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger.
-``scalars.py``, ``hyperparameters.py`` and ``media.py`` turn values into what loggers write, and ``media_files.py``
-writes images and the like as files. ``rewinding.py`` (CSV) and ``event_files.py`` (TensorBoard) take files back to what
-a checkpoint of the run tells. ``service.py`` is the base of the loggers of tracking services, and
-``saved_checkpoints.py`` says which checkpoints these send. Imports only the foundation.
+Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger,
+and ``files.py`` reads and writes files, local or remote. ``scalars.py``, ``hyperparameters.py`` and ``media.py`` turn
+values into what loggers write, and ``media_files.py`` writes images and the like as files. ``rewinding.py`` (CSV) and
+``event_files.py`` (TensorBoard) take files back to what a checkpoint of the run tells. ``service.py`` is the base of
+the loggers of tracking services, and ``saved_checkpoints.py`` says which checkpoints these send. Imports only the
+foundation.
 """
 
 from typing import TYPE_CHECKING
