@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 from jsonargparse.typing import class_from_function, register_type
+from torch import device
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -28,8 +28,8 @@ _KINDS = (Trainer, LightningModule, LightningDataModule, Callback)
 for _package in (callbacks, loggers):  # jsonargparse finds classes by their names alone where they are imported
     for _name in _package.__all__:
         getattr(_package, _name)
-register_type(torch.device, str, torch.device, fail_already_registered=False)  # a configuration has "cuda:0"
 set_parsing_settings(config_read_mode_fsspec_enabled=True)  # configs in object stores, like everything else
+register_type(device, deserializer_exceptions=(RuntimeError, TypeError, ValueError))  # by its name, such as cuda:0
 
 
 class LightningArgumentParser(ArgumentParser):
