@@ -29,6 +29,7 @@ from treadle_fabric.checks import (
     is_list,
     is_number,
     is_several,
+    on_demand,
     one_or_several,
     require_package,
 )
@@ -226,6 +227,7 @@ __all__ = [
     "near_names",
     "newest_good",
     "not_yet",
+    "on_demand",
     "on_rank_zero",
     "one_or_several",
     "plain_name",

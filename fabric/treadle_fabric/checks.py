@@ -6,7 +6,7 @@ import importlib.util
 import numbers
 import operator
 import sys
-from collections.abc import Iterator, MappingView, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +14,16 @@ from torch import Tensor
 
 from treadle_fabric.errors import MisconfigurationException, MissingPackageError
 
-__all__ = ["check_integer", "check_loss", "is_list", "is_number", "is_several", "one_or_several", "require_package"]
+__all__ = [
+    "check_integer",
+    "check_loss",
+    "is_list",
+    "is_number",
+    "is_several",
+    "on_demand",
+    "one_or_several",
+    "require_package",
+]
 
 
 def is_several(value: Any) -> bool:
@@ -115,3 +124,30 @@ def require_package(package: str, wanted_by: str, extra: str, otherwise: str = "
             f"{wanted_by} needs the package {package}, which is not installed: `pip install treadle[{extra}]`."
             + (f" {otherwise}" if otherwise else "")
         )
+
+
+def on_demand(module: str, homes: Mapping[str, str], package: str = "", extra: str = "") -> Callable[[str], Any]:
+    """Make the ``__getattr__`` of a module that imports some of its names when they are first asked for.
+
+    Type checkers get the same names from imports under ``TYPE_CHECKING``, ``import *`` gets them from ``__all__``, and
+    ``dir`` from a ``__dir__`` that the module is given here.
+
+    Args:
+        module: The module's ``__name__``.
+        homes: For each name, the module that has it.
+        package: An optional package that the names need. Default: none.
+        extra: The extra of Treadle that the package belongs to.
+    """
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        if package:
+            require_package(package, f"{module}.{name}", extra)
+        value = getattr(importlib.import_module(homes[name]), name)
+        vars(sys.modules[module])[name] = value  # so that the next one does not ask
+        return value
+
+    there = vars(sys.modules[module])
+    there["__dir__"] = lambda: sorted({*there, *homes})
+    return find

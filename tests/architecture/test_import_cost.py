@@ -43,7 +43,14 @@ HEAVY = [
     "torch_xla",
     "torchmetrics",
     "tqdm",
+    "trackio",
+    "treadle.callbacks.model_pruning",
+    "treadle.callbacks.weight_averaging",
+    "treadle.searches.learning_rate",
+    "treadle_fabric.loggers.wandb",
+    "treadle_fabric.measuring",
     "wandb",
+    "zoneinfo",
 ]
 
 

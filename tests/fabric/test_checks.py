@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from treadle_fabric import MisconfigurationException
-from treadle_fabric.checks import check_integer
+from treadle_fabric import MisconfigurationException, MissingPackageError
+from treadle_fabric.checks import check_integer, on_demand
 
 
 class Index:
@@ -49,3 +51,17 @@ def test_the_message_says_what_special_values_mean_and_a_value_that_is_right() -
         check_integer("n", "x", minimum=-1, meaning="-1 keeps all")
     with pytest.raises(MisconfigurationException, match=r"such as 5\."):
         check_integer("n", 4, minimum=5)
+
+
+def test_names_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("lazy")
+    monkeypatch.setitem(sys.modules, "lazy", module)
+    vars(module)["__getattr__"] = on_demand("lazy", {"Fraction": "fractions"})
+    assert "Fraction" in dir(module) and "Fraction" not in vars(module)
+    assert module.Fraction is __import__("fractions").Fraction and "Fraction" in vars(module)
+    with pytest.raises(AttributeError, match="module 'lazy' has no attribute 'Decimal'"):
+        _ = module.Decimal
+    monkeypatch.setitem(sys.modules, "absent", None)
+    vars(module)["__getattr__"] = on_demand("lazy", {"Thing": "lazy.things"}, "absent", "cli")
+    with pytest.raises(MissingPackageError, match=r"lazy\.Thing needs the package absent.*treadle\[cli\]"):
+        _ = module.Thing

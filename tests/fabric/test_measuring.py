@@ -107,6 +107,8 @@ def test_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rate("Tesla T4", torch.float16) == 65e12 and rate("Tesla V100-SXM2-32GB", torch.float16) == 125e12
     assert rate("NVIDIA H200", torch.float8_e4m3fn) == rate("NVIDIA H200", "int8") == int(1978.9e12)
     assert rate("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
+    assert rate("NVIDIA A100-SXM4-80GB", torch.float64) == 19.5e12, "of its tensor cores, which compute it"
+    assert rate("NVIDIA GH200 144G HBM3e", torch.bfloat16) == int(989.4e12)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -119,7 +121,7 @@ def test_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
             assert rate(other, torch.bfloat16) is None
     with pytest.warns(UserWarning, match="'Tesla T4' has no rate for bfloat16"):
         assert rate("Tesla T4", torch.bfloat16) is None
-    for kind, expected_rate in (("v5litepod-8", 197), ("v6e-8", 918), ("v4-16", 275)):
+    for kind, expected_rate in (("v5litepod-8", 197), ("v3-8", 61.5), ("v6e-8", 918), ("v4-16", 275)):
         monkeypatch.setenv("TPU_ACCELERATOR_TYPE", kind)
         assert get_available_flops(torch.device("xla"), torch.bfloat16) == expected_rate * 1e12
     assert [compute_dtype(p) for p in ("32-true", "bf16-mixed", "16-true", "64-true")] == [

@@ -16,17 +16,31 @@ import pytest
 import torch
 from tests.processes import ROOT
 from tests.trainer.models import Net
+from torch.utils.data import DataLoader
 
-from treadle.callbacks import OptunaPruning, RayTuneReport, RichModelSummary, RichProgressBar, TQDMProgressBar
+import treadle.cli
+from treadle import Trainer
+from treadle.callbacks import (
+    DeviceStatsMonitor,
+    OptunaPruning,
+    RayTuneReport,
+    RichModelSummary,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from treadle.cli.plotting.events import read_scalars
 from treadle.cli.plotting.picture import check_output
+from treadle.module.configured import instantiate_module
+from treadle.searches import LRFinder
 from treadle_fabric import (
     CPUAccelerator,
+    CSVLogger,
     MisconfigurationException,
     MissingPackageError,
     TensorBoardLogger,
     TorchCheckpointIO,
 )
+from treadle_fabric.loggers import CometLogger, MLFlowLogger, TrackioLogger, WandbLogger
 
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Collections of other extras, and what belongs to engines that are still to come.
@@ -39,6 +53,21 @@ def read_yaml() -> None:
     Net.load_from_checkpoint("x.ckpt", hparams_file="hparams.yaml")
 
 
+def monitor_the_device() -> None:
+    Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=CSVLogger("logs"),
+        callbacks=DeviceStatsMonitor(),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(Net(), DataLoader(torch.zeros(2, 4)), DataLoader(torch.zeros(2, 4)))
+
+
+def plot_the_search() -> None:
+    LRFinder("exponential", 1e-3, 1.0, 10).plot()
+
+
 # The extra, the packages that are hidden (the first is named), and what needs them.
 USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("trainer", ("tensorboard", "tensorboardX"), lambda: TensorBoardLogger("logs")),
@@ -47,10 +76,21 @@ USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("trainer", ("rich",), RichProgressBar),
     ("trainer", ("rich",), RichModelSummary),
     ("trainer", ("psutil",), lambda: CPUAccelerator().get_device_stats(torch.device("cpu"))),
+    ("trainer", ("psutil",), monitor_the_device),
+    ("trainer", ("PIL",), lambda: CSVLogger("logs").log_image("x", torch.zeros(1, 2, 2))),
     ("plot", ("matplotlib",), lambda: check_output("x.png")),
+    ("plot", ("matplotlib",), plot_the_search),
     ("tune", ("optuna",), lambda: OptunaPruning(None, "val_loss")),
     ("tune", ("ray",), RayTuneReport),
     ("cli", ("yaml",), read_yaml),
+    ("cli", ("jsonargparse",), lambda: treadle.cli.__getattr__("LightningCLI")),
+    ("cli", ("jsonargparse",), lambda: instantiate_module(Net, {})),
+    ("export", ("onnx",), lambda: Net().to_onnx("x.onnx", torch.zeros(1, 4))),
+    ("export", ("onnxscript",), lambda: Net().to_onnx("x.onnx", torch.zeros(1, 4))),
+    ("wandb", ("wandb",), WandbLogger),
+    ("mlflow", ("mlflow",), MLFlowLogger),
+    ("comet", ("comet_ml",), CometLogger),
+    ("trackio", ("trackio",), lambda: TrackioLogger("x")),
 ]
 
 
@@ -67,7 +107,7 @@ def test_the_command_is_named(
 
 
 def test_the_extra_has_the_package() -> None:
-    brought_along = {"yaml": "jsonargparse"}
+    brought_along = {"yaml": "jsonargparse", "PIL": "tensorboard"}
     for extra, hidden, _ in USERS:
         names = {re.split(r"[\[<>=~]", requirement)[0] for requirement in EXTRAS[extra]}
         assert brought_along.get(hidden[0], hidden[0]) in names

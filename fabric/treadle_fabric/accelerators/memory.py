@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -19,43 +19,51 @@ __all__ = [
 ]
 
 
-def is_oom_error(exception: BaseException) -> bool:
-    """Return whether an exception says that memory ran out, on a device or on the host."""
-    return is_cuda_out_of_memory(exception) or is_cudnn_snafu(exception) or is_out_of_cpu_memory(exception)
+_LIBRARIES: Final = ("CUDNN_STATUS_NOT_SUPPORTED", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Messages of cuDNN and cuBLAS, which find no room for their workspace."""
+_HOST: Final = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""Messages of torch's allocator on the CPU, of Linux and Windows."""
+
+
+def is_oom_error(exception: BaseException | None) -> bool:
+    """Return whether an exception, or what has caused it, says that memory ran out, on a device or on the host."""
+    while exception is not None:
+        if is_cuda_out_of_memory(exception) or is_cudnn_snafu(exception) or is_out_of_cpu_memory(exception):
+            return True
+        exception = exception.__cause__
+    return False
 
 
 def is_cuda_out_of_memory(exception: BaseException) -> bool:
-    """Return whether an exception says that the memory of a device ran out."""
-    if isinstance(exception, torch.OutOfMemoryError):
-        return True
-    text = str(exception)
-    return isinstance(exception, RuntimeError) and "out of memory" in text and ("CUDA" in text or "MPS" in text)
+    """Return whether an exception says that the memory of a device ran out, of CUDA, MPS or XLA."""
+    return isinstance(exception, torch.OutOfMemoryError) or _says(exception, ("out of memory",))
 
 
 def is_cudnn_snafu(exception: BaseException) -> bool:
     """Return whether an exception is one that cuDNN and cuBLAS raise where memory ran out, though it says otherwise."""
-    text = str(exception)
-    return isinstance(exception, RuntimeError) and (
-        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED." in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
-    )
+    return _says(exception, _LIBRARIES)
 
 
 def is_out_of_cpu_memory(exception: BaseException) -> bool:
     """Return whether an exception says that the memory of the host ran out."""
-    return isinstance(exception, MemoryError) or (
-        isinstance(exception, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(exception)
-    )
+    return isinstance(exception, MemoryError) or _says(exception, _HOST)
+
+
+def _says(exception: BaseException, messages: tuple[str, ...]) -> bool:
+    return isinstance(exception, RuntimeError) and any(message in str(exception) for message in messages)
 
 
 def garbage_collection_cuda() -> None:
-    """Collect garbage, and give memory of CUDA devices that is not used back to the driver."""
+    """Collect garbage, and give memory of CUDA and MPS devices that is not used back to the driver."""
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        try:
+    try:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
-        except RuntimeError as error:  # an earlier operation may be reported here
-            if not is_oom_error(error):
-                raise
+        elif torch.backends.mps.is_available():
+            torch.mps.empty_cache()
+    except RuntimeError as error:  # an earlier operation may be reported here
+        if not is_oom_error(error):
+            raise
 
 
 def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:

@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 from torch.nn import Module
 
+from treadle_fabric.checks import require_package
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 from treadle_fabric.loggers.media_files import file_name
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
 from treadle_fabric.loggers.scalars import add_prefix, flat, to_numbers
-from treadle_fabric.loggers.service import ServiceLogger, need_client
+from treadle_fabric.loggers.service import ServiceLogger
 from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["CometLogger"]
@@ -42,7 +43,7 @@ class CometLogger(ServiceLogger):
         **kwargs: For ``comet_ml.ExperimentConfig``, such as ``name``, ``tags`` and ``offline_directory``.
 
     Raises:
-        ModuleNotFoundError: comet_ml is not installed.
+        MissingPackageError: comet_ml is not installed.
         MisconfigurationException: ``mode`` or ``log_model`` has no such value.
     """
 
@@ -60,7 +61,7 @@ class CometLogger(ServiceLogger):
         checkpoint_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        need_client("CometLogger", "comet_ml", "comet")
+        require_package("comet_ml", "CometLogger", "comet")
         if mode not in _MODES:
             raise MisconfigurationException(f"mode={mode!r} must be 'get_or_create', 'get', 'create' or None.")
         super().__init__(prefix, log_model, experiment_key)

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from treadle_fabric.loggers.run_folder import file_system
+from treadle_fabric.loggers.files import file_system
 
 __all__ = ["event_files", "newest_scalars", "rewind_events"]
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treadle_fabric.checks import require_package
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
 
@@ -37,7 +38,7 @@ __all__ = [
 _CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Media:
     """What is recorded under a name at a step; the classes below say of what kind it is.
 
@@ -50,7 +51,7 @@ class Media:
     step: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Images(Media):
     """One or several images.
 
@@ -63,7 +64,7 @@ class Images(Media):
     options: tuple[Mapping[str, Any], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Figure(Media):
     """A figure of matplotlib or Plotly."""
 
@@ -89,14 +90,14 @@ class Figure(Media):
         return Image.open(io.BytesIO(self.encode()))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Text(Media):
     """A text."""
 
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Table(Media):
     """A table: the names of the columns, and rows of that length with cells of any kind."""
 
@@ -119,7 +120,7 @@ class Table(Media):
         return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class File(Media):
     """A file on the local disk."""
 
@@ -137,7 +138,7 @@ def to_images(images: Any, own: Collection[str] = ()) -> tuple[Any, ...]:
 
     Raises:
         MisconfigurationException: An image has another shape or type.
-        ModuleNotFoundError: Pillow is not installed.
+        MissingPackageError: Pillow is not installed.
     """
     if getattr(images, "ndim", None) == 4:
         images = list(images)
@@ -223,10 +224,8 @@ def _package(value: Any) -> str:
 
 
 def _to_image(value: Any) -> Any:
-    try:
-        from PIL import Image  # an extra
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("Images need Pillow, which is not installed: `pip install pillow`.") from None
+    require_package("PIL", "log_image", "trainer", "It is also there after `pip install pillow`.")
+    from PIL import Image  # an extra
 
     if isinstance(value, Image.Image):
         return value

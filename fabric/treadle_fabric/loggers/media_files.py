@@ -6,11 +6,11 @@ import hashlib
 import io
 import os
 import re
-import uuid
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
+from treadle_fabric.loggers.files import exists, write_file
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 
 __all__ = ["as_files", "file_name", "write_media"]
@@ -30,28 +30,9 @@ def write_media(folder: str, media: Media) -> None:
         folder: The folder of the run, a local path or an fsspec URL.
         media: What to write.
     """
-    import fsspec  # heavy
-    from fsspec.implementations.local import LocalFileSystem
-
-    fs, root = fsspec.url_to_fs(folder, use_listings_cache=False)
     for name, content in as_files(media):
-        path = f"{root.rstrip('/')}/media/{name}"
-        if media.step is None:
-            path = _free(fs, path)
-        parent, file_name = path.rsplit("/", 1)
-        fs.makedirs(parent, exist_ok=True)
-        if not isinstance(fs, LocalFileSystem):
-            fs.pipe_file(path, content)
-            continue
-        temporary = f"{parent}/.{file_name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+        path = f"{folder.rstrip('/')}/media/{name}"
+        write_file(_free(path) if media.step is None else path, content)
 
 
 def as_files(media: Media) -> Iterator[tuple[str, bytes]]:
@@ -112,10 +93,10 @@ def _short(part: str, end: str) -> str:
     return f"{cut}-{digest}{end}"
 
 
-def _free(fs: Any, path: str) -> str:
+def _free(path: str) -> str:
     stem, extension = os.path.splitext(path)
     n = 0
-    while fs.exists(path):
+    while exists(path):
         n += 1
         path = f"{stem}-{n}{extension}"
     return path

@@ -13,12 +13,13 @@ import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from treadle_fabric.checks import require_package
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 from treadle_fabric.loggers.media_files import file_name
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
 from treadle_fabric.loggers.scalars import add_prefix, flat, to_numbers
-from treadle_fabric.loggers.service import ServiceLogger, need_client
+from treadle_fabric.loggers.service import ServiceLogger
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
 
 __all__ = ["MLFlowLogger"]
@@ -48,7 +49,7 @@ class MLFlowLogger(ServiceLogger):
         synchronous: Whether a call waits for the server. Default: as MLflow is set up.
 
     Raises:
-        ModuleNotFoundError: mlflow is not installed.
+        MissingPackageError: mlflow is not installed.
         MisconfigurationException: ``log_model`` has no such value.
     """
 
@@ -68,7 +69,7 @@ class MLFlowLogger(ServiceLogger):
         run_id: str | None = None,
         synchronous: bool | None = None,
     ) -> None:
-        need_client("MLFlowLogger", "mlflow", "mlflow")
+        require_package("mlflow", "MLFlowLogger", "mlflow")
         super().__init__(prefix, log_model, run_id)
         self._experiment_name = experiment_name
         self._experiment_id: str | None = None

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from treadle_fabric.loggers.run_folder import RunFolder, read_file
+from treadle_fabric.loggers.files import read_file
+from treadle_fabric.loggers.run_folder import RunFolder
 
 __all__ = ["JOURNAL", "Journal", "Rewound", "cut_journal", "encode", "holds_rows", "rewind"]
 

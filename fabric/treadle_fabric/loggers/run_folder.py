@@ -11,10 +11,11 @@ from datetime import UTC
 from typing import Any, Final
 
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.loggers.files import file_system, read_file, write_file
 from treadle_fabric.loggers.logger import Logger
 from treadle_fabric.types import PathLike
 
-__all__ = ["FolderLogger", "RunFolder", "exists", "file_system", "read_file"]
+__all__ = ["FolderLogger", "RunFolder"]
 
 PARENT: Final = "parent.json"
 """The file that tells which run, and which checkpoint of it, a branch has begun from."""
@@ -126,7 +127,7 @@ class RunFolder:
         """Make the folder if needed, and return its path on the local disk; None if the folder is not local."""
         from fsspec.implementations.local import LocalFileSystem  # heavy
 
-        fs, path = self._file_system(self.path)
+        fs, path = file_system(self.path)
         local = isinstance(fs, LocalFileSystem)
         if local:
             os.makedirs(path, exist_ok=True)
@@ -135,7 +136,7 @@ class RunFolder:
 
     def set_aside(self, name: str) -> str | None:
         """Rename a file that an earlier run left, and return the new name; None if there is no such file."""
-        fs, path = self._file_system(self.file(name))
+        fs, path = file_system(self.file(name))
         if not fs.exists(path):
             return None
         stem, extension = os.path.splitext(path)
@@ -147,25 +148,12 @@ class RunFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file, whole or not at all."""
-        folder = self.local_path()
-        if folder is None:
-            fs, path = self._file_system(self.file(name))
-            fs.makedirs(fs._parent(path), exist_ok=True)
-            fs.pipe_file(path, content)
-            return
-        temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-            os.replace(temporary, os.path.join(folder, name))
-        except BaseException:
-            if os.path.exists(temporary):
-                os.remove(temporary)
-            raise
+        self.local_path()
+        write_file(self.file(name), content)
 
     def upload(self, source: str, name: str) -> None:
         """Copy a local file into the folder."""
-        fs, path = self._file_system(self.file(name))
+        fs, path = file_system(self.file(name))
         fs.makedirs(fs._parent(path), exist_ok=True)
         fs.put_file(source, path)
 
@@ -175,7 +163,7 @@ class RunFolder:
 
     def modified(self, name: str) -> str:
         """Return when a file was written last, in UTC; empty where the file system does not tell."""
-        fs, path = self._file_system(self.file(name))
+        fs, path = file_system(self.file(name))
         try:
             return str(fs.modified(path).astimezone(UTC).isoformat())
         except (NotImplementedError, FileNotFoundError):
@@ -183,7 +171,7 @@ class RunFolder:
 
     def remove(self, name: str) -> None:
         """Remove a file from the folder, if it is there."""
-        fs, path = self._file_system(self.file(name))
+        fs, path = file_system(self.file(name))
         if fs.exists(path):
             fs.rm_file(path)
 
@@ -194,17 +182,13 @@ class RunFolder:
             self.write(PARENT, (json.dumps(parent, indent=2, default=str) + "\n").encode())
 
     def _next_version(self) -> int:
-        fs, path = self._file_system(_join(self.root, self.name))
+        fs, path = file_system(_join(self.root, self.name))
         try:
             names = [os.path.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False)]
         except FileNotFoundError:
             names = []
         taken = [int(match[1]) for name in names if (match := re.fullmatch(r"version_(\d+)", name))]
         return max(taken, default=-1) + 1
-
-    @staticmethod
-    def _file_system(path: str) -> tuple[Any, str]:
-        return file_system(path)
 
 
 class FolderLogger(Logger):
@@ -261,29 +245,6 @@ class FolderLogger(Logger):
     def __getstate__(self) -> dict[str, Any]:
         resumed = None if self._begun else self._resumed  # a copy does not take back what was written since
         return {**self.__dict__, "_experiment": None, "_resumed": resumed}
-
-
-def file_system(path: str) -> tuple[Any, str]:
-    """Return the file system that a local path or a URL belongs to, and the path in it."""
-    import fsspec  # heavy
-
-    fs, where = fsspec.url_to_fs(path, use_listings_cache=False)  # another run may have made a folder since
-    return fs, where
-
-
-def exists(path: str) -> bool:
-    """Tell whether there is something at a local path or a URL."""
-    fs, where = file_system(path)
-    return bool(fs.exists(where))
-
-
-def read_file(path: str) -> bytes | None:
-    """Return what a local or remote file holds; None if there is no such file."""
-    fs, where = file_system(path)
-    try:
-        return bytes(fs.cat_file(where))
-    except FileNotFoundError:
-        return None
 
 
 def _join(*parts: str) -> str:

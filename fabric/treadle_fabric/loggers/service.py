@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,19 +10,7 @@ from treadle_fabric.loggers.logger import Logger, rank_zero_experiment
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint, SavedCheckpoints
 from treadle_fabric.rank_zero import rank_zero_only
 
-__all__ = ["ServiceLogger", "need_client"]
-
-
-def need_client(logger: str, package: str, extra: str) -> None:
-    """Refuse to go on without a client.
-
-    Raises:
-        ModuleNotFoundError: The package is not installed.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(
-            f"{logger} needs {package}, which is not installed. Install it with `pip install treadle[{extra}]`."
-        )
+__all__ = ["ServiceLogger"]
 
 
 class ServiceLogger(Logger):

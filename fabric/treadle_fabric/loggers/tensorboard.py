@@ -17,10 +17,11 @@ from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.checks import require_package
 from treadle_fabric.errors import MisconfigurationException, describe_error
 from treadle_fabric.loggers.event_files import event_files, newest_scalars, rewind_events
+from treadle_fabric.loggers.files import exists
 from treadle_fabric.loggers.hyperparameters import flatten, keep_entries, to_dict, to_yaml
 from treadle_fabric.loggers.logger import rank_zero_experiment
 from treadle_fabric.loggers.media import Figure, Images, Media, Table, Text
-from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder, exists
+from treadle_fabric.loggers.run_folder import FolderLogger, RunFolder
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
 from treadle_fabric.rank_zero import rank_zero_only, rank_zero_warn
 from treadle_fabric.types import PathLike

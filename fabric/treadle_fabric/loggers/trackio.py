@@ -7,11 +7,12 @@ import os
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+from treadle_fabric.checks import require_package
 from treadle_fabric.loggers.hyperparameters import plain, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
 from treadle_fabric.loggers.scalars import add_prefix, flat, to_numbers
-from treadle_fabric.loggers.service import ServiceLogger, need_client
+from treadle_fabric.loggers.service import ServiceLogger
 from treadle_fabric.rank_zero import rank_zero_only
 
 __all__ = ["TrackioLogger"]
@@ -33,7 +34,7 @@ class TrackioLogger(ServiceLogger):
             ("never" by default) says whether a ``name`` that is there already goes on.
 
     Raises:
-        ModuleNotFoundError: trackio is not installed.
+        MissingPackageError: trackio is not installed.
         MisconfigurationException: ``log_model`` has no such value.
     """
 
@@ -49,7 +50,7 @@ class TrackioLogger(ServiceLogger):
         checkpoint_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        need_client("TrackioLogger", "trackio", "trackio")
+        require_package("trackio", "TrackioLogger", "trackio")
         super().__init__(prefix, log_model, name)
         self._project = project
         self._checkpoint_name = checkpoint_name

@@ -13,13 +13,14 @@ from typing import Any, ClassVar, Literal
 
 from torch.nn import Module
 
+from treadle_fabric.checks import require_package
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.loggers.hyperparameters import plain, to_dict
 from treadle_fabric.loggers.media import Figure, File, Images, Media, Table, Text, to_options
 from treadle_fabric.loggers.media_files import file_name
 from treadle_fabric.loggers.saved_checkpoints import SavedCheckpoint
 from treadle_fabric.loggers.scalars import add_prefix, to_numbers
-from treadle_fabric.loggers.service import ServiceLogger, need_client
+from treadle_fabric.loggers.service import ServiceLogger
 from treadle_fabric.rank_zero import rank_zero_info, rank_zero_only
 from treadle_fabric.types import PathLike
 
@@ -53,7 +54,7 @@ class WandbLogger(ServiceLogger):
         **kwargs: For ``wandb.init``, such as ``entity``, ``group``, ``tags``, ``config`` and ``settings``.
 
     Raises:
-        ModuleNotFoundError: wandb is not installed.
+        MissingPackageError: wandb is not installed.
         MisconfigurationException: ``log_model`` or ``add_file_policy`` has no such value.
     """
 
@@ -78,7 +79,7 @@ class WandbLogger(ServiceLogger):
         add_file_policy: Literal["mutable", "immutable"] = "mutable",
         **kwargs: Any,
     ) -> None:
-        need_client("WandbLogger", "wandb", "wandb")
+        require_package("wandb", "WandbLogger", "wandb")
         if add_file_policy not in ("mutable", "immutable"):
             raise MisconfigurationException(f"add_file_policy={add_file_policy!r} must be 'mutable' or 'immutable'.")
         run = experiment.id if experiment is not None else version or id or os.environ.get("WANDB_RUN_ID")

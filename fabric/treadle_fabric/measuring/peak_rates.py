@@ -25,14 +25,14 @@ def _geforce(fp32: float, half: float, **others: float) -> dict[str, float]:
     return _rates(fp32, half, tf32=fp32, **others)
 
 
-_HOPPER: Final = _rates(66.9, 989.4, float64=33.5, tf32=494.7, float8=1978.9, int8=1978.9)
-_HOPPER_NVL: Final = _rates(60, 835.5, float64=30, tf32=417.5, float8=1670.5, int8=1670.5)
-_AMPERE: Final = _rates(19.5, 312, float64=9.7, tf32=156, int8=624)
+_HOPPER: Final = _rates(66.9, 989.4, float64=66.9, tf32=494.7, float8=1978.9, int8=1978.9)
+_HOPPER_NVL: Final = _rates(60, 835.5, float64=60, tf32=417.5, float8=1670.5, int8=1670.5)
+_AMPERE: Final = _rates(19.5, 312, float64=19.5, tf32=156, int8=624)
 
 PEAK_RATES: Final[Mapping[str, Mapping[str, float]]] = {
     # NVIDIA, data centre
-    "b300": _rates(75, 2250, float64=1.2, tf32=1125, float8=4500),
-    "gb300": _rates(80, 2500, float64=1.3, tf32=1250, float8=5000),
+    "b300": _rates(75, 2250, tf32=1125, float8=4500),
+    "gb300": _rates(80, 2500, tf32=1250, float8=5000),
     "b200": _rates(75, 2250, float64=37, tf32=1125, float8=4500, int8=4500),
     "gb200": _rates(80, 2500, float64=40, tf32=1250, float8=5000, int8=5000),
     "h200": _HOPPER,
@@ -40,7 +40,7 @@ PEAK_RATES: Final[Mapping[str, Mapping[str, float]]] = {
     "gh200": _HOPPER,
     "h100": _HOPPER,
     "h100 nvl": _HOPPER_NVL,
-    "h100 pcie": _rates(51.2, 756.5, float64=25.6, tf32=378, float8=1513, int8=1513),
+    "h100 pcie": _rates(51.2, 756.5, float64=51.2, tf32=378, float8=1513, int8=1513),
     "h800": {**_HOPPER, "float64": 1e12},
     "a100": _AMPERE,
     "a100 pcie": _AMPERE,
@@ -48,7 +48,7 @@ PEAK_RATES: Final[Mapping[str, Mapping[str, float]]] = {
     "a800 pcie": _AMPERE,
     "a40": _rates(37.4, 149.7, tf32=74.8, int8=299.3),
     "a10": _rates(31.2, 125, tf32=62.5, int8=250),
-    "a10g": _rates(35, 70, tf32=35, int8=140),
+    "a10g": _rates(None, 70, tf32=35, int8=140),
     "l40s": _rates(91.6, 362.05, tf32=183, float8=733, int8=733),
     "l40": _rates(90.5, 181.05, tf32=90.5, float8=362, int8=362),
     "l4": _rates(30.3, 121, tf32=60, float8=242.5, int8=242.5),
@@ -90,11 +90,11 @@ PEAK_RATES: Final[Mapping[str, Mapping[str, float]]] = {
     "rtx 2060 super": _rates(7.2, float16=28.7, int8=114.9),
     "rtx 2060": _rates(6.5, float16=25.8, int8=103.2),
     # AMD
-    "mi300x": _rates(163.4, 1307.4, float64=81.7, tf32=653.7, float8=2614.9, int8=2614.9),
-    "mi325x": _rates(163.4, 1307.4, float64=81.7, tf32=653.7, float8=2614.9, int8=2614.9),
-    # Google, a chip
-    "tpu v2": _rates(bfloat16=45),
-    "tpu v3": _rates(bfloat16=123),
+    "mi300x": _rates(163.4, 1307.4, float64=163.4, tf32=653.7, float8=2614.9, int8=2614.9),
+    "mi325x": _rates(163.4, 1307.4, float64=163.4, tf32=653.7, float8=2614.9, int8=2614.9),
+    # Google: a device of torch_xla, which is a core of a chip of v2 and v3, and a chip of the others
+    "tpu v2": _rates(bfloat16=22.5),
+    "tpu v3": _rates(bfloat16=61.5),
     "tpu v4": _rates(bfloat16=275, int8=275),
     "tpu v5e": _rates(bfloat16=197, int8=393),
     "tpu v5p": _rates(bfloat16=459, int8=918),
@@ -103,11 +103,11 @@ PEAK_RATES: Final[Mapping[str, Mapping[str, float]]] = {
 """By chip, and by the type of the numbers, operations a second.
 
 Source: the data sheets of the vendors, and for GeForce and TITAN NVIDIA's white papers of the architectures. Rates are
-those of tensor or matrix cores (float64 and float32: of the other cores), dense, without sparsity, at boost clock; of
-half types those whose sums are in float32. A type that is missing is one that the chip has no rate for.
+those of tensor or matrix cores where the chip has these for the type, dense, without sparsity, at boost clock; of half
+types those whose sums are in float32. A type that is missing is one that the chip has no rate for, or no sure one.
 """
 
-_NOISE: Final = re.compile(r"\b(nvidia|tesla|geforce|amd|instinct|google|graphics|oam|ac|sxm\d*|hbm\w*|\d+ ?gb)\b")
+_NOISE: Final = re.compile(r"\b(nvidia|tesla|geforce|amd|instinct|google|graphics|oam|ac|sxm\d*|hbm\w*|\d+ ?gb?)\b")
 _TPUS: Final = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6": "v6e"}
 _OF_PRECISION: Final[Mapping[str, torch.dtype | str]] = {
     "64": torch.float64,

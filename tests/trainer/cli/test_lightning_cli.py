@@ -85,6 +85,17 @@ def test_arguments_of_our_own_trainer_are_there_with_their_help(capsys: pytest.C
     assert "--model.hidden HIDDEN The width. (type: int, default: 8)" in said
 
 
+def test_a_name_alone_is_enough_for_all_callbacks_and_loggers() -> None:
+    """Also for those that a program imports only where it uses them."""
+    names = ["DeviceStatsMonitor", "StochasticWeightAveraging"]
+    words = [*(f"--trainer.callbacks+={name}" for name in names), "--trainer.callbacks.swa_lrs=0.1"]
+    made = cli(*words, "--trainer.logger=WandbLogger", save_config_callback=None)
+    assert [type(each).__name__ for each in made.trainer.callbacks][:2] == names
+    assert type(made.trainer.logger).__name__ == "WandbLogger"
+    assert made.config.trainer.callbacks[1].init_args.device == torch.device("cpu")
+    assert "device: cpu\n" in made.parser.dump(made.config)
+
+
 def test_classes_by_path_or_name() -> None:
     made = cli(
         "--trainer.callbacks=EarlyStopping",
@@ -521,7 +532,7 @@ def test_without_the_extra() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], env=importing_tests(), capture_output=True, text=True, timeout=60
     )
-    assert "treadle.cli.LightningCLI needs the package 'jsonargparse'" in done.stdout, done.stderr
+    assert "treadle.cli.LightningCLI needs the package jsonargparse" in done.stdout, done.stderr
     assert "pip install treadle[cli]" in done.stdout
 
 

@@ -6,6 +6,7 @@ Tests of ``treadle.cli.configured.objects``, ``treadle.cli.configured.save_confi
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.trainer.cli.programs import Data, Net, WithOptimizer, cli
 
 import treadle as L
 from treadle.cli import LightningCLI, SaveConfigCallback, instantiate_module
-from treadle.loggers import CSVLogger
+from treadle.loggers import CSVLogger, Logger
 from treadle_fabric import CheckpointUnsafeError, MisconfigurationException
 
 MAKER = "treadle.cli.instantiate_module"
@@ -163,21 +164,22 @@ def test_the_config_is_written_once_and_reads_back() -> None:
     assert written.parent.name == "version_1" and written.read_text() == path.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*metrics.csv. is there already:UserWarning")
 def test_another_config_is_not_overwritten() -> None:
     kwargs: Any = {"model": WithOptimizer, "run": True}
-    made = cli("fit", **kwargs)  # without a logger the folder is default_root_dir
+    words = ["fit", *(f"--trainer.logger{more}" for more in ("=CSVLogger", ".save_dir=logs", ".version=0"))]
+    made = cli(*words, **kwargs)
     made.trainer.save_checkpoint("last.ckpt")
     folder = Path(made.trainer.log_dir or "")
-    assert folder == Path.cwd()
     before = (folder / "config.yaml").read_text()
     with pytest.raises(MisconfigurationException, match=r"has the config of another run.*'overwrite': True"):
-        cli("fit", **kwargs)
+        cli(*words, **kwargs)
     assert (folder / "config.yaml").read_text() == before
     for _ in range(2):  # the run goes on, with a config of its own
-        cli("fit", "--ckpt_path=last.ckpt", "--trainer.max_epochs=2", **kwargs)
+        cli(*words, "--ckpt_path=last.ckpt", "--trainer.max_epochs=2", **kwargs)
     assert sorted(each.name for each in folder.glob("config*")) == ["config.yaml", "config_1.yaml"]
     assert yaml.safe_load((folder / "config_1.yaml").read_text())["trainer"]["max_epochs"] == 2
-    cli("fit", "--model.hidden=2", save_config_kwargs={"overwrite": True}, **kwargs)
+    cli(*words, "--model.hidden=2", save_config_kwargs={"overwrite": True}, **kwargs)
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["hidden"] == 2
 
 
@@ -235,3 +237,38 @@ def test_a_module_without_arguments() -> None:
 
     assert instantiate_module(Bare, {}).hparams.hidden == 8
     assert dict(cli(model=Bare).model.hparams)["hidden"] == 8
+
+
+class Numbers(Logger):
+    """Writes no files, as the loggers of services."""
+
+    runs = itertools.count()
+
+    def __init__(self) -> None:
+        self._version = f"run{next(self.runs)}"
+
+    @property
+    def name(self) -> str:
+        return "net"
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
+
+
+def test_the_config_of_a_run_without_a_folder_of_its_own() -> None:
+    """It never meets a file of the user's, such as the config that was read, nor the config of another run."""
+    given = "model:\n  hidden: 3\n"
+    Path("config.yaml").write_text(given)
+    kwargs: Any = {"model": WithOptimizer, "run": True}
+    for _ in range(2):
+        cli("fit", "--config=config.yaml", f"--trainer.logger={Numbers.__module__}.Numbers", **kwargs)
+    assert len(list(Path("net").glob("run*/config.yaml"))) == 2
+    for epochs in ("2", "2", "3"):
+        cli("fit", "--config=config.yaml", f"--trainer.max_epochs={epochs}", **kwargs)
+    assert sorted(each.name for each in Path().glob("config*")) == ["config.yaml", "config_1.yaml", "config_2.yaml"]
+    assert Path("config.yaml").read_text() == given

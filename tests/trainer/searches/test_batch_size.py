@@ -1,6 +1,6 @@
 """The search for a batch size as an algorithm, and what counts as full memory.
 
-Tests of ``treadle.searches.batch_size``, ``treadle.searches.memory``.
+Tests of ``treadle.searches.batch_size``, ``treadle_fabric.accelerators.memory``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from treadle.searches.batch_size import BatchSizeSearch, largest_that_fits
-from treadle.searches.memory import is_out_of_memory
 from treadle_fabric import MisconfigurationException
+from treadle_fabric.accelerators import is_oom_error
 
 
 def search(room: int, samples: int | None = None, **options: Any) -> tuple[int, list[int]]:
@@ -84,10 +84,10 @@ def caused_by_full_memory() -> Exception:
     ],
 )
 def test_errors_of_full_memory(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
+    assert is_oom_error(error) is expected
 
 
 def test_the_allocator_of_the_cpu_says_that_memory_is_full() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 60, dtype=torch.uint8)
-    assert is_out_of_memory(raised.value)
+    assert is_oom_error(raised.value)

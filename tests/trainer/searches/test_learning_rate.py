@@ -69,8 +69,8 @@ def test_the_picture_marks_the_suggestion_on_a_log_axis(tmp_path: Path) -> None:
 
 
 def test_a_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install treadle\[plot\]"):
         finder([1.0, 1.0]).plot()
 
 

@@ -10,34 +10,85 @@ Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py`
 annotations in ``contracts.py``.
 """
 
-from treadle.callbacks.batch_size_finder import BatchSizeFinder as BatchSizeFinder
-from treadle.callbacks.callback import Callback as Callback
-from treadle.callbacks.checkpoint import Checkpoint as Checkpoint
-from treadle.callbacks.device_stats_monitor import DeviceStatsMonitor as DeviceStatsMonitor
-from treadle.callbacks.early_stopping import EarlyStopping as EarlyStopping
-from treadle.callbacks.ema_weight_averaging import EMAWeightAveraging as EMAWeightAveraging
-from treadle.callbacks.finetuning import BackboneFinetuning as BackboneFinetuning
-from treadle.callbacks.finetuning import BaseFinetuning as BaseFinetuning
-from treadle.callbacks.gradient_accumulation_scheduler import (
-    GradientAccumulationScheduler as GradientAccumulationScheduler,
-)
-from treadle.callbacks.lambda_function import LambdaCallback as LambdaCallback
-from treadle.callbacks.lr_finder import LearningRateFinder as LearningRateFinder
-from treadle.callbacks.lr_monitor import LearningRateMonitor as LearningRateMonitor
-from treadle.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
-from treadle.callbacks.model_pruning import ModelPruning as ModelPruning
-from treadle.callbacks.model_summary import ModelSummary as ModelSummary
-from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint as OnExceptionCheckpoint
-from treadle.callbacks.optuna_pruning import OptunaPruning as OptunaPruning
-from treadle.callbacks.prediction_writer import BasePredictionWriter as BasePredictionWriter
-from treadle.callbacks.progress import PlainProgressBar as PlainProgressBar
-from treadle.callbacks.progress import ProgressBar as ProgressBar
-from treadle.callbacks.progress import RichProgressBar as RichProgressBar
-from treadle.callbacks.progress import TQDMProgressBar as TQDMProgressBar
-from treadle.callbacks.ray_tune_report import RayTuneReport as RayTuneReport
-from treadle.callbacks.rich_model_summary import RichModelSummary as RichModelSummary
-from treadle.callbacks.spike import SpikeDetection as SpikeDetection
-from treadle.callbacks.stochastic_weight_averaging import StochasticWeightAveraging as StochasticWeightAveraging
-from treadle.callbacks.throughput_monitor import ThroughputMonitor as ThroughputMonitor
-from treadle.callbacks.timer import Timer as Timer
-from treadle.callbacks.weight_averaging import WeightAveraging as WeightAveraging
+from typing import TYPE_CHECKING
+
+from treadle.callbacks.callback import Callback
+from treadle.callbacks.checkpoint import Checkpoint
+from treadle.callbacks.early_stopping import EarlyStopping
+from treadle.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
+from treadle.callbacks.lambda_function import LambdaCallback
+from treadle.callbacks.lr_monitor import LearningRateMonitor
+from treadle.callbacks.model_checkpoint import ModelCheckpoint
+from treadle.callbacks.model_summary import ModelSummary
+from treadle.callbacks.on_exception_checkpoint import OnExceptionCheckpoint
+from treadle.callbacks.prediction_writer import BasePredictionWriter
+from treadle.callbacks.progress import PlainProgressBar, ProgressBar, RichProgressBar, TQDMProgressBar
+from treadle.callbacks.rich_model_summary import RichModelSummary
+from treadle.callbacks.timer import Timer
+from treadle_fabric import on_demand
+
+if TYPE_CHECKING:
+    from treadle.callbacks.batch_size_finder import BatchSizeFinder
+    from treadle.callbacks.device_stats_monitor import DeviceStatsMonitor
+    from treadle.callbacks.ema_weight_averaging import EMAWeightAveraging
+    from treadle.callbacks.finetuning import BackboneFinetuning, BaseFinetuning
+    from treadle.callbacks.lr_finder import LearningRateFinder
+    from treadle.callbacks.model_pruning import ModelPruning
+    from treadle.callbacks.optuna_pruning import OptunaPruning
+    from treadle.callbacks.ray_tune_report import RayTuneReport
+    from treadle.callbacks.spike import SpikeDetection
+    from treadle.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
+    from treadle.callbacks.throughput_monitor import ThroughputMonitor
+    from treadle.callbacks.weight_averaging import WeightAveraging
+
+__all__ = [
+    "BackboneFinetuning",
+    "BaseFinetuning",
+    "BasePredictionWriter",
+    "BatchSizeFinder",
+    "Callback",
+    "Checkpoint",
+    "DeviceStatsMonitor",
+    "EMAWeightAveraging",
+    "EarlyStopping",
+    "GradientAccumulationScheduler",
+    "LambdaCallback",
+    "LearningRateFinder",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelPruning",
+    "ModelSummary",
+    "OnExceptionCheckpoint",
+    "OptunaPruning",
+    "PlainProgressBar",
+    "ProgressBar",
+    "RayTuneReport",
+    "RichModelSummary",
+    "RichProgressBar",
+    "SpikeDetection",
+    "StochasticWeightAveraging",
+    "TQDMProgressBar",
+    "ThroughputMonitor",
+    "Timer",
+    "WeightAveraging",
+]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = on_demand(  # few programs use them, and each import takes time
+        __name__,
+        {
+            "BackboneFinetuning": "treadle.callbacks.finetuning",
+            "BaseFinetuning": "treadle.callbacks.finetuning",
+            "BatchSizeFinder": "treadle.callbacks.batch_size_finder",
+            "DeviceStatsMonitor": "treadle.callbacks.device_stats_monitor",
+            "EMAWeightAveraging": "treadle.callbacks.ema_weight_averaging",
+            "LearningRateFinder": "treadle.callbacks.lr_finder",
+            "ModelPruning": "treadle.callbacks.model_pruning",
+            "OptunaPruning": "treadle.callbacks.optuna_pruning",
+            "RayTuneReport": "treadle.callbacks.ray_tune_report",
+            "SpikeDetection": "treadle.callbacks.spike",
+            "StochasticWeightAveraging": "treadle.callbacks.stochastic_weight_averaging",
+            "ThroughputMonitor": "treadle.callbacks.throughput_monitor",
+            "WeightAveraging": "treadle.callbacks.weight_averaging",
+        },
+    )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric import CPUAccelerator, MisconfigurationException
+from treadle_fabric import CPUAccelerator, MisconfigurationException, require_package
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -28,7 +27,8 @@ class DeviceStatsMonitor(Callback):
             accelerator. Needs psutil.
 
     Raises:
-        MisconfigurationException: When a fit begins, the trainer has no logger, or psutil is needed and not installed.
+        MisconfigurationException: When a fit begins, the trainer has no logger.
+        MissingPackageError: When a run begins, psutil is needed and not installed.
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
@@ -42,11 +42,9 @@ class DeviceStatsMonitor(Callback):
                 " the callback out."
             )
         on_cpu = trainer.strategy.root_device.type == "cpu"
-        if (self._cpu_stats or (self._cpu_stats is None and on_cpu)) and find_spec("psutil") is None:
-            raise MisconfigurationException(
-                f"DeviceStatsMonitor(cpu_stats={self._cpu_stats}) reads the load of the CPU, which needs psutil, and"
-                " psutil is not installed: pip install treadle[trainer] (or psutil), or pass cpu_stats=False."
-            )
+        if self._cpu_stats or (self._cpu_stats is None and on_cpu):
+            asked = f"DeviceStatsMonitor(cpu_stats={self._cpu_stats})"
+            require_package("psutil", asked, "trainer", "With cpu_stats=False it is not needed.")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log at the first batch of a step at which the loggers write."""

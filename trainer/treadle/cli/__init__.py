@@ -5,10 +5,10 @@ Start with ``main.py`` for the command; each file beside it is one sub-command. 
 when they are asked for.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treadle.cli.main import main as main  # no part of `import *`, which would hide a user's own
+from treadle_fabric import on_demand
 
 if TYPE_CHECKING:
     from treadle.cli.configured import (
@@ -42,17 +42,5 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        home = importlib.import_module("treadle.cli.configured")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "treadle":
-            raise
-        raise ModuleNotFoundError(
-            f"treadle.cli.{name} needs the package {error.name!r}, which is not installed: `pip install treadle[cli]`.",
-            name=error.name,
-        ) from None
-    value = globals()[name] = getattr(home, name)
-    return value
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = on_demand(__name__, dict.fromkeys(__all__, "treadle.cli.configured"), "jsonargparse", "cli")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.utils.rnn import PackedSequence
 
 from treadle.metrics.sinks import silenced
 from treadle.module.modes import module_modes, restore_modes
-from treadle_fabric import MisconfigurationException, move_data_to_device
+from treadle_fabric import MisconfigurationException, move_data_to_device, require_package
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
@@ -26,11 +25,7 @@ def export_to_onnx(module: LightningModule, file_path: Any, input_sample: Any, *
             "to_onnx needs an input of `forward`: pass `input_sample`, or set `self.example_input_array`."
         )
     for package in ("onnx", "onnxscript") if kwargs.get("dynamo", True) else ("onnx",):
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"to_onnx needs the package {package}, which is not installed: `pip install treadle[export]`.",
-                name=package,
-            )
+        require_package(package, "to_onnx", "export")
     import torch.onnx  # heavy
 
     sample = move_data_to_device(sample, module.device)

@@ -515,7 +515,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
         Raises:
             MisconfigurationException: There is no input.
-            ModuleNotFoundError: A package that the exporter needs is not installed.
+            MissingPackageError: A package that the exporter needs is not installed.
         """
         return export_to_onnx(self, file_path, input_sample, **kwargs)
 

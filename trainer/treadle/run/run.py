@@ -26,7 +26,7 @@ from treadle_fabric.loggers import Logger
 __all__ = ["ReadyRun", "Run"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Run:
     """The parts of a fit, validate, test or predict that exist before the module is set up; hooks can be called."""
 
@@ -114,7 +114,7 @@ class Run:
         return ReadyRun(**{each.name: getattr(self, each.name) for each in fields(Run)}, **parts)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ReadyRun(Run):
     """A run whose module is on its device and in its engine: batches can be run."""
 

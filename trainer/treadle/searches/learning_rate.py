@@ -108,7 +108,7 @@ class LRFinder:
             The figure.
 
         Raises:
-            ModuleNotFoundError: matplotlib is not installed.
+            MissingPackageError: matplotlib is not installed.
         """
         from treadle.searches.plot import plot_range_test  # matplotlib is heavy, and an extra
 

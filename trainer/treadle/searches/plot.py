@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from treadle_fabric import require_package
+
 __all__ = ["plot_range_test"]
 
 
@@ -22,14 +24,11 @@ def plot_range_test(
         ax: The axes to draw on; None for a new figure.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
-    try:
-        import matplotlib.pyplot as plt  # heavy, and an extra
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Plots need matplotlib: `pip install matplotlib`, or `pip install treadle[demo]`."
-        ) from error
+    require_package("matplotlib", "The plot of a range test", "plot")
+    import matplotlib.pyplot as plt  # heavy, and an extra
+
     rates, losses = results["lr"], results["loss"]
     if ax is None:
         figure, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")

@@ -27,7 +27,6 @@ from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.searches import Snapshot
-from treadle.searches.memory import free_memory
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
@@ -45,6 +44,7 @@ from treadle_fabric import (
     rank_zero_warn,
     user_module,
 )
+from treadle_fabric.accelerators import garbage_collection_cuda
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ class Runner:
                 found = function(Trials(trainer, self, self._settings, loaders, keeps_values=False))
         if self._fabric.world_size > 1 or self._fabric.device.type != "cpu":
             self.session = self.fitting = None
-            free_memory()  # the engine of the search, and its buffers
+            garbage_collection_cuda()  # the engine of the search, and its buffers
         return found
 
     def search_within(self, function: Callable[[Trials], T]) -> T:

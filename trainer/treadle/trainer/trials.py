@@ -22,10 +22,10 @@ from treadle.module import LightningDataModule, LightningModule
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.searches import Snapshot
-from treadle.searches.memory import free_memory, is_out_of_memory
 from treadle.stages import TrainerFn, TrainerState
 from treadle.trainer.settings import Settings
 from treadle_fabric import Fabric, MisconfigurationException, isolate_rng
+from treadle_fabric.accelerators import garbage_collection_cuda, is_oom_error
 from treadle_fabric.data import CombinedLoader, copy_loader, sized_len
 
 if TYPE_CHECKING:
@@ -243,11 +243,11 @@ class Trials:
             try:
                 failed = self._try_batches(steps)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_oom_error(error):
                     raise
                 failed = True
         if failed or self._run.fabric.device.type != "cpu":
-            free_memory()  # an error has held the frames in which memory became full
+            garbage_collection_cuda()  # an error has held the frames in which memory became full
         return not self._run.fabric.strategy.reduce_boolean_decision(failed, all=False)
 
     def _try_batches(self, steps: int) -> bool:
@@ -328,7 +328,7 @@ class _Guard:
             try:
                 return step(*args, **kwargs)
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_oom_error(error):
                     raise
                 self.failed = True
                 return None

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from treadle_fabric.checkpoint.values import numpy_kinds, omegaconf_kinds
-from treadle_fabric.checkpoint.values.standard_kinds import KINDS
+from treadle_fabric.checkpoint.values.standard_kinds import kind_named, kind_of
 
 __all__ = ["classes_beside", "make_kind", "take_kind"]
-_BY_NAME: Final = {kind.name: kind for kind in KINDS.values()}
 _LIBRARIES: Final[dict[str, Any]] = {"numpy": numpy_kinds, "omegaconf": omegaconf_kinds}
 
 
@@ -20,7 +19,7 @@ def take_kind(value: Any) -> tuple[str, Any, Any] | None:
     Raises:
         NoPlainFormError: This value has no plain form.
     """
-    kind = KINDS.get(type(value))
+    kind = kind_of(type(value))
     if kind is not None:
         return kind.name, *kind.take(value)
     for library, kinds in _LIBRARIES.items():
@@ -44,5 +43,5 @@ def make_kind(name: str, content: Any, more: Any, classes: Mapping[Any, type] | 
     """
     library = _LIBRARIES.get(name.partition(".")[0])
     if library is None:
-        return _BY_NAME[name].make(content, more)
+        return kind_named(name).make(content, more)
     return library.make(name, content, more) if not classes else library.make(name, content, more, classes)

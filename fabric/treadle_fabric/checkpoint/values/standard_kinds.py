@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import array
 import datetime
+import importlib
 import io
 import random
 import re
+import sys
 import zlib
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, Final
 from uuid import UUID
-from zoneinfo import ZoneInfo
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -28,7 +27,7 @@ from treadle_fabric.accelerators import count_devices, with_index
 from treadle_fabric.attribute_dict import AttributeDict
 from treadle_fabric.rank_zero import rank_zero_warn
 
-__all__ = ["KINDS", "Kind", "NoPlainFormError"]
+__all__ = ["Kind", "NoPlainFormError", "kind_named", "kind_of"]
 
 
 class NoPlainFormError(Exception):
@@ -87,8 +86,8 @@ def _make_defaultdict(content: dict[Any, Any], factory: str) -> Any:
 def _zone(zone: datetime.tzinfo | None) -> Any:
     if zone is None:
         return None
-    if type(zone) is ZoneInfo and zone.key is not None:
-        return zone.key
+    if kind_of(type(zone)) is _LATER["zoneinfo.ZoneInfo"] and (key := getattr(zone, "key", None)) is not None:
+        return key
     if type(zone) is datetime.timezone:
         offset = zone.utcoffset(None)
         name = zone.tzname(None)
@@ -98,7 +97,7 @@ def _zone(zone: datetime.tzinfo | None) -> Any:
 
 def _zone_from(kept: Any) -> datetime.tzinfo | None:
     if kept is None or isinstance(kept, str):
-        return None if kept is None else ZoneInfo(kept)
+        return None if kept is None else _imported("zoneinfo.ZoneInfo")(kept)
     days, seconds, microseconds, *name = kept
     offset = datetime.timedelta(days, seconds, microseconds)
     return datetime.timezone(offset, *name) if name or offset else datetime.UTC
@@ -157,7 +156,7 @@ _FORMATS: Final = {
 }
 _PATH: Final = _simple("Path", str, Path)
 
-_KINDS: Final[dict[type, Kind]] = {
+_KINDS: Final[Mapping[type, Kind]] = {
     PosixPath: _PATH,
     WindowsPath: _PATH,
     PurePosixPath: _simple("PurePosixPath", str, PurePosixPath),
@@ -176,18 +175,45 @@ _KINDS: Final[dict[type, Kind]] = {
     random.Random: _simple("Random", random.Random.getstate, _make_random),
     array.array: Kind("array", lambda v: (v.tolist(), v.typecode), lambda content, code: array.array(code, content)),
     re.Pattern: Kind("pattern", lambda v: (v.pattern, v.flags), _make_pattern),
-    Decimal: _simple("Decimal", str, Decimal),
-    Fraction: _simple("Fraction", lambda v: [v.numerator, v.denominator], lambda c: Fraction(*c)),
     UUID: _simple("UUID", str, UUID),
     datetime.timedelta: _simple("timedelta", _delta, lambda c: datetime.timedelta(*c)),
     datetime.date: _simple("date", datetime.date.isoformat, datetime.date.fromisoformat),
     datetime.datetime: Kind("datetime", _take_moment, _make_moment(datetime.datetime)),
     datetime.time: Kind("time", _take_moment, _make_moment(datetime.time)),
     datetime.timezone: _simple("timezone", _zone, _zone_from),
-    ZoneInfo: _simple("ZoneInfo", _zone, _zone_from),
     TorchVersion: _simple("TorchVersion", str, TorchVersion),
     PackedSequence: _simple("PackedSequence", list, lambda c: PackedSequence(*c)),
     torch.Generator: Kind("Generator", _take_generator, _make_generator),
     torch.memory_format: _simple("memory_format", str, _FORMATS.__getitem__),
 }
-KINDS: Final[Mapping[type, Kind]] = MappingProxyType(_KINDS)
+_LATER: Final[Mapping[str, Kind]] = {
+    "decimal.Decimal": _simple("Decimal", str, lambda c: _imported("decimal.Decimal")(c)),
+    "fractions.Fraction": _simple(
+        "Fraction", lambda v: [v.numerator, v.denominator], lambda c: _imported("fractions.Fraction")(*c)
+    ),
+    "zoneinfo.ZoneInfo": _simple("ZoneInfo", _zone, _zone_from),
+}
+"""The same for classes of modules that take long to import, by their names: programs that have them import them."""
+_BY_NAME: Final = {kind.name: kind for kind in (*_KINDS.values(), *_LATER.values())}
+
+
+def kind_of(cls: type) -> Kind | None:
+    """Return the kind of the values of a class; None for a class that is not on the list."""
+    kind = _KINDS.get(cls)
+    if kind is None and (kind := _LATER.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+        kind = kind if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls else None
+    return kind
+
+
+def kind_named(name: str) -> Kind:
+    """Return the kind that a file calls by a name.
+
+    Raises:
+        KeyError: There is none.
+    """
+    return _BY_NAME[name]
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from treadle_fabric import CheckpointError, CheckpointIO, Logger, PossibleUserWarning, rank_zero_warn
 
-__all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "warn_if_in_use"]
+__all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "run_folder", "warn_if_in_use"]
 
 
 def is_local(path: str) -> bool:
@@ -34,11 +34,16 @@ def path_exists(path: str) -> bool:
 
 def default_folder(loggers: Sequence[Logger], root: str) -> str:
     """Return the folder ``checkpoints`` beside the files of the first logger, or in ``root`` without a logger."""
+    return absolute(os.path.join(run_folder(loggers, root), "checkpoints"))
+
+
+def run_folder(loggers: Sequence[Logger], root: str) -> str:
+    """Return the folder that the first logger's run has for files of others; ``root`` without a logger."""
     if not loggers:
-        return absolute(os.path.join(root, "checkpoints"))
+        return root
     logger = loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return absolute(os.path.join(logger.save_dir or root, str(logger.name), version, "checkpoints"))
+    return os.path.join(logger.save_dir or root, str(logger.name), version)
 
 
 def warn_if_in_use(folder: str, resumed: str) -> None:

@@ -71,7 +71,7 @@ def _hints(message: str, parser: Any) -> Iterator[str]:
         yield near_names(found.group(2), dir(sys.modules[found.group(1)]))
     if found := _CLASS.search(message):
         names = {cls.__name__ for cls in _subclasses(_CHOSEN_BY_NAME) if not inspect.isabstract(cls)}
-        yield near_names(found.group(1), names)
+        yield near_names(found.group(1), (name for name in names if not name.startswith("_")))
 
 
 def _new_path(path: str) -> str:

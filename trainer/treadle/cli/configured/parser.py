@@ -11,7 +11,7 @@ from torch import device
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from treadle import __version__
+from treadle import __version__, callbacks, loggers
 from treadle.callbacks import Callback
 from treadle.cli.configured.explain import explain
 from treadle.cli.configured.types import LRSchedulerTypeTuple, ReduceLROnPlateau
@@ -25,6 +25,9 @@ AUTOMATIC = "AUTOMATIC"
 """The ``link_to`` of an optimizer or scheduler that the CLI gives the module itself."""
 _KINDS = (Trainer, LightningModule, LightningDataModule, Callback)
 
+for _package in (callbacks, loggers):  # jsonargparse finds classes by their names alone where they are imported
+    for _name in _package.__all__:
+        getattr(_package, _name)
 set_parsing_settings(config_read_mode_fsspec_enabled=True)  # configs in object stores, like everything else
 register_type(device, deserializer_exceptions=(RuntimeError, TypeError, ValueError))  # by its name, such as cuda:0
 

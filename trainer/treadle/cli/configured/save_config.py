@@ -11,6 +11,7 @@ import fsspec
 from jsonargparse import Namespace
 
 from treadle.callbacks import Callback
+from treadle.callbacks.checkpoints.paths import run_folder
 from treadle.cli.configured.parser import LightningArgumentParser
 from treadle_fabric import MisconfigurationException, on_rank_zero
 
@@ -27,8 +28,8 @@ class SaveConfigCallback(Callback):
         parser: The parser that read the config.
         config: The config.
         config_filename: The file's name.
-        overwrite: Write over the config of another run that is there. A run that goes on from a checkpoint keeps it,
-            and writes another config beside it, as ``config_1.yaml``.
+        overwrite: Write over the config of another run that is there. A run that goes on from a checkpoint, or has no
+            logger and so no folder of its own, keeps it, and writes another config beside it, as ``config_1.yaml``.
         multifile: Write parts of the config that came from files of their own into such files again.
         save_to_log_dir: Whether the file is written; False: only :meth:`save_config` is called.
 
@@ -87,21 +88,21 @@ class SaveConfigCallback(Callback):
         if self.already_saved:
             return
         if self.save_to_log_dir and not trainer.fast_dev_run:
-            folder, resumed = str(trainer.log_dir), trainer.ckpt_path is not None
             failure = f"could not write {self.config_filename}"
-            on_rank_zero(trainer.strategy, lambda: self._write(folder, resumed), failure)
+            on_rank_zero(trainer.strategy, lambda: self._write(*_place(trainer)), failure)
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, stage)
         self.already_saved = True
 
-    def _write(self, folder: str, resumed: bool) -> None:
+    def _write(self, folder: str, beside: bool) -> None:
+        """Write the config into a folder; ``beside``: beside another config that is there, and not instead of it."""
         files, root = fsspec.core.url_to_fs(folder)
         names = (posixpath.join(root, name) for name in self._names())
         name = next(names)
         if not self.overwrite and files.isfile(name):
             text = self.parser.dump(self.config, skip_unset=False)
             while files.isfile(name):
-                if not resumed:
+                if not beside:
                     raise MisconfigurationException(
                         f"{posixpath.join(folder, self.config_filename)} has the config of another run, and is not "
                         "overwritten. Let the logger choose a new version, delete the file, pass "
@@ -121,3 +122,13 @@ class SaveConfigCallback(Callback):
         yield self.config_filename
         for number in itertools.count(1):
             yield f"{stem}_{number}{dot}{ending}" if dot else f"{ending}_{number}"
+
+
+def _place(trainer: Trainer) -> tuple[str, bool]:
+    """The folder for the config, and whether it may hold the config of another run.
+
+    The loggers of services have no ``log_dir``, and the config lies beside the checkpoints of their run.
+    """
+    if not trainer.loggers or trainer.loggers[0].log_dir is not None:
+        return str(trainer.log_dir), trainer.ckpt_path is not None or not trainer.loggers
+    return run_folder(trainer.loggers, trainer.default_root_dir), trainer.ckpt_path is not None

@@ -6,7 +6,6 @@ from treadle.module.configured.making import (
     instantiate_class,
     instantiate_module,
     is_maker,
-    needs_cli,
     refuse_imports,
 )
 
@@ -16,6 +15,5 @@ __all__ = [
     "instantiate_class",
     "instantiate_module",
     "is_maker",
-    "needs_cli",
     "refuse_imports",
 ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from treadle.module.hparams import CLASS_PATH, MAKER, made_from_config
-from treadle_fabric import CheckpointUnsafeError, MisconfigurationException, near_names
+from treadle_fabric import CheckpointUnsafeError, MisconfigurationException, near_names, require_package
 
 __all__ = [
     "ModuleType",
@@ -17,7 +17,6 @@ __all__ = [
     "instantiate_class",
     "instantiate_module",
     "is_maker",
-    "needs_cli",
     "refuse_imports",
 ]
 
@@ -30,19 +29,6 @@ _MAKERS = ("treadle.cli", "lightning.pytorch.cli", "pytorch_lightning.cli")
 def is_maker(name: Any) -> bool:
     """Whether a hyperparameter names :func:`instantiate_module`, here or in Lightning."""
     return isinstance(name, str) and name in [f"{module}.instantiate_module" for module in _MAKERS]
-
-
-def needs_cli(what: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
-    """Return the error for a name that needs an extra.
-
-    Args:
-        what: The name.
-        error: The error of the import that failed.
-    """
-    return ModuleNotFoundError(
-        f"{what} needs the package {error.name!r}, which is not installed: `pip install treadle[cli]`.",
-        name=error.name,
-    )
 
 
 def instantiate_class(args: Any | tuple[Any, ...], init: Mapping[str, Any]) -> Any:
@@ -70,13 +56,12 @@ def instantiate_module(class_type: type[ModuleType], config: dict[str, Any]) -> 
         config: Its hyperparameters, with ``class_path`` and ``init_args`` in the place of objects.
 
     Raises:
-        ModuleNotFoundError: jsonargparse is not installed.
+        MissingPackageError: jsonargparse is not installed.
         MisconfigurationException: The values do not fit the class.
     """
-    try:
-        from jsonargparse import ArgumentError, ArgumentParser  # an extra
-    except ModuleNotFoundError as error:
-        raise needs_cli(f"Making a {class_type.__name__} from a config", error) from None
+    require_package("jsonargparse", f"Making a {class_type.__name__} from a config", "cli")
+    from jsonargparse import ArgumentError, ArgumentParser  # an extra
+
     arguments = {name: value for name, value in config.items() if name not in (MAKER, CLASS_PATH)}
     marks = {name: config[name] for name in (MAKER, CLASS_PATH) if name in config}
     cls = _chosen_class(class_type, config.get(CLASS_PATH))
