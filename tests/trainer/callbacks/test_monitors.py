@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import treadle as L
 from treadle.callbacks import DeviceStatsMonitor, SpikeDetection, ThroughputMonitor
-from treadle_fabric import CPUAccelerator, TrainingSpikeException
+from treadle_fabric import CPUAccelerator, MissingPackageError, TrainingSpikeException
 from treadle_fabric.loggers import Logger
 
 
@@ -101,10 +102,11 @@ def test_what_the_monitors_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         trainer(tmp_path, callbacks=DeviceStatsMonitor()).fit(Quiet(), loader(2))
     with pytest.warns(UserWarning, match="ThroughputMonitor writes to loggers"):
         trainer(tmp_path, callbacks=ThroughputMonitor(len)).fit(Quiet(), loader(2))
-    monkeypatch.setattr("treadle.callbacks.device_stats_monitor.find_spec", lambda name: None)
-    with pytest.raises(L.MisconfigurationException, match=r"pip install treadle\[trainer\]"):
-        trainer(tmp_path, callbacks=DeviceStatsMonitor(), logger=Memory()).fit(Quiet(), loader(2))
-    trainer(tmp_path, callbacks=DeviceStatsMonitor(False), logger=Memory()).fit(Quiet(), loader(2))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "psutil", None)
+        with pytest.raises(MissingPackageError, match=r"pip install treadle\[trainer\]"):
+            trainer(tmp_path, callbacks=DeviceStatsMonitor(), logger=Memory()).fit(Quiet(), loader(2))
+        trainer(tmp_path, callbacks=DeviceStatsMonitor(False), logger=Memory()).fit(Quiet(), loader(2))
     with pytest.raises(L.MisconfigurationException, match="batch_size_fn=3"):
         ThroughputMonitor(3)  # type: ignore[arg-type]
     with pytest.raises(L.MisconfigurationException, match="window_size"):
