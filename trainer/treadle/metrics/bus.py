@@ -153,7 +153,7 @@ class Results:
         self.batch_size = None
 
     def end_batches(self) -> None:
-        """Take note that the epoch's batches are over, so that nothing of the last one, or of a resumed one, is kept."""
+        """Forget the last batch of the epoch, or that of the run that was resumed."""
         self.begin_batch(None)
         self._resumed_samples = 1.0
 

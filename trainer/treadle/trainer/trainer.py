@@ -409,7 +409,7 @@ class Trainer:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The torch optimizers of the current fit."""
+        """The torch optimizers of the current fit, or of the last one while its module is evaluated."""
         return [o.optimizer for o in self.wrapped_optimizers]
 
     @optimizers.setter
@@ -422,12 +422,12 @@ class Trainer:
     @property
     def wrapped_optimizers(self) -> list[FabricOptimizer]:
         """The optimizers whose ``step`` goes through precision and strategy."""
-        return self._run.optimizers if self._run is not None else []
+        return run.optimizers if (run := self._runner.trained) is not None else []
 
     @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
         """The learning-rate schedulers and when they step."""
-        return self._run.schedulers if self._run is not None else []
+        return run.schedulers if (run := self._runner.trained) is not None else []
 
     @property
     def loggers(self) -> list[Logger]:
