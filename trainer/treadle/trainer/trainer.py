@@ -58,7 +58,7 @@ class Trainer:
         precision: "32-true" (default), "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", and short names.
         logger: True (default: TensorBoard, or CSV where that is not installed), False, a logger or a list.
         callbacks: a callback or a list.
-        fast_dev_run: run n (True: 1) batches of everything, without loggers and checkpoints.
+        fast_dev_run: run n (True: 1) batches of everything, without checkpoints, with a logger that writes nothing.
         max_epochs: default: 1000 where nothing else bounds the run; -1 for no bound.
         min_epochs: do not stop before this number of epochs.
         max_steps: the largest number of optimizer steps. Default: -1, no bound.
