@@ -253,6 +253,25 @@ def test_a_checkpoint_written_after_a_fit_goes_on_where_the_fit_stopped(
     assert all(map(torch.equal, weights(resumed), weights(long)))
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_checkpoint_that_a_hook_of_an_evaluation_saves_is_of_the_fit(tmp_path: Path, stage: str) -> None:
+    def save(self: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(tmp_path / "hook.ckpt")
+
+    hook_of = {"validate": "on_validation_end", "test": "on_test_end", "predict": "on_predict_end"}
+    Saves = type("Saves", (L.Callback,), {hook_of[stage]: save})
+    run = trainer(tmp_path, max_epochs=9, max_steps=3, callbacks=[Saves()])
+    run.fit(module := Noting(), loader())
+    run.save_checkpoint(tmp_path / "before.ckpt")
+    getattr(run, stage)(module, loader(4))
+    before, hook = (torch.load(tmp_path / f"{name}.ckpt") for name in ("before", "hook"))
+    assert hook["optimizer_states"] == before["optimizer_states"] != []
+    assert hook["treadle"]["progress"] == before["treadle"]["progress"]
+    assert (
+        hook["treadle"]["changes"]["training"] == before["treadle"]["changes"]["training"] == {"": True, "layer": True}
+    )
+
+
 def test_a_checkpoint_of_another_module_that_was_evaluated_has_no_optimizers(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1)
     run.fit(Noting(), loader())

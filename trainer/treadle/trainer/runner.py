@@ -267,6 +267,8 @@ class Runner:
         run = run if isinstance(run, ReadyRun) and not weights_only else self.run  # of a fit that failed before
         assert isinstance(run, ReadyRun)
         fitting = self.fitting if self.fitting is not None and self.fitting.run is run and not weights_only else None
+        if self.run is not None and self.run is not run:
+            run.changes.modes_before = self.run.changes.modes_before  # a hook of an evaluation saves
         run = run if fitting is None else fitting.as_saved(run)
         checkpoint = dump_checkpoint(run, callbacks, weights_only=weights_only)
         if fitting is not None:
