@@ -284,13 +284,13 @@ def test_tensorboard_draws_numbers_tensors_and_groups(tmp_path: Path) -> None:
     logger.log_metrics({"loss": {"train": torch.tensor(0.5), "val": 0.25}}, 6)
     logger.finalize("success")
     assert scalars(logger.log_dir) == {
-        "run/a": [(5, 1.0)],
-        "run/b": [(5, 2.0)],
-        "run/c": [(5, 3.0)],
-        "run/d": [(5, 1.0)],
+        "run-a": [(5, 1.0)],
+        "run-b": [(5, 2.0)],
+        "run-c": [(5, 3.0)],
+        "run-d": [(5, 1.0)],
     }
-    assert scalars(Path(logger.log_dir, "run_loss_train")) == {"run/loss": [(6, 0.5)]}
-    assert scalars(Path(logger.log_dir, "run_loss_val")) == {"run/loss": [(6, 0.25)]}
+    assert scalars(Path(logger.log_dir, "run-loss_train")) == {"run-loss": [(6, 0.5)]}
+    assert scalars(Path(logger.log_dir, "run-loss_val")) == {"run-loss": [(6, 0.25)]}
 
 
 @pytest.mark.parametrize("value", ["text", None, [1]])
@@ -401,10 +401,10 @@ def test_a_row_holds_what_was_logged_at_its_step(tmp_path: Path) -> None:
     logger.log_metrics({"a": 0.4})
     logger.save()
     assert rows(logger) == [
-        {"step": "0", "p/a": "0.1", "p/b": "2", "p/c/d": "1.5"},
-        {"step": "1", "p/a": "0.2"},
-        {"step": "10", "p/a": "0.3"},
-        {"step": "11", "p/a": "0.4"},
+        {"step": "0", "p-a": "0.1", "p-b": "2", "p-c/d": "1.5"},
+        {"step": "1", "p-a": "0.2"},
+        {"step": "10", "p-a": "0.3"},
+        {"step": "11", "p-a": "0.4"},
     ]
 
 

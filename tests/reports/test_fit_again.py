@@ -228,10 +228,12 @@ def test_a_checkpoint_wins(tmp_path: Path) -> None:
     assert (run.current_epoch, run.global_step) == (3, 12)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("steps", [3, 4, 6])
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "evaluate"),
+    [(3, 1, ""), (4, 1, ""), (6, 1, ""), (3, 2, ""), (4, 2, ""), (6, 2, ""), (3, 2, "test"), (8, 1, "predict")],
+)
 def test_a_checkpoint_written_after_a_fit_goes_on_where_the_fit_stopped(
-    tmp_path: Path, steps: int, accumulate: int
+    tmp_path: Path, steps: int, accumulate: int, evaluate: str
 ) -> None:
     def fit(max_steps: int, ckpt_path: Path | None = None) -> tuple[Noting, Any]:
         L.seed_everything(4, verbose=False)
@@ -240,12 +242,44 @@ def test_a_checkpoint_written_after_a_fit_goes_on_where_the_fit_stopped(
         run.fit(model, shuffled(14), ckpt_path=ckpt_path)
         return model, run
 
-    long, _ = fit(8)
+    long, _ = fit(10)
     short, run = fit(steps)
+    if evaluate:
+        getattr(run, evaluate)(short, loader(4))
+        assert len(run.optimizers) == len(run.lr_scheduler_configs) == 1
     run.save_checkpoint(tmp_path / "after.ckpt")
-    resumed, _ = fit(8, tmp_path / "after.ckpt")
+    resumed, _ = fit(10, tmp_path / "after.ckpt")
     assert short.seen + resumed.seen == long.seen
     assert all(map(torch.equal, weights(resumed), weights(long)))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_checkpoint_that_a_hook_of_an_evaluation_saves_is_of_the_fit(tmp_path: Path, stage: str) -> None:
+    def save(self: L.Callback, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(tmp_path / "hook.ckpt")
+
+    hook_of = {"validate": "on_validation_end", "test": "on_test_end", "predict": "on_predict_end"}
+    Saves = type("Saves", (L.Callback,), {hook_of[stage]: save})
+    run = trainer(tmp_path, max_epochs=9, max_steps=3, callbacks=[Saves()])
+    run.fit(module := Noting(), loader())
+    run.save_checkpoint(tmp_path / "before.ckpt")
+    getattr(run, stage)(module, loader(4))
+    before, hook = (torch.load(tmp_path / f"{name}.ckpt") for name in ("before", "hook"))
+    assert hook["optimizer_states"] == before["optimizer_states"] != []
+    assert hook["treadle"]["progress"] == before["treadle"]["progress"]
+    assert (
+        hook["treadle"]["changes"]["training"] == before["treadle"]["changes"]["training"] == {"": True, "layer": True}
+    )
+
+
+def test_a_checkpoint_of_another_module_that_was_evaluated_has_no_optimizers(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(Noting(), loader())
+    run.validate(other := Noting(), loader(4))
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    saved = torch.load(tmp_path / "other.ckpt")
+    assert saved["optimizer_states"] == run.optimizers == []
+    assert torch.equal(saved["state_dict"]["layer.weight"], other.layer.weight)
 
 
 def test_auto_resume_wins(tmp_path: Path) -> None:

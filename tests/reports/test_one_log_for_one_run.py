@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -270,6 +271,40 @@ def test_a_remote_log_goes_on(tmp_path: Path) -> None:
         assert fs.exists("/far/lightning_logs/version_0/metrics_superseded.csv")
     finally:
         fs.rm("/far", recursive=True)
+
+
+@pytest.mark.parametrize("how", [{"ckpt_path": "last"}, {"auto_resume": True}, {"ckpt_path": "hpc"}], ids=str)
+@pytest.mark.parametrize("dirpath", [None, "memory://remote/ckpt"], ids=["default", "given"])
+def test_checkpoints_in_a_remote_folder_are_found(dirpath: str | None, how: dict[str, Any], tmp_path: Path) -> None:
+    fs, root = fsspec.filesystem("memory"), "memory://remote"
+    try:
+        for number, steps in enumerate((3, -1)):
+            saver = ModelCheckpoint(dirpath, save_last=True, every_n_train_steps=1)
+            again = quick(root, steps, loggers=CSVLogger(root), callbacks=saver, **(how if number else {}))  # type: ignore[arg-type]
+            if not number:
+                again.save_checkpoint(f"{root}/hpc_ckpt_{steps}.ckpt")
+        assert str(again.ckpt_path).startswith(f"{root}/")
+        found = fs.cat("/remote/lightning_logs/version_0/metrics.csv")
+        assert again.test(ckpt_path="last", dataloaders=loader(4), verbose=False)
+    finally:
+        fs.rm("/remote", recursive=True)
+    quick(tmp_path)
+    assert found == (tmp_path / "lightning_logs/version_0/metrics.csv").read_bytes()
+
+
+def test_a_run_that_is_asked_to_terminate_saves_in_its_remote_folder(tmp_path: Path) -> None:
+    class Ends(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    saver = ModelCheckpoint("memory://ended/ckpt", save_last=True)
+    with pytest.raises(SystemExit):
+        quick(tmp_path, callbacks=[saver, Ends()])
+    try:
+        assert quick(tmp_path, callbacks=saver, ckpt_path="last").ckpt_path == "memory://ended/ckpt/preempted.ckpt"
+        assert steps_in(tmp_path / "lightning_logs/version_0") == list(range(10))
+    finally:
+        fsspec.filesystem("memory").rm("/ended", recursive=True)
 
 
 def test_an_hpc_checkpoint_goes_on_in_the_run(tmp_path: Path) -> None:

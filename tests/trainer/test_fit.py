@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as L
-from treadle_fabric import CSVLogger
+from treadle_fabric import CSVLogger, MisconfigurationException, TensorBoardLogger
 
 
 def by_hand(batches: Any, epochs: int = 1, accumulate: int = 1, clip: float | None = None, value: bool = False) -> Net:
@@ -164,6 +164,24 @@ def test_durations_and_limits(tmp_path: Path, args: Any, step: int, epoch: int) 
     run = trainer(tmp_path, **args)
     run.fit(Net(), loader(8))
     assert (run.global_step, run.current_epoch) == (step, epoch)
+
+
+def test_a_trial_run_takes_what_a_module_does_with_its_logger_and_writes_nothing(tmp_path: Path) -> None:
+    class Draws(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.logger.experiment.add_scalar("own", 1.0, batch_idx)
+            self.logger.log_metrics({"own": 1.0}, step=batch_idx)
+            self.loggers[0].log_text("said", "words", batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    for logger in (True, CSVLogger(tmp_path), [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]):
+        run = trainer(tmp_path, fast_dev_run=True, logger=logger)
+        run.fit(Draws(), loader(8))
+        assert len(run.loggers) == 1
+    assert trainer(tmp_path, fast_dev_run=True, logger=False).loggers == []
+    with pytest.raises(MisconfigurationException, match="pass a Logger"):
+        trainer(tmp_path, fast_dev_run=True, logger="csv")
+    assert os.listdir(tmp_path) == []
 
 
 def test_should_stop_is_heeded_but_not_before_the_minimum(tmp_path: Path) -> None:

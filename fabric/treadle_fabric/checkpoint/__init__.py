@@ -25,7 +25,7 @@ from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.checkpoint.host.checked import noting_checks, trusting
 from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, written_at
+from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, remote_checkpoints_in, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
 from treadle_fabric.checkpoint.reading import read_outline, read_quickly
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
@@ -62,6 +62,7 @@ __all__ = [
     "put_in_place",
     "read_outline",
     "read_quickly",
+    "remote_checkpoints_in",
     "shortened",
     "size_of",
     "trusting",

@@ -7,15 +7,17 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from treadle_fabric.checkpoint.folder.layout import has_manifest, is_sharded, representative
 from treadle_fabric.checkpoint.folder.placing import bring_back
 from treadle_fabric.checkpoint.reading import read_outline
+from treadle_fabric.checkpoint.torch_file import file_system
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.types import PathLike
 
-__all__ = ["checkpoints_in", "names_of", "newest_good", "written_at"]
+__all__ = ["checkpoints_in", "names_of", "newest_good", "remote_checkpoints_in", "written_at"]
 
 EXTENSION = ".ckpt"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")
@@ -87,9 +89,48 @@ def checkpoints_in(
     return [(Path(path), time) for time, path in sorted(found.values(), reverse=True)]
 
 
+def remote_checkpoints_in(
+    folder: str, *, recursive: bool = True, names: Iterable[str] = ("*",)
+) -> list[tuple[str, int]]:
+    """List the ``.ckpt`` files in a remote folder, the newest first.
+
+    Args:
+        folder: An fsspec URL; a folder that does not exist counts as empty.
+        recursive: Look into its subfolders too.
+        names: Patterns; a file has to have a name that one of them matches.
+
+    Returns:
+        URLs that begin with ``folder``, and the times of the last change in ns since 1970.
+    """
+    fs, where = file_system(folder)
+    if fs is None:  # file:// is no other place than the local disk
+        return [(str(path), time) for path, time in checkpoints_in(where, recursive=recursive, names=names)]
+    fs.invalidate_cache()  # another machine may have written since
+    try:
+        files = [str(path) for path in fs.find(where, maxdepth=None if recursive else 1)]
+    except FileNotFoundError:
+        return []
+    found = []
+    for path in files:
+        name = os.path.basename(path)
+        if name.endswith(EXTENSION) and any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
+            url = f"{folder.rstrip('/')}/{path.removeprefix(where.rstrip('/')).lstrip('/')}"
+            found.append((_modified(fs, path), url))
+    return [(url, time) for time, url in sorted(found, reverse=True)]
+
+
 def written_at(path: PathLike) -> int:
-    """When the checkpoint at a local path, a file or a folder, was written: ns since 1970."""
-    return os.stat(representative(path)).st_mtime_ns
+    """When the checkpoint at a local path, a file or a folder, or at a URL was written: ns since 1970."""
+    fs, where = file_system(path)
+    return os.stat(representative(where)).st_mtime_ns if fs is None else _modified(fs, where)
+
+
+def _modified(fs: Any, path: str) -> int:
+    """When a remote file was written: ns since 1970; 0 where the file system does not tell."""
+    try:
+        return int(fs.modified(path).timestamp() * 1e9)
+    except NotImplementedError:
+        return 0
 
 
 def names_of(path: Path) -> list[Path]:

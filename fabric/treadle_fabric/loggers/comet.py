@@ -125,7 +125,7 @@ class CometLogger(ServiceLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         values = to_numbers(metrics)
         epoch = values.pop("epoch", None)
-        named = flat(add_prefix(values, self._prefix, self._separator))
+        named = flat(add_prefix(values, self._prefix, self.LOGGER_JOIN_CHAR))
         self.experiment.log_metrics(named, step=step, epoch=None if epoch is None else int(epoch))
 
     @rank_zero_only

@@ -35,7 +35,7 @@ class CSVLogger(FolderLogger):
         root_dir: The folder above all experiments, a local path or an fsspec URL.
         name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
         version: A number n for ``version_n``, or the folder's name as a string. Default: the next free number.
-        prefix: Put before the name of each metric, with a ``/`` between them. Default: none.
+        prefix: Put before the name of each metric, with a ``-`` between them. Default: none.
         flush_logs_every_n_steps: Rows are written to the file after this many steps, or this many calls. Default: 100.
         save_dir: Another name for ``root_dir``.
 
@@ -77,7 +77,7 @@ class CSVLogger(FolderLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         writer: ExperimentWriter = self.experiment
         self._begun = True
-        step = writer.log_metrics(add_prefix(metrics, self._prefix, self.group_separator), step)
+        step = writer.log_metrics(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR), step)
         self._calls += 1
         if self._calls >= self._flush_every or step + 1 - self._flushed_at >= self._flush_every:
             writer.save()

@@ -30,7 +30,8 @@ class Logger(ABC):
     """The packages whose images ``log_image`` passes on as they are."""
 
     _prefix: str = ""  # put before every name, with the separator between them
-    _separator: ClassVar[str] = "/"
+    LOGGER_JOIN_CHAR: ClassVar[str] = "/"
+    """The separator between the prefix of a logger and the name of a metric."""
 
     @property
     @abstractmethod
@@ -64,7 +65,7 @@ class Logger(ABC):
 
     @property
     def group_separator(self) -> str:
-        """The separator between the prefix and the name of a metric."""
+        """The separator of a group of metrics and the name of a metric in it."""
         return "/"
 
     @abstractmethod
@@ -250,7 +251,7 @@ class Logger(ABC):
 
     def _take(self, media: Media) -> None:
         if self._prefix:
-            media = replace(media, key=f"{self._prefix}{self._separator}{media.key}")
+            media = replace(media, key=f"{self._prefix}{self.LOGGER_JOIN_CHAR}{media.key}")
         if self.record_media(media):
             return
         if self.log_dir is not None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from treadle_fabric.checks import require_package
 from treadle_fabric.loggers.hyperparameters import flatten, to_dict
@@ -54,7 +54,6 @@ class MLFlowLogger(ServiceLogger):
     """
 
     LOGGER_JOIN_CHAR = "-"
-    _separator: ClassVar[str] = LOGGER_JOIN_CHAR
 
     def __init__(
         self,
@@ -197,7 +196,7 @@ class MLFlowLogger(ServiceLogger):
         from mlflow.entities import Metric  # an extra
 
         now, values = int(time.time() * 1000), []
-        for name, value in flat(to_numbers(add_prefix(metrics, self._prefix, self._separator))).items():
+        for name, value in flat(to_numbers(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR))).items():
             if not isinstance(value, int | float):
                 rank_zero_warn(f"MLflow takes numbers, so that the metric {name!r} = {value!r} is left out.")
                 continue

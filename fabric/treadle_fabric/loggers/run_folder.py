@@ -198,6 +198,8 @@ class FolderLogger(Logger):
         folder: The folder that the files go to.
     """
 
+    LOGGER_JOIN_CHAR = "-"
+
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._experiment: Any = None  # writes the files; made when first needed, never pickled

@@ -44,7 +44,7 @@ class TensorBoardLogger(FolderLogger):
         version: A number n for ``version_n``, or the folder's name as a string. Default: the next free number.
         default_hp_metric: Log ``hp_metric = -1`` with the first hyper-parameters, so that TensorBoard lists them.
             Default: True.
-        prefix: Put before the name of each metric, with a ``/`` between them. Default: none.
+        prefix: Put before the name of each metric, with a ``-`` between them. Default: none.
         sub_dir: A folder inside the run's folder to write to. Default: the run's folder itself.
         save_dir: Another name for ``root_dir``.
         log_graph: Write the graph of a model that has an ``example_input_array``. Default: False.
@@ -124,7 +124,7 @@ class TensorBoardLogger(FolderLogger):
         self._begun = True
         summary = _backend()[1]
         values = []
-        for name, value in to_numbers(add_prefix(metrics, self._prefix, self.group_separator)).items():
+        for name, value in to_numbers(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR)).items():
             if isinstance(value, Mapping):
                 writer.add_scalars(name, dict(value), step)
                 continue
@@ -181,7 +181,7 @@ class TensorBoardLogger(FolderLogger):
 
         The default columns are all that is logged: they follow at the end. TensorBoard takes the first that are there.
         """
-        names = add_prefix(metrics, self._prefix, self.group_separator)
+        names = add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR)
         columns, line, _ = _backend()[2](flatten(params), dict.fromkeys(names, 0.0))
         events = self.experiment._get_file_writer()
         events.add_summary(line, None)

@@ -99,7 +99,7 @@ class TrackioLogger(ServiceLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self.experiment.log(flat(to_numbers(add_prefix(metrics, self._prefix, self._separator))), step=step)
+        self.experiment.log(flat(to_numbers(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR))), step=step)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -60,7 +60,6 @@ class WandbLogger(ServiceLogger):
 
     LOGGER_JOIN_CHAR = "-"
     own_media: ClassVar[tuple[str, ...]] = ("wandb",)
-    _separator: ClassVar[str] = LOGGER_JOIN_CHAR
 
     def __init__(
         self,
@@ -177,7 +176,7 @@ class WandbLogger(ServiceLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        self._log(to_numbers(add_prefix(metrics, self._prefix, self._separator)), step)
+        self._log(to_numbers(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR)), step)
 
     def _log(self, values: Mapping[str, Any], step: int | None) -> None:
         self.experiment.log(dict(values) if step is None else {**values, _STEP: step})
@@ -254,7 +253,7 @@ class WandbLogger(ServiceLogger):
             raise MisconfigurationException(f"{method} takes a list, and this is a {type(items).__qualname__}.")
         make = getattr(wandb, kind)
         values = [make(item, **options) for item, options in zip(items, to_options(kwargs, len(items)))]
-        name = next(iter(add_prefix({key: None}, self._prefix, self._separator)))
+        name = next(iter(add_prefix({key: None}, self._prefix, self.LOGGER_JOIN_CHAR)))
         self._log({name: values}, step)
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Any:

@@ -178,7 +178,7 @@ def test_remote_folders_and_prefixes() -> None:
     logger.log_text("said", "a")
     logger.log_text("said", "b")
     fs = fsspec.filesystem("memory")
-    root = "/media-of-a-run/n/version_0/media/p/"
+    root = "/media-of-a-run/n/version_0/media/p-"
     assert fs.cat(f"{root}said-1.txt") == b"b"
     assert np.array_equal(pixels(io.BytesIO(fs.cat(f"{root}red_1.png"))), RED)
 
@@ -194,14 +194,14 @@ def test_tensorboard_shows_images_figures_and_texts(tmp_path: Path) -> None:
     logger.log_file("notes.txt")
     logger.finalize("success")
     events = EventAccumulator(logger.log_dir).Reload()
-    assert sorted(events.Tags()["images"]) == ["p/figure", "p/red", "p/two/0", "p/two/1"]
-    [image] = events.Images("p/red")
+    assert sorted(events.Tags()["images"]) == ["p-figure", "p-red", "p-two/0", "p-two/1"]
+    [image] = events.Images("p-red")
     assert image.step == 1
     assert np.array_equal(pixels(io.BytesIO(image.encoded_image_string)), RED)
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
-    assert texts["p/said/text_summary"] == "words"
-    assert texts["p/table/text_summary"] == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
-    assert media(tmp_path) == ["p/notes.txt"], "TensorBoard has no place for files"
+    assert texts["p-said/text_summary"] == "words"
+    assert texts["p-table/text_summary"] == "| a | b |\n| --- | --- |\n| 1 | x\\|y |"
+    assert media(tmp_path) == ["p-notes.txt"], "TensorBoard has no place for files"
 
 
 class Own(Logger):

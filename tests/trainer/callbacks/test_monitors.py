@@ -74,7 +74,7 @@ def test_device_stats_are_logged_at_log_steps(tmp_path: Path) -> None:
     assert all({key.partition("/")[2] for key in row} == {*STATS} for _, row in rows)
     memory.rows.clear()
     run.test(run.lightning_module, loader(4), verbose=False)
-    assert where(memory.of("Dev")) == [("on_test_batch_start", 4), ("on_test_batch_end", 4)]
+    assert where(memory.of("Dev")) == [("on_test_batch_start", 5), ("on_test_batch_end", 5)], "the step of metrics"
     memory.rows.clear()
     run = trainer(
         tmp_path, logger=memory, callbacks=DeviceStatsMonitor(), log_every_n_steps=1, accumulate_grad_batches=2

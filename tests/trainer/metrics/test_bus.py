@@ -866,3 +866,29 @@ def test_values_with_a_graph_are_weighted_by_samples_too(tmp_path: Path, samples
     run = trainer(tmp_path)
     run.fit(Graphs(), loader(samples))
     assert run.callback_metrics["mean"].item() == pytest.approx((samples - 1) / 2)
+
+
+class SavesOften(L.Callback):
+    """Saves at the end of batches and epochs, and keeps the states of the values that were logged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.states: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.save(trainer, f"{trainer.global_step}.ckpt")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.save(trainer, f"end of {trainer.current_epoch}.ckpt")
+
+    def save(self, trainer: L.Trainer, name: str) -> None:
+        trainer.save_checkpoint(self.folder / name)
+        self.states[name] = [rank["results"] for rank in torch.load(self.folder / name)["treadle"]["ranks"]]
+
+
+def test_a_later_checkpoint_does_not_tell_that_the_run_was_resumed(tmp_path: Path) -> None:
+    whole, resumed = SavesOften(tmp_path / "whole"), SavesOften(tmp_path / "resumed")
+    trainer(tmp_path, callbacks=[whole], max_epochs=2).fit(Net(), loader())
+    trainer(tmp_path, callbacks=[resumed], max_epochs=2).fit(Net(), loader(), ckpt_path=whole.folder / "2.ckpt")
+    assert list(whole.states)[2:] == list(resumed.states)
+    assert resumed.states == {name: whole.states[name] for name in resumed.states}

@@ -17,7 +17,7 @@ from tests.trainer.models import Net, loader, trainer
 
 import treadle as L
 from treadle.callbacks import EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
-from treadle_fabric import CSVLogger, MisconfigurationException
+from treadle_fabric import CSVLogger, DummyLogger, MisconfigurationException
 from treadle_fabric.loggers import TensorBoardLogger
 
 
@@ -110,7 +110,7 @@ def test_a_trial_run_leaves_nothing_behind(tmp_path: Path) -> None:
         logger=CSVLogger(tmp_path),
         enable_progress_bar=False,
     )
-    assert (run.max_epochs, run.max_steps, run.loggers) == (1, 2, [])
+    assert (run.max_epochs, run.max_steps, [type(logger) for logger in run.loggers]) == (1, 2, [DummyLogger])
     assert run.checkpoint_callbacks == run.early_stopping_callbacks == []
     run.fit(Net(), loader(8), loader(8))
     assert (run.num_training_batches, run.num_val_batches, run.global_step) == (2, [2], 2)

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
+from treadle.stages import TrainerFn
 from treadle_fabric import CPUAccelerator, MisconfigurationException, require_package
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ class DeviceStatsMonitor(Callback):
 
     def _log_evaluation(self, trainer: Trainer, hook: str, batch_idx: int) -> None:
         if (batch_idx + 1) % trainer.log_every_n_steps == 0 and not trainer.sanity_checking:
-            self._log(trainer, hook, max(trainer.fit_progress.logging_step - 1, 0))
+            step = trainer.fit_progress.logging_step  # that of the evaluation's metrics
+            self._log(trainer, hook, max(step - 1, 0) if trainer.state.fn is TrainerFn.FITTING else step)
 
     def _log(self, trainer: Trainer, hook: str, step: int) -> None:
         device = trainer.strategy.root_device

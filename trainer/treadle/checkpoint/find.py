@@ -6,12 +6,13 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
-from treadle_fabric import MisconfigurationException, newest_good, rank_zero_warn
-from treadle_fabric.checkpoint import checkpoints_in, written_at
+from treadle.callbacks.checkpoints.paths import is_local, path_exists
+from treadle_fabric import CheckpointError, MisconfigurationException, newest_good, rank_zero_warn
+from treadle_fabric.checkpoint import checkpoints_in, read_outline, remote_checkpoints_in, written_at
 from treadle_fabric.loggers import Logger
 
 __all__ = ["find_checkpoint", "find_newest"]
@@ -24,7 +25,7 @@ _NEEDED: Final = ("state_dict", "optimizer_states")
 def preempted_path(callbacks: Sequence[Callback], root: str) -> str:
     """Where a run that is asked to terminate saves: beside its checkpoints."""
     folders = [folder for c in callbacks if (folder := getattr(c, "dirpath", None))]
-    return str(Path(folders[0] if folders else root) / PREEMPTED)
+    return os.path.join(str(folders[0] if folders else root), PREEMPTED)  # a URL stays one
 
 
 def find_checkpoint(
@@ -58,12 +59,12 @@ def find_checkpoint(
             )
         return str(found[0])
     if ckpt_path == "last":
-        known = [path for c in savers if (path := getattr(c, "last_model_path", "")) and os.path.exists(path)]
+        known = [path for c in savers if (path := getattr(c, "last_model_path", "")) and path_exists(path)]
         times = [(written_at(path), path) for path in known]
         for saver in savers:
             folders = [saver.dirpath] if saver.dirpath else _default_runs(loggers, root) if fitting else []
-            lasts = checkpoints_in(folders, recursive=not saver.dirpath, names=("*last*.ckpt", PREEMPTED))
-            times += [(time, str(path)) for path, time in lasts]
+            for folder in folders:
+                times += _checkpoints_in(folder, recursive=not saver.dirpath, names=("*last*.ckpt", PREEMPTED))
         if times:
             return max(times, key=lambda entry: entry[0])[1]
         if fitting:
@@ -71,9 +72,9 @@ def find_checkpoint(
         raise MisconfigurationException("ckpt_path='last' found no checkpoint: pass a path.")
     if ckpt_path == "hpc":
         numbered = {
-            int(m.group(1)): p
-            for p in Path(root).glob("hpc_ckpt_*.ckpt")
-            if (m := re.search(r"hpc_ckpt_(\d+)", p.name))
+            int(m.group(1)): path
+            for _, path in _checkpoints_in(root, recursive=False, names=("hpc_ckpt_*.ckpt",))
+            if (m := re.search(r"hpc_ckpt_(\d+)", os.path.basename(path)))
         }
         if not numbered:
             raise MisconfigurationException(f"ckpt_path='hpc' found no hpc_ckpt_N.ckpt in {root}: pass a path.")
@@ -101,21 +102,39 @@ def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: 
     Returns:
         Its path; None where there is none. Damaged ones are named in warnings.
     """
-    folders = [Path(folder) for c in callbacks if (folder := getattr(c, "dirpath", None)) and "://" not in str(folder)]
-    found = []
+    folders = [str(folder) for c in callbacks if (folder := getattr(c, "dirpath", None))]
     if root is not None:
-        folders += [Path(runs) for logger in loggers if "://" not in (runs := _runs_of(logger, root))]
-        folders.append(Path(root, "checkpoints"))
+        folders += [*(_runs_of(logger, root) for logger in loggers), os.path.join(root, "checkpoints")]
+    found = [newest_good([folder for folder in folders if is_local(folder)], holds=_NEEDED)]
+    if root is not None and is_local(root):
         found.append(newest_good(root, recursive=False, holds=_NEEDED))
-    found.insert(0, newest_good(folders, holds=_NEEDED))
-    paths = [path for path in found if path is not None]
-    return str(max(paths, key=written_at)) if paths else None
+    times = [(written_at(path), str(path)) for path in found if path is not None]
+    remote = [entry for folder in dict.fromkeys(folders) if not is_local(folder) for entry in _checkpoints_in(folder)]
+    times += filter(None, [_newest_remote(remote)])
+    return max(times, key=lambda entry: entry[0])[1] if times else None
+
+
+def _newest_remote(found: list[tuple[int, str]]) -> tuple[int, str] | None:
+    for time, path in sorted(found, reverse=True):
+        try:
+            outline = read_outline(path)
+        except CheckpointError as error:
+            rank_zero_warn(f"{error} The newest good checkpoint before it is used.")
+            continue
+        if all(key in outline for key in _NEEDED):
+            return time, path
+    return None
+
+
+def _checkpoints_in(folder: str, *, recursive: bool = True, names: Sequence[str] = ("*",)) -> list[tuple[int, str]]:
+    """The checkpoints in a local or remote folder, with the times at which they were written."""
+    look = checkpoints_in if is_local(folder) else remote_checkpoints_in
+    return [(time, str(path)) for path, time in look(folder, recursive=recursive, names=names)]
 
 
 def _default_runs(loggers: Sequence[Logger], root: str) -> list[str]:
     """Where the checkpoints of callbacks without a folder lie, those of earlier runs included."""
-    folders = [_runs_of(logger, root) for logger in loggers] or [os.path.join(root, "checkpoints")]
-    return [folder for folder in folders if "://" not in folder]
+    return [_runs_of(logger, root) for logger in loggers] or [os.path.join(root, "checkpoints")]
 
 
 def _runs_of(logger: Logger, root: str) -> str:

@@ -69,6 +69,7 @@ class TrainingEpoch:
         run, progress, results, step = self._run, self._run.progress, self._run.results, self._step
         accumulation, stop = self._begin_accumulating(), False
         if self._ends_resumed():
+            results.end_batches()
             return not progress.is_last_batch
         self._check_accumulation(self._data.num_batches)
         batches: Any = self._iterate()
@@ -118,7 +119,7 @@ class TrainingEpoch:
         else:
             self._end_late()
         progress.stepped = False  # a step in a hook from here on is one between two batches
-        begin_batch(None)
+        results.end_batches()
         self._tell_of_idleness(progress.batch - begun)
         self._tell_of_waiting(accumulation.every)
         if progress.is_last_batch:

@@ -85,7 +85,7 @@ class Prediction:
         With ``meet``, ranks that have fewer batches wait for the others after each loader.
         """
         run, dispatch = self._run, self._run.dispatch
-        modes = module_modes(run.module)
+        run.changes.modes_before = modes = module_modes(run.module)
         try:
             with self._no_grad():  # never across a yield: it would hold in the caller's code, too
                 dispatch.call("on_predict_model_eval")
@@ -113,6 +113,7 @@ class Prediction:
                 explain_missing_gradients(error, run.results.hook or "predict_step")
             raise
         finally:
+            run.changes.modes_before = []
             restore_modes(modes)
 
     def _loader(self, loader_idx: int, limit: float) -> Iterator[Any]:

@@ -152,6 +152,11 @@ class Results:
         self.batch = batch
         self.batch_size = None
 
+    def end_batches(self) -> None:
+        """Forget the last batch of the epoch, or that of the run that was resumed."""
+        self.begin_batch(None)
+        self._resumed_samples = 1.0
+
     def reset(self) -> None:
         """Forget values and reset metric objects, because the epoch is over."""
         for slot in self.slots.values():
@@ -160,7 +165,7 @@ class Results:
         self.slots.clear()
         self.idle.clear()
         self.open = False
-        self.begin_batch(None)
+        self.end_batches()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the slots of the unfinished epoch, as tensors and plain containers; every rank calls it.

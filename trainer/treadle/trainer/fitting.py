@@ -68,6 +68,11 @@ class Fitting:
         self._ended_at: Continuation | None = None  # that stop, where the fit ended there
 
     @property
+    def run(self) -> Run | None:
+        """The run of the fit."""
+        return self._session.run
+
+    @property
     def restoring(self) -> bool:
         """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
         return bool(self._unrestored)

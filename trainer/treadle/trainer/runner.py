@@ -90,6 +90,12 @@ class Runner:
         return self.session.run if self.session is not None else None
 
     @property
+    def trained(self) -> Run | None:
+        """The run whose optimizers are the trainer's: that of the fit, also when its module is evaluated afterwards."""
+        fit = self.fitting.run if self.fitting is not None else None
+        return fit if fit is not None and fit.module is self.module else self.run
+
+    @property
     def module(self) -> LightningModule | None:
         """The module of the current or last run."""
         return self.session.module if self.session is not None else None
@@ -257,9 +263,12 @@ class Runner:
         self.run.timed(self._save, "save_checkpoint")(path, weights_only, storage_options)
 
     def _save(self, path: PathLike, weights_only: bool, storage_options: Any) -> None:
-        run, strategy, callbacks = self.run, self._fabric.strategy, self._trainer.callbacks
+        run, strategy, callbacks = self.trained, self._fabric.strategy, self._trainer.callbacks
+        run = run if isinstance(run, ReadyRun) and not weights_only else self.run  # of a fit that failed before
         assert isinstance(run, ReadyRun)
-        fitting = self.fitting if self.state.fn is TrainerFn.FITTING and not weights_only else None
+        fitting = self.fitting if self.fitting is not None and self.fitting.run is run and not weights_only else None
+        if self.run is not None and self.run is not run:
+            run.changes.modes_before = self.run.changes.modes_before  # a hook of an evaluation saves
         run = run if fitting is None else fitting.as_saved(run)
         checkpoint = dump_checkpoint(run, callbacks, weights_only=weights_only)
         if fitting is not None:

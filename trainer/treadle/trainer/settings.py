@@ -20,7 +20,7 @@ from treadle_fabric import (
     rank_zero_info,
     rank_zero_warn,
 )
-from treadle_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger
 
 __all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
 
@@ -193,7 +193,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         max_epochs, max_steps, sanity, interval, log_every = 1, fast, 0, 1.0, 1
         limits = {stage: fast if limits[stage] else limits[stage] for stage in limits}  # 0 is "leave it out"
         rank_zero_info(
-            f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; no logger, no checkpoints."
+            f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; nothing is logged, no checkpoints."
         )
     return Settings(
         durations=resolve_durations(max_epochs, given["min_epochs"], max_steps, given["min_steps"], given["max_time"]),
@@ -234,10 +234,15 @@ def _take_layer_sync(given: dict[str, Any]) -> LayerSync | None:
 
 
 def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
-    """Return the user's loggers, or the default one: TensorBoard, or CSV where TensorBoard is not installed."""
-    if settings.fast_dev_run or logger is False:
+    """Return the user's loggers, or the default one: TensorBoard, or CSV where TensorBoard is not installed.
+
+    With ``fast_dev_run`` one that writes nothing is in their place, so that what a module does with its logger runs.
+    """
+    if logger is False:
         return []
     if logger is None or logger is True:
+        if settings.fast_dev_run:
+            return [DummyLogger()]
         root = settings.default_root_dir
         if find_spec("tensorboard") is not None or find_spec("tensorboardX") is not None:
             return [TensorBoardLogger(root)]
@@ -252,7 +257,7 @@ def choose_loggers(logger: Any, settings: Settings) -> list[Logger]:
             raise MisconfigurationException(
                 f"logger has {item!r} of type {type(item).__name__}: pass a Logger, a list of them, True or False."
             )
-    return loggers
+    return [DummyLogger()] if loggers and settings.fast_dev_run else loggers
 
 
 def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:

@@ -58,7 +58,7 @@ class Trainer:
         precision: "32-true" (default), "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", and short names.
         logger: True (default: TensorBoard, or CSV where that is not installed), False, a logger or a list.
         callbacks: a callback or a list.
-        fast_dev_run: run n (True: 1) batches of everything, without loggers and checkpoints.
+        fast_dev_run: run n (True: 1) batches of everything, without checkpoints, with a logger that writes nothing.
         max_epochs: default: 1000 where nothing else bounds the run; -1 for no bound.
         min_epochs: do not stop before this number of epochs.
         max_steps: the largest number of optimizer steps. Default: -1, no bound.
@@ -409,7 +409,7 @@ class Trainer:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The torch optimizers of the current fit."""
+        """The torch optimizers of the current fit, or of the last one while its module is evaluated."""
         return [o.optimizer for o in self.wrapped_optimizers]
 
     @optimizers.setter
@@ -422,12 +422,12 @@ class Trainer:
     @property
     def wrapped_optimizers(self) -> list[FabricOptimizer]:
         """The optimizers whose ``step`` goes through precision and strategy."""
-        return self._run.optimizers if self._run is not None else []
+        return run.optimizers if (run := self._runner.trained) is not None else []
 
     @property
     def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
         """The learning-rate schedulers and when they step."""
-        return self._run.schedulers if self._run is not None else []
+        return run.schedulers if (run := self._runner.trained) is not None else []
 
     @property
     def loggers(self) -> list[Logger]:
