@@ -298,6 +298,7 @@ def check_types(folder: Path, *options: str, **variables: str) -> None:
     assert done.stdout.rstrip().endswith("Found 5 errors in 1 file (checked 3 source files)")
 
 
+@pytest.mark.package  # beside the same check against the installed wheel
 @pytest.mark.timeout(300)
 def test_a_strict_type_check_of_user_code(tmp_path: Path) -> None:
     check_types(tmp_path, MYPYPATH=os.pathsep.join(str(folder.parent) for folder in PACKAGES.values()))

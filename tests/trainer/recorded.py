@@ -31,13 +31,13 @@ class RecordedSGD(torch.optim.SGD):
             super().zero_grad(set_to_none)
 
 
-class LBFGS(torch.optim.LBFGS):
+class RecordedLBFGS(torch.optim.LBFGS):
     def step(self, closure: Any) -> Any:
         with call("optimizer", "step"):
             return super().step(closure)
 
 
-class StepLR(torch.optim.lr_scheduler.StepLR):
+class RecordedStepLR(torch.optim.lr_scheduler.StepLR):
     made = False  # the constructor steps too
 
     def step(self, epoch: int | None = None) -> None:
@@ -76,7 +76,7 @@ class Model(Net):
 
     def configure_optimizers(self) -> Any:
         if self.lbfgs:
-            return LBFGS(self.parameters(), lr=0.1, max_iter=2)
+            return RecordedLBFGS(self.parameters(), lr=0.1, max_iter=2)
         optimizers = [RecordedSGD(self.parameters(), lr=0.1) for _ in range(self.optimizers_made)]
         if len(optimizers) > 1 or not self.schedulers:
             return optimizers
@@ -86,7 +86,7 @@ class Model(Net):
     def scheduler(kind: str, optimizer: Any) -> dict[str, Any]:
         if kind == "plateau":
             return {"scheduler": Plateau(optimizer), "monitor": "val_loss"}
-        scheduler = StepLR(optimizer, 1)
+        scheduler = RecordedStepLR(optimizer, 1)
         scheduler.made = True
         return {"scheduler": scheduler, "interval": kind}
 

@@ -22,6 +22,7 @@ def test_one_rank(tmp_path: Path) -> None:
     runs.check(runs.resume("fabric_1rank", ONE, tmp_path), old["whole"], old["points"][ONE])
 
 
+@pytest.mark.faults  # half a minute; the Trainer's file of two ranks is read in every run of the tests
 def test_two_ranks(tmp_path: Path) -> None:
     old = runs.expected("fabric_2ranks")
     found = runs.with_two_ranks("fabric_2ranks", tmp_path)

@@ -40,7 +40,13 @@ def test_one_rank_goes_on_from_two(name: str, point: str, tmp_path: Path) -> Non
     runs.check(runs.resume(name, point, tmp_path), [runs.expected(name)["elastic"][point]])
 
 
-@pytest.mark.parametrize("name", [name for name, run in TRAINER.items() if run.ranks == 2])
+TWO = [name for name, run in TRAINER.items() if run.ranks == 2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [TWO[0], *(pytest.param(name, marks=pytest.mark.faults) for name in TWO[1:])],  # they take long
+)
 def test_two_ranks_go_on(name: str, tmp_path: Path) -> None:
     old = runs.expected(name)
     found = runs.with_two_ranks(name, tmp_path)

@@ -43,6 +43,7 @@ class FailsOnce(TorchCheckpointIO):
         super().save_checkpoint(*args, **kwargs)
 
 
+@pytest.mark.faults
 def test_killed_at_random_moments_during_saving(tmp_path: Path) -> None:
     """The small version of tests/faults/test_saving.py."""
     ways = ("file", "background", "folder")

@@ -458,7 +458,7 @@ def test_arguments_are_linked_when_parsed_and_when_made() -> None:
         ),
         (["--trainer.max_epoch=3"], "Did you mean '--trainer.max_epochs'"),
         (["--trainer.max_epochs=two"], "Expected a <class 'int'>"),
-        (["--trainer.callbacks+=EarlyStoping"], "Did you mean 'EarlyStopping'?"),
+        (["--trainer.callbacks+=EarlyStoping"], "Did you mean 'EarlyStopping'"),
         (
             ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitr=x"],
             "EarlyStopping: Did you mean 'monitor'?",
