@@ -24,6 +24,7 @@ from treadle_fabric.checkpoint import (
     newest_good,
 )
 from treadle_fabric.checks import (
+    check_flag,
     check_integer,
     check_loss,
     is_list,
@@ -192,6 +193,7 @@ __all__ = [
     "all_gather_objects",
     "batch_mover",
     "canonical_precision",
+    "check_flag",
     "check_integer",
     "check_loss",
     "claim_failure",

@@ -15,6 +15,7 @@ from torch import Tensor
 from treadle_fabric.errors import MisconfigurationException, MissingPackageError
 
 __all__ = [
+    "check_flag",
     "check_integer",
     "check_loss",
     "is_list",
@@ -84,6 +85,21 @@ def check_integer(name: str, value: Any, *, minimum: int | None = None, meaning:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number: an int, a float or one of NumPy's. A bool and a string are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse what is neither True nor False; a text such as "False" would be taken for True.
+
+    Args:
+        name: what the message calls the argument.
+        value: what was given.
+        optional: whether None is allowed.
+
+    Raises:
+        MisconfigurationException: ``value`` is anything else.
+    """
+    if not (value is None and optional) and not (isinstance(value, int) and value in (0, 1)):
+        raise MisconfigurationException(f"{name}={value!r} must be True or False{', or None' if optional else ''}.")
 
 
 def check_loss(loss: Tensor, what: str) -> None:

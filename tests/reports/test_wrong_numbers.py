@@ -1,4 +1,4 @@
-"""An argument that is no number, or out of range, is refused where it is given, and NumPy's numbers are numbers.
+"""An argument that is no number, out of range, no flag or no name is refused where it is given; NumPy's are numbers.
 
 Tests of ``treadle_fabric.checks``.
 """
@@ -14,8 +14,11 @@ import pytest
 from treadle.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
+    EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
+    ModelCheckpoint,
     SpikeDetection,
     StochasticWeightAveraging,
 )
@@ -51,3 +54,23 @@ def test_numbers_of_numpy_are_numbers(make: Callable[..., Any], name: str) -> No
 def test_digits_are_a_whole_number() -> None:
     with pytest.raises(MisconfigurationException, match="rounding='x'"):
         BackboneFinetuning(rounding="x")  # type: ignore[arg-type]
+
+
+FLAGS: list[tuple[Callable[..., Any], str]] = [
+    (DeviceStatsMonitor, "cpu_stats"),
+    (EMAWeightAveraging, "use_buffers"),
+    (SpikeDetection, "finite_only"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), FLAGS)
+def test_a_text_is_no_flag(make: Callable[..., Any], name: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"{name}='False' must be True or False"):
+        make(**{name: "False"})
+    make(**{name: False})
+
+
+@pytest.mark.parametrize("make", [EarlyStopping, ModelCheckpoint])
+def test_a_metric_has_a_name(make: Callable[..., Any]) -> None:
+    with pytest.raises(MisconfigurationException, match="monitor=3"):
+        make(monitor=3)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from treadle_fabric.checks import check_integer, is_number
+from treadle_fabric.checks import check_flag, check_integer, is_number
 from treadle_fabric.errors import MisconfigurationException, TrainingSpikeException, describe_error
 from treadle_fabric.fabric import Fabric
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -72,6 +72,7 @@ class SpikeDetection:
         self.mode = mode
         self.window = check_integer("SpikeDetection: window", window, minimum=1)
         self.warmup = check_integer("SpikeDetection: warmup", warmup, minimum=0)
+        check_flag("finite_only", finite_only)
         self.atol, self.rtol, self.finite_only = atol, rtol, finite_only
         self.exclude_batches_path = exclude_batches_path
         self.bad_batches: list[int] = []

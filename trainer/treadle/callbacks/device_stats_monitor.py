@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
 from treadle.stages import TrainerFn
-from treadle_fabric import CPUAccelerator, MisconfigurationException, require_package
+from treadle_fabric import CPUAccelerator, MisconfigurationException, check_flag, require_package
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -33,6 +33,7 @@ class DeviceStatsMonitor(Callback):
     """
 
     def __init__(self, cpu_stats: bool | None = None) -> None:
+        check_flag("DeviceStatsMonitor: cpu_stats", cpu_stats, optional=True)
         self._cpu_stats = cpu_stats
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

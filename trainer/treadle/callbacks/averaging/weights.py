@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from treadle_fabric import name_in, plain_name, rank_zero_warn, with_plain_names
+from treadle_fabric import check_flag, name_in, plain_name, rank_zero_warn, with_plain_names
 
 __all__ = ["AveragedWeights", "MultiAverage"]
 
@@ -36,6 +36,7 @@ class AveragedWeights:
     """
 
     def __init__(self, average: MultiAverage, device: torch.device | None, use_buffers: bool) -> None:
+        check_flag("use_buffers", use_buffers)
         self._rule, self._device, self._use_buffers = average, device, use_buffers
         self._average: dict[str, Tensor] = {}
         self._training: dict[str, Tensor] = {}  # what the exchange has replaced

@@ -48,10 +48,12 @@ class MonitoredMetric:
         owner: what messages call the callback that monitors the metric.
 
     Raises:
-        MisconfigurationException: ``mode`` is neither "min" nor "max".
+        MisconfigurationException: ``name`` is no text, or ``mode`` is neither "min" nor "max".
     """
 
     def __init__(self, name: str, mode: str, owner: str) -> None:
+        if not isinstance(name, str):
+            raise MisconfigurationException(f"{owner}: the monitored metric must be a name under which one is logged.")
         if mode not in ("min", "max"):
             raise MisconfigurationException(f"{owner} got mode={mode!r}: it must be 'min' or 'max'.")
         self.name = name
