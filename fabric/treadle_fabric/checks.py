@@ -93,12 +93,12 @@ def check_flag(name: str, value: Any, *, optional: bool = False) -> None:
     Args:
         name: what the message calls the argument.
         value: what was given.
-        optional: whether None is allowed.
+        optional: whether None is allowed, too. Default: no.
 
     Raises:
         MisconfigurationException: ``value`` is anything else.
     """
-    if not (value is None and optional) and not (isinstance(value, int) and value in (0, 1)):
+    if not isinstance(value, bool) and not (value is None and optional):
         raise MisconfigurationException(f"{name}={value!r} must be True or False{', or None' if optional else ''}.")
 
 

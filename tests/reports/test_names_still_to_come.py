@@ -1,6 +1,6 @@
 """Names of Lightning that are still to come: docs/differences.md lists them, and the error for using one says so.
 
-Tests of ``treadle_fabric.errors``, ``treadle_fabric.resolve``.
+Tests of ``treadle_fabric.errors``, ``treadle_fabric.resolve``, ``treadle.accelerators``, ``treadle.strategies``.
 """
 
 from __future__ import annotations

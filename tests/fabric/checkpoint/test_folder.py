@@ -106,6 +106,14 @@ def test_a_file_called_meta_beside_checkpoints_hides_none(tmp_path: Path) -> Non
 # --- taking a name ---
 
 
+@pytest.mark.parametrize("kind", [SHARDED, FILE])
+def test_what_was_moved_aside_for_one_that_never_came_is_loaded(kind: CheckpointIO, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    kind.save_checkpoint({"step": 1}, path)
+    path.rename(tmp_path / f".a.ckpt.{'0' * 32}.old")  # killed between the two renames
+    assert kind.load_checkpoint(path)["step"] == 1
+
+
 @pytest.mark.parametrize("after", [SHARDED, FILE])
 @pytest.mark.parametrize("before", [SHARDED, FILE])
 def test_what_was_moved_aside_for_a_checkpoint_that_came_does_not_come_back(

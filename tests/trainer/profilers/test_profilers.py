@@ -365,7 +365,7 @@ def test_functions_of_each_action_are_told_apart(tmp_path: Path) -> None:
         (lambda: L.Trainer(profiler="simple", barebones=True), r"barebones=True turns profiler off"),
         (lambda: SimpleProfiler(filename="a/b"), r"filename='a/b' of a profiler must be the name of a file"),
         (lambda: SimpleProfiler(3), r"dirpath=3 of a profiler must be a path"),  # type: ignore[arg-type]
-        (lambda: SimpleProfiler(extended=1), r"extended=1 of SimpleProfiler must be True or False"),  # type: ignore[arg-type]
+        (lambda: SimpleProfiler(extended=1), r"SimpleProfiler: extended=1 must be True or False"),  # type: ignore[arg-type]
         (
             lambda: AdvancedProfiler(line_count_restriction=1.5),
             r"line_count_restriction=1\.5 must be a number",

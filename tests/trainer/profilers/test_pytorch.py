@@ -163,7 +163,7 @@ def test_an_error_in_a_layer_leaves_no_hook(tmp_path: Path) -> None:
         ),
         ({"with_stacks": True}, r"got 'with_stacks', which is no argument.*Did you mean 'with_stack'"),
         ({"row_limit": 2.5}, "row_limit"),
-        ({"emit_nvtx": 1}, "emit_nvtx=1 of PyTorchProfiler must be True or False"),
+        ({"emit_nvtx": 1}, "PyTorchProfiler: emit_nvtx=1 must be True or False"),
         ({"schedule": 3}, r"schedule=3 must be a function of the step"),
         ({"schedule": lambda step: None}, r"returns a torch\.profiler\.ProfilerAction"),
         ({"on_trace_ready": "x"}, r"on_trace_ready='x' must be a function"),

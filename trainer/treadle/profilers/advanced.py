@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from treadle.profilers.profiler import Profiler, write_file
 from treadle.profilers.report import WIDTH, readable
-from treadle_fabric import MisconfigurationException, PathLike
+from treadle_fabric import MisconfigurationException, PathLike, check_flag
 
 if TYPE_CHECKING:
     import cProfile
@@ -48,8 +48,7 @@ class AdvancedProfiler(Profiler):
                 f"line_count_restriction={lines!r} must be a number of lines (an int from 1), or a fraction of them (a"
                 " float above 0 and up to 1.0)."
             )
-        if not isinstance(dump_stats, bool):
-            raise MisconfigurationException(f"dump_stats={dump_stats!r} of AdvancedProfiler must be True or False.")
+        check_flag("AdvancedProfiler: dump_stats", dump_stats)
         self.line_count_restriction, self.dump_stats = line_count_restriction, dump_stats
         self.profiled_actions: dict[str, cProfile.Profile] = {}
         """The measurements of each action."""

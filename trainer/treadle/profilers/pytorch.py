@@ -16,7 +16,7 @@ from torch.autograd.profiler import record_function
 from treadle.profilers.layer_names import LayerNames
 from treadle.profilers.operator_table import operator_table
 from treadle.profilers.profiler import Profiler, write_file
-from treadle_fabric import MisconfigurationException, PathLike, check_integer, near_names, rank_zero_info
+from treadle_fabric import MisconfigurationException, PathLike, check_flag, check_integer, near_names, rank_zero_info
 
 __all__ = ["PyTorchProfiler"]
 
@@ -217,8 +217,7 @@ class PyTorchProfiler(Profiler):
 
 def _checked(**flags: Any) -> dict[str, bool]:
     for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise MisconfigurationException(f"{name}={value!r} of PyTorchProfiler must be True or False.")
+        check_flag(f"PyTorchProfiler: {name}", value)
     return flags
 
 

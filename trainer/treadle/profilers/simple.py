@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from treadle.profilers.profiler import Profiler
 from treadle.profilers.report import readable, table
-from treadle_fabric import MisconfigurationException, PathLike
+from treadle_fabric import PathLike, check_flag
 
 __all__ = ["SimpleProfiler"]
 
@@ -31,8 +31,7 @@ class SimpleProfiler(Profiler):
 
     def __init__(self, dirpath: PathLike | None = None, filename: str | None = None, extended: bool = True) -> None:
         super().__init__(dirpath, filename)
-        if not isinstance(extended, bool):
-            raise MisconfigurationException(f"extended={extended!r} of SimpleProfiler must be True or False.")
+        check_flag("SimpleProfiler: extended", extended)
         self.extended = extended
         self.current_actions: dict[str, float] = {}
         self.recorded_durations: dict[str, array[float]] = {}

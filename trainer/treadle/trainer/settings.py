@@ -14,6 +14,7 @@ from treadle.run.dispatch import check_callbacks, reorder_callbacks
 from treadle.run.layer_sync import LayerSync, TorchSyncBatchNorm
 from treadle_fabric import (
     MisconfigurationException,
+    check_flag,
     check_integer,
     near_names,
     one_or_several,
@@ -69,12 +70,6 @@ _AS_GIVEN = (
 )  # fmt: skip
 
 
-def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise MisconfigurationException(f"{name}={value!r} must be True or False.")
-    return value
-
-
 def _barebones(given: dict[str, Any]) -> None:
     """Turn off, for ``barebones``, everything that costs time; refuse arguments that ask for some of it."""
     expected: dict[str, tuple[Any, ...]] = {
@@ -112,10 +107,9 @@ def _check_flags(given: dict[str, Any]) -> None:
         "enable_autolog_hparams",
         "auto_resume",
     ):
-        _boolean(given[name], name)
+        check_flag(name, given[name])
     for name in ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark"):
-        if given[name] is not None:
-            _boolean(given[name], name)
+        check_flag(name, given[name], optional=True)
     if given["on_save_error"] not in ("raise", "warn"):
         raise MisconfigurationException(
             f"on_save_error={given['on_save_error']!r} must be 'raise' or 'warn'."
@@ -161,7 +155,8 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     Raises:
         MisconfigurationException: the message has the argument, its value, the rule and the remedy.
     """
-    if _boolean(given["barebones"], "barebones"):
+    check_flag("barebones", given["barebones"])
+    if given["barebones"]:
         _barebones(given)
     _check_flags(given)
     fast, algorithm = given["fast_dev_run"], given["gradient_clip_algorithm"]
