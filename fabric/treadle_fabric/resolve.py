@@ -115,10 +115,11 @@ def resolve(
         "strategy": strategy,
         "devices": devices,
         "num_nodes": num_nodes,
+        "precision": own.precision or given.precision or precision,
     }
-    said["precision"] = own.precision or given.precision or precision
     asked, words = _with_run_options(said, os.environ if environ is None else environ)
-    accelerator, strategy, devices, num_nodes = (asked[name] for name in list(said)[:4])
+    accelerator, strategy = asked["accelerator"], asked["strategy"]
+    devices, num_nodes = asked["devices"], asked["num_nodes"]
     precision = asked["precision"] if said["precision"] is None else precision
     notes += words
     interactive = in_notebook() if interactive is None else interactive
