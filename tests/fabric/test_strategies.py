@@ -1,7 +1,7 @@
 """Strategies: collectives, DDP against one process, files, names.
 
 Tests of ``treadle_fabric.strategies.strategy``, ``treadle_fabric.strategies.native_step``,
-``treadle_fabric.strategies.checkpointing``, ``treadle_fabric.strategies.whole_state``,
+``treadle_fabric.strategies.states.checkpointing``, ``treadle_fabric.strategies.states.whole_state``,
 ``treadle_fabric.strategies.single_device``, ``treadle_fabric.strategies.parallel``,
 ``treadle_fabric.strategies.ddp``, ``treadle_fabric.strategies.registry``.
 """

@@ -2,7 +2,7 @@
 
 Tests of ``treadle_fabric.accelerators.accelerator``, ``treadle_fabric.precision.autocast``, ``treadle_fabric.batches``,
 ``treadle_fabric.strategies.parallel``, ``treadle_fabric.strategies.single_device``,
-``treadle_fabric.strategies.whole_state``, ``treadle_fabric.checkpoint.values.standard_kinds``,
+``treadle_fabric.strategies.states.whole_state``, ``treadle_fabric.checkpoint.values.standard_kinds``,
 ``treadle.module.loading``, ``treadle.metrics.values``, ``treadle.metrics.reduction``, ``treadle.run.signals``.
 """
 

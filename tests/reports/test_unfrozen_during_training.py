@@ -1,6 +1,6 @@
 """What is trainable changes after set-up, and the ranks of DDP still train one model.
 
-Tests of ``treadle_fabric.strategies.ddp_engine``.
+Tests of ``treadle_fabric.strategies.data_parallel.ddp_engine``.
 """
 
 from __future__ import annotations

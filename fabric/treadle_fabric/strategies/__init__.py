@@ -1,25 +1,25 @@
 """Strategies: how a model is placed on devices and processes, and the names they go by.
 
-Start with ``strategy.py``, the base class. ``parallel.py``, ``whole_state.py``, ``native_step.py`` and
-``checkpointing.py`` are bases for one subject each; ``single_device.py`` and ``ddp.py`` are the strategies, and
-``registry.py`` has their names. ``reduction.py`` says what a reduction makes of each dtype. ``ddp_engine.py`` keeps DDP
-in step with what is trainable in its model, and ``unwrapping.py`` says what the user's module is inside of wrappers.
+Start with ``strategy.py``, the base class. ``parallel.py``, ``native_step.py`` and those in ``states/`` are bases for
+one subject each; ``single_device.py``, ``ddp.py``, ``fsdp.py`` and ``model_parallel.py`` are the strategies, with their
+parts in ``data_parallel/``, ``sharding/`` and ``parallelism/``, and ``registry.py`` has their names. ``reduction.py``
+says what a reduction makes of each dtype. ``unwrapping.py`` says what the user's module is inside of wrappers.
 Imports launchers, precision and what is below them.
 """
 
 from typing import TYPE_CHECKING
 
 from treadle_fabric.errors import not_yet
-from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
+from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Plugin, Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
-from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = [
     "METHOD_KEYWORD",

@@ -24,11 +24,11 @@ from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, UnknownArgumentError, UnusedParametersError, near_names
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.ddp_engine import DDPEngine, listed
+from treadle_fabric.strategies.data_parallel.ddp_engine import DDPEngine, listed
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
-from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["DDPStrategy"]
 

@@ -53,6 +53,7 @@ class NativeStepStrategy(Strategy):
         return (
             type(self).optimizer_step is NativeStepStrategy.optimizer_step
             and type(self).before_optimizer_step is Strategy.before_optimizer_step
+            and type(self).after_optimizer_step is Strategy.after_optimizer_step
             and type(self.precision).optimizer_step is Precision.optimizer_step
             and not self.precision.requires_fabric_backward
         )
@@ -68,7 +69,9 @@ class NativeStepStrategy(Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         self.before_optimizer_step(optimizer)
-        return (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
+        result = (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
+        self.after_optimizer_step(optimizer)
+        return result
 
     def clip_gradients_norm(
         self,

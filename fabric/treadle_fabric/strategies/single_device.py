@@ -17,8 +17,8 @@ from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.reduction import reduction_of
+from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
 from treadle_fabric.strategies.strategy import Parts
-from treadle_fabric.strategies.whole_state import WholeStateStrategy
 
 __all__ = ["SingleDeviceStrategy"]
 

@@ -86,8 +86,11 @@ class Strategy(ABC):
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
-    runs_whole_batch: ClassVar[bool] = False
+    runs_whole_batch: bool = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
+    forward_is_collective: bool = False
+    """Ranks work together in every forward pass, also without gradients: all make the same number of passes. A rank
+    that has no batch left calls :meth:`join_forward` instead."""
 
     def __init__(
         self,
@@ -231,6 +234,18 @@ class Strategy(ABC):
         """Starts the processes; ``None`` where there is only this one."""
 
     @property
+    def data_parallel_size(self) -> int:
+        """Number of shares that a batch has: fewer than processes where some work together on one share."""
+        ranks = self.distributed_sampler_kwargs
+        return 1 if ranks is None else int(ranks["num_replicas"])
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which share of a batch this process works on, from 0."""
+        ranks = self.distributed_sampler_kwargs
+        return 0 if ranks is None else int(ranks["rank"])
+
+    @property
     @abstractmethod
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """``num_replicas`` and ``rank`` for sharing out samples; ``None`` where there is nothing to share."""
@@ -341,6 +356,16 @@ class Strategy(ABC):
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
 
+    def after_inner_backward(self) -> None:
+        """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
+
+    def join_forward(self, module: Module) -> None:
+        """Take part in a forward pass without gradients that other processes make now. Default: they need no others.
+
+        Args:
+            module: The engine, which has run a forward pass before.
+        """
+
     def join_backward(self, module: Module, label: str) -> None:
         """Take part, with nothing to learn from, in the backward pass that other processes make now.
 
@@ -365,6 +390,9 @@ class Strategy(ABC):
 
     def before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Raise where gradients are not the same as on the other ranks. Default: do nothing."""
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Take notice that an optimizer has changed parameters. Default: do nothing."""
 
     @abstractmethod
     def clip_gradients_norm(

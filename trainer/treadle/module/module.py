@@ -261,6 +261,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         if self._fabric is not None and self._trainer is None:
             self._fabric.strategy.expect_backward(loss)
             self._fabric.backward(loss, *args, **kwargs)
+            self._fabric.strategy.after_inner_backward()
             return
         if self.automatic_optimization:
             raise MisconfigurationException(

@@ -80,6 +80,7 @@ def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> N
             if (explained := strategy.explain_error(None, error)) is not None:
                 raise explained from error
             raise
+        strategy.after_inner_backward()
 
     if run.profiler is not None:
         differentiate = run.timed(differentiate, "backward", strategy)

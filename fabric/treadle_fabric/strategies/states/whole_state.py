@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.strategies.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 
 __all__ = ["WholeStateStrategy"]
