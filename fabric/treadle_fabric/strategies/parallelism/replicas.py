@@ -1,0 +1,85 @@
+"""What the ranks of a group have alike: initial values, random numbers, gradients of parameters that each has whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.randomness import own_rng_states, set_rng_states
+
+__all__ = ["align_random_state", "align_values", "check_gradients_alike"]
+
+_MAX_NAMED = 5
+
+
+def align_values(module: Module, group: Any) -> None:
+    """Give every rank of a group the parameters and buffers that its first rank has, but for those on the meta device.
+
+    Args:
+        module: Of plain tensors.
+        group: The process group.
+    """
+    seen: set[int] = set()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_meta or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        value = tensor.detach()
+        whole = value.contiguous()
+        dist.broadcast(whole.view(torch.uint8) if whole.dim() else whole, group=group, group_src=0)
+        if whole is not value and whole.data_ptr() != value.data_ptr():
+            value.copy_(whole)
+
+
+def align_random_state(meshes: Iterable[Any]) -> None:
+    """Give ranks that work on one batch the random state of the first of them: of Python, NumPy and torch.
+
+    What the ranks draw for activations that each has whole, such as a dropout, has to be the same. Ranks of one seed
+    are alike already; this is for those that were not seeded.
+
+    Args:
+        meshes: One-dimensional meshes, along each of which the state is to be the same.
+    """
+    for mesh in meshes:
+        if mesh.size() > 1:
+            states: list[Any] = [own_rng_states()]
+            dist.broadcast_object_list(states, group=mesh.get_group(), group_src=0)
+            set_rng_states(states[0])
+
+
+def check_gradients_alike(named: Mapping[str, Tensor], group: Any) -> None:
+    """Refuse gradients of whole parameters that differ between ranks which work on the same samples.
+
+    The optimizer would step these parameters apart, without a word. It is one collective of one number a parameter.
+
+    Args:
+        named: Parameters that each rank of the group has whole, the same on every rank.
+        group: The process group.
+
+    Raises:
+        MisconfigurationException: Gradients differ by more than rounding explains.
+    """
+    if not named:
+        return
+    norms = [0.0 if p.grad is None else torch.linalg.vector_norm(p.grad.detach().float()) for p in named.values()]
+    device = next(iter(named.values())).device
+    mine = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
+    extremes = torch.stack([mine, -mine])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    most, least = extremes[0], -extremes[1]
+    differ = ((most - least) > 0.05 * most + 1e-6).tolist()  # NaN is not greater than anything
+    apart = [name for name, differs in zip(named, differ, strict=True) if differs]
+    if apart:
+        more = f" and {len(apart) - _MAX_NAMED} more" if len(apart) > _MAX_NAMED else ""
+        raise MisconfigurationException(
+            "Gradients of parameters that every tensor-parallel rank has whole differ between the ranks:"
+            f" {', '.join(apart[:_MAX_NAMED])}{more}. Either the ranks got different samples: a loader shares them out"
+            " by strategy.data_parallel_size and data_parallel_rank. Or a layer works on a slice of the sequence: give it"
+            " the style 'sequence' in the plan. Or ranks draw different random numbers: seed them alike."
+        )
