@@ -129,6 +129,7 @@ def _losses(
     logits = shard.logits
     mine = None if weight is None else shard.of(weight.to(logits.dtype), 0).view(-1, *[1] * (logits.dim() - 2))
     weighted = logits if mine is None else logits * mine
+    mass: Any
     if target.is_floating_point():
         wanted = shard.of(target.to(logits.dtype), 1) * (1 - smoothing) + smoothing / shard.total
         counted = wanted if mine is None else wanted * mine
@@ -146,7 +147,7 @@ def _losses(
     of_class = torch.ones_like(lse) if weight is None else weight.to(lse.dtype)[index]
     loss = (lse - picked) * of_class
     if smoothing:
-        mass: Any = shard.total if weight is None else weight.to(lse.dtype).sum()
+        mass = shard.total if weight is None else weight.to(lse.dtype).sum()
         loss = (1 - smoothing) * loss + smoothing / shard.total * (lse * mass - smoothed[0])
     return torch.where(counts, loss, 0.0), (of_class * counts).sum()
 

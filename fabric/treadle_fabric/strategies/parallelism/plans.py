@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
-from treadle_fabric.strategies.parallelism.replicas import align_values
+from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["STYLES", "apply_tensor_parallel", "check_plan", "place_gradients"]
@@ -103,11 +103,11 @@ def check_plan(plan: Any, what: str = "tensor_parallel_plan") -> None:
             )
 
 
-def apply_tensor_parallel(module: Module, mesh: Any, plan: TensorParallelPlan) -> Module:
+def apply_tensor_parallel(module: Module, mesh: Any, plan: TensorParallelPlan, broadcast: bool = True) -> Module:
     """Shard the layers of a module over the ranks of a mesh.
 
-    The parameters of the layers in the plan become DTensors, under the same names; everything else stays as it is, and
-    is made the same on every rank first: as the first rank of the mesh has it. Parameters on the meta device are
+    The parameters of the layers in the plan become DTensors, under the same names; everything else stays as it is.
+    Parameters on the meta device are
     distributed there, without values. A mesh of one rank changes nothing.
 
     Attention sees the heads of its rank only. It must not count on all of them: a projection's output is viewed as
@@ -120,6 +120,8 @@ def apply_tensor_parallel(module: Module, mesh: Any, plan: TensorParallelPlan) -
         plan: Patterns of names of layers, and the style of each. In a name, ``*`` is anything, dots too; a
             ``re.Pattern`` matches the whole name. A style is a name in :data:`STYLES`, or an object of torch's
             ``ParallelStyle``.
+        broadcast: Whether the ranks take over parameters and buffers from the first rank of the mesh; False where they
+            are the same already.
 
     Returns:
         The module.
@@ -136,6 +138,7 @@ def apply_tensor_parallel(module: Module, mesh: Any, plan: TensorParallelPlan) -
             " it, such as mesh['tensor_parallel']."
         )
     own = user_module(module)
+    _refuse_lazy(own)
     layers = _matched(own, plan)
     for layer in layers:
         _check_layer(layer, mesh.size())
@@ -143,7 +146,8 @@ def apply_tensor_parallel(module: Module, mesh: Any, plan: TensorParallelPlan) -
     _check_shared(shared, {id(layer.module): layer for layer in layers})
     if mesh.size() == 1:
         return module
-    align_values(own, mesh.get_group())
+    if broadcast:
+        take_over_from_rank_zero(own, torch.device(mesh.device_type), group=mesh.get_group())
     before = {id(each): {**each._parameters} for each in own.modules()}
     for layer in layers:
         _apply(layer, mesh)
@@ -154,6 +158,15 @@ def apply_tensor_parallel(module: Module, mesh: Any, plan: TensorParallelPlan) -
 
 
 # Which layers
+
+
+def _refuse_lazy(own: Module) -> None:
+    for name, parameter in with_plain_names(own, own.named_parameters()):
+        if is_lazy(parameter):
+            raise MisconfigurationException(
+                f"The parameter {name!r} has no shape yet, so that layers cannot be sharded: run a batch through the"
+                " model first, or give the layer its number of inputs."
+            )
 
 
 def _matched(own: Module, plan: TensorParallelPlan) -> list[_Layer]:
@@ -195,12 +208,6 @@ def _shown(pattern: Any) -> str:
 
 def _check_layer(layer: _Layer, size: int) -> None:
     module, kind = layer.module, _kind(layer.style)
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            raise MisconfigurationException(
-                f"The parameter {name!r} of {layer} has no shape yet, so it cannot be sharded: run a batch through the"
-                " model first, or give the layer its number of inputs."
-            )
     if isinstance(layer.parent, nn.MultiheadAttention):
         raise MisconfigurationException(
             f"{layer} is a part of torch.nn.MultiheadAttention, which uses the weights of its layers itself, so that"
@@ -240,8 +247,8 @@ def _check_sizes(layer: _Layer, kind: str, size: int) -> None:
             if layer.name.rpartition(".")[2].lower() in _FUSED:
                 rank_zero_warn(
                     f"{layer} seems to compute several things at once, such as queries, keys and values. 'colwise'"
-                    " gives each rank one contiguous part of the output features: the first rank the queries, say. Unless the"
-                    " parts of each head lie together, make it several layers."
+                    " gives each rank one contiguous part of the output features: the first rank the queries, say."
+                    " Unless the parts of each head lie together, make it several layers."
                 )
     elif linear and module.in_features % size:
         raise _uneven(layer, "in_features", module.in_features, size)
@@ -351,21 +358,25 @@ def _apply(layer: _Layer, mesh: Any) -> None:
     else:
         if isinstance(layer.style, str) and layer.style.endswith("_scattered"):
             layer.module.register_forward_pre_hook(_checking_length(layer, mesh.size()))
-        style = _torch_style(layer.style) if isinstance(layer.style, str) else layer.style
+        style = _torch_style(layer) if isinstance(layer.style, str) else layer.style
         try:
             parallelize_module(layer.module, mesh, style, src_data_rank=None)  # values are alike already
         except (NotImplementedError, RuntimeError) as error:
             raise MisconfigurationException(f"The style {layer.style!r} cannot be that of {layer}: {error}") from error
 
 
-def _torch_style(name: str) -> Any:
+def _torch_style(layer: _Layer) -> Any:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
 
+    name = layer.style
     if name == "sequence":
         return SequenceParallel(use_local_output=True)
     if name.startswith("rowwise"):
-        return RowwiseParallel(output_layouts=Shard(1) if name == "rowwise_scattered" else Replicate())
+        return RowwiseParallel(
+            input_layouts=Shard(-1) if isinstance(layer.module, nn.Linear) else Replicate(),
+            output_layouts=Shard(1) if name == "rowwise_scattered" else Replicate(),
+        )
     return ColwiseParallel(
         input_layouts=Shard(1) if name.startswith("scattered_") else Replicate(),
         output_layouts=Replicate() if name.endswith("_gathered") else Shard(-1),
@@ -432,7 +443,7 @@ def _replicate(module: Module, mesh: Any) -> None:
 
 
 def _like_before(own: Module, before: Mapping[int, Mapping[str, Parameter | None]]) -> None:
-    """Give new parameters what torch's styles do not take over: whether they are frozen, and attributes of the user's."""
+    """Give new parameters what torch's styles do not take over: whether they are frozen, and own attributes."""
     for module in own.modules():
         for name, parameter in module._parameters.items():
             old = before[id(module)].get(name)

@@ -1,4 +1,4 @@
-"""What the ranks of a group have alike: initial values, random numbers, gradients of parameters that each has whole."""
+"""What ranks that work on one batch have alike: random numbers, and gradients of parameters that each has whole."""
 
 from __future__ import annotations
 
@@ -8,33 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness import own_rng_states, set_rng_states
 
-__all__ = ["align_random_state", "align_values", "check_gradients_alike"]
+__all__ = ["align_random_state", "check_gradients_alike"]
 
 _MAX_NAMED = 5
-
-
-def align_values(module: Module, group: Any) -> None:
-    """Give every rank of a group the parameters and buffers that its first rank has, but for those on the meta device.
-
-    Args:
-        module: Of plain tensors.
-        group: The process group.
-    """
-    seen: set[int] = set()
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_meta or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        value = tensor.detach()
-        whole = value.contiguous()
-        dist.broadcast(whole.view(torch.uint8) if whole.dim() else whole, group=group, group_src=0)
-        if whole is not value and whole.data_ptr() != value.data_ptr():
-            value.copy_(whole)
 
 
 def align_random_state(meshes: Iterable[Any]) -> None:
@@ -80,6 +60,6 @@ def check_gradients_alike(named: Mapping[str, Tensor], group: Any) -> None:
         raise MisconfigurationException(
             "Gradients of parameters that every tensor-parallel rank has whole differ between the ranks:"
             f" {', '.join(apart[:_MAX_NAMED])}{more}. Either the ranks got different samples: a loader shares them out"
-            " by strategy.data_parallel_size and data_parallel_rank. Or a layer works on a slice of the sequence: give it"
-            " the style 'sequence' in the plan. Or ranks draw different random numbers: seed them alike."
+            " by strategy.data_parallel_size and data_parallel_rank. Or a layer works on a slice of the sequence:"
+            " give it the style 'sequence' in the plan. Or ranks draw different random numbers: seed them alike."
         )
