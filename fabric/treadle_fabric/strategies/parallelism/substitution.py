@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.overrides import TorchFunctionMode
+from torch.nn import Module
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = ["Substitution"]
 
@@ -14,8 +16,7 @@ class Substitution(TorchFunctionMode):
     """A context in which some functions of torch are others, with the same arguments.
 
     A strategy enters it around the forward pass, so that models call ``F.scaled_dot_product_attention`` and
-    ``F.cross_entropy`` as ever, and around the backward pass, where activation checkpointing runs parts of the forward
-    pass again. Inside a substitute the functions are torch's own.
+    ``F.cross_entropy`` as ever. Inside a substitute the functions are torch's own.
 
     Args:
         substitutes: For functions of torch, what is called in their place.
@@ -24,6 +25,41 @@ class Substitution(TorchFunctionMode):
     def __init__(self, substitutes: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
         super().__init__()
         self._substitutes = dict(substitutes)
+        self._here = _Here()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Substitution:
+        return self  # that of a copied module is this one
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return self._substitutes.get(func, func)(*args, **(kwargs or {}))
+
+    def follow(self, module: Module) -> None:
+        """Enter this context also where activation checkpointing runs modules again, in the backward pass.
+
+        Autograd takes no such context along. A module that is inside of ``module`` therefore enters it by itself.
+        """
+        for each in module.modules():
+            each.register_forward_pre_hook(self._begin, prepend=True)
+            each.register_forward_hook(self._end, always_call=True)
+
+    def _begin(self, module: Module, args: Any) -> None:
+        here = self._here
+        if here.depth:
+            here.depth += 1
+        elif not any(mode is self for mode in _get_current_function_mode_stack()):
+            self.__enter__()
+            here.depth = 1
+
+    def _end(self, module: Module, args: Any, output: Any) -> None:
+        here = self._here
+        if here.depth:
+            here.depth -= 1
+            if not here.depth:
+                self.__exit__(None, None, None)
+
+
+class _Here(threading.local):
+    """Where this thread is; autograd runs backward passes in some of its own."""
+
+    depth = 0
+    """How many modules, one inside of the other, run in a context that the outermost has entered by itself."""
