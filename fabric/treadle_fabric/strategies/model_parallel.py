@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypedDict, Unpack
@@ -151,6 +152,8 @@ class ModelParallelStrategy(ShardingStrategy):
         check_mesh_size(sizes, self.world_size, "Give sizes whose product is the number of processes.")
         mesh = make_mesh(self.root_device.type, sizes)
         mesh["data_replicate", "data_shard"]._flatten("data_parallel")
+        # a dimension that was made of others is asked for by its name, as all are, which torch warns of
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
         return mesh
 
     def parallelize(self, module: Module) -> ShardedEngine:
