@@ -355,8 +355,8 @@ def broadcast_values(module: Module, ignored: Collection[Tensor] = (), group: An
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if not t.is_meta and id(t) not in kept}
     found = [t.detach() for t in tensors.values()]
     if found:
-        as_ddp: Any = dist.distributed_c10d._broadcast_coalesced
-        as_ddp(group or dist.group.WORLD, found, _BUCKET, 0)
+        functions: Any = dist  # as DDP does
+        functions._broadcast_coalesced(group or dist.group.WORLD, found, _BUCKET, 0)
 
 
 def refuse_missing_values(root: Module, module: Module, names: list[str]) -> None:
