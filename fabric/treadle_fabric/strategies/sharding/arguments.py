@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from treadle_fabric.strategies.sharding.wrapping import Policy
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Dtypes", "ShardingOptions", "dtypes_for", "mesh_shape", "parse_arguments"]
+__all__ = ["Dtypes", "ShardingOptions", "dtypes_for", "parse_arguments"]
 
 _STRATEGIES = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 
@@ -57,8 +58,8 @@ class ShardingOptions:
     """Shard over the ranks of one dimension of the mesh, and replicate over the other."""
     mesh: tuple[int, ...] | DeviceMesh | None = None
     """The sizes of the dimensions, or the mesh itself. None: all ranks; where hybrid, nodes x ranks of a node."""
-    full_state: bool = False
-    """A checkpoint is one file with whole tensors, instead of a folder in which each rank writes its part."""
+    state_dict_type: str = "sharded"
+    """``"sharded"``: a checkpoint is a folder in which each rank writes its part. ``"full"``: a file, whole tensors."""
     recomputes: bool = False
     """Activation checkpointing."""
     recompute_policy: Policy | None = None
@@ -97,7 +98,7 @@ def parse_arguments(
     sharding_strategy: Any = "FULL_SHARD",
     state_dict_type: str = "sharded",
     device_mesh: Any = None,
-    others: Mapping[str, Any] | None = None,
+    **others: Any,
 ) -> ShardingOptions:
     """Translate the arguments of ``FSDPStrategy``.
 
@@ -114,7 +115,7 @@ def parse_arguments(
             member of torch's enum.
         state_dict_type: ``"sharded"`` or ``"full"``.
         device_mesh: Sizes, or a ``DeviceMesh``.
-        others: Arguments that ``FullyShardedDataParallel`` (FSDP1) or ``fully_shard`` takes.
+        **others: Arguments that ``FullyShardedDataParallel`` (FSDP1) or ``fully_shard`` takes.
 
     Raises:
         MisconfigurationException: An argument contradicts another one, or has no meaning.
@@ -143,11 +144,11 @@ def parse_arguments(
         dtypes=None if mixed_precision is None else _dtypes(mixed_precision),
         hybrid=hybrid,
         mesh=_mesh(device_mesh, hybrid),
-        full_state=state_dict_type == "full",
+        state_dict_type=state_dict_type,
         recomputes=layers not in (None, False) or bool(activation_checkpointing_saves),
         recompute_policy=None if isinstance(layers, bool) else layers,
         recompute_saved=tuple(activation_checkpointing_saves),
-        ignored=_others(others or {}),
+        ignored=_others(others),
     )
 
 
@@ -168,34 +169,6 @@ def dtypes_for(precision: str, given: Dtypes | None = None) -> Dtypes:
     # for example, refuse weights in half precision beside activations in single precision, and what autocast leaves in
     # single precision would be rounded. `mixed_precision=MixedPrecisionPolicy(...)` gathers in half precision.
     return Dtypes()
-
-
-def mesh_shape(options: ShardingOptions, world_size: int, num_nodes: int = 1) -> tuple[int, ...]:
-    """The sizes of the mesh: ``(shard,)``, or ``(replicate, shard)`` where hybrid.
-
-    Raises:
-        MisconfigurationException: The mesh that the user gave has another number of ranks.
-    """
-    given = options.mesh
-    if given is None:
-        return (num_nodes, world_size // num_nodes) if options.hybrid else (world_size,)
-    sizes = given if isinstance(given, tuple) else tuple(given.mesh.shape)
-    product = 1
-    for size in sizes:
-        product *= size
-    if product != world_size:
-        raise MisconfigurationException(
-            f"device_mesh={sizes} has {product} ranks, and {world_size} processes are running (devices x num_nodes):"
-            f" the sizes must multiply to {world_size}, such as {_example(world_size, len(sizes))}."
-        )
-    return sizes
-
-
-def _example(world_size: int, dimensions: int) -> tuple[int, ...]:
-    if dimensions == 1:
-        return (world_size,)
-    replicate = next((n for n in range(2, world_size) if world_size % n == 0), 1)
-    return (replicate, world_size // replicate)
 
 
 def _one_of(first: str, one: Any, second: str, other: Any) -> None:
@@ -251,6 +224,11 @@ def _mesh(given: Any, hybrid: bool) -> Any:
         raise MisconfigurationException(
             f"device_mesh={given!r}: must be the sizes of its dimensions, such as (2, 4) for 2 replicas of parameters"
             " that 4 ranks share, or a DeviceMesh."
+        )
+    if hybrid and getattr(given, "mesh_dim_names", ()) is None:
+        raise MisconfigurationException(
+            "device_mesh has dimensions without names, which a hybrid one needs: init_device_mesh(type, (2, 4),"
+            " mesh_dim_names=('data_replicate', 'data_shard'))."
         )
     if len(sizes) != wanted:
         raise MisconfigurationException(
@@ -316,17 +294,21 @@ def _others(given: Mapping[str, Any]) -> tuple[Module | Tensor, ...]:
     ignored: list[Module | Tensor] = []
     for name, value in given.items():
         if name not in _ALREADY:
-            raise UnknownArgumentError(f"FSDPStrategy({name}=...) is no argument. {near_names(name, _ALREADY)}")
+            raise UnknownArgumentError(f"{name}={value!r} is no argument of sharding. {near_names(name, _known())}")
         if any(value is asked for asked in _ALREADY[name]) or _is_default(name, value):
             continue
         if name in _NEW_WAY:
-            raise MisconfigurationException(f"FSDPStrategy({name}={value!r}) is of FSDP1: {_NEW_WAY[name]}")
+            raise MisconfigurationException(f"{name}={value!r} is of FSDP1: {_NEW_WAY[name]}")
         found = [value] if isinstance(value, (Module, Tensor)) or not isinstance(value, Iterable) else [*value]
         wrong = next((each for each in found if not isinstance(each, (Module, Tensor))), None)
         if wrong is not None:
             raise MisconfigurationException(f"{name} has {wrong!r}: must be parameters or modules of the model.")
         ignored += found
     return tuple(ignored)
+
+
+def _known() -> set[str]:
+    return {*inspect.signature(parse_arguments).parameters, *_ALREADY} - {"others"}
 
 
 def _is_default(name: str, value: Any) -> bool:

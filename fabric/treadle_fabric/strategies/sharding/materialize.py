@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.precision import Precision
 from treadle_fabric.randomness import own_rng_states, same_rng_states, set_rng_states
 from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies.unwrapping import plain_name, uncompiled, user_module, with_plain_names
 
-__all__ = ["broadcast_values", "materialize", "refuse_missing_values"]
+__all__ = ["give_values", "materialize"]
 
 _INITIALIZERS = ("reset_parameters", "_reset_parameters", "init_weights", "_init_weights")
 """Methods without arguments that give a module its values, under the names that modules have for it."""
 _MAX_NAMED = 10
-_BUCKET = 250 * 1024 * 1024  # bytes that are sent at once
 
 
 def materialize(
@@ -51,7 +50,7 @@ def materialize(
 
     Returns:
         The names of parameters and buffers for which the module has no such method. They are NaN (integers: their
-        lowest value), until a checkpoint is loaded: see :func:`refuse_missing_values`.
+        lowest value), until a checkpoint is loaded: see :func:`give_values`.
 
     Raises:
         MisconfigurationException: A buffer gets no value that no checkpoint has either, because it is not persistent.
@@ -343,41 +342,33 @@ def _name(module: Module, owner: str, key: str) -> str:
     return plain_name(module, f"{owner}.{key}" if owner else key)
 
 
-def broadcast_values(module: Module, ignored: Collection[Tensor] = (), group: Any = None) -> None:
-    """Give all ranks the parameters and buffers that rank 0 has, before they are sharded.
+def give_values(
+    engine: Module,
+    precision: Precision,
+    device: torch.device,
+    broadcast: Callable[[Any], Any],
+    keep_on: torch.device | None = None,
+) -> None:
+    """Give an engine's module, made on the meta device, values; what gets none has to be loaded before it is used.
 
     Args:
-        module: The user's module.
-        ignored: Parameters that stay what they are on each rank.
-        group: A process group. Default: all ranks.
+        engine: Its module is sharded. Its first forward pass raises if there is a tensor without value.
+        precision: As the module was made.
+        device: See :func:`materialize`, as for the other arguments.
+        broadcast: Returns what rank 0 has.
+        keep_on: Where parameters are kept. Default: ``device``.
     """
-    kept = {id(each) for each in ignored}
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if not t.is_meta and id(t) not in kept}
-    found = [t.detach() for t in tensors.values()]
-    if found:
-        functions: Any = dist  # as DDP does
-        functions._broadcast_coalesced(group or dist.group.WORLD, found, _BUCKET, 0)
-
-
-def refuse_missing_values(root: Module, module: Module, names: list[str]) -> None:
-    """Warn of parameters without values, and raise at the first forward pass unless a checkpoint was loaded.
-
-    Args:
-        root: What runs first: the engine.
-        module: The user's module.
-        names: Of parameters and buffers, as :func:`materialize` returned them.
-
-    Raises:
-        MisconfigurationException: In the first forward pass: a parameter is still without a value.
-    """
+    own = user_module(engine)
+    if not any(t.is_meta for t in (*own.parameters(), *own.buffers())):
+        return
+    with precision.module_init_context():
+        names = materialize(own, device, keep_on, broadcast)
     if not names:
         return
-    listed = ", ".join(names[:_MAX_NAMED]) + (f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else "")
     rank_zero_info(
         f"Made on the meta device, and without values until a checkpoint is loaded, because no reset_parameters() gives"
-        f" them any: {listed}."
+        f" them any: {_listed(names)}."
     )
-    own = user_module(module)
 
     def check(*_: Any) -> None:
         handle.remove()
@@ -387,14 +378,18 @@ def refuse_missing_values(root: Module, module: Module, names: list[str]) -> Non
         }
         without = [name for name in names if name in tensors and _has_no_value(tensors[name])]
         if without:
-            more = f" and {len(without) - _MAX_NAMED} more" if len(without) > _MAX_NAMED else ""
             raise MisconfigurationException(
-                f"Without values: {', '.join(without[:_MAX_NAMED])}{more}. They were made on the meta device, their"
+                f"Without values: {_listed(without)}. They were made on the meta device, their"
                 " modules have no reset_parameters() that gives them any, and no checkpoint was loaded since. Load one,"
                 " write reset_parameters(), or make the module in init_module(empty_init=False)."
             )
 
-    handle = root.register_forward_pre_hook(check, prepend=True)
+    handle = engine.register_forward_pre_hook(check, prepend=True)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @torch.no_grad()
