@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from tests.processes import run_in_ranks
-from tests.sharded import FullySharded
 from tests.trainer.models import loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as L
+from treadle_fabric.strategies import FSDPStrategy
 
 
 class Two(L.LightningModule):
@@ -61,7 +61,7 @@ class Numbers(IterableDataset[Tensor]):
 def trainer(*, ranks: int = 2, **arguments: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "max_epochs": 1}
-    strategy = {"devices": ranks, "strategy": FullySharded()} if ranks > 1 else {"devices": 1}
+    strategy = {"devices": ranks, "strategy": FSDPStrategy(policy={nn.Linear})} if ranks > 1 else {"devices": 1}
     return L.Trainer(accelerator="cpu", **strategy, **quiet | arguments)
 
 
@@ -81,7 +81,7 @@ def _evaluates() -> None:
     limited.validate(module, loaders, verbose=False)
     assert module.ran == (9 + 3, 4 + 2)[together.global_rank]
     fitted = trainer(num_sanity_val_steps=2, val_check_interval=2)
-    fitted.fit(Two(), loader(8), loaders)
+    fitted.fit(module, loader(8), loaders)  # after evaluations under inference mode
     assert fitted.global_step == 2
 
 
