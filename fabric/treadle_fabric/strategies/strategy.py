@@ -382,11 +382,12 @@ class Strategy(ABC):
             module: The engine.
         """
 
-    def join_forward(self, module: Module) -> None:
-        """Take part in a forward pass without gradients that other processes make now. Default: they need no others.
+    def join_forward(self, module: Module, method: str = "forward") -> None:
+        """Take part in a forward pass that other processes make now. Default: they need no others.
 
         Args:
-            module: The engine, which has run a forward pass before.
+            module: The engine; this process may have run no pass of this method before, nor of another one.
+            method: The method of the user's module that the pass runs.
         """
 
     def join_backward(self, module: Module, label: str) -> None:

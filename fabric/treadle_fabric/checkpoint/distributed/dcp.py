@@ -1,36 +1,25 @@
 """How torch.distributed.checkpoint is used: it moves tensors, and never pickles or unpickles anything.
 
-Imported only where a sharded checkpoint is written or read, because torch.distributed.checkpoint takes long to import.
+Imported only where a sharded checkpoint is written, because torch.distributed.checkpoint takes long to import.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from treadle_fabric.checkpoint.folder.checksummed import checksummed_file, no_record_checksums
-from treadle_fabric.errors import CheckpointUnsafeError
 
-__all__ = ["RanksFailedError", "read_tensors", "write_tensors"]
+__all__ = ["RanksFailedError", "write_tensors"]
 
 
 class RanksFailedError(Exception):
@@ -65,30 +54,11 @@ def write_tensors(
     return writer.files.checksums, writer.places
 
 
-def read_tensors(
-    tensors: dict[str, Any], folder: str, manifest: Mapping[str, Any], process_group: Any | None, alone: bool
-) -> None:
-    """Fill tensors in place, on each rank the parts that it holds.
-
-    Raises:
-        RanksFailedError: On all ranks.
-    """
-    with _failing_together():
-        load(
-            tensors,
-            storage_reader=_Reader(folder, {name: manifest["tensors"][name] for name in tensors}),
-            planner=_Planner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=process_group,
-            no_dist=alone,
-        )
-
-
 @contextlib.contextmanager
 def _failing_together() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # a damaged tensor is an error anyway
             yield
     except CheckpointException as e:  # no Exception, so that nothing else would catch it
         failures = {rank: wrapped[0] for rank, wrapped in e.failures.items()}
@@ -148,32 +118,3 @@ class _Files(FileSystem):
             yield stream
         name = os.path.basename(path).removesuffix(".tmp")  # it renames `.metadata.tmp`
         self.checksums[name] = stream.size, stream.crc
-
-
-class _Reader(FileSystemReader):
-    """A reader that takes the index from the manifest; the index in the folder is a pickle, and is never opened."""
-
-    def __init__(self, folder: str, tensors: Mapping[str, Any]) -> None:
-        super().__init__(folder)
-        self._index = _index(tensors)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index
-
-
-class _Planner(DefaultLoadPlanner):
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        raise CheckpointUnsafeError(f"{read_item.dest_index.fqn!r} is no tensor, and nothing else is loaded this way.")
-
-
-def _index(tensors: Mapping[str, Any]) -> Metadata:
-    entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
-    for name, entry in tensors.items():
-        dtype = getattr(torch, entry["dtype"])
-        chunks = [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in entry["chunks"]]
-        entries[name] = TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(entry["shape"]), chunks)
-        for place, chunk in enumerate(entry["chunks"]):
-            index = MetadataIndex(name, chunk["offsets"], place)
-            places[index] = _StorageInfo(chunk["file"], chunk["start"], chunk["length"])
-    return Metadata(entries, storage_data=places, storage_meta=StorageMeta())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.checkpoint import fill
+from treadle_fabric.checkpoint import fill, in_memory
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.whole_state import complete_state
@@ -84,13 +84,13 @@ class ShardedStateStrategy(CheckpointingStrategy):
     def _placed(self, parameter: Any, entry: Any) -> Any:
         """The state of one parameter, each tensor in it placed as the parameter is."""
         if not is_sharded_tensor(parameter) or not isinstance(entry, dict):
-            return entry
+            return in_memory(entry)
         return {name: _placed_like(parameter, name, value) for name, value in entry.items()}
 
 
 def _placed_like(parameter: Any, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or name == "step":
-        return value
+        return in_memory(value)
     from torch.distributed.tensor import DTensor, Replicate  # heavy
 
     assert isinstance(parameter, DTensor)
