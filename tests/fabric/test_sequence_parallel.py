@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.parallel  # heavy; the forks inherit it
 import torch.nn.functional as F
+from tests.fabric.gpt import GPT, LENGTH, batches
+from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
-from tests.fabric.gpt import GPT, LENGTH, batches
-from tests.processes import run_in_ranks
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.strategies.parallelism.sequence import (
     SequenceGroup,
@@ -151,7 +151,7 @@ def _equals_one_process(mesh: Any) -> None:
 def _train(model: GPT, data: Any, ranks: SequenceGroup) -> list[float]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, 0.9)
     losses, context = [], Substitution(sequence_functions(ranks))
-    context.follow(model)
+    context.follow(model.modules())
     for index, batch in enumerate(data):
         tokens, targets = split_sequence(batch, ranks)
         counts = (batch[1] != -100).sum() / ranks.size

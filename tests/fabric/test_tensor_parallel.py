@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.parallel  # heavy; the forks inherit it
 import torch.nn.functional as F
+from tests.fabric.gpt import GPT, PLAN, SLICED_PLAN, batches
+from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from tests.fabric.gpt import GPT, PLAN, SLICED_PLAN, batches
-from tests.processes import run_in_ranks
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.strategies.parallelism.explain import explain_mixed
 from treadle_fabric.strategies.parallelism.loss import loss_functions, plain_scalars, sharded_cross_entropy
 from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel, check_plan
-from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike
+from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike, whole_over
 from treadle_fabric.strategies.parallelism.substitution import Substitution
 
 STEPS = 5
@@ -93,14 +93,12 @@ def _equals_one_process(mesh: Any) -> None:
         for name, p in model.named_parameters():
             if p.requires_grad and isinstance(p, DTensor):
                 assert p.grad.placements == p.placements, name
-        whole = {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor) and p.requires_grad}
-        check_gradients_alike(whole, mesh.get_group())
+        check_gradients_alike(whole_over(dict(model.named_parameters()), "tensor_parallel"), mesh)
     forgotten = GPT()
     apply_tensor_parallel(forgotten, mesh, {k: v for k, v in SLICED_PLAN.items() if k != "blocks.*.norm?"})
     forgotten.loss(*batches(1)[0]).backward()
-    whole = {n: p for n, p in forgotten.named_parameters() if not isinstance(p, DTensor) and p.requires_grad}
-    with pytest.raises(MisconfigurationException, match=r"norm1.*differ between the ranks|differ.*norm1"):
-        check_gradients_alike(whole, mesh.get_group())
+    with pytest.raises(MisconfigurationException, match=r"differ between the ranks: blocks.0.norm1.weight"):
+        check_gradients_alike(whole_over(dict(forgotten.named_parameters()), "tensor_parallel"), mesh)
 
 
 def test_equals_one_process() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness import own_rng_states, set_rng_states
 
-__all__ = ["align_random_state", "check_gradients_alike"]
+__all__ = ["align_random_state", "check_gradients_alike", "whole_over"]
 
 _MAX_NAMED = 5
 
@@ -33,25 +33,36 @@ def align_random_state(meshes: Iterable[Any]) -> None:
             set_rng_states(states[0])
 
 
-def check_gradients_alike(named: Mapping[str, Tensor], group: Any) -> None:
+def whole_over(named: Mapping[str, Tensor], dimension: str) -> dict[str, Tensor]:
+    """Return the trained parameters that are not distributed over a dimension of the mesh, by name.
+
+    They may be sharded over other dimensions.
+    """
+    return {
+        name: p
+        for name, p in named.items()
+        if p.requires_grad and dimension not in (getattr(getattr(p, "device_mesh", None), "mesh_dim_names", None) or ())
+    }
+
+
+def check_gradients_alike(named: Mapping[str, Tensor], mesh: Any) -> None:
     """Refuse gradients of whole parameters that differ between ranks which work on the same samples.
 
     The optimizer would step these parameters apart, without a word. It is one collective of one number a parameter.
 
     Args:
-        named: Parameters that each rank of the group has whole, the same on every rank.
-        group: The process group.
+        named: Parameters that are the same on each rank of the mesh: whole, or the same part.
+        mesh: Of one dimension.
 
     Raises:
         MisconfigurationException: Gradients differ by more than rounding explains.
     """
     if not named:
         return
-    norms = [0.0 if p.grad is None else torch.linalg.vector_norm(p.grad.detach().float()) for p in named.values()]
-    device = next(iter(named.values())).device
-    mine = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=device) for norm in norms])
+    norms = [0.0 if p.grad is None else _norm(p.grad) for p in named.values()]
+    mine = torch.stack([torch.as_tensor(norm, dtype=torch.float32).to(mesh.device_type) for norm in norms])
     extremes = torch.stack([mine, -mine])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.get_group())
     most, least = extremes[0], -extremes[1]
     differ = ((most - least) > 0.05 * most + 1e-6).tolist()  # NaN is not greater than anything
     apart = [name for name, differs in zip(named, differ, strict=True) if differs]
@@ -63,3 +74,9 @@ def check_gradients_alike(named: Mapping[str, Tensor], group: Any) -> None:
             " by strategy.data_parallel_size and data_parallel_rank. Or a layer works on a slice of the sequence:"
             " give it the style 'sequence' in the plan. Or ranks draw different random numbers: seed them alike."
         )
+
+
+def _norm(gradient: Any) -> Tensor:
+    part = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    norm: Tensor = torch.linalg.vector_norm((part.coalesce().values() if part.is_sparse else part).detach().float())
+    return norm

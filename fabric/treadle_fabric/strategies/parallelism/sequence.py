@@ -59,7 +59,8 @@ class SequenceGroup:
     def of(cls, where: Any) -> SequenceGroup:
         """Return the ranks of a one-dimensional mesh or of a process group; None: those of the running strategy."""
         if where is None:
-            return _running.ranks
+            ranks = _running.ranks
+            return ranks if ranks.size == 1 or _is_there(ranks.group) else cls()
         if isinstance(where, SequenceGroup):
             return where
         if hasattr(where, "get_group"):  # a mesh
@@ -70,6 +71,14 @@ class SequenceGroup:
                 )
             where = where.get_group()
         return cls(where, dist.get_rank(where), dist.get_world_size(where))
+
+
+def _is_there(group: Any) -> bool:
+    """Whether a process group has not ended."""
+    try:
+        return bool(dist.get_process_group_ranks(group))
+    except (KeyError, ValueError, RuntimeError):
+        return False
 
 
 @dataclass

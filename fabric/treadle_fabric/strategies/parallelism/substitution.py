@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.nn import Module
@@ -15,7 +15,7 @@ __all__ = ["Substitution"]
 class Substitution(TorchFunctionMode):
     """A context in which some functions of torch are others, with the same arguments.
 
-    A strategy enters it around the forward pass, so that models call ``F.scaled_dot_product_attention`` and
+    A strategy lets it :meth:`follow` its engine, so that models call ``F.scaled_dot_product_attention`` and
     ``F.cross_entropy`` as ever. Inside a substitute the functions are torch's own.
 
     Args:
@@ -33,12 +33,13 @@ class Substitution(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return self._substitutes.get(func, func)(*args, **(kwargs or {}))
 
-    def follow(self, module: Module) -> None:
-        """Enter this context also where activation checkpointing runs modules again, in the backward pass.
+    def follow(self, modules: Iterable[Module]) -> None:
+        """Enter this context around the forward pass of each module that is not called in it already.
 
-        Autograd takes no such context along. A module that is inside of ``module`` therefore enters it by itself.
+        With all modules of a model, the context is there also where activation checkpointing runs some of them again,
+        in the backward pass: autograd takes no context of this kind along.
         """
-        for each in module.modules():
+        for each in modules:
             each.register_forward_pre_hook(self._begin, prepend=True)
             each.register_forward_hook(self._end, always_call=True)
 
@@ -46,8 +47,8 @@ class Substitution(TorchFunctionMode):
         here = self._here
         if here.depth:
             here.depth += 1
-        elif not any(mode is self for mode in _get_current_function_mode_stack()):
-            self.__enter__()
+        elif not any(mode is self for mode in _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+            self.__enter__()  # type: ignore[no-untyped-call]
             here.depth = 1
 
     def _end(self, module: Module, args: Any, output: Any) -> None:
@@ -55,7 +56,7 @@ class Substitution(TorchFunctionMode):
         if here.depth:
             here.depth -= 1
             if not here.depth:
-                self.__exit__(None, None, None)
+                self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 class _Here(threading.local):
