@@ -9,13 +9,14 @@ from typing import Any
 from treadle_fabric.checkpoint.distributed.loading import load_sharded
 from treadle_fabric.checkpoint.folder.layout import identity, identity_of
 from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
+from treadle_fabric.checkpoint.folder.remote import exists_remote, remove_remote
 from treadle_fabric.checkpoint.host.checked import trusting
 from treadle_fabric.checkpoint.per_rank import parts_on_demand
 from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_of
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["load_any", "read_outline", "read_quickly", "remove_any"]
+__all__ = ["lies_at", "load_any", "read_outline", "read_quickly", "remove_any"]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -29,18 +30,18 @@ def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool
     return load_file(path, map_location, weights_only)
 
 
+def lies_at(path: PathLike) -> bool:
+    """Whether anything lies at a local path or a URL; a dangling link does, and what a dead save left at a URL not."""
+    fs, where = file_system(path)
+    return os.path.lexists(where) if fs is None else exists_remote(fs, where)
+
+
 def remove_any(path: PathLike) -> None:
     """Delete a file, or the folder of a checkpoint; see :meth:`TorchCheckpointIO.remove_checkpoint`."""
     fs, where = file_system(path)
     try:
         if fs is not None:
-            if fs.isdir(where):
-                raise CheckpointError(
-                    f"{str(path)!r} is a folder, and a remote checkpoint is a file, so nothing in it was removed. "
-                    "Remove it with the tools of its file system."
-                )
-            if fs.exists(where):
-                fs.rm(where)
+            remove_remote(fs, where, str(path))
         elif os.path.isdir(where) and not os.path.islink(where):
             remove_folder(where)
         else:

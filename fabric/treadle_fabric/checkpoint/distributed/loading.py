@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from treadle_fabric.checkpoint.distributed.ranks import Ranks, local_path
+from treadle_fabric.checkpoint.distributed.ranks import Ranks
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
 from treadle_fabric.checkpoint.folder.layout import PLAIN, identity, rank_file, unmixed
 from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back
 from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.per_rank import RankParts, on_demand
-from treadle_fabric.checkpoint.torch_file import load_file, neighbours, reason_of
+from treadle_fabric.checkpoint.torch_file import file_system, load_file, neighbours, reason_of
 from treadle_fabric.checkpoint.values.unpacking import unpack_alone
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import (
@@ -28,6 +28,7 @@ from treadle_fabric.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointUnsafeError,
+    MisconfigurationException,
     near_names,
 )
 from treadle_fabric.types import PathLike
@@ -89,11 +90,14 @@ def load_sharded_into(state: dict[str, Any], path: PathLike, process_group: Any 
         CheckpointError: It is a file, or not whole, or it would have to unpickle other things than plain ones.
     """
     ranks = Ranks(process_group, f"The checkpoint {str(path)!r} was not loaded")
-    where = local_path(path)
+    fs, where = file_system(path)
+    if fs is not None:
+        raise MisconfigurationException(f"{str(path)!r} is a URL, and is not loaded in place. Give a local path.")
+    where = os.path.abspath(where)
     ranks.together(lambda: bring_back(os.path.dirname(where)) if ranks.rank == 0 else None)  # before any rank looks
 
     def changed(here: bool) -> bool:
-        return any(ranks.together(lambda: here))
+        return ranks.any([here])[0]
 
     later = unmixed(where, str(path), lambda: _read_into(state, where, path, ranks), changed)
 
