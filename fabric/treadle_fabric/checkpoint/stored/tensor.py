@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
+from treadle_fabric.checkpoint.distributed.split import map_leaves
 from treadle_fabric.checkpoint.folder.source import FolderSource
 from treadle_fabric.checkpoint.stored.chunks import read_chunk
+from treadle_fabric.containers import leaves
 from treadle_fabric.errors import CheckpointError
 
 __all__ = ["StoredTensor", "in_memory", "stored_tensors", "tensors_on_demand"]
 
+T = TypeVar("T")
 _on_demand: ContextVar[bool] = ContextVar("treadle_tensors_on_demand", default=False)
 
 
@@ -199,9 +202,22 @@ def _read(value: Any) -> Any:
     return tree_map_only(StoredTensor, read, value)
 
 
-def in_memory(value: Tensor) -> Tensor:
-    """A stored tensor as a plain one, read now; any other as it is."""
-    if not isinstance(value, StoredTensor):
+def in_memory(value: T) -> T:
+    """The value with plain tensors, read now, for stored ones in dicts, lists and tuples; itself if it has none.
+
+    What is one tensor stays one.
+    """
+    if not any(isinstance(leaf, StoredTensor) for leaf in leaves(value)):
         return value
+    made: dict[int, Tensor] = {}
+
+    def plain(each: Any, name: str) -> Any:
+        if not isinstance(each, StoredTensor):
+            return each
+        if id(each) not in made:
+            made[id(each)] = _as_made(each, _read(each).detach())
+        return made[id(each)]
+
     with torch.no_grad():
-        return _as_made(value, _read(value).detach())
+        found: T = map_leaves(value, plain, "")
+    return found

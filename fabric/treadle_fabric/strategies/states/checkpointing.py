@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -18,8 +19,10 @@ from treadle_fabric.checkpoint import (
     PerRank,
     classes_in_state,
     files_mapped,
+    in_memory,
     noting_checks,
     pack,
+    tensors_on_demand,
     trusting,
     unpack,
 )
@@ -126,7 +129,8 @@ class CheckpointingStrategy(Strategy):
         if state is not None and not isinstance(state, (Module, Optimizer)):
             _check_state(path, state)
         self.wait_for_saves("could not write an earlier checkpoint")  # which a rank may still have in its hands
-        content = self._read(path, weights_only, together and self.world_size > 1)
+        with nullcontext() if state is None else tensors_on_demand():  # each goes where it belongs by itself
+            content = self._read(path, weights_only, together and self.world_size > 1)
         if isinstance(content, dict):
             known = {*classes, *classes_in_state(state)}
             content = unpack(content, str(path), weights_only=weights_only, map_location="cpu", classes=known)
@@ -150,7 +154,7 @@ class CheckpointingStrategy(Strategy):
         # Modules first: they are what does not fit, and plain values are not to be touched before that is known
         for key in sorted((key for key in state if key in content), key=lambda k: not isinstance(state[k], Module)):
             state[key] = _restore(self, path, key, state[key], remainder.pop(key), strict)
-        return remainder
+        return in_memory(remainder)
 
     def _read(self, path: PathLike, weights_only: bool | None, together: bool) -> Any:
         """What the file holds. Together, one rank of each node reads first, and so checks it for the others."""
@@ -260,7 +264,7 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
             elif isinstance(current, Optimizer):
                 strategy.load_optimizer_state(current, saved)
             else:
-                current.load_state_dict(saved)
+                current.load_state_dict(in_memory(saved))
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
             what = f"state[{key!r}]" if key else "the object"
             unfit = f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}"
@@ -282,7 +286,7 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
         return current
     held, found = entries(current), entries(saved)
     if not holds_state(saved) or not any(map(_holds_stateful, held.values())):
-        return saved
+        return in_memory(saved)
     if isinstance(current, Sequence) and isinstance(saved, Sequence) and len(held) != len(found):
         raise CheckpointMismatchError(
             f"{key!r} of {str(path)!r} has {len(found)} entries, and state has {len(held)} there."
