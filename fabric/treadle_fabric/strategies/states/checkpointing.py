@@ -132,8 +132,7 @@ class CheckpointingStrategy(Strategy):
             raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
         if state is not None and not isinstance(state, (Module, Optimizer)):
             _check_state(path, state)
-        if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
-            on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
+        self.wait_for_saves("could not write an earlier checkpoint")  # which a rank may still have in its hands
         with nullcontext() if state is None else tensors_on_demand():  # each goes where it belongs by itself
             content = self._read(path, weights_only, together and self.world_size > 1)
         if isinstance(content, dict):
