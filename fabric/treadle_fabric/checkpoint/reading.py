@@ -6,9 +6,10 @@ import contextlib
 import os
 from typing import Any
 
-from treadle_fabric.checkpoint.folder.layout import MANIFEST, identity, identity_of
+from treadle_fabric.checkpoint.folder.layout import identity, identity_of
 from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
-from treadle_fabric.checkpoint.folder.source import FolderSource, LocalFolder, RemoteFolder
+from treadle_fabric.checkpoint.folder.remote import exists_remote, manifest_at, remove_remote
+from treadle_fabric.checkpoint.folder.source import FolderSource, LocalSource, RemoteSource
 from treadle_fabric.checkpoint.host.checked import trusting
 from treadle_fabric.checkpoint.per_rank import parts_on_demand
 from treadle_fabric.checkpoint.stored.folder import load_folder
@@ -16,7 +17,7 @@ from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["folder_at", "load_any", "read_outline", "read_quickly", "remove_any"]
+__all__ = ["folder_at", "lies_at", "load_any", "read_outline", "read_quickly", "remove_any"]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -36,14 +37,16 @@ def folder_at(path: PathLike) -> FolderSource | None:
     """The checkpoint folder at a local path or a URL; None: it is a file, or nothing."""
     fs, where = file_system(path)
     if fs is not None:
-        try:
-            fs.cat_file(f"{where.rstrip('/')}/{MANIFEST}", start=0, end=1)
-        except OSError:
-            return None
-        return RemoteFolder(fs, where, str(path))
+        return RemoteSource(fs, where, str(path)) if manifest_at(fs, where) is not None else None
     if not os.path.lexists(where):
         bring_back(os.path.dirname(os.path.abspath(where)))
-    return LocalFolder(where, str(path)) if os.path.isdir(where) else None
+    return LocalSource(where, str(path)) if os.path.isdir(where) else None
+
+
+def lies_at(path: PathLike) -> bool:
+    """Whether anything lies at a local path or a URL; a dangling link does, and what a dead save left at a URL not."""
+    fs, where = file_system(path)
+    return os.path.lexists(where) if fs is None else exists_remote(fs, where)
 
 
 def remove_any(path: PathLike) -> None:
@@ -51,13 +54,7 @@ def remove_any(path: PathLike) -> None:
     fs, where = file_system(path)
     try:
         if fs is not None:
-            if fs.isdir(where):
-                raise CheckpointError(
-                    f"{str(path)!r} is a folder, and a remote checkpoint is a file, so nothing in it was removed. "
-                    "Remove it with the tools of its file system."
-                )
-            if fs.exists(where):
-                fs.rm(where)
+            remove_remote(fs, where, str(path))
         elif os.path.isdir(where) and not os.path.islink(where):
             remove_folder(where)
         else:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
 import pickle
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,9 +28,29 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from treadle_fabric import CheckpointError, CheckpointMismatchError, DistributedCheckpointIO, Fabric
-from treadle_fabric.checkpoint import StoredTensor, fill, in_memory, placed_like, region, tensors_on_demand
-from treadle_fabric.checkpoint.folder.source import LocalFolder
+from treadle_fabric import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    DistributedCheckpointIO,
+    Fabric,
+    TorchCheckpointIO,
+)
+from treadle_fabric.checkpoint import (
+    PerRank,
+    StoredTensor,
+    fill,
+    in_memory,
+    parts_on_demand,
+    placed_like,
+    read_outline,
+    read_quickly,
+    region,
+    remote_checkpoints_in,
+    tensors_on_demand,
+)
+from treadle_fabric.checkpoint.folder.source import LocalSource
 from treadle_fabric.checkpoint.stored import chunks
 
 IO = DistributedCheckpointIO()
@@ -54,9 +77,9 @@ def is_kept(tensor: Tensor) -> bool:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each read of a local file, since the last look at the list."""
     counts: list[int] = []
-    reading = LocalFolder.reading
+    reading = LocalSource.reading
 
-    def counts_too(self: LocalFolder, file: str) -> Any:
+    def counts_too(self: LocalSource, file: str) -> Any:
         context = reading(self, file)
 
         class Counted:
@@ -74,7 +97,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return Counted()
 
-    monkeypatch.setattr(LocalFolder, "reading", counts_too)
+    monkeypatch.setattr(LocalSource, "reading", counts_too)
     return counts
 
 
@@ -161,7 +184,7 @@ def test_every_part_of_every_layout(
     name: str, tensor: Tensor, skipped: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "_AT_ONCE", at_once)
-    monkeypatch.setattr(LocalFolder, "skipped", skipped)
+    monkeypatch.setattr(LocalSource, "skipped", skipped)
     monkeypatch.setattr(chunks, "_load_whole", None)
     w = stored(tensor, tmp_path / "a.ckpt")
     as_bytes = tensor.contiguous().view(torch.uint8)
@@ -274,3 +297,59 @@ def test_each_rank_fills_what_it_holds(tmp_path: Path) -> None:
         IO.save_checkpoint(many, tmp_path / "a.ckpt")
     run_in_ranks(in_group, os.fspath(tmp_path / "a.ckpt"), devices=4)
     assert torch.equal(in_memory(opened(tmp_path / "a.ckpt")["full"]), full)
+
+
+# --- behind a URL ---
+
+
+def test_a_remote_folder_is_read_as_a_local_one(tmp_path: Path, memory: Any) -> None:
+    w, state = torch.randn(100, 200), {"own": PerRank({"n": 1}), "step": 3}
+    IO.save_checkpoint({"w": w, **state}, tmp_path / "a.ckpt")
+    at = "memory://runs/a.ckpt"
+    for prefix in ("", f"{'3f' * 16}/"):
+        copied_to(memory, tmp_path / "a.ckpt", "/runs/a.ckpt", prefix)
+        for io_ in (IO, TorchCheckpointIO()):
+            found = io_.load_checkpoint(at)
+            assert torch.equal(found["w"], w) and found["own"] == [{"n": 1}] and found["step"] == 3
+        outline = read_outline(at)
+        assert outline["w"].is_meta and outline["step"] == 3 == read_quickly(at)["step"]
+        assert [url for url, _ in remote_checkpoints_in("memory://runs")] == [at]
+        with parts_on_demand():
+            later = opened(at)
+        assert torch.equal(region(later["w"], [3, 4], [20, 30]), w[3:23, 4:34]) and later["own"][0] == {"n": 1}
+        copied_to(memory, tmp_path / "a.ckpt", "/runs/a.ckpt", f"{'ab' * 16}/")
+        for use in (lambda found: found["w"] + 1, lambda found: found["own"][0]):
+            with pytest.raises(CheckpointError, match="memory://runs/a.ckpt' was removed or replaced"):
+                use(later)
+        name = next(name for name in memory.find("/runs/a.ckpt") if name.endswith(".distcp"))
+        content = bytearray(memory.cat_file(name))
+        content[len(content) // 2] ^= 1
+        memory.pipe_file(name, bytes(content))
+        with pytest.raises(CheckpointCorruptError, match=r"memory://runs/a.ckpt' is damaged.*__0_0"):
+            IO.load_checkpoint(at)
+        memory.rm_file(name)
+        with pytest.raises(CheckpointCorruptError, match=r"memory://runs/a.ckpt' is not whole.*__0_0"):
+            IO.load_checkpoint(at)
+        memory.rm("/runs", recursive=True)
+    with pytest.raises(CheckpointNotFoundError):
+        IO.load_checkpoint(at)
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    fs = fsspec.filesystem("memory")
+    yield fs
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+
+
+def copied_to(fs: Any, folder: Path, at: str, prefix: str) -> None:
+    """Copy a local folder to a remote place, with a prefix as a save to that place gives its files."""
+    if fs.exists(at):
+        fs.rm(at, recursive=True)
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    del manifest["crc32"]
+    body = json.dumps({**manifest, **({"version": 3, "prefix": prefix} if prefix else {})})[1:].encode()
+    for name in manifest["files"]:
+        fs.pipe_file(f"{at}/{prefix}{name}", (folder / name).read_bytes())
+    fs.pipe_file(f"{at}/manifest.json", b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)

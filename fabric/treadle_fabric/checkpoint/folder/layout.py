@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from treadle_fabric.errors import CheckpointError
 
 __all__ = [
+    "INDEX",
     "MANIFEST",
     "PLAIN",
     "has_manifest",
@@ -27,7 +28,7 @@ T = TypeVar("T")
 MANIFEST: Final = "manifest.json"
 PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
-_INDEX: Final = ".metadata"
+INDEX: Final = ".metadata"
 """The index that torch.distributed.checkpoint would read. It is a pickle, and is never read here."""
 PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp|rank_\d+\.pt")
 _READS: Final = 5
@@ -39,7 +40,7 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
     if has_manifest(path):
         return True
     try:
-        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX))
+        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, INDEX))
         return marked and _foreign_in(path) is None  # a user's own folder may have files of such names
     except OSError:  # gone meanwhile, or not to be listed
         return False

@@ -20,40 +20,48 @@ from treadle_fabric.checkpoint.folder.layout import HEAD, MANIFEST, PART, PLAIN
 from treadle_fabric.checkpoint.folder.source import FolderSource
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["read_manifest", "sync_folder", "verify", "write_manifest"]
+__all__ = ["manifest_of", "prefix_in", "read_manifest", "sync_folder", "verify"]
 _VERSION: Final = 2
-_READ: Final = (1, 2, 3)  # version 1 has no files of single ranks; version 3 has names with a prefix
+_VERSION_WITH_PREFIX: Final = 3
+_READ: Final = (1, 2, 3)  # version 1 has no files of single ranks
 _PREFIX: Final = re.compile(r"(?:[0-9A-Za-z][0-9A-Za-z_-]*/)?")
 
 
 # --- the manifest ---
 
 
-def write_manifest(
-    folder: str, world_size: int, files: Mapping[str, tuple[int, int]], tensors: Mapping[str, Any]
-) -> None:
-    """Write the manifest of a folder in which all else is written, and flush it.
+def manifest_of(
+    world_size: int, files: Mapping[str, tuple[int, int]], tensors: Mapping[str, Any], prefix: str = ""
+) -> bytes:
+    """The manifest of a folder, as it is written.
 
     Args:
-        folder: Where.
         world_size: How many processes wrote.
         files: Size and CRC-32 of every file.
         tensors: For each tensor its ``dtype``, ``shape`` and ``chunks``; a chunk has ``offsets`` and ``sizes`` in the
             tensor, and lies in ``file`` from byte ``start`` on, for ``length`` bytes.
+        prefix: What comes before the name of each file.
     """
     content = {
         "format": "treadle-sharded",
-        "version": _VERSION,
+        "version": _VERSION_WITH_PREFIX if prefix else _VERSION,
         "world_size": world_size,
+        **({"prefix": prefix} if prefix else {}),
         "files": {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())},
         "tensors": tensors,
     }
     body = json.dumps(content, separators=(",", ":"))[1:].encode()
-    with open(os.path.join(folder, MANIFEST), "xb") as file:
-        file.write(b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    return b'{"crc32": "%08x",\n' % zlib.crc32(body) + body
+
+
+def prefix_in(raw: bytes) -> str | None:
+    """The prefix of the files of a manifest; None where this is none."""
+    if HEAD.match(raw) is None:
+        return None
+    try:
+        return str(json.loads(raw).get("prefix", ""))
+    except (ValueError, AttributeError):
+        return None
 
 
 def read_manifest(source: FolderSource) -> dict[str, Any]:

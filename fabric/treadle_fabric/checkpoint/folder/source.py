@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 
 from treadle_fabric.checkpoint.folder.layout import MANIFEST, identity
 
-__all__ = ["FolderSource", "LocalFolder", "RemoteFolder"]
+__all__ = ["FolderSource", "LocalSource", "RemoteSource"]
 
 Read = Callable[[int, memoryview], None]
 _CHUNK: Final = 4 * 1024 * 1024
@@ -75,7 +75,7 @@ class FolderSource(ABC):
                 yield part
 
 
-class LocalFolder(FolderSource):
+class LocalSource(FolderSource):
     """A folder on a disk of this machine, or on one that is mounted.
 
     Args:
@@ -113,7 +113,7 @@ class LocalFolder(FolderSource):
             yield read
 
 
-class RemoteFolder(FolderSource):
+class RemoteSource(FolderSource):
     """A folder behind a URL.
 
     Args:

@@ -203,13 +203,21 @@ def _read(value: Any) -> Any:
 
 
 def in_memory(value: T) -> T:
-    """The value with plain tensors, read now, for stored ones in dicts, lists and tuples; itself if it has none."""
+    """The value with plain tensors, read now, for stored ones in dicts, lists and tuples; itself if it has none.
+
+    What is one tensor stays one.
+    """
     if not any(isinstance(leaf, StoredTensor) for leaf in leaves(value)):
         return value
+    made: dict[int, Tensor] = {}
+
+    def plain(each: Any, name: str) -> Any:
+        if not isinstance(each, StoredTensor):
+            return each
+        if id(each) not in made:
+            made[id(each)] = _as_made(each, _read(each).detach())
+        return made[id(each)]
+
     with torch.no_grad():
-        found: T = map_leaves(value, _plain, "")
+        found: T = map_leaves(value, plain, "")
     return found
-
-
-def _plain(value: Any, name: str) -> Any:
-    return _as_made(value, _read(value).detach()) if isinstance(value, StoredTensor) else value

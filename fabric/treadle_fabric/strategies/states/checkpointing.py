@@ -68,7 +68,7 @@ class CheckpointingStrategy(Strategy):
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)
-        content = {key: _plain(self, value, keeping is None) for key, value in state.items()}
+        content = self.as_stored({key: _plain(self, value, keeping is None) for key, value in state.items()})
         for key, keep in filters.items():
             content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
 
@@ -79,6 +79,10 @@ class CheckpointingStrategy(Strategy):
             write()
         else:
             on_rank_zero(self, write, f"could not write {str(path)!r}")
+
+    def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content in tensors that the checkpoint IO takes; every rank calls this. Default: as it is."""
+        return content
 
     def _packed(self, content: dict[str, Any], path: PathLike, keeping: Keeping | None) -> dict[str, Any]:
         """The content in plain values; what does not come back from a default load is told, once."""
@@ -128,8 +132,7 @@ class CheckpointingStrategy(Strategy):
             raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
         if state is not None and not isinstance(state, (Module, Optimizer)):
             _check_state(path, state)
-        if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
-            on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
+        self.wait_for_saves("could not write an earlier checkpoint")  # which a rank may still have in its hands
         with nullcontext() if state is None else tensors_on_demand():  # each goes where it belongs by itself
             content = self._read(path, weights_only, together and self.world_size > 1)
         if isinstance(content, dict):
