@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from treadle import LightningModule, Trainer
-from treadle_fabric import Fabric, MisconfigurationException
+from treadle_fabric import Fabric
 from treadle_fabric.strategies import ModelParallelStrategy
 
 STEPS, BATCH = 5, 4
