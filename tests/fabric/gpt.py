@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from treadle_fabric.strategies.parallelism.sequence import sequence_offset
 
-VOCABULARY, WIDTH, HEADS, LENGTH = 14, 16, 4, 8
+VOCABULARY, WIDTH, HEADS, LENGTH = 13, 16, 4, 8
 
 # Activations that every rank has whole
 PLAN = {
