@@ -86,6 +86,10 @@ class GPT(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten(), **options)
 
+    def difference(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self(tokens)
+        return logits - targets[..., None]
+
 
 def batches(count: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
     """Tokens and those that follow."""

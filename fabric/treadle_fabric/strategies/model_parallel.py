@@ -24,7 +24,12 @@ from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.parallelism.explain import explain_mixed
 from treadle_fabric.strategies.parallelism.loss import loss_functions, plain_scalars
 from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel, check_plan, place_gradients
-from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike, whole_over
+from treadle_fabric.strategies.parallelism.replicas import (
+    align_random_state,
+    check_gradients_alike,
+    check_inputs_alike,
+    whole_over,
+)
 from treadle_fabric.strategies.parallelism.sequence import (
     SequenceGroup,
     attentions_so_far,
@@ -41,6 +46,7 @@ from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
 from treadle_fabric.strategies.sharding.shard import shard_module
 from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
+from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["ModelParallelStrategy"]
@@ -238,7 +244,18 @@ class ModelParallelStrategy(ShardingStrategy):
         if functions or self._loss_parallel:
             context.follow(engine.modules() if functions else [engine])
         if sizes["tensor_parallel"] > 1:
+            self._check_first(engine)
             engine.register_forward_hook(lambda _, args, output: plain_scalars(output))
+
+    def _check_first(self, engine: ShardedEngine) -> None:
+        """Look, at the first pass with samples, whether tensor-parallel processes have the same."""
+
+        def check(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if args or len(kwargs) > (METHOD_KEYWORD in kwargs):
+                handle.remove()
+                check_inputs_alike((args, kwargs), self.device_mesh["tensor_parallel"])
+
+        handle = engine.register_forward_pre_hook(check, with_kwargs=True)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Let batches have this process's slice of each sequence."""
