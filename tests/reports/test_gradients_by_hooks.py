@@ -178,6 +178,32 @@ def on_machines() -> list[float]:
     return apart
 
 
+class Slopes(nn.Module):
+    """Has gradients that do not depend on its weights, but on the rank and the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.zeros(6, 8)), nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, i: int) -> Tensor:
+        torch.manual_seed(10 * i + dist.get_rank())
+        slopes = torch.randn(6, 8), torch.randn(4, 4)
+        return sum((p * slope).sum() for p, slope in zip((self.one, self.other), slopes, strict=True))
+
+
+def after_a_change(**arguments: Any) -> list[float]:
+    """The sum of the gradients of six steps, the last of them after a change: compressed, or whole without hook."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=DDPStrategy(**arguments))
+    fabric.launch()
+    model, optimizer = fabric.setup(module := Slopes(), torch.optim.SGD(module.parameters(), 1.0))
+    for i in range(6):
+        module.other.requires_grad_(i < 5)
+        fabric.backward(model(i))
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(nn.ParameterList([module.one]))
+
+
 def saved_by_hand(folder: Path) -> bool:
     """PowerSGD in a hand-written loop that is saved in the middle; the first ends as the second."""
 
@@ -211,6 +237,7 @@ def run_rank(folder: Path) -> None:
     state = (arguments := HOOKS["own"]())["ddp_comm_state"]
     by_trainer(folder, 2, **arguments)
     out.update(calls=state.calls, two=two_models(), saved=saved_by_hand(folder))
+    out["sums"] = after_a_change(**power()), after_a_change()
     (folder / f"{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(out))
 
 
@@ -243,6 +270,12 @@ def test_each_model_has_a_state_of_its_own_that_survives_changes(ranks: Any) -> 
     assert ranks[0]["two"] == ranks[1]["two"]
 
 
+def test_no_gradient_is_lost_when_the_module_is_wrapped_again(ranks: Any) -> None:
+    """What PowerSGD has not sent yet goes along with the next gradients, which are sent whole."""
+    compressed, whole = ranks[0]["sums"]
+    assert compressed == pytest.approx(whole, abs=1e-5)
+
+
 def test_machines_learn_apart_between_two_averages(ranks: Any) -> None:
     assert ranks[0]["machines"] == [0, 0, 0, 1, 1, 0, 1, 1, 0]
 
@@ -255,8 +288,8 @@ def test_a_hand_written_loop_goes_on_to_the_last_bit(ranks: Any) -> None:
 
 RESUMED: dict[str, Any] = {
     "plain": lambda: {"bucket_cap_mb": 0.01},
-    "power": lambda: power(gradient_as_bucket_view=True) if False else {**power(), "gradient_as_bucket_view": True},
-    "local": lambda: local(period=3),
+    "power": lambda: {**power(), "gradient_as_bucket_view": True},
+    "local": lambda: local(1, 4),
 }
 
 
@@ -273,7 +306,7 @@ class Saves(L.Callback):
         self.path = path
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        if trainer.current_epoch == 0 and args[-1] == 4:  # in the middle of an accumulation
+        if trainer.current_epoch == 0 and args[-1] == 6:  # in the middle of an accumulation
             trainer.save_checkpoint(self.path)
 
 
