@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.batches import move_data_to_device
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.sharding.norms import clip_norm, clip_value, unscale
 from treadle_fabric.strategies.strategy import Strategy
+from treadle_fabric.strategies.unwrapping import user_module
 
-__all__ = ["NativeStepStrategy"]
+__all__ = ["NativeStepStrategy", "replace_parameters"]
 
 
 class NativeStepStrategy(Strategy):
@@ -22,6 +26,8 @@ class NativeStepStrategy(Strategy):
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         self.precision.validate_optimizer(optimizer)
+        if self.shards_parameters and self.precision.requires_fabric_backward:
+            self.precision.unscale_by(functools.partial(unscale, groups=self.stage_groups), bool(self.stage_groups))
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter, state in optimizer.state.items():
             if isinstance(parameter, Tensor):
@@ -30,12 +36,18 @@ class NativeStepStrategy(Strategy):
                     if name == "step" and isinstance(value, Tensor):
                         device = _device_of_counter(value, parameter, groups.get(id(parameter), {}))
                     state[name] = move_data_to_device(value, device)
+        self.note_optimizer(optimizer)
         return optimizer
+
+    def note_optimizer(self, optimizer: Optimizer) -> None:
+        """Take notice of an optimizer that is set up. Default: do nothing."""
 
     def setup_module_and_optimizers(
         self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None
     ) -> tuple[Module, list[Optimizer], Any | None]:
+        optimizers, before = list(optimizers), dict(user_module(module).named_parameters())
         engine = self.setup_module(module)
+        replace_parameters(optimizers, before, dict(user_module(module).named_parameters()))
         return engine, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     @property
@@ -84,26 +96,50 @@ class NativeStepStrategy(Strategy):
         precision = self.precision
         precision.unscale_gradients(optimizer)
         strict = error_if_nonfinite and not precision.requires_fabric_backward
+        parameters = list(precision.main_params(optimizer))
+        if self.shards_parameters:
+            return clip_norm(parameters, max_norm, norm_type, self.stage_groups, strict)
         try:
-            norm: Any = torch.nn.utils.clip_grad_norm_(
-                precision.main_params(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=strict
-            )
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type, error_if_nonfinite=strict)
         except NotImplementedError:  # torch has no norm of sparse gradients
-            values = _values(precision.main_params(optimizer))
-            norm = torch.nn.utils.get_total_norm(values, norm_type, error_if_nonfinite=strict)
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            for value in values:
-                value.mul_(factor.to(value.device))
-        whole: Tensor = norm.full_tensor() if self.shards_parameters else norm
-        return whole
+            return clip_norm(parameters, max_norm, norm_type, (), strict)
 
     def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
         self.precision.unscale_gradients(optimizer)
+        parameters = list(self.precision.main_params(optimizer))
+        if self.shards_parameters:
+            clip_value(parameters, clip_val)
+            return
         try:
-            torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
+            torch.nn.utils.clip_grad_value_(parameters, clip_val)
         except NotImplementedError:
-            for value in _values(self.precision.main_params(optimizer)):
-                value.clamp_(-clip_val, clip_val)
+            clip_value(parameters, clip_val)
+
+
+def replace_parameters(
+    optimizers: Iterable[Optimizer], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Let optimizers that were made for a module's parameters step with those that took their places.
+
+    Args:
+        optimizers: Whose states are empty, or come from the parameters before.
+        before: The parameters by name.
+        after: Those that the module has now. A parameter that was tied has one name.
+
+    Raises:
+        MisconfigurationException: An optimizer has stepped already.
+    """
+    new = {id(p): after[name] for name, p in before.items() if name in after and after[name] is not p}
+    if not new:
+        return
+    for optimizer in optimizers:
+        if any(id(p) in new for p in optimizer.state):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has stepped before the module was set up, and its state is that of whole "
+                "parameters. Set up before the first step; a checkpoint is loaded after."
+            )
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(id(p), p) for p in group["params"]]
 
 
 def _device_of_counter(step: Tensor, parameter: Tensor, group: dict[str, Any]) -> torch.device:
@@ -113,16 +149,3 @@ def _device_of_counter(step: Tensor, parameter: Tensor, group: dict[str, Any]) -
     if "capturable" in group or step.device.type == "cpu":
         return torch.device("cpu")  # read by the host at each step, which would wait for another device
     return parameter.device
-
-
-def _values(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The entries of the gradients; of a sparse one those of the rows that it has, each row once."""
-    values = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            parameter.grad = gradient = gradient.coalesce()
-            gradient = gradient.detach().values()
-        if gradient is not None:
-            values.append(gradient.detach())
-    return values

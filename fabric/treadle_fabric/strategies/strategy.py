@@ -17,7 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
-from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, Keeping, TorchCheckpointIO
+from treadle_fabric.checkpoint import (
+    CheckpointIO,
+    DistributedCheckpointIO,
+    Keeping,
+    TorchCheckpointIO,
+    raise_together,
+)
+from treadle_fabric.coordination import on_rank_zero
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
@@ -77,7 +84,7 @@ class Strategy(ABC):
     initializes_on_meta: ClassVar[bool] = False
     """:meth:`setup_module` takes a module on the meta device, and makes its parameters where they belong."""
     shards_parameters: ClassVar[bool] = False
-    """A rank holds a part of the parameters, gradients and optimizer state, as DTensors; checkpoints are folders."""
+    """A rank holds a part of the parameters, gradients and optimizer state, as DTensors."""
     handles_gradient_accumulation: ClassVar[bool] = False
     """The engine divides the loss and knows when to step: backward and step are called for every micro-batch."""
     handles_gradient_clipping: ClassVar[bool] = False
@@ -170,8 +177,13 @@ class Strategy(ABC):
     def checkpoint_io(self) -> CheckpointIO:
         """Writes and reads checkpoint files."""
         if self._checkpoint_io is None:
-            self._checkpoint_io = DistributedCheckpointIO() if self.shards_parameters else TorchCheckpointIO()
+            self._checkpoint_io = DistributedCheckpointIO() if self.writes_folders else TorchCheckpointIO()
         return self._checkpoint_io
+
+    @property
+    def writes_folders(self) -> bool:
+        """Whether checkpoints are folders, to which every rank writes its part, unless a checkpoint IO was given."""
+        return False
 
     @property
     @abstractmethod
@@ -246,6 +258,13 @@ class Strategy(ABC):
         return 0 if ranks is None else int(ranks["rank"])
 
     @property
+    def stage_groups(self) -> tuple[Any, ...]:
+        """Process groups over whose ranks the parameters of the model are shared out, none twice, as over the stages of
+        a pipeline: norms of all gradients, and the search for infinite ones, go on over these. Default: none.
+        """
+        return ()
+
+    @property
     @abstractmethod
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """``num_replicas`` and ``rank`` for sharing out samples; ``None`` where there is nothing to share."""
@@ -260,11 +279,29 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Free what the strategy and its parts hold."""
-        self.leave_environment()
-        self.precision.teardown()
-        self.checkpoint_io.teardown()
-        if self._accelerator is not None:
-            self._accelerator.teardown()
+        try:
+            self.checkpoint_io.teardown()  # first: what the ranks still write together needs them all
+        finally:
+            self.leave_environment()
+            self.precision.teardown()
+            if self._accelerator is not None:
+                self._accelerator.teardown()
+
+    def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
+        """Wait until all saves so far have ended; every rank calls this.
+
+        Args:
+            failure: What a rank failed to do, for the message on the other ranks.
+
+        Raises:
+            CheckpointError: A save failed, and that was not raised before; all ranks raise.
+        """
+        if self.checkpoint_io.after_saves is None:
+            return
+        if self.checkpoint_io.sharded:
+            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
+        else:
+            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     # Set-up
 
@@ -311,8 +348,10 @@ class Strategy(ABC):
         with ExitStack() as stack:
             if empty_init:
                 stack.enter_context(_NoInit())
-            later = empty_init and self.initializes_on_meta
-            stack.enter_context(torch.device("meta") if later else self.root_device)
+            if empty_init and self.initializes_on_meta:
+                stack.enter_context(torch.device("meta"))
+            elif not self.shards_parameters:  # a device may not have room for all of what is sharded
+                stack.enter_context(self.root_device)
             stack.enter_context(self.precision.module_init_context())
             yield
 
@@ -359,11 +398,21 @@ class Strategy(ABC):
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
-    def join_forward(self, module: Module) -> None:
-        """Take part in a forward pass without gradients that other processes make now. Default: they need no others.
+    def settle_gradients(self, module: Module) -> None:
+        """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
+
+        Afterwards they are all in ``grad`` of the parameters, as a checkpoint keeps them. Default: they are there.
 
         Args:
-            module: The engine, which has run a forward pass before.
+            module: The engine.
+        """
+
+    def join_forward(self, module: Module, method: str = "forward") -> None:
+        """Take part in a forward pass that other processes make now. Default: they need no others.
+
+        Args:
+            module: The engine; this process may have run no pass of this method before, nor of another one.
+            method: The method of the user's module that the pass runs.
         """
 
     def join_backward(self, module: Module, label: str) -> None:
