@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import treadle as L
-from treadle_fabric import DeviceUnavailableError, Fabric, MisconfigurationException, make_precision
+from treadle_fabric import DeviceUnavailableError, Fabric, MisconfigurationException, Precision, make_precision
+from treadle_fabric.measuring.peak_rates import compute_dtype
 from treadle_fabric.plugins import Float8Precision, HalfPrecision
+from treadle_fabric.strategies import FSDPStrategy
 
 float8 = pytest.importorskip("torchao.float8")
 from torchao.float8.float8_linear import Float8Linear  # noqa: E402 # after the question whether it is there
@@ -278,8 +280,6 @@ def test_the_trainer_resumes_to_the_last_bit(precision: Any, tmp_path: Path) -> 
 
 
 def in_two_processes() -> None:
-    from torch.distributed.fsdp import fully_shard
-
     data = batches(12, size=2)
     fabric = Fabric(
         accelerator="cpu", devices=2, strategy="ddp_find_unused_parameters_true",
@@ -292,25 +292,39 @@ def in_two_processes() -> None:
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert torch.equal(fabric.all_reduce(weights, reduce_op="max"), weights)
 
-    # The same layers under FSDP2, whose parts of weights are gathered and then rounded
-    sharded = Float8Precision(emulate=True, dtype=torch.float32).convert_module(Language())
-    for part in (sharded.block, sharded):
-        fully_shard(part)
-    optimizer = torch.optim.AdamW([p for p in sharded.parameters() if p.requires_grad], lr=0.01)
-    for tokens in data[fabric.global_rank :: 2]:
-        loss = loss_of(sharded, tokens)
-        loss.backward()
+    # Sharded, of weights that were made on the meta device
+    for precision, dtype in (
+        (HalfPrecision("bf16-true"), torch.bfloat16),
+        (HalfPrecision("16-true"), torch.float16),
+        (Float8Precision("fp8-true", emulate=True), torch.bfloat16),
+        (Float8Precision(emulate=True), torch.float32),
+    ):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FSDPStrategy(), plugins=precision)
+        with fabric.init_module(empty_init=True):
+            own: Any = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+        assert all(p.is_meta and p.dtype == dtype for p in own.parameters())
+        model, optimizer = fabric.setup(own, torch.optim.SGD(own.parameters(), lr=0.01))
+        assert {p.dtype for p in own.parameters()} == {dtype} and not own[0].weight.is_meta
+        assert own[0].weight.to_local().shape == (32, 32)
+        assert isinstance(own[0], Float8Linear) == precision.precision.startswith("fp8")
+        loss = model(torch.ones(4, 32)).square().mean()
+        fabric.backward(loss)
         optimizer.step()
-        optimizer.zero_grad()
-    print("fsdp", float(fabric.all_reduce(loss.detach())))
+        assert loss.isfinite() and own[0].weight.grad.dtype == dtype
+    with pytest.raises(MisconfigurationException, match=r"FSDPStrategy shares .* Quantizing makes cannot"):
+        Fabric(accelerator="cpu", devices=2, strategy=FSDPStrategy(), plugins=Quantizing())
+
+
+class Quantizing(Precision):
+    """Stands for any precision that makes other parameters."""
+
+    replaces_parameters = True
 
 
 def test_two_processes_train_as_one() -> None:
     said = run_in_ranks(in_two_processes)
     differences = [float(line.split()[1]) for line in said.splitlines() if line.startswith("ddp")]
     assert len(differences) == 2 and max(differences) < 0.03
-    sharded = [float(line.split()[1]) for line in said.splitlines() if line.startswith("fsdp")]
-    assert len(sharded) == 2 and sharded[0] == sharded[1] < 4.0
 
 
 def test_on_the_meta_device() -> None:
@@ -336,7 +350,7 @@ def test_a_device_without_float8_is_refused_before_any_work(name: str) -> None:
 
 def test_a_gpu_without_float8_is_refused_at_setup(monkeypatch: pytest.MonkeyPatch) -> None:
     precision = make_precision("fp8", "cuda")
-    assert precision.precision == "fp8-mixed"
+    assert precision.precision == "fp8-mixed" and compute_dtype(precision.precision) == "float8"
     precision.place("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
