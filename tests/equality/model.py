@@ -19,7 +19,8 @@ import treadle as L
 from treadle_fabric import Fabric
 from treadle_fabric.plugins import Float8Precision
 
-VOCABULARY, WIDTH, LENGTH, SAMPLES, BATCH = 16, 16, 8, 48, 8  # all divide by four processes
+VOCABULARY, WIDTH, LENGTH = 16, 16, 8
+SAMPLES, BATCH = 72, 12  # two, three and four processes have equal shares
 ACCUMULATE, CLIP = 2, 0.5
 
 

@@ -26,12 +26,9 @@ TOLERANCES = {
     "bf16-mixed": 2e-2,
     "bf16-true": 6e-2,
     "16-mixed": 5e-3,
-    "fp8-mixed": 2e-2,
-    "fp8-true": 2e-2,
+    "fp8-mixed": 6e-2,  # a rank's scale is that of its own samples
+    "fp8-true": 6e-2,
 }
-# A rank's scale of float8 is that of its own samples. Adam takes steps of one size for small gradients, too, which have
-# another sign after another rounding, so that biases, which begin near zero, differ most.
-TOLERANCES_OF_WEIGHTS = {**TOLERANCES, "fp8-mixed": 0.5, "fp8-true": 0.5}
 PROGRAMS = {"fabric": fabric_loop, "trainer": trainer_fit}
 OTHER_PRECISIONS = {
     "64-true": {"ddp2", "fsdp2"},
@@ -80,13 +77,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_losses_and_weights_are_those_of_one_process(row: Any, found: dict[str, Any]) -> None:
     layout, precision, program = row
     mine, single = result(found, row_name(*row)), result(found, f"single-{precision}-{program}")
-    within = TOLERANCES_OF_WEIGHTS[precision]
+    within = TOLERANCES[precision]
     assert len(mine["losses"]) == 6
-    assert mine["losses"] == pytest.approx(single["losses"], rel=TOLERANCES[precision])
+    assert mine["losses"] == pytest.approx(single["losses"], rel=max(within, 1e-6))  # as float32
     assert mine["weights"].keys() == single["weights"].keys()
     for name, weight in single["weights"].items():
         difference = torch.linalg.vector_norm((mine["weights"][name] - weight).double())
-        assert difference <= within * torch.linalg.vector_norm(weight.double()), name
+        assert difference <= within * max(torch.linalg.vector_norm(weight.double()), 1), name
 
 
 def test_both_programs_are_the_same_training(found: dict[str, Any]) -> None:

@@ -300,6 +300,7 @@ def in_two_processes() -> None:
         (Float8Precision(emulate=True), torch.float32),
     ):
         fabric = Fabric(accelerator="cpu", devices=2, strategy=FSDPStrategy(), plugins=precision)
+        fabric.launch()
         with fabric.init_module(empty_init=True):
             own: Any = nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 32))
         assert all(p.is_meta and p.dtype == dtype for p in own.parameters())
