@@ -136,7 +136,7 @@ class ShardedEngine(Module):
             order.append((module, any(t.requires_grad for t in leaves((args, kwargs)) if isinstance(t, Tensor))))
 
         if "torch._dynamo" in sys.modules:  # and the module may be compiled
-            note = torch.compiler.disable(note)
+            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
         hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.sharded_modules() if m is not self]
         try:
             yield
