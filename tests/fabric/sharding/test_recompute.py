@@ -64,7 +64,8 @@ MM = torch.ops.aten.addmm.default
 
 
 @pytest.mark.parametrize(
-    ("policy", "saved"), [(None, ()), ({Block}, ()), (lambda m: isinstance(m, Block), ()), (None, [MM]), (None, [torch.ops.aten.addmm])]
+    ("policy", "saved"),
+    [(None, ()), ({Block}, ()), (lambda m: isinstance(m, Block), ()), (None, [MM]), (None, [torch.ops.aten.addmm])],
 )  # fmt: skip
 def test_same_gradients_of_less_memory(policy: Any, saved: Any) -> None:
     torch.manual_seed(0)

@@ -64,6 +64,10 @@ def names(model: nn.Module, policy: Any = None, ignored: Any = ()) -> list[str]:
 ALL = ["embed", *(f"blocks.{i}.{m}" for i in range(2) for m in ("up", "down")), "attention", "by_name.a", "head"]
 
 
+def is_block(module: nn.Module) -> bool:
+    return isinstance(module, Block)
+
+
 def fsdp1(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
     return recurse or nonwrapped_numel > 70
 
@@ -84,7 +88,7 @@ def fsdp1(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
         (fsdp1, ["blocks.0", "blocks.1", "attention"]),
         (functools.partial(size_based_auto_wrap_policy, min_num_params=70), ["blocks.0", "blocks.1"]),
         (functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={Block}), ["blocks.0", "blocks.1"]),
-        (functools.partial(lambda_auto_wrap_policy, lambda_fn=lambda m: isinstance(m, Block)), ["blocks.0", "blocks.1"]),
+        (functools.partial(lambda_auto_wrap_policy, lambda_fn=is_block), ["blocks.0", "blocks.1"]),
         (ModuleWrapPolicy([Block]), ["blocks.0", "blocks.1"]),
         (CustomPolicy(lambda m: isinstance(m, Block)), ["blocks.0", "blocks.1"]),
         (None, ["blocks.0", "blocks.1"]),
