@@ -16,7 +16,8 @@ values of any kind, and ``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
-from treadle_fabric.checkpoint.distributed.loading import fill, placed_like
+from treadle_fabric.checkpoint.distributed.loading import fill, own_part, placed_like, sharded_like
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
@@ -51,11 +52,13 @@ __all__ = [
     "fill",
     "fingerprint",
     "hidden_beside",
+    "is_sharded_tensor",
     "known_classes",
     "link_folder",
     "names_of",
     "newest_good",
     "noting_checks",
+    "own_part",
     "pack",
     "parts_on_demand",
     "pickled_in",
@@ -64,6 +67,7 @@ __all__ = [
     "read_outline",
     "read_quickly",
     "remote_checkpoints_in",
+    "sharded_like",
     "shortened",
     "size_of",
     "trusting",

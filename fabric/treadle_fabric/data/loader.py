@@ -41,7 +41,7 @@ def share_loader(
         loader = shard_dataloader(
             loader, seed=global_seed(), pad=pad, whole_batches=whole_batches, alone=alone, **ranks
         )
-    return seed_workers(strategy.process_dataloader(loader), strategy.global_rank)
+    return seed_workers(strategy.process_dataloader(loader), strategy.data_parallel_rank)
 
 
 class WrappedLoader(ABC):

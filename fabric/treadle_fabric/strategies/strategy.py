@@ -373,6 +373,13 @@ class Strategy(ABC):
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
+    def release_gathered(self) -> None:
+        """Free what is gathered of parameters: modules then have the parts that this process holds.
+
+        Call it before the parts are read or changed outside of a step. What is gathered afterwards has the changes.
+        Default: nothing is gathered.
+        """
+
     def settle_gradients(self, module: Module) -> None:
         """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
 

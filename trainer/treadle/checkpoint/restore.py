@@ -30,7 +30,7 @@ def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training:
     with parts_on_demand(), run.maps.reading():
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
         if training and "treadle" in checkpoint:
-            checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy.global_rank, strategy.world_size)
+            checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy)
     return checkpoint
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["fill", "load_sharded_into", "placed_like"]
+__all__ = ["fill", "load_sharded_into", "own_part", "placed_like", "sharded_like"]
 
 
 # --- loading ---
@@ -209,6 +210,34 @@ def placed_like(source: Tensor, target: Tensor) -> Tensor:
         assert isinstance(target, DTensor)
         return distribute_tensor(source.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return source.to(target.device)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached: a change of the part changes the tensor."""
+    part: Any = tensor.detach()
+    own: Tensor = part.to_local() if is_sharded_tensor(part) else part
+    return own
+
+
+def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of which this rank has ``part``, sharded as ``tensor`` is; nothing is copied or sent.
+
+    Args:
+        part: Of the shape of ``own_part(tensor)``, of any dtype and on any device.
+        tensor: Any tensor; of a plain one the part is the whole.
+    """
+    if not is_sharded_tensor(tensor):
+        return part
+    from torch.distributed.tensor import DTensor  # heavy
+
+    make: Any = DTensor  # from_local would move the part to the mesh's devices
+    spec: Any = cast(Any, tensor)._spec
+    made: Tensor = make(
+        part,
+        dataclasses.replace(spec, tensor_meta=spec.tensor_meta._replace(dtype=part.dtype)),
+        requires_grad=False,
+    )
+    return made
 
 
 def _read_plain(
