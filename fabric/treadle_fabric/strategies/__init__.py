@@ -17,6 +17,7 @@ from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
+from treadle_fabric.strategies.sharding.norms import local_gradients, norms, total_norm
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
@@ -40,8 +41,11 @@ __all__ = [
     "WholeStateStrategy",
     "check_reduce_op",
     "load_module_state",
+    "local_gradients",
     "module_state",
+    "norms",
     "reduction_of",
+    "total_norm",
     "user_module",
     "with_plain_names",
 ]

@@ -17,7 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
-from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, Keeping, TorchCheckpointIO
+from treadle_fabric.checkpoint import (
+    CheckpointIO,
+    DistributedCheckpointIO,
+    Keeping,
+    TorchCheckpointIO,
+    raise_together,
+)
+from treadle_fabric.coordination import on_rank_zero
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
@@ -272,11 +279,29 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Free what the strategy and its parts hold."""
-        self.leave_environment()
-        self.precision.teardown()
-        self.checkpoint_io.teardown()
-        if self._accelerator is not None:
-            self._accelerator.teardown()
+        try:
+            self.checkpoint_io.teardown()  # first: what the ranks still write together needs them all
+        finally:
+            self.leave_environment()
+            self.precision.teardown()
+            if self._accelerator is not None:
+                self._accelerator.teardown()
+
+    def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
+        """Wait until all saves so far have ended; every rank calls this.
+
+        Args:
+            failure: What a rank failed to do, for the message on the other ranks.
+
+        Raises:
+            CheckpointError: A save failed, and that was not raised before; all ranks raise.
+        """
+        if self.checkpoint_io.after_saves is None:
+            return
+        if self.checkpoint_io.sharded:
+            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
+        else:
+            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     # Set-up
 

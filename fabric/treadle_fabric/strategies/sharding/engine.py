@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -150,6 +151,8 @@ class ShardedEngine(Module):
         def note(module: Module, args: Any, kwargs: Any) -> None:
             order.append((module, any(t.requires_grad for t in leaves((args, kwargs)) if isinstance(t, Tensor))))
 
+        if "torch._dynamo" in sys.modules:  # and the module may be compiled
+            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
         hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.sharded_modules() if m is not self]
         try:
             yield
