@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 import treadle as L
 from treadle_fabric import Fabric
 
-VOCABULARY, WIDTH, LENGTH, SAMPLES, BATCH = 16, 16, 8, 48, 8  # all divide by four processes
+VOCABULARY, WIDTH, LENGTH = 16, 16, 8
+SAMPLES, BATCH = 72, 12  # two, three and four processes have equal shares
 ACCUMULATE, CLIP = 2, 0.5
 
 

@@ -66,11 +66,11 @@ def test_losses_and_weights_are_those_of_one_process(row: Any, found: dict[str, 
     mine, single = result(found, row_name(*row)), result(found, f"single-{precision}-{program}")
     within = TOLERANCES[precision]
     assert len(mine["losses"]) == 6
-    assert mine["losses"] == pytest.approx(single["losses"], rel=within)
+    assert mine["losses"] == pytest.approx(single["losses"], rel=max(within, 1e-6))  # as float32
     assert mine["weights"].keys() == single["weights"].keys()
     for name, weight in single["weights"].items():
         difference = torch.linalg.vector_norm((mine["weights"][name] - weight).double())
-        assert difference <= within * torch.linalg.vector_norm(weight.double()), name
+        assert difference <= within * max(torch.linalg.vector_norm(weight.double()), 1), name
 
 
 def test_both_programs_are_the_same_training(found: dict[str, Any]) -> None:

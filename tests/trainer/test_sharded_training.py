@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp  # heavy; forked ranks have it
+from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
-from tests.processes import run_in_ranks
 from treadle.utilities.grads import grad_norm
-from treadle_fabric import NonFiniteError
 from treadle_fabric.strategies import FSDPStrategy
 
 SAMPLES = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
@@ -55,7 +52,7 @@ class Weighted(Net):
         share, shares = self.trainer.strategy.data_parallel_rank, self.trainer.strategy.data_parallel_size
         mine = [sum(WEIGHTS[batch_idx * 2 + i] for i in ([0, 1] if shares == 1 else [share]))]
         if shares == 1:
-            parts = [(w, self.loss([each])) for w, each in zip(WEIGHTS[batch_idx * 2 :], batch[0].chunk(2))]
+            parts = [(w, self.loss([batch[0][i::2]])) for i, w in enumerate(WEIGHTS[batch_idx * 2 :][:2])]
             return {"loss": sum(w * loss for w, loss in parts) / max(mine[0], 1e-9), "weight": mine[0]}
         return {"loss": self.loss(batch), "weight": mine[0]}
 

@@ -16,13 +16,13 @@ from treadle.metrics.reduction import REDUCTIONS
 from treadle_fabric import rank_zero_warn
 from treadle_fabric.randomness import rng_states_of
 
-__all__ = ["joint_gradients", "part_of_rank", "without_sums"]
+__all__ = ["part_of_rank", "without_sums"]
 
 _MERGEABLE: Final = ("dim_zero_sum", "dim_zero_max", "dim_zero_min")  # other ranks' initial values change nothing
 
 
 def part_of_rank(
-    ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any], *, shards: bool = False
+    ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The part with which one of ``world_size`` ranks continues a run that had ``len(ranks)`` ranks.
 
@@ -34,7 +34,6 @@ def part_of_rank(
         rank: the new rank.
         world_size: the number of ranks now.
         metrics: the module's torchmetrics objects by path.
-        shards: whether the ranks hold parts of gradients that are averaged over the ranks: then each takes the mean.
     """
     first = ranks[0]
     mine = {**first, "rng": rng_states_of([part["rng"] for part in ranks], rank)}
@@ -45,41 +44,23 @@ def part_of_rank(
         for name in first["metric_objects"]
         if name in metrics
     }
+    gradients: dict[str, Tensor] = {}
+    for part in ranks if rank == 0 else ():
+        for name, gradient in part.get("gradients", {}).items():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    # without weights each rank's gradient counts 1 / ranks in the mean that a backward pass makes over them
     weights = [part.get("weights", {}) for part in ranks]
-    joint = joint_gradients(ranks, world_size) if shards or rank == 0 else {}
-    # the mean that a backward pass makes over ranks, of which one has all
-    mine["gradients"] = joint if shards else {name: g * world_size for name, g in joint.items()}
+    factor = 1.0 if weights[0] else world_size / len(ranks)
+    mine["gradients"] = {name: g * factor for name, g in gradients.items()}
     if weights[0]:
         sums = {key: sum(part[key] for part in weights) if rank == 0 else 0 for key in ("total", "count")}
         mine["weights"] = {**weights[0], **sums}
     return mine
 
 
-def joint_gradients(ranks: Sequence[dict[str, Any]], world_size: int) -> dict[str, Tensor]:
-    """What the gradients that ranks accumulated on their own are in the mean over ranks, by name.
-
-    Args:
-        ranks: the parts of the ranks that saved.
-        world_size: the number of ranks now. Without weights each rank's gradients count the same; with weights, their
-            sum is divided by those of all where the optimizer steps, which reckons with the mean over the ranks of now.
-    """
-    size = world_size if ranks[0].get("weights") else len(ranks)
-    total: dict[str, Tensor] = {}
-    for part in ranks:
-        for name, gradient in part.get("gradients", {}).items():
-            total[name] = total[name] + gradient if name in total else gradient
-    return {name: gradient / size for name, gradient in total.items()}
-
-
-def without_sums(part: dict[str, Any], *, shards: bool = False) -> dict[str, Any]:
-    """A rank's part without what only rank 0 needs of it, which takes over all that was accumulated.
-
-    Args:
-        part: the part.
-        shards: as in :func:`part_of_rank`; all ranks need the gradients then.
-    """
-    needed = {"gradients": part.get("gradients", {})} if shards else {"gradients": {}}
-    return {**part, **needed, "metric_objects": dict.fromkeys(part["metric_objects"])}
+def without_sums(part: dict[str, Any]) -> dict[str, Any]:
+    """A rank's part without what only rank 0 needs of it, which takes over all that was accumulated."""
+    return {**part, "gradients": {}, "metric_objects": dict.fromkeys(part["metric_objects"])}
 
 
 def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from treadle.checkpoint.elastic import joint_gradients, part_of_rank, without_sums
+from treadle.checkpoint.elastic import part_of_rank, without_sums
 from treadle.checkpoint.loggers import logger_states
 from treadle.data.training import TrainingData
 from treadle.run.accumulation import Accumulation, Place, decide
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import Strategy, name_in, plain_name, rank_zero_info, rank_zero_warn, with_plain_names
+from treadle_fabric import (
+    Fabric,
+    Strategy,
+    all_gather_objects,
+    name_in,
+    plain_name,
+    rank_zero_info,
+    rank_zero_warn,
+    with_plain_names,
+)
 from treadle_fabric.checkpoint import PerRank, fingerprint, is_sharded_tensor, placed_like
 from treadle_fabric.data import one_of_each, shares_of_ranks
 from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
@@ -124,7 +133,7 @@ def keep_own_part(saved: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
         ``saved`` with this rank's part as ``ranks``, marked as it was when it was saved; where another number of shares
         was saved, with the list of what this rank needs of the parts of all.
     """
-    parts, shards = saved.get("ranks"), strategy.shards_parameters and "gradients" not in saved
+    parts = saved.get("ranks")
     if not parts:
         return saved
     before, now = saved.get("shares") or list(range(len(parts))), shares_of_ranks(strategy)
@@ -132,10 +141,8 @@ def keep_own_part(saved: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
     kept = {key: value for key, value in saved.items() if key not in ("ranks", "shares")}
     if set(before) != set(now):
         needed = one_of_each(parts, before)
-        return {**kept, "ranks": needed if share == 0 else [without_sums(part, shards=shards) for part in needed]}
+        return {**kept, "ranks": needed if share == 0 else [without_sums(part) for part in needed]}
     mine = parts[rank if before == now else before.index(share)]
-    if shards:  # each rank had gradients of its own, and now all have parts of one
-        mine = {**mine, "gradients": joint_gradients(one_of_each(parts, before), len(set(now)))}
     if len(set(now)) < len(now):
         kept["shares"] = now
     return {**kept, "ranks": PerRank(mine)}
@@ -182,6 +189,9 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         _write_ended(run, saved)
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
+    if fabric.strategy.shards_parameters and "gradients" not in saved:
+        named = with_plain_names(module, parameters.items())
+        gradients = _means(fabric, gradients, {name: p.shape for name, p in named})
     for name, gradient in gradients.items():
         parameter = parameters[name_in(module, name)]
         parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
@@ -220,8 +230,17 @@ def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:
 
 def _part_of_rank(run: ReadyRun, ranks: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
     strategy = run.fabric.strategy
-    share, shares = strategy.data_parallel_rank, strategy.data_parallel_size
-    return part_of_rank(ranks, share, shares, metrics, shards=strategy.shards_parameters)
+    return part_of_rank(ranks, strategy.data_parallel_rank, strategy.data_parallel_size, metrics)
+
+
+def _means(fabric: Fabric, gradients: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The means over the ranks of what each accumulated by itself, for parameters of which a rank has a part."""
+    found = {}
+    for name in sorted({name for names in all_gather_objects(fabric, list(gradients)) for name in names}):
+        mine = gradients.get(name)
+        mine = torch.zeros(shapes[name]) if mine is None else mine
+        found[name] = fabric.strategy.all_reduce(mine.to(fabric.device), reduce_op="mean")
+    return found
 
 
 def _write_ended(run: ReadyRun, saved: dict[str, Any]) -> bool:

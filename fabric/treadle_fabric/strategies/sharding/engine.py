@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
@@ -47,6 +48,8 @@ class ShardedEngine(Module):
     and whether their backward passes end by themselves."""
     _trained: str
     """The method that ran last with gradients."""
+    _recorded: tuple[str, bool] | None
+    """What was recorded of the last pass with gradients, if that was the first of its method."""
     _joined: str
     """The method whose pass other ranks run."""
     _replicated: ReplicatedGradients | None
@@ -59,7 +62,7 @@ class ShardedEngine(Module):
         fields["synchronizes"] = True
         fields["_orders"] = {}
         fields["_trained"] = fields["_joined"] = "forward"
-        fields["_replicated"] = None
+        fields["_replicated"] = fields["_recorded"] = None
         fields["number"] = next(_made)
         _engines[user_module(module)] = weakref.ref(self)
 
@@ -72,9 +75,10 @@ class ShardedEngine(Module):
         try:
             if run == self._visit:
                 return run(*args, **kwargs)
+            known = key in self._orders
             if grad:
-                fields["_trained"] = key[0]
-            if key in self._orders:
+                fields["_trained"], fields["_recorded"] = key[0], None if known else key
+            if known:
                 return run(*args, **kwargs)
             with self._recording(key):
                 return run(*args, **kwargs)
@@ -99,6 +103,11 @@ class ShardedEngine(Module):
     def root(self) -> Any:
         """The engine, if ``fully_shard`` was applied to it; else None."""
         return self if hasattr(self, "_get_fsdp_state") else None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether a forward pass with gradients has run."""
+        return any(grad for _, grad in self._orders)
 
     def sharded_modules(self) -> Iterator[Any]:
         """Iterate over the modules that ``fully_shard`` was applied to, from the outside."""
@@ -136,6 +145,18 @@ class ShardedEngine(Module):
         with torch.no_grad():
             self(**{METHOD_KEYWORD: self._visit})
 
+    def catch_up(self) -> None:
+        """Gather what the last forward pass of this rank, which gave no loss, did not gather, and other ranks have."""
+        if self._recorded is not None:  # the order of a pass that may have ended early
+            self._orders.pop(self._recorded, None)
+        before: Counter[Any] = Counter()
+        for module, _ in self._order():
+            state = module._get_fsdp_state()
+            before[module] += 1
+            if all(len(group._post_forward_indices) < before[module] for group in state._fsdp_param_groups):
+                state._pre_forward(module, (), {})
+                state._post_forward(module, (), None)
+
     def join_backward(self) -> None:
         """Gather parameters, and reduce gradients of zero, as a backward pass of the last forward pass does."""
         device = next(self.module.parameters()).device
@@ -171,12 +192,17 @@ class ShardedEngine(Module):
             state._post_forward(module, (), None)
 
     def _unordered(self) -> list[tuple[Any, bool]]:
-        return [(module, False) for module in self.sharded_modules() if module is not self]
+        """The modules in the order of their registration, where no pass has run."""
+        return [(m, i > 0) for i, m in enumerate(m for m in self.sharded_modules() if m is not self)]
+
+    def _order(self) -> list[tuple[Any, bool]]:
+        """The modules in the order of the last forward pass with gradients."""
+        return self._orders.get((self._trained, True)) or self._unordered()
 
     def _visit_backwards(self, gradient: Tensor) -> None:
         """Do what the backward pass of the last forward pass would, with gradients of zero."""
         self.root._get_fsdp_state()._pre_backward(gradient)
-        for module, ends in (*reversed(self._orders.get((self._trained, True), [])), (self, False)):
+        for module, ends in (*reversed(self._order()), (self, False)):
             state = module._get_fsdp_state()
             if module is not self:
                 state._pre_backward(gradient)

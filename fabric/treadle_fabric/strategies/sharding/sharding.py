@@ -119,6 +119,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         key, store = f"treadle/idle/sharded/{module.number}/{label}", dist.distributed_c10d._get_default_store()
         if untouched:
             store.add(key, 1)
+        module.catch_up()
         module.join_backward()
         if untouched:
             for p in trained:
@@ -129,7 +130,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
                     p.grad = None
 
     def settle_gradients(self, module: Module) -> None:
-        if isinstance(module, ShardedEngine) and module.root is not None:
+        if isinstance(module, ShardedEngine) and module.root is not None and module.has_learned:
             module.join_backward()
 
     def _alive(self) -> list[ShardedEngine]:
