@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
@@ -106,6 +107,10 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         assert isinstance(module, ShardedEngine)
         module.join_forward(method)
 
+    def finish_forward(self, module: Module, method: str) -> None:
+        assert isinstance(module, ShardedEngine)
+        module.finish_forward(method, torch.is_grad_enabled())
+
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""
         assert isinstance(module, ShardedEngine)
@@ -119,7 +124,6 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         key, store = f"treadle/idle/sharded/{module.number}/{label}", dist.distributed_c10d._get_default_store()
         if untouched:
             store.add(key, 1)
-        module.catch_up()
         module.join_backward()
         if untouched:
             for p in trained:
