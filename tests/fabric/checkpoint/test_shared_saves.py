@@ -233,7 +233,9 @@ def test_where_a_rank_dies_the_others_do_not_wait_for_it(tmp_path: Path) -> None
 def test_the_end_of_a_program_waits_for_all_ranks(tmp_path: Path) -> None:
     code = """
     import os, torch
+    import torch.distributed.checkpoint
     from tests.processes import thread_runs, wait_until
+    from treadle_fabric import find_free_port
     from treadle_fabric import AsyncCheckpointIO, DistributedCheckpointIO, Fabric
     from treadle_fabric.checkpoint.distributed import saving
     write = saving.ShardedSave._write_files
@@ -241,6 +243,8 @@ def test_the_end_of_a_program_waits_for_all_ranks(tmp_path: Path) -> None:
         wait_until(lambda: not thread_runs("<module>"))  # the program has come to its end
         return write(*args)
     saving.ShardedSave._write_files = late
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port()), "WORLD_SIZE": "2"}
+    os.environ |= {"NODE_RANK": "0", "LOCAL_RANK": "0" if os.fork() else "1"}
     fabric = Fabric(accelerator="cpu", devices=2, plugins=AsyncCheckpointIO(DistributedCheckpointIO()), strategy="ddp")
     fabric.launch()
     fabric.save("a.ckpt", {"w": torch.ones(50_000), "n": 5})
