@@ -5,11 +5,8 @@ Tests of ``treadle_fabric.checkpoint.folder.remote``, ``treadle_fabric.checkpoin
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import tracemalloc
-import zlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -21,6 +18,7 @@ import torch
 import torch.distributed.checkpoint
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
+from tests.fabric.checkpoint.fetched import load
 from tests.processes import run_in_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -74,22 +72,6 @@ def step_at(url: str, tmp_path: Path) -> int:
     found = load(url, tmp_path)
     assert found["w"].eq(found["step"]).all() and found["w"].shape == (20_000,)
     return int(found["step"])
-
-
-def load(url: str, tmp_path: Path) -> dict[str, Any]:
-    fs, where = fsspec.url_to_fs(url)
-    manifest = json.loads(fs.cat_file(f"{where}/manifest.json"))
-    manifest.pop("crc32")
-    prefix = manifest.pop("prefix")
-    assert manifest["version"] == 3 and len(prefix) == 33
-    copy = tmp_path / "fetched"
-    shutil.rmtree(copy, ignore_errors=True)
-    copy.mkdir()
-    for name in manifest["files"]:
-        (copy / name).write_bytes(fs.cat_file(f"{where}/{prefix}{name}"))
-    body = json.dumps({**manifest, "version": 2})[1:].encode()
-    (copy / "manifest.json").write_bytes(b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
-    return IO.load_checkpoint(copy)
 
 
 @pytest.mark.parametrize("scheme", ["memory", "shelf"])
