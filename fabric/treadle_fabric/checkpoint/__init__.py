@@ -11,11 +11,11 @@ host. Imports only the foundation.
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
 ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and ``shortened`` make them; ``raise_together`` has
-ranks fail together; ``files_mapped`` and ``FileMaps`` have the
-processes of a host share what they read, and ``noting_checks`` and ``trusting`` the check of it; ``PerRank``,
-``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill``
-and ``region`` have each rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for
-values of any kind, and ``pickled_in`` says which of them are pickled.
+ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a host share what they read, and
+``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
+``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
+rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind, and
+``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
@@ -30,7 +30,7 @@ from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, remote_checkpoints_in, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
-from treadle_fabric.checkpoint.reading import lies_at, read_outline, read_quickly
+from treadle_fabric.checkpoint.reading import check_share, lies_at, read_outline, read_quickly
 from treadle_fabric.checkpoint.stored.regions import fill, placed_like, region
 from treadle_fabric.checkpoint.stored.tensor import StoredTensor, in_memory, tensors_on_demand
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
@@ -50,6 +50,7 @@ __all__ = [
     "PerRank",
     "StoredTensor",
     "TorchCheckpointIO",
+    "check_share",
     "checkpoints_in",
     "classes_in_state",
     "error_of",

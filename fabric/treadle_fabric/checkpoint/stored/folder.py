@@ -21,7 +21,7 @@ from treadle_fabric.checkpoint.torch_file import load_file
 from treadle_fabric.checkpoint.values.unpacking import unpack_alone
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["load_folder"]
+__all__ = ["files_at_once", "load_folder"]
 
 
 def load_folder(
@@ -38,15 +38,19 @@ def load_folder(
 def _load(source: FolderSource, map_location: Any | None, weights_only: bool | None) -> dict[str, Any]:
     present = source.identity()
     manifest = read_manifest(source)
-    names = [name for name in manifest["files"] if not (on_demand() and name.startswith("rank_"))]  # these: when read
     if not is_checked(present):
-        verify(source, manifest, names)
+        verify(source, manifest, files_at_once(manifest))
     if source.identity() == present:
         set_checked(present)
     content = _load_plain(source, present, manifest, map_location, weights_only)
     found = {id(s): _tensor(source, present, manifest["tensors"][n], s) for n, s in content["tensors"].items()}
     state: dict[str, Any] = map_leaves(content["state"], lambda value, _: found.get(id(value), value), "")
     return state
+
+
+def files_at_once(manifest: Mapping[str, Any]) -> list[str]:
+    """The files that are checked when a folder is opened; inside of ``parts_on_demand()`` not those of single ranks."""
+    return [name for name in manifest["files"] if not (on_demand() and name.startswith("rank_"))]
 
 
 def _tensor(
