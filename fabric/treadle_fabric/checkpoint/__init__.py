@@ -21,6 +21,7 @@ rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` a
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.distributed.ranks import raise_together
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
+from treadle_fabric.checkpoint.export.consolidate import consolidate
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
 from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
@@ -53,6 +54,7 @@ __all__ = [
     "check_share",
     "checkpoints_in",
     "classes_in_state",
+    "consolidate",
     "error_of",
     "files_mapped",
     "fill",
