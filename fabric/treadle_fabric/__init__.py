@@ -20,6 +20,7 @@ from treadle_fabric.checkpoint import (
     AsyncCheckpointIO,
     CheckpointIO,
     DistributedCheckpointIO,
+    ExportingCheckpointIO,
     TorchCheckpointIO,
     newest_good,
 )
@@ -145,6 +146,7 @@ __all__ = [
     "DistributedCheckpointIO",
     "DoublePrecision",
     "DummyLogger",
+    "ExportingCheckpointIO",
     "ExternalLauncher",
     "Fabric",
     "FabricDataLoader",

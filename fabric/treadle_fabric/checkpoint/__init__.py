@@ -6,7 +6,7 @@ folder and its manifest; ``torch_file.py`` writes and reads one file, ``distribu
 ``stored/`` reads it; ``reading.py`` reads the one or the other, and ``newest.py`` lists the checkpoints in a folder.
 ``per_rank.py`` marks values that each rank has of its own, and ``fingerprint.py`` tells whether ranks have the same
 tensor. ``values/`` makes values of any kind plain for a file, and turns them back; ``host/`` is about the memory of the
-host. Imports only the foundation.
+host. ``export/`` makes files for other programs. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
@@ -22,6 +22,7 @@ from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.distributed.ranks import raise_together
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.export.consolidate import consolidate
+from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
 from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
@@ -45,6 +46,7 @@ __all__ = [
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
+    "ExportingCheckpointIO",
     "FileMaps",
     "Keeping",
     "NotLoaded",

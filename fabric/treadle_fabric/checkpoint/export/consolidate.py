@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.types import PathLike
 
 __all__ = ["consolidate"]
-_WEIGHTS = ".safetensors"
+_WEIGHTS: Final = ".safetensors"
 
 
 def consolidate(
@@ -63,8 +63,8 @@ def consolidate(
         raise MisconfigurationException(f"{where!r} is there already. Remove it, or give another output file.")
     if not weights and (key is not None or dtype is not None or strip_prefix):
         raise MisconfigurationException(
-            f"key, dtype and strip_prefix are for weights alone, and {where!r} gets the whole checkpoint. Give an output "
-            f"file whose name ends in {_WEIGHTS!r}, or leave them out."
+            f"key, dtype and strip_prefix are for weights alone, and {where!r} gets the whole checkpoint. Give an "
+            f"output file whose name ends in {_WEIGHTS!r}, or leave them out."
         )
     source = folder_at(path)
     if source is None and not weights:

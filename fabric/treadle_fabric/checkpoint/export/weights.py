@@ -132,6 +132,6 @@ def _identity(tensor: Tensor) -> Any:
     """The same for tensors that are one."""
     if isinstance(tensor, StoredTensor):
         return id(tensor._content)
-    if not tensor.numel() or tensor.is_meta:
+    if not tensor.numel() or tensor.is_meta or tensor.layout != torch.strided:
         return id(tensor)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
