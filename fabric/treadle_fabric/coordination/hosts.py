@@ -82,12 +82,12 @@ class HostGroup:
     def largest(self, values: Sequence[int], *, patient: bool = False) -> list[int]:
         """Of each of some numbers the largest that any rank has; every rank calls this with the same number of them."""
         options = torch._C._distributed_c10d.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
         if patient:
             options.timeout = _NO_LIMIT
         found = torch.tensor(values, dtype=torch.int64, device=self._device)
         self._wait(self.group.allreduce([found], options), "a comparison", patient)
-        return found.tolist()  # type: ignore[no-any-return]
+        return found.tolist()
 
     def bytes_of(self, src: int, data: bytes = b"") -> bytes:
         """Bring bytes of the rank ``src`` to every rank; the others give none."""
@@ -182,9 +182,9 @@ def _is_done(work: Any, limit: timedelta) -> bool:
     try:
         work.wait(limit)
     except RuntimeError:
-        if work.is_completed():
-            raise
-        return False
+        if not work.is_completed():
+            return False
+        work.wait()  # it may have come to its end after the limit, and before the question
     return True
 
 

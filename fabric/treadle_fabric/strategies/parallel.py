@@ -214,11 +214,14 @@ class ParallelStrategy(Strategy):
         atexit.register(_end_group, os.getpid())
 
     def leave_environment(self) -> None:
-        if self._owns_group:
-            self._owns_group = False
-            _destroy_group(os.getpid())
-        if self._environment is not None:
-            self._environment.teardown()
+        try:
+            self.checkpoint_io.wait()  # what all ranks still write needs their connections
+        finally:
+            if self._owns_group:
+                self._owns_group = False
+                _destroy_group(os.getpid())
+            if self._environment is not None:
+                self._environment.teardown()
 
     def _on_device(self, tensor: Tensor, group: Any | None) -> Tensor:
         """The tensor where the group reaches it: NCCL sends only what is on a device, MPI only what is on the host."""
