@@ -87,7 +87,8 @@ class HostGroup:
             options.timeout = _NO_LIMIT
         found = torch.tensor(values, dtype=torch.int64, device=self._device)
         self._wait(self.group.allreduce([found], options), "a comparison", patient)
-        return found.tolist()
+        numbers: list[int] = found.tolist()
+        return numbers
 
     def bytes_of(self, src: int, data: bytes = b"") -> bytes:
         """Bring bytes of the rank ``src`` to every rank; the others give none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypedDict, Unpack
@@ -10,13 +11,29 @@ from typing import Any, Literal, TypedDict, Unpack
 import torch
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
+from treadle_fabric.checks import check_flag, check_integer
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
+from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric.strategies.parallelism.explain import explain_mixed
+from treadle_fabric.strategies.parallelism.loss import loss_functions, plain_scalars
+from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel, check_plan, place_gradients
+from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike, whole_over
+from treadle_fabric.strategies.parallelism.sequence import (
+    SequenceGroup,
+    attentions_so_far,
+    sequence_functions,
+    share_sequences,
+)
 from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
+from treadle_fabric.strategies.parallelism.slices import split_batches
+from treadle_fabric.strategies.parallelism.substitution import Substitution
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.engine import ShardedEngine
@@ -24,7 +41,7 @@ from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
 from treadle_fabric.strategies.sharding.shard import shard_module
 from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
-from treadle_fabric.strategies.unwrapping import user_module
+from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["ModelParallelStrategy"]
 
@@ -62,7 +79,14 @@ class ModelParallelStrategy(ShardingStrategy):
         data_shard_size: Processes that share the parameters of a copy. Default: all shares of a batch.
         sequence_parallel_size: Processes that share each sequence. Default: 1.
         pipeline_parallel_size: Parts of the model that come one after the other. Default: 1.
-        tensor_parallel_plan: By the pattern of a layer's name, how the processes share that layer.
+        tensor_parallel_plan: By the pattern of a layer's name, how the processes share that layer: see
+            :func:`apply_tensor_parallel`.
+        loss_parallel: ``F.cross_entropy`` of logits that a plan leaves sharded does not gather them. In a method of the
+            model; elsewhere use :func:`sharded_cross_entropy`.
+        sequence_dim: The dimension of the positions in the tensors of a batch, of which each process of a sequence gets
+            a slice. Default: 1.
+        sequence_names: The keys, indices or fields of a batch whose tensors are sliced. Default: see
+            :func:`split_sequence`.
         accelerator: The hardware.
         parallel_devices: The devices of this machine, one a process.
         cluster_environment: Where ranks and addresses come from.
@@ -86,7 +110,10 @@ class ModelParallelStrategy(ShardingStrategy):
         data_shard_size: Size = "auto",
         sequence_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
-        tensor_parallel_plan: Mapping[str, Any] | None = None,
+        tensor_parallel_plan: Mapping[Any, Any] | None = None,
+        loss_parallel: bool = False,
+        sequence_dim: int = 1,
+        sequence_names: Collection[str | int] | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -111,7 +138,13 @@ class ModelParallelStrategy(ShardingStrategy):
             raise MisconfigurationException(
                 f"parallelize_fn={parallelize_fn!r}: give a function of a model and a mesh that returns the model."
             )
+        if tensor_parallel_plan is not None:
+            check_plan(tensor_parallel_plan)
+        check_flag("loss_parallel", loss_parallel)
         self._parallelize_fn = parallelize_fn
+        self._loss_parallel = loss_parallel
+        self._sequences: dict[str, Any] = {"dim": check_integer("sequence_dim", sequence_dim), "names": sequence_names}
+        self._unchecked: list[weakref.ref[ShardedEngine]] = []
         self._plan = tensor_parallel_plan
         self._asked: dict[str, Any] = {
             "data_parallel_size": data_parallel_size,
@@ -152,6 +185,7 @@ class ModelParallelStrategy(ShardingStrategy):
         sizes = self.sizes
         check_mesh_size(sizes, self.world_size, "Give sizes whose product is the number of processes.")
         mesh = make_mesh(self.root_device.type, sizes)
+        share_sequences(mesh["sequence_parallel"])
         mesh["data_replicate", "data_shard"]._flatten("data_parallel")
         # a dimension that was made of others is asked for by its name, as all are, which torch warns of
         warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
@@ -159,6 +193,7 @@ class ModelParallelStrategy(ShardingStrategy):
 
     def parallelize(self, module: Module) -> ShardedEngine:
         mesh, own = self.device_mesh, user_module(module)
+        align_random_state([mesh["tensor_parallel"], mesh["sequence_parallel"]])
         take_over_from_rank_zero(own, self.root_device)
         if self._parallelize_fn is not None:
             changed = self._parallelize_fn(own, mesh)
@@ -167,13 +202,65 @@ class ModelParallelStrategy(ShardingStrategy):
                     "parallelize_fn returned another model than it was given: let it change the layers in the model, "
                     "and return that."
                 )
+        if self._plan is not None:
+            apply_tensor_parallel(own, mesh["tensor_parallel"], self._plan, broadcast=False)
+        self._check_shared(own)
+        engine = self._engine(module, mesh)
+        self._substitute(engine)
+        self._unchecked.append(weakref.ref(engine))
+        return engine
+
+    def _engine(self, module: Module, mesh: Any) -> ShardedEngine:
+        own = user_module(module)
         sharded = any(hasattr(m, "_get_fsdp_state") for m in own.modules())
         data = self._data_mesh(mesh)
         if data is not None and not sharded:
             return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
         engine = ShardedEngine(module)
         give_values(engine, self.precision, self.root_device, self.broadcast)
+        place_gradients(own)
         return engine
+
+    def _check_shared(self, own: Module) -> None:
+        size = self.sizes["tensor_parallel"]
+        if size > 1 and not any(is_sharded_tensor(p) for p in own.parameters()):
+            raise MisconfigurationException(
+                f"tensor_parallel_size={size}, and no layer of {type(own).__name__} is shared out. Give a"
+                " tensor_parallel_plan, such as {'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}, or a"
+                " parallelize_fn, or shard layers in configure_model; or tensor_parallel_size=1."
+            )
+
+    def _substitute(self, engine: ShardedEngine) -> None:
+        """Let functions of torch be those of shared sequences and of sharded logits where the engine runs."""
+        sizes = self.sizes
+        functions = sequence_functions(self.device_mesh["sequence_parallel"])
+        context = Substitution({**functions, **(loss_functions() if self._loss_parallel else {})})
+        if functions or self._loss_parallel:
+            context.follow(engine.modules() if functions else [engine])
+        if sizes["tensor_parallel"] > 1:
+            engine.register_forward_hook(lambda _, args, output: plain_scalars(output))
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Let batches have this process's slice of each sequence."""
+        return split_batches(dataloader, SequenceGroup.of(self.device_mesh["sequence_parallel"]), **self._sequences)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """At the first step: what tensor-parallel processes have whole must not go apart."""
+        unchecked, self._unchecked = self._unchecked, []
+        for engine in (alive for reference in unchecked if (alive := reference()) is not None):
+            sizes, own = self.sizes, user_module(engine)
+            if sizes["tensor_parallel"] > 1:
+                named = dict(with_plain_names(own, own.named_parameters()))
+                check_gradients_alike(whole_over(named, "tensor_parallel"), self.device_mesh["tensor_parallel"])
+            if sizes["sequence_parallel"] > 1 and not attentions_so_far():
+                rank_zero_warn(
+                    f"sequence_parallel_size={sizes['sequence_parallel']}, and no F.scaled_dot_product_attention ran in"
+                    f" {type(own).__name__}: each process saw nothing but its slice of a sequence. Attention of another"
+                    " kind has to be exchanged: call F.scaled_dot_product_attention, or sequence_attention."
+                )
+
+    def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
+        return explain_mixed(error, engine, self.sizes["tensor_parallel"])
 
     def _data_mesh(self, mesh: Any) -> Any:
         """The mesh over which parameters are sharded and gradients averaged; None where there is one process only."""

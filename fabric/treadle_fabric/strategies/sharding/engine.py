@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,11 @@ class ShardedEngine(Module):
         """The engine, if ``fully_shard`` was applied to it; else None."""
         return self if hasattr(self, "_get_fsdp_state") else None
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a forward pass with gradients has run."""
+        return any(grad for _, grad in self._orders)
+
     def sharded_modules(self) -> Iterator[Any]:
         """Iterate over the modules that ``fully_shard`` was applied to, from the outside."""
         return (module for module in self.modules() if hasattr(module, "_get_fsdp_state"))
@@ -150,6 +156,8 @@ class ShardedEngine(Module):
         def note(module: Module, args: Any, kwargs: Any) -> None:
             order.append((module, any(t.requires_grad for t in leaves((args, kwargs)) if isinstance(t, Tensor))))
 
+        if "torch._dynamo" in sys.modules:  # and the module may be compiled
+            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
         hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.sharded_modules() if m is not self]
         try:
             yield

@@ -69,7 +69,7 @@ class CheckpointingStrategy(Strategy):
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)
-        content = {key: _plain(self, value, keeping is None) for key, value in state.items()}
+        content = self.as_stored({key: _plain(self, value, keeping is None) for key, value in state.items()})
         for key, keep in filters.items():
             content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
 
@@ -80,6 +80,10 @@ class CheckpointingStrategy(Strategy):
             write()
         else:
             on_rank_zero(self, write, f"could not write {str(path)!r}")
+
+    def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content in tensors that the checkpoint IO takes; every rank calls this. Default: as it is."""
+        return content
 
     def _packed(self, content: dict[str, Any], path: PathLike, keeping: Keeping | None) -> dict[str, Any]:
         """The content in plain values; what does not come back from a default load is told, once."""

@@ -38,7 +38,7 @@ class ShardedStateStrategy(CheckpointingStrategy):
         On other ranks the tensors that are gathered are on the meta device.
         """
         self.release_gathered()
-        return self._as_saved(module_state(module))
+        return self.as_stored(module_state(module))
 
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         self.release_gathered()
@@ -54,7 +54,7 @@ class ShardedStateStrategy(CheckpointingStrategy):
         load_module_state(module, state, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self._as_saved(complete_state(optimizer))
+        return self.as_stored(complete_state(optimizer))
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -65,9 +65,9 @@ class ShardedStateStrategy(CheckpointingStrategy):
             state = {**state, "state": entries}
         optimizer.load_state_dict(state)
 
-    def _as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+    def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
         if self.checkpoint_io.sharded:
-            return state
+            return content
         gathered: dict[int, Any] = {}  # tied parameters are one tensor
 
         def gather(value: Any, name: str) -> Any:
@@ -78,7 +78,7 @@ class ShardedStateStrategy(CheckpointingStrategy):
                 gathered[id(value)] = whole.cpu() if self.is_global_zero else whole.to("meta")
             return gathered[id(value)]
 
-        result: dict[str, Any] = map_leaves(state, gather, "")
+        result: dict[str, Any] = map_leaves(content, gather, "")
         return result
 
     def _placed(self, parameter: Any, entry: Any) -> Any:
