@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard as _  # noqa: F401 # heavy: the forks find it imported
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from treadle_fabric import (
@@ -252,6 +253,41 @@ def test_ranks_share_the_export_out_in_the_background(tmp_path: Path) -> None:
     for name, file in index["weight_map"].items():
         expected = full + (0 if name == "tied" else int(name[1]))
         assert torch.equal(load_file(tmp_path / "a.hf" / file)[name], expected)
+
+
+def train_in_shards(path: str) -> None:
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp", plugins=ExportingCheckpointIO(FOLDER, key="model"))
+    fabric.launch()
+    model, optimizer = fabric.setup(module := make_net(), torch.optim.Adam(module.parameters()))
+    fabric.backward(model(torch.randn(4, 64)).sum())
+    optimizer.step()
+    fabric.save(path, {"model": model, "optimizer": optimizer, "step": 1})
+    whole = {name: each.full_tensor() for name, each in module.state_dict().items()}
+    if fabric.global_rank == 0:
+        torch.save(whole, f"{path}.whole")
+
+
+def make_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 301), nn.ReLU(), nn.Linear(301, 64, bias=False))
+
+
+def test_what_was_sharded_is_exported_consolidated_and_loaded_by_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    run_in_ranks(train_in_shards, os.fspath(path))
+    whole = torch.load(f"{path}.whole")
+    index = json.loads((tmp_path / "a.hf" / "model.safetensors.index.json").read_text())
+    found = {name: load_file(tmp_path / "a.hf" / file)[name] for name, file in index["weight_map"].items()}
+    same(found, whole)
+    assert consolidated(path) == consolidated(path, "--output", tmp_path / "w.safetensors") == 0
+    same(read(tmp_path / "w.safetensors"), whole)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    for each in (path, f"{path}.consolidated"):
+        model, optimizer = fabric.setup(module := make_net(), torch.optim.Adam(module.parameters()))
+        assert fabric.load(each, {"model": model, "optimizer": optimizer}) == {"step": 1}
+        same(module.state_dict(), whole)
+        states = optimizer.state_dict()["state"]
+        assert len(states) == 3 and all(type(state["exp_avg"]) is Tensor for state in states.values())
 
 
 def test_what_an_export_refuses(tmp_path: Path) -> None:
