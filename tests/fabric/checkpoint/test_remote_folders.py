@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tracemalloc
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def test_what_dead_saves_left_is_removed_and_what_is_being_written_is_not(
             IO.save_checkpoint(state(0), url)
         (own,) = {name.partition("/")[0] for name in set(files(url)) - known}
         for path in fs.find(f"{url}/{own}"):
-            fs.store[path].modified = datetime.now(tz=timezone.utc) - timedelta(hours=hours)
+            fs.store[path].modified = datetime.now(tz=UTC) - timedelta(hours=hours)
         return own
 
     url, beside = "memory://runs/a.ckpt", "memory://runs/b.ckpt"

@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint
-from tests.processes import importing_tests, run_in_ranks, wait_until
+from tests.processes import importing_tests, run_in_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -118,7 +118,9 @@ def save_in_background(folder: str) -> None:
         io.wait()
     assert dist.get_world_size() == 2 and os.listdir(folder) == ["a.ckpt"]
     check(io.load_checkpoint(f"{folder}/a.ckpt"), 2)
-    part = sum(p.stat().st_size for p in Path(folder, "a.ckpt").glob(f"*_{'0.distcp'}") if p.name[2:3] == str(dist.get_rank()))
+    part = sum(
+        p.stat().st_size for p in Path(folder, "a.ckpt").glob(f"*_{'0.distcp'}") if p.name[2:3] == str(dist.get_rank())
+    )
     assert io._arena.nbytes < 1.1 * part + 50_000, (io._arena.nbytes, part)
     # alike everywhere: one message, and no other before the call returns
     alike = {name: value for name, value in state.items() if name != "unlike"}

@@ -38,7 +38,9 @@ class Model(L.LightningModule):
 
 
 def fit(folder: str, *, devices: int = 1, ckpt_path: str | None = None, steps: int = 6, **kwargs: Any) -> L.Trainer:
-    saver = ModelCheckpoint(folder, "{step}", **{"monitor": "loss", "save_top_k": 2, "every_n_train_steps": 1, **kwargs})
+    saver = ModelCheckpoint(
+        folder, "{step}", **{"monitor": "loss", "save_top_k": 2, "every_n_train_steps": 1, **kwargs}
+    )
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, max_steps=steps, logger=False, callbacks=saver, enable_progress_bar=False,
         enable_model_summary=False, plugins=AsyncCheckpointIO(DistributedCheckpointIO()),
