@@ -16,7 +16,7 @@ values of any kind, and ``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
-from treadle_fabric.checkpoint.distributed.loading import placed_like
+from treadle_fabric.checkpoint.distributed.loading import fill, placed_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
@@ -48,6 +48,7 @@ __all__ = [
     "classes_in_state",
     "error_of",
     "files_mapped",
+    "fill",
     "fingerprint",
     "hidden_beside",
     "known_classes",

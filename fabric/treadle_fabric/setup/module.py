@@ -247,9 +247,11 @@ def _bind(parts: _Parts, name: str, *, cast_output: bool, changes_weights: bool 
 def _through_engine(
     engine: Module, strategy: Strategy, direct: Callable[..., Any], chosen: dict[str, Any]
 ) -> Callable[..., Any]:
+    always = strategy.shards_parameters
+
     def call(*args: Any, **kwargs: Any) -> Any:
         # Without gradients there is nothing to reduce, and ranks may evaluate different numbers of batches
-        if not torch.is_grad_enabled():
+        if not always and not torch.is_grad_enabled():
             return direct(*args, **kwargs)
         try:
             return engine(*args, **kwargs, **chosen)

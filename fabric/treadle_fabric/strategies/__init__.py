@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.ddp import DDPStrategy
+from treadle_fabric.strategies.fsdp import FSDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
@@ -26,6 +27,7 @@ __all__ = [
     "STRATEGY_REGISTRY",
     "CheckpointingStrategy",
     "DDPStrategy",
+    "FSDPStrategy",
     "NativeStepStrategy",
     "ParallelStrategy",
     "Parts",
@@ -42,7 +44,7 @@ __all__ = [
     "with_plain_names",
 ]
 
-for _strategy in (SingleDeviceStrategy, DDPStrategy):
+for _strategy in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -50,7 +52,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedStrategy",
-            "FSDPStrategy",
             "ModelParallelStrategy",
             "SingleDeviceXLAStrategy",
             "XLAFSDPStrategy",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.batches import move_data_to_device
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.strategy import Strategy
+from treadle_fabric.strategies.unwrapping import user_module
 
-__all__ = ["NativeStepStrategy"]
+__all__ = ["NativeStepStrategy", "replace_parameters"]
 
 
 class NativeStepStrategy(Strategy):
@@ -35,7 +37,9 @@ class NativeStepStrategy(Strategy):
     def setup_module_and_optimizers(
         self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None
     ) -> tuple[Module, list[Optimizer], Any | None]:
+        optimizers, before = list(optimizers), dict(user_module(module).named_parameters())
         engine = self.setup_module(module)
+        replace_parameters(optimizers, before, dict(user_module(module).named_parameters()))
         return engine, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     @property
@@ -104,6 +108,32 @@ class NativeStepStrategy(Strategy):
         except NotImplementedError:
             for value in _values(self.precision.main_params(optimizer)):
                 value.clamp_(-clip_val, clip_val)
+
+
+def replace_parameters(
+    optimizers: Iterable[Optimizer], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> None:
+    """Let optimizers that were made for a module's parameters step with those that took their places.
+
+    Args:
+        optimizers: Whose states are empty, or come from the parameters before.
+        before: The parameters by name.
+        after: Those that the module has now. A parameter that was tied has one name.
+
+    Raises:
+        MisconfigurationException: An optimizer has stepped already.
+    """
+    new = {id(p): after[name] for name, p in before.items() if name in after and after[name] is not p}
+    if not new:
+        return
+    for optimizer in optimizers:
+        if any(id(p) in new for p in optimizer.state):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has stepped before the module was set up, and its state is that of whole "
+                "parameters. Set up before the first step; a checkpoint is loaded after."
+            )
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(id(p), p) for p in group["params"]]
 
 
 def _device_of_counter(step: Tensor, parameter: Tensor, group: dict[str, Any]) -> torch.device:

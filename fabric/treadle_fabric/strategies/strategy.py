@@ -77,7 +77,7 @@ class Strategy(ABC):
     initializes_on_meta: ClassVar[bool] = False
     """:meth:`setup_module` takes a module on the meta device, and makes its parameters where they belong."""
     shards_parameters: ClassVar[bool] = False
-    """A rank holds a part of the parameters, gradients and optimizer state, as DTensors; checkpoints are folders."""
+    """A rank holds a part of the parameters, gradients and optimizer state, as DTensors."""
     handles_gradient_accumulation: ClassVar[bool] = False
     """The engine divides the loss and knows when to step: backward and step are called for every micro-batch."""
     handles_gradient_clipping: ClassVar[bool] = False
@@ -170,8 +170,13 @@ class Strategy(ABC):
     def checkpoint_io(self) -> CheckpointIO:
         """Writes and reads checkpoint files."""
         if self._checkpoint_io is None:
-            self._checkpoint_io = DistributedCheckpointIO() if self.shards_parameters else TorchCheckpointIO()
+            self._checkpoint_io = DistributedCheckpointIO() if self.writes_folders else TorchCheckpointIO()
         return self._checkpoint_io
+
+    @property
+    def writes_folders(self) -> bool:
+        """Whether checkpoints are folders, to which every rank writes its part, unless a checkpoint IO was given."""
+        return False
 
     @property
     @abstractmethod
@@ -311,8 +316,10 @@ class Strategy(ABC):
         with ExitStack() as stack:
             if empty_init:
                 stack.enter_context(_NoInit())
-            later = empty_init and self.initializes_on_meta
-            stack.enter_context(torch.device("meta") if later else self.root_device)
+            if empty_init and self.initializes_on_meta:
+                stack.enter_context(torch.device("meta"))
+            elif not self.shards_parameters:  # a device may not have room for all of what is sharded
+                stack.enter_context(self.root_device)
             stack.enter_context(self.precision.module_init_context())
             yield
 
@@ -358,6 +365,15 @@ class Strategy(ABC):
 
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
+
+    def settle_gradients(self, module: Module) -> None:
+        """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
+
+        Afterwards they are all in ``grad`` of the parameters, as a checkpoint keeps them. Default: they are there.
+
+        Args:
+            module: The engine.
+        """
 
     def join_forward(self, module: Module) -> None:
         """Take part in a forward pass without gradients that other processes make now. Default: they need no others.

@@ -63,6 +63,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
     done = 0 if progress.is_last_batch and not progress.within_batch else done
     gradients: dict[str, Tensor] = {}
     if done or not module.automatic_optimization:
+        if done:
+            run.fabric.strategy.settle_gradients(run.engine)
         named = with_plain_names(module, module.named_parameters())
         gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
     fabric = run.fabric

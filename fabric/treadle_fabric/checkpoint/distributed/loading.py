@@ -32,7 +32,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["load_sharded_into", "placed_like"]
+__all__ = ["fill", "load_sharded_into", "placed_like"]
 
 
 # --- loading ---
@@ -171,11 +171,11 @@ def _pair(
                 )
             name = names.get(id(theirs))
             if name is None:
-                later.append(functools.partial(_fill, mine, theirs))
+                later.append(functools.partial(fill, mine, theirs))
             elif name not in large:
                 large[name] = mine
             elif large[name] is not mine:  # tied where it was saved
-                later.append(functools.partial(_fill, mine, large[name]))
+                later.append(functools.partial(fill, mine, large[name]))
         elif isinstance(mine, Tensor):
             raise CheckpointMismatchError(f"{at!r} of {path!r} is a {type(theirs).__name__}, and state has a tensor.")
         elif (
@@ -190,7 +190,8 @@ def _pair(
             later.append(functools.partial(state.__setitem__, key, theirs))
 
 
-def _fill(target: Tensor, source: Tensor) -> None:
+def fill(target: Tensor, source: Tensor) -> None:
+    """Copy ``source`` into ``target``, sharded as that is."""
     with torch.no_grad():
         target.copy_(placed_like(source, target))
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 
-__all__ = ["WholeStateStrategy"]
+__all__ = ["WholeStateStrategy", "complete_state"]
 
 
 class WholeStateStrategy(CheckpointingStrategy):
@@ -25,16 +25,7 @@ class WholeStateStrategy(CheckpointingStrategy):
         load_module_state(module, state_dict, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        try:
-            return optimizer.state_dict()
-        except KeyError:  # the state of a parameter that was taken out of its group
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            whole = optimizer.state
-            optimizer.state = defaultdict(dict, {p: state for p, state in whole.items() if id(p) in held})
-            try:
-                return optimizer.state_dict()
-            finally:
-                optimizer.state = whole
+        return complete_state(optimizer)
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         groups = optimizer.param_groups
@@ -44,3 +35,17 @@ class WholeStateStrategy(CheckpointingStrategy):
             for name, device in before.items():  # a learning rate, say; torch leaves these where the file had them
                 if isinstance(value := group.get(name), Tensor):
                     group[name] = value.to(device)
+
+
+def complete_state(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the state dict of an optimizer, also where a parameter was taken out of its group and has a state."""
+    try:
+        return optimizer.state_dict()
+    except KeyError:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        whole = optimizer.state
+        optimizer.state = defaultdict(dict, {p: state for p, state in whole.items() if id(p) in held})
+        try:
+            return optimizer.state_dict()
+        finally:
+            optimizer.state = whole

@@ -1,0 +1,135 @@
+"""Strategies whose ranks hold parts of the parameters, on torch's ``fully_shard`` and DTensors."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.sharding.engine import ShardedEngine, engine_around
+from treadle_fabric.strategies.states.sharded_state import ShardedStateStrategy
+
+__all__ = ["ShardingStrategy"]
+
+
+class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrategy):
+    """Processes along the dimensions of a mesh, which hold parts of the parameters."""
+
+    requires_forward_redirect = True
+    fixes_parameters = True
+    restores_after_setup = True
+    initializes_on_meta = True
+
+    _engines: tuple[weakref.ref[ShardedEngine], ...] = ()
+    _mesh: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_engines": (), "_mesh": None}  # of this process's group
+
+    @abstractmethod
+    def make_device_mesh(self) -> Any:
+        """Make the mesh of all processes, which have met."""
+
+    @abstractmethod
+    def parallelize(self, module: Module) -> ShardedEngine:
+        """Shard a module that is on any device, or on the meta device, and return the engine that runs it."""
+
+    @property
+    def device_mesh(self) -> Any:
+        """The named dimensions along which the processes work together.
+
+        Raises:
+            MisconfigurationException: The processes have not met yet.
+        """
+        if self._mesh is None:
+            if not dist.is_initialized():
+                raise MisconfigurationException(
+                    f"The mesh of {type(self).__name__} is there once the processes have met: after fabric.launch(), "
+                    "or in hooks of the Trainer such as configure_model."
+                )
+            self._mesh = self.make_device_mesh()
+        return self._mesh
+
+    def setup_module(self, module: Module) -> Module:
+        engine = engine_around(module)
+        if engine is None:
+            engine = self.parallelize(module)
+        known = {id(alive): reference for reference in self._engines if (alive := reference()) is not None}
+        self._engines = tuple({**known, id(engine): weakref.ref(engine)}.values())
+        return engine
+
+    def module_to_device(self, module: Module) -> None:
+        """Do nothing: each part of a module goes to the device by itself when it is sharded."""
+
+    @contextmanager
+    def no_backward_sync(self, module: Module, enabled: bool = True) -> Generator[None]:
+        engine = module if enabled and isinstance(module, ShardedEngine) else None
+        if engine is not None:
+            engine.synchronize(False)
+        try:
+            yield
+        finally:
+            if engine is not None:
+                engine.synchronize(True)
+
+    def expect_backward(self, loss: Tensor) -> None:
+        for engine in self._alive():
+            if engine.running:
+                engine.expect_backward(loss)
+
+    def after_inner_backward(self) -> None:
+        for engine in self._alive():
+            if engine.running:
+                engine.refresh()
+
+    def after_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let no engine use gathered parameters that were gathered before the step."""
+        for engine in self._alive():
+            engine.refresh()
+
+    def release_gathered(self) -> None:
+        for engine in self._alive():
+            engine.refresh()
+
+    def join_forward(self, module: Module) -> None:
+        assert isinstance(module, ShardedEngine)
+        module.join_forward()
+
+    def join_backward(self, module: Module, label: str) -> None:
+        """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""
+        assert isinstance(module, ShardedEngine)
+        if module.root is None:
+            raise MisconfigurationException(
+                f"A step had no loss on rank {self.global_rank}, and other ranks may have one. Return a loss of zero "
+                "that depends on the model's outputs, such as 0 * output.sum()."
+            )
+        trained = module.trained()
+        untouched = module.synchronizes and all(p.grad is None for p in trained)
+        key, store = f"treadle/idle/sharded/{module.number}/{label}", dist.distributed_c10d._get_default_store()
+        if untouched:
+            store.add(key, 1)
+        module.join_backward()
+        if untouched:
+            for p in trained:
+                if p.grad is not None:  # when they are there, every rank has been counted
+                    p.grad.to_local().sum().item() if hasattr(p.grad, "to_local") else p.grad.sum().item()
+            if store.add(key, 0) == self.world_size:
+                for p in trained:
+                    p.grad = None
+
+    def settle_gradients(self, module: Module) -> None:
+        if isinstance(module, ShardedEngine) and module.root is not None:
+            module.join_backward()
+
+    def _alive(self) -> list[ShardedEngine]:
+        return [engine for reference in self._engines if (engine := reference()) is not None]

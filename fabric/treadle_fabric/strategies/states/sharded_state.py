@@ -1,0 +1,104 @@
+"""Strategies under which a rank has a part of the state."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from treadle_fabric.checkpoint import fill
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
+from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.states.whole_state import complete_state
+from treadle_fabric.strategies.unwrapping import load_module_state, module_state, names_in, user_module
+
+__all__ = ["ShardedStateStrategy"]
+
+
+class ShardedStateStrategy(CheckpointingStrategy):
+    """A strategy under which parameters, gradients and optimizer state are DTensors, of which a rank has its part.
+
+    Where checkpoints are folders, a rank saves the parts that it has. Where they are single files, the tensors are
+    gathered one after the other, and rank 0 keeps them on the host.
+    """
+
+    shards_parameters = True
+
+    @abstractmethod
+    def release_gathered(self) -> None:
+        """Free what is gathered of the parameters, so that modules have their parts only."""
+
+    def get_module_state_dict(self, module: Module) -> dict[str, Any]:
+        """The state of the user's module, in DTensors if checkpoints are folders; else whole on rank 0.
+
+        On other ranks the tensors that are gathered are on the meta device.
+        """
+        self.release_gathered()
+        return self._as_saved(module_state(module))
+
+    def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        self.release_gathered()
+        own = user_module(module)
+        state = dict(names_in(own, state_dict))
+        targets = own.state_dict(keep_vars=True)
+        if not strict or targets.keys() == state.keys():  # otherwise nothing is loaded
+            for name, target in targets.items():
+                source = state.get(name)
+                if isinstance(source, Tensor) and is_sharded_tensor(target) and source.shape == target.shape:
+                    fill(target, source)
+                    state[name] = target.detach()
+        load_module_state(module, state, strict=strict)
+
+    def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return self._as_saved(complete_state(optimizer))
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        names = [key for group in state["param_groups"] for key in group["params"]]
+        if len(parameters) == len(names):
+            by_key = dict(zip(names, parameters, strict=True))
+            entries = {key: self._placed(by_key.get(key), found) for key, found in state["state"].items()}
+            state = {**state, "state": entries}
+        optimizer.load_state_dict(state)
+
+    def _as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+        if self.checkpoint_io.sharded:
+            return state
+        gathered: dict[int, Any] = {}  # tied parameters are one tensor
+
+        def gather(value: Any, name: str) -> Any:
+            if not is_sharded_tensor(value):
+                return value
+            if id(value) not in gathered:
+                whole = value.full_tensor().detach()
+                gathered[id(value)] = whole.cpu() if self.is_global_zero else whole.to("meta")
+            return gathered[id(value)]
+
+        result: dict[str, Any] = map_leaves(state, gather, "")
+        return result
+
+    def _placed(self, parameter: Any, entry: Any) -> Any:
+        """The state of one parameter, each tensor in it placed as the parameter is."""
+        if not is_sharded_tensor(parameter) or not isinstance(entry, dict):
+            return entry
+        return {name: _placed_like(parameter, name, value) for name, value in entry.items()}
+
+
+def _placed_like(parameter: Any, name: str, value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0 or name == "step":
+        return value
+    from torch.distributed.tensor import DTensor, Replicate  # heavy
+
+    assert isinstance(parameter, DTensor)
+    if value.shape == parameter.shape:
+        target: Any = torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False)
+    else:  # factors of a matrix, say
+        mesh = parameter.device_mesh
+        local = torch.zeros(value.shape, dtype=value.dtype, device=parameter.to_local().device)
+        target = DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    fill(target, value)
+    return target
