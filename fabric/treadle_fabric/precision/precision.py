@@ -140,6 +140,16 @@ class Precision:
         if self._scaling.scaler is not None:
             self._scaling.unscale(optimizer)
 
+    def unscale_by(self, function: Callable[[torch.amp.GradScaler, Optimizer], None], everywhere: bool = False) -> None:
+        """Unscale with the caller's ``function``, where other processes hold parts of the gradients.
+
+        Args:
+            function: Divides the optimizer's gradients by the scale, and notes in the scaler whether one of any process
+                is not finite.
+            everywhere: Call it also where this process has no gradients, because others may have some.
+        """
+        self._scaling.unscaler, self._scaling.everywhere = function, everywhere
+
     def validate_optimizer(self, optimizer: Optimizer) -> None:
         """Refuse an optimizer that cannot work in this precision.
 
@@ -281,11 +291,22 @@ class _Scaling:
         self._stepped = False
         self.unseen: set[int] = set()  # ids of watched parameters that no scaled loss has reached
         self.reached: list[weakref.ref[Tensor]] = []  # the watched parameters that the last scaled loss reached
+        self.unscaler: Callable[[torch.amp.GradScaler, Optimizer], None] | None = None  # for parts of gradients
+        self.everywhere = False  # the unscaler is called also without gradients
 
     def __getstate__(self) -> dict[str, Any]:
         """The scaler with the scale that it has; a copy begins between two iterations."""
         scaler = None if self.scaler is None else _between_iterations(self.scaler)
-        return {"scaler": scaler, "active": False, "_unscaled": {}, "_stepped": False, "unseen": set(), "reached": []}
+        left = {"unscaler": None, "everywhere": False}  # of this process's groups
+        return {
+            **left,
+            "scaler": scaler,
+            "active": False,
+            "_unscaled": {},
+            "_stepped": False,
+            "unseen": set(),
+            "reached": [],
+        }
 
     @contextlib.contextmanager
     def activated(self) -> Generator[None]:
@@ -318,8 +339,11 @@ class _Scaling:
 
     def unscale(self, optimizer: Optimizer) -> None:
         assert self.scaler is not None
-        if id(optimizer) not in self._unscaled and _has_gradients(optimizer):
-            self.scaler.unscale_(optimizer)
+        if id(optimizer) not in self._unscaled and (self.everywhere or _has_gradients(optimizer)):
+            if self.unscaler is None:
+                self.scaler.unscale_(optimizer)
+            else:
+                self.unscaler(self.scaler, optimizer)
             self._unscaled[id(optimizer)] = optimizer
 
     def step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
@@ -329,8 +353,12 @@ class _Scaling:
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if not _has_gradients(optimizer):  # no loss was differentiated: a step would change nothing
+        if not (
+            self.everywhere or _has_gradients(optimizer)
+        ):  # no loss was differentiated: a step would change nothing
             return result
+        if self.unscaler is not None:
+            self.unscale(optimizer)
         done = self.scaler.step(optimizer, **kwargs)
         self._unscaled.pop(id(optimizer), None)
         self._stepped = True

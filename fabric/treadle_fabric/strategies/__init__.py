@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.fsdp import FSDPStrategy
+from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointingStrategy",
     "DDPStrategy",
     "FSDPStrategy",
+    "ModelParallelStrategy",
     "NativeStepStrategy",
     "ParallelStrategy",
     "Parts",
@@ -52,7 +54,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedStrategy",
-            "ModelParallelStrategy",
             "SingleDeviceXLAStrategy",
             "XLAFSDPStrategy",
             "XLAStrategy",

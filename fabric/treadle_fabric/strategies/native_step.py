@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision, needs_closure
+from treadle_fabric.strategies.sharding.norms import clip_norm, clip_value, unscale
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import user_module
 
@@ -29,6 +31,8 @@ class NativeStepStrategy(Strategy):
                 f"{type(optimizer).__name__}.step computes the loss again by a closure, and a rank of a pipeline has a"
                 " part of the parameters only: use an optimizer that steps once a batch."
             )
+        if self.shards_parameters and self.precision.requires_fabric_backward:
+            self.precision.unscale_by(functools.partial(unscale, groups=self.stage_groups), bool(self.stage_groups))
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         for parameter, state in optimizer.state.items():
             if isinstance(parameter, Tensor):
@@ -93,26 +97,24 @@ class NativeStepStrategy(Strategy):
         precision = self.precision
         precision.unscale_gradients(optimizer)
         strict = error_if_nonfinite and not precision.requires_fabric_backward
+        parameters = list(precision.main_params(optimizer))
+        if self.shards_parameters:
+            return clip_norm(parameters, max_norm, norm_type, self.stage_groups, strict)
         try:
-            norm: Any = torch.nn.utils.clip_grad_norm_(
-                precision.main_params(optimizer), max_norm, norm_type=norm_type, error_if_nonfinite=strict
-            )
+            return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type, error_if_nonfinite=strict)
         except NotImplementedError:  # torch has no norm of sparse gradients
-            values = _values(precision.main_params(optimizer))
-            norm = torch.nn.utils.get_total_norm(values, norm_type, error_if_nonfinite=strict)
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-            for value in values:
-                value.mul_(factor.to(value.device))
-        whole: Tensor = norm.full_tensor() if self.shards_parameters else norm
-        return whole
+            return clip_norm(parameters, max_norm, norm_type, (), strict)
 
     def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
         self.precision.unscale_gradients(optimizer)
+        parameters = list(self.precision.main_params(optimizer))
+        if self.shards_parameters:
+            clip_value(parameters, clip_val)
+            return
         try:
-            torch.nn.utils.clip_grad_value_(self.precision.main_params(optimizer), clip_val)
+            torch.nn.utils.clip_grad_value_(parameters, clip_val)
         except NotImplementedError:
-            for value in _values(self.precision.main_params(optimizer)):
-                value.clamp_(-clip_val, clip_val)
+            clip_value(parameters, clip_val)
 
 
 def replace_parameters(
@@ -148,16 +150,3 @@ def _device_of_counter(step: Tensor, parameter: Tensor, group: dict[str, Any]) -
     if "capturable" in group or step.device.type == "cpu":
         return torch.device("cpu")  # read by the host at each step, which would wait for another device
     return parameter.device
-
-
-def _values(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """The entries of the gradients; of a sparse one those of the rows that it has, each row once."""
-    values = []
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            parameter.grad = gradient = gradient.coalesce()
-            gradient = gradient.detach().values()
-        if gradient is not None:
-            values.append(gradient.detach())
-    return values

@@ -169,8 +169,19 @@ class ParallelStrategy(Strategy):
         return self._launcher
 
     @property
+    def ranks_a_share(self) -> int:
+        """Number of neighbouring processes that work together on one share of a batch."""
+        return 1
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Number of parts of the model, each with its processes, that a share of a batch goes through."""
+        return 1
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        shares = self.world_size // (self.ranks_a_share * self.pipeline_stages)
+        return {"num_replicas": shares, "rank": self.global_rank // self.ranks_a_share % shares}
 
     def setup_environment(self) -> None:
         environment = self.cluster_environment

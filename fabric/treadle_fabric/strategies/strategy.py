@@ -252,6 +252,13 @@ class Strategy(ABC):
         return 0 if ranks is None else int(ranks["rank"])
 
     @property
+    def stage_groups(self) -> tuple[Any, ...]:
+        """Process groups over whose ranks the parameters of the model are shared out, none twice, as over the stages of
+        a pipeline: norms of all gradients, and the search for infinite ones, go on over these. Default: none.
+        """
+        return ()
+
+    @property
     @abstractmethod
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """``num_replicas`` and ``rank`` for sharing out samples; ``None`` where there is nothing to share."""
@@ -361,8 +368,8 @@ class Strategy(ABC):
                 It returns the mean loss, or a dict of scalars by name with "loss".
 
         Returns:
-            By name, detached scalars, the same on every rank that works on this batch: the mean "loss" over the samples,
-            not divided by ``window``, and the means of what else ``loss`` returned.
+            By name, detached scalars, the same on every rank that works on this batch: the mean "loss" over the
+            samples, not divided by ``window``, and the means of what else ``loss`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
 

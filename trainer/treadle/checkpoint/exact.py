@@ -67,7 +67,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
             run.fabric.strategy.settle_gradients(run.engine)
         named = with_plain_names(module, module.named_parameters())
         # of a parameter that is on another rank alone, that rank has the gradient
-        gradients = {n: p.detach() if p.is_meta else p.grad.detach() for n, p in named if p.is_meta or p.grad is not None}
+        held = ((n, p if p.is_meta else p.grad) for n, p in named)
+        gradients = {n: gradient.detach() for n, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
     if progress.epoch_ended:

@@ -48,7 +48,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
     files: dict[str, tuple[int, int]] = {}
     places: dict[str, Any] = {}
 
-    def begin() -> tuple[str, dict[str, Any], bool, list[str]]:
+    def begin() -> tuple[str, dict[str, Any], bool, list[str], list[str]]:
         nonlocal temporary, lock
         split = Split(state)
         ranks.state = split.structure
@@ -61,7 +61,7 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
         alone = ranks.size == 1
         summary.update({n: (t.nbytes, "" if alone else fingerprint(t)) for n, t in split.replicated.items()})
         sent = summary if ranks.rank == 0 else {}  # no rank needs those of all
-        return temporary, sent, bool(split.sharded), list(split.own)
+        return temporary, sent, bool(split.sharded), list(split.elsewhere) if ranks.rank == 0 else [], list(split.own)
 
     def finish() -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
         split = parts[0]
@@ -86,11 +86,12 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
         folder = begun[0][0]
         if differ := {rank: f"has {own} per rank." for rank, (*_, own) in enumerate(begun) if own != begun[0][-1]}:
             raise ranks.error({0: f"has {begun[0][-1]} per rank.", **differ})
-        first = begun[0][1]
-        if first or any(sharded for _, _, sharded, _ in begun):
-            differ_here = [name for name, found in first.items() if summary.get(name) != found]
+        first, elsewhere = begun[0][1], begun[0][3]
+        found = _find(ranks, parts[0], elsewhere) if elsewhere else {}
+        if first or found or any(sharded for _, _, sharded, *_ in begun):
+            differ_here = [name for name, seen in first.items() if summary.get(name) != seen]
             unlike = {name for names in ranks.together(lambda: differ_here) for name in names}
-            files, places = _write(ranks, parts[0], first, unlike, folder)
+            files, places = _write(ranks, parts[0], first, unlike, found, folder)
         results = ranks.together(finish)
         ranks.together(publish)
     finally:
@@ -100,11 +101,26 @@ def save_sharded(state: dict[str, Any], path: PathLike, process_group: Any | Non
             os.close(lock)
 
 
+def _find(ranks: Ranks, split: Split, names: list[str]) -> dict[str, int]:
+    """Find the first rank that has each of the tensors that rank 0 has not."""
+
+    def here() -> list[str]:
+        return [name for name in names if name in split.tensors and not split.tensors[name].is_meta]
+
+    found: dict[str, int] = {}
+    for rank, theirs in enumerate(ranks.together(here)):
+        found |= {name: rank for name in theirs if name not in found}
+    if ranks.rank == 0:
+        split.nowhere([name for name in names if name not in found])
+    return found
+
+
 def _write(
-    ranks: Ranks, split: Split, summary: Summary, unlike: Collection[str], folder: str
+    ranks: Ranks, split: Split, summary: Summary, unlike: Collection[str], found: Mapping[str, int], folder: str
 ) -> tuple[dict[str, tuple[int, int]], dict[str, Any]]:
     owners = _share_out(summary, unlike, ranks.size)
     mine = {**split.sharded, **{name: split.replicated[name] for name, rank in owners.items() if rank == ranks.rank}}
+    mine |= {name: split.tensors[name] for name, rank in found.items() if rank == ranks.rank}
     from treadle_fabric.checkpoint.distributed.dcp import RanksFailedError, write_tensors  # heavy
 
     try:

@@ -25,14 +25,14 @@ class ShardingOptions:
 def parse_arguments(**kw: Any) -> ShardingOptions:
     """Provisional."""
     return ShardingOptions(
-        kw["policy"] or kw["auto_wrap_policy"],
-        kw["reshard_after_forward"],
-        bool(kw["cpu_offload"]),
-        kw["mixed_precision"],
-        kw["sharding_strategy"] == "HYBRID_SHARD",
-        kw["device_mesh"],
+        kw.get("policy") or kw.get("auto_wrap_policy"),
+        kw.get("reshard_after_forward"),
+        bool(kw.get("cpu_offload")),
+        kw.get("mixed_precision"),
+        kw.get("sharding_strategy") == "HYBRID_SHARD",
+        kw.get("device_mesh"),
         (),
-        kw["state_dict_type"],
+        kw.get("state_dict_type", "sharded"),
     )
 
 

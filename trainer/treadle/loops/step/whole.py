@@ -1,8 +1,8 @@
 """Steps under a strategy that runs whole batches, as pipelines do: the module's ``loss`` is called, not its steps.
 
-The loss of a batch arrives on every rank, and is logged there: as ``train_loss``, ``val_loss`` or ``test_loss``, and so
-are the other numbers that ``loss`` returned. What ``loss`` logs itself is known where the last stage is only; it arrives
-on the other ranks together with the loss, as the mean over the micro-batches.
+The loss of a batch arrives on every rank, and is logged there: as ``train_loss``, ``val_loss`` or ``test_loss``,
+and so are the other numbers that ``loss`` returned. What ``loss`` logs itself is known where the last stage is only; it
+arrives on the other ranks together with the loss, as the mean over the micro-batches.
 """
 
 from __future__ import annotations

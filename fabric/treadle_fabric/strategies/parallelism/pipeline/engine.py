@@ -27,12 +27,12 @@ from treadle_fabric.strategies.parallelism.pipeline.stages import (
     group_stages,
     inputs_of,
 )
+from treadle_fabric.strategies.sharding.engine import Engine
 from treadle_fabric.strategies.unwrapping import inside
 
 __all__ = ["PipelineEngine"]
 
 _PLANS: Final = 8  # forms of batches whose schedules and receive buffers are kept
-_AT_FIRST: Final = 2  # virtual stages of a rank under "interleaved"
 
 
 @dataclass
@@ -47,12 +47,12 @@ class _Job:
     error: Exception | None = None
 
 
-class PipelineEngine(Module):
+class PipelineEngine(Engine):
     """A module of which each rank of a pipeline has some stages.
 
     The module gives ``pipeline_stages()``, its own submodules in their order: a tensor that one returns, or a tuple of
-    tensors, is what the next one gets. ``loss(outputs, batch)`` gets what the last stage returned for a micro-batch, and
-    the micro-batch; it returns the mean loss of its samples, or a dict of numbers with "loss". The optional
+    tensors, is what the next one gets. ``loss(outputs, batch)`` gets what the last stage returned for a micro-batch,
+    and the micro-batch; it returns the mean loss of its samples, or a dict of numbers with "loss". The optional
     ``pipeline_inputs(batch)`` returns what the first stage gets; without it, that is a batch that is a tensor, or the
     first entry of a list or tuple.
 
@@ -61,10 +61,7 @@ class PipelineEngine(Module):
     Args:
         module: The user's module, whole. What belongs to other ranks goes to the meta device.
         mesh: The ranks of the pipeline, a mesh of one dimension.
-        schedule: "1f1b", "interleaved" (each rank has several parts of the model) or "gpipe".
-        microbatches: The number of micro-batches of a batch. A batch that it does not divide runs as fewer
-            micro-batches, of the same size. Default: twice the number of ranks.
-        virtual_stages: Under "interleaved", the number of parts that each rank has. Default: 2.
+        order: How micro-batches run.
         parallelize: Gets each stage of this rank, and returns the module to run: it may apply tensor parallelism or
             sharding inside of the stage.
         device: This rank's. Default: the CPU.
@@ -78,34 +75,32 @@ class PipelineEngine(Module):
         self,
         module: Module,
         mesh: Any,
+        order: Order,
         *,
-        schedule: str = "1f1b",
-        microbatches: int | None = None,
-        virtual_stages: int | None = None,
         parallelize: Callable[[Module], Module] | None = None,
         device: torch.device | None = None,
         precision: Precision | None = None,
     ) -> None:
         super().__init__()
-        ranks = mesh.size()
-        virtual_stages = (_AT_FIRST if schedule == "interleaved" else 1) if virtual_stages is None else virtual_stages
-        self.order = Order.checked(schedule, microbatches, virtual_stages, ranks)
+        ranks, self.order = order.ranks, order
+        self.running = False
         parts = group_stages(find_stages(module), self.order.parts, ranks, type(module).__qualname__)
         self.module = module
         self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
         self.device = torch.device("cpu") if device is None else device
-        self.placement = Placement(module, parts, self.rank, ranks)
-        self.placement.free_others()
-        self.placement.move(self.device)
+        self._placement = Placement(module, parts, self.rank, ranks)
+        self._placement.take(self.device)
         self._precision = Precision() if precision is None else precision
         self._trained = [[parameter for stage in part for parameter in stage.parameters()] for part in parts]
         own = {place: part for place, part in enumerate(parts) if place % ranks == self.rank}
         if parallelize is not None:
             own = {place: [parallelize(stage) for stage in part] for place, part in own.items()}
         self._own = {place: Sequence(part, self._runner(place)) for place, part in own.items()}
-        self._ties = Ties(self.placement, self.group)
+        self._ties = Ties(self._placement, self.group)
         self._share = Sharing(self.group, self.rank, ranks, self.device)
         self._plans: OrderedDict[Any, Callable[[], None]] = OrderedDict()
+        self._sharded = [stage for part in own.values() for stage in part if isinstance(stage, Engine)]
+        self._last: Any = None
         self._job: _Job | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,9 +115,7 @@ class PipelineEngine(Module):
             " fabric.predict_batch(model, batch), on all ranks."
         )
 
-    def run(
-        self, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
-    ) -> dict[Any, Tensor]:
+    def run(self, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None) -> dict[Any, Tensor]:
         """Add the gradients of a batch to those that are there.
 
         Args:
@@ -181,7 +174,21 @@ class PipelineEngine(Module):
         whole = map_tensors(_joined(outputs), lambda each: each.cpu()) if outputs else None
         return move_data_to_device(self._share.object(whole), self.device)
 
+    def expect_backward(self, loss: Tensor) -> None:
+        """Do nothing: nothing runs through the engine but whole batches."""
+
+    def refresh(self) -> None:
+        for engine in self._sharded:
+            engine.refresh()
+
+    def join_forward(self) -> None:
+        """Run the last batch again, and make nothing of it."""
+        if self._last is not None:
+            self._run_forward(self._last, lambda outputs, part: torch.zeros(1, device=self.device))
+
     def _run_forward(self, batch: Any, finish: Callable[[Any, Any], Tensor]) -> None:
+        if self._sharded:  # a rank that has no batch left needs one
+            self._last = batch
         with torch.no_grad():
             order, parts = self._cut(batch)
             step = self._plan(order, parts, backward=False)
@@ -240,9 +247,9 @@ class PipelineEngine(Module):
         if order is not self.order and not self.__dict__.get("_told"):
             self.__dict__["_told"] = True
             rank_zero_warn(
-                f"A batch of {size} samples cannot be cut into {self.order.microbatches} micro-batches of the same size:"
-                f" it runs as {order.microbatches}, as others like it will, with longer waits of the ranks for each"
-                " other. pipeline_microbatches should divide the batch size; drop_last=True leaves out the smaller"
+                f"A batch of {size} samples cannot be cut into {self.order.microbatches} micro-batches of the same"
+                f" size: it runs as {order.microbatches}, as others like it will, with longer waits of the ranks for"
+                " each other. pipeline_microbatches should divide the batch size; drop_last=True leaves out the smaller"
                 " batch at the end of an epoch."
             )
         return order, cut(batch, order.microbatches)
@@ -290,9 +297,7 @@ class PipelineEngine(Module):
 
         return get_global_rank(self.group, rank)
 
-    def _try(
-        self, place: int, part: Any, received: tuple[Form, ...] | None, *, backward: bool
-    ) -> tuple[Form, ...]:
+    def _try(self, place: int, part: Any, received: tuple[Form, ...] | None, *, backward: bool) -> tuple[Form, ...]:
         own = self._own[place]
         inputs: tuple[Any, ...]
         if received is None:

@@ -22,8 +22,9 @@ def size_of(batch: Any) -> int:
     """
     size = infer_batch_size(batch)
     if not size:
+        has = "no tensor that tells its size" if size is None else "0 samples"
         raise MisconfigurationException(
-            f"A batch (a {type(batch).__name__}) has {'no tensor that tells its size' if size is None else '0 samples'},"
+            f"A batch (a {type(batch).__name__}) has {has},"
             " and a pipeline cuts batches into micro-batches: give batches with samples, in tensors whose first"
             " dimension is the batch."
         )

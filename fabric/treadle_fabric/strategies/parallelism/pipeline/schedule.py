@@ -15,10 +15,11 @@ from treadle_fabric.errors import MisconfigurationException, near_names
 __all__: list[str] = []
 
 SCHEDULES = ("1f1b", "interleaved", "gpipe")
+_VIRTUAL_STAGES = 2  # of each rank, under "interleaved"
 
 
 class Order(NamedTuple):
-    """How a pipeline runs: names as in the constructor of the engine."""
+    """The order in which a pipeline runs the micro-batches of a batch."""
 
     schedule: str
     microbatches: int
@@ -28,7 +29,13 @@ class Order(NamedTuple):
 
     @classmethod
     def checked(cls, schedule: Any, microbatches: Any, virtual_stages: Any, ranks: int) -> Order:
-        """Check the arguments.
+        """Check the arguments of a pipeline.
+
+        Args:
+            schedule: "1f1b", "interleaved" (each rank has several parts of the model) or "gpipe".
+            microbatches: The number of micro-batches of a batch. Default (None): twice the number of ranks.
+            virtual_stages: Under "interleaved", the number of parts that each rank has. Default (None): 2.
+            ranks: The ranks of the pipeline.
 
         Raises:
             MisconfigurationException: The schedule is unknown, or cannot run this number of micro-batches.
@@ -39,6 +46,8 @@ class Order(NamedTuple):
             )
         if microbatches is None:
             microbatches = 2 * ranks
+        if virtual_stages is None:
+            virtual_stages = _VIRTUAL_STAGES if schedule == "interleaved" else 1
         check_integer("pipeline_microbatches", microbatches, minimum=1)
         check_integer("pipeline_virtual_stages", virtual_stages, minimum=1)
         if schedule != "interleaved" and virtual_stages != 1:

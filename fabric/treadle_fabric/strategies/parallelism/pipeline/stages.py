@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.strategies.unwrapping import user_module
+from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
+from treadle_fabric.strategies.sharding.norms import count_elsewhere
 
 __all__: list[str] = []
 
-Number = int | float
+_cut: Final[weakref.WeakSet[Module]] = weakref.WeakSet()
+"""The modules of which this rank has a part."""
 
 
 def find_stages(module: Module) -> list[Module]:
@@ -73,14 +77,14 @@ def group_stages(stages: list[Module], count: int, ranks: int, name: str) -> lis
             " cut the model into more stages, or use fewer ranks for the pipeline."
         )
     bounds = [len(stages) * part // count for part in range(count + 1)]
-    return [stages[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [stages[begin:end] for begin, end in pairwise(bounds)]
 
 
 class Placement:
     """Which parameters and buffers this rank has; the others are on the meta device here.
 
     Of what is in no stage, parameters are the last rank's, whose ``loss`` may use them. Buffers in no stage stay on all
-    ranks, and those of the last rank count.
+    ranks; rank 0's are saved, so that ``loss`` must not change them.
 
     Args:
         module: The user's module, whole.
@@ -98,8 +102,6 @@ class Placement:
                     on.setdefault(id(tensor), set()).add(part % ranks)
         self.parameters: dict[str, tuple[int, ...]] = {}
         """The ranks that have each parameter, by name; a parameter with two names is there twice."""
-        self.loose: list[str] = []
-        """The buffers that are in no stage."""
         ties: dict[int, str] = {}
         self._ties: list[tuple[str, tuple[int, ...]]] = []
         for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -109,21 +111,31 @@ class Placement:
                 self._ties.append((name, ranks_of))
         self._foreign_buffers = []
         for name, buffer in module.named_buffers(remove_duplicate=False):
-            if id(buffer) not in on:
-                self.loose.append(name)
-            elif rank not in on[id(buffer)]:
+            if rank not in on.get(id(buffer), {rank}):
                 self._foreign_buffers.append(name)
 
     def has(self, name: str) -> bool:
         """Whether this rank has a parameter."""
         return self.rank in self.parameters[name]
 
-    def free_others(self) -> None:
-        """Move what other ranks have to the meta device; parameters stay the same objects, for optimizers.
+    def take(self, device: torch.device) -> None:
+        """Give this rank its part, with the values of rank 0, on its device, and free the rest.
+
+        Parameters stay the same objects, for optimizers. A module that was cut before stays as it is.
 
         Raises:
             MisconfigurationException: torch holds a parameter fast, in a graph of an earlier forward pass.
         """
+        if self.module not in _cut:
+            take_over_from_rank_zero(self.module, device)
+            self._free_others()
+            _cut.add(self.module)
+        self.module._apply(lambda each: each if each.is_meta else each.to(device))  # type: ignore[no-untyped-call]
+        for parameter, ranks in self.ties():
+            if self.rank != ranks[0]:
+                count_elsewhere(parameter)
+
+    def _free_others(self) -> None:
         for name in self.parameters:
             if not self.has(name):
                 owner, _, last = name.rpartition(".")
@@ -137,14 +149,6 @@ class Placement:
             if (buffer := buffers[last]) is not None:
                 buffers[last] = torch.empty_like(buffer, device="meta")
 
-    def move(self, device: torch.device) -> None:
-        """Move what this rank has to its device, in place; what is on the meta device stays there."""
-        self.module._apply(lambda each: each if each.is_meta else each.to(device))  # type: ignore[no-untyped-call]
-
-    def mine(self) -> Iterator[Parameter]:
-        """Iterate over the parameters that this rank has."""
-        return (parameter for parameter in self.module.parameters() if not parameter.is_meta)
-
     def ties(self) -> list[tuple[Parameter, tuple[int, ...]]]:
         """Return the parameters that this rank and others have, with the ranks; in the same order on all ranks."""
         return [(self.module.get_parameter(name), ranks) for name, ranks in self._ties]
@@ -157,8 +161,9 @@ def _free(name: str, parameter: Parameter) -> None:
         torch.utils.swap_tensors(parameter, held)
     except RuntimeError as error:
         raise MisconfigurationException(
-            f"The parameter {name!r} lives on another rank of the pipeline, and its memory cannot be freed here, because"
-            f" it is in use: make the module anew before it is set up, and run no forward pass before. torch: {error}"
+            f"The parameter {name!r} lives on another rank of the pipeline, and its memory cannot be freed here,"
+            f" because it is in use: make the module anew before it is set up, and run no forward pass before."
+            f" torch: {error}"
         ) from error
 
 
@@ -251,10 +256,20 @@ def whole_loss(module: Module) -> Callable[[Any], Any]:
     Returns:
         A function of a batch that returns what the module's ``loss`` returns.
     """
-    stages = Sequence(find_stages(user_module(module)), lambda forward, inputs: forward(*inputs))
+    outputs_of = whole_outputs(module)
 
     def run(batch: Any) -> Any:
-        return module.loss(stages(*inputs_of(module, batch)), batch)  # type: ignore[operator] # a method
+        return module.loss(outputs_of(batch), batch)  # type: ignore[operator] # a method
+
+    return run
+
+
+def whole_outputs(module: Module) -> Callable[[Any], Any]:
+    """Return what runs all stages on a batch in this process."""
+    stages = Sequence(find_stages(module), lambda forward, inputs: forward(*inputs))
+
+    def run(batch: Any) -> Any:
+        return stages(*inputs_of(module, batch))
 
     return run
 

@@ -1,0 +1,244 @@
+"""Model parallelism: processes work together on one batch, along the named dimensions of a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
+from torch.nn import Module
+
+from treadle_fabric.accelerators import Accelerator
+from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.checks import check_integer
+from treadle_fabric.environments import ClusterEnvironment
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.parallelism.pipeline import Order, PipelineEngine
+from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
+from treadle_fabric.strategies.sharding.arguments import parse_arguments
+from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
+from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
+from treadle_fabric.strategies.sharding.materialize import materialize
+from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
+from treadle_fabric.strategies.sharding.shard import shard_module
+from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
+from treadle_fabric.strategies.unwrapping import user_module
+
+__all__ = ["ModelParallelStrategy"]
+
+
+class ShardingArguments(TypedDict, total=False):
+    """How parameters are sharded over the data dimensions: arguments of :class:`FSDPStrategy`."""
+
+    policy: Any
+    cpu_offload: Any
+    mixed_precision: Any
+    reshard_after_forward: bool | None
+    activation_checkpointing: type[Module] | Sequence[type[Module]] | None
+    activation_checkpointing_policy: Collection[type[Module]] | Callable[..., bool] | None
+    ignored_parameters: Any
+
+
+class ModelParallelStrategy(ShardingStrategy):
+    """Processes along a mesh with the dimensions ``pipeline_parallel``, ``data_replicate``, ``data_shard``,
+    ``sequence_parallel`` and ``tensor_parallel``, and ``data_parallel`` for the two data dimensions together.
+
+    Layers are shared out by ``tensor_parallel_plan``, by ``parallelize_fn``, or in the ``configure_model`` of a
+    LightningModule, which finds the mesh as ``self.device_mesh``. Along the data dimensions parameters are sharded as
+    by :class:`FSDPStrategy`, unless ``parallelize_fn`` or ``configure_model`` has done that.
+
+    Args:
+        parallelize_fn: Called with the model and the mesh; returns the model, in which layers are DTensors. In a
+            pipeline, it is called with each stage of the process.
+        data_parallel_size: Shares of a batch. Default: one a machine, or all processes that the other sizes leave.
+        tensor_parallel_size: Processes that share each layer. Default: those of a machine, or that are left.
+        save_distributed_checkpoint: Whether checkpoints are folders to which each process writes its part. Otherwise
+            rank 0 writes a single file.
+        process_group_backend: Default: torch's for the device, ``"nccl"`` on CUDA and ``"gloo"`` on the CPU.
+        timeout: How long a collective waits for the slowest process.
+        data_replicate_size: Copies of the model among the shares of a batch. Default: 1.
+        data_shard_size: Processes that share the parameters of a copy. Default: all shares of a batch.
+        sequence_parallel_size: Processes that share each sequence. Default: 1.
+        pipeline_parallel_size: Parts of the model that come one after the other. Default: 1.
+        tensor_parallel_plan: By the pattern of a layer's name, how the processes share that layer.
+        pipeline_schedule: The order of forward and backward passes: ``"1f1b"``, ``"interleaved"`` (each process has
+            several parts of the model) or ``"gpipe"``.
+        pipeline_microbatches: The number of micro-batches of a batch. A batch that it does not divide runs as fewer
+            micro-batches, of the same size. Default: twice ``pipeline_parallel_size``.
+        pipeline_virtual_stages: Under ``"interleaved"``, the number of parts that each process has. Default: 2.
+        accelerator: The hardware.
+        parallel_devices: The devices of this machine, one a process.
+        cluster_environment: Where ranks and addresses come from.
+        checkpoint_io: Writes and reads checkpoints.
+        precision: Default: ``32-true``.
+        precision_plugin: The precision, under the name that strategies of a trainer have for it.
+        start_method: How processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+        **sharding: ``policy``, ``cpu_offload`` and others of :class:`FSDPStrategy`, for the data dimensions.
+    """
+
+    def __init__(
+        self,
+        parallelize_fn: Callable[[Module, Any], Module] | None = None,
+        data_parallel_size: Size = "auto",
+        tensor_parallel_size: Size = "auto",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        *,
+        data_replicate_size: int = 1,
+        data_shard_size: Size = "auto",
+        sequence_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        tensor_parallel_plan: Mapping[str, Any] | None = None,
+        pipeline_schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b",
+        pipeline_microbatches: int | None = None,
+        pipeline_virtual_stages: int | None = None,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        precision_plugin: Precision | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **sharding: Unpack[ShardingArguments],
+    ) -> None:
+        super().__init__(
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision,
+            process_group_backend,
+            timeout,
+            start_method,
+            precision_plugin,
+        )
+        if parallelize_fn is not None and not callable(parallelize_fn):
+            raise MisconfigurationException(
+                f"parallelize_fn={parallelize_fn!r}: give a function of a model and a mesh that returns the model."
+            )
+        self._parallelize_fn = parallelize_fn
+        self._plan = tensor_parallel_plan
+        self._asked: dict[str, Any] = {
+            "data_parallel_size": data_parallel_size,
+            "tensor_parallel_size": tensor_parallel_size,
+            "data_replicate_size": data_replicate_size,
+            "data_shard_size": data_shard_size,
+            "sequence_parallel_size": sequence_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+        }
+        check_integer("pipeline_parallel_size", pipeline_parallel_size, minimum=1)
+        self._order = Order.checked(
+            pipeline_schedule, pipeline_microbatches, pipeline_virtual_stages, pipeline_parallel_size
+        )
+        self._options = parse_arguments(
+            state_dict_type="sharded" if save_distributed_checkpoint else "full", **sharding
+        )
+
+    @property
+    def writes_folders(self) -> bool:
+        return self._options.state_dict_type == "sharded"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the dimensions by name, the outermost first."""
+        return resolve_sizes(self.world_size, self.num_nodes, **self._asked)
+
+    @property
+    def ranks_a_share(self) -> int:
+        sizes = self.sizes
+        return sizes["sequence_parallel"] * sizes["tensor_parallel"]
+
+    @property
+    def pipeline_stages(self) -> int:
+        return self.sizes["pipeline_parallel"]
+
+    @property
+    def runs_whole_batch(self) -> bool:  # type: ignore[override]
+        return self._order.ranks > 1
+
+    @property
+    def allows_inference_mode(self) -> bool:  # type: ignore[override]
+        """A pipeline keeps the tensors into which it receives."""
+        return self._order.ranks == 1
+
+    @property
+    def stage_groups(self) -> tuple[Any, ...]:
+        return (self.device_mesh["pipeline_parallel"].get_group(),) if self.runs_whole_batch else ()
+
+    @property
+    def forward_is_collective(self) -> bool:  # type: ignore[override]
+        """Ranks that have other shares of the batch wait for each other where they gather parameters."""
+        return self.sizes["data_shard"] * self.sizes["data_replicate"] > 1
+
+    def make_device_mesh(self) -> Any:
+        sizes = self.sizes
+        check_mesh_size(sizes, self.world_size, "Give sizes whose product is the number of processes.")
+        mesh = make_mesh(self.root_device.type, sizes)
+        mesh["data_replicate", "data_shard"]._flatten("data_parallel")
+        return mesh
+
+    def parallelize(self, module: Module) -> Engine:
+        mesh, own = self.device_mesh, user_module(module)
+        if self.runs_whole_batch:
+            return PipelineEngine(
+                own,
+                mesh["pipeline_parallel"],
+                self._order,
+                parallelize=lambda stage: self._parallelize_stage(stage, mesh),
+                device=self.root_device,
+                precision=self.precision,
+            )
+        take_over_from_rank_zero(own, self.root_device)
+        return self._parallelize(module, own, mesh)
+
+    def _parallelize_stage(self, stage: Module, mesh: Any) -> Module:
+        return engine_around(stage) or self._parallelize(stage, stage, mesh)
+
+    def _parallelize(self, module: Module, own: Module, mesh: Any) -> ShardedEngine:
+        if self._parallelize_fn is not None:
+            changed = self._parallelize_fn(own, mesh)
+            if changed is not own:
+                raise MisconfigurationException(
+                    "parallelize_fn returned another model than it was given: let it change the layers in the model, "
+                    "and return that."
+                )
+        sharded = any(hasattr(m, "_get_fsdp_state") for m in own.modules())
+        data = self._data_mesh(mesh)
+        if data is not None and not sharded:
+            return shard_module(module, data, self._options, self.precision, self.root_device)
+        materialize(own, self.root_device)
+        return ShardedEngine(module)
+
+    def run_batch(
+        self, module: Module, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
+        return self._pipeline(module).run(batch, window, loss)
+
+    def evaluate_batch(
+        self, module: Module, batch: Any, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
+        return self._pipeline(module).evaluate(batch, loss)
+
+    def predict_batch(self, module: Module, batch: Any) -> Any:
+        return self._pipeline(module).predict(batch)
+
+    @staticmethod
+    def _pipeline(module: Module) -> PipelineEngine:
+        assert isinstance(module, PipelineEngine)
+        return module
+
+    def _data_mesh(self, mesh: Any) -> Any:
+        """The mesh over which parameters are sharded and gradients averaged; None where there is one process only."""
+        sizes = self.sizes
+        part = "data_shard"
+        if sizes["sequence_parallel"] > 1:
+            part = "data_shard_sequence"
+            mesh["data_shard", "sequence_parallel"]._flatten(part)
+        if sizes["data_replicate"] > 1:
+            return mesh["data_replicate", part]
+        return mesh[part] if sizes["data_shard"] * sizes["sequence_parallel"] > 1 else None
