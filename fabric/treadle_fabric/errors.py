@@ -56,7 +56,7 @@ __all__ = [
 
 P = ParamSpec("P")
 # How the names of Lightning's strategies, accelerators and precisions begin that Treadle is still to get.
-_STILL_TO_COME = ("fsdp", "deepspeed", "xla", "single_xla", "tpu", "transformer-engine", "fp8", "nf4", "fp4", "int8")
+_STILL_TO_COME = ("deepspeed", "xla", "single_xla", "tpu", "transformer-engine", "fp8", "nf4", "fp4", "int8")
 
 
 class TreadleError(Exception):

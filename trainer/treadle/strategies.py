@@ -3,9 +3,23 @@
 from typing import TYPE_CHECKING
 
 from treadle_fabric import not_yet
-from treadle_fabric.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy, Strategy
+from treadle_fabric.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 
-__all__ = ["DDPStrategy", "ParallelStrategy", "SingleDeviceStrategy", "Strategy"]
+__all__ = [
+    "DDPStrategy",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"})
+    __getattr__ = not_yet(__name__, {"DeepSpeedStrategy"})

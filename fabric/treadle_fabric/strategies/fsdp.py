@@ -41,7 +41,8 @@ class FSDPStrategy(ShardingStrategy):
         cpu_offload: Keep parameters, gradients and optimizer state on the host. Default: False.
         mixed_precision: torch's ``MixedPrecisionPolicy``. Default: what ``precision`` asks for.
         auto_wrap_policy: As ``policy``.
-        activation_checkpointing: Classes of layers whose activations are computed again in the backward pass.
+        activation_checkpointing: Classes of layers whose activations are computed again in the backward pass; True:
+            the repeated layers of the module.
         activation_checkpointing_policy: The same as a set of classes, or a function of a module.
         sharding_strategy: ``"FULL_SHARD"``; ``"SHARD_GRAD_OP"``, where parameters stay gathered until the backward
             pass; or ``"HYBRID_SHARD"``, where groups of processes have a copy of the model each.
@@ -54,7 +55,9 @@ class FSDPStrategy(ShardingStrategy):
         reshard_after_forward: Whether gathered parameters are freed after the forward pass. Default: True.
         precision_plugin: The precision, under the name that strategies of a trainer have for it.
         start_method: How processes are started: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
-        **kwargs: ``ignored_parameters``: parameters that are not sharded.
+        **kwargs: ``ignored_parameters``: parameters, or modules with them, that stay whole on every process, which
+            averages their gradients with nobody. ``activation_checkpointing_saves``: operators of torch, such as
+            ``torch.ops.aten.mm.default``, whose results are kept for the backward pass all the same.
     """
 
     forward_is_collective = True
@@ -71,7 +74,7 @@ class FSDPStrategy(ShardingStrategy):
         cpu_offload: Any = None,
         mixed_precision: Any = None,
         auto_wrap_policy: Any = None,
-        activation_checkpointing: type[Module] | Sequence[type[Module]] | None = None,
+        activation_checkpointing: type[Module] | Sequence[type[Module]] | bool | None = None,
         activation_checkpointing_policy: Collection[type[Module]] | Callable[..., bool] | None = None,
         sharding_strategy: Any = "FULL_SHARD",
         state_dict_type: Literal["full", "sharded"] = "sharded",
@@ -113,19 +116,19 @@ class FSDPStrategy(ShardingStrategy):
         return self._options.state_dict_type == "sharded"
 
     def make_device_mesh(self) -> Any:
-        options = self._options
-        if options.mesh is not None and not isinstance(options.mesh, tuple):
-            return options.mesh
-        sizes = {"data_shard": self.world_size}
-        if options.hybrid:
-            copies, parts = options.mesh or (self.num_nodes, self.num_processes)
-            sizes = {"data_replicate": copies, "data_shard": parts}
-            check_mesh_size(sizes, self.world_size, "Give device_mesh=(copies of the model, processes that share one).")
-        return make_mesh(self.root_device.type, sizes)
+        given, hybrid = self._options.mesh, self._options.hybrid
+        names = ("data_replicate", "data_shard") if hybrid else ("data_shard",)
+        shape = (self.num_nodes, self.num_processes) if hybrid else (self.world_size,)
+        if given is not None:
+            shape = given if isinstance(given, tuple) else tuple(given.mesh.shape)
+        sizes = dict(zip(names, shape, strict=True))
+        one = "(copies of the model, processes that share one)" if hybrid else "(all processes,)"
+        check_mesh_size(sizes, self.world_size, f"Give device_mesh={one}, or leave device_mesh out.")
+        return make_mesh(self.root_device.type, sizes) if isinstance(given, tuple | None) else given
 
     def parallelize(self, module: Module) -> ShardedEngine:
         take_over_from_rank_zero(module, self.root_device)
-        return shard_module(module, self.device_mesh, self._options, self.precision, self.root_device)
+        return shard_module(module, self.device_mesh, self._options, self.precision, self.root_device, self.broadcast)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypedDict, Unpack
@@ -22,7 +23,7 @@ from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
-from treadle_fabric.strategies.sharding.materialize import materialize
+from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
 from treadle_fabric.strategies.sharding.shard import shard_module
 from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
@@ -38,8 +39,9 @@ class ShardingArguments(TypedDict, total=False):
     cpu_offload: Any
     mixed_precision: Any
     reshard_after_forward: bool | None
-    activation_checkpointing: type[Module] | Sequence[type[Module]] | None
+    activation_checkpointing: type[Module] | Sequence[type[Module]] | bool | None
     activation_checkpointing_policy: Collection[type[Module]] | Callable[..., bool] | None
+    activation_checkpointing_saves: Collection[Any]
     ignored_parameters: Any
 
 
@@ -180,6 +182,8 @@ class ModelParallelStrategy(ShardingStrategy):
         check_mesh_size(sizes, self.world_size, "Give sizes whose product is the number of processes.")
         mesh = make_mesh(self.root_device.type, sizes)
         mesh["data_replicate", "data_shard"]._flatten("data_parallel")
+        # a dimension that was made of others is asked for by its name, as all are, which torch warns of
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
         return mesh
 
     def parallelize(self, module: Module) -> Engine:
@@ -210,9 +214,10 @@ class ModelParallelStrategy(ShardingStrategy):
         sharded = any(hasattr(m, "_get_fsdp_state") for m in own.modules())
         data = self._data_mesh(mesh)
         if data is not None and not sharded:
-            return shard_module(module, data, self._options, self.precision, self.root_device)
-        materialize(own, self.root_device)
-        return ShardedEngine(module)
+            return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
+        engine = ShardedEngine(module)
+        give_values(engine, self.precision, self.root_device, self.broadcast)
+        return engine
 
     def run_batch(
         self, module: Module, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
