@@ -59,7 +59,7 @@ class Plain(Model):
         for stage in self.pipeline_stages():
             x = stage(x)
         loss = cross_entropy(x, batch[1])
-        self.log(f"{name}_loss", loss)
+        self.log(f"{name}_loss", loss, prog_bar=True)
         return {"loss": loss, "spread": x.std().detach()}
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

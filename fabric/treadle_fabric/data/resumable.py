@@ -76,8 +76,8 @@ class ResumableDataLoader(WrappedLoader):
         self._epochs = Epochs(
             dataloader,
             [dataloader],
-            rank=strategy.global_rank,
-            world_size=strategy.world_size,
+            rank=strategy.data_parallel_rank,
+            world_size=strategy.data_parallel_size,
             num_batches=math.inf if (length := sized_len(dataloader)) is None else length,
             exact=True,
             whole=True,
@@ -170,7 +170,7 @@ class ResumableDataLoader(WrappedLoader):
         alike = len(ranks) == world_size
         before = ranks[self._strategy.global_rank if alike else 0].get("loader", {})
         now = _describe(self._dataloader, data)
-        sides = (len(ranks), ranks[0]["data"]), (world_size, data)
+        sides = (_shares(ranks[0]["data"], len(ranks)), ranks[0]["data"]), (_shares(data, world_size), data)
         shared = alike or all(number == 1 or part["order"]["seed"] is not None for number, part in sides)
         # where the user shares out, another number of processes begins the epoch anew, which a warning says
         names = before if state["position"] and shared else {"kind"} & set(before)
@@ -180,6 +180,11 @@ class ResumableDataLoader(WrappedLoader):
                 " which means something else in this one. Set the loader up as it was, or leave it out of the state"
                 " that is loaded and call loader.set_epoch to begin an epoch."
             )
+
+
+def _shares(data: dict[str, Any], ranks: int) -> int:
+    """The number of shares that a batch had."""
+    return int(data.get("order", {}).get("world_size", ranks))
 
 
 def _describe(loader: Any, state: dict[str, Any]) -> dict[str, Any]:
