@@ -457,7 +457,7 @@ class Fabric:
         return evaluate_batch(self._strategy, given_module(model), engine, batch)
 
     def predict_batch(self, model: FabricModule, batch: Any) -> Any:
-        """Return what the last stage returns for a whole batch, without gradients; arguments as of :meth:`run_batch`."""
+        """Return what the last stage returns for a whole batch, without gradients; arguments: see :meth:`run_batch`."""
         engine = given_engine(model, "predict_batch")
         return predict_batch(self._strategy, given_module(model), engine, batch)
 

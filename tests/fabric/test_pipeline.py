@@ -9,7 +9,6 @@ Tests of ``treadle_fabric.strategies.parallelism.pipeline.engine``,
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-import torch.distributed.pipelining  # noqa: F401 # forks inherit it
+import torch.distributed.pipelining  # forks inherit it
 from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.strategies import ModelParallelStrategy
-from treadle_fabric.strategies.parallelism.pipeline import Order
-from treadle_fabric.strategies.parallelism.pipeline.microbatches import cut
 
 WORDS, WIDTH = 24, 16
 
@@ -64,7 +61,7 @@ class Join(nn.Module):
 
 
 class Model(nn.Module):
-    """Stages with tied weights, frozen parameters, a buffer, several tensors between them, and a parameter of the loss."""
+    """Tied weights, frozen parameters, a buffer, several tensors between stages, and a parameter of the loss."""
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -101,7 +98,7 @@ def batches(count: int, sizes: tuple[int, ...] = (8,)) -> list[dict[str, Any]]:
 
 
 def train(fabric: Any, data: list[Any], path: Path | None = None, resume: Path | None = None, **model: Any) -> Any:
-    """Two parameter groups, accumulation over two batches, clipping, a scheduler; returns losses, norms and the model."""
+    """Two parameter groups, accumulation, clipping, a scheduler; returns losses, norms and the model."""
     model = Model(**model)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     optimizer = torch.optim.AdamW(

@@ -12,14 +12,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
-import torch.distributed.pipelining  # noqa: F401 # forks inherit it
+import torch.distributed.pipelining  # forks inherit it
 from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
-from treadle import MisconfigurationException
 from treadle_fabric.strategies import ModelParallelStrategy
 
 CLASSES = 6
@@ -107,7 +106,8 @@ def in_a_pipeline(folder: Path, expected: Any) -> None:
     run, model = trainer(folder, devices=2, strategy=pipeline()), Model()
     run.fit(model, loader(40, 1), loader(24, 2))
     assert [each["loss"] for each in model.seen] == pytest.approx(expected["losses"], rel=1e-5)
-    assert {"train_loss", "val_loss", "val_spread", "largest", "largest_step", "largest_epoch"} <= {*run.callback_metrics}
+    names = {"train_loss", "train_spread", "val_loss", "val_spread", "largest", "largest_step", "largest_epoch"}
+    assert names <= {*run.callback_metrics}
     assert float(run.callback_metrics["val_loss"]) == pytest.approx(expected["val"], rel=1e-5)
     assert run.progress_bar_metrics["train_loss"] == pytest.approx(expected["losses"][-1], rel=1e-5)
     for name, tensor in model.state_dict().items():

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
@@ -22,6 +21,7 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.no_init import NoInit
 from treadle_fabric.types import PathLike
 
 __all__ = ["METHOD_KEYWORD", "Parts", "Plugin", "Strategy"]
@@ -323,7 +323,7 @@ class Strategy(ABC):
         """
         with ExitStack() as stack:
             if empty_init:
-                stack.enter_context(_NoInit())
+                stack.enter_context(NoInit())
             if empty_init and self.initializes_on_meta:
                 stack.enter_context(torch.device("meta"))
             elif not self.shards_parameters:  # a device may not have room for all of what is sharded
@@ -592,13 +592,3 @@ class Strategy(ABC):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""
-
-
-class _NoInit(TorchFunctionMode):
-    """Turns the functions of ``torch.nn.init`` into no-ops."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     from treadle.contracts import LightningModule
 
-__all__ = ["WholeBatchGradients", "evaluation_of_whole_batches"]
+__all__ = ["WholeBatchGradients", "evaluation_of_whole_batches", "prediction_of_whole_batches"]
 
-_SHOWN: Final = tuple(LogOptions(prog_bar=True))
-_PLAIN: Final = tuple(LogOptions())
+_SHOWN: Final[GivenOptions] = LogOptions(prog_bar=True)
+_PLAIN: Final[GivenOptions] = LogOptions()
 _PREFIXES: Final = {"training": "train", "validation": "val", "test": "test"}
 
 
@@ -82,6 +82,20 @@ def evaluation_of_whole_batches(run: ReadyRun, results: Results, name: str) -> C
 
     def step(batch: Any, batch_idx: int, dataloader_idx: int) -> dict[str, Tensor]:
         return log.take(evaluate(engine, batch, log.watching(batch)))
+
+    return step
+
+
+def prediction_of_whole_batches(run: ReadyRun) -> Callable[..., Any]:
+    """Return what predicts a batch in the place of ``predict_step``.
+
+    Args:
+        run: the run, whose strategy ``runs_whole_batch``.
+    """
+    predict, engine = run.fabric.strategy.predict_batch, run.engine
+
+    def step(batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        return predict(engine, batch)
 
     return step
 
@@ -156,8 +170,7 @@ class _Logged:
             for key, item in flatten_metrics(value, f"{name}/"):
                 self.log(module, key, item, options, batch_size)
             return
-        reduction = options[4]
-        reduction = REDUCTIONS.get(reduction)
+        reduction = REDUCTIONS.get(options[4])
         number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         if not number or reduction not in ("mean", "sum"):
             self._results.log(module, name, value, options, batch_size)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module, ModuleList, Parameter, Sequential
 
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
@@ -39,9 +39,9 @@ def find_stages(module: Module) -> list[Module]:
                 f"{name} has no method `{method}`, which a pipeline needs. It returns {gives}."
                 f" {near_names(method, [n for n in dir(type(module)) if not n.startswith('_')])}"
             )
-    stages = module.pipeline_stages()  # type: ignore[operator] # a method
-    if isinstance(stages, Module) and hasattr(stages, "__iter__"):
-        stages = list(stages)  # a Sequential or a ModuleList
+    stages: Any = module.pipeline_stages()  # type: ignore[operator] # a method
+    if isinstance(stages, (Sequential, ModuleList)):
+        stages = list(stages)
     if not isinstance(stages, (list, tuple)):
         raise MisconfigurationException(
             f"`{name}.pipeline_stages` returned a {type(stages).__name__}: return a list of submodules, in their order."
@@ -158,7 +158,7 @@ def _free(name: str, parameter: Parameter) -> None:
     held = Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     parameter.grad = None
     try:
-        torch.utils.swap_tensors(parameter, held)
+        torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise MisconfigurationException(
             f"The parameter {name!r} lives on another rank of the pipeline, and its memory cannot be freed here,"
@@ -236,7 +236,7 @@ class Sequence(Module):
 
     def __init__(self, stages: Iterable[Module], run: Callable[[Callable[..., Any], tuple[Any, ...]], Any]) -> None:
         super().__init__()
-        self.stages = torch.nn.ModuleList(stages)
+        self.stages = ModuleList(stages)
         self._run = run
 
     def forward(self, *inputs: Any) -> Any:
