@@ -55,8 +55,8 @@ __all__ = [
 ]
 
 P = ParamSpec("P")
-# How the names of Lightning's strategies, accelerators and precisions begin that Treadle is still to get.
-_STILL_TO_COME = ("deepspeed", "xla", "single_xla", "tpu", "transformer-engine", "fp8", "nf4", "fp4", "int8")
+# How the names of Lightning's strategies and accelerators begin that Treadle is still to get.
+_STILL_TO_COME = ("deepspeed", "xla", "single_xla", "tpu")
 
 
 class TreadleError(Exception):

@@ -26,7 +26,14 @@ from treadle_fabric.loggers import Logger
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, launched_by_run, resolve
-from treadle_fabric.setup.checks import check_loader, check_loggers, check_module, check_optimizer, check_ownership
+from treadle_fabric.setup.checks import (
+    check_loader,
+    check_loggers,
+    check_module,
+    check_optimizer,
+    check_ownership,
+    check_replaced,
+)
 from treadle_fabric.setup.metrics import gather_metrics
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
@@ -283,7 +290,10 @@ class Fabric:
         for optimizer in flat:
             check_optimizer(optimizer)
             check_ownership(module, optimizer, self._modules.values())
+        before = [*module.parameters()] if flat and self._strategy.precision.replaces_parameters else []
         module = self._prepare(module, move_to_device)
+        if before:
+            check_replaced(module, before, flat, self._strategy.precision)
         engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, flat, scheduler)
         wrapped = self._wrap_module(engine, module)
         if not flat:

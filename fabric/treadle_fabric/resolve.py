@@ -20,7 +20,7 @@ from treadle_fabric.checks import check_integer, is_several, one_or_several
 from treadle_fabric.environments import ClusterEnvironment, detect
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, unknown_name
 from treadle_fabric.launchers import in_notebook, settle
-from treadle_fabric.precision import Precision, canonical_precision, make_precision
+from treadle_fabric.precision import Precision, canonical_precision, make_precision, refuse_device
 from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
@@ -419,6 +419,7 @@ def _choose_precision(precision: Any, own: Parts, given: Parts, hardware: Accele
             )
         return chosen
     name = canonical_precision(precision)
+    refuse_device(name, hardware.name())
     if name == "64-true" and not hardware.has_float64:
         raise MisconfigurationException(
             f"precision={precision!r}, but accelerator={hardware.name()!r} has no 64-bit floating point. "

@@ -59,7 +59,6 @@ def test_what_a_module_has_can_be_imported_from_it(path: str) -> None:
         {"strategy": "deepspeed_stage_3_offload"},
         {"strategy": "xla_fsdp"},
         {"accelerator": "tpu"},
-        {"precision": "transformer-engine-float16"},
     ],
 )
 def test_engines_that_are_not_here_yet(argument: dict[str, Any]) -> None:

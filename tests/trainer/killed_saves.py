@@ -128,7 +128,7 @@ def _check(folder: Path, job: dict[str, Any], before: int, kills: int) -> int:
 def serve() -> None:
     """Run the jobs on stdin; write the process of each, and when it ended its status."""
     torch.set_num_threads(1)
-    importlib.import_module("treadle_fabric.checkpoint.distributed.dcp")  # what a fork would import first
+    importlib.import_module("treadle_fabric.checkpoint.distributed.torch_index")  # what a fork would import first
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -2,21 +2,24 @@
 
 Start with ``io.py``, the interface; ``torch_io.py``, ``distributed_io.py`` and ``asynchronous.py`` implement it. From
 the bottom: ``seal.py`` and ``archive.py`` check a file without running anything in it; ``folder/`` has the layout of a
-folder and its manifest; ``torch_file.py`` writes and reads one file, ``distributed/`` one folder; ``reading.py`` reads
-the one or the other, and ``newest.py`` lists the checkpoints in a folder. ``per_rank.py`` marks values that each rank
-has of its own, and ``fingerprint.py`` tells whether ranks have the same tensor. ``values/`` makes values of any kind
-plain for a file, and turns them back; ``host/`` is about the memory of the host. Imports only the foundation.
+folder and its manifest; ``torch_file.py`` writes and reads one file, ``distributed/`` writes one folder, and
+``stored/`` reads it; ``reading.py`` reads the one or the other, and ``newest.py`` lists the checkpoints in a folder.
+``per_rank.py`` marks values that each rank has of its own, and ``fingerprint.py`` tells whether ranks have the same
+tensor. ``values/`` makes values of any kind plain for a file, and turns them back; ``host/`` is about the memory of the
+host. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
-``read_outline`` look at what is there, and ``read_quickly`` does without checking it; ``put_in_place`` and
-``link_folder`` give names, ``hidden_beside`` and ``shortened`` make them; ``files_mapped`` and ``FileMaps`` have the
+``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
+``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and ``shortened`` make them; ``raise_together`` has
+ranks fail together; ``files_mapped`` and ``FileMaps`` have the
 processes of a host share what they read, and ``noting_checks`` and ``trusting`` the check of it; ``PerRank``,
-``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common; ``pack`` and ``unpack`` are for
+``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill``
+and ``region`` have each rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for
 values of any kind, and ``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
-from treadle_fabric.checkpoint.distributed.loading import fill, placed_like
+from treadle_fabric.checkpoint.distributed.ranks import raise_together
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
@@ -27,7 +30,9 @@ from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, remote_checkpoints_in, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
-from treadle_fabric.checkpoint.reading import read_outline, read_quickly
+from treadle_fabric.checkpoint.reading import lies_at, read_outline, read_quickly
+from treadle_fabric.checkpoint.stored.regions import fill, placed_like, region
+from treadle_fabric.checkpoint.stored.tensor import StoredTensor, in_memory, tensors_on_demand
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
@@ -43,6 +48,7 @@ __all__ = [
     "Keeping",
     "NotLoaded",
     "PerRank",
+    "StoredTensor",
     "TorchCheckpointIO",
     "checkpoints_in",
     "classes_in_state",
@@ -51,7 +57,9 @@ __all__ = [
     "fill",
     "fingerprint",
     "hidden_beside",
+    "in_memory",
     "known_classes",
+    "lies_at",
     "link_folder",
     "names_of",
     "newest_good",
@@ -61,11 +69,14 @@ __all__ = [
     "pickled_in",
     "placed_like",
     "put_in_place",
+    "raise_together",
     "read_outline",
     "read_quickly",
+    "region",
     "remote_checkpoints_in",
     "shortened",
     "size_of",
+    "tensors_on_demand",
     "trusting",
     "unpack",
     "written_at",

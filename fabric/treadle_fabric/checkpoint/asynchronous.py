@@ -13,11 +13,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import torch.distributed as dist
+
 from treadle_fabric import tensor_pickle
 from treadle_fabric.checkpoint.archive import state_path_of
 from treadle_fabric.checkpoint.host.arena import Arena
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
+from treadle_fabric.coordination import HostGroup, group_apart
 from treadle_fabric.errors import CheckpointError, MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.types import PathLike
@@ -27,6 +30,9 @@ __all__ = ["AsyncCheckpointIO"]
 
 class AsyncCheckpointIO(CheckpointIO):
     """Writes checkpoints in the background; a save returns as soon as the state is copied to host memory.
+
+    Around :class:`DistributedCheckpointIO` each rank copies and writes its part. The ranks agree in the call who writes
+    what, by one small message; later they talk through a process group of their own, beside which they train.
 
     Later changes of the weights do not reach the file. At most one write is in flight: a second save waits for the
     first before it copies, so that no more than one copy is in memory. The memory of the copy, pinned if the state is
@@ -39,8 +45,8 @@ class AsyncCheckpointIO(CheckpointIO):
         checkpoint_io: Does the writing. Default: :class:`TorchCheckpointIO`.
 
     Raises:
-        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, writes in the background itself, or is written
-            to by all ranks (:class:`DistributedCheckpointIO`).
+        MisconfigurationException: ``checkpoint_io`` is no CheckpointIO, writes in the background itself, or has all
+            ranks write, but no way to do so later.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO | None = None) -> None:
@@ -53,11 +59,11 @@ class AsyncCheckpointIO(CheckpointIO):
                 f"AsyncCheckpointIO(checkpoint_io={type(checkpoint_io).__name__}): that one writes in the background "
                 "already. Use it alone."
             )
-        if checkpoint_io is not None and checkpoint_io.sharded:
+        if checkpoint_io is not None and checkpoint_io.sharded and checkpoint_io.shared_saves is None:
             raise MisconfigurationException(
-                f"AsyncCheckpointIO(checkpoint_io={type(checkpoint_io).__name__}): there all ranks write together, and "
-                "agree on how it ended, which a background thread cannot while training uses the process group. Use it "
-                "alone, or AsyncCheckpointIO with TorchCheckpointIO."
+                f"AsyncCheckpointIO(checkpoint_io={type(checkpoint_io).__name__}): there all ranks write together with "
+                "a save_checkpoint of its own, which a background thread cannot call while training uses the process "
+                "group. Use it alone, or give it `shared_saves`, or use DistributedCheckpointIO."
             )
         self._checkpoint_io = checkpoint_io or TorchCheckpointIO()
         self._start_anew()
@@ -68,6 +74,7 @@ class AsyncCheckpointIO(CheckpointIO):
         self._pending: list[Future[None]] = []
         self._error: BaseException | None = None
         self._arena = Arena()
+        self._group: tuple[Any, HostGroup] | None = None  # of a default group, and what was made beside it
 
     def __getstate__(self) -> dict[str, Any]:
         """What goes to a spawned process."""
@@ -83,6 +90,10 @@ class AsyncCheckpointIO(CheckpointIO):
         return self._checkpoint_io
 
     @property
+    def sharded(self) -> bool:
+        return self._checkpoint_io.sharded
+
+    @property
     def after_saves(self) -> Callable[[Callable[[], None]], None]:
         return self._submit_unless_failed
 
@@ -96,9 +107,16 @@ class AsyncCheckpointIO(CheckpointIO):
 
         Raises:
             CheckpointError: The state cannot be pickled, or an earlier save failed. This save was not begun then.
+                Where every rank calls, all raise.
         """
-        self.wait()
         self._leave_to_parent()
+        begin = self._checkpoint_io.shared_saves
+        if begin is not None:
+            save = begin(checkpoint, path, storage_options, before=self.wait, arena=self._arena)
+            group = self._group_apart()
+            self._submit(lambda: save.write(group))
+            return
+        self.wait()
         copied = [_copy(checkpoint, path, self._arena)]
 
         def write() -> None:
@@ -145,7 +163,17 @@ class AsyncCheckpointIO(CheckpointIO):
                 self._writer.shutdown()
                 self._writer = None
             self._arena.close()
+            self._group = None
             self._checkpoint_io.teardown()
+
+    def _group_apart(self) -> HostGroup | None:
+        """The group of the thread that writes; the first call with a process group makes it, on every rank."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        default = dist.group.WORLD
+        if self._group is None or self._group[0] is not default:
+            self._group = default, group_apart()
+        return self._group[1]
 
     def _submit_unless_failed(self, action: Callable[[], None]) -> None:
         self._submit(lambda: None if self._error is not None else action())
@@ -210,4 +238,4 @@ def _copy(checkpoint: Any, path: PathLike, arena: Arena) -> Callable[[], Any]:
             f"The checkpoint {str(path)!r} was not written: {state_path_of(checkpoint)} cannot be pickled ({e}). Save "
             "its state_dict() or plain values, or leave it out."
         ) from e
-    return functools.partial(tensor_pickle.load, stream, arena.copy(storages))
+    return functools.partial(tensor_pickle.load, stream, arena.copy(storages)[0])

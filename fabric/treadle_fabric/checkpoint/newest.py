@@ -7,10 +7,10 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from treadle_fabric.checkpoint.folder.layout import has_manifest, is_sharded, representative
+from treadle_fabric.checkpoint.folder.layout import MANIFEST, has_manifest, is_sharded, representative
 from treadle_fabric.checkpoint.folder.placing import bring_back
+from treadle_fabric.checkpoint.folder.remote import manifest_at, modified
 from treadle_fabric.checkpoint.reading import read_outline
 from treadle_fabric.checkpoint.torch_file import file_system
 from treadle_fabric.errors import CheckpointError
@@ -92,12 +92,12 @@ def checkpoints_in(
 def remote_checkpoints_in(
     folder: str, *, recursive: bool = True, names: Iterable[str] = ("*",)
 ) -> list[tuple[str, int]]:
-    """List the ``.ckpt`` files in a remote folder, the newest first.
+    """List the checkpoints in a remote folder, the newest first: ``.ckpt`` files, and folders that are checkpoints.
 
     Args:
         folder: An fsspec URL; a folder that does not exist counts as empty.
         recursive: Look into its subfolders too.
-        names: Patterns; a file has to have a name that one of them matches.
+        names: Patterns; a checkpoint has to have a name that one of them matches.
 
     Returns:
         URLs that begin with ``folder``, and the times of the last change in ns since 1970.
@@ -107,30 +107,28 @@ def remote_checkpoints_in(
         return [(str(path), time) for path, time in checkpoints_in(where, recursive=recursive, names=names)]
     fs.invalidate_cache()  # another machine may have written since
     try:
-        files = [str(path) for path in fs.find(where, maxdepth=None if recursive else 1)]
+        files = [str(path) for path in fs.find(where, maxdepth=None if recursive else 2)]
     except FileNotFoundError:
         return []
+    top = where.rstrip("/")
     found = []
     for path in files:
-        name = os.path.basename(path)
-        if name.endswith(EXTENSION) and any(fnmatch.fnmatchcase(name, pattern) for pattern in names):
-            url = f"{folder.rstrip('/')}/{path.removeprefix(where.rstrip('/')).lstrip('/')}"
-            found.append((_modified(fs, path), url))
+        parent, _, name = path.rpartition("/")
+        inner = parent.removeprefix(top)
+        at = parent if name == MANIFEST else path if name.endswith(EXTENSION) and (recursive or not inner) else None
+        if at is None or not any(fnmatch.fnmatchcase(at.rpartition("/")[2], pattern) for pattern in names):
+            continue
+        if name != MANIFEST or manifest_at(fs, parent) is not None:
+            found.append((modified(fs, path), f"{folder.rstrip('/')}/{at.removeprefix(top).lstrip('/')}".rstrip("/")))
     return [(url, time) for time, url in sorted(found, reverse=True)]
 
 
 def written_at(path: PathLike) -> int:
     """When the checkpoint at a local path, a file or a folder, or at a URL was written: ns since 1970."""
     fs, where = file_system(path)
-    return os.stat(representative(where)).st_mtime_ns if fs is None else _modified(fs, where)
-
-
-def _modified(fs: Any, path: str) -> int:
-    """When a remote file was written: ns since 1970; 0 where the file system does not tell."""
-    try:
-        return int(fs.modified(path).timestamp() * 1e9)
-    except NotImplementedError:
-        return 0
+    if fs is None:
+        return os.stat(representative(where)).st_mtime_ns
+    return modified(fs, where if manifest_at(fs, where) is None else f"{where.rstrip('/')}/{MANIFEST}")
 
 
 def names_of(path: Path) -> list[Path]:

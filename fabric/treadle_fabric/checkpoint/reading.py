@@ -6,27 +6,47 @@ import contextlib
 import os
 from typing import Any
 
-from treadle_fabric.checkpoint.distributed.loading import load_sharded
 from treadle_fabric.checkpoint.folder.layout import identity, identity_of
 from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
+from treadle_fabric.checkpoint.folder.remote import exists_remote, manifest_at, remove_remote
+from treadle_fabric.checkpoint.folder.source import FolderSource, LocalSource, RemoteSource
 from treadle_fabric.checkpoint.host.checked import trusting
 from treadle_fabric.checkpoint.per_rank import parts_on_demand
+from treadle_fabric.checkpoint.stored.folder import load_folder
 from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_of
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["load_any", "read_outline", "read_quickly", "remove_any"]
+__all__ = ["folder_at", "lies_at", "load_any", "read_outline", "read_quickly", "remove_any"]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
     """Read a file or a folder; see :meth:`TorchCheckpointIO.load_checkpoint`."""
+    source = folder_at(path)
+    if source is None:
+        return load_file(path, map_location, weights_only)
+    try:
+        return load_folder(source, map_location, weights_only)
+    except CheckpointError:
+        if folder_at(path) is not None:
+            raise
+        return load_file(path, map_location, weights_only)  # a file took its place
+
+
+def folder_at(path: PathLike) -> FolderSource | None:
+    """The checkpoint folder at a local path or a URL; None: it is a file, or nothing."""
     fs, where = file_system(path)
-    if fs is None:
-        if not os.path.lexists(where):
-            bring_back(os.path.dirname(os.path.abspath(where)))
-        if os.path.isdir(where):
-            return load_sharded(where, path, map_location, weights_only)
-    return load_file(path, map_location, weights_only)
+    if fs is not None:
+        return RemoteSource(fs, where, str(path)) if manifest_at(fs, where) is not None else None
+    if not os.path.lexists(where):
+        bring_back(os.path.dirname(os.path.abspath(where)))
+    return LocalSource(where, str(path)) if os.path.isdir(where) else None
+
+
+def lies_at(path: PathLike) -> bool:
+    """Whether anything lies at a local path or a URL; a dangling link does, and what a dead save left at a URL not."""
+    fs, where = file_system(path)
+    return os.path.lexists(where) if fs is None else exists_remote(fs, where)
 
 
 def remove_any(path: PathLike) -> None:
@@ -34,13 +54,7 @@ def remove_any(path: PathLike) -> None:
     fs, where = file_system(path)
     try:
         if fs is not None:
-            if fs.isdir(where):
-                raise CheckpointError(
-                    f"{str(path)!r} is a folder, and a remote checkpoint is a file, so nothing in it was removed. "
-                    "Remove it with the tools of its file system."
-                )
-            if fs.exists(where):
-                fs.rm(where)
+            remove_remote(fs, where, str(path))
         elif os.path.isdir(where) and not os.path.islink(where):
             remove_folder(where)
         else:

@@ -27,6 +27,7 @@ from treadle_fabric.checkpoint.archive import (
 from treadle_fabric.checkpoint.folder.layout import identity_of, is_sharded, refuse_foreign
 from treadle_fabric.checkpoint.folder.names import check_name, hidden_beside
 from treadle_fabric.checkpoint.folder.placing import put_in_place
+from treadle_fabric.checkpoint.folder.remote import put, refuse_foreign_remote, remove_folder_beside
 from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.host.mapping import active_maps, mappable
 from treadle_fabric.checkpoint.seal import seal
@@ -40,9 +41,6 @@ from treadle_fabric.errors import (
 from treadle_fabric.types import PathLike
 
 __all__ = ["file_system", "get_filesystem", "load_file", "neighbours", "reason_of", "save_file", "why_not_written"]
-
-# An upload to these stores becomes visible when it is complete; elsewhere a half-written file would show
-_STORES_WITH_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "memory"})
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space, or save elsewhere.",
@@ -150,18 +148,9 @@ def _save_remote(checkpoint: dict[str, Any], fs: Any, path: str) -> None:
     torch.save(checkpoint, buffer)
     seal(buffer)
     fs.makedirs(fs._parent(path), exist_ok=True)
-    protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
-    if protocols & _STORES_WITH_ATOMIC_PUT:
-        fs.pipe_file(path, buffer.getvalue())
-        return
-    temporary = hidden_beside(path, "tmp")
-    try:
-        fs.pipe_file(temporary, buffer.getvalue())
-        fs.mv(temporary, path)
-    except BaseException:
-        with contextlib.suppress(Exception):
-            fs.rm(temporary)
-        raise
+    refuse_foreign_remote(fs, path, path)
+    put(fs, path, buffer.getvalue())
+    remove_folder_beside(fs, path)
 
 
 def why_not_written(error: BaseException, checkpoint: Any) -> str:

@@ -13,6 +13,7 @@ from treadle_fabric.coordination.alike import check_alike
 from treadle_fabric.coordination.as_tensors import as_tensors
 from treadle_fabric.coordination.hosts import (
     HostGroup,
+    group_apart,
     host_group,
     patient_barrier,
     reached_by,
@@ -37,6 +38,7 @@ __all__ = [
     "broadcast_object",
     "check_alike",
     "gather_objects",
+    "group_apart",
     "host_group",
     "is_running",
     "list_ranks",

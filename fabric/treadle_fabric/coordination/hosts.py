@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from treadle_fabric.coordination.rendezvous import new_group
 
 __all__ = [
     "HostGroup",
+    "group_apart",
     "host_group",
     "patient_barrier",
     "reached_by",
@@ -54,6 +55,8 @@ class HostGroup:
         """The process group."""
         self._timeout = timeout
         self._in_slices = "cpu:gloo" in dist.get_backend_config(group)
+        on_host = "cpu" in reached_by(group)
+        self._device: Any = "cpu" if on_host else torch.accelerator.current_accelerator()
 
     def barrier(self, what: str = "a barrier", *, patient: bool = False) -> None:
         """Wait until every rank has called this.
@@ -75,6 +78,51 @@ class HostGroup:
         if patient:
             options.timeout = _NO_LIMIT
         self._wait(self.group.broadcast([tensor], options), f"a wait for rank {src}", patient)
+
+    def largest(self, values: Sequence[int], *, patient: bool = False) -> list[int]:
+        """Of each of some numbers the largest that any rank has; every rank calls this with the same number of them."""
+        options = torch._C._distributed_c10d.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]
+        if patient:
+            options.timeout = _NO_LIMIT
+        found = torch.tensor(values, dtype=torch.int64, device=self._device)
+        self._wait(self.group.allreduce([found], options), "a comparison", patient)
+        numbers: list[int] = found.tolist()
+        return numbers
+
+    def bytes_of(self, src: int, data: bytes = b"") -> bytes:
+        """Bring bytes of the rank ``src`` to every rank; the others give none."""
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+        self.broadcast(size, src)
+        body = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+        if self.group.rank() == src:
+            body.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else body)
+        if len(body):
+            self.broadcast(body, src)
+        return data if self.group.rank() == src else body.cpu().numpy().tobytes()
+
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        """Bring the bytes of all ranks to rank 0, and to no other rank; every rank calls this.
+
+        Returns:
+            On rank 0 what the ranks gave, in their order; elsewhere None.
+        """
+        if self.group.rank() == 0:
+            return [data, *(self._receive(src) for src in range(1, self.group.size()))]
+        size = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+        self.group.send([size], 0, 0).wait()
+        if data:
+            body = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+            self.group.send([body], 0, 0).wait()
+        return None
+
+    def _receive(self, src: int) -> bytes:
+        size = torch.empty(1, dtype=torch.int64, device=self._device)
+        self.group.recv([size], src, 0).wait()
+        body = torch.empty(int(size), dtype=torch.uint8, device=self._device)
+        if len(body):
+            self.group.recv([body], src, 0).wait()
+        return body.cpu().numpy().tobytes()
 
     def vote(self, decision: bool) -> Callable[[], int]:
         """Begin to count the ranks that decided for something; every rank calls this.
@@ -109,7 +157,7 @@ class HostGroup:
     def _wait_with_others(self, work: Any, what: str) -> None:
         """Go on waiting as long as any rank does something else."""
         store: Any = dist.distributed_c10d._get_default_store()
-        key, size, seen = f"treadle/waiting/{self.group.group_name}", dist.get_world_size(), 0
+        key, size, seen = f"treadle/waiting/{self.group.group_name}", self.group.size(), 0
         store.add(key, 1)
         try:
             while not _is_done(work, _SLICE):
@@ -117,8 +165,8 @@ class HostGroup:
                 if seen > 2:  # a rank whose wait has ended says so within this time
                     milliseconds = int(self._timeout.total_seconds() * 1000)
                     raise dist.DistBackendError(
-                        f"Rank {dist.get_rank()} ran into the timeout in {what}, after {milliseconds}ms in which every"
-                        " rank waited for the others: they are not at the same call."
+                        f"Rank {self.group.rank()} ran into the timeout in {what}, after {milliseconds}ms in which"
+                        " every rank waited for the others: they are not at the same call."
                     )
         finally:
             if seen <= 2:
@@ -156,6 +204,15 @@ def wait_for_rank_zero() -> None:
     """Wait patiently until rank 0 is here, which works; rank 0 goes on at once."""
     if _are_several():
         host_group().broadcast(torch.zeros(1, dtype=torch.uint8, device="cpu"), 0, patient=True)
+
+
+def group_apart() -> HostGroup:
+    """Make a group of gloo of all ranks for a thread of its own, beside which the ranks train; every rank calls this.
+
+    It lives for as long as it is referred to, also where the default group is destroyed before.
+    """
+    timeout = host_group()._timeout
+    return HostGroup(new_group(backend="gloo", timeout=timeout), timeout)
 
 
 def _are_several() -> bool:

@@ -41,7 +41,8 @@ def share_loader(
         loader = shard_dataloader(
             loader, seed=global_seed(), pad=pad, whole_batches=whole_batches, alone=alone, **ranks
         )
-    return seed_workers(strategy.process_dataloader(loader), strategy.global_rank)
+    # ranks that work on one share of the samples draw the same augmentations
+    return seed_workers(strategy.process_dataloader(loader), strategy.data_parallel_rank)
 
 
 class WrappedLoader(ABC):

@@ -115,6 +115,7 @@ _OF_PRECISION: Final[Mapping[str, torch.dtype | str]] = {
     "16": torch.float16,
     "bf16": torch.bfloat16,
     "transformer": "float8",
+    "fp8": "float8",
 }
 
 

@@ -5,26 +5,35 @@ from typing import TYPE_CHECKING
 from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import not_yet
-from treadle_fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from treadle_fabric.precision import (
+    BitsandbytesPrecision,
+    DoublePrecision,
+    Float8Precision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 
 __all__ = [
+    "BitsandbytesPrecision",
     "CheckpointIO",
     "ClusterEnvironment",
     "DoublePrecision",
+    "Float8Precision",
     "HalfPrecision",
     "MixedPrecision",
     "Precision",
     "TorchCheckpointIO",
+    "TransformerEnginePrecision",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "BitsandbytesPrecision",
             "DeepSpeedPrecision",
             "FSDPPrecision",
-            "TransformerEnginePrecision",
             "XLACheckpointIO",
             "XLAPrecision",
         },

@@ -1,28 +1,55 @@
 """Precisions: the dtypes of weights, inputs and outputs, loss scaling, and the names that users give them.
 
-Start with ``precision.py``, the base class. ``autocast.py``, ``half.py`` and ``double.py`` have one precision each.
-Imports only the foundation.
+Start with ``precision.py``, the base class. ``autocast.py``, ``half.py``, ``double.py``, ``float8.py``,
+``transformer_engine.py`` and ``bitsandbytes.py`` have one precision each; the last three replace linear layers, which
+``layers.py`` finds, and ``quantized.py`` has the layers of bitsandbytes. Imports only the foundation.
 """
 
 from __future__ import annotations
 
-from treadle_fabric.errors import unknown_name
+from typing import TYPE_CHECKING
+
+import torch
+
+from treadle_fabric.checks import on_demand
+from treadle_fabric.errors import MisconfigurationException, unknown_name
 from treadle_fabric.precision.autocast import MixedPrecision
 from treadle_fabric.precision.double import DoublePrecision
 from treadle_fabric.precision.half import HalfPrecision
 from treadle_fabric.precision.precision import Precision, needs_closure
 
+if TYPE_CHECKING:
+    from treadle_fabric.precision.bitsandbytes import BitsandbytesPrecision
+    from treadle_fabric.precision.float8 import Float8Precision
+    from treadle_fabric.precision.transformer_engine import TransformerEnginePrecision
+
 __all__ = [
+    "BitsandbytesPrecision",
     "DoublePrecision",
+    "Float8Precision",
     "HalfPrecision",
     "MixedPrecision",
     "Precision",
+    "TransformerEnginePrecision",
     "canonical_precision",
     "make_precision",
     "needs_closure",
+    "refuse_device",
 ]
 
-_CANONICAL = ("64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(  # few programs use one of these
+        __name__,
+        {
+            "BitsandbytesPrecision": "treadle_fabric.precision.bitsandbytes",
+            "Float8Precision": "treadle_fabric.precision.float8",
+            "TransformerEnginePrecision": "treadle_fabric.precision.transformer_engine",
+        },
+    )
+
+_FLOAT8 = ("fp8-mixed", "fp8-true")
+_ENGINE = {"transformer-engine": torch.bfloat16, "transformer-engine-float16": torch.float16}
+_CANONICAL = ("64-true", "32-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", *_FLOAT8, *_ENGINE)
 _SHORT = {
     "64": "64-true",
     "fp64": "64-true",
@@ -36,6 +63,8 @@ _SHORT = {
     "float16": "16-mixed",
     "bf16": "bf16-mixed",
     "bfloat16": "bf16-mixed",
+    "fp8": "fp8-mixed",
+    "float8": "fp8-mixed",
 }
 
 
@@ -43,8 +72,8 @@ def canonical_precision(name: str | int | None) -> str:
     """Return the full name of a precision.
 
     Args:
-        name: A full name such as ``"bf16-true"``, or a short one: 64, 32, 16, ``"bf16"``, ``"fp32"``. The short names
-            for 16 bits mean mixed precision. ``None`` is ``"32-true"``.
+        name: A full name such as ``"bf16-true"``, or a short one: 64, 32, 16, ``"bf16"``, ``"fp32"``, ``"fp8"``. The
+            short names for 16 and 8 bits mean mixed precision. ``None`` is ``"32-true"``.
 
     Raises:
         MisconfigurationException: There is no such precision.
@@ -52,6 +81,11 @@ def canonical_precision(name: str | int | None) -> str:
     if name is None:
         return "32-true"
     text = str(name)
+    if text.startswith(("nf4", "fp4", "int8")):
+        raise MisconfigurationException(
+            f"precision={name!r} is a way to quantize layers, which has more arguments than a name can have. Use "
+            f"plugins=BitsandbytesPrecision({name!r})."
+        )
     if isinstance(name, bool) or (text not in _CANONICAL and text not in _SHORT):
         raise unknown_name("precision", name, [*_CANONICAL, *_SHORT])
     return _SHORT.get(text, text)
@@ -62,10 +96,33 @@ def make_precision(name: str | int | None, device_type: str) -> Precision:
 
     Raises:
         MisconfigurationException: There is no such precision.
+        DeviceUnavailableError: The devices cannot compute in this precision.
+        MissingPackageError: The precision needs a package that is not installed.
     """
     canonical = canonical_precision(name)
+    refuse_device(canonical, device_type)
+    if canonical in _FLOAT8:
+        from treadle_fabric.precision.float8 import Float8Precision  # for the few who use it
+
+        return Float8Precision(canonical)  # type: ignore[arg-type]
+    if canonical in _ENGINE:
+        from treadle_fabric.precision.transformer_engine import TransformerEnginePrecision  # as above
+
+        return TransformerEnginePrecision(weights_dtype=_ENGINE[canonical])
     if canonical in ("16-mixed", "bf16-mixed"):
         return MixedPrecision(canonical, device_type)  # type: ignore[arg-type]
     if canonical in ("16-true", "bf16-true"):
         return HalfPrecision(canonical)  # type: ignore[arg-type]
     return DoublePrecision() if canonical == "64-true" else Precision()
+
+
+def refuse_device(name: str, device_type: str) -> None:
+    """Refuse a precision, given by its full name, that no device of a type such as ``"cpu"`` can compute in.
+
+    Raises:
+        DeviceUnavailableError: No such device can.
+    """
+    if name in _FLOAT8 or name in _ENGINE:
+        from treadle_fabric.precision.layers import INSTEAD, check_on_cuda  # for the few who use these
+
+        check_on_cuda(name, device_type, INSTEAD)

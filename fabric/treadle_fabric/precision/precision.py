@@ -42,6 +42,9 @@ class Precision:
     """Whether each operation picks its own dtype. If so, a step gets its batch unrounded, because the batch may hold
     targets."""
 
+    replaces_parameters: bool = False
+    """Whether :meth:`convert_module` may put other parameters in the places of a module's."""
+
     def __init__(self) -> None:
         self._scaling = _Scaling(None)
         self._guards: dict[int, Any] = {}  # handles of the hooks of guarded parameters, by the parameters' ids

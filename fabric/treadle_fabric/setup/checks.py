@@ -14,7 +14,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies.unwrapping import user_module
 
-__all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "check_ownership"]
+__all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "check_ownership", "check_replaced"]
 
 
 def check_module(module: Any) -> None:
@@ -99,6 +99,27 @@ def check_ownership(module: Module, optimizer: Optimizer, others: Iterable[Modul
             "model's parameters(). For one optimizer of several models, call setup_module on each, then "
             "setup_optimizers."
         )
+
+
+def check_replaced(module: Module, before: Iterable[Tensor], optimizers: Iterable[Optimizer], by: object) -> None:
+    """Refuse optimizers of parameters that a precision has replaced.
+
+    Args:
+        module: The model as it is now.
+        before: The parameters that it had.
+        optimizers: Made when it had them.
+        by: The precision.
+    """
+    gone = {id(p) for p in before} - {id(p) for p in module.parameters()}
+    for optimizer in optimizers:
+        labels = [label for label, p in _labelled(optimizer) if id(p) in gone]
+        if labels:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} holds {len(labels)} parameter(s) that {type(by).__name__} has replaced by"
+                f" others: {', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}. Set up the model alone, model ="
+                " fabric.setup_module(model), then make the optimizer of what is trained in it, and give that to"
+                " fabric.setup_optimizers."
+            )
 
 
 def _labelled(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

@@ -51,7 +51,7 @@ def _named(returned: Any) -> Mapping[Any, Any]:
     values: Mapping[Any, Any] = returned if isinstance(returned, Mapping) else {"loss": returned}
     if not isinstance(values.get("loss"), Tensor):
         raise MisconfigurationException(
-            f"`loss(outputs, batch)` returned {type(returned).__name__}: return a tensor, or a dict with one under 'loss'."
+            f"`loss(outputs, batch)` returned {type(returned).__name__}: give a tensor or a dict with 'loss'."
         )
     return values
 

@@ -118,7 +118,7 @@ class FSDPStrategy(ShardingStrategy):
     def make_device_mesh(self) -> Any:
         given, hybrid = self._options.mesh, self._options.hybrid
         names = ("data_replicate", "data_shard") if hybrid else ("data_shard",)
-        shape = (self.num_nodes, self.num_processes) if hybrid else (self.world_size,)
+        shape: tuple[int, ...] = (self.num_nodes, self.num_processes) if hybrid else (self.world_size,)
         if given is not None:
             shape = given if isinstance(given, tuple) else tuple(given.mesh.shape)
         sizes = dict(zip(names, shape, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypedDict, Unpack
@@ -11,15 +12,30 @@ import torch
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
+from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
-from treadle_fabric.checks import check_integer
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
+from treadle_fabric.checks import check_flag, check_integer
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.parallelism.pipeline import Order, PipelineEngine
+from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric.strategies.parallelism.explain import explain_mixed
+from treadle_fabric.strategies.parallelism.loss import loss_functions, plain_scalars
+from treadle_fabric.strategies.parallelism.pipeline import Order, PipelineEngine, is_cut
+from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel, check_plan, place_gradients
+from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike, whole_over
+from treadle_fabric.strategies.parallelism.sequence import (
+    SequenceGroup,
+    attentions_so_far,
+    sequence_functions,
+    share_sequences,
+)
 from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
+from treadle_fabric.strategies.parallelism.slices import split_batches
+from treadle_fabric.strategies.parallelism.substitution import Substitution
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
@@ -27,7 +43,7 @@ from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
 from treadle_fabric.strategies.sharding.shard import shard_module
 from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
-from treadle_fabric.strategies.unwrapping import user_module
+from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["ModelParallelStrategy"]
 
@@ -54,8 +70,7 @@ class ModelParallelStrategy(ShardingStrategy):
     by :class:`FSDPStrategy`, unless ``parallelize_fn`` or ``configure_model`` has done that.
 
     Args:
-        parallelize_fn: Called with the model and the mesh; returns the model, in which layers are DTensors. In a
-            pipeline, it is called with each stage of the process.
+        parallelize_fn: Called with the model and the mesh; returns the model, in which layers are DTensors.
         data_parallel_size: Shares of a batch. Default: one a machine, or all processes that the other sizes leave.
         tensor_parallel_size: Processes that share each layer. Default: those of a machine, or that are left.
         save_distributed_checkpoint: Whether checkpoints are folders to which each process writes its part. Otherwise
@@ -66,7 +81,14 @@ class ModelParallelStrategy(ShardingStrategy):
         data_shard_size: Processes that share the parameters of a copy. Default: all shares of a batch.
         sequence_parallel_size: Processes that share each sequence. Default: 1.
         pipeline_parallel_size: Parts of the model that come one after the other. Default: 1.
-        tensor_parallel_plan: By the pattern of a layer's name, how the processes share that layer.
+        tensor_parallel_plan: By the pattern of a layer's name, how the processes share that layer: see
+            :func:`apply_tensor_parallel`.
+        loss_parallel: ``F.cross_entropy`` of logits that a plan leaves sharded does not gather them. In a method of the
+            model; elsewhere use :func:`sharded_cross_entropy`.
+        sequence_dim: The dimension of the positions in the tensors of a batch, of which each process of a sequence gets
+            a slice. Default: 1.
+        sequence_names: The keys, indices or fields of a batch whose tensors are sliced. Default: see
+            :func:`split_sequence`.
         pipeline_schedule: The order of forward and backward passes: ``"1f1b"``, ``"interleaved"`` (each process has
             several parts of the model) or ``"gpipe"``.
         pipeline_microbatches: The number of micro-batches of a batch. A batch that it does not divide runs as fewer
@@ -95,7 +117,10 @@ class ModelParallelStrategy(ShardingStrategy):
         data_shard_size: Size = "auto",
         sequence_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
-        tensor_parallel_plan: Mapping[str, Any] | None = None,
+        tensor_parallel_plan: Mapping[Any, Any] | None = None,
+        loss_parallel: bool = False,
+        sequence_dim: int = 1,
+        sequence_names: Collection[str | int] | None = None,
         pipeline_schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b",
         pipeline_microbatches: int | None = None,
         pipeline_virtual_stages: int | None = None,
@@ -123,7 +148,18 @@ class ModelParallelStrategy(ShardingStrategy):
             raise MisconfigurationException(
                 f"parallelize_fn={parallelize_fn!r}: give a function of a model and a mesh that returns the model."
             )
+        if tensor_parallel_plan is not None:
+            check_plan(tensor_parallel_plan)
+        check_flag("loss_parallel", loss_parallel)
+        if loss_parallel and pipeline_parallel_size != 1:
+            raise MisconfigurationException(
+                "loss_parallel=True replaces F.cross_entropy where the model runs, and a pipeline calls the model's"
+                " `loss` beside its stages: call sharded_cross_entropy there, and leave loss_parallel out."
+            )
         self._parallelize_fn = parallelize_fn
+        self._loss_parallel = loss_parallel
+        self._sequences: dict[str, Any] = {"dim": check_integer("sequence_dim", sequence_dim), "names": sequence_names}
+        self._unchecked: list[weakref.ref[ShardedEngine]] = []
         self._plan = tensor_parallel_plan
         self._asked: dict[str, Any] = {
             "data_parallel_size": data_parallel_size,
@@ -164,11 +200,6 @@ class ModelParallelStrategy(ShardingStrategy):
         return self._order.ranks > 1
 
     @property
-    def allows_inference_mode(self) -> bool:  # type: ignore[override]
-        """A pipeline keeps the tensors into which it receives."""
-        return self._order.ranks == 1
-
-    @property
     def stage_groups(self) -> tuple[Any, ...]:
         return (self.device_mesh["pipeline_parallel"].get_group(),) if self.runs_whole_batch else ()
 
@@ -181,6 +212,7 @@ class ModelParallelStrategy(ShardingStrategy):
         sizes = self.sizes
         check_mesh_size(sizes, self.world_size, "Give sizes whose product is the number of processes.")
         mesh = make_mesh(self.root_device.type, sizes)
+        share_sequences(mesh["sequence_parallel"])
         mesh["data_replicate", "data_shard"]._flatten("data_parallel")
         # a dimension that was made of others is asked for by its name, as all are, which torch warns of
         warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
@@ -188,22 +220,22 @@ class ModelParallelStrategy(ShardingStrategy):
 
     def parallelize(self, module: Module) -> Engine:
         mesh, own = self.device_mesh, user_module(module)
-        if self.runs_whole_batch:
-            return PipelineEngine(
-                own,
-                mesh["pipeline_parallel"],
-                self._order,
-                parallelize=lambda stage: self._parallelize_stage(stage, mesh),
-                device=self.root_device,
-                precision=self.precision,
-            )
-        take_over_from_rank_zero(own, self.root_device)
-        return self._parallelize(module, own, mesh)
+        align_random_state([mesh["tensor_parallel"], mesh["sequence_parallel"]])
+        if not is_cut(own):  # by an earlier engine
+            take_over_from_rank_zero(own, self.root_device)
+            self._share_layers(own, mesh)
+        if not self.runs_whole_batch:
+            return self._sharded(module, mesh)
+        return PipelineEngine(
+            own,
+            mesh["pipeline_parallel"],
+            self._order,
+            parallelize=lambda stage: engine_around(stage) or self._sharded(stage, mesh),
+            device=self.root_device,
+            precision=self.precision,
+        )
 
-    def _parallelize_stage(self, stage: Module, mesh: Any) -> Module:
-        return engine_around(stage) or self._parallelize(stage, stage, mesh)
-
-    def _parallelize(self, module: Module, own: Module, mesh: Any) -> ShardedEngine:
+    def _share_layers(self, own: Module, mesh: Any) -> None:
         if self._parallelize_fn is not None:
             changed = self._parallelize_fn(own, mesh)
             if changed is not own:
@@ -211,12 +243,25 @@ class ModelParallelStrategy(ShardingStrategy):
                     "parallelize_fn returned another model than it was given: let it change the layers in the model, "
                     "and return that."
                 )
+        if self._plan is not None:
+            apply_tensor_parallel(own, mesh["tensor_parallel"], self._plan, broadcast=False)
+        self._check_shared(own)
+
+    def _sharded(self, module: Module, mesh: Any) -> ShardedEngine:
+        engine = self._engine(module, mesh)
+        self._substitute(engine)
+        self._unchecked.append(weakref.ref(engine))
+        return engine
+
+    def _engine(self, module: Module, mesh: Any) -> ShardedEngine:
+        own = user_module(module)
         sharded = any(hasattr(m, "_get_fsdp_state") for m in own.modules())
         data = self._data_mesh(mesh)
         if data is not None and not sharded:
             return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
         engine = ShardedEngine(module)
         give_values(engine, self.precision, self.root_device, self.broadcast)
+        place_gradients(own)
         return engine
 
     def run_batch(
@@ -236,6 +281,52 @@ class ModelParallelStrategy(ShardingStrategy):
     def _pipeline(module: Module) -> PipelineEngine:
         assert isinstance(module, PipelineEngine)
         return module
+
+    def _check_shared(self, own: Module) -> None:
+        size = self.sizes["tensor_parallel"]
+        if size > 1 and not any(is_sharded_tensor(p) for p in own.parameters()):
+            raise MisconfigurationException(
+                f"tensor_parallel_size={size}, and no layer of {type(own).__name__} is shared out. Give a"
+                " tensor_parallel_plan, such as {'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}, or a"
+                " parallelize_fn, or shard layers in configure_model; or tensor_parallel_size=1."
+            )
+        if self.runs_whole_batch and any(hasattr(m, "_get_fsdp_state") for m in own.modules()):
+            raise MisconfigurationException(
+                f"{type(own).__name__} has layers with fully_shard, and a pipeline cuts the model first: leave"
+                " fully_shard to the strategy, which applies it to each stage along the data dimensions."
+            )
+
+    def _substitute(self, engine: ShardedEngine) -> None:
+        """Let functions of torch be those of shared sequences and of sharded logits where the engine runs."""
+        sizes = self.sizes
+        functions = sequence_functions(self.device_mesh["sequence_parallel"])
+        context = Substitution({**functions, **(loss_functions() if self._loss_parallel else {})})
+        if functions or self._loss_parallel:
+            context.follow(engine.modules() if functions else [engine])
+        if sizes["tensor_parallel"] > 1:
+            engine.register_forward_hook(lambda _, args, output: plain_scalars(output))
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Let batches have this process's slice of each sequence."""
+        return split_batches(dataloader, SequenceGroup.of(self.device_mesh["sequence_parallel"]), **self._sequences)
+
+    def before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """At the first step: what tensor-parallel processes have whole must not go apart."""
+        unchecked, self._unchecked = self._unchecked, []
+        for engine in (alive for reference in unchecked if (alive := reference()) is not None):
+            sizes, own = self.sizes, user_module(engine)
+            if sizes["tensor_parallel"] > 1:
+                named = dict(with_plain_names(own, own.named_parameters()))
+                check_gradients_alike(whole_over(named, "tensor_parallel"), self.device_mesh["tensor_parallel"])
+            if sizes["sequence_parallel"] > 1 and not attentions_so_far():
+                rank_zero_warn(
+                    f"sequence_parallel_size={sizes['sequence_parallel']}, and no F.scaled_dot_product_attention ran in"
+                    f" {type(own).__name__}: each process saw nothing but its slice of a sequence. Attention of another"
+                    " kind has to be exchanged: call F.scaled_dot_product_attention, or sequence_attention."
+                )
+
+    def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
+        return explain_mixed(error, engine, self.sizes["tensor_parallel"])
 
     def _data_mesh(self, mesh: Any) -> Any:
         """The mesh over which parameters are sharded and gradients averaged; None where there is one process only."""

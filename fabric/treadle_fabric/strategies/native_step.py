@@ -41,7 +41,11 @@ class NativeStepStrategy(Strategy):
                     if name == "step" and isinstance(value, Tensor):
                         device = _device_of_counter(value, parameter, groups.get(id(parameter), {}))
                     state[name] = move_data_to_device(value, device)
+        self.note_optimizer(optimizer)
         return optimizer
+
+    def note_optimizer(self, optimizer: Optimizer) -> None:
+        """Take notice of an optimizer that is set up. Default: do nothing."""
 
     def setup_module_and_optimizers(
         self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None

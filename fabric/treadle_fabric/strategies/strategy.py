@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
-from treadle_fabric.checkpoint import CheckpointIO, DistributedCheckpointIO, Keeping, TorchCheckpointIO
+from treadle_fabric.checkpoint import (
+    CheckpointIO,
+    DistributedCheckpointIO,
+    Keeping,
+    TorchCheckpointIO,
+    raise_together,
+)
+from treadle_fabric.coordination import on_rank_zero
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
@@ -273,11 +280,29 @@ class Strategy(ABC):
 
     def teardown(self) -> None:
         """Free what the strategy and its parts hold."""
-        self.leave_environment()
-        self.precision.teardown()
-        self.checkpoint_io.teardown()
-        if self._accelerator is not None:
-            self._accelerator.teardown()
+        try:
+            self.checkpoint_io.teardown()  # first: what the ranks still write together needs them all
+        finally:
+            self.leave_environment()
+            self.precision.teardown()
+            if self._accelerator is not None:
+                self._accelerator.teardown()
+
+    def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
+        """Wait until all saves so far have ended; every rank calls this.
+
+        Args:
+            failure: What a rank failed to do, for the message on the other ranks.
+
+        Raises:
+            CheckpointError: A save failed, and that was not raised before; all ranks raise.
+        """
+        if self.checkpoint_io.after_saves is None:
+            return
+        if self.checkpoint_io.sharded:
+            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
+        else:
+            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     # Set-up
 
@@ -398,11 +423,12 @@ class Strategy(ABC):
             module: The engine.
         """
 
-    def join_forward(self, module: Module) -> None:
-        """Take part in a forward pass without gradients that other processes make now. Default: they need no others.
+    def join_forward(self, module: Module, method: str = "forward") -> None:
+        """Take part in a forward pass that other processes make now. Default: they need no others.
 
         Args:
-            module: The engine, which has run a forward pass before.
+            module: The engine; this process may have run no pass of this method before, nor of another one.
+            method: The method of the user's module that the pass runs.
         """
 
     def join_backward(self, module: Module, label: str) -> None:

@@ -18,8 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from tests.processes import wait_until
 
 from treadle_fabric import (
     CheckpointCorruptError,
@@ -27,16 +25,13 @@ from treadle_fabric import (
     CheckpointIO,
     CheckpointNotFoundError,
     DistributedCheckpointIO,
-    Fabric,
     TorchCheckpointIO,
     newest_good,
 )
-from treadle_fabric.checkpoint import checkpoints_in, fingerprint, link_folder, read_outline
-from treadle_fabric.checkpoint.distributed import loading
-from treadle_fabric.checkpoint.distributed.loading import load_sharded_into
-from treadle_fabric.checkpoint.distributed.saving import save_sharded
+from treadle_fabric.checkpoint import checkpoints_in, fill, fingerprint, link_folder, read_outline, tensors_on_demand
 from treadle_fabric.checkpoint.folder import manifest
 from treadle_fabric.checkpoint.folder import placing as folders
+from treadle_fabric.checkpoint.stored import folder as loading
 
 SHARDED, FILE = DistributedCheckpointIO(), TorchCheckpointIO()
 BOTH = pytest.mark.parametrize("io", [SHARDED, FILE])
@@ -185,7 +180,10 @@ def read_whole(path: Path) -> dict[str, Any]:
 
 
 def read_in_place(path: Path) -> dict[str, Any]:
-    load_sharded_into(state := state_of(0), path)
+    with tensors_on_demand():
+        found = SHARDED.load_checkpoint(path)
+    state = {**state_of(0), "step": found["step"]}
+    fill(state["w"], found["w"])
     return state
 
 
@@ -201,7 +199,7 @@ def saving_before(module: Any, name: str, save: Callable[[], Any], times: int = 
     return late
 
 
-@pytest.mark.parametrize("stage", ["verify", "_read_plain", "_read"])
+@pytest.mark.parametrize("stage", ["verify", "_load_plain", "_tensor"])
 @pytest.mark.parametrize("read", [read_whole, read_in_place])
 def test_what_is_read_is_one_checkpoint_whoever_saves_meanwhile(
     read: Callable[[Path], dict[str, Any]], stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,16 +215,16 @@ def test_what_is_read_is_one_checkpoint_whoever_saves_meanwhile(
 def test_a_file_that_takes_the_place_of_a_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    late = saving_before(loading, "_read", lambda: FILE.save_checkpoint(state_of(2), path))
-    monkeypatch.setattr(loading, "_read", late)
+    late = saving_before(loading, "_tensor", lambda: FILE.save_checkpoint(state_of(2), path))
+    monkeypatch.setattr(loading, "_tensor", late)
     assert SHARDED.load_checkpoint(path)["w"].eq(2).all()
 
 
 def test_who_saves_faster_than_one_can_read_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    late = saving_before(loading, "_read", lambda: SHARDED.save_checkpoint(state_of(2), path), times=100)
-    monkeypatch.setattr(loading, "_read", late)
+    late = saving_before(loading, "_tensor", lambda: SHARDED.save_checkpoint(state_of(2), path), times=100)
+    monkeypatch.setattr(loading, "_tensor", late)
     with pytest.raises(CheckpointError, match=r"last\.ckpt.*took its place 5 times"):
         SHARDED.load_checkpoint(path)
 
@@ -234,65 +232,9 @@ def test_who_saves_faster_than_one_can_read_is_told_of(tmp_path: Path, monkeypat
 def test_a_second_name_does_not_count_as_another_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.ckpt"
     SHARDED.save_checkpoint(state_of(1), path)
-    link = saving_before(loading, "_read", lambda: link_folder(str(path), str(tmp_path / "last.ckpt")), times=100)
-    monkeypatch.setattr(loading, "_read", link)
+    link = saving_before(loading, "_tensor", lambda: link_folder(str(path), str(tmp_path / "last.ckpt")), times=100)
+    monkeypatch.setattr(loading, "_tensor", link)
     assert SHARDED.load_checkpoint(path)["step"] == 1
-
-
-# --- reading with several processes ---
-
-
-def read_with_two(fabric: Fabric, folder: str) -> None:
-    path, rank = os.path.join(folder, "last.ckpt"), dist.get_rank()
-    alone = dist.new_group([0])
-    SHARDED.save_checkpoint(state_of(1), path)
-
-    def fails(pattern: str, error: type[CheckpointError] = CheckpointError) -> None:
-        state = state_of(0)
-        with pytest.raises(error, match=pattern):
-            load_sharded_into(state, path)
-        assert state["step"] == 0 and state["w"].eq(0).all()
-
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:  # only one of them is late, or fails
-            late = saving_before(loading, "_read", lambda: save_sharded(state_of(2), path, alone))
-            patch.setattr(loading, "_read", late)
-        load_sharded_into(state := state_of(0), path)
-        assert state["step"] == 2 and state["w"].eq(2).all()
-    with pytest.MonkeyPatch.context() as patch:
-        if rank == 1:
-            patch.setattr(loading, "load_file", lambda *a: 1 / 0)
-        fails("rank 1: ZeroDivisionError")
-    dist.barrier()
-    if rank == 0:
-        os.rename(path, os.path.join(folder, f".last.ckpt.{'0' * 32}.old"))
-    dist.barrier()
-    with pytest.MonkeyPatch.context() as patch:
-        other = Path(folder, "rank 1 has come")
-        if rank == 0:
-            late = saving_before(loading, "bring_back", lambda: wait_until(other.exists))
-            patch.setattr(loading, "bring_back", late)
-        else:  # its first collective is where it has to wait
-            patch.setattr(dist, "all_gather_object", saving_before(dist, "all_gather_object", other.touch))
-        load_sharded_into(state := state_of(0), path)
-        assert state["step"] == 2
-    dist.barrier()
-    if rank == 0:
-        SHARDED.remove_checkpoint(path)
-    dist.barrier()
-    fails("There is no checkpoint", CheckpointNotFoundError)
-
-
-def test_ranks_read_the_same_and_fail_together(tmp_path: Path) -> None:
-    Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(read_with_two, str(tmp_path))
-
-
-def test_what_cannot_be_read_in_place_is_named(tmp_path: Path) -> None:
-    FILE.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint at .*b\.ckpt.*there is: a\.ckpt"):
-        load_sharded_into({"step": 0}, tmp_path / "b.ckpt")
-    with pytest.raises(CheckpointError, match=r"a\.ckpt' is a file.*use load_checkpoint"):
-        load_sharded_into({"step": 0}, tmp_path / "a.ckpt")
 
 
 # --- which tensors are alike ---

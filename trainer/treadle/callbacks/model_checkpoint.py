@@ -319,10 +319,8 @@ class ModelCheckpoint(Checkpoint):
 
         Only then it is known which names are taken, and the file is there for the loggers.
         """
-        io = trainer.strategy.checkpoint_io
         try:
-            if io.after_saves is not None:
-                on_rank_zero(trainer.strategy, io.wait, "could not write a checkpoint")
+            trainer.strategy.wait_for_saves()
         except Exception:
             if not self.file_exists(self._last.path, trainer):
                 self._ranking, self._last = self._last.settled or self._ranking, _LastSave()

@@ -114,7 +114,7 @@ class RayTuneReport(Callback):
             folder = on_rank_zero(trainer.strategy, lambda: own, "could not make a folder")
             if self.save_checkpoints:
                 trainer.save_checkpoint(os.path.join(folder, self.filename))
-                on_rank_zero(trainer.strategy, trainer.strategy.checkpoint_io.wait, "could not write the checkpoint")
+                trainer.strategy.wait_for_saves("could not write the checkpoint")
             stopped = on_rank_zero(
                 trainer.strategy,
                 lambda: _tell(found, folder if self.save_checkpoints else None),

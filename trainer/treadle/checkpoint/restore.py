@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -16,7 +16,10 @@ from treadle.run.changes import group_names
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
 from treadle_fabric import CheckpointMismatchError
-from treadle_fabric.checkpoint import parts_on_demand
+from treadle_fabric.checkpoint import in_memory, parts_on_demand, tensors_on_demand
+
+_PLACED: Final = ("state_dict", "current_model_state", "optimizer_states", "treadle")
+"""The entries whose tensors are copied to where they belong, and are read from a folder only then."""
 
 __all__ = ["read_checkpoint", "restore_training", "restore_weights"]
 
@@ -27,8 +30,9 @@ def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training:
     Its tensors are mapped from the file until ``run.maps`` is released.
     """
     strategy, classes = run.fabric.strategy, keeping(run).classes["treadle"]
-    with parts_on_demand(), run.maps.reading():
+    with parts_on_demand(), tensors_on_demand(), run.maps.reading():
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
+        checkpoint = {key: value if key in _PLACED else in_memory(value) for key, value in checkpoint.items()}
         if training and "treadle" in checkpoint:
             checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy.global_rank, strategy.world_size)
     return checkpoint

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, outside_inference_mode
+from treadle.loops.lockstep import lockstep_of
 from treadle.loops.step.whole import evaluation_of_whole_batches
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
@@ -56,7 +57,8 @@ class Evaluation:
         self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
         self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
         self._meeting = BatchMeeting(name) if run.fabric.world_size > 1 else None
-        self._asked = 0  # the number of calls of `interrupted`
+        self._lockstep = lockstep_of(run, f"{name}_step", self._no_grad)
+        self._asked, self._ended = 0, True  # the number of calls of `interrupted`; whether all of them said no
         self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
         self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
 
@@ -89,18 +91,21 @@ class Evaluation:
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
                 limits = self.data.num_batches if num_batches is None else num_batches  # hooks may renew the loaders
-                ended, self._asked = True, 0
+                self._ended, self._asked = True, 0
                 if self._meeting is not None:
                     self._meeting.open()
                 for loader_idx, limit in enumerate(limits):
-                    ended = ended and (not limit or self._loader(loader_idx, limit, silent, interrupted))
+                    if self._ended and limit:
+                        self._loader(loader_idx, limit, silent, interrupted)
+                    elif self._lockstep is not None:
+                        self._lockstep.skip()
                     if self._meeting is not None:
                         self._meet(loader_idx, self._meeting)
                 if self._meeting is not None:
                     results.forget_computed()
                 if interrupted is not None and run.fabric.world_size > 1:
-                    ended = run.fabric.strategy.reduce_boolean_decision(ended)
-                if not ended:
+                    self._ended = run.fabric.strategy.reduce_boolean_decision(self._ended)
+                if not self._ended:
                     return None
                 logged, per_loader = run.metrics.close_epoch(results, loaders=len(limits))
                 dispatch.call(f"{hook}_epoch_end")
@@ -138,8 +143,8 @@ class Evaluation:
         """Forget what was logged, because another number of loaders follows: their names are others."""
         self._run.metrics.forget(self._results)
 
-    def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> bool:
-        """Evaluate on one loader; return whether the evaluation came to its end."""
+    def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> None:
+        """Evaluate on one loader."""
         run, results, step = self._run, self._results, self._step
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
         on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
@@ -154,15 +159,14 @@ class Evaluation:
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
-        ended, meeting = True, self._meeting
+        if interrupted is not None:
+            batches = self._until(interrupted, batches)
+        if self._lockstep is not None:
+            batches = self._lockstep.turns(batches)
+        meeting = self._meeting
         for batch_idx, batch, _ in batches:
             if meeting is not None:
                 meeting.begun = batch_idx + 1
-            if interrupted is not None:
-                if interrupted(self._asked):
-                    ended = False
-                    break
-                self._asked += 1
             batch = transfer(batch, loader_idx)
             begin_batch(batch)
             if on_batch_start:
@@ -184,4 +188,12 @@ class Evaluation:
         results.dataloader_idx = None
         results.hook = ""
         begin_batch(None)
-        return ended
+
+    def _until(self, interrupted: Callable[[int], bool], batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches until the evaluation is interrupted."""
+        for batch in batches:
+            if interrupted(self._asked):
+                self._ended = False
+                return
+            self._asked += 1
+            yield batch

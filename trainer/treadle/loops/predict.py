@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice, zip_longest
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -13,6 +13,7 @@ from treadle.data.evaluation import EvaluationData
 from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, without_inference
+from treadle.loops.lockstep import lockstep_of
 from treadle.loops.step.whole import prediction_of_whole_batches
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
@@ -22,6 +23,9 @@ from treadle_fabric import all_gather_objects, move_data_to_device
 from treadle_fabric.data import BatchMeeting
 
 __all__ = ["Prediction"]
+
+_PASSED: Final = object()
+"""In the place of an output: this rank took part in the forward pass of others."""
 
 
 class Prediction:
@@ -45,6 +49,7 @@ class Prediction:
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._meeting = BatchMeeting("prediction") if run.fabric.world_size > 1 else None
+        self._lockstep = lockstep_of(run, "predict_step", self._no_grad)
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
         self._writers = [c for c in run.module.trainer.callbacks if isinstance(c, BasePredictionWriter)]
@@ -78,7 +83,8 @@ class Prediction:
 
         Where ranks share a loader, outputs are exchanged batch by batch, so every rank has to ask for the same number.
         Where they do not, a rank may stop asking when it likes: ranks do not meet, and ``predict_step`` must not talk
-        to other ranks, which may have fewer batches.
+        to other ranks, which may have fewer batches. Where the strategy's ranks work together in each forward pass, a
+        rank that stops asking, or has no batch left, waits for the others and takes part in their passes.
         """
         for _, output in self._outputs(share=True):
             yield output
@@ -90,6 +96,7 @@ class Prediction:
         """
         run, dispatch = self._run, self._run.dispatch
         run.changes.modes_before = modes = module_modes(run.module)
+        loader_idx = 0
         try:
             with self._no_grad():  # never across a yield: it would hold in the caller's code, too
                 dispatch.call("on_predict_model_eval")
@@ -103,7 +110,8 @@ class Prediction:
                 if share and self._data.is_shared(loader_idx):
                     outputs = self._with_others(outputs)
                 for output in outputs:
-                    yield loader_idx, output
+                    if output is not _PASSED:
+                        yield loader_idx, output
                 if meet and self._meeting is not None:
                     self._meeting.come(f"of loader {loader_idx}" if len(self._data.loaders) > 1 else "")
             for writer in self._epoch_writers:
@@ -112,6 +120,10 @@ class Prediction:
             with self._no_grad():
                 dispatch.call("on_predict_epoch_end")
                 dispatch.call("on_predict_end")
+        except GeneratorExit:  # the caller asks for no more
+            if self._lockstep is not None:
+                self._lockstep.leave(len(self._data.num_batches) - loader_idx - 1)
+            raise
         except RuntimeError as error:
             if self._no_grad is torch.inference_mode:
                 explain_missing_gradients(error, run.results.hook or "predict_step")
@@ -127,8 +139,14 @@ class Prediction:
         batches = timed_iteration(run.profiler, "[_PredictionLoop].predict_next", batches)
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
+        if self._lockstep is not None:
+            batches = self._lockstep.turns_of_all(batches)
         meeting = self._meeting
-        for batch_idx, batch, _ in batches:
+        for turn in batches:
+            if turn is None:
+                yield _PASSED
+                continue
+            batch_idx, batch, _ = turn
             if meeting is not None:
                 meeting.begun = batch_idx + 1
             with self._no_grad():
@@ -165,7 +183,7 @@ class Prediction:
     def _with_others(self, outputs: Iterator[Any]) -> Iterator[Any]:
         fabric = self._run.fabric
         while True:
-            mine = [*islice(outputs, 1)]
+            mine = [each for each in islice(outputs, 1) if each is not _PASSED]
             turn = all_gather_objects(fabric, mine)
             if not turn[0]:  # rank 0 has the first batch of each turn, so no rank has one
                 return

@@ -5,28 +5,37 @@ from typing import TYPE_CHECKING
 from treadle.run.layer_sync import LayerSync, TorchSyncBatchNorm
 from treadle_fabric import not_yet
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
-from treadle_fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from treadle_fabric.precision import (
+    BitsandbytesPrecision,
+    DoublePrecision,
+    Float8Precision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 
 __all__ = [
     "AsyncCheckpointIO",
+    "BitsandbytesPrecision",
     "CheckpointIO",
     "DoublePrecision",
+    "Float8Precision",
     "HalfPrecision",
     "LayerSync",
     "MixedPrecision",
     "Precision",
     "TorchCheckpointIO",
     "TorchSyncBatchNorm",
+    "TransformerEnginePrecision",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "BitsandbytesPrecision",
             "DeepSpeedPrecision",
             "FSDPPrecision",
-            "TransformerEnginePrecision",
             "XLACheckpointIO",
             "XLAPrecision",
         },

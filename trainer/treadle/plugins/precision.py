@@ -3,12 +3,28 @@
 from typing import TYPE_CHECKING
 
 from treadle_fabric import not_yet
-from treadle_fabric.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from treadle_fabric.precision import (
+    BitsandbytesPrecision,
+    DoublePrecision,
+    Float8Precision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 
-__all__ = ["DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision"]
+__all__ = [
+    "BitsandbytesPrecision",
+    "DoublePrecision",
+    "Float8Precision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "Precision",
+    "TransformerEnginePrecision",
+]
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"BitsandbytesPrecision", "DeepSpeedPrecision", "FSDPPrecision", "TransformerEnginePrecision", "XLAPrecision"},
+        {"DeepSpeedPrecision", "FSDPPrecision", "XLAPrecision"},
     )

@@ -280,7 +280,7 @@ class Runner:
         with tolerated(trainer, always=True):
             if self._settings.enable_checkpointing:
                 trainer.save_checkpoint(path := preempted_path(trainer.callbacks, self._settings.default_root_dir))
-                on_rank_zero(strategy, strategy.checkpoint_io.wait, f"could not write {path}")
+                strategy.wait_for_saves(f"could not write {path}")
                 rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
 
     def evaluate(

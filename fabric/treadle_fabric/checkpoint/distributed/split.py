@@ -1,10 +1,10 @@
 """Split a state: large tensors by name, and the structure with stand-ins for them.
 
-Large tensors are written by torch.distributed.checkpoint, one file a process. Tensors that every rank has alike are
-shared out between the ranks; of a DTensor or ShardedTensor each rank writes what it holds. What a rank has of its own
-(``PerRank``) goes into a file of its own, ``rank_0.pt`` and so on. Everything else, and the structure, is rank 0's and
-goes into ``meta.pt``, with a tensor of one stored value in the place of each large tensor and an empty one in the place
-of each ``PerRank``. The number of processes that read is free.
+Large tensors are written as torch.distributed.checkpoint writes them, one file a process. Tensors that every rank has
+alike are shared out between the ranks; of a DTensor or ShardedTensor each rank writes what it holds. What a rank has
+of its own (``PerRank``) goes into a file of its own, ``rank_0.pt`` and so on. Everything else, and the structure, is
+rank 0's and goes into ``meta.pt``, with a tensor of one stored value in the place of each large tensor and an empty one
+in the place of each ``PerRank``. The number of processes that read is free.
 
 A tensor on the meta device is one that this rank has not, and another one may have, under the same name: as in a
 pipeline, where each rank has some layers. Then the rank that has it writes it, however small it is.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -13,21 +12,12 @@ from typing import Any
 import torch
 from torch.utils.serialization import config
 
-__all__ = ["checksummed_file", "no_record_checksums", "save_checksummed"]
+__all__ = ["Checksummed", "checksummed", "no_record_checksums"]
 
 _option = getattr(config, "_config", {}).get("save.compute_crc32")
 _OWN_OPTIONS = isinstance(getattr(_option, "user_override", None), ContextVar)
 """Whether each thread has options of its own. In older releases of torch all share them, and a checkpoint that another
 thread writes at the same time would be left without checksums, too."""
-
-
-def save_checksummed(content: Any, path: str) -> tuple[int, int]:
-    """``torch.save`` to a new file, flushed to the disk; returns its size and CRC-32."""
-    with checksummed_file(path, "xb") as stream, no_record_checksums():
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return stream.size, stream.crc
 
 
 @contextlib.contextmanager
@@ -44,32 +34,31 @@ def no_record_checksums() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def checksummed_file(path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-    """A local file, open for writing from its beginning to its end."""
-    with open(path, mode) as file:
-        stream = _Checksummed(file)
-        try:
-            yield stream
-        except Exception as e:
-            if stream.error is None:
-                raise
-            raise stream.error from e  # torch makes a failed write an internal check that did not hold
+def checksummed(file: Any) -> Iterator[Checksummed]:
+    """Write to a file that is open for writing, from its beginning to its end."""
+    stream = Checksummed(file)
+    try:
+        yield stream
+    except Exception as e:
+        if stream.error is None:
+            raise
+        raise stream.error from e  # torch makes a failed write an internal check that did not hold
 
 
-class _Checksummed(io.RawIOBase):
+class Checksummed(io.RawIOBase):
     """Writes to a file, and keeps the size and the CRC-32 of what was written so far."""
 
     def __init__(self, file: Any) -> None:
         super().__init__()
         self._file = file
         self.size = self.crc = 0
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, data: Any) -> int:
         self.crc = zlib.crc32(data, self.crc)
         try:
             self._file.write(data)
-        except OSError as e:
+        except Exception as e:  # a remote file raises errors of many classes
             self.error = self.error or e
             raise
         self.size += len(data)
@@ -81,7 +70,3 @@ class _Checksummed(io.RawIOBase):
     def flush(self) -> None:
         if not self._file.closed:
             self._file.flush()
-
-    def fileno(self) -> int:
-        self._file.flush()
-        return int(self._file.fileno())

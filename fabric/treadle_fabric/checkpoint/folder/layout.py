@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 from treadle_fabric.errors import CheckpointError
 
 __all__ = [
+    "INDEX",
     "MANIFEST",
     "PLAIN",
     "has_manifest",
@@ -27,7 +28,7 @@ T = TypeVar("T")
 MANIFEST: Final = "manifest.json"
 PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
-_INDEX: Final = ".metadata"
+INDEX: Final = ".metadata"
 """The index that torch.distributed.checkpoint would read. It is a pickle, and is never read here."""
 PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp|rank_\d+\.pt")
 _READS: Final = 5
@@ -39,7 +40,7 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
     if has_manifest(path):
         return True
     try:
-        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, _INDEX))
+        marked = any(os.path.isfile(os.path.join(path, name)) for name in (PLAIN, INDEX))
         return marked and _foreign_in(path) is None  # a user's own folder may have files of such names
     except OSError:  # gone meanwhile, or not to be listed
         return False
@@ -97,30 +98,29 @@ def representative(path: str | os.PathLike[str]) -> str:
     return manifest if os.path.isfile(manifest) else os.fspath(path)
 
 
-def unmixed(path: str, name: str, read: Callable[[], T], anywhere: Callable[[bool], bool] = bool) -> T:
-    """Read the folder ``path`` with ``read``, so that all that is read is of one checkpoint.
+def unmixed(now: Callable[[], tuple[int, ...] | None], name: str, read: Callable[[], T]) -> T:
+    """Read a folder with ``read``, so that all that is read is of one checkpoint.
 
     If another checkpoint takes the name meanwhile, what was read, or found to be damaged, may be a mixture of both; so
     it is read again.
 
     Args:
-        path: The folder.
+        now: Tells which checkpoint has the name at the moment.
         name: What the user calls it.
         read: Reads all of it.
-        anywhere: If several processes read together: whether the answer of any process is True.
 
     Raises:
         CheckpointError: What ``read`` raised, or other checkpoints took the name again and again.
     """
     for _ in range(_READS):
-        before = identity(path)
+        before = now()
         try:
             found = read()
         except CheckpointError:
-            if not anywhere(identity(path) != before):
+            if now() == before:
                 raise
         else:
-            if not anywhere(identity(path) != before):
+            if now() == before:
                 return found
     raise CheckpointError(
         f"{name!r} could not be read: another checkpoint took its place {_READS} times meanwhile. Load it when nobody "

@@ -7,6 +7,7 @@ tensor lies, so that no index that would have to be unpickled is ever read; its 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,69 +17,75 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from treadle_fabric.checkpoint.folder.layout import HEAD, MANIFEST, PART, PLAIN
+from treadle_fabric.checkpoint.folder.source import FolderSource
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["checksum", "read_manifest", "sync_folder", "verify", "write_manifest"]
+__all__ = ["manifest_of", "prefix_in", "read_manifest", "sync_folder", "verify"]
 _VERSION: Final = 2
-_READ: Final = (1, 2)  # version 1 has no files of single ranks
-_CHUNK: Final = 4 * 1024 * 1024
+_VERSION_WITH_PREFIX: Final = 3
+_READ: Final = (1, 2, 3)  # version 1 has no files of single ranks
+_PREFIX: Final = re.compile(r"(?:[0-9A-Za-z][0-9A-Za-z_-]*/)?")
 
 
 # --- the manifest ---
 
 
-def checksum(path: str) -> tuple[int, int]:
-    """Size and CRC-32 of a file."""
-    size = crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
-
-
-def write_manifest(
-    folder: str, world_size: int, files: Mapping[str, tuple[int, int]], tensors: Mapping[str, Any]
-) -> None:
-    """Write the manifest of a folder in which all else is written, and flush it.
+def manifest_of(
+    world_size: int, files: Mapping[str, tuple[int, int]], tensors: Mapping[str, Any], prefix: str = ""
+) -> bytes:
+    """The manifest of a folder, as it is written.
 
     Args:
-        folder: Where.
         world_size: How many processes wrote.
         files: Size and CRC-32 of every file.
         tensors: For each tensor its ``dtype``, ``shape`` and ``chunks``; a chunk has ``offsets`` and ``sizes`` in the
             tensor, and lies in ``file`` from byte ``start`` on, for ``length`` bytes.
+        prefix: What comes before the name of each file.
     """
     content = {
         "format": "treadle-sharded",
-        "version": _VERSION,
+        "version": _VERSION_WITH_PREFIX if prefix else _VERSION,
         "world_size": world_size,
+        **({"prefix": prefix} if prefix else {}),
         "files": {name: {"size": size, "crc32": f"{crc:08x}"} for name, (size, crc) in sorted(files.items())},
         "tensors": tensors,
     }
     body = json.dumps(content, separators=(",", ":"))[1:].encode()
-    with open(os.path.join(folder, MANIFEST), "xb") as file:
-        file.write(b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    return b'{"crc32": "%08x",\n' % zlib.crc32(body) + body
 
 
-def read_manifest(folder: str, path: str) -> dict[str, Any]:
-    """The manifest of a folder; ``path`` is what the user calls it.
+def prefix_in(raw: bytes) -> str | None:
+    """The prefix of the files of a manifest; None where this is none."""
+    if HEAD.match(raw) is None:
+        return None
+    try:
+        return str(json.loads(raw).get("prefix", ""))
+    except (ValueError, AttributeError):
+        return None
+
+
+def read_manifest(source: FolderSource) -> dict[str, Any]:
+    """The manifest of a folder. ``source`` then finds the files under the names that the manifest gives them.
 
     Raises:
         CheckpointCorruptError: It is missing, damaged, or of a format that is not known.
     """
+    path = source.name
     try:
-        with open(os.path.join(folder, MANIFEST), "rb") as file:
-            raw = file.read()
-    except FileNotFoundError:
+        raw = source.read(MANIFEST)
+    except (FileNotFoundError, EOFError):
         raise CheckpointCorruptError(
             f"{path!r} is a folder, and no sharded checkpoint of Treadle that was written to the end: {MANIFEST!r} is "
             "missing in it. Give a checkpoint in it, or use another one."
         ) from None
     except OSError as e:
-        raise CheckpointError(f"{MANIFEST!r} of {path!r} could not be read: {e.strerror}.") from e
+        raise CheckpointError(f"{MANIFEST!r} of {path!r} could not be read: {e.strerror or e}.") from e
+    content = _manifest_in(raw, path)
+    source.prefix = content.get("prefix", "")
+    return content
+
+
+def _manifest_in(raw: bytes, path: str) -> dict[str, Any]:
     head = HEAD.match(raw)
     if head is None or zlib.crc32(raw[head.end() :]) != int(head[1], 16):
         raise CheckpointCorruptError(
@@ -98,7 +105,7 @@ def read_manifest(folder: str, path: str) -> dict[str, Any]:
     if not known:
         raise CheckpointCorruptError(
             f"{path!r} has version {content['version']!r} of the format {content['format']!r}, and versions up "
-            f"to {_VERSION} of 'treadle-sharded' are known here. Load it with the release that wrote it."
+            f"to {_READ[-1]} of 'treadle-sharded' are known here. Load it with the release that wrote it."
         )
     return dict(content)
 
@@ -108,6 +115,8 @@ def _check_content(content: Mapping[str, Any]) -> None:
     files, tensors, world_size = content["files"], content["tensors"], content["world_size"]
     if type(world_size) is not int or not 1 <= world_size < 2**24:
         raise ValueError(f"the number of its processes is {world_size!r}")
+    if not _PREFIX.fullmatch(content.get("prefix", "")):
+        raise ValueError(f"the names of its files begin with {content['prefix']!r}")
     for name, file in files.items():
         if not PART.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"{name!r} is not one of its files")
@@ -154,32 +163,33 @@ def _overlap(chunks: Sequence[Mapping[str, Any]]) -> bool:
     return False
 
 
-def verify(folder: str, path: str, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:
+def verify(source: FolderSource, manifest: Mapping[str, Any], names: Collection[str] | None = None) -> None:
     """Read every byte of the files in a manifest, or of the files in ``names``.
 
     Raises:
         CheckpointCorruptError: A file is missing, has another size, or is damaged; the message names it.
     """
+    path = source.name
     for name, expected in manifest["files"].items():
         if names is not None and name not in names:
             continue
-        file = os.path.join(folder, name)
         try:
-            size = os.stat(file).st_size
+            size = source.size(name)
             if size != expected["size"]:
                 raise CheckpointCorruptError(
                     f"{path!r} is damaged: its file {name!r} has {size} bytes instead of {expected['size']}. The copy "
                     "was cut off, or another program wrote to it. Use another checkpoint."
                 )
-            good = checksum(file)[1] == int(expected["crc32"], 16)
+            good = functools.reduce(lambda crc, part: zlib.crc32(part, crc), source.parts(name), 0)
         except FileNotFoundError:
             raise CheckpointCorruptError(
                 f"{path!r} is not whole: its file {name!r} is missing. Copy the whole folder, or use another "
                 "checkpoint."
             ) from None
-        except OSError as e:
-            raise CheckpointError(f"The file {name!r} of {path!r} could not be read: {e.strerror}.") from e
-        if not good:
+        except (OSError, EOFError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise CheckpointError(f"The file {name!r} of {path!r} could not be read: {reason}.") from e
+        if good != int(expected["crc32"], 16):
             raise CheckpointCorruptError(
                 f"{path!r} is damaged: the checksum of its file {name!r} is wrong. The disk or a copy changed it. Use "
                 "another checkpoint."

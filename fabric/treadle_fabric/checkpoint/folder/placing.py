@@ -200,10 +200,15 @@ def _delete(path: str) -> None:
             os.remove(path)
 
 
-def link_folder(target: str, link: str) -> None:
+def link_folder(target: str, link: str, *, or_copy: bool = False) -> None:
     """Make ``link`` a second checkpoint folder whose files are hard links to the files of ``target``.
 
     It takes no room, and stays when ``target`` is removed.
+
+    Args:
+        target: The checkpoint folder.
+        link: The path of the other one.
+        or_copy: Copy the files where the file system has no hard links. Default: False.
 
     Raises:
         CheckpointError: ``link`` is a folder with more in it than a checkpoint, and stays as it is.
@@ -214,7 +219,13 @@ def link_folder(target: str, link: str) -> None:
     try:
         names = sorted(filter(PART.fullmatch, os.listdir(target)), key=lambda name: name == MANIFEST)
         for name in names:
-            os.link(os.path.join(target, name), os.path.join(fresh, name))
+            ours, theirs = os.path.join(target, name), os.path.join(fresh, name)
+            try:
+                os.link(ours, theirs)
+            except OSError:
+                if not or_copy:
+                    raise
+                shutil.copyfile(ours, theirs)
         sync_folder(fresh)
         put_in_place(fresh, os.path.abspath(link))
     except BaseException:

@@ -42,14 +42,18 @@ class Arena:
         """The size of the block."""
         return 0 if self._block is None else self._block.nbytes
 
-    def copy(self, storages: Sequence[torch.UntypedStorage]) -> list[torch.UntypedStorage]:
-        """Copy the storages, each into its part of the block; returns when the copies are there.
+    def copy(
+        self, storages: Sequence[torch.UntypedStorage], tensors: Sequence[Tensor] = ()
+    ) -> tuple[list[torch.UntypedStorage], list[Tensor]]:
+        """Copy storages and tensors, each into its part of the block; returns when the copies are there.
 
-        The copies are overwritten by the next call, unless somebody still refers to one of them: then that call takes
-        a new block.
+        Of a tensor no more is copied than its own numbers, whatever else is in its storage. The copies are overwritten
+        by the next call, unless somebody still refers to one of them: then that call takes a new block.
         """
-        devices = {storage.device for storage in storages if storage.device.type == "cuda"}
-        ends = list(accumulate((-(-storage.nbytes() // _ALIGNED) * _ALIGNED for storage in storages), initial=0))
+        devices = {*(storage.device for storage in storages), *(tensor.device for tensor in tensors)}
+        devices = {device for device in devices if device.type == "cuda"}
+        sizes = [*(storage.nbytes() for storage in storages), *(tensor.nbytes for tensor in tensors)]
+        ends = list(accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0))
         whole = self._provide(ends[-1], pinned=bool(devices)).untyped_storage()
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         copies = []
@@ -59,10 +63,17 @@ class Arena:
             copy = whole[start : start + size] if size else nothing.clone().untyped_storage()
             copy.copy_(storage, non_blocking=storage.device.type == "cuda")
             copies.append(copy)
+        values = []
+        for start, tensor in zip(ends[len(storages) :], tensors, strict=False):
+            value = torch.empty(0, dtype=tensor.dtype, device="cpu")
+            value.set_(whole[start : start + tensor.nbytes], 0, tensor.shape)  # type: ignore[call-overload]
+            value.copy_(tensor, non_blocking=tensor.device.type == "cuda")
+            values.append(value)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        self._given = [StorageWeakRef(copy) for copy in copies]  # type: ignore[no-untyped-call]
-        return copies
+        parts = [*copies, *(value.untyped_storage() for value in values)]
+        self._given = [StorageWeakRef(part) for part in parts]  # type: ignore[no-untyped-call]
+        return copies, values
 
     def close(self) -> None:
         """Give the memory back; copies that somebody still refers to stay."""

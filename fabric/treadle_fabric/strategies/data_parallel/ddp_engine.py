@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from operator import attrgetter
@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.failures import call_at_looks, current_member, notes
 from treadle_fabric.rank_zero import rank_zero_info
+from treadle_fabric.strategies.data_parallel.communication import Exchange, communicate
+from treadle_fabric.strategies.data_parallel.hook_checks import sparse_tables
 from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
 
@@ -49,18 +51,22 @@ class DDPEngine(Module):
         module: The user's module, alike on every rank.
         timeout: How long a rank that has to wrap again waits for the others.
         wrapped: Called each time DDP has wrapped the module.
+        exchange_of: Gives how the gradients of the user's module are exchanged.
         arguments: For ``DistributedDataParallel``.
         number: The same for this engine on every rank. Default: the next one.
     """
 
     ddp: DistributedDataParallel | None
     """The module under DDP; None while nothing is trainable."""
+    exchange: Exchange
+    """How gradients are exchanged."""
 
     def __init__(
         self,
         module: Module,
         timeout: timedelta | None,
         wrapped: Callable[[DDPEngine], None],
+        exchange_of: Callable[[Module], Exchange],
         arguments: dict[str, Any],
         number: str = "",
     ) -> None:
@@ -69,7 +75,10 @@ class DDPEngine(Module):
         self.target = MethodForward(module)
         self.number = number or str(next(_made))
         fields = self.__dict__  # past Module.__setattr__, which is slow, and would register DDP as a submodule
-        fields["_wrapped"], fields["_arguments"] = wrapped, arguments
+        fields["_wrapped"], fields["_exchange_of"], fields["_arguments"] = wrapped, exchange_of, arguments
+        fields["exchange"] = exchange_of(user_module(module))
+        fields["_arrangement"] = None  # the buckets that DDP is to fill from the next forward pass on
+        fields["_spoiled"] = False  # DDP has not seen its static graph, and cannot see it any more
         fields["_timeout"] = timeout or default_pg_timeout
         fields["_generation"] = 0  # how often the module was wrapped again
         fields["_copies"] = itertools.count()
@@ -78,6 +87,7 @@ class DDPEngine(Module):
         fields["_synchronizes"] = True
         fields["_tolerant"] = arguments.get("find_unused_parameters", False) and not arguments.get("static_graph")
         self._note_parameters()
+        self.exchange.regroup()
         self._run_under(DistributedDataParallel(self.target, **arguments) if self._trained else None)
         call_at_looks(self, DDPEngine._answer)
 
@@ -113,6 +123,22 @@ class DDPEngine(Module):
         self.__dict__["_synchronizes"] = enabled
         if self.ddp is not None:
             self.ddp.require_backward_grad_sync = enabled
+            self._spare_static_graph(self.ddp)
+
+    def _spare_static_graph(self, ddp: DistributedDataParallel) -> None:
+        """Let a backward pass without synchronization not be the one that shows DDP the graph.
+
+        Torch takes any first backward pass for that. DDP wraps the module anew before the first that synchronizes.
+        """
+        if ddp.static_graph and not self._synchronizes and not ddp._static_graph_delay_allreduce_enqueued:
+            ddp._static_graph_delay_allreduce_enqueued = True
+            self.__dict__.update(_spoiled=True, _run=self._run_anew)
+
+    def _run_anew(self, *args: Any, **kwargs: Any) -> Any:
+        if self._synchronizes and torch.is_grad_enabled():
+            self._run_under(self._wrapped_like(self.ddp))
+        assert self.ddp is not None
+        return self.ddp(*args, **kwargs)
 
     def expect_backward(self, loss: Tensor) -> None:
         """Get DDP ready for a backward pass inside the forward that runs."""
@@ -127,10 +153,95 @@ class DDPEngine(Module):
                 return
             target.backward_inside = True
             ddp.require_backward_grad_sync = False  # or it would expect another one after the forward
+        elif ddp.static_graph:
+            raise _not_static("a second backward pass in one step")
+        if self._spoiled:
+            raise _not_static("a first backward pass without synchronization, in a step that synchronizes another one")
         ddp.require_forward_param_sync = True
-        ddp.reducer._rebuild_buckets()
+        self._rebuild_buckets(ddp)
         search = ddp.find_unused_parameters and not ddp.static_graph
         ddp.reducer.prepare_for_backward([loss] if search else [])
+
+    def after_backward(self) -> None:
+        """Reduce the gradients of a backward pass inside the forward that runs, where DDP does not by itself."""
+        ddp = self.ddp
+        if ddp is not None and self.target.backward_inside and ddp.static_graph:
+            if not ddp._static_graph_delay_allreduce_enqueued:  # the first step, which shows DDP the graph
+                ddp._static_graph_delay_allreduce_enqueued = True
+                ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined] # not in torch's stubs
+
+    # Buckets
+
+    def buckets(self) -> list[list[str]] | None:
+        """The names of the parameters in each bucket of gradients; every rank calls this.
+
+        Returns:
+            An empty list while DDP has yet to arrange its buckets, which it does after a first step. None where a
+            resumed run gets the same buckets without being told, or cannot get them.
+        """
+        ddp = self.ddp
+        if ddp is None or self._tolerant or ddp.static_graph or any(sparse_tables(self.module)):
+            return None
+        if self._arrangement is not None:
+            return list(self._arrangement)
+        try:
+            self._rebuild_buckets(ddp)  # as the next forward pass would
+            return self._buckets(ddp)
+        except RuntimeError:  # a backward pass has failed; or there is no memory for the buckets that torch returns
+            return None
+
+    def arrange(self, buckets: Sequence[Sequence[str]] | None) -> bool:
+        """Let DDP fill these buckets, with the names that :meth:`buckets` gave, from the next forward pass on.
+
+        How floating-point numbers round in a sum over three and more ranks depends on their places in a bucket.
+
+        Returns:
+            False where other parameters are trained now, which come in other buckets.
+        """
+        fields, names = self.__dict__, [name for bucket in buckets or () for name in bucket]
+        if names and sorted(names) != sorted(self._names):
+            return False
+        if self.ddp is not None and buckets is not None:
+            fields["_arrangement"] = [list(bucket) for bucket in buckets]
+            fields["_run"] = self._run_arranged
+        return True
+
+    def _run_arranged(self, *args: Any, **kwargs: Any) -> Any:
+        """Arrange the buckets as told, and run the module; without gradients, other ranks may not run it now."""
+        assert self.ddp is not None
+        if torch.is_grad_enabled():
+            self._arrange(self.ddp)
+        return self.ddp(*args, **kwargs)
+
+    def _arrange(self, ddp: DistributedDataParallel) -> None:
+        fields = self.__dict__
+        wanted, fields["_arrangement"], fields["_run"] = fields["_arrangement"], None, ddp
+        if self._buckets(ddp) == wanted:
+            return
+        if ddp._has_rebuilt_buckets:
+            ddp._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+            self._run_under(ddp := self._wrapped_like(ddp))
+        order = [name for bucket in wanted for name in bucket]
+        if order:  # DDP arranges by the order in which the gradients of a first backward pass come
+            parameters = self.trained
+            with self.exchange.silenced(), _without_traces(parameters.values()):
+                ddp.reducer.prepare_for_backward([])
+                for name in order:
+                    parameters[name].reshape(-1)[:0].sum().backward()  # type: ignore[no-untyped-call]
+                self._rebuild_buckets(ddp)
+
+    def _rebuild_buckets(self, ddp: DistributedDataParallel) -> None:
+        if ddp.reducer._rebuild_buckets():
+            ddp._has_rebuilt_buckets = True
+
+    def _buckets(self, ddp: DistributedDataParallel) -> list[list[str]]:
+        if not ddp._has_rebuilt_buckets:
+            return []
+        names = self._names_by_id()
+        return [[names[id(p)] for p in bucket.parameters()] for bucket in ddp.reducer._get_zeros_like_grad_buckets()]
+
+    def _names_by_id(self) -> dict[int, str]:
+        return {id(p): name for name, p in zip(self._names, self._trained, strict=True)}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -144,7 +255,7 @@ class DDPEngine(Module):
     def __reduce__(self) -> Any:
         # a copy has weights that are alike already, and other ranks need not copy
         arguments, number = {**self._arguments, "init_sync": False}, f"{self.number}.{next(self._copies)}"
-        return DDPEngine, (self.module, self._timeout, self._wrapped, arguments, number)
+        return DDPEngine, (self.module, self._timeout, self._wrapped, self._exchange_of, arguments, number)
 
     # What is trainable
 
@@ -191,6 +302,7 @@ class DDPEngine(Module):
                 _average_gradient(parameter, group)
         if ddp is not None:
             ddp._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+        self.exchange.regroup()
         self._run_under(self._wrapped_like(ddp) if self._trained else None)
         if fields["_generation"] == 0:
             rank_zero_info(
@@ -207,11 +319,15 @@ class DDPEngine(Module):
         if before is not None:
             ddp.require_forward_param_sync = before.require_forward_param_sync
             for hook, state in before._comm_hooks:
-                ddp.register_comm_hook(state, hook)
+                if hook is not communicate:  # registered by hand
+                    ddp.register_comm_hook(state, hook)
         return ddp
 
     def _run_under(self, ddp: DistributedDataParallel | None) -> None:
-        self.__dict__.update(ddp=ddp, _run=ddp or self.target)
+        self.__dict__.update(ddp=ddp, _run=ddp or self.target, _arrangement=None, _spoiled=False)
+        if ddp is not None:
+            self._spare_static_graph(ddp)
+            self.exchange.attach(ddp, self._names_by_id())
         self._wrapped(self)
 
     def _meet(self, names: str, difference: str, rank: int) -> None:
@@ -310,6 +426,13 @@ def _difference(before: dict[str, Parameter], after: dict[str, Parameter]) -> st
     return "; ".join(parts) or "other parameters or another dtype under the same names"
 
 
+def _not_static(what: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"static_graph=True, and {what}: DDP then expects the same graph in every backward pass. Leave static_graph"
+        " out, or add up the losses and differentiate them once."
+    )
+
+
 def _average_gradient(parameter: Parameter, group: Any) -> None:
     """Average what a parameter that is frozen now had accumulated on each rank, since an optimizer may step with it."""
     gradient = parameter.grad
@@ -320,6 +443,26 @@ def _average_gradient(parameter: Parameter, group: Any) -> None:
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         dist.all_reduce(gradient, group=group)
         parameter.grad = gradient / dist.get_world_size(group)
+
+
+@contextmanager
+def _without_traces(parameters: Iterable[Parameter]) -> Generator[None]:
+    """While entered, backward passes leave no gradient in the parameters, and call none of their hooks."""
+    kept = [(p, p.grad) for p in parameters]
+    of_each = [(p._backward_hooks, getattr(p, "_post_accumulate_grad_hooks", None)) for p, _ in kept]
+    hooks = [(held, dict(held)) for pair in of_each for held in pair if held]
+    try:
+        for held, _ in hooks:
+            held.clear()
+        for p, _ in kept:
+            p.grad = None
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
+        for held, before in hooks:
+            held.update(before)
 
 
 class _Registrations:

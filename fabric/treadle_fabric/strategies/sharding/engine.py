@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -40,8 +41,8 @@ class Engine(Module, ABC):
         """Use no parameters that were gathered before."""
 
     @abstractmethod
-    def join_forward(self) -> None:
-        """Take part in a forward pass without gradients of ranks that have a batch, with no batch."""
+    def join_forward(self, method: str) -> None:
+        """Take part, with no batch, in the forward pass without gradients in which other ranks run a method."""
 
 
 class ShardedEngine(Engine):
@@ -59,7 +60,13 @@ class ShardedEngine(Engine):
     """Whether backward passes reduce gradients over the ranks."""
     number: int
     """The same for this engine on every rank."""
-    _orders: dict[bool, list[tuple[Any, bool]]]
+    _orders: dict[tuple[str, bool], list[tuple[Any, bool]]]
+    """By the name of a method, and whether gradients were recorded: the sharded modules in the order in which they ran,
+    and whether their backward passes end by themselves."""
+    _trained: str
+    """The method that ran last with gradients."""
+    _joined: str
+    """The method whose pass other ranks run."""
     _replicated: ReplicatedGradients | None
 
     def __init__(self, module: Module) -> None:
@@ -69,6 +76,7 @@ class ShardedEngine(Engine):
         fields["running"] = False
         fields["synchronizes"] = True
         fields["_orders"] = {}
+        fields["_trained"] = fields["_joined"] = "forward"
         fields["_replicated"] = None
         fields["number"] = next(_made)
         _engines[user_module(module)] = weakref.ref(self)
@@ -77,11 +85,16 @@ class ShardedEngine(Engine):
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         run = kwargs.pop(METHOD_KEYWORD, self.module)
         fields, grad = self.__dict__, torch.is_grad_enabled()
+        key = getattr(run, "__name__", "forward"), grad
         fields["running"] = True
         try:
-            if grad in self._orders or run == self._visit:
+            if run == self._visit:
                 return run(*args, **kwargs)
-            with self._recording(grad):
+            if grad:
+                fields["_trained"] = key[0]
+            if key in self._orders:
+                return run(*args, **kwargs)
+            with self._recording(key):
                 return run(*args, **kwargs)
         finally:
             fields["running"] = False
@@ -132,8 +145,12 @@ class ShardedEngine(Engine):
 
     # Ranks that have nothing to run
 
-    def join_forward(self) -> None:
-        """Gather parameters, without gradients, in the order of the last forward pass of this rank."""
+    def join_forward(self, method: str) -> None:
+        """Gather parameters, without gradients, in the order of a pass of a method on this rank.
+
+        A rank that has not run the method takes the order of another one; one that has run none, that of the modules.
+        """
+        self.__dict__["_joined"] = method
         with torch.no_grad():
             self(**{METHOD_KEYWORD: self._visit})
 
@@ -145,32 +162,39 @@ class ShardedEngine(Engine):
             self._replicated.average()
 
     @contextmanager
-    def _recording(self, grad: bool) -> Iterator[None]:
+    def _recording(self, key: tuple[str, bool]) -> Iterator[None]:
         """Note in which order the sharded modules run, and whether their backward passes end by themselves."""
         order: list[tuple[Any, bool]] = []
 
         def note(module: Module, args: Any, kwargs: Any) -> None:
             order.append((module, any(t.requires_grad for t in leaves((args, kwargs)) if isinstance(t, Tensor))))
 
+        if "torch._dynamo" in sys.modules:  # and the module may be compiled
+            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
         hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.sharded_modules() if m is not self]
         try:
             yield
-            self._orders[grad] = order
+            self._orders[key] = order
         finally:
             for hook in hooks:
                 hook.remove()
 
     def _visit(self) -> None:
         """Gather and free the parameters of the sharded modules one after the other."""
-        for module, _ in self._orders.get(False) or self._orders.get(True, []):
+        known, method = self._orders, self._joined
+        keys = ((method, False), (method, True), *known)
+        for module, _ in next((known[key] for key in keys if key in known), self._unordered()):
             state = module._get_fsdp_state()
             state._pre_forward(module, (), {})
             state._post_forward(module, (), None)
 
+    def _unordered(self) -> list[tuple[Any, bool]]:
+        return [(module, False) for module in self.sharded_modules() if module is not self]
+
     def _visit_backwards(self, gradient: Tensor) -> None:
         """Do what the backward pass of the last forward pass would, with gradients of zero."""
         self.root._get_fsdp_state()._pre_backward(gradient)
-        for module, ends in (*reversed(self._orders.get(True, [])), (self, False)):
+        for module, ends in (*reversed(self._orders.get((self._trained, True), [])), (self, False)):
             state = module._get_fsdp_state()
             if module is not self:
                 state._pre_backward(gradient)

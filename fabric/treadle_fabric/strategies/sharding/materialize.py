@@ -177,7 +177,7 @@ class _Place:
         self.given = not tensor.is_meta
         self.is_sharded = isinstance(tensor, DTensor)
         self.device = device
-        self._keep_on = keep_on if isinstance(tensor, Parameter) else device
+        self._keep_on = keep_on if self.is_sharded else device
         self._used = used
         self._whole: Tensor | None = None
         self.written = False  # perhaps, since it is whole

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch.nn import Module
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from treadle_fabric.errors import MisconfigurationException
@@ -63,14 +65,21 @@ class _Recomputed:
         if self._saved:
             extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, self._saved)
         # as two arguments: torch looks there for the devices whose random numbers it has to repeat
-        run = functools.partial(self._run, torch.get_default_dtype())
+        run = functools.partial(self._run, torch.get_default_dtype(), _function_modes())
         return checkpoint(run, args, kwargs, use_reentrant=False, **extra)
 
-    def _run(self, dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if dtype == torch.get_default_dtype():
+    def _run(self, dtype: torch.dtype, modes: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with contextlib.ExitStack() as stack:
+            if dtype != torch.get_default_dtype():  # a precision's context is over when the backward pass begins
+                stack.enter_context(default_dtype(dtype))
+            for mode in modes[len(_function_modes()) :]:  # autograd takes none along
+                stack.enter_context(mode)
             return self._forward(*args, **kwargs)
-        with default_dtype(dtype):  # a precision's context is over when the backward pass begins
-            return self._forward(*args, **kwargs)
+
+
+def _function_modes() -> list[Any]:
+    """The contexts of this thread in which functions of torch mean something else, from the outside."""
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _operators(saved: Collection[Any]) -> list[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 
+from treadle_fabric.batches import map_tensors
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.sharding.arguments import ShardingOptions, dtypes_for
 from treadle_fabric.strategies.sharding.engine import ShardedEngine
@@ -57,17 +59,21 @@ def shard_module(
         "offload_policy": options.offload_policy(device),
         "reshard_after_forward": options.reshard_after_forward,
     }
-    scalars = scalars_of(own) - ignored
-    if whole := {*ignored, *scalars}:
+    scalars = {name: p for name, p in own.named_parameters() if p in scalars_of(own) - ignored}
+    if whole := {*ignored, *scalars.values()}:
         arguments["ignored_params"] = whole
+        _move(whole, device)  # torch moves what it shards
     engine = ShardedEngine(module)
-    for part in (*parts, engine):
+    for part in parts:
+        part.register_forward_hook(_free_outputs)
         fully_shard(part, **arguments)
+        part.register_forward_pre_hook(_free_inputs, with_kwargs=True)
+    fully_shard(engine, **arguments)
     engine.sharded()
     give_values(engine, precision, device, broadcast, torch.device("cpu") if options.offload else None)
     if scalars:
-        names = {p: name for name, p in own.named_parameters()}
-        engine.replicate(sorted(scalars, key=lambda p: names[p]), mesh.get_all_groups())
+        now = dict(own.named_parameters())
+        engine.replicate([now[name] for name in scalars], mesh.get_all_groups())
     return engine
 
 
@@ -76,3 +82,41 @@ def _cast_buffers(module: Module, dtype: torch.dtype) -> None:
         for name, buffer in each._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 each._buffers[name] = buffer.to(dtype)
+
+
+def _move(parameters: Iterable[Tensor], device: torch.device) -> None:
+    for parameter in parameters:
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+
+
+def _free_inputs(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let the module change its inputs in place, as it may where it is not sharded."""
+    if torch.is_grad_enabled():
+        return tuple(map(_no_view, args)), {name: _no_view(value) for name, value in kwargs.items()}
+    return None
+
+
+def _free_outputs(module: Module, args: Any, output: Any) -> Any:
+    """Let the outputs be changed in place: a view would lose what torch adds to gather parameters for its gradient."""
+    if isinstance(output, Tensor) or not torch.is_grad_enabled():
+        return _no_view(output)
+    return map_tensors(output, _no_view)
+
+
+def _no_view(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.requires_grad and value._is_view():
+        return _Free.apply(value)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Free(torch.autograd.Function):
+    """The same memory as a tensor that is no view, so that a change in place is one operation of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]

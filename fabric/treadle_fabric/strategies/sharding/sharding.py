@@ -29,6 +29,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
     fixes_parameters = True
     restores_after_setup = True
     initializes_on_meta = True
+    allows_inference_mode = False  # gathered parameters keep their memory for later passes
 
     _engines: tuple[weakref.ref[Engine], ...] = ()
     _mesh: Any = None
@@ -101,9 +102,9 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         for engine in self._alive():
             engine.refresh()
 
-    def join_forward(self, module: Module) -> None:
+    def join_forward(self, module: Module, method: str = "forward") -> None:
         assert isinstance(module, Engine)
-        module.join_forward()
+        module.join_forward(method)
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""

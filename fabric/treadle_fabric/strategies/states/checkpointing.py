@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -18,8 +19,10 @@ from treadle_fabric.checkpoint import (
     PerRank,
     classes_in_state,
     files_mapped,
+    in_memory,
     noting_checks,
     pack,
+    tensors_on_demand,
     trusting,
     unpack,
 )
@@ -65,7 +68,7 @@ class CheckpointingStrategy(Strategy):
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)
-        content = {key: _plain(self, value, keeping is None) for key, value in state.items()}
+        content = self.as_stored({key: _plain(self, value, keeping is None) for key, value in state.items()})
         for key, keep in filters.items():
             content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
 
@@ -76,6 +79,10 @@ class CheckpointingStrategy(Strategy):
             write()
         else:
             on_rank_zero(self, write, f"could not write {str(path)!r}")
+
+    def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The content in tensors that the checkpoint IO takes; every rank calls this. Default: as it is."""
+        return content
 
     def _packed(self, content: dict[str, Any], path: PathLike, keeping: Keeping | None) -> dict[str, Any]:
         """The content in plain values; what does not come back from a default load is told, once."""
@@ -125,9 +132,9 @@ class CheckpointingStrategy(Strategy):
             raise MisconfigurationException("state={} asks for nothing. Leave it out to get all that the file holds.")
         if state is not None and not isinstance(state, (Module, Optimizer)):
             _check_state(path, state)
-        if self.checkpoint_io.after_saves is not None:  # the file may still be in rank 0's hands
-            on_rank_zero(self, self.checkpoint_io.wait, "could not write an earlier checkpoint")
-        content = self._read(path, weights_only, together and self.world_size > 1)
+        self.wait_for_saves("could not write an earlier checkpoint")  # which a rank may still have in its hands
+        with nullcontext() if state is None else tensors_on_demand():  # each goes where it belongs by itself
+            content = self._read(path, weights_only, together and self.world_size > 1)
         if isinstance(content, dict):
             known = {*classes, *classes_in_state(state)}
             content = unpack(content, str(path), weights_only=weights_only, map_location="cpu", classes=known)
@@ -151,7 +158,7 @@ class CheckpointingStrategy(Strategy):
         # Modules first: they are what does not fit, and plain values are not to be touched before that is known
         for key in sorted((key for key in state if key in content), key=lambda k: not isinstance(state[k], Module)):
             state[key] = _restore(self, path, key, state[key], remainder.pop(key), strict)
-        return remainder
+        return in_memory(remainder)
 
     def _read(self, path: PathLike, weights_only: bool | None, together: bool) -> Any:
         """What the file holds. Together, one rank of each node reads first, and so checks it for the others."""
@@ -261,7 +268,7 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
             elif isinstance(current, Optimizer):
                 strategy.load_optimizer_state(current, saved)
             else:
-                current.load_state_dict(saved)
+                current.load_state_dict(in_memory(saved))
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
             what = f"state[{key!r}]" if key else "the object"
             unfit = f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}"
@@ -283,7 +290,7 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
         return current
     held, found = entries(current), entries(saved)
     if not holds_state(saved) or not any(map(_holds_stateful, held.values())):
-        return saved
+        return in_memory(saved)
     if isinstance(current, Sequence) and isinstance(saved, Sequence) and len(held) != len(found):
         raise CheckpointMismatchError(
             f"{key!r} of {str(path)!r} has {len(found)} entries, and state has {len(held)} there."

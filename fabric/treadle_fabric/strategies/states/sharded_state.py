@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.checkpoint import fill
+from treadle_fabric.checkpoint import fill, in_memory
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero, with_states_of_others
@@ -41,7 +41,7 @@ class ShardedStateStrategy(CheckpointingStrategy):
         On other ranks the tensors that are gathered are on the meta device.
         """
         self.release_gathered()
-        return self._as_saved(module_state(module))
+        return self.as_stored(module_state(module))
 
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         self.release_gathered()
@@ -60,7 +60,7 @@ class ShardedStateStrategy(CheckpointingStrategy):
         load_module_state(module, state, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self._as_saved(with_states_of_others(complete_state(optimizer), optimizer, self.stage_groups))
+        return self.as_stored(with_states_of_others(complete_state(optimizer), optimizer, self.stage_groups))
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -72,9 +72,9 @@ class ShardedStateStrategy(CheckpointingStrategy):
             state = {**state, "state": entries}
         optimizer.load_state_dict(state)
 
-    def _as_saved(self, state: dict[str, Any]) -> dict[str, Any]:
+    def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
         if self.checkpoint_io.sharded:
-            return state
+            return content
         gathered: dict[int, Any] = {}  # tied parameters are one tensor
 
         def gather(value: Any, name: str) -> Any:
@@ -85,12 +85,12 @@ class ShardedStateStrategy(CheckpointingStrategy):
                 gathered[id(value)] = whole.cpu() if first else whole.to("meta")
             return gathered[id(value)]
 
-        return brought_to_rank_zero(map_leaves(state, gather, ""), self.stage_groups)
+        return brought_to_rank_zero(map_leaves(content, gather, ""), self.stage_groups)
 
     def _placed(self, parameter: Any, entry: Any) -> Any:
         """The state of one parameter, each tensor in it placed as the parameter is."""
         if not is_sharded_tensor(parameter) or not isinstance(entry, dict):
-            return entry
+            return in_memory(entry)
         return {name: _placed_like(parameter, name, value) for name, value in entry.items()}
 
 
@@ -100,7 +100,7 @@ def _is_elsewhere(parameter: Any) -> bool:
 
 def _placed_like(parameter: Any, name: str, value: Any) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0 or name == "step":
-        return value
+        return in_memory(value)
     from torch.distributed.tensor import DTensor, Replicate  # heavy
 
     assert isinstance(parameter, DTensor)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from treadle_fabric.checkpoint import in_memory
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 
@@ -30,7 +31,7 @@ class WholeStateStrategy(CheckpointingStrategy):
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         groups = optimizer.param_groups
         devices = [{name: v.device for name, v in group.items() if isinstance(v, Tensor)} for group in groups]
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(in_memory(state))
         for group, before in zip(optimizer.param_groups, devices, strict=True):
             for name, device in before.items():  # a learning rate, say; torch leaves these where the file had them
                 if isinstance(value := group.get(name), Tensor):

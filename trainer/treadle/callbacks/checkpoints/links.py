@@ -42,10 +42,12 @@ def link_checkpoint(
         fresh.unlink(missing_ok=True)
         if symbolic:
             fresh.symlink_to(os.path.relpath(target, fresh.parent))
+        elif after_saves is not None:
+            pass  # it is not there yet
         elif os.path.isdir(target):
             link_folder(target, link)
             return True
-        elif after_saves is None:
+        else:
             os.link(target, fresh)
     except OSError:  # a file system without links
         with suppress(OSError):
@@ -61,6 +63,9 @@ def link_checkpoint(
 def _put_in_place(fresh: Path, link: str, target: str | None = None) -> None:
     """Give ``fresh`` the name ``link``; with ``target``, make ``fresh`` a second name or else a copy of it before."""
     try:
+        if target is not None and os.path.isdir(target):
+            link_folder(target, link, or_copy=True)
+            return
         if target is not None:
             try:
                 os.link(target, fresh)

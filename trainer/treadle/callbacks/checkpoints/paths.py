@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from treadle_fabric import CheckpointError, CheckpointIO, Logger, PossibleUserWarning, rank_zero_warn
+from treadle_fabric.checkpoint import lies_at
 
 __all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "run_folder", "warn_if_in_use"]
 
@@ -24,12 +25,7 @@ def absolute(path: str) -> str:
 
 def path_exists(path: str) -> bool:
     """Tell whether anything lies at a local or remote path; a dangling link counts."""
-    if is_local(path):
-        return os.path.lexists(path)
-    from fsspec.core import url_to_fs  # heavy, and only remote paths need it
-
-    fs, inner = url_to_fs(path)
-    return bool(fs.exists(inner))
+    return lies_at(path)
 
 
 def default_folder(loggers: Sequence[Logger], root: str) -> str:

@@ -8,6 +8,6 @@ modules of torch are imported where a schedule is built.
 
 from treadle_fabric.strategies.parallelism.pipeline.engine import PipelineEngine
 from treadle_fabric.strategies.parallelism.pipeline.schedule import Order
-from treadle_fabric.strategies.parallelism.pipeline.stages import whole_loss, whole_outputs
+from treadle_fabric.strategies.parallelism.pipeline.stages import is_cut, whole_loss, whole_outputs
 
-__all__ = ["Order", "PipelineEngine", "whole_loss", "whole_outputs"]
+__all__ = ["Order", "PipelineEngine", "is_cut", "whole_loss", "whole_outputs"]

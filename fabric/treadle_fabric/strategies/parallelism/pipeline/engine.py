@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from treadle_fabric.batches import map_tensors, move_data_to_device
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -181,14 +182,20 @@ class PipelineEngine(Engine):
         for engine in self._sharded:
             engine.refresh()
 
-    def join_forward(self) -> None:
-        """Run the last batch again, and make nothing of it."""
-        if self._last is not None:
-            self._run_forward(self._last, lambda outputs, part: torch.zeros(1, device=self.device))
+    def join_forward(self, method: str) -> None:
+        """Run the last batch again, and make nothing of it.
+
+        Raises:
+            MisconfigurationException: There was none.
+        """
+        if self._last is None:
+            raise MisconfigurationException(
+                "A rank has no batch at all, and ranks with other shares of the data have one: the stages of a pipeline"
+                " whose parameters are sharded run in step: give loaders with a batch for each share."
+            )
+        self._run_forward(self._last, lambda outputs, part: torch.zeros(1, device=self.device))
 
     def _run_forward(self, batch: Any, finish: Callable[[Any, Any], Tensor]) -> None:
-        if self._sharded:  # a rank that has no batch left needs one
-            self._last = batch
         with torch.no_grad():
             order, parts = self._cut(batch)
             step = self._plan(order, parts, backward=False)
@@ -223,7 +230,7 @@ class PipelineEngine(Engine):
             job = self._job
             if job is None:  # a trial
                 with context():
-                    return forward(*inputs)
+                    return _sent(forward(*inputs))
             try:
                 turn = job.turns[place] = job.turns.get(place, -1) + 1
                 if first:
@@ -233,7 +240,7 @@ class PipelineEngine(Engine):
                     outputs = forward(*inputs)
                     if last:
                         return job.finish(outputs, job.parts[turn])
-                return tuple(each.contiguous() for each in (outputs if type(outputs) is tuple else (outputs,)))
+                return _sent(outputs)
             except Exception as error:
                 job.error = error
                 raise
@@ -242,6 +249,8 @@ class PipelineEngine(Engine):
 
     def _cut(self, batch: Any) -> tuple[Order, list[Any]]:
         """Cut a batch into the micro-batches that the schedule can run."""
+        if self._sharded:  # a rank that has no batch left runs this one again
+            self._last = batch
         size = size_of(batch)
         order = self.order.for_batch(size)
         if order is not self.order and not self.__dict__.get("_told"):
@@ -315,6 +324,13 @@ class PipelineEngine(Engine):
             for buffer, before in kept:
                 buffer.copy_(before)
         return forms
+
+
+def _sent(outputs: Any) -> Any:
+    """What a part sends to the next: whole tensors without gaps in memory; what is no tensor as it is."""
+    tensors = outputs if type(outputs) is tuple else (outputs,)
+    whole = (each.full_tensor() if is_sharded_tensor(each) else each for each in tensors)
+    return tuple(each.contiguous() if isinstance(each, Tensor) else each for each in whole)
 
 
 class _Means:

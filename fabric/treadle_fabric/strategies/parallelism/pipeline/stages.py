@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter, Sequential
 
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.norms import count_elsewhere
 
 __all__: list[str] = []
@@ -80,6 +79,11 @@ def group_stages(stages: list[Module], count: int, ranks: int, name: str) -> lis
     return [stages[begin:end] for begin, end in pairwise(bounds)]
 
 
+def is_cut(module: Module) -> bool:
+    """Whether this rank has a part of a module, because a pipeline was made of the module."""
+    return module in _cut
+
+
 class Placement:
     """Which parameters and buffers this rank has; the others are on the meta device here.
 
@@ -119,15 +123,14 @@ class Placement:
         return self.rank in self.parameters[name]
 
     def take(self, device: torch.device) -> None:
-        """Give this rank its part, with the values of rank 0, on its device, and free the rest.
+        """Give this rank its part, on its device, and free the rest.
 
         Parameters stay the same objects, for optimizers. A module that was cut before stays as it is.
 
         Raises:
             MisconfigurationException: torch holds a parameter fast, in a graph of an earlier forward pass.
         """
-        if self.module not in _cut:
-            take_over_from_rank_zero(self.module, device)
+        if not is_cut(self.module):
             self._free_others()
             _cut.add(self.module)
         self.module._apply(lambda each: each if each.is_meta else each.to(device))  # type: ignore[no-untyped-call]
@@ -155,7 +158,8 @@ class Placement:
 
 
 def _free(name: str, parameter: Parameter) -> None:
-    held = Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    held = Parameter(empty, parameter.requires_grad)
     parameter.grad = None
     try:
         torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]

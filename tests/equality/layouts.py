@@ -1,0 +1,62 @@
+"""The table of layouts: how processes share a model and its batches. Each engine is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tests.equality.model import Block
+from torch import nn
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from treadle_fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+__all__ = ["LAYOUTS", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A strategy on a number of processes."""
+
+    name: str
+    processes: int
+    strategy: Callable[[], Any]
+
+
+def share_blocks_out(model: nn.Module, mesh: Any) -> nn.Module:
+    """Let the processes of the tensor dimension share the wide layers."""
+    for block in [m for m in model.modules() if isinstance(m, Block)]:
+        parallelize_module(block, mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    return model
+
+
+def tensor_parallel(**sizes: Any) -> Callable[[], Any]:
+    return lambda: ModelParallelStrategy(share_blocks_out, tensor_parallel_size=2, **sizes)
+
+
+def fsdp(**arguments: Any) -> Callable[[], Any]:
+    return lambda: FSDPStrategy(**arguments)
+
+
+HYBRID = {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}
+LAYOUTS = [
+    Layout("single", 1, lambda: "auto"),
+    Layout("fsdp1", 1, fsdp()),
+    Layout("ddp2", 2, lambda: "ddp"),
+    Layout("ddp2_static", 2, lambda: DDPStrategy(static_graph=True, gradient_as_bucket_view=True)),
+    Layout("fsdp2", 2, fsdp()),
+    Layout("fsdp2_policy", 2, fsdp(policy={Block})),
+    Layout("fsdp2_root_only", 2, fsdp(policy=lambda module: False)),
+    Layout("fsdp2_grad_op", 2, fsdp(policy={Block}, sharding_strategy="SHARD_GRAD_OP")),
+    Layout("fsdp2_recompute", 2, fsdp(policy={Block}, activation_checkpointing=Block)),
+    Layout("fsdp2_offload", 2, lambda: "fsdp_cpu_offload"),
+    Layout("fsdp2_full", 2, fsdp(state_dict_type="full")),
+    Layout("tensor2", 2, tensor_parallel(data_parallel_size=1)),
+    Layout("ddp4", 4, lambda: "ddp"),
+    Layout("fsdp4", 4, fsdp()),
+    Layout("hybrid4", 4, fsdp(policy={Block}, **HYBRID)),
+    Layout("tensor2_fsdp2", 4, tensor_parallel(data_parallel_size=2, policy={Block})),
+    Layout("tensor2_replicate2", 4, tensor_parallel(data_replicate_size=2)),
+    Layout("fsdp3", 3, fsdp()),
+]
