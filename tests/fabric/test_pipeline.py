@@ -182,3 +182,86 @@ def test_a_pipeline_has_the_losses_and_weights_of_one_process_and_its_folders_lo
         for name in (f"{schedule} half",):
             crossed, _ = train(alone(), data[4:], resume=tmp_path / name)
             assert crossed == pytest.approx(expected[-len(crossed) :], rel=1e-5)
+
+
+class Layers(nn.Module):
+    """Stages that the processes share: along the tensor dimension, or along the data dimensions."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Linear(32, WIDTH)) for _ in range(3)
+        )
+        if tied:
+            self.layers[2][2].weight = self.layers[0][2].weight
+
+    def pipeline_stages(self) -> Any:
+        return self.layers
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs - batch[1]).square().mean()
+
+
+def pairs(count: int, rows: int) -> list[Any]:
+    random = torch.Generator().manual_seed(2)
+    return [tuple(torch.randn(2, rows, WIDTH, generator=random)) for _ in range(count)]
+
+
+def learn(fabric: Any, data: list[Any], path: Any = None, resume: Any = None, tied: bool = False) -> Any:
+    model: Any = Layers(tied)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    model, optimizer = fabric.setup(model, optimizer)
+    state = {"model": model, "optimizer": optimizer}
+    if resume is not None:
+        fabric.load(resume, state)
+    told = []
+    for batch in data:
+        loss = fabric.all_reduce(fabric.run_batch(model, batch)["loss"])
+        told += [float(loss), float(fabric.clip_gradients(model, optimizer, max_norm=0.05))]
+        optimizer.step()
+        optimizer.zero_grad()
+    if path is not None:
+        fabric.save(path, state)
+    return told, model
+
+
+def on_a_mesh(folder: Path, expected: Any, tied: bool, arguments: dict[str, Any]) -> None:
+    name = "-".join(map(str, arguments.values()))
+    strategy = pipeline(**{"save_distributed_checkpoint": False, **arguments})
+    fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy)
+    fabric.launch()
+    size, rank = strategy.data_parallel_size, strategy.data_parallel_rank
+    data = [tuple(t.chunk(size)[rank] for t in pair) for pair in pairs(3, 8)]
+    told, model = learn(fabric, data, folder / name, tied=tied)
+    assert told == pytest.approx(expected, rel=1e-4), (told, expected)
+    learn(fabric, data[:2], folder / f"{name} half", tied=tied)
+    again, resumed = learn(fabric, data[2:], None, folder / f"{name} half", tied=tied)
+    assert again == told[-len(again) :]
+    if size == 2:  # ranks with unequal numbers of batches, in step
+        for batch in data[: 1 + rank]:
+            strategy.begin_vote(True)()
+            fabric.evaluate_batch(model, batch)
+        while strategy.begin_vote(False)():
+            strategy.join_forward(model.forward_module)
+
+
+@pytest.mark.parametrize(
+    ("tied", "arguments"),
+    [
+        (False, {"data_parallel_size": 2, "save_distributed_checkpoint": True}),
+        (True, {"data_parallel_size": 2}),
+        (
+            False,
+            {"tensor_parallel_size": 2, "tensor_parallel_plan": {"layers.*.0": "colwise", "layers.*.2": "rowwise"}},
+        ),
+    ],
+)
+def test_stages_are_sharded_over_the_other_dimensions(tmp_path: Path, tied: bool, arguments: dict[str, Any]) -> None:
+    expected, model = learn(alone(), pairs(3, 8), tied=tied)
+    run_in_ranks(on_a_mesh, tmp_path, expected, tied, arguments, devices=4)
+    for path in tmp_path.iterdir():
+        found = alone().load(path)["model"]
+        if "half" not in path.name:
+            for name, tensor in model.state_dict().items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)

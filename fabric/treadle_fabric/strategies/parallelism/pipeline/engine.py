@@ -28,7 +28,7 @@ from treadle_fabric.strategies.parallelism.pipeline.stages import (
     group_stages,
     inputs_of,
 )
-from treadle_fabric.strategies.sharding.engine import Engine
+from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine
 from treadle_fabric.strategies.unwrapping import inside
 
 __all__ = ["PipelineEngine"]
@@ -92,15 +92,16 @@ class PipelineEngine(Engine):
         self._placement = Placement(module, parts, self.rank, ranks)
         self._placement.take(self.device)
         self._precision = Precision() if precision is None else precision
-        self._trained = [[parameter for stage in part for parameter in stage.parameters()] for part in parts]
         own = {place: part for place, part in enumerate(parts) if place % ranks == self.rank}
         if parallelize is not None:
             own = {place: [parallelize(stage) for stage in part] for place, part in own.items()}
+        self._placement.tie()
+        self._trained = [[parameter for stage in part for parameter in stage.parameters()] for part in parts]
         self._own = {place: Sequence(part, self._runner(place)) for place, part in own.items()}
         self._ties = Ties(self._placement, self.group)
         self._share = Sharing(self.group, self.rank, ranks, self.device)
         self._plans: OrderedDict[Any, Callable[[], None]] = OrderedDict()
-        self._sharded = [stage for part in own.values() for stage in part if isinstance(stage, Engine)]
+        self._sharded = [stage for part in own.values() for stage in part if isinstance(stage, ShardedEngine)]
         self._last: Any = None
         self._job: _Job | None = None
 
@@ -323,6 +324,9 @@ class PipelineEngine(Engine):
         with torch.no_grad():
             for buffer, before in kept:
                 buffer.copy_(before)
+        for engine in self._sharded:  # no backward pass comes that would free what was gathered
+            for sharded in engine.sharded_modules():
+                sharded.reshard()
         return forms
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter, Sequential
 
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies.sharding.norms import count_elsewhere
 
@@ -106,13 +107,18 @@ class Placement:
                     on.setdefault(id(tensor), set()).add(part % ranks)
         self.parameters: dict[str, tuple[int, ...]] = {}
         """The ranks that have each parameter, by name; a parameter with two names is there twice."""
-        ties: dict[int, str] = {}
-        self._ties: list[tuple[str, tuple[int, ...]]] = []
+        names: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            ranks_of = self.parameters[name] = tuple(sorted(on.get(id(parameter), {self.last})))
-            if len(ranks_of) > 1 and id(parameter) not in ties and rank in ranks_of:
-                ties[id(parameter)] = name
-                self._ties.append((name, ranks_of))
+            self.parameters[name] = tuple(sorted(on.get(id(parameter), {self.last})))
+            names.setdefault(id(parameter), []).append(name)
+        own = {id(m) for part in range(rank, len(parts), ranks) for stage in parts[part] for m in stage.modules()}
+        here = {prefix for prefix, part in module.named_modules(remove_duplicate=False) if id(part) in own}
+        self._tied: list[tuple[list[str], tuple[int, ...]]] = []
+        """The names of each parameter that this rank and others have, first one in a stage of this rank."""
+        for several in names.values():
+            if len(ranks_of := self.parameters[several[0]]) > 1 and self.has(several[0]):
+                ordered = sorted(several, key=lambda name: name.rpartition(".")[0] not in here)
+                self._tied.append((ordered, ranks_of))
         self._foreign_buffers = []
         for name, buffer in module.named_buffers(remove_duplicate=False):
             if rank not in on.get(id(buffer), {rank}):
@@ -134,18 +140,28 @@ class Placement:
             self._free_others()
             _cut.add(self.module)
         self.module._apply(lambda each: each if each.is_meta else each.to(device))  # type: ignore[no-untyped-call]
-        for parameter, ranks in self.ties():
+
+    def tie(self) -> None:
+        """Tie again, after its stage was sharded, what was one parameter before."""
+        for names, ranks in self._tied:
+            parameter = self.module.get_parameter(names[0])
             if self.rank != ranks[0]:
                 count_elsewhere(parameter)
+            for name in names[1:]:
+                owner, _, last = name.rpartition(".")
+                self.module.get_submodule(owner)._parameters[last] = parameter
 
     def _free_others(self) -> None:
+        freed: dict[int, Parameter] = {}
         for name in self.parameters:
             if not self.has(name):
                 owner, _, last = name.rpartition(".")
-                parameter = self.module.get_submodule(owner)._parameters[last]
+                parameters = self.module.get_submodule(owner)._parameters
+                parameter = parameters[last]
                 assert parameter is not None
-                if not parameter.is_meta:
-                    _free(name, parameter)
+                if id(parameter) not in freed:
+                    freed[id(parameter)] = _freed(name, parameter)
+                parameters[last] = freed[id(parameter)]
         for name in self._foreign_buffers:
             owner, _, last = name.rpartition(".")
             buffers = self.module.get_submodule(owner)._buffers
@@ -154,12 +170,17 @@ class Placement:
 
     def ties(self) -> list[tuple[Parameter, tuple[int, ...]]]:
         """Return the parameters that this rank and others have, with the ranks; in the same order on all ranks."""
-        return [(self.module.get_parameter(name), ranks) for name, ranks in self._ties]
+        return [(self.module.get_parameter(names[0]), ranks) for names, ranks in self._tied]
 
 
-def _free(name: str, parameter: Parameter) -> None:
+def _freed(name: str, parameter: Parameter) -> Parameter:
+    """The parameter, of which nothing but shape and dtype is left; of a DTensor another one, which never was whole."""
+    if parameter.is_meta and not is_sharded_tensor(parameter):
+        return parameter
     empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
     held = Parameter(empty, parameter.requires_grad)
+    if is_sharded_tensor(parameter):
+        return held
     parameter.grad = None
     try:
         torch.utils.swap_tensors(parameter, held)  # type: ignore[no-untyped-call]
@@ -169,6 +190,7 @@ def _free(name: str, parameter: Parameter) -> None:
             f" because it is in use: make the module anew before it is set up, and run no forward pass before."
             f" torch: {error}"
         ) from error
+    return parameter
 
 
 class Ties:
