@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from treadle_fabric import Fabric, MisconfigurationException
+from treadle_fabric.precision import MixedPrecision
 from treadle_fabric.strategies import ModelParallelStrategy
+from treadle_fabric.strategies.parallelism.pipeline import Order
+from treadle_fabric.strategies.parallelism.pipeline.microbatches import cut
 
 WORDS, WIDTH = 24, 16
 
@@ -265,3 +268,162 @@ def test_stages_are_sharded_over_the_other_dimensions(tmp_path: Path, tied: bool
         if "half" not in path.name:
             for name, tensor in model.state_dict().items():
                 torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+class Inputs(nn.Module):
+    """Keeps the dtypes that reach a stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.seen = nn.Linear(WIDTH, WIDTH), set[torch.dtype]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(x.dtype)
+        return self.layer(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = Inputs(), Inputs()
+
+    def pipeline_stages(self) -> list[nn.Module]:
+        return [self.first, self.second]
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs.float() - batch[1].float()).square().mean()
+
+
+def mixed(folder: Path, devices: int) -> list[Any]:
+    """Train with a gradient scaler, over a batch whose loss is infinite; returns losses, scales and weights."""
+    precision = MixedPrecision("16-mixed", scaler=torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=100))
+    strategy: Any = pipeline() if devices > 1 else "auto"
+    fabric = Fabric(accelerator="cpu", devices=devices, strategy=strategy, plugins=[precision])
+    fabric.launch()
+    model = Scaled()
+    model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    data, told = pairs(4, 8), []
+    data[2][1][0] = float("inf")
+    for batch in data:
+        told.append(float(fabric.run_batch(model, batch)["loss"]))
+        fabric.clip_gradients(model, optimizer, max_norm=1.0, error_if_nonfinite=False)
+        optimizer.step()
+        optimizer.zero_grad()
+        told.append(precision.scaler.get_scale())
+    seen = model.first.seen | model.second.seen
+    if devices == 1:
+        torch.save([told, model.state_dict()], folder / "told.pt")
+    else:
+        expected, weights = torch.load(folder / "told.pt")
+        assert told == pytest.approx(expected, rel=2e-2)
+        for name, tensor in model.state_dict().items():
+            if not tensor.is_meta:
+                torch.testing.assert_close(tensor, weights[name], rtol=2e-2, atol=1e-3)
+        assert seen == {torch.float16} if fabric.global_rank else {torch.float32}
+    return told
+
+
+def test_stages_run_in_the_precision_and_an_infinite_gradient_is_known_to_all_ranks(tmp_path: Path) -> None:
+    told = mixed(tmp_path, 1)
+    assert told[1::2] == [4.0, 4.0, 2.0, 2.0]
+    run_in_ranks(mixed, tmp_path, 2)
+
+
+def test_orders_say_what_they_can_run() -> None:
+    def refused(match: str, *arguments: Any) -> None:
+        with pytest.raises(MisconfigurationException, match=match):
+            Order.checked(*arguments)
+
+    refused("pipeline_schedule='1f1c' is unknown.*1f1b", "1f1c", 4, None, 2)
+    refused("pipeline_microbatches=3.*at least 4, the number of ranks", "1f1b", 3, None, 4)
+    refused("pipeline_microbatches=3.*'interleaved'.*at least 4", "interleaved", 3, None, 4)
+    refused("pipeline_microbatches=7.*multiple of 3", "interleaved", 7, None, 2)
+    refused("pipeline_microbatches.*0", "gpipe", 0, None, 2)
+    refused("pipeline_virtual_stages=2 is for", "1f1b", 4, 2, 2)
+    order = Order.checked("1f1b", None, None, 2)
+    assert order == Order("1f1b", 4, 2, 2) and Order.checked("interleaved", 4, None, 2).parts == 4
+    assert order.for_batch(12) is order
+    assert order.for_batch(6) == order._replace(microbatches=3)
+    assert order.for_batch(5) == order._replace(microbatches=1, schedule="gpipe")
+    assert order.for_batch(1).microbatches == 1
+    with pytest.raises(MisconfigurationException, match="pipeline_microbatches=1"):
+        ModelParallelStrategy(pipeline_parallel_size=2, pipeline_microbatches=1)
+    with pytest.raises(MisconfigurationException, match="sharded_cross_entropy"):
+        ModelParallelStrategy(pipeline_parallel_size=2, loss_parallel=True)
+
+
+def test_batches_are_cut_along_their_samples() -> None:
+    batch = {"x": torch.arange(6), "names": list("abcdef"), "scale": torch.tensor(2.0), "kind": "even", "pair": [1, 2]}
+    parts = cut(batch, 3)
+    assert [part["x"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]
+    assert parts[1]["names"] == ["c", "d"] and parts[2]["pair"] == [1, 2] and parts[0]["kind"] == "even"
+    assert cut(batch, 1) == [batch]
+    with pytest.raises(MisconfigurationException, match=r"batch\['y'\] has 3 rows, and the batch 6 samples"):
+        cut({"x": torch.zeros(6), "y": torch.zeros(3)}, 2)
+    with pytest.raises(MisconfigurationException, match="no tensor that tells its size"):
+        cut({"x": "text"}, 2)
+    with pytest.raises(MisconfigurationException, match="0 samples"):
+        cut(torch.zeros(0, 2), 2)
+
+
+class Wrong(Model):
+    def __init__(self, stages: Any) -> None:
+        super().__init__()
+        self.chosen = stages
+
+    def pipeline_stages(self) -> Any:
+        return self.chosen(self)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (lambda: nn.Linear(2, 2), "Linear has no method `pipeline_stages`"),
+        (lambda: Wrong(lambda m: m.head), "returned a Linear: return a list"),
+        (lambda: Wrong(lambda m: [m.head, nn.Linear(2, 2)]), "Linear that is no submodule of Wrong in place 1"),
+        (lambda: Wrong(lambda m: [m.head, m]), "returned the module in place 1"),
+        (lambda: Wrong(lambda m: [m.head, torch.tanh]), "no submodule of Wrong in place 1"),
+        (lambda: Wrong(lambda m: [m.head, m.join, m.head]), "'head' twice, in the places 0 and 2"),
+    ],
+)
+def test_what_is_no_list_of_stages_is_refused(model: Any, match: str) -> None:
+    fabric = alone()
+    with pytest.raises(MisconfigurationException, match=match):
+        fabric.run_batch(fabric.setup(model()), batches(1)[0])
+
+
+class Broken(Scaled):
+    """Fails in what ``where`` says."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        self.first.forward = lambda x: self.fail() if where == "stage" else [x] if where == "list" else x  # type: ignore
+
+    def fail(self) -> Any:
+        raise ZeroDivisionError("in a stage")
+
+
+def failing() -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=pipeline())
+    fabric.launch()
+    batch, rank = pairs(1, 8)[0], fabric.global_rank
+
+    def refused(model: nn.Module, kind: Any, match: str) -> None:
+        with pytest.raises(kind, match=match):
+            fabric.run_batch(fabric.setup(model), batch)
+
+    one = Scaled()
+    one.pipeline_stages = lambda: [one.first]  # type: ignore[method-assign]
+    with pytest.raises(MisconfigurationException, match="1 stages, and a pipeline of 2 ranks needs 2 or more"):
+        fabric.setup(one)
+    refused(Broken("stage"), MisconfigurationException if rank else ZeroDivisionError, "in a stage")
+    refused(Broken("list"), MisconfigurationException, "a list: what goes to the next rank is a tensor or a tuple")
+    model = Scaled()
+    with pytest.raises(MisconfigurationException, match="LBFGS.step computes the loss again"):
+        fabric.setup(model, torch.optim.LBFGS(model.parameters()))
+
+
+def test_what_fails_in_a_stage_is_told_on_all_ranks() -> None:
+    run_in_ranks(failing)
