@@ -20,7 +20,15 @@ from treadle.data.training import TrainingData
 from treadle.run.accumulation import Accumulation, Place, decide
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import name_in, plain_name, rank_zero_info, rank_zero_warn, with_plain_names
+from treadle_fabric import (
+    Fabric,
+    all_gather_objects,
+    name_in,
+    plain_name,
+    rank_zero_info,
+    rank_zero_warn,
+    with_plain_names,
+)
 from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
 from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
 
@@ -168,6 +176,8 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         _write_ended(run, saved)
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
+    if fabric.strategy.shards_parameters and "gradients" not in saved:
+        gradients = _means(fabric, gradients, {name: p.shape for name, p in parameters.items()})
     for name, gradient in gradients.items():
         parameter = parameters[name_in(module, name)]
         if not parameter.is_meta and not gradient.is_meta:
@@ -204,6 +214,16 @@ def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:
     written = _write_ended(run, saved)
     run.results.reset()
     return written
+
+
+def _means(fabric: Fabric, gradients: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The means over the ranks of what each accumulated by itself, for parameters of which a rank has a part."""
+    found = {}
+    for name in sorted({name for names in all_gather_objects(fabric, list(gradients)) for name in names}):
+        mine = gradients.get(name)
+        mine = torch.zeros(shapes[name]) if mine is None else mine
+        found[name] = fabric.strategy.all_reduce(mine.to(fabric.device), reduce_op="mean")
+    return found
 
 
 def _write_ended(run: ReadyRun, saved: dict[str, Any]) -> bool:

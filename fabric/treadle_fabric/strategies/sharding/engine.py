@@ -118,6 +118,11 @@ class ShardedEngine(Engine):
         """The engine, if ``fully_shard`` was applied to it; else None."""
         return self if hasattr(self, "_get_fsdp_state") else None
 
+    @property
+    def has_learned(self) -> bool:
+        """Whether a forward pass with gradients has run."""
+        return any(grad for _, grad in self._orders)
+
     def sharded_modules(self) -> Iterator[Any]:
         """Iterate over the modules that ``fully_shard`` was applied to, from the outside."""
         return (module for module in self.modules() if hasattr(module, "_get_fsdp_state"))

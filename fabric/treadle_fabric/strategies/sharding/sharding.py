@@ -129,7 +129,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
                     p.grad = None
 
     def settle_gradients(self, module: Module) -> None:
-        if isinstance(module, ShardedEngine) and module.root is not None:
+        if isinstance(module, ShardedEngine) and module.root is not None and module.has_learned:
             module.join_backward()
 
     def _alive(self) -> list[Engine]:
