@@ -74,7 +74,8 @@ class Strategy(ABC):
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     runs_whole_batch: bool = False
-    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
+    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
+    its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
     forward_is_collective: bool = False
     """Ranks work together in every forward pass, also without gradients: all make the same number of passes. A rank
     that has no batch left calls :meth:`join_forward` instead."""
@@ -368,18 +369,33 @@ class Strategy(ABC):
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss of the engine ``module``; the other arguments are those of ``Tensor.backward``."""
 
-    def run_batch(self, module: Module, batch: Any, window: int) -> Tensor:
+    def run_batch(
+        self, module: Module, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
         """Run forward and backward of a whole batch, where the strategy ``runs_whole_batch``.
 
         Args:
             module: The engine.
             batch: On this rank's device; the strategy cuts it into micro-batches.
             window: The number of batches of the gradient accumulation; the loss is divided by it before its backward.
+            loss: Called with the outputs for a micro-batch and the micro-batch, in the place of the module's ``loss``.
+                It returns the mean loss, or a dict of scalars by name with "loss".
 
         Returns:
-            The detached mean loss of the batch, a scalar, the same on every rank; not divided by ``window``.
+            By name, detached scalars, the same on every rank that works on this batch: the mean "loss" over the
+            samples, not divided by ``window``, and the means of what else ``loss`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
+
+    def evaluate_batch(
+        self, module: Module, batch: Any, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
+        """Run the forward pass of a whole batch, where the strategy ``runs_whole_batch``: see :meth:`run_batch`."""
+        raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
+
+    def predict_batch(self, module: Module, batch: Any) -> Any:
+        """Return what the model makes of a whole batch, on every rank, where the strategy ``runs_whole_batch``."""
+        raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
 
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""

@@ -77,7 +77,9 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         if done:
             run.fabric.strategy.settle_gradients(run.engine)
         named = with_plain_names(module, module.named_parameters())
-        gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
+        # of a parameter that is on another rank alone, that rank has the gradient
+        held = ((n, p if p.is_meta else p.grad) for n, p in named)
+        gradients = {n: gradient.detach() for n, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
     if progress.epoch_ended:
@@ -90,7 +92,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         buffers = _buffers(module)
         prints = {name: fingerprint(buffer) for name, buffer in buffers.items()}
         saved = fabric.broadcast(prints)  # the state dict has rank 0's buffers
-        mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved.get(name)}
+        mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved.get(name, prints[name])}
         mine["engine"] = fabric.strategy.engine_state()
     if fabric.strategy.data_parallel_size < fabric.world_size:
         shared["shares"] = shares_of_ranks(fabric.strategy)
@@ -194,11 +196,13 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         gradients = _means(fabric, gradients, {name: p.shape for name, p in named})
     for name, gradient in gradients.items():
         parameter = parameters[name_in(module, name)]
-        parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
+        if not parameter.is_meta and not gradient.is_meta:
+            parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():
-        buffers[plain_name(module, name_in(module, name))].copy_(buffer)
+        if (here := buffers.get(plain_name(module, name_in(module, name)))) is not None:
+            here.copy_(buffer)
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
@@ -305,7 +309,7 @@ def _buffers(module: Module) -> dict[str, Tensor]:
         plain_name(module, f"{prefix}.{name}" if prefix else name): buffer.detach()
         for prefix, part in module.named_modules()
         for name, buffer in part.named_buffers(recurse=False)
-        if name not in part._non_persistent_buffers_set and not is_sharded_tensor(buffer)
+        if name not in part._non_persistent_buffers_set and not buffer.is_meta and not is_sharded_tensor(buffer)
     }
 
 

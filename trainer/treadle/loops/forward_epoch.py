@@ -34,8 +34,11 @@ def forward_epoch(run: ReadyRun, data: TrainingData | None) -> int:
 
     Returns:
         The number of batches. It is 0 where ``training_step`` cannot be called without learning, because it steps the
-        optimizers or draws its batches itself; and where a stream cannot be iterated again.
+        optimizers or draws its batches itself, or because the strategy runs whole batches; and where a stream cannot be
+        iterated again.
     """
+    if run.fabric.strategy.runs_whole_batch:
+        return 0
     step, wants_iterator = bind_step(run.module.training_step, run.method("training_step"), TRAINING_ARGUMENTS)
     if data is None or wants_iterator or not run.module.automatic_optimization:
         return 0

@@ -14,6 +14,7 @@ from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, without_inference
 from treadle.loops.lockstep import lockstep_of
+from treadle.loops.step.whole import prediction_of_whole_batches
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.profilers.profiler import timed_iteration
@@ -40,8 +41,11 @@ class Prediction:
 
     def __init__(self, run: ReadyRun, data: EvaluationData, *, inference_mode: bool, keep: bool) -> None:
         self._run, self._data, self._keep = run, data, keep
-        step, call, several = run.module.predict_step, run.method("predict_step"), len(data.loaders) > 1
-        self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
+        if run.fabric.strategy.runs_whole_batch:
+            self._step, self._wants_iterator = prediction_of_whole_batches(run), False
+        else:
+            step, call, several = run.module.predict_step, run.method("predict_step"), len(data.loaders) > 1
+            self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._meeting = BatchMeeting("prediction") if run.fabric.world_size > 1 else None

@@ -5,6 +5,9 @@ alike are shared out between the ranks; of a DTensor or ShardedTensor each rank 
 of its own (``PerRank``) goes into a file of its own, ``rank_0.pt`` and so on. Everything else, and the structure, is
 rank 0's and goes into ``meta.pt``, with a tensor of one stored value in the place of each large tensor and an empty one
 in the place of each ``PerRank``. The number of processes that read is free.
+
+A tensor on the meta device is one that this rank has not, and another one may have, under the same name: as in a
+pipeline, where each rank has some layers. Then the rank that has it writes it, however small it is.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -32,6 +35,10 @@ class Split:
     """A state that is split: by name large tensors and what a rank has of its own, and the structure with stand-ins."""
 
     def __init__(self, state: Any) -> None:
+        self.elsewhere: dict[str, Tensor] = {}
+        """The tensors that are on the meta device here."""
+        self.tensors: dict[str, Tensor] = {}
+        """All tensors, by their paths."""
         self.replicated: dict[str, Tensor] = {}
         self.sharded: dict[str, Any] = {}
         self.own: dict[str, Any] = {}
@@ -50,6 +57,10 @@ class Split:
                 name += "'"
             self.own[name], self._own_stand_ins[name] = value.value, (stand_in := torch.empty(0, device="cpu"))
             return stand_in
+        if isinstance(value, Tensor):
+            self.tensors[name] = value
+        if type(value) in (Tensor, Parameter) and value.is_meta:
+            return self._elsewhere(value, name)
         sharded = is_sharded_tensor(value)
         if not sharded and not _is_large(value):
             return value
@@ -66,6 +77,20 @@ class Split:
         self._known[key] = self._stand_ins[name] = stand_in
         (self.sharded if sharded else self.replicated)[name] = value
         return stand_in
+
+    def _elsewhere(self, value: Tensor, name: str) -> Tensor:
+        """A stand-in for what another rank may have."""
+        stand_in = torch.zeros((), dtype=value.dtype, device="cpu").expand(value.shape)
+        if isinstance(value, Parameter):
+            stand_in = Parameter(stand_in, requires_grad=value.requires_grad)
+        self.elsewhere[name], self._stand_ins[name] = value, stand_in
+        return stand_in
+
+    def nowhere(self, names: Collection[str]) -> None:
+        """Put those tensors back into the structure that are on the meta device on all ranks."""
+        back = {id(self._stand_ins.pop(name)): self.elsewhere[name] for name in names}
+        if back:
+            self.structure = map_leaves(self.structure, lambda value, _: back.get(id(value), value), "")
 
 
 def _is_large(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -18,14 +19,33 @@ from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
 from treadle_fabric.strategies.unwrapping import inside, user_module
 
-__all__ = ["ShardedEngine", "engine_around"]
+__all__ = ["Engine", "ShardedEngine", "engine_around"]
 
 _made = itertools.count()  # every process sets up the same modules in the same order
 _engines: Final[weakref.WeakKeyDictionary[Module, weakref.ref[ShardedEngine]]] = weakref.WeakKeyDictionary()
 """The engine of each of the user's modules that is sharded: a module is sharded once, however often it is set up."""
 
 
-class ShardedEngine(Module):
+class Engine(Module, ABC):
+    """What runs a module of which a rank has a part."""
+
+    running: bool
+    """Whether a method runs through the engine."""
+
+    @abstractmethod
+    def expect_backward(self, loss: Tensor) -> None:
+        """Get ready for a backward pass inside of the method that runs."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Use no parameters that were gathered before."""
+
+    @abstractmethod
+    def join_forward(self, method: str) -> None:
+        """Take part, with no batch, in the forward pass without gradients in which other ranks run a method."""
+
+
+class ShardedEngine(Engine):
     """Runs a module, or one of its methods, as the forward pass of torch's ``fully_shard``.
 
     ``fully_shard`` is applied to this engine, so that it gathers, for every method that runs through the engine, the
@@ -36,8 +56,6 @@ class ShardedEngine(Module):
     """
 
     module: Module
-    running: bool
-    """Whether a method runs through the engine."""
     synchronizes: bool
     """Whether backward passes reduce gradients over the ranks."""
     number: int

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from treadle_fabric.coordination import reached_by
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["clip_norm", "clip_value", "local_gradients", "norms", "total_norm", "unscale"]
+__all__ = ["clip_norm", "clip_value", "count_elsewhere", "local_gradients", "norms", "total_norm", "unscale"]
+
+_ELSEWHERE = "_treadle_counted_elsewhere"
+
+
+def count_elsewhere(parameter: Tensor) -> None:
+    """Let norms leave out a parameter, because another rank has the same one and counts it."""
+    setattr(parameter, _ELSEWHERE, True)
 
 
 def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, groups: Sequence[Any] = ()) -> Tensor:
@@ -100,7 +107,8 @@ def clip_norm(
     """
     parameters = list(parameters)
     parts = local_gradients(parameters)
-    norm = total_norm((p.grad for p in parameters if p.grad is not None), norm_type, groups)
+    counted = (p for p in parameters if p.grad is not None and not hasattr(p, _ELSEWHERE))
+    norm = total_norm((p.grad for p in counted if p.grad is not None), norm_type, groups)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
