@@ -41,6 +41,7 @@ from treadle_fabric.strategies.parallelism.sequence import (
 from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
 from treadle_fabric.strategies.parallelism.slices import split_batches
 from treadle_fabric.strategies.parallelism.substitution import Substitution
+from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
@@ -48,7 +49,6 @@ from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
 from treadle_fabric.strategies.sharding.shard import shard_module
 from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["ModelParallelStrategy"]
