@@ -82,8 +82,7 @@ def main(args: argparse.Namespace) -> None:
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
-        if epoch % 5 == 4:
-            fabric.print(f"epoch {epoch + 1}: loss {fabric.all_reduce(loss.detach()):.4f}")
+        fabric.print(f"epoch {epoch + 1}: loss {fabric.all_reduce(loss.detach()):.4f}")
 
 
 if __name__ == "__main__":
