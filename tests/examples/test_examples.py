@@ -197,7 +197,7 @@ def test_model_parallel_cpu() -> None:
         for name, (devices, sequence) in layouts.items()
     }
     found = {name: number(r"epoch 1: loss ([\d.]+)", text) for name, text in printed.items()}
-    assert found["tensor"] < 3.0 and len(set(found.values())) == 1, found
+    assert found["tensor"] < 6.0 and len(set(found.values())) == 1, found
 
 
 def test_char_gpt() -> None:
