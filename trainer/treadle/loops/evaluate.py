@@ -54,13 +54,12 @@ class Evaluation:
         self._iterate: Callable[..., Any] = data.iterate
         if inference_mode:
             self._iterate = lambda *args: outside_inference_mode(partial(data.iterate, *args))
-        self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
-        self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
+        self._around = tuple(run.dispatch.listeners(f"on_{name}_batch_{when}") for when in ("start", "end"))
         self._meeting = BatchMeeting(name) if run.fabric.world_size > 1 else None
         self._lockstep = lockstep_of(run, f"{name}_step", self._no_grad)
         self._asked, self._ended = 0, True  # the number of calls of `interrupted`; whether all of them said no
-        self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
-        self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
+        hooks = (f"on_{name}_model_eval", f"on_{name}_model_train")
+        self._sets_modes = tuple(not overrides(run.module, hook, ModuleHooks) for hook in hooks)  # before and after
 
     def __call__(
         self,
@@ -86,7 +85,7 @@ class Evaluation:
         try:
             with self._no_grad():
                 dispatch.call(f"{hook}_model_eval")
-                if self._switches_modes:
+                if self._sets_modes[0]:
                     run.module.eval()
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
@@ -127,9 +126,9 @@ class Evaluation:
             results.reset()
             run.log_to(before)
             run.changes.modes_before = []
-            if self._restores_modes:
+            if self._sets_modes[1]:
                 restore_modes(modes)
-        if not self._restores_modes:
+        if not self._sets_modes[1]:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
@@ -147,7 +146,7 @@ class Evaluation:
         """Evaluate on one loader."""
         run, results, step = self._run, self._results, self._step
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
-        on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
+        on_batch_start, on_batch_end = self._around
         step_name, start_name, end_name = (
             f"{self._name}_step",
             f"on_{self._name}_batch_start",
