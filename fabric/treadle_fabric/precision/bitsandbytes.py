@@ -31,9 +31,9 @@ class BitsandbytesPrecision(Precision):
     beside them, whose modules ``ignore_modules`` names. A layer that shares its weight with another one stays as it is,
     and a message says so. Where the model has layers of bitsandbytes already, none is replaced.
 
-    Modules made in ``fabric.init_module()`` are in the host's memory until they are set up, so that the device never
-    holds a weight that is not quantized. With ``empty_init=True`` they take up memory there only when they are filled.
-    Layers load checkpoints of full weights, which they quantize, and checkpoints that they wrote.
+    Modules made in ``fabric.init_module()`` are in the host's memory until they are set up, so that the device holds at
+    most one weight at a time that is not quantized. With ``empty_init=True`` they take up memory there only when they
+    are filled. Layers load checkpoints of full weights, which they quantize, and checkpoints that they wrote.
 
     Args:
         mode: ``"nf4"`` or ``"fp4"``: 4 bits; with ``"-dq"`` the scales are quantized, too. ``"int8"``: 8 bits.

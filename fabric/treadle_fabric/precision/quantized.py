@@ -81,7 +81,6 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc] # bitsandbytes has 
         kept = self.weight
         kept.data = weight.to(kept.device, copy=True)
         kept.CB, kept.SCB = kept.data, scales.to(kept.device, copy=True)  # the next forward moves both to the state
-        self.state.CB = self.state.SCB = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """Move the scales along with the weight, wherever they are now."""
