@@ -103,18 +103,9 @@ class Strategy(ABC):
         Args:
             parts: Of the devices one for each process on this machine.
             num_nodes: Machines.
-
-        Raises:
-            MisconfigurationException: The strategy shards parameters, which the precision does not allow.
-            DeviceUnavailableError: The precision is not one of these devices.
         """
         self._accelerator = self._accelerator or parts.accelerator
         self._precision = self._precision or parts.precision
-        if self._precision is not None and self._precision.replaces_parameters and self.shards_parameters:
-            raise MisconfigurationException(
-                f"{type(self).__name__} shares parameters out over the processes, and those that"
-                f" {type(self._precision).__name__} makes cannot be cut. Use strategy='ddp', or another precision."
-            )
         if parts.devices and self._precision is not None:
             self._precision.place(parts.devices[0].type)
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
