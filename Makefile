@@ -57,6 +57,7 @@ format: $(VENV)/.dev
 # lightning 2.6.2 and 2.6.3 on the package index were malicious uploads: name the version, never a range.
 bench: .venv-bench/.done
 	.venv-bench/bin/python benchmarks/bench.py
+	.venv-bench/bin/python benchmarks/engines.py
 
 clean:
 	rm -rf .venv .venv-bench .venv-ray .venv-remote build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -8,6 +8,7 @@ Tests of ``treadle_fabric.strategies.fsdp``, ``treadle_fabric.strategies.model_p
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ TOLERANCES = {
     "bf16-mixed": (2e-2, 0.1),
     "bf16-true": (5e-2, 0.1),
     "16-mixed": (5e-3, 2e-2),
+    "fp8-mixed": (6e-2, 0.1),  # a rank has the scale of its own samples
+    "fp8-true": (6e-2, 0.1),
 }
 PROGRAMS = {"fabric": fabric_loop, "trainer": trainer_fit}
 OTHER_PRECISIONS = {
@@ -34,6 +37,10 @@ OTHER_PRECISIONS = {
     "bf16-true": {"ddp2", "fsdp2_policy"},
     "16-mixed": {"ddp2", "fsdp2_policy"},
 }
+if find_spec("torchao"):
+    import torchao.float8  # noqa: F401 # for the forks
+
+    OTHER_PRECISIONS |= {"fp8-mixed": {"ddp2", "fsdp2_policy", "tensor2"}, "fp8-true": {"fsdp2_policy"}}
 
 
 def precisions(layout: Layout) -> list[str]:

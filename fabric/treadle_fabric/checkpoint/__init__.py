@@ -20,6 +20,7 @@ rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` a
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.distributed.ranks import raise_together
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, own_part, sharded_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.export.consolidate import consolidate
 from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
@@ -63,12 +64,14 @@ __all__ = [
     "fingerprint",
     "hidden_beside",
     "in_memory",
+    "is_sharded_tensor",
     "known_classes",
     "lies_at",
     "link_folder",
     "names_of",
     "newest_good",
     "noting_checks",
+    "own_part",
     "pack",
     "parts_on_demand",
     "pickled_in",
@@ -79,6 +82,7 @@ __all__ = [
     "read_quickly",
     "region",
     "remote_checkpoints_in",
+    "sharded_like",
     "shortened",
     "size_of",
     "tensors_on_demand",

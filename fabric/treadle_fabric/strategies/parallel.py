@@ -26,8 +26,9 @@ from treadle_fabric.failures import current_member, end_process, join_group, lea
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
+from treadle_fabric.strategies.parts import Parts
 from treadle_fabric.strategies.reduction import reduction_of
-from treadle_fabric.strategies.strategy import Parts, Strategy
+from treadle_fabric.strategies.strategy import Strategy
 
 __all__ = ["ParallelStrategy"]
 

@@ -6,14 +6,12 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
@@ -29,28 +27,10 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.parts import NoInit, Parts
 from treadle_fabric.types import PathLike
 
-__all__ = ["METHOD_KEYWORD", "Parts", "Plugin", "Strategy"]
-
-METHOD_KEYWORD = "treadle_method"
-"""Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
-module to run instead of the module's ``forward``."""
-
-
-Plugin: TypeAlias = Precision | CheckpointIO | ClusterEnvironment
-"""What ``plugins`` takes, one object of each."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a strategy is put together from, as far as it is known."""
-
-    accelerator: Accelerator | None = None
-    devices: tuple[torch.device, ...] = ()
-    precision: Precision | None = None
-    checkpoint_io: CheckpointIO | None = None
-    environment: ClusterEnvironment | None = None
+__all__ = ["Strategy"]
 
 
 class Strategy(ABC):
@@ -94,7 +74,8 @@ class Strategy(ABC):
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     runs_whole_batch: bool = False
-    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
+    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
+    its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
     forward_is_collective: bool = False
     """Ranks work together in every forward pass, also without gradients: all make the same number of passes. A rank
     that has no batch left calls :meth:`join_forward` instead."""
@@ -137,9 +118,18 @@ class Strategy(ABC):
             precision: The precision.
             checkpoint_io: Writes and reads files.
             num_nodes: Machines.
+
+        Raises:
+            MisconfigurationException: The strategy shards parameters, which the precision does not allow.
+            DeviceUnavailableError: The precision is not one of these devices.
         """
         self._accelerator = self._accelerator or accelerator
         self._precision = self._precision or precision
+        if self._precision is not None and self._precision.replaces_parameters and self.shards_parameters:
+            raise MisconfigurationException(
+                f"{type(self).__name__} shares parameters out over the processes, and those that"
+                f" {type(self._precision).__name__} makes cannot be cut. Use strategy='ddp', or another precision."
+            )
         if devices and self._precision is not None:
             self._precision.place(devices[0].type)
         self._checkpoint_io = self._checkpoint_io or checkpoint_io
@@ -347,7 +337,7 @@ class Strategy(ABC):
         """
         with ExitStack() as stack:
             if empty_init:
-                stack.enter_context(_NoInit())
+                stack.enter_context(NoInit())
             if empty_init and self.initializes_on_meta:
                 stack.enter_context(torch.device("meta"))
             elif not self.shards_parameters:  # a device may not have room for all of what is sharded
@@ -379,24 +369,45 @@ class Strategy(ABC):
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss of the engine ``module``; the other arguments are those of ``Tensor.backward``."""
 
-    def run_batch(self, module: Module, batch: Any, window: int) -> Tensor:
+    def run_batch(
+        self, module: Module, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
         """Run forward and backward of a whole batch, where the strategy ``runs_whole_batch``.
 
         Args:
             module: The engine.
             batch: On this rank's device; the strategy cuts it into micro-batches.
             window: The number of batches of the gradient accumulation; the loss is divided by it before its backward.
+            loss: Called with the outputs for a micro-batch and the micro-batch, in the place of the module's ``loss``.
+                It returns the mean loss, or a dict of scalars by name with "loss".
 
         Returns:
-            The detached mean loss of the batch, a scalar, the same on every rank; not divided by ``window``.
+            By name, detached scalars, the same on every rank that works on this batch: the mean "loss" over the
+            samples, not divided by ``window``, and the means of what else ``loss`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
+
+    def evaluate_batch(
+        self, module: Module, batch: Any, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
+        """Run the forward pass of a whole batch, where the strategy ``runs_whole_batch``: see :meth:`run_batch`."""
+        raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
+
+    def predict_batch(self, module: Module, batch: Any) -> Any:
+        """Return what the model makes of a whole batch, on every rank, where the strategy ``runs_whole_batch``."""
+        raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
 
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
 
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
+
+    def release_gathered(self) -> None:
+        """Free what is gathered of parameters: modules then have the parts that this process holds.
+
+        Call it before parts are read or changed outside of a step. Default: nothing is gathered.
+        """
 
     def settle_gradients(self, module: Module) -> None:
         """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
@@ -413,6 +424,16 @@ class Strategy(ABC):
         Args:
             module: The engine; this process may have run no pass of this method before, nor of another one.
             method: The method of the user's module that the pass runs.
+        """
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        """Take part in what is left of a forward pass that ended early in this process, and goes on in others.
+
+        A step may return before it has run the model, for a batch that is of no use. Default: others go on alone.
+
+        Args:
+            module: The engine, which has run a pass.
+            method: The method of the user's module that the pass ran.
         """
 
     def join_backward(self, module: Module, label: str) -> None:
@@ -602,13 +623,3 @@ class Strategy(ABC):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""
-
-
-class _NoInit(TorchFunctionMode):
-    """Turns the functions of ``torch.nn.init`` into no-ops."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)

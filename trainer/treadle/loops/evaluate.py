@@ -13,6 +13,7 @@ from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, outside_inference_mode
 from treadle.loops.lockstep import lockstep_of
+from treadle.loops.step.whole import evaluation_of_whole_batches
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
@@ -43,8 +44,11 @@ class Evaluation:
         self._results = Results(training=False, fabric=run.fabric)
         self._results.belongs_to(run.module, run.results.callbacks)
         self._several = len(data.loaders) > 1
-        step, call = getattr(run.module, f"{name}_step"), run.method(f"{name}_step")
-        self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
+        if run.fabric.strategy.runs_whole_batch:
+            self._step, self._wants_iterator = evaluation_of_whole_batches(run, self._results, name), False
+        else:
+            step, call = getattr(run.module, f"{name}_step"), run.method(f"{name}_step")
+            self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._iterate: Callable[..., Any] = data.iterate

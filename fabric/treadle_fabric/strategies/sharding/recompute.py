@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Collection, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def recompute(module: Module, policy: Policy | None = None, saved: Collection[An
 class _Recomputed:
     """The forward of a module, whose activations are computed again for the backward pass."""
 
-    def __init__(self, module: Module, saved: list[Any]) -> None:
+    def __init__(self, module: Module, saved: list[str]) -> None:
         self._forward = module.forward
         self._saved = saved
         functools.update_wrapper(self, module.forward)  # for those who ask for the signature
@@ -63,7 +64,8 @@ class _Recomputed:
             return self._forward(*args, **kwargs)
         extra: dict[str, Any] = {}
         if self._saved:
-            extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, self._saved)
+            operators = [attrgetter(name)(torch.ops) for name in self._saved]
+            extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, operators)
         # as two arguments: torch looks there for the devices whose random numbers it has to repeat
         run = functools.partial(self._run, torch.get_default_dtype(), _function_modes())
         return checkpoint(run, args, kwargs, use_reentrant=False, **extra)
@@ -82,13 +84,14 @@ def _function_modes() -> list[Any]:
     return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
-def _operators(saved: Collection[Any]) -> list[Any]:
-    found: list[Any] = []
+def _operators(saved: Collection[Any]) -> list[str]:
+    """The names of operators in ``torch.ops``: the operators cannot be copied with a module."""
+    found: list[str] = []
     for each in saved:
         if isinstance(each, torch._ops.OpOverload):
-            found.append(each)
+            found.append(str(each))
         elif isinstance(each, torch._ops.OpOverloadPacket):
-            found += [getattr(each, name) for name in each.overloads()]  # type: ignore[no-untyped-call]
+            found += [f"{each}.{name}" for name in each.overloads()]  # type: ignore[no-untyped-call]
         else:
             raise MisconfigurationException(
                 f"Activation checkpointing keeps the results of operators of torch, and {each!r} is none. Such are"

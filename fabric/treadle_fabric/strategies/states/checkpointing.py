@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ from treadle_fabric.checkpoint import (
     classes_in_state,
     files_mapped,
     in_memory,
+    is_sharded_tensor,
     noting_checks,
     pack,
     tensors_on_demand,
@@ -275,19 +277,23 @@ def _news(found: dict[str, str], told: set[tuple[str, str]]) -> str:
 def _plain(strategy: Strategy, value: Any, stateful: bool, within: tuple[int, ...] = ()) -> Any:
     """The value with the values of all ranks gathered and, if asked, state dicts in the place of ``stateful`` objects.
 
-    A container in which nothing changes is the same object. One of a class of the user's, such as a dataclass or a
-    named tuple, whose objects became state dicts is a dict by names.
+    Where rank 0 writes a single file, tensors of which ranks have parts are gathered, one after the other; on other
+    ranks they are then on the meta device. A container in which nothing changes is the same object. One of a class of
+    the user's, such as a dataclass or a named tuple, whose objects became state dicts is a dict by names.
     """
     if isinstance(value, PerRank):
         mine = _plain(strategy, value.value, stateful)
         return PerRank(mine) if strategy.checkpoint_io.sharded else gather_objects(strategy, mine)
+    if strategy.shards_parameters and not strategy.checkpoint_io.sharded and is_sharded_tensor(value):
+        whole: Tensor = value.detach().full_tensor()
+        return whole.cpu() if strategy.is_global_zero else whole.to("meta")
     if stateful:
         if isinstance(value, Module):
             return strategy.get_module_state_dict(value)
         if isinstance(value, Optimizer):
             return strategy.get_optimizer_state(value)
         if _is_stateful(value):
-            return value.state_dict()
+            return _plain(strategy, value.state_dict(), False)
     if id(value) in within or not (stateful or isinstance(value, (dict, list, tuple))):
         return value  # what holds itself is seen when it is packed
     held = entries(value)

@@ -12,8 +12,9 @@ import torch
 from torch.optim import Optimizer
 
 from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.gradients import Gradients, WholeBatchGradients
+from treadle.loops.step.gradients import Gradients
 from treadle.loops.step.preparation import Preparation
+from treadle.loops.step.whole import WholeBatchGradients
 from treadle.run.run import ReadyRun
 
 __all__ = ["AutomaticStep", "step_of"]
