@@ -63,9 +63,10 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         return self._mesh
 
     def setup_module(self, module: Module) -> Module:
-        engine: Engine | None = engine_around(module)
-        if engine is None:
-            engine = self.parallelize(module)
+        known_engine = engine_around(module)
+        if known_engine is not None:
+            known_engine.forget_gradients()
+        engine: Engine = known_engine or self.parallelize(module)
         known = {id(alive): reference for reference in self._engines if (alive := reference()) is not None}
         self._engines = tuple({**known, id(engine): weakref.ref(engine)}.values())
         return engine
@@ -108,8 +109,8 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         module.join_forward(method)
 
     def finish_forward(self, module: Module, method: str) -> None:
-        assert isinstance(module, ShardedEngine)
-        module.finish_forward(method, torch.is_grad_enabled())
+        if isinstance(module, ShardedEngine):
+            module.finish_forward(method, torch.is_grad_enabled())
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""
