@@ -260,7 +260,7 @@ class _Place:
     def _registered(self, part: Tensor) -> Tensor:
         made: Any = part
         if self.is_sharded:
-            from torch.distributed.tensor import DTensor
+            from torch.distributed.tensor import DTensor  # heavy
 
             old: Any = self.tensor
             made = DTensor.from_local(

@@ -17,6 +17,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.sharding.engine import ShardedEngine, engine_around
+from treadle_fabric.strategies.sharding.wrapping import refuse_lazy
 from treadle_fabric.strategies.states.sharded_state import ShardedStateStrategy
 
 __all__ = ["ShardingStrategy"]
@@ -64,6 +65,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
     def setup_module(self, module: Module) -> Module:
         engine = engine_around(module)
         if engine is None:
+            refuse_lazy(module)
             engine = self.parallelize(module)
         known = {id(alive): reference for reference in self._engines if (alive := reference()) is not None}
         self._engines = tuple({**known, id(engine): weakref.ref(engine)}.values())
