@@ -285,3 +285,33 @@ def fit_more(folder: Path, module: Module, meta: bool) -> None:
 
 def test_the_trainer_makes_the_model_in_parts(tmp_path: Path) -> None:
     run_in_ranks(fit_in_ranks, tmp_path)
+
+
+def mebibytes(field: str) -> float:
+    """Of this process: its memory now (VmRSS), or at most (VmHWM)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
+
+
+def measure_memory() -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    fabric.launch()
+
+    def make(layers: int, width: int) -> nn.Module:
+        with fabric.init_module(empty_init=True):
+            model = nn.Sequential(*(nn.Linear(1024, width, bias=False) for _ in range(layers)))
+        return fabric.setup(model)
+
+    make(2, 8)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the most that was used
+    before = mebibytes("VmRSS")
+    model = make(16, 2048)
+    grown = mebibytes("VmHWM") - before
+    held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) / 2**20  # type: ignore[operator]
+    assert held == 64  # half of 16 layers of 8 MiB
+    assert held < grown < held + 8 + 8, grown  # and a whole layer
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was used")
+def test_a_rank_needs_memory_for_its_parts_and_a_layer() -> None:
+    run_in_ranks(measure_memory)
