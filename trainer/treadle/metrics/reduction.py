@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from torch import Tensor
 from treadle.metrics.values import scalar_on, to_floats, vector_on
 from treadle_fabric import Fabric, all_gather_objects, rank_zero_warn
 
-__all__ = ["REDUCTIONS", "Reduced", "Reduction", "Row", "Told", "reduce_over_ranks"]
+__all__ = ["REDUCTIONS", "Reduced", "Reduction", "Row", "Told", "gather_of_shares", "reduce_over_ranks"]
+
+T = TypeVar("T")
 
 Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
 Row: TypeAlias = tuple[str, Reduction | Literal["gather", "count"], Any, float]
@@ -23,10 +25,22 @@ REDUCTIONS: Final[dict[Any, Reduction]] = {
 _PACKET: Final = 130  # doubles in the packed collective: a checksum, a count and 64 pairs; more slots need a second one
 
 
+def gather_of_shares(fabric: Fabric, mine: T) -> list[T]:
+    """Gather what each rank has, once for each share of the data: ranks that work together on one have the same.
+
+    Returns:
+        On every rank what the first rank of each share passed, in the order of the shares.
+    """
+    found: dict[int, T] = {}
+    for share, theirs in all_gather_objects(fabric, (fabric.strategy.data_parallel_rank, mine)):
+        found.setdefault(share, theirs)
+    return [found[share] for share in sorted(found)]
+
+
 def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
     """Gather the values of all ranks, in the order of the ranks; the host waits once for the device."""
     numbers = to_floats({str(i): value for i, value in enumerate(values)})
-    return [v for theirs in all_gather_objects(fabric, [*numbers.values()]) for v in theirs]
+    return [v for theirs in gather_of_shares(fabric, [*numbers.values()]) for v in theirs]
 
 
 class Told(NamedTuple):
@@ -78,6 +92,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
         rows, names = [mine[n] for n in union], union
         gathered = _exchange(fabric, rows, names)
         assert gathered is not None
+    alike = fabric.world_size // fabric.strategy.data_parallel_size  # ranks that worked on the same samples
     out: dict[str, Any] = {}
     counts = gathered[:, 1::2].sum(0).tolist() if any(how == "count" for _, how, *_ in rows) else []
     for i, (name, how, total, _) in enumerate(rows):
@@ -86,7 +101,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
             case "mean":
                 out[name] = totals.sum() / weights.sum()
             case "sum":
-                out[name] = totals.sum()
+                out[name] = totals.sum() if alike == 1 else totals.sum() / alike
             case "count":
                 out[name] = int(counts[i])
             case "gather":
