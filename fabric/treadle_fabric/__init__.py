@@ -20,6 +20,7 @@ from treadle_fabric.checkpoint import (
     AsyncCheckpointIO,
     CheckpointIO,
     DistributedCheckpointIO,
+    ExportingCheckpointIO,
     TorchCheckpointIO,
     newest_good,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "DistributedCheckpointIO",
     "DoublePrecision",
     "DummyLogger",
+    "ExportingCheckpointIO",
     "ExternalLauncher",
     "FSDPStrategy",
     "Fabric",

@@ -157,8 +157,7 @@ class Epochs:
         self._order.leave()
         order, batches = state.get("order", {}), 0 if ended else batch
         self._draw_from(order.get("seed"))
-        shares = order.get("world_size", world_size)  # fewer where processes worked together on one
-        saved = Saved.read(order, world_size=shares, begun=begun, batches=batches)
+        saved = Saved.read(order, world_size=world_size, begun=begun, batches=batches)
         decision = decide(saved, layout := self._order.layout(saved))
         if batches and self._world_size == 1 and self._order.seed is None and not isinstance(decision, Same):
             self._share()  # only a shared order has a position that is no multiple of the batch size

@@ -6,8 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,29 +27,10 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.no_init import NoInit
+from treadle_fabric.strategies.parts import NoInit, Parts
 from treadle_fabric.types import PathLike
 
-__all__ = ["METHOD_KEYWORD", "Parts", "Plugin", "Strategy"]
-
-METHOD_KEYWORD = "treadle_method"
-"""Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
-module to run instead of the module's ``forward``."""
-
-
-Plugin: TypeAlias = Precision | CheckpointIO | ClusterEnvironment
-"""What ``plugins`` takes, one object of each."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a strategy is put together from, as far as it is known."""
-
-    accelerator: Accelerator | None = None
-    devices: tuple[torch.device, ...] = ()
-    precision: Precision | None = None
-    checkpoint_io: CheckpointIO | None = None
-    environment: ClusterEnvironment | None = None
+__all__ = ["Strategy"]
 
 
 class Strategy(ABC):
@@ -423,6 +403,12 @@ class Strategy(ABC):
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
+    def release_gathered(self) -> None:
+        """Free what is gathered of parameters: modules then have the parts that this process holds.
+
+        Call it before parts are read or changed outside of a step. Default: nothing is gathered.
+        """
+
     def settle_gradients(self, module: Module) -> None:
         """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
 
@@ -438,6 +424,16 @@ class Strategy(ABC):
         Args:
             module: The engine; this process may have run no pass of this method before, nor of another one.
             method: The method of the user's module that the pass runs.
+        """
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        """Take part in what is left of a forward pass that ended early in this process, and goes on in others.
+
+        A step may return before it has run the model, for a batch that is of no use. Default: others go on alone.
+
+        Args:
+            module: The engine, which has run a pass.
+            method: The method of the user's module that the pass ran.
         """
 
     def join_backward(self, module: Module, label: str) -> None:

@@ -15,13 +15,12 @@ from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, without_inference
 from treadle.loops.lockstep import lockstep_of
 from treadle.loops.step.whole import prediction_of_whole_batches
-from treadle.metrics.reduction import gather_of_shares
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.profilers.profiler import timed_iteration
 from treadle.run.run import ReadyRun
-from treadle_fabric import move_data_to_device
-from treadle_fabric.data import BatchMeeting
+from treadle_fabric import all_gather_objects, move_data_to_device
+from treadle_fabric.data import BatchMeeting, one_of_each, shares_of_ranks
 
 __all__ = ["Prediction"]
 
@@ -50,6 +49,7 @@ class Prediction:
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._meeting = BatchMeeting("prediction") if run.fabric.world_size > 1 else None
+        self._shares = shares_of_ranks(run.fabric.strategy)
         self._lockstep = lockstep_of(run, "predict_step", self._no_grad)
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
@@ -178,14 +178,14 @@ class Prediction:
         if not self._data.is_shared(loader_idx):
             return kept
         fabric, absent = self._run.fabric, object()
-        ranks = gather_of_shares(fabric, kept)
+        ranks = one_of_each(all_gather_objects(fabric, kept), self._shares)
         return [item for turn in zip_longest(*ranks, fillvalue=absent) for item in turn if item is not absent]
 
     def _with_others(self, outputs: Iterator[Any]) -> Iterator[Any]:
         fabric = self._run.fabric
         while True:
             mine = [each for each in islice(outputs, 1) if each is not _PASSED]
-            turn = gather_of_shares(fabric, mine)
+            turn = one_of_each(all_gather_objects(fabric, mine), self._shares)
             if not turn[0]:  # rank 0 has the first batch of each turn, so no rank has one
                 return
             for theirs in turn:

@@ -72,6 +72,6 @@ class LossPolicy(Protocol):
 
 
 def gradients_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """What this rank has of the gradients of the parameters of optimizers; a change of it changes the gradients."""
+    """The gradients of the parameters of optimizers, those that have one: of each what this rank holds."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     return local_gradients(p for group in groups for p in group["params"])

@@ -149,7 +149,7 @@ class ShardedSave:
         try:
             destination.follow(ranks.of_first(destination.begin))
             outcomes = ranks.to_first(lambda: self._write_files(ranks))
-            ranks.of_first(lambda: self._publish(ranks, outcomes))
+            ranks.of_first(lambda: self._end(ranks, outcomes))
         finally:
             self._plain, self._pieces = _Plain(None, {}), []  # nothing refers to the copy any more
             if ranks.rank == 0:
@@ -178,6 +178,12 @@ class ShardedSave:
                     torch.save(content, stream)
                 files[name] = stream.size, stream.crc
         return files, entries
+
+    def _end(self, ranks: Ranks, outcomes: list[Outcome]) -> None:
+        try:
+            self._publish(ranks, outcomes)
+        finally:
+            self._destination.end()  # before the other ranks learn of it, which may look at the folder then
 
     def _publish(self, ranks: Ranks, outcomes: list[Outcome]) -> None:
         files: dict[str, tuple[int, int]] = {}

@@ -13,6 +13,7 @@ pipeline, where each rank has some layers. Then the rank that has it writes it, 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Collection
 from typing import Any
@@ -112,6 +113,28 @@ def is_sharded_tensor(value: Any) -> bool:
         if module is not None and isinstance(value, getattr(module, name)):
             return True
     return False
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached: a change of the part changes the tensor."""
+    part: Any = tensor.detach()
+    own: Tensor = part.to_local() if is_sharded_tensor(part) else part
+    return own
+
+
+def sharded_like(part: Tensor, tensor: Any) -> Tensor:
+    """A tensor of which this rank has ``part``, sharded as ``tensor`` is; nothing is copied or sent.
+
+    Args:
+        part: Of the shape of ``own_part(tensor)``, of any dtype and on any device.
+        tensor: Any tensor; of a plain one the part is the whole.
+    """
+    if not is_sharded_tensor(tensor):
+        return part
+    meta = tensor._spec.tensor_meta._replace(dtype=part.dtype)
+    spec = dataclasses.replace(tensor._spec, tensor_meta=meta)
+    made: Tensor = type(tensor)(part, spec, requires_grad=False)  # from_local would move it to the mesh's devices
+    return made
 
 
 def map_leaves(value: Any, change: Callable[[Any, str], Any], path: str) -> Any:

@@ -244,8 +244,8 @@ class PowerSGDExchange(HookExchange):
         self._left: dict[str, Tensor] = {}
 
     def _prepare(self) -> None:
-        # The hook issues further collectives when one is done. Gloo has them done by its few threads, which then wait for
-        # each other, and issue those of two buckets in another order on another rank.
+        # The hook issues further collectives when one is done. Gloo has them done by its few threads, which then wait
+        # for each other, and issue those of two buckets in another order on another rank.
         self._waits = "nccl" not in dist.get_backend(self.state.process_group)
 
     def _exchange(self, state: Any, bucket: Any) -> Any:

@@ -28,7 +28,7 @@ from treadle_fabric.failures import call_at_looks, current_member, notes
 from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies.data_parallel.communication import Exchange, communicate
 from treadle_fabric.strategies.data_parallel.hook_checks import sparse_tables
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD
+from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
 
 __all__ = ["DDPEngine", "listed"]

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from treadle_fabric.coordination import reached_by
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["clip_norm", "clip_value", "count_elsewhere", "local_gradients", "total_norm", "unscale"]
+__all__ = ["clip_norm", "clip_value", "count_elsewhere", "local_gradients", "norms", "total_norm", "unscale"]
 
 _ELSEWHERE = "_treadle_counted_elsewhere"
 
@@ -64,6 +64,22 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, groups: Sequ
         total = _reduced(total, operation, group)
     double = any(part.dtype in (torch.float64, torch.complex128) for part in every)
     return _root(total, p).to(torch.float64 if double else torch.float32)
+
+
+def norms(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The p-norm of each of several tensors, as :func:`total_norm` gives that of all of them.
+
+    Returns:
+        A vector with one norm for each tensor, the same on every rank.
+    """
+    p, parts = float(norm_type), [_part(tensor) for tensor in tensors]
+    device = _device([part for part, _ in parts])
+    sums = torch.stack([_power_sum([part], p, device) for part, _ in parts])
+    operation = dist.ReduceOp.MAX if math.isinf(p) else dist.ReduceOp.SUM
+    for group in dict.fromkeys(group for _, split_over in parts for group in split_over):
+        concerned = [i for i, (_, split_over) in enumerate(parts) if group in split_over]
+        sums[concerned] = _reduced(sums[concerned], operation, group)
+    return torch.stack([_root(each, p) for each in sums]).float()
 
 
 def clip_norm(
@@ -121,6 +137,9 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
+            continue
+        if type(gradient) is Tensor and not gradient.is_sparse:
+            parts.append(gradient)
             continue
         if gradient.is_sparse:
             parameter.grad = gradient = gradient.coalesce()

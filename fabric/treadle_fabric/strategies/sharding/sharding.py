@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
@@ -105,6 +106,10 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
     def join_forward(self, module: Module, method: str = "forward") -> None:
         assert isinstance(module, Engine)
         module.join_forward(method)
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        assert isinstance(module, ShardedEngine)
+        module.finish_forward(method, torch.is_grad_enabled())
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -30,10 +29,6 @@ class ShardedStateStrategy(CheckpointingStrategy):
     """
 
     shards_parameters = True
-
-    @abstractmethod
-    def release_gathered(self) -> None:
-        """Free what is gathered of the parameters, so that modules have their parts only."""
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
         """The state of the user's module, in DTensors if checkpoints are folders; else whole on rank 0.

@@ -56,6 +56,8 @@ class Gradients:
         self._results.hook = "training_step"
         output = self._training_step(batch, batch_idx)
         mean, weight = (output, None) if isinstance(output, Tensor) else _loss_of(output)
+        if mean is None:
+            self._run.fabric.strategy.finish_forward(self._run.engine, "training_step")
         loss = mean
         if mean is not None and _is_empty(batch) and not self._is_finite(mean, batch_idx):
             loss = None  # a mean over no samples

@@ -72,6 +72,8 @@ class PipelineEngine(Engine):
         MisconfigurationException: The module or the arguments do not fit.
     """
 
+    running = False  # no method of the module does
+
     def __init__(
         self,
         module: Module,
@@ -84,7 +86,6 @@ class PipelineEngine(Engine):
     ) -> None:
         super().__init__()
         ranks, self.order = order.ranks, order
-        self.running = False
         parts = group_stages(find_stages(module), self.order.parts, ranks, type(module).__qualname__)
         self.module = module
         self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
