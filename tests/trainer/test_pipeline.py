@@ -171,22 +171,23 @@ class Uneven(Model):
 def over_the_data(folder: Path, expected: Any) -> None:
     run = trainer(folder, devices=4, strategy=pipeline(data_parallel_size=2), accumulate_grad_batches=1, max_epochs=1)
     model = Uneven()
-    run.fit(model, loader(40, 1, 4), loader(20, 2, 4))  # three batches for a share of the data, two for the other
+    run.fit(model, loader(40, 1, 4), loader(21, 2, 4))  # unequal last batches
     assert float(run.callback_metrics["val_loss"]) == pytest.approx(expected["val"], rel=1e-4)
-    logged = run.validate(model, loader(20, 2, 4), verbose=False)[0]
+    logged = run.validate(model, loader(21, 2, 4), verbose=False)[0]
     assert logged["given"] == logged["val_loss"] == pytest.approx(expected["val"], rel=1e-4)
-    assert logged["rows"] == 20
-    outputs = torch.cat(run.predict(model, loader(20, 2, 4)))
+    assert logged["rows"] == 21
+    outputs = torch.cat(run.predict(model, loader(21, 2, 4)))
     torch.testing.assert_close(outputs, expected["outputs"], rtol=1e-3, atol=1e-4)
+    trainer(folder, devices=4, strategy=pipeline(data_parallel_size=2), max_epochs=1).fit(Uneven(), loader(35, 1, 4))
     print("as one process")
 
 
 def test_data_parallel_pipelines_log_and_predict_what_one_process_does(tmp_path: Path) -> None:
     run, plain = trainer(tmp_path, accumulate_grad_batches=1, max_epochs=1), Plain()
-    run.fit(plain, loader(40, 1, 8), loader(20, 2, 4))
+    run.fit(plain, loader(40, 1, 8), loader(21, 2, 4))
     expected = {
         "val": float(run.callback_metrics["val_loss"]),
-        "outputs": torch.cat(run.predict(plain, loader(20, 2, 4))).detach(),
+        "outputs": torch.cat(run.predict(plain, loader(21, 2, 4))).detach(),
     }
     said = run_in_ranks(over_the_data, tmp_path, expected, devices=4)
     assert said.count("as one process") == 4 and "was not logged" not in said

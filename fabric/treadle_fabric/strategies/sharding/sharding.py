@@ -108,7 +108,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         module.join_forward(method)
 
     def finish_forward(self, module: Module, method: str) -> None:
-        assert isinstance(module, ShardedEngine)
+        assert isinstance(module, Engine)
         module.finish_forward(method, torch.is_grad_enabled())
 
     def join_backward(self, module: Module, label: str) -> None:
