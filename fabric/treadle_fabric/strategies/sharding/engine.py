@@ -45,6 +45,10 @@ class Engine(Module, ABC):
     def join_forward(self, method: str) -> None:
         """Take part, with no batch, in the forward pass without gradients in which other ranks run a method."""
 
+    @abstractmethod
+    def finish_forward(self, method: str, grad: bool) -> None:
+        """Take part in what is left of a pass of a method that ended early on this rank, and goes on on others."""
+
 
 class ShardedEngine(Engine):
     """Runs a module, or one of its methods, as the forward pass of torch's ``fully_shard``.

@@ -112,8 +112,8 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         module.join_forward(method)
 
     def finish_forward(self, module: Module, method: str) -> None:
-        if isinstance(module, ShardedEngine):
-            module.finish_forward(method, torch.is_grad_enabled())
+        assert isinstance(module, Engine)
+        module.finish_forward(method, torch.is_grad_enabled())
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""

@@ -25,12 +25,13 @@ from treadle_fabric.checkpoint import (
     is_sharded_tensor,
     noting_checks,
     pack,
+    raise_together,
     tensors_on_demand,
     trusting,
     unpack,
 )
 from treadle_fabric.containers import entries, holds_state, leaves, update_entries, with_entries
-from treadle_fabric.coordination import gather_objects, on_every_rank, on_rank_zero, once_a_node, raise_together
+from treadle_fabric.coordination import gather_objects, on_every_rank, on_rank_zero, once_a_node
 from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
