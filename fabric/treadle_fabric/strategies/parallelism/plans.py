@@ -349,7 +349,7 @@ def _share_again(shared: list[list[tuple[str, Module, str]]]) -> None:
 
 
 def _apply(layer: _Layer, mesh: Any) -> None:
-    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.distributed.tensor.parallel import parallelize_module  # heavy
 
     if layer.style == "gather_sequence":
         layer.module.register_forward_pre_hook(_gathering(mesh), with_kwargs=True)
