@@ -220,6 +220,7 @@ class Language(LightningModule):
         loss = self.gpt.loss(*batch)
         assert type(loss) is Tensor
         self.log("loss", loss)
+        self.log("scale", self.gpt.head.weight.square().mean(), on_step=False, on_epoch=True)
         return {"loss": loss, "weight": (batch[1] != -100).sum()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -251,6 +252,7 @@ def _fit(strategy: Any, devices: int, share: int) -> tuple[dict[str, float], dic
     loaders = (DataLoader(_data(ignored), batch_size=BATCH // share) for ignored in (3, 0))
     trainer.fit(module, *loaders)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
+    assert "scale" in metrics
     state = module.gpt.state_dict()
     return metrics, {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in state.items()}
 

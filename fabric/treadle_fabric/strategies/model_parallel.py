@@ -206,6 +206,15 @@ class ModelParallelStrategy(ShardingStrategy):
         return self._order.ranks > 1
 
     @property
+    def num_slices(self) -> int:
+        return self.sizes["sequence_parallel"]
+
+    @property
+    def slice_index(self) -> int:
+        sizes = self.sizes
+        return self.global_rank // sizes["tensor_parallel"] % sizes["sequence_parallel"]
+
+    @property
     def stage_groups(self) -> tuple[Any, ...]:
         return (self.device_mesh["pipeline_parallel"].get_group(),) if self.runs_whole_batch else ()
 

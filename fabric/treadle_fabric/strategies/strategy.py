@@ -224,6 +224,16 @@ class Strategy(ABC):
         return 0 if ranks is None else int(ranks["rank"])
 
     @property
+    def num_slices(self) -> int:
+        """Number of slices, one a process, of each sequence of a share: they log different numbers. Default: 1."""
+        return 1
+
+    @property
+    def slice_index(self) -> int:
+        """Which slice of each sequence this process has, from 0."""
+        return 0
+
+    @property
     def stage_groups(self) -> tuple[Any, ...]:
         """Process groups over whose ranks the parameters of the model are shared out, none twice, as over the stages of
         a pipeline: norms of all gradients, and the search for infinite ones, go on over these. Default: none.
