@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults test-package test-ray lint format bench clean
+.PHONY: demo test test-faults test-package test-ray test-remote lint format bench clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 # One thread a process: the tests start many. A test marked `alone` measures time and so has the machine to itself.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults and not package and not ray"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults and not package and not ray and not remote"
 	$(BIN)/python -m pytest -m alone
 
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.
@@ -39,6 +39,11 @@ test-ray: export OMP_NUM_THREADS = 1
 test-ray: .venv-ray/.done
 	.venv-ray/bin/python -m pytest -m ray tests/ray
 
+# Checkpoints on an S3 server (moto's), which is reached by HTTP.
+test-remote: export OMP_NUM_THREADS = 1
+test-remote: .venv-remote/.done
+	.venv-remote/bin/python -m pytest -m remote tests/remote
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,9 +57,10 @@ format: $(VENV)/.dev
 # lightning 2.6.2 and 2.6.3 on the package index were malicious uploads: name the version, never a range.
 bench: .venv-bench/.done
 	.venv-bench/bin/python benchmarks/bench.py
+	.venv-bench/bin/python benchmarks/engines.py
 
 clean:
-	rm -rf .venv .venv-bench .venv-ray build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-ray .venv-remote build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -80,4 +86,14 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-ray
 	.venv-ray/bin/python $(INSTALL) -e '.[dev,tune]'
+	touch $@
+
+# botocore needs an older python-dateutil than everything else.
+.venv-remote/.done: pyproject.toml constraints.txt tests/remote/constraints.txt
+	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-remote
+	grep -v '^python-dateutil==' constraints.txt > .venv-remote/constraints.txt
+	cat tests/remote/constraints.txt >> .venv-remote/constraints.txt
+	.venv-remote/bin/python -m pip --disable-pip-version-check install --quiet -c .venv-remote/constraints.txt \
+		-e '.[trainer,s3]' 'moto[s3]' flask flask-cors psutil pytest pytest-timeout
 	touch $@

@@ -28,15 +28,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-# Helpers that multiprocessing keeps for the life of the process.
-KEPT = ("resource_tracker", "forkserver")
+# Helpers that multiprocessing keeps for the life of the process, and the S3 server of a module of tests.
+KEPT = ("resource_tracker", "forkserver", "moto.server")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs hardware that is not there, or Ray, which has an environment of its own."""
+    """Skip what needs hardware that is not there, or Ray or an S3 server, which have environments of their own."""
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
         "ray": "" if find_spec("ray") else "Ray is not installed; `make test-ray` installs it",
+        "remote": "" if find_spec("moto") and find_spec("s3fs") else "no S3 server here; `make test-remote` has one",
     }
     for item in items:
         for name, reason in missing.items():

@@ -38,7 +38,8 @@ from treadle_fabric.setup.metrics import gather_metrics
 from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
-from treadle_fabric.setup.wrapped import given_engine, put_back, unwrap
+from treadle_fabric.setup.whole_batch import evaluate_batch, predict_batch, run_batch
+from treadle_fabric.setup.wrapped import given_engine, given_module, put_back, unwrap
 from treadle_fabric.strategies import Plugin, Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
@@ -432,6 +433,43 @@ class Fabric:
             if (explained := self._strategy.explain_error(engine, error)) is not None:
                 raise explained from error
             raise
+
+    def run_batch(self, model: FabricModule, batch: Any, window: float = 1) -> dict[str, Tensor]:
+        """Run forward and backward of a whole batch, of a model that is cut into pipeline stages.
+
+        The model has two methods. ``pipeline_stages()`` returns its own submodules in their order; what one returns, a
+        tensor or a tuple of tensors, is what the next one gets. ``loss(outputs, batch)`` returns the mean loss of the
+        last stage's outputs, or a dict of scalars by name with "loss". What the first stage gets is the batch if that
+        is a tensor, or the first entry of a list or tuple, or what the optional ``pipeline_inputs(batch)`` returns.
+
+        In a pipeline, micro-batches go through it. Under every other strategy the stages run one after the other, so
+        that the same loop runs anywhere. All ranks that work together on a share of the batch call this with the same
+        batch.
+
+        Args:
+            model: The model that :meth:`setup` returned.
+            batch: On :attr:`device`.
+            window: The number of batches of a gradient accumulation, by which the loss is divided. Default: 1.
+
+        Returns:
+            The detached mean "loss" of the batch, not divided, and the means of what else ``loss`` returned, by name;
+            in a pipeline, on all of its ranks.
+
+        Raises:
+            MisconfigurationException: The model is not set up, or does not have these methods.
+        """
+        engine = given_engine(model, "run_batch")
+        return run_batch(self._strategy, given_module(model), engine, batch, window, self.backward)
+
+    def evaluate_batch(self, model: FabricModule, batch: Any) -> dict[str, Tensor]:
+        """Run a whole batch forward, without gradients; arguments and result as of :meth:`run_batch`."""
+        engine = given_engine(model, "evaluate_batch")
+        return evaluate_batch(self._strategy, given_module(model), engine, batch)
+
+    def predict_batch(self, model: FabricModule, batch: Any) -> Any:
+        """Return what the last stage returns for a whole batch, without gradients; arguments: see :meth:`run_batch`."""
+        engine = given_engine(model, "predict_batch")
+        return predict_batch(self._strategy, given_module(model), engine, batch)
 
     def clip_gradients(
         self,

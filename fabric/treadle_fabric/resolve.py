@@ -170,14 +170,8 @@ def build(plan: Plan) -> Strategy:
     precision = plan.precision
     if isinstance(precision, str):
         precision = make_precision(precision, plan.devices[0].type)
-    strategy.bind(
-        accelerator=plan.accelerator,
-        devices=list(plan.devices),
-        environment=plan.environment,
-        precision=precision,
-        checkpoint_io=plan.checkpoint_io,
-        num_nodes=plan.num_nodes,
-    )
+    parts = Parts(plan.accelerator, plan.devices, precision, plan.checkpoint_io, plan.environment)
+    strategy.bind(parts, plan.num_nodes)
     return strategy
 
 

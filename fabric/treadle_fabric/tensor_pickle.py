@@ -91,9 +91,19 @@ class _SendingPickler(_Pickler):
 class _Unpickler(pickle.Unpickler):
     storages: Sequence[torch.UntypedStorage]
 
+    def find_class(self, module: str, name: str, /) -> Any:
+        found = super().find_class(module, name)
+        return _rebuild_of_bytes if found is getattr(torch._utils, "_rebuild_tensor_v3", None) else found
+
     def persistent_load(self, pid: tuple[int, torch.dtype | None]) -> Any:
         place, dtype = pid
         storage = self.storages[place]
         if dtype is None:
             return storage
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def _rebuild_of_bytes(storage: torch.UntypedStorage, *rest: Any) -> Tensor:
+    """Make a tensor of a dtype that has no storage class of its own: float8 and the wide unsigned integers."""
+    made: Any = torch.storage.TypedStorage
+    return torch._utils._rebuild_tensor_v3(made(wrap_storage=storage, dtype=torch.uint8, _internal=True), *rest)  # type: ignore[no-any-return,no-untyped-call]

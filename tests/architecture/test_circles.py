@@ -12,7 +12,13 @@ from tests.architecture.sources import PACKAGES, files, tree, where
 # The one file that may name classes of higher layers, for type checkers only.
 UPWARDS = "treadle.contracts"
 # These import a part of theirs, which takes time or needs an extra, when one of its names is asked for.
-ON_DEMAND = ("treadle.callbacks", "treadle.cli", "treadle.searches", "treadle_fabric.loggers")
+ON_DEMAND = (
+    "treadle.callbacks",
+    "treadle.cli",
+    "treadle.searches",
+    "treadle_fabric.loggers",
+    "treadle_fabric.precision",
+)
 
 
 def imported(module: str) -> Iterator[tuple[ast.ImportFrom | ast.Import, str]]:

@@ -16,6 +16,7 @@ PACKAGES = ["treadle_fabric", "treadle"]
 # Each belongs to the one module, or the one function, that uses it.
 HEAVY = [
     "IPython",
+    "bitsandbytes",
     "comet_ml",
     "deepspeed",
     "fsspec",
@@ -41,14 +42,17 @@ HEAVY = [
     "torch.onnx",
     "torch.utils.tensorboard",
     "torch_xla",
+    "torchao",
     "torchmetrics",
     "tqdm",
     "trackio",
+    "transformer_engine",
     "treadle.callbacks.model_pruning",
     "treadle.callbacks.weight_averaging",
     "treadle.searches.learning_rate",
     "treadle_fabric.loggers.wandb",
     "treadle_fabric.measuring",
+    "treadle_fabric.precision.float8",
     "wandb",
     "zoneinfo",
 ]

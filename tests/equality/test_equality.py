@@ -8,6 +8,7 @@ Tests of ``treadle_fabric.strategies.fsdp``, ``treadle_fabric.strategies.model_p
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,8 +19,17 @@ from tests.equality.layouts import LAYOUTS, Layout
 from tests.equality.model import fabric_loop, result, results, run_rows, trainer_fit
 from tests.processes import run_in_ranks
 
-# How far losses and weights may be from those of one process: rounding in another order, times the precision's.
-TOLERANCES = {"32-true": 1e-5, "64-true": 1e-12, "bf16-mixed": 2e-2, "bf16-true": 6e-2, "16-mixed": 5e-3}
+# How far losses, which are float32, and weights may be from those of one process. Where a gradient is near zero, AdamW
+# makes a whole step of the rounding of a precision.
+TOLERANCES = {
+    "32-true": (1e-5, 1e-5),
+    "64-true": (1e-6, 1e-12),
+    "bf16-mixed": (2e-2, 0.1),
+    "bf16-true": (5e-2, 0.1),
+    "16-mixed": (5e-3, 2e-2),
+    "fp8-mixed": (6e-2, 0.1),  # a rank has the scale of its own samples
+    "fp8-true": (6e-2, 0.1),
+}
 PROGRAMS = {"fabric": fabric_loop, "trainer": trainer_fit}
 OTHER_PRECISIONS = {
     "64-true": {"ddp2", "fsdp2"},
@@ -27,6 +37,10 @@ OTHER_PRECISIONS = {
     "bf16-true": {"ddp2", "fsdp2_policy"},
     "16-mixed": {"ddp2", "fsdp2_policy"},
 }
+if find_spec("torchao"):
+    import torchao.float8  # noqa: F401 # for the forks
+
+    OTHER_PRECISIONS |= {"fp8-mixed": {"ddp2", "fsdp2_policy", "tensor2"}, "fp8-true": {"fsdp2_policy"}}
 
 
 def precisions(layout: Layout) -> list[str]:
@@ -64,13 +78,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_losses_and_weights_are_those_of_one_process(row: Any, found: dict[str, Any]) -> None:
     layout, precision, program = row
     mine, single = result(found, row_name(*row)), result(found, f"single-{precision}-{program}")
-    within = TOLERANCES[precision]
+    of_loss, of_weight = TOLERANCES[precision]
     assert len(mine["losses"]) == 6
-    assert mine["losses"] == pytest.approx(single["losses"], rel=within)
+    assert mine["losses"] == pytest.approx(single["losses"], rel=of_loss)
     assert mine["weights"].keys() == single["weights"].keys()
     for name, weight in single["weights"].items():
         difference = torch.linalg.vector_norm((mine["weights"][name] - weight).double())
-        assert difference <= within * torch.linalg.vector_norm(weight.double()), name
+        assert difference <= of_weight * max(torch.linalg.vector_norm(weight.double()), 1), name
 
 
 def test_both_programs_are_the_same_training(found: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from tests.processes import run_in_ranks
 NAMES = ["single", "ddp2", "fsdp2_policy", "fsdp2_full", "tensor2", "fsdp3", "hybrid4", "tensor2_fsdp2"]
 TABLE = {layout.name: layout for layout in LAYOUTS if layout.name in NAMES}
 SAVED = {"step": 3, "accumulation": 2}  # after which batch: where an optimizer steps, and in an accumulation
-PAIRS = [(a, b) for a, b in product(NAMES, NAMES) if "fsdp3" not in (a, b)] + [("fsdp2_policy", "fsdp3")]
+PAIRS = [*product(NAMES, NAMES)]
 
 
 @pytest.fixture(scope="module")

@@ -18,3 +18,11 @@ def test_killed_at_200_random_moments_during_saving(
 ) -> None:
     assert kill_at_random_moments(tmp_path, kills=200, seed=2026, ways=ways)
     record_property("kills while saving", 200)
+
+
+@pytest.mark.timeout(1200)
+def test_killed_at_100_random_moments_while_two_ranks_save_in_the_background(
+    tmp_path: Path, record_property: Any
+) -> None:
+    assert kill_at_random_moments(tmp_path, kills=100, seed=2026, ways=("shared",))
+    record_property("kills while saving", 100)

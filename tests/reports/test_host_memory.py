@@ -37,8 +37,7 @@ from treadle_fabric import (
     TorchCheckpointIO,
     TreadleError,
 )
-from treadle_fabric.checkpoint import archive, files_mapped, fingerprint
-from treadle_fabric.checkpoint.distributed import loading
+from treadle_fabric.checkpoint import archive, files_mapped, fingerprint, reading
 from treadle_fabric.checkpoint.host import arena, mapping
 from treadle_fabric.checkpoint.host.arena import Arena
 from treadle_fabric.coordination import once_a_node
@@ -236,15 +235,14 @@ def saved(path: Path, **given: Any) -> Path:
 def checks_here() -> list[str]:
     """Every byte of what is named in the list that is returned was read."""
     read: list[str] = []
-    check, verify = archive._check_record, loading.verify
+    check, verify = archive._check_record, reading.verify
     archive._check_record = lambda zip, record, path: read.append(Path(path).name) or check(zip, record, path)
 
-    def noted(where: str, path: str, manifest: Any, names: Any) -> None:
-        if "meta.pt" in names:  # else it is the part of one rank, which each reads for itself
-            read.append(Path(where).name)
-        verify(where, path, manifest, names)
+    def noted(source: Any, manifest: Any, names: Any) -> None:
+        read.extend(f"{Path(source.path).name}/{name}" for name in names)
+        verify(source, manifest, names)
 
-    loading.verify = noted
+    reading.verify = noted
     return read
 
 
@@ -256,18 +254,21 @@ def resume(folder: Path, name: str) -> None:
     model = Model()
     run.fit(model, loader(8), ckpt_path=path)
     assert run.global_step == 4 and looks.seen == [True, False, False]
-    if run.global_rank == 0:
-        assert name in read, read
-    else:
-        assert name not in read, read
     assert bool(model.noted.isfinite().all())
+    (folder / f"checked by {run.global_rank}").write_text("\n".join(each for each in read if each.startswith(name)))
 
 
 @linux
 @pytest.mark.parametrize("name", ["a.ckpt", "folder.ckpt"])
-def test_one_rank_of_a_node_checks_for_all_and_the_memory_is_that_of_the_file(tmp_path: Path, name: str) -> None:
-    saved(tmp_path / name, plugins=[DistributedCheckpointIO()] if name.startswith("folder") else [])
+def test_a_node_checks_each_file_once_and_the_memory_is_that_of_the_file(tmp_path: Path, name: str) -> None:
+    path = saved(tmp_path / name, plugins=[DistributedCheckpointIO()] if name.startswith("folder") else [])
     run_in_ranks(resume, tmp_path, name)
+    first, second = ({*(tmp_path / f"checked by {rank}").read_text().split()} for rank in range(2))
+    if path.is_dir():  # the ranks share it out; what is of one rank is checked by who reads it
+        files = {f"{name}/{each}" for each in os.listdir(path) if each != "manifest.json" and "rank" not in each}
+        assert first | second == files and not first & second
+    else:
+        assert first == {name} and not second
 
 
 def fabric_ranks(folder: Path) -> None:

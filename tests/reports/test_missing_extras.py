@@ -39,8 +39,10 @@ from treadle_fabric import (
     MissingPackageError,
     TensorBoardLogger,
     TorchCheckpointIO,
+    make_precision,
 )
 from treadle_fabric.loggers import CometLogger, MLFlowLogger, TrackioLogger, WandbLogger
+from treadle_fabric.plugins import BitsandbytesPrecision, Float8Precision
 
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Collections of other extras, and what belongs to engines that are still to come.
@@ -91,6 +93,10 @@ USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("mlflow", ("mlflow",), MLFlowLogger),
     ("comet", ("comet_ml",), CometLogger),
     ("trackio", ("trackio",), lambda: TrackioLogger("x")),
+    ("fp8", ("torchao",), lambda: Float8Precision(emulate=True)),
+    ("fp8", ("torchao",), lambda: make_precision("fp8", "cuda")),
+    ("bitsandbytes", ("bitsandbytes",), lambda: BitsandbytesPrecision("nf4")),
+    ("transformer-engine", ("transformer_engine",), lambda: make_precision("transformer-engine", "cuda")),
 ]
 
 

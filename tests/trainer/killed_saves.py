@@ -15,9 +15,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tests.processes import ROOT, wait_until
@@ -25,7 +25,14 @@ from torch import Tensor, nn
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
-from treadle_fabric import AsyncCheckpointIO, DistributedCheckpointIO, TorchCheckpointIO, newest_good
+from treadle_fabric import (
+    AsyncCheckpointIO,
+    CheckpointIO,
+    DistributedCheckpointIO,
+    TorchCheckpointIO,
+    find_free_port,
+    newest_good,
+)
 
 
 class Model(L.LightningModule):
@@ -43,15 +50,29 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
-WAYS = {"file": TorchCheckpointIO, "background": AsyncCheckpointIO, "folder": DistributedCheckpointIO}
+WAYS: dict[str, Callable[[], CheckpointIO]] = {
+    "file": TorchCheckpointIO,
+    "background": AsyncCheckpointIO,
+    "folder": DistributedCheckpointIO,
+    "shared": lambda: AsyncCheckpointIO(DistributedCheckpointIO()),  # by two ranks
+}
 
 
-def train(folder: str, save_last: bool | str, way: str, values: int) -> None:
+def ranks_of(way: str) -> int:
+    """The number of processes that save."""
+    return 2 if way == "shared" else 1
+
+
+def train(folder: str, save_last: bool | str, way: str, values: int, rank: int, port: int) -> None:
     """Save at each step for as long as it takes."""
     warnings.simplefilter("ignore")
+    devices = ranks_of(way)
+    if devices > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": str(devices), "LOCAL_RANK": str(rank)}
     saver = ModelCheckpoint(folder, "{step}", "loss", save_last=save_last, every_n_train_steps=1)  # type: ignore[arg-type]
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, max_epochs=-1, logger=False, callbacks=saver, enable_progress_bar=False,
+        accelerator="cpu", devices=devices, max_epochs=-1, logger=False, callbacks=saver, enable_progress_bar=False,
         enable_model_summary=False, plugins=WAYS[way](),
     )  # fmt: skip
     last = os.path.join(folder, "last.ckpt")
@@ -87,14 +108,18 @@ def kill_at_random_moments(
                 at = folder / "-".join(str(v) for v in job.values())
                 server.stdin.write(json.dumps({"folder": str(at), "values": values, **job}) + "\n")
                 server.stdin.flush()
-                child = int(server.stdout.readline())
+                ranks = [int(pid) for pid in server.stdout.readline().split()]
                 before = _mark(at)
                 wait_until(lambda: _mark(at) != before, timeout=30, every=0.001)  # noqa: B023  until it saves
                 # A random moment of about the next two saves: that is what is tested
-                time.sleep(draw.uniform(0, 0.2 if job["way"] == "folder" else 0.05))
-                os.kill(child, signal.SIGKILL)
-                status = int(server.stdout.readline())
-                assert os.WIFSIGNALED(status), f"the run ended by itself, with status {status}"
+                time.sleep(draw.uniform(0, 0.05 if ranks_of(job["way"]) == 1 and job["way"] != "folder" else 0.2))
+                # All ranks as a rule; else the others end by themselves
+                killed = ranks if draw.random() < 0.8 else [draw.choice(ranks)]
+                for rank in killed:
+                    os.kill(rank, signal.SIGKILL)
+                statuses = [int(status) for status in server.stdout.readline().split()]
+                ended = {rank: status for rank, status in zip(ranks, statuses, strict=True) if rank in killed}
+                assert all(map(os.WIFSIGNALED, ended.values())), f"the run ended by itself, with status {ended}"
                 step[at.name] = _check(at, job, step.get(at.name, 0), kill // (2 * len(ways)) + 1)
         finally:
             server.stdin.close()
@@ -128,16 +153,23 @@ def _check(folder: Path, job: dict[str, Any], before: int, kills: int) -> int:
 def serve() -> None:
     """Run the jobs on stdin; write the process of each, and when it ended its status."""
     torch.set_num_threads(1)
-    importlib.import_module("treadle_fabric.checkpoint.distributed.torch_index")  # what a fork would import first
+    for heavy in ("treadle_fabric.checkpoint.distributed.torch_index", "torch._dynamo"):
+        importlib.import_module(heavy)  # what each fork would import
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            job = json.loads(line)
-            train(**job)
-            os._exit(0)
-        print(child, flush=True)
-        print(os.waitpid(child, 0)[1], flush=True)
+        job, port = json.loads(line), find_free_port()
+        children = [os.fork() or _train(job, rank, port) for rank in range(ranks_of(job["way"]))]
+        print(*children, flush=True)
+        print(*(os.waitpid(child, 0)[1] for child in children), flush=True)
+
+
+def _train(job: dict[str, Any], rank: int, port: int) -> NoReturn:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if ranks_of(job["way"]) > 1:
+        os.dup2(1, 2)  # what a rank says of another one that is gone
+    try:
+        train(**job, rank=rank, port=port)
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

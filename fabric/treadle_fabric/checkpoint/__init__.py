@@ -6,21 +6,24 @@ folder and its manifest; ``torch_file.py`` writes and reads one file, ``distribu
 ``stored/`` reads it; ``reading.py`` reads the one or the other, and ``newest.py`` lists the checkpoints in a folder.
 ``per_rank.py`` marks values that each rank has of its own, and ``fingerprint.py`` tells whether ranks have the same
 tensor. ``values/`` makes values of any kind plain for a file, and turns them back; ``host/`` is about the memory of the
-host. Imports only the foundation.
+host. ``export/`` makes files for other programs. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
 ``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and ``shortened`` make them; ``raise_together`` has
-ranks fail together; ``files_mapped`` and ``FileMaps`` have the
-processes of a host share what they read, and ``noting_checks`` and ``trusting`` the check of it; ``PerRank``,
-``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill``
-and ``region`` have each rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for
-values of any kind, and ``pickled_in`` says which of them are pickled.
+ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a host share what they read, and
+``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
+``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
+rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind, and
+``pickled_in`` says which of them are pickled.
 """
 
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.distributed.ranks import raise_together
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, own_part, sharded_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
+from treadle_fabric.checkpoint.export.consolidate import consolidate
+from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
 from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
@@ -30,7 +33,7 @@ from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, remote_checkpoints_in, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
-from treadle_fabric.checkpoint.reading import lies_at, read_outline, read_quickly
+from treadle_fabric.checkpoint.reading import check_share, lies_at, read_outline, read_quickly
 from treadle_fabric.checkpoint.stored.regions import fill, placed_like, region
 from treadle_fabric.checkpoint.stored.tensor import StoredTensor, in_memory, tensors_on_demand
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
@@ -44,26 +47,31 @@ __all__ = [
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
+    "ExportingCheckpointIO",
     "FileMaps",
     "Keeping",
     "NotLoaded",
     "PerRank",
     "StoredTensor",
     "TorchCheckpointIO",
+    "check_share",
     "checkpoints_in",
     "classes_in_state",
+    "consolidate",
     "error_of",
     "files_mapped",
     "fill",
     "fingerprint",
     "hidden_beside",
     "in_memory",
+    "is_sharded_tensor",
     "known_classes",
     "lies_at",
     "link_folder",
     "names_of",
     "newest_good",
     "noting_checks",
+    "own_part",
     "pack",
     "parts_on_demand",
     "pickled_in",
@@ -74,6 +82,7 @@ __all__ = [
     "read_quickly",
     "region",
     "remote_checkpoints_in",
+    "sharded_like",
     "shortened",
     "size_of",
     "tensors_on_demand",

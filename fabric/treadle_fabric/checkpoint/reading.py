@@ -6,18 +6,19 @@ import contextlib
 import os
 from typing import Any
 
-from treadle_fabric.checkpoint.folder.layout import identity, identity_of
+from treadle_fabric.checkpoint.folder.layout import has_manifest, identity, identity_of
+from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
 from treadle_fabric.checkpoint.folder.remote import exists_remote, manifest_at, remove_remote
 from treadle_fabric.checkpoint.folder.source import FolderSource, LocalSource, RemoteSource
 from treadle_fabric.checkpoint.host.checked import trusting
 from treadle_fabric.checkpoint.per_rank import parts_on_demand
-from treadle_fabric.checkpoint.stored.folder import load_folder
+from treadle_fabric.checkpoint.stored.folder import files_at_once, load_folder
 from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_of
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["folder_at", "lies_at", "load_any", "read_outline", "read_quickly", "remove_any"]
+__all__ = ["check_share", "folder_at", "lies_at", "load_any", "read_outline", "read_quickly", "remove_any"]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -41,6 +42,38 @@ def folder_at(path: PathLike) -> FolderSource | None:
     if not os.path.lexists(where):
         bring_back(os.path.dirname(os.path.abspath(where)))
     return LocalSource(where, str(path)) if os.path.isdir(where) else None
+
+
+def check_share(path: PathLike, share: int, shares: int) -> tuple[int, ...] | None:
+    """Check every byte of some of the files of a checkpoint folder, for processes that share the check out.
+
+    Args:
+        path: A local path or a URL.
+        share: Which of the shares is checked here, from 0.
+        shares: The number of shares. The large files are shared out evenly.
+
+    Returns:
+        What ``trusting`` takes once all shares are checked. None: this is no folder of ours, or it changed meanwhile.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    try:
+        source = folder_at(path)
+    except (OSError, ValueError, ImportError):  # of another CheckpointIO, which has paths of its own
+        return None
+    if source is None or (isinstance(source, LocalSource) and not has_manifest(source.path)):
+        return None
+    before = source.identity()
+    try:
+        manifest = read_manifest(source)
+        files = sorted(files_at_once(manifest), key=lambda name: -manifest["files"][name]["size"])
+        verify(source, manifest, files[share::shares])
+    except CheckpointError:
+        if source.identity() == before:
+            raise
+        return None
+    return before if source.identity() == before else None
 
 
 def lies_at(path: PathLike) -> bool:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from treadle_fabric.cli.consolidate import add_consolidate_command
 from treadle_fabric.cli.environment import add_environment_command
 from treadle_fabric.cli.run import add_run_command
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser("treadle-fabric", description="Tools for the runtime under training loops.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_consolidate_command(commands)
     add_environment_command(commands)
     add_run_command(commands)
     given = parser.parse_args(arguments)

@@ -22,7 +22,7 @@ from treadle_fabric.coordination.hosts import (
 )
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
-from treadle_fabric.coordination.once_a_node import once_a_node
+from treadle_fabric.coordination.once_a_node import on_every_rank, once_a_node
 from treadle_fabric.coordination.rendezvous import is_running, meet, new_group, this_machine
 from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.coordination.stop_agreement import StopAgreement
@@ -44,6 +44,7 @@ __all__ = [
     "list_ranks",
     "meet",
     "new_group",
+    "on_every_rank",
     "on_rank_zero",
     "once_a_node",
     "patient_barrier",

@@ -1,15 +1,15 @@
-"""An action of one rank of each node, whose result or failure the others learn."""
+"""An action of one rank of each node, or of every rank, whose result or failure the others learn."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from treadle_fabric.coordination.hosts import patient_barrier
 from treadle_fabric.coordination.objects import all_gather_objects
 from treadle_fabric.coordination.on_rank_zero import Ranked, attempt
 
-__all__ = ["OnNodes", "once_a_node"]
+__all__ = ["OnNodes", "on_every_rank", "once_a_node"]
 
 T = TypeVar("T")
 
@@ -42,7 +42,31 @@ def once_a_node(strategy: OnNodes, action: Callable[[], T], failure: str) -> T |
         TreadleError: On the other ranks of all nodes, if ``action`` failed on any; a CheckpointError for an error that
             is one, of its class, and for an OSError.
     """
-    acts = strategy.local_rank == 0
+    outcomes = _outcomes(strategy, action, strategy.local_rank == 0, failure)
+    of_node = (found for local, node, found in outcomes if local == 0 and node == strategy.node_rank)
+    return next(of_node, None)
+
+
+def on_every_rank(strategy: OnNodes, action: Callable[[], T], failure: str) -> list[T]:
+    """Run an action on every rank, and give the results to all; every rank calls this.
+
+    Args:
+        strategy: As for :func:`once_a_node`, and so is all else.
+        action: What each rank does.
+        failure: What the rank failed to do.
+
+    Returns:
+        What ``action`` returned on each rank, in the order of ranks.
+
+    Raises:
+        Exception: As :func:`once_a_node`, if ``action`` failed on any rank.
+    """
+    outcomes: list[Any] = _outcomes(strategy, action, True, failure)
+    return [found for _, _, found in outcomes]
+
+
+def _outcomes(strategy: OnNodes, action: Callable[[], T], acts: bool, failure: str) -> list[tuple[int, int, T | None]]:
+    """Of each rank its place on its node, its node, and what it did; or raise."""
     result, error, trouble = attempt(action, strategy.global_rank, failure) if acts else (None, None, None)
     patient_barrier("what one rank of each node does for the others")
     outcomes = all_gather_objects(strategy, (strategy.local_rank, strategy.node_rank, result, trouble))
@@ -52,5 +76,4 @@ def once_a_node(strategy: OnNodes, action: Callable[[], T], failure: str) -> T |
         if told is not None:
             kind, text = told
             raise kind(text)
-    of_node = (found for local, node, found, _ in outcomes if local == 0 and node == strategy.node_rank)
-    return next(of_node, None)
+    return [(local, node, found) for local, node, found, _ in outcomes]

@@ -22,7 +22,7 @@ from treadle_fabric.data.samplers import (
     suggested_max_num_workers,
 )
 from treadle_fabric.data.several import several_loaders
-from treadle_fabric.data.sharding import ShardedSampler, is_shared
+from treadle_fabric.data.sharding import ShardedSampler, is_shared, one_of_each, shares_of_ranks
 from treadle_fabric.data.streams import PrivateStream, is_stream, keeps_position
 
 __all__ = [
@@ -38,10 +38,12 @@ __all__ = [
     "is_shared",
     "is_stream",
     "keeps_position",
+    "one_of_each",
     "record_order",
     "set_epoch",
     "several_loaders",
     "share_loader",
+    "shares_of_ranks",
     "sized_len",
     "suggested_max_num_workers",
 ]

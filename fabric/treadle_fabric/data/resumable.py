@@ -16,6 +16,7 @@ from treadle_fabric.coordination import all_gather_objects
 from treadle_fabric.data.epochs import Epochs
 from treadle_fabric.data.loader import FabricDataLoader, WrappedLoader, share_loader
 from treadle_fabric.data.samplers import innermost_sampler, is_indexed, sampler_epoch, sized_len
+from treadle_fabric.data.sharding import one_of_each, shares_of_ranks
 from treadle_fabric.errors import CheckpointMismatchError, MisconfigurationException
 from treadle_fabric.randomness.state import own_rng_states, rng_states_of, set_rng_states
 from treadle_fabric.strategies import Strategy
@@ -76,8 +77,8 @@ class ResumableDataLoader(WrappedLoader):
         self._epochs = Epochs(
             dataloader,
             [dataloader],
-            rank=strategy.global_rank,
-            world_size=strategy.world_size,
+            rank=strategy.data_parallel_rank,
+            world_size=strategy.data_parallel_size,
             num_batches=math.inf if (length := sized_len(dataloader)) is None else length,
             exact=True,
             whole=True,
@@ -134,13 +135,18 @@ class ResumableDataLoader(WrappedLoader):
             self._epoch, self._position, self._begun = self._epoch + 1, 0, False
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, what it means, and the random states of every rank; every rank must call this."""
+        """The position, what it means, and the random states of every rank; every rank must call this.
+
+        Where ranks work together on a share of the samples, ``shares`` tells the share of each rank.
+        """
         strategy = self._strategy
         random = _put_back.get(strategy) or own_rng_states()
         data = self._epochs.state_dict(self._position)
         self._epochs.tell()
         mine = {"random": random, "data": data, "loader": _describe(self._dataloader, data)}
-        return {"epoch": self._epoch, "position": self._position, "ranks": all_gather_objects(strategy, mine)}
+        state = {"epoch": self._epoch, "position": self._position, "ranks": all_gather_objects(strategy, mine)}
+        together = strategy.data_parallel_size < strategy.world_size
+        return {**state, "shares": shares_of_ranks(strategy)} if together else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with the next iteration where ``state`` was saved, perhaps on another number of ranks.
@@ -148,12 +154,17 @@ class ResumableDataLoader(WrappedLoader):
         Raises:
             CheckpointMismatchError: The state is of no such loader, or of one whose positions mean something else.
         """
+        strategy = self._strategy
         self._check(state)
-        ranks, rank, position = state["ranks"], self._strategy.global_rank, state["position"]
-        mine = ranks[rank if len(ranks) == self._strategy.world_size else 0]["data"]
-        position = self._epochs.resume(mine, len(ranks), position, begun=position > 0, ended=position == 0).batch or 0
+        position, ranks, shares = state["position"], state["ranks"], state.get("shares")
+        share, rank = strategy.data_parallel_rank, strategy.global_rank
+        parts = one_of_each(ranks, shares)
+        mine = parts[share if len(parts) == strategy.data_parallel_size else 0]["data"]
+        position = self._epochs.resume(mine, len(parts), position, begun=position > 0, ended=position == 0).batch or 0
         self._dataloader = self._epochs.loader
-        _put_back[self._strategy] = rng_states_of([part["random"] for part in ranks], rank)
+        if len(ranks) == strategy.world_size and share == (rank if shares is None else shares[rank]):
+            parts, share = ranks, rank  # each rank goes on with its own
+        _put_back[strategy] = rng_states_of([part["random"] for part in parts], share)
         self._epoch, self._position, self._begun, self._iteration = state["epoch"], position, False, None
         self._continues = position > 0
         self._known_epoch = sampler_epoch(self._dataloader)
@@ -166,11 +177,12 @@ class ResumableDataLoader(WrappedLoader):
                 f"It has {found} in it, and must be what a resumable loader saved: set the loader up with"
                 " resumable=True where it is saved, too, or leave it out of the state that is loaded."
             )
-        ranks, data, world_size = state["ranks"], self._epochs.state_dict(self._position), self._strategy.world_size
-        alike = len(ranks) == world_size
-        before = ranks[self._strategy.global_rank if alike else 0].get("loader", {})
+        parts, data = one_of_each(state["ranks"], state.get("shares")), self._epochs.state_dict(self._position)
+        shares = self._strategy.data_parallel_size
+        alike = len(parts) == shares
+        before = parts[self._strategy.data_parallel_rank if alike else 0].get("loader", {})
         now = _describe(self._dataloader, data)
-        sides = (len(ranks), ranks[0]["data"]), (world_size, data)
+        sides = (len(parts), parts[0]["data"]), (shares, data)
         shared = alike or all(number == 1 or part["order"]["seed"] is not None for number, part in sides)
         # where the user shares out, another number of processes begins the epoch anew, which a warning says
         names = before if state["position"] and shared else {"kind"} & set(before)

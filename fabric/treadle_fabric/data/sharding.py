@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
+from treadle_fabric.coordination import all_gather_objects
 from treadle_fabric.data.samplers import copy_loader, index_sampler, is_indexed, samplers_of, with_sampler
 from treadle_fabric.randomness.private import PrivateRandomness
+from treadle_fabric.strategies import Strategy
 
-__all__ = ["ShardedSampler", "is_shared", "shard_dataloader"]
+__all__ = ["ShardedSampler", "is_shared", "one_of_each", "shard_dataloader", "shares_of_ranks"]
+
+T = TypeVar("T")
 
 
 class ShardedSampler(Sampler[Any]):
@@ -137,6 +141,28 @@ def shard_dataloader(
 def sharded_sampler(loader: Any) -> ShardedSampler | None:
     """The sampler with which the ranks share a loader's samples out; None without one."""
     return next((sampler for sampler in samplers_of(loader) if isinstance(sampler, ShardedSampler)), None)
+
+
+def shares_of_ranks(strategy: Strategy) -> list[int]:
+    """Which share of the samples each rank has, from 0; ranks that work together have the same one.
+
+    Every rank calls this.
+    """
+    if strategy.data_parallel_size == strategy.world_size:
+        return list(range(strategy.world_size))
+    return all_gather_objects(strategy, strategy.data_parallel_rank)
+
+
+def one_of_each(parts: Sequence[T], shares: Sequence[int] | None = None) -> list[T]:
+    """The state of one rank for each share of the samples, in the order of the shares.
+
+    Args:
+        parts: The states of all ranks, which are copies where the share is the same.
+        shares: The share of each rank. Default: each rank has one of its own.
+    """
+    if shares is None:
+        return list(parts)
+    return [parts[shares.index(share)] for share in sorted(set(shares))]
 
 
 def is_shared(loader: Any) -> bool:

@@ -30,6 +30,8 @@ class Throughput:
         available_flops: Floating-point operations a second that the device can do at most: see
             :func:`get_available_flops`. Default: None, no ``mfu``.
         world_size: The number of devices.
+        shares: The number of shares that a batch has: fewer than devices where several work together on one, and see
+            the same samples. Default: one a device.
         window_size: The number of updates from the first to the last of which rates are computed, at least 2.
         separator: Between ``device`` and the name.
 
@@ -50,6 +52,8 @@ class Throughput:
         world_size: int = 1,
         window_size: int = 100,
         separator: str = "/",
+        *,
+        shares: int | None = None,
     ) -> None:
         if available_flops is not None and not (is_number(available_flops) and available_flops > 0):
             raise MisconfigurationException(
@@ -58,6 +62,7 @@ class Throughput:
         self.available_flops = available_flops
         self.separator = separator
         self.world_size = check_integer("Throughput: world_size", world_size, minimum=1)
+        self.shares = self.world_size if shares is None else check_integer("Throughput: shares", shares, minimum=1)
         self.window_size = check_integer("Throughput: window_size", window_size, minimum=2)
         self.reset()
 
@@ -121,7 +126,7 @@ class Throughput:
         for name, rate in rates.items():
             found[f"device{self.separator}{name}"] = rate
             if self.world_size > 1:
-                found[name] = rate * self.world_size
+                found[name] = rate * (self.world_size if name == "flops_per_sec" else self.shares)
         if self.available_flops and "flops_per_sec" in rates:
             found[f"device{self.separator}mfu"] = rates["flops_per_sec"] / self.available_flops
         return found
@@ -144,7 +149,7 @@ class ThroughputMonitor(Throughput):
     def __init__(self, fabric: Fabric, **kwargs: Any) -> None:
         dtype = compute_dtype(str(fabric.strategy.precision.precision))
         kwargs = {"available_flops": get_available_flops(fabric.device, dtype), **kwargs}
-        super().__init__(world_size=fabric.world_size, **kwargs)
+        super().__init__(world_size=fabric.world_size, shares=fabric.strategy.data_parallel_size, **kwargs)
         self._fabric = fabric
         self.step = -1
         """The step at which the metrics were logged last."""

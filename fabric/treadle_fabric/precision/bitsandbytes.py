@@ -13,7 +13,7 @@ import torch
 from torch.nn import Linear, Module
 
 from treadle_fabric.checks import require_package
-from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
 from treadle_fabric.precision.layers import find_linear_layers, replace_layers, told_names
 from treadle_fabric.precision.precision import Precision, cast_floating, cast_module, default_dtype, half_init
 
@@ -24,7 +24,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class BitsandbytesPrecision(Precision):
-    """Quantized linear layers of bitsandbytes, on GPUs and on the CPU.
+    """Quantized linear layers of bitsandbytes, on GPUs and, but for ``"int8-training"``, on the CPU.
 
     Linear layers are replaced when the model is set up, and each weight is quantized on its way to the device; all
     other weights are cast to ``dtype``. Quantized weights are not trained (but for ``"int8-training"``): train adapters
@@ -87,7 +87,12 @@ class BitsandbytesPrecision(Precision):
         return self._dtype
 
     def place(self, device: str) -> None:
-        """Learn on which devices the run is, for the default type."""
+        """Learn on which devices the run is, for the default type, and refuse the CPU for ``"int8-training"``."""
+        if self.mode == "int8-training" and device == "cpu":
+            raise DeviceUnavailableError(
+                "BitsandbytesPrecision('int8-training') needs a GPU: bitsandbytes has no such product for the CPU. Use"
+                " precision='16-true', or 'int8' without training the quantized layers."
+            )
         self._device = device
 
     def convert_module(self, module: Module) -> Module:

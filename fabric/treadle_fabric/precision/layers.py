@@ -130,9 +130,9 @@ def _not_plain(layer: Linear) -> str:
 
 def refuse_odd_sizes(layer: Linear) -> str:
     """Why the matrix units cannot multiply this layer's weight in float8: they take blocks of 16."""
-    for size, what in ((layer.in_features, "inputs"), (layer.out_features, "outputs")):
+    for size, what in ((layer.in_features, "input"), (layer.out_features, "output")):
         if size % 16:
-            return f"{size} {what}, which 16 does not divide"
+            return f"{size} {what}{'s' * (size != 1)}, not a multiple of 16"
     return ""
 
 

@@ -124,7 +124,7 @@ class TransformerEnginePrecision(Precision):
     @contextmanager
     def forward_context(self) -> Generator[None]:
         """Return the context in which layers of Transformer Engine multiply in float8, with autocast for the others."""
-        import transformer_engine.pytorch as te
+        import transformer_engine.pytorch as te  # of an extra
 
         kept = torch.is_autocast_cache_enabled()
         others = torch.autocast("cuda", dtype=self.fallback_compute_dtype, cache_enabled=kept)
@@ -147,7 +147,7 @@ class TransformerEnginePrecision(Precision):
 
 def _recipe(recipe: Any) -> Any:
     """The recipe as an object."""
-    from transformer_engine.common.recipe import DelayedScaling, Format
+    from transformer_engine.common.recipe import DelayedScaling, Format  # of an extra
 
     if recipe is not None and not isinstance(recipe, Mapping):
         return recipe

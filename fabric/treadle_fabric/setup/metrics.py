@@ -132,6 +132,8 @@ class _Part(NamedTuple):
     updates: int
     untouched: bool
     """Whether the states are as after a reset."""
+    share: int
+    """Which share of the samples the rank has; ranks that work together on one have the same states."""
 
 
 def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_group: Any = None) -> None:
@@ -140,7 +142,8 @@ def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_g
     if not reductions:  # such as a wrapper, whose inner objects gather
         return
     states, updates = {name: getattr(metric, name) for name in reductions}, int(getattr(metric, "_update_count", 0))
-    mine = _Part(states, updates, updates == 0 and all(_is_default(metric, *each) for each in states.items()))
+    mine = _Part(states, updates, updates == 0 and all(_is_default(metric, *each) for each in states.items()), 0)
+    mine = mine._replace(share=strategy.data_parallel_rank)
     sent = mine._replace(states=map_tensors(dict(states), _to_send))
     group = process_group or metric.process_group
     if group is None:
@@ -150,6 +153,8 @@ def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_g
         parts = [sent] * dist.get_world_size(group)
         dist.all_gather_object(parts, sent, group=group)
     parts = [mine if i == rank else _on_device_of(metric, mine, part) for i, part in enumerate(parts)]
+    by_share = {part.share: part for part in reversed(parts)}
+    parts = [by_share[share] for share in sorted(by_share)]
     if all(part.untouched for part in parts):
         rank_zero_warn(f"{type(metric).__name__} is computed, and no rank has updated it: its states are empty.")
     for name, reduction in reductions.items():

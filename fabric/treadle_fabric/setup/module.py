@@ -16,7 +16,7 @@ from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
 from treadle_fabric.strategies.unwrapping import compiled_like, inside, layers_of, names_in, plain_name, user_module
 
-__all__ = ["FabricModule", "engine_of", "method_of"]
+__all__ = ["FabricModule", "engine_of", "method_of", "through_engine"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,11 @@ def method_of(module: FabricModule, name: str, *, changes_weights: bool = False)
     return _bind(_parts(module), name, cast_output=False, changes_weights=changes_weights)
 
 
+def through_engine(module: FabricModule, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs the user's module as :func:`method_of` returns a method."""
+    return _bound(_parts(module), function, forward=False, cast_output=False)
+
+
 def _parts(module: FabricModule) -> _Parts:
     parts: _Parts = module.__dict__[_PARTS]
     return parts
@@ -220,8 +225,15 @@ def _mark_again(module: FabricModule, name: str) -> None:
 
 def _bind(parts: _Parts, name: str, *, cast_output: bool, changes_weights: bool = False) -> Callable[..., Any]:
     """What calling a method means, decided once instead of at each call."""
-    strategy, engine, forward = parts.strategy, parts.engine, name == "forward"
+    forward = name == "forward"
     direct = parts.called if forward else compiled_like(parts.called, getattr(parts.module, name))
+    return _bound(parts, direct, forward=forward, cast_output=cast_output, changes_weights=changes_weights)
+
+
+def _bound(
+    parts: _Parts, direct: Callable[..., Any], *, forward: bool, cast_output: bool, changes_weights: bool = False
+) -> Callable[..., Any]:
+    strategy, engine = parts.strategy, parts.engine
     call = direct
     if strategy.requires_forward_redirect:
         call = _through_engine(engine, strategy, direct, {} if forward else {METHOD_KEYWORD: direct})

@@ -15,7 +15,7 @@ from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import has_state, left_out, state_of_loader
 from treadle_fabric.strategies.unwrapping import layers_of
 
-__all__ = ["given_engine", "is_wrapped", "put_back", "unwrap"]
+__all__ = ["given_engine", "given_module", "is_wrapped", "put_back", "unwrap"]
 
 
 def is_wrapped(obj: object) -> bool:
@@ -27,6 +27,13 @@ def _set_up(obj: object) -> FabricModule | None:
     """What ``Fabric.setup`` returned, also where it was compiled afterwards; None for other objects."""
     layers = layers_of(obj) if isinstance(obj, Module) else ()
     return next((layer for layer in layers if isinstance(layer, FabricModule)), None)
+
+
+def given_module(module: Any) -> FabricModule:
+    """Return what ``Fabric.setup`` returned, also where it was compiled afterwards."""
+    wrapped = _set_up(module)
+    assert wrapped is not None
+    return wrapped
 
 
 def given_engine(module: Any, what: str) -> Module:

@@ -15,12 +15,22 @@ from treadle_fabric.strategies.fsdp import FSDPStrategy
 from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
+from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
+from treadle_fabric.strategies.parallelism.sequence import (
+    local_attention,
+    sequence_attention,
+    sequence_offset,
+    split_sequence,
+)
+from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
+from treadle_fabric.strategies.sharding.norms import local_gradients, norms, total_norm
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD, Parts, Plugin, Strategy
+from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
 
 __all__ = [
@@ -38,10 +48,19 @@ __all__ = [
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
+    "apply_tensor_parallel",
     "check_reduce_op",
     "load_module_state",
+    "local_attention",
+    "local_gradients",
     "module_state",
+    "norms",
     "reduction_of",
+    "sequence_attention",
+    "sequence_offset",
+    "sharded_cross_entropy",
+    "split_sequence",
+    "total_norm",
     "user_module",
     "with_plain_names",
 ]

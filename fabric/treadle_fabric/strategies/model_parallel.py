@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.parallelism.explain import explain_mixed
 from treadle_fabric.strategies.parallelism.loss import loss_functions, plain_scalars
+from treadle_fabric.strategies.parallelism.pipeline import Order, PipelineEngine, is_cut
 from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel, check_plan, place_gradients
 from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike, whole_over
 from treadle_fabric.strategies.parallelism.sequence import (
@@ -36,7 +38,7 @@ from treadle_fabric.strategies.parallelism.slices import split_batches
 from treadle_fabric.strategies.parallelism.substitution import Substitution
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
-from treadle_fabric.strategies.sharding.engine import ShardedEngine
+from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
 from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
 from treadle_fabric.strategies.sharding.shard import shard_module
@@ -87,6 +89,11 @@ class ModelParallelStrategy(ShardingStrategy):
             a slice. Default: 1.
         sequence_names: The keys, indices or fields of a batch whose tensors are sliced. Default: see
             :func:`split_sequence`.
+        pipeline_schedule: The order of forward and backward passes: ``"1f1b"``, ``"interleaved"`` (each process has
+            several parts of the model) or ``"gpipe"``.
+        pipeline_microbatches: The number of micro-batches of a batch. A batch that it does not divide runs as fewer
+            micro-batches, of the same size. Default: twice ``pipeline_parallel_size``.
+        pipeline_virtual_stages: Under ``"interleaved"``, the number of parts that each process has. Default: 2.
         accelerator: The hardware.
         parallel_devices: The devices of this machine, one a process.
         cluster_environment: Where ranks and addresses come from.
@@ -114,6 +121,9 @@ class ModelParallelStrategy(ShardingStrategy):
         loss_parallel: bool = False,
         sequence_dim: int = 1,
         sequence_names: Collection[str | int] | None = None,
+        pipeline_schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b",
+        pipeline_microbatches: int | None = None,
+        pipeline_virtual_stages: int | None = None,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -141,6 +151,11 @@ class ModelParallelStrategy(ShardingStrategy):
         if tensor_parallel_plan is not None:
             check_plan(tensor_parallel_plan)
         check_flag("loss_parallel", loss_parallel)
+        if loss_parallel and pipeline_parallel_size != 1:
+            raise MisconfigurationException(
+                "loss_parallel=True replaces F.cross_entropy where the model runs, and a pipeline calls the model's"
+                " `loss` beside its stages: call sharded_cross_entropy there, and leave loss_parallel out."
+            )
         self._parallelize_fn = parallelize_fn
         self._loss_parallel = loss_parallel
         self._sequences: dict[str, Any] = {"dim": check_integer("sequence_dim", sequence_dim), "names": sequence_names}
@@ -154,6 +169,10 @@ class ModelParallelStrategy(ShardingStrategy):
             "sequence_parallel_size": sequence_parallel_size,
             "pipeline_parallel_size": pipeline_parallel_size,
         }
+        check_integer("pipeline_parallel_size", pipeline_parallel_size, minimum=1)
+        self._order = Order.checked(
+            pipeline_schedule, pipeline_microbatches, pipeline_virtual_stages, pipeline_parallel_size
+        )
         self._options = parse_arguments(
             state_dict_type="sharded" if save_distributed_checkpoint else "full", **sharding
         )
@@ -177,6 +196,14 @@ class ModelParallelStrategy(ShardingStrategy):
         return self.sizes["pipeline_parallel"]
 
     @property
+    def runs_whole_batch(self) -> bool:  # type: ignore[override]
+        return self._order.ranks > 1
+
+    @property
+    def stage_groups(self) -> tuple[Any, ...]:
+        return (self.device_mesh["pipeline_parallel"].get_group(),) if self.runs_whole_batch else ()
+
+    @property
     def forward_is_collective(self) -> bool:  # type: ignore[override]
         """Ranks that have other shares of the batch wait for each other where they gather parameters."""
         return self.sizes["data_shard"] * self.sizes["data_replicate"] > 1
@@ -191,10 +218,24 @@ class ModelParallelStrategy(ShardingStrategy):
         warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
         return mesh
 
-    def parallelize(self, module: Module) -> ShardedEngine:
+    def parallelize(self, module: Module) -> Engine:
         mesh, own = self.device_mesh, user_module(module)
         align_random_state([mesh["tensor_parallel"], mesh["sequence_parallel"]])
-        take_over_from_rank_zero(own, self.root_device)
+        if not is_cut(own):  # by an earlier engine
+            take_over_from_rank_zero(own, self.root_device)
+            self._share_layers(own, mesh)
+        if not self.runs_whole_batch:
+            return self._sharded(module, mesh)
+        return PipelineEngine(
+            own,
+            mesh["pipeline_parallel"],
+            self._order,
+            parallelize=lambda stage: engine_around(stage) or self._sharded(stage, mesh),
+            device=self.root_device,
+            precision=self.precision,
+        )
+
+    def _share_layers(self, own: Module, mesh: Any) -> None:
         if self._parallelize_fn is not None:
             changed = self._parallelize_fn(own, mesh)
             if changed is not own:
@@ -205,6 +246,8 @@ class ModelParallelStrategy(ShardingStrategy):
         if self._plan is not None:
             apply_tensor_parallel(own, mesh["tensor_parallel"], self._plan, broadcast=False)
         self._check_shared(own)
+
+    def _sharded(self, module: Module, mesh: Any) -> ShardedEngine:
         engine = self._engine(module, mesh)
         self._substitute(engine)
         self._unchecked.append(weakref.ref(engine))
@@ -221,6 +264,24 @@ class ModelParallelStrategy(ShardingStrategy):
         place_gradients(own)
         return engine
 
+    def run_batch(
+        self, module: Module, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
+        return self._pipeline(module).run(batch, window, loss)
+
+    def evaluate_batch(
+        self, module: Module, batch: Any, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
+        return self._pipeline(module).evaluate(batch, loss)
+
+    def predict_batch(self, module: Module, batch: Any) -> Any:
+        return self._pipeline(module).predict(batch)
+
+    @staticmethod
+    def _pipeline(module: Module) -> PipelineEngine:
+        assert isinstance(module, PipelineEngine)
+        return module
+
     def _check_shared(self, own: Module) -> None:
         size = self.sizes["tensor_parallel"]
         if size > 1 and not any(is_sharded_tensor(p) for p in own.parameters()):
@@ -228,6 +289,11 @@ class ModelParallelStrategy(ShardingStrategy):
                 f"tensor_parallel_size={size}, and no layer of {type(own).__name__} is shared out. Give a"
                 " tensor_parallel_plan, such as {'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}, or a"
                 " parallelize_fn, or shard layers in configure_model; or tensor_parallel_size=1."
+            )
+        if self.runs_whole_batch and any(hasattr(m, "_get_fsdp_state") for m in own.modules()):
+            raise MisconfigurationException(
+                f"{type(own).__name__} has layers with fully_shard, and a pipeline cuts the model first: leave"
+                " fully_shard to the strategy, which applies it to each stage along the data dimensions."
             )
 
     def _substitute(self, engine: ShardedEngine) -> None:

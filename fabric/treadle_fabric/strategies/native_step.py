@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.batches import move_data_to_device
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.precision import Precision
+from treadle_fabric.precision import Precision, needs_closure
 from treadle_fabric.strategies.sharding.norms import clip_norm, clip_value, unscale
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import user_module
@@ -26,6 +26,11 @@ class NativeStepStrategy(Strategy):
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         self.precision.validate_optimizer(optimizer)
+        if self.runs_whole_batch and needs_closure(optimizer):
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__}.step computes the loss again by a closure, and a rank of a pipeline has a"
+                " part of the parameters only: use an optimizer that steps once a batch."
+            )
         if self.shards_parameters and self.precision.requires_fabric_backward:
             self.precision.unscale_by(functools.partial(unscale, groups=self.stage_groups), bool(self.stage_groups))
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}

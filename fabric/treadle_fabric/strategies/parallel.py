@@ -26,8 +26,9 @@ from treadle_fabric.failures import current_member, end_process, join_group, lea
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
+from treadle_fabric.strategies.parts import Parts
 from treadle_fabric.strategies.reduction import reduction_of
-from treadle_fabric.strategies.strategy import Parts, Strategy
+from treadle_fabric.strategies.strategy import Strategy
 
 __all__ = ["ParallelStrategy"]
 
@@ -214,11 +215,14 @@ class ParallelStrategy(Strategy):
         atexit.register(_end_group, os.getpid())
 
     def leave_environment(self) -> None:
-        if self._owns_group:
-            self._owns_group = False
-            _destroy_group(os.getpid())
-        if self._environment is not None:
-            self._environment.teardown()
+        try:
+            self.checkpoint_io.wait()  # what all ranks still write needs their connections
+        finally:
+            if self._owns_group:
+                self._owns_group = False
+                _destroy_group(os.getpid())
+            if self._environment is not None:
+                self._environment.teardown()
 
     def _on_device(self, tensor: Tensor, group: Any | None) -> Tensor:
         """The tensor where the group reaches it: NCCL sends only what is on a device, MPI only what is on the host."""

@@ -16,9 +16,9 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.parts import Parts
 from treadle_fabric.strategies.reduction import reduction_of
 from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
-from treadle_fabric.strategies.strategy import Parts
 
 __all__ = ["SingleDeviceStrategy"]
 

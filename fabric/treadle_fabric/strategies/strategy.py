@@ -6,14 +6,12 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import move_data_to_device
@@ -22,35 +20,15 @@ from treadle_fabric.checkpoint import (
     DistributedCheckpointIO,
     Keeping,
     TorchCheckpointIO,
-    raise_together,
 )
-from treadle_fabric.coordination import on_rank_zero
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.parts import NoInit, Parts
 from treadle_fabric.types import PathLike
 
-__all__ = ["METHOD_KEYWORD", "Parts", "Plugin", "Strategy"]
-
-METHOD_KEYWORD = "treadle_method"
-"""Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
-module to run instead of the module's ``forward``."""
-
-
-Plugin: TypeAlias = Precision | CheckpointIO | ClusterEnvironment
-"""What ``plugins`` takes, one object of each."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a strategy is put together from, as far as it is known."""
-
-    accelerator: Accelerator | None = None
-    devices: tuple[torch.device, ...] = ()
-    precision: Precision | None = None
-    checkpoint_io: CheckpointIO | None = None
-    environment: ClusterEnvironment | None = None
+__all__ = ["Strategy"]
 
 
 class Strategy(ABC):
@@ -94,7 +72,8 @@ class Strategy(ABC):
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     runs_whole_batch: bool = False
-    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, without ``training_step``."""
+    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
+    its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
     forward_is_collective: bool = False
     """Ranks work together in every forward pass, also without gradients: all make the same number of passes. A rank
     that has no batch left calls :meth:`join_forward` instead."""
@@ -118,32 +97,28 @@ class Strategy(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Strategy:
         return self  # there is one process group and one device, however many copies of a model
 
-    def bind(
-        self,
-        *,
-        accelerator: Accelerator | None,
-        devices: list[torch.device],
-        environment: ClusterEnvironment | None,
-        precision: Precision | None,
-        checkpoint_io: CheckpointIO | None = None,
-        num_nodes: int = 1,
-    ) -> None:
+    def bind(self, parts: Parts, num_nodes: int = 1) -> None:
         """Fill in what the user did not give.
 
         Args:
-            accelerator: The hardware.
-            devices: One for each process on this machine.
-            environment: Where ranks and addresses come from.
-            precision: The precision.
-            checkpoint_io: Writes and reads files.
+            parts: Of the devices one for each process on this machine.
             num_nodes: Machines.
+
+        Raises:
+            MisconfigurationException: The strategy shards parameters, which the precision does not allow.
+            DeviceUnavailableError: The precision is not one of these devices.
         """
-        self._accelerator = self._accelerator or accelerator
-        self._precision = self._precision or precision
-        if devices and self._precision is not None:
-            self._precision.place(devices[0].type)
-        self._checkpoint_io = self._checkpoint_io or checkpoint_io
-        self.assign_devices(devices, environment, num_nodes)
+        self._accelerator = self._accelerator or parts.accelerator
+        self._precision = self._precision or parts.precision
+        if self._precision is not None and self._precision.replaces_parameters and self.shards_parameters:
+            raise MisconfigurationException(
+                f"{type(self).__name__} shares parameters out over the processes, and those that"
+                f" {type(self._precision).__name__} makes cannot be cut. Use strategy='ddp', or another precision."
+            )
+        if parts.devices and self._precision is not None:
+            self._precision.place(parts.devices[0].type)
+        self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
+        self.assign_devices(list(parts.devices), parts.environment, num_nodes)
 
     @property
     @abstractmethod
@@ -287,6 +262,7 @@ class Strategy(ABC):
             if self._accelerator is not None:
                 self._accelerator.teardown()
 
+    @abstractmethod
     def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
         """Wait until all saves so far have ended; every rank calls this.
 
@@ -296,12 +272,6 @@ class Strategy(ABC):
         Raises:
             CheckpointError: A save failed, and that was not raised before; all ranks raise.
         """
-        if self.checkpoint_io.after_saves is None:
-            return
-        if self.checkpoint_io.sharded:
-            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
-        else:
-            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     # Set-up
 
@@ -347,7 +317,7 @@ class Strategy(ABC):
         """
         with ExitStack() as stack:
             if empty_init:
-                stack.enter_context(_NoInit())
+                stack.enter_context(NoInit())
             if empty_init and self.initializes_on_meta:
                 stack.enter_context(torch.device("meta"))
             elif not self.shards_parameters:  # a device may not have room for all of what is sharded
@@ -379,18 +349,31 @@ class Strategy(ABC):
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss of the engine ``module``; the other arguments are those of ``Tensor.backward``."""
 
-    def run_batch(self, module: Module, batch: Any, window: int) -> Tensor:
+    def run_batch(
+        self, module: Module, batch: Any, window: float = 1, loss: Callable[[Any, Any], Any] | None = None
+    ) -> dict[Any, Tensor]:
         """Run forward and backward of a whole batch, where the strategy ``runs_whole_batch``.
 
         Args:
             module: The engine.
             batch: On this rank's device; the strategy cuts it into micro-batches.
             window: The number of batches of the gradient accumulation; the loss is divided by it before its backward.
+            loss: Called with the outputs for a micro-batch and the micro-batch, in the place of the module's ``loss``.
+                It returns the mean loss, or a dict of scalars by name with "loss".
 
         Returns:
-            The detached mean loss of the batch, a scalar, the same on every rank; not divided by ``window``.
+            By name, detached scalars, the same on every rank that works on this batch: the mean "loss" over the
+            samples, not divided by ``window``, and the means of what else ``loss`` returned.
         """
         raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
+
+    def evaluate_batch(self, module: Module, batch: Any, loss: Callable[..., Any] | None = None) -> dict[Any, Tensor]:
+        """Run the forward pass of a whole batch, where the strategy ``runs_whole_batch``: see :meth:`run_batch`."""
+        raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
+
+    def predict_batch(self, module: Module, batch: Any) -> Any:
+        """Return what the model makes of a whole batch, on every rank, where the strategy ``runs_whole_batch``."""
+        raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
 
     def expect_backward(self, loss: Tensor) -> None:
         """Called before a backward pass inside a method that runs as the engine's forward (manual optimization)."""
@@ -398,21 +381,31 @@ class Strategy(ABC):
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
+    def release_gathered(self) -> None:
+        """Free what is gathered of parameters, before parts are read or changed. Default: nothing is gathered."""
+
     def settle_gradients(self, module: Module) -> None:
-        """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
+        """Reduce what :meth:`no_backward_sync` left unreduced into ``grad`` of the parameters of the engine ``module``.
 
-        Afterwards they are all in ``grad`` of the parameters, as a checkpoint keeps them. Default: they are there.
-
-        Args:
-            module: The engine.
+        Every process calls this, before a checkpoint. Default: all is there.
         """
 
     def join_forward(self, module: Module, method: str = "forward") -> None:
         """Take part in a forward pass that other processes make now. Default: they need no others.
 
         Args:
-            module: The engine; this process may have run no pass of this method before, nor of another one.
+            module: The engine; this process may have run no pass before.
             method: The method of the user's module that the pass runs.
+        """
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        """Take part in what is left of a forward pass that ended early in this process, and goes on in others.
+
+        A step may return before it has run the model, for a batch that is of no use. Default: others go on alone.
+
+        Args:
+            module: The engine, which has run a pass.
+            method: The method of the user's module that the pass ran.
         """
 
     def join_backward(self, module: Module, label: str) -> None:
@@ -602,13 +595,3 @@ class Strategy(ABC):
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""
-
-
-class _NoInit(TorchFunctionMode):
-    """Turns the functions of ``torch.nn.init`` into no-ops."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)

@@ -5,6 +5,7 @@ Wrappers may be around each other in any order. A layer that has a wrapper of it
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections import OrderedDict
@@ -13,6 +14,8 @@ from typing import Any, Final, TypeVar
 
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
+
+from treadle_fabric.checkpoint import StoredTensor, in_memory
 
 __all__ = [
     "compiled_like",
@@ -161,9 +164,31 @@ def load_module_state(module: Module, state: Mapping[str, Any], strict: bool = T
         What the module's ``load_state_dict`` returned.
     """
     own = user_module(module)
-    state = names_in(own, state)
+    state = _read_where_kept(own, names_in(own, state))
     # without strict where it need not be there: overrides may not take it
     return own.load_state_dict(state) if strict else own.load_state_dict(state, strict=False)
+
+
+def _read_where_kept(module: Module, state: Any) -> Any:
+    """Read the tensors of a folder that a module's own way of loading may keep, rather than copy into parameters."""
+    if not isinstance(state, dict) or not any(isinstance(value, StoredTensor) for value in state.values()):
+        return state
+    if _is_own(type(module), "load_state_dict"):
+        return in_memory(state)
+    kept = [path for path, each in module.named_modules() if _is_own(type(each), "_load_from_state_dict")]
+    prefixes = tuple(f"{path}." if path else "" for path in kept)
+    names = [name for name, value in state.items() if isinstance(value, StoredTensor) and name.startswith(prefixes)]
+    if not names:
+        return state
+    changed = copy.copy(state)
+    changed.update(in_memory({name: state[name] for name in names}))
+    return changed
+
+
+def _is_own(kind: type[Module], method: str) -> bool:
+    """Whether a class has a method that is not torch's."""
+    home = next(each for each in kind.__mro__ if method in vars(each))
+    return not home.__module__.startswith("torch.")
 
 
 def names_in(module: Module, state: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ Tests of ``treadle_fabric.checkpoint.stored.folder``, ``treadle_fabric.checkpoin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -15,7 +16,7 @@ import pickle
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import pytest
@@ -56,6 +57,9 @@ from treadle_fabric.checkpoint.stored import chunks
 IO = DistributedCheckpointIO()
 
 
+Reads = list[tuple[str, int]]
+
+
 def opened(path: Any) -> dict[str, Any]:
     with tensors_on_demand():
         return IO.load_checkpoint(path)
@@ -74,30 +78,22 @@ def is_kept(tensor: Tensor) -> bool:
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each read of a local file, since the last look at the list."""
-    counts: list[int] = []
+def counted(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """File and bytes of each read of a local file, since the list was cleared."""
+    counts: Reads = []
     reading = LocalSource.reading
 
-    def counts_too(self: LocalSource, file: str) -> Any:
-        context = reading(self, file)
+    @contextlib.contextmanager
+    def counting(self: LocalSource, file: str) -> Iterator[Any]:
+        with reading(self, file) as read:
 
-        class Counted:
-            def __enter__(self) -> Any:
-                read = context.__enter__()
+            def count(start: int, into: memoryview) -> None:
+                counts.append((file, len(into)))
+                read(start, into)
 
-                def count(start: int, into: memoryview) -> None:
-                    counts.append(len(into))
-                    read(start, into)
+            yield count
 
-                return count
-
-            def __exit__(self, *args: Any) -> Any:
-                return context.__exit__(*args)
-
-        return Counted()
-
-    monkeypatch.setattr(LocalSource, "reading", counts_too)
+    monkeypatch.setattr(LocalSource, "reading", counting)
     return counts
 
 
@@ -211,10 +207,10 @@ def test_every_part_of_every_layout(
         assert torch.equal(wide, tensor.double())
 
 
-def test_only_what_is_asked_for_is_read(tmp_path: Path, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_asked_for_is_read(tmp_path: Path, counted: Reads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "_AT_ONCE", 2**18)
     w = stored(torch.randn(1000, 1000), tmp_path / "a.ckpt")
-    assert sum(counted) < 4.2e6  # verified, and not read a second time
+    assert sum(n for _, n in counted) < 4.2e6  # verified, and not read a second time
     few = 40_000  # what describes the archive
     for offsets, sizes, needed in (
         ([100, 0], [100, 1000], 400_000),
@@ -224,10 +220,10 @@ def test_only_what_is_asked_for_is_read(tmp_path: Path, counted: list[int], monk
     ):
         counted.clear()
         region(w, offsets, sizes)
-        assert needed <= sum(counted) < needed + few
+        assert needed <= sum(n for _, n in counted) < needed + few
     counted.clear()
     region(w, [0, 0], [1000, 500])  # half of each row: the other half is rather read along than asked for row by row
-    assert max(counted) <= 2**18 and len(counted) < 30
+    assert max(n for _, n in counted) <= 2**18 and len(counted) < 30
 
 
 # --- what a rank holds ---
@@ -353,3 +349,114 @@ def copied_to(fs: Any, folder: Path, at: str, prefix: str) -> None:
     for name in manifest["files"]:
         fs.pipe_file(f"{at}/{prefix}{name}", (folder / name).read_bytes())
     fs.pipe_file(f"{at}/manifest.json", b'{"crc32": "%08x",\n' % zlib.crc32(body) + body)
+
+
+# --- all of a state ---
+
+
+class Keeps(nn.Module):
+    """Keeps what it is given, as metrics do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(100, 100)
+        self.total = torch.zeros(100, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}total"] = self.total
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.total = state_dict.pop(f"{prefix}total")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Store:
+    """Keeps its state dict."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.kept
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.kept = state
+
+
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+def test_what_fabric_loads_is_in_memory_and_read_once_into_its_place(tmp_path: Path, counted: Reads) -> None:
+    torch.manual_seed(0)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=IO)
+    path, w = tmp_path / "a.ckpt", torch.randn(100, 100)
+
+    def make() -> dict[str, Any]:
+        model = nn.Sequential(nn.Linear(100, 100), Keeps())
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.randn(2, 100)).sum().backward()
+        optimizer.step()
+        return {"model": model, "optimizer": optimizer, "store": Store(), "pair": Pair(w, w), "tied": None}
+
+    saved, loaded = make(), make()
+    saved["model"][1].total, saved["tied"] = w + 1, [w, w.detach()]
+    saved["store"].kept = {"w": w + 2}
+    with pytest.warns(UserWarning, match="named tuple"):
+        fabric.save(path, {**saved, "rest": {"tied": [w, w]}})
+    counted.clear()
+    rest = fabric.load(path, loaded)
+    whole = sum(each.stat().st_size for each in path.iterdir())
+    assert sum(n for _, n in counted) < 2.5 * whole  # checked, and read
+    IO.remove_checkpoint(path)  # nothing is read any more
+    for a, b in zip(saved["model"].state_dict().items(), loaded["model"].state_dict().items(), strict=True):
+        assert a[0] == b[0] and type(b[1]) is Tensor and torch.equal(a[1], b[1])
+    assert type(loaded["model"][1].total) is Tensor and type(loaded["store"].kept["w"]) is Tensor
+    states = zip(saved["optimizer"].state.values(), loaded["optimizer"].state.values(), strict=True)
+    assert all(torch.equal(a[n], b[n]) and type(b[n]) is Tensor for a, b in states for n in a)
+    tied = rest["rest"]["tied"]
+    assert tied[0] is tied[1] and type(tied[0]) is Tensor and type(loaded["pair"].a) is Tensor
+    assert torch.equal(loaded["tied"][0], w) and loaded["tied"][0] is loaded["tied"][1]
+
+
+# --- the check is shared out ---
+
+
+def check_together(path: str, missing: str, counts: Reads) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+
+    def run(fabric: Fabric) -> None:
+        assert torch.equal(fabric.load(path)["a"], torch.full((50_000,), 1.0))
+        box: list[Any] = [None, None]
+        dist.all_gather_object(box, [name for name, length in counts if length > 100_000])
+        # both read both tensors, and each has checked one of the two files
+        assert sorted(box[0] + box[1]) == ["__0_0.distcp"] * 3 + ["__1_0.distcp"] * 3, box
+        if fabric.global_rank == 0:
+            os.rename(missing, f"{missing}.away")
+        fabric.barrier()
+        with pytest.raises(CheckpointCorruptError, match="is not whole: its file '__1_0.distcp' is missing"):
+            fabric.load(path)
+        fabric.barrier()
+        if fabric.global_rank == 0:
+            os.rename(f"{missing}.away", missing)
+
+    fabric.launch(run)
+
+
+def save_with_two(path: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=DistributedCheckpointIO())
+    state = {name: torch.full((50_000,), float(place)) for place, name in enumerate("zab")}
+    fabric.launch(lambda fabric: fabric.save(path, {"a": state["a"], "b": state["b"]}))
+
+
+def test_the_ranks_of_a_node_share_out_the_check_and_fail_together(tmp_path: Path, counted: Reads) -> None:
+    path = tmp_path / "a.ckpt"
+    run_in_ranks(save_with_two, os.fspath(path))
+    counted.clear()
+    run_in_ranks(check_together, os.fspath(path), os.fspath(path / "__1_0.distcp"), counted)

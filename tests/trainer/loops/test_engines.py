@@ -103,12 +103,12 @@ class Pipeline(Recording):
 
     runs_whole_batch = True
 
-    def run_batch(self, engine: nn.Module, batch: Tensor, window: int) -> Tensor:
+    def run_batch(self, engine: nn.Module, batch: Tensor, window: float = 1, loss: Any = None) -> dict[Any, Tensor]:
         self.calls.append("batch")
-        losses = [engine(half / 10).square().mean() / 2 for half in batch.chunk(2)]
-        for loss in losses:
-            (loss / window).backward()
-        return torch.stack(losses).sum().detach()
+        losses = [loss(engine(half / 10), half) / 2 for half in batch.chunk(2)]
+        for each in losses:
+            (each / window).backward()
+        return {"loss": torch.stack(losses).sum().detach()}
 
 
 def fit(folder: Path, strategy: Any = "auto", data: Any = None, model: Any = None, **arguments: Any) -> Any:
@@ -164,6 +164,12 @@ def test_an_engine_that_owns_the_step_empties_the_gradients(tmp_path: Path) -> N
 class Unasked(Told):
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         raise AssertionError
+
+    def pipeline_stages(self) -> list[nn.Module]:
+        raise AssertionError
+
+    def loss(self, outputs: Tensor, batch: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return outputs.square().mean()
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])

@@ -65,6 +65,14 @@ def trainer(*, ranks: int = 2, **arguments: Any) -> L.Trainer:
     return L.Trainer(accelerator="cpu", **strategy, **quiet | arguments)
 
 
+class Picks(Two):
+    """Has no use for some batches, from the first one on."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if batch[0, 0] > 1:
+            super().validation_step(batch, batch_idx)
+
+
 def _evaluates() -> None:
     loaders = [loader(5), loader(1), loader(8)]
     alone, together = trainer(ranks=1), trainer()
@@ -74,6 +82,11 @@ def _evaluates() -> None:
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs)
     assert module.ran == (2 + 1 + 2, 1 + 0 + 2)[together.global_rank]
+    picks = [
+        alone.validate(Picks(), loader(5, 1), verbose=False),
+        together.validate(Picks(), loader(5, 1), verbose=False),
+    ]
+    assert picks[0][0] == pytest.approx(picks[1][0])
     found = together.test(module, DataLoader(Numbers(together), batch_size=None), verbose=False)
     weights = [sum(range(4)), 0][together.global_rank]
     assert module.ran == (5 + 4, 3 + 1)[together.global_rank] and weights >= 0

@@ -159,7 +159,7 @@ class StochasticWeightAveraging(AveragingCallback):
 
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._begun and trainer.current_epoch > self._latest_update_epoch:
-            self._weights.update(pl_module)
+            self.update_average(trainer, pl_module)
             self._latest_update_epoch = trainer.current_epoch
 
     def _set_learning_rates(self, trainer: Trainer) -> None:

@@ -77,7 +77,8 @@ class ThroughputMonitor(Callback):
         if "available_flops" not in kwargs:
             dtype = compute_dtype(trainer.precision)
             kwargs["available_flops"] = get_available_flops(trainer.strategy.root_device, dtype)
-        self._throughputs = {s: Throughput(world_size=trainer.world_size, **kwargs) for s in RunningStage}
+        sizes: dict[str, Any] = {"world_size": trainer.world_size, "shares": trainer.strategy.data_parallel_size}
+        self._throughputs = {s: Throughput(**sizes, **kwargs) for s in RunningStage}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals of training."""

@@ -69,14 +69,14 @@ class WeightAveraging(AveragingCallback):
         """Update the average where an optimizer stepped."""
         step = trainer.global_step
         if step > self._latest_update_step and self.should_update(step_idx=step - 1):
-            self._weights.update(pl_module)
+            self.update_average(trainer, pl_module)
             self._latest_update_step = step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update the average at the end of an epoch, if :meth:`should_update` says so."""
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and epoch_is_over(trainer) and self.should_update(epoch_idx=epoch):
-            self._weights.update(pl_module)
+            self.update_average(trainer, pl_module)
             self._latest_update_epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Turn the states of the ranks of a run into the states of another number of ranks."""
+"""Turn the states of the ranks of a run into the states of another number of ranks.
+
+Ranks are here those that share the samples out: of those that work together on one share, one stands for all.
+"""
 
 from __future__ import annotations
 

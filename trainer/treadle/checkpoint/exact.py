@@ -20,8 +20,18 @@ from treadle.data.training import TrainingData
 from treadle.run.accumulation import Accumulation, Place, decide
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric import name_in, plain_name, rank_zero_info, rank_zero_warn, with_plain_names
-from treadle_fabric.checkpoint import PerRank, fingerprint, placed_like
+from treadle_fabric import (
+    Fabric,
+    Strategy,
+    all_gather_objects,
+    name_in,
+    plain_name,
+    rank_zero_info,
+    rank_zero_warn,
+    with_plain_names,
+)
+from treadle_fabric.checkpoint import PerRank, fingerprint, is_sharded_tensor, placed_like
+from treadle_fabric.data import one_of_each, shares_of_ranks
 from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
 
 __all__ = [
@@ -45,7 +55,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
     Returns:
         ``ranks``: this rank's part in tensors and plain containers, marked as :class:`PerRank`; in the middle of an
         accumulation it has gradients, too. ``accumulated``: the place of the next batch in its accumulation.
-        ``unwritten``: values of an epoch that ends, which no logger has yet.
+        ``unwritten``: values of an epoch that ends, which no logger has yet. ``gradients``: where ranks hold parts of
+        them. ``shares``: which share of the samples each rank has, where ranks work together on one.
     """
     module, progress = run.module, run.progress
     if progress.epoch_ended:
@@ -66,7 +77,9 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         if done:
             run.fabric.strategy.settle_gradients(run.engine)
         named = with_plain_names(module, module.named_parameters())
-        gradients = {n: p.grad.detach() for n, p in named if p.grad is not None}
+        # of a parameter that is on another rank alone, that rank has the gradient
+        held = ((n, p if p.is_meta else p.grad) for n, p in named)
+        gradients = {n: gradient.detach() for n, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
     if progress.epoch_ended:
@@ -79,8 +92,10 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         buffers = _buffers(module)
         prints = {name: fingerprint(buffer) for name, buffer in buffers.items()}
         saved = fabric.broadcast(prints)  # the state dict has rank 0's buffers
-        mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved[name]}
+        mine["buffers"] = {name: b for name, b in buffers.items() if prints[name] != saved.get(name, prints[name])}
         mine["engine"] = fabric.strategy.engine_state()
+    if fabric.strategy.data_parallel_size < fabric.world_size:
+        shared["shares"] = shares_of_ranks(fabric.strategy)
     return {"ranks": PerRank(mine), **shared}
 
 
@@ -107,24 +122,32 @@ def moment(run: Run) -> dict[str, Any]:
     }
 
 
-def keep_own_part(saved: dict[str, Any], rank: int, world_size: int) -> dict[str, Any]:
+def keep_own_part(saved: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
     """What a rank keeps of the exact state in a checkpoint, until :func:`restore_exact` or another save.
+
+    Every rank calls this. Ranks that work together on a share of the samples have copies of one state.
 
     Args:
         saved: the ``treadle`` entry of the checkpoint; of a folder it is best loaded with ``parts_on_demand``.
-        rank: this rank.
-        world_size: the number of ranks now.
+        strategy: of this run.
 
     Returns:
-        ``saved`` with this rank's part as ``ranks``, marked as it was when it was saved; where another number of ranks
-        saved, with the list of what this rank needs of all their parts.
+        ``saved`` with this rank's part as ``ranks``, marked as it was when it was saved; where another number of shares
+        was saved, with the list of what this rank needs of the parts of all.
     """
     parts = saved.get("ranks")
     if not parts:
         return saved
-    if len(parts) == world_size:
-        return {**saved, "ranks": PerRank(parts[rank])}
-    return {**saved, "ranks": list(parts) if rank == 0 else [without_sums(part) for part in parts]}
+    before, now = saved.get("shares") or list(range(len(parts))), shares_of_ranks(strategy)
+    rank, share = strategy.global_rank, strategy.data_parallel_rank
+    kept = {key: value for key, value in saved.items() if key not in ("ranks", "shares")}
+    if set(before) != set(now):
+        needed = one_of_each(parts, before)
+        return {**kept, "ranks": needed if share == 0 else [without_sums(part) for part in needed]}
+    mine = parts[rank if before == now else before.index(share)]
+    if len(set(now)) < len(now):
+        kept["shares"] = now
+    return {**kept, "ranks": PerRank(mine)}
 
 
 def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, accumulate: int) -> None:
@@ -142,8 +165,9 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     fabric, module = run.fabric, run.module
     metrics, progress = run.metric_objects[1], run.progress
     elsewhere, begins = not isinstance(ranks, PerRank), not progress.begun
-    saved_by = len(ranks) if elsewhere else fabric.world_size
-    mine = part_of_rank(ranks, fabric.global_rank, fabric.world_size, metrics) if elsewhere else ranks.value
+    shares = fabric.strategy.data_parallel_size
+    saved_by = len(ranks) if elsewhere else shares
+    mine = _part_of_rank(run, ranks, metrics) if elsewhere else ranks.value
     gradients = saved.get("gradients") or mine.get("gradients", {})
     ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
     batch = progress.batch
@@ -154,11 +178,12 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
     elif not ended:
         factor = _go_on_accumulating(progress, saved.get("accumulated"), batch, resumed.size, accumulate, data.stop)
-        factor = 1.0 if mine.get("weights") else factor  # those are divided where the optimizer steps
+        if mine.get("weights"):  # those are divided where the optimizer steps, by the weights of all ranks
+            factor = saved_by / shares if saved.get("gradients") else 1.0
     if elsewhere and not begins:
         rank_zero_info(
-            f"Number of processes: {fabric.world_size}, in the checkpoint: {saved_by}. The order of the samples goes on"
-            " where it was."
+            f"Number of processes that share the samples: {shares}, in the checkpoint: {saved_by}. The order of the"
+            " samples goes on where it was."
         )
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
@@ -166,13 +191,18 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
         _write_ended(run, saved)
         run.results.reset()  # the epoch is over, and with it what was logged
     parameters = dict(module.named_parameters())
+    if fabric.strategy.shards_parameters and "gradients" not in saved:
+        named = with_plain_names(module, parameters.items())
+        gradients = _means(fabric, gradients, {name: p.shape for name, p in named})
     for name, gradient in gradients.items():
         parameter = parameters[name_in(module, name)]
-        parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
+        if not parameter.is_meta and not gradient.is_meta:
+            parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():
-        buffers[plain_name(module, name_in(module, name))].copy_(buffer)
+        if (here := buffers.get(plain_name(module, name_in(module, name)))) is not None:
+            here.copy_(buffer)
     fabric.strategy.load_engine_state(mine.get("engine", {}))
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
@@ -194,12 +224,27 @@ def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:
         return False
     metrics = run.metric_objects[1]
     elsewhere = not isinstance(ranks, PerRank)
-    mine = part_of_rank(ranks, run.fabric.global_rank, run.fabric.world_size, metrics) if elsewhere else ranks.value
+    mine = _part_of_rank(run, ranks, metrics) if elsewhere else ranks.value
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
     written = _write_ended(run, saved)
     run.results.reset()
     return written
+
+
+def _part_of_rank(run: ReadyRun, ranks: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
+    strategy = run.fabric.strategy
+    return part_of_rank(ranks, strategy.data_parallel_rank, strategy.data_parallel_size, metrics)
+
+
+def _means(fabric: Fabric, gradients: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The means over the ranks of what each accumulated by itself, for parameters of which a rank has a part."""
+    found = {}
+    for name in sorted({name for names in all_gather_objects(fabric, list(gradients)) for name in names}):
+        mine = gradients.get(name)
+        mine = torch.zeros(shapes[name]) if mine is None else mine
+        found[name] = fabric.strategy.all_reduce(mine.to(fabric.device), reduce_op="mean")
+    return found
 
 
 def _write_ended(run: ReadyRun, saved: dict[str, Any]) -> bool:
@@ -256,12 +301,15 @@ def restore_metrics(run: Run, states: dict[str, Any]) -> None:
 
 
 def _buffers(module: Module) -> dict[str, Tensor]:
-    """The buffers that a state dict has. They differ between ranks until DDP's next forward copies those of rank 0."""
+    """The buffers that a state dict has, but for those of which ranks have parts.
+
+    They differ between ranks until DDP's next forward copies those of rank 0.
+    """
     return {
         plain_name(module, f"{prefix}.{name}" if prefix else name): buffer.detach()
         for prefix, part in module.named_modules()
         for name, buffer in part.named_buffers(recurse=False)
-        if name not in part._non_persistent_buffers_set
+        if name not in part._non_persistent_buffers_set and not buffer.is_meta and not is_sharded_tensor(buffer)
     }
 
 

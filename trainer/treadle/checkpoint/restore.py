@@ -34,7 +34,7 @@ def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training:
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
         checkpoint = {key: value if key in _PLACED else in_memory(value) for key, value in checkpoint.items()}
         if training and "treadle" in checkpoint:
-            checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy.global_rank, strategy.world_size)
+            checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy)
     return checkpoint
 
 

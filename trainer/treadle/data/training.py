@@ -72,8 +72,8 @@ class TrainingData:
         self.epochs = Epochs(
             loader,
             parts,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
+            rank=fabric.strategy.data_parallel_rank,
+            world_size=fabric.strategy.data_parallel_size,
             num_batches=self.num_batches,
             exact=self.exact,
             whole=self.whole,

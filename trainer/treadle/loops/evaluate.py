@@ -13,6 +13,7 @@ from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, outside_inference_mode
 from treadle.loops.lockstep import lockstep_of
+from treadle.loops.step.whole import evaluation_of_whole_batches
 from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
@@ -43,20 +44,22 @@ class Evaluation:
         self._results = Results(training=False, fabric=run.fabric)
         self._results.belongs_to(run.module, run.results.callbacks)
         self._several = len(data.loaders) > 1
-        step, call = getattr(run.module, f"{name}_step"), run.method(f"{name}_step")
-        self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
+        if run.fabric.strategy.runs_whole_batch:
+            self._step, self._wants_iterator = evaluation_of_whole_batches(run, self._results, name), False
+        else:
+            step, call = getattr(run.module, f"{name}_step"), run.method(f"{name}_step")
+            self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=self._several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._iterate: Callable[..., Any] = data.iterate
         if inference_mode:
             self._iterate = lambda *args: outside_inference_mode(partial(data.iterate, *args))
-        self._on_batch_start = run.dispatch.listeners(f"on_{name}_batch_start")
-        self._on_batch_end = run.dispatch.listeners(f"on_{name}_batch_end")
+        self._around = tuple(run.dispatch.listeners(f"on_{name}_batch_{when}") for when in ("start", "end"))
         self._meeting = BatchMeeting(name) if run.fabric.world_size > 1 else None
         self._lockstep = lockstep_of(run, f"{name}_step", self._no_grad)
         self._asked, self._ended = 0, True  # the number of calls of `interrupted`; whether all of them said no
-        self._restores_modes = not overrides(run.module, f"on_{name}_model_train", ModuleHooks)
-        self._switches_modes = not overrides(run.module, f"on_{name}_model_eval", ModuleHooks)
+        hooks = (f"on_{name}_model_eval", f"on_{name}_model_train")
+        self._sets_modes = tuple(not overrides(run.module, hook, ModuleHooks) for hook in hooks)  # before and after
 
     def __call__(
         self,
@@ -82,7 +85,7 @@ class Evaluation:
         try:
             with self._no_grad():
                 dispatch.call(f"{hook}_model_eval")
-                if self._switches_modes:
+                if self._sets_modes[0]:
                     run.module.eval()
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
@@ -123,9 +126,9 @@ class Evaluation:
             results.reset()
             run.log_to(before)
             run.changes.modes_before = []
-            if self._restores_modes:
+            if self._sets_modes[1]:
                 restore_modes(modes)
-        if not self._restores_modes:
+        if not self._sets_modes[1]:
             dispatch.call(f"{hook}_model_train")
         return per_loader
 
@@ -143,7 +146,7 @@ class Evaluation:
         """Evaluate on one loader."""
         run, results, step = self._run, self._results, self._step
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
-        on_batch_start, on_batch_end = self._on_batch_start, self._on_batch_end
+        on_batch_start, on_batch_end = self._around
         step_name, start_name, end_name = (
             f"{self._name}_step",
             f"on_{self._name}_batch_start",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from itertools import islice
+from typing import Any
+
 import torch
 
 from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.data.find import first_loader
 from treadle.data.training import TrainingData
+from treadle.loops.lockstep import lockstep_of
 from treadle.metrics.sinks import silenced
 from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
@@ -29,20 +34,25 @@ def forward_epoch(run: ReadyRun, data: TrainingData | None) -> int:
 
     Returns:
         The number of batches. It is 0 where ``training_step`` cannot be called without learning, because it steps the
-        optimizers or draws its batches itself; and where a stream cannot be iterated again.
+        optimizers or draws its batches itself, or because the strategy runs whole batches; and where a stream cannot be
+        iterated again.
     """
+    if run.fabric.strategy.runs_whole_batch:
+        return 0
     step, wants_iterator = bind_step(run.module.training_step, run.method("training_step"), TRAINING_ARGUMENTS)
     if data is None or wants_iterator or not run.module.automatic_optimization:
         return 0
     generators = generators_of(data.epochs.parts)
     states, metrics = [generator_state(each) for each in generators], moment(run)["metric_objects"]
-    number = 0
+    number, strategy = 0, run.fabric.strategy
+    lockstep = lockstep_of(run, "training_step", torch.enable_grad)
     try:
         with isolate_rng(), silenced(run.modules), run.fabric.no_backward_sync(run.wrapped), torch.enable_grad():
-            for batch in data.loader if data.combined is None else first_loader(data.loader):
-                if number >= data.num_batches:
-                    break
+            found = data.loader if data.combined is None else first_loader(data.loader)
+            batches: Any = islice(found, None if data.num_batches == math.inf else int(data.num_batches))
+            for batch in batches if lockstep is None else lockstep.turns(batches):
                 step(run.transfer(batch, 0), number)
+                strategy.release_gathered()  # no backward pass does that
                 number += 1
     finally:
         for generator, state in zip(generators, states, strict=True):

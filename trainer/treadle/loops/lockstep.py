@@ -34,6 +34,7 @@ class Lockstep:
         for batch in batches:
             self._strategy.begin_vote(True)()
             yield batch
+            self._finish()
         self.finish()
 
     def turns_of_all(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -42,8 +43,14 @@ class Lockstep:
         for batch in batches:
             self._strategy.begin_vote(True)()
             yield batch
+            self._finish()
         while self._joined():
             yield None
+
+    def _finish(self) -> None:
+        """The step of a batch may have ended before it ran all of the model."""
+        with self._mode():
+            self._strategy.finish_forward(self._engine, self._method)
 
     def skip(self) -> None:
         """Run no batch of a loader, and take part in the passes of the other ranks."""

@@ -14,12 +14,13 @@ from treadle.data.lookahead import BatchIterator
 from treadle.data.transfer import stay
 from treadle.loops.inference import explain_missing_gradients, without_inference
 from treadle.loops.lockstep import lockstep_of
+from treadle.loops.step.whole import prediction_of_whole_batches
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.profilers.profiler import timed_iteration
 from treadle.run.run import ReadyRun
 from treadle_fabric import all_gather_objects, move_data_to_device
-from treadle_fabric.data import BatchMeeting
+from treadle_fabric.data import BatchMeeting, one_of_each, shares_of_ranks
 
 __all__ = ["Prediction"]
 
@@ -40,11 +41,15 @@ class Prediction:
 
     def __init__(self, run: ReadyRun, data: EvaluationData, *, inference_mode: bool, keep: bool) -> None:
         self._run, self._data, self._keep = run, data, keep
-        step, call, several = run.module.predict_step, run.method("predict_step"), len(data.loaders) > 1
-        self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
+        if run.fabric.strategy.runs_whole_batch:
+            self._step, self._wants_iterator = prediction_of_whole_batches(run), False
+        else:
+            step, call, several = run.module.predict_step, run.method("predict_step"), len(data.loaders) > 1
+            self._step, self._wants_iterator = bind_step(step, call, EVALUATION_ARGUMENTS, several=several)
         inference_mode &= run.fabric.strategy.allows_inference_mode
         self._no_grad = torch.inference_mode if inference_mode else torch.no_grad
         self._meeting = BatchMeeting("prediction") if run.fabric.world_size > 1 else None
+        self._shares = shares_of_ranks(run.fabric.strategy)
         self._lockstep = lockstep_of(run, "predict_step", self._no_grad)
         self._on_batch_start = run.dispatch.listeners("on_predict_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_predict_batch_end")
@@ -173,14 +178,14 @@ class Prediction:
         if not self._data.is_shared(loader_idx):
             return kept
         fabric, absent = self._run.fabric, object()
-        ranks = all_gather_objects(fabric, kept)
+        ranks = one_of_each(all_gather_objects(fabric, kept), self._shares)
         return [item for turn in zip_longest(*ranks, fillvalue=absent) for item in turn if item is not absent]
 
     def _with_others(self, outputs: Iterator[Any]) -> Iterator[Any]:
         fabric = self._run.fabric
         while True:
             mine = [each for each in islice(outputs, 1) if each is not _PASSED]
-            turn = all_gather_objects(fabric, mine)
+            turn = one_of_each(all_gather_objects(fabric, mine), self._shares)
             if not turn[0]:  # rank 0 has the first batch of each turn, so no rank has one
                 return
             for theirs in turn:

@@ -387,7 +387,7 @@ class Results:
 
     def _is_everywhere(self, slot: Slot, count: int, reduced: Reduced) -> bool:
         """Return whether all ranks compute this torchmetrics object now, so that it may gather from all."""
-        if count == self._fabric.world_size:
+        if count == self._fabric.strategy.data_parallel_size:
             return True
         path = next((path for path, metric in self._paths().items() if metric is slot.metric), None)
         return all(path in theirs.paths for theirs in reduced.told)

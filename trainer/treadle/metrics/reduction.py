@@ -11,6 +11,7 @@ from torch import Tensor
 
 from treadle.metrics.values import scalar_on, to_floats, vector_on
 from treadle_fabric import Fabric, all_gather_objects, rank_zero_warn
+from treadle_fabric.data import one_of_each
 
 __all__ = ["REDUCTIONS", "Reduced", "Reduction", "Row", "Told", "reduce_over_ranks"]
 
@@ -20,13 +21,15 @@ REDUCTIONS: Final[dict[Any, Reduction]] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
     "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
 }  # fmt: skip
-_PACKET: Final = 130  # doubles in the packed collective: a checksum, a count and 64 pairs; more slots need a second one
+_PACKET: Final = 131  # doubles in the packed collective: three of the head and 64 pairs; more slots need a second one
+_HEAD: Final = 3  # a checksum of the names, their number, and the rank's share of the samples
 
 
-def _gather_values(fabric: Fabric, values: list[Any]) -> list[Any]:
-    """Gather the values of all ranks, in the order of the ranks; the host waits once for the device."""
+def _gather_values(fabric: Fabric, values: list[Any], counted: list[int]) -> list[Any]:
+    """Gather the values of the counted ranks, in the order of the ranks; the host waits once for the device."""
     numbers = to_floats({str(i): value for i, value in enumerate(values)})
-    return [v for theirs in all_gather_objects(fabric, [*numbers.values()]) for v in theirs]
+    everywhere = all_gather_objects(fabric, [*numbers.values()])
+    return [v for rank in counted for v in everywhere[rank]]
 
 
 class Told(NamedTuple):
@@ -50,6 +53,8 @@ class Reduced(NamedTuple):
 def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] = Told) -> Reduced:
     """Reduce scalars over all ranks in one collective (two above 64 of them).
 
+    Of ranks that work together on one share of the samples, and log the same, one counts.
+
     Args:
         fabric: the Fabric of these ranks.
         rows: for each scalar its name, reduction, total on this rank (for a mean: the weighted sum) and weight.
@@ -58,14 +63,14 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
 
     Returns:
         The reduced value of every name that any rank logged, in float64; for "gather" the numbers of
-        all ranks, for "count" the number of ranks that have the name.
+        all ranks, for "count" the number of shares whose rank has the name.
     """
     rows = sorted(rows, key=lambda r: r[0])
     names = [f"{name}:{how}" for name, how, *_ in rows]
-    gathered, told = _exchange(fabric, rows, names), []
-    if gathered is None:  # the ranks logged different names
-        exchanged = all_gather_objects(fabric, (names, tell()))
-        everywhere, told = [theirs for theirs, _ in exchanged], [theirs for _, theirs in exchanged]
+    exchanged, told = _exchange(fabric, rows, names), []
+    if exchanged is None:  # the ranks logged different names
+        facts = all_gather_objects(fabric, (names, tell()))
+        everywhere, told = [theirs for theirs, _ in facts], [theirs for _, theirs in facts]
         union = sorted({name for theirs in everywhere for name in theirs})
         for name in union:
             _warn_of_lack(name, everywhere, told)
@@ -76,8 +81,9 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
                 neutral: Any = {"min": float("inf"), "max": float("-inf"), "gather": []}.get(how, 0.0)
                 mine[extra] = (name, how, neutral, 0.0)  # type: ignore[assignment]
         rows, names = [mine[n] for n in union], union
-        gathered = _exchange(fabric, rows, names)
-        assert gathered is not None
+        exchanged = _exchange(fabric, rows, names)
+        assert exchanged is not None
+    gathered, counted = exchanged
     out: dict[str, Any] = {}
     counts = gathered[:, 1::2].sum(0).tolist() if any(how == "count" for _, how, *_ in rows) else []
     for i, (name, how, total, _) in enumerate(rows):
@@ -90,7 +96,7 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
             case "count":
                 out[name] = int(counts[i])
             case "gather":
-                out[name] = _gather_values(fabric, total)
+                out[name] = _gather_values(fabric, total, counted)
             case "min":
                 out[name] = totals.amin()
             case _:
@@ -114,24 +120,31 @@ def _warn_of_lack(name: str, everywhere: list[list[str]], told: list[Told]) -> N
         rank_zero_warn(f"{row!r} was not logged on rank {', '.join(map(str, without))}: {over}.")
 
 
-def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> Tensor | None:
-    """Gather the (total, weight) pairs of all ranks, ``(world_size, 2 * len(rows))``; None where the names differ."""
+def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> tuple[Tensor, list[int]] | None:
+    """Gather the (total, weight) pairs of one rank for each share of the samples.
+
+    Returns:
+        The pairs, ``(shares, 2 * len(rows))``, and those ranks; None where the names differ.
+    """
     checksum = float(zlib.crc32("\n".join(names).encode()))
     dtype = torch.float64
-    head = [checksum, float(len(rows))]
+    head = [checksum, float(len(rows)), float(fabric.strategy.data_parallel_rank)]
     numbers = [0.0 if how in ("gather", "count") else total for _, how, total, _ in rows]
     totals = [scalar_on(number, dtype, fabric.device) for number in numbers]
     weights = vector_on([weight for *_, weight in rows], dtype, fabric.device)
     pairs = torch.stack([torch.stack(totals), weights], dim=1).flatten() if rows else weights
     packet = torch.zeros(_PACKET, dtype=dtype, device=fabric.device)
-    packet[:2] = vector_on(head, dtype, fabric.device)
-    first = pairs[: _PACKET - 2]
-    packet[2 : 2 + len(first)] = first
+    packet[:_HEAD] = vector_on(head, dtype, fabric.device)
+    first = pairs[: _PACKET - _HEAD]
+    packet[_HEAD : _HEAD + len(first)] = first
     gathered: Tensor = fabric.strategy.all_gather(packet).reshape(fabric.world_size, -1)
     if not bool((gathered[:, :2] == gathered[0, :2]).all()):
         return None
-    body = gathered[:, 2 : 2 + len(first)]
+    body, counted = gathered[:, _HEAD : _HEAD + len(first)], list(range(fabric.world_size))
     if len(pairs) > len(first):
         rest = fabric.strategy.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
         body = torch.cat([body, rest], dim=1)
-    return body
+    if fabric.strategy.data_parallel_size < fabric.world_size:
+        counted = one_of_each(counted, gathered[:, 2].int().tolist())
+        body = body[counted]
+    return body, counted

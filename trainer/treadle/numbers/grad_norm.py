@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle_fabric import MisconfigurationException, with_plain_names
+from treadle_fabric.strategies import norms
 
 __all__ = ["grad_norm"]
 
@@ -14,7 +15,8 @@ def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = 
     """The p-norm of each parameter's gradient, and of all of them as one vector.
 
     Args:
-        module: Its parameters that have a gradient are measured.
+        module: Its parameters that have a gradient are measured, whole ones and those of which ranks hold parts; every
+            rank calls this.
         norm_type: p > 0, or ``"inf"``.
         group_separator: Between the norm's name and the parameter's.
 
@@ -32,15 +34,7 @@ def grad_norm(module: nn.Module, norm_type: float | str, group_separator: str = 
     gradients = {name: param.grad for name, param in named if param.grad is not None}
     if not gradients:
         return {}
-    norms = {
-        f"grad_{p}_norm{group_separator}{name}": torch.linalg.vector_norm(_entries(gradient.detach()), p)
-        for name, gradient in gradients.items()
-    }
-    device = next(iter(norms.values())).device
-    # ||(||x||_p, ||y||_p)||_p is ||(x, y)||_p
-    norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms.values()]), p)
-    return norms
-
-
-def _entries(gradient: Tensor) -> Tensor:
-    return gradient.coalesce().values() if gradient.is_sparse else gradient
+    each = norms(gradients.values(), p)
+    found = {f"grad_{p}_norm{group_separator}{name}": norm for name, norm in zip(gradients, each, strict=True)}
+    found[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(each, p)  # ||(||x||_p, ||y||_p)||_p is ||(x, y)||_p
+    return found

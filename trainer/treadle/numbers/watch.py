@@ -16,7 +16,7 @@ from treadle.checkpoint.exact import moment, restore_metrics
 from treadle.metrics.sinks import silenced
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
-from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters, values_of
+from treadle.numbers.examine import Findings, digest, examine, is_finite, loss_of, trained_parameters
 from treadle.run.loss import LossPolicy, gradients_of
 from treadle.run.run import Run
 from treadle_fabric import (
@@ -30,6 +30,7 @@ from treadle_fabric import (
 )
 from treadle_fabric.checkpoint import Keeping, TorchCheckpointIO, known_classes, pack
 from treadle_fabric.randomness import isolate_rng, own_rng_states, set_rng_states
+from treadle_fabric.strategies import local_gradients
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -81,7 +82,9 @@ class WatchedLosses:
     def observe(self, training_step: Callable[..., Any], *, wants_iterator: bool) -> Callable[..., Any]:
         """Return a ``training_step`` that keeps what is needed to run it once more."""
         progress, module = self._run.progress, self._run.module
-        self._observes, self._reruns = True, not wants_iterator
+        self._observes = True
+        # Not where ranks work together: those without the culprit would have to run the same, in the engine
+        self._reruns = not wants_iterator and not self._run.fabric.strategy.shards_parameters
 
         def observed(batch: Any, *rest: Any) -> Any:
             record = _Record(progress.batch)
@@ -146,7 +149,7 @@ class WatchedLosses:
         strategy = self._run.fabric.strategy
         losses = [r.loss for r in records if r.taken and r.loss is not None]
         scaled = strategy.precision.requires_fabric_backward
-        gradients = [] if scaled else [values_of(g) for g in gradients_of(optimizers)]
+        gradients = [] if scaled else gradients_of(optimizers)
         flags = torch.stack([_any_nonfinite(each, strategy.root_device) for each in (losses, gradients)])
         if strategy.world_size > 1:
             flags = strategy.all_reduce(flags, reduce_op="sum")
@@ -236,7 +239,7 @@ class WatchedLosses:
         return [
             f"{name} {tuple(p.shape)}"
             for name, p in with_plain_names(self._run.module, self._run.module.named_parameters())
-            if id(p) in held and p.grad is not None and not bool(values_of(p.grad).isfinite().all())
+            if id(p) in held and any(not is_finite(part) for part in local_gradients([p]))
         ]
 
     def _run_again(self, record: _Record) -> Findings:

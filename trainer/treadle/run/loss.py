@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from treadle_fabric import local_gradients
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -70,6 +72,6 @@ class LossPolicy(Protocol):
 
 
 def gradients_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """The gradients of the parameters of optimizers, those that have one."""
+    """The gradients of the parameters of optimizers, those that have one: of each what this rank holds."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
-    return [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return local_gradients(p for group in groups for p in group["params"])

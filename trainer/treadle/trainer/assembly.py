@@ -162,7 +162,8 @@ def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[...,
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:
     """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
     given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
-    return given and settings.limits["val"] != 0 and overrides(run.module, "validation_step", LightningModule)
+    has_step = run.fabric.strategy.runs_whole_batch or overrides(run.module, "validation_step", LightningModule)
+    return given and settings.limits["val"] != 0 and has_step
 
 
 def validation_loaders(run: Run, val: Any) -> Any:

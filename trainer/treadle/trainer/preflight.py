@@ -153,16 +153,39 @@ def _refuse_optimizer_idx(module: LightningModule) -> None:
             )
 
 
+def _check_step(module: LightningModule, step: str, needs: str, strategy: Strategy) -> None:
+    """Refuse a module without the method that a stage calls for each batch: ``step``, or those of whole batches."""
+    name = type(module).__qualname__
+    if not strategy.runs_whole_batch:
+        if not _has(module, step):
+            raise MisconfigurationException(
+                f"{name} has no `{step}`, which {needs} needs: define it.{_near_method(module, step)}"
+            )
+        return
+    for method in ("pipeline_stages", "loss"):
+        if not callable(getattr(module, method, None)):
+            raise MisconfigurationException(
+                f"{name} has no `{method}`, which {needs} needs under {type(strategy).__name__} in the place of"
+                f" `{step}`, because it runs whole batches: define `pipeline_stages(self)`, the list of submodules that"
+                f" follow each other, and `loss(self, outputs, batch)`.{_near_method(module, method)}"
+            )
+
+
 def check_training(
-    module: LightningModule, settings: Settings, train: Any, datamodule: LightningDataModule | None
+    module: LightningModule,
+    settings: Settings,
+    train: Any,
+    datamodule: LightningDataModule | None,
+    strategy: Strategy,
 ) -> None:
     """Refuse training that cannot work, before it starts."""
     name = type(module).__qualname__
-    for needed in ("training_step", "configure_optimizers"):
-        if not _has(module, needed):
-            raise MisconfigurationException(
-                f"{name} has no `{needed}`, which fit needs: define it.{_near_method(module, needed)}"
-            )
+    _check_step(module, "training_step", "fit", strategy)
+    if not _has(module, "configure_optimizers"):
+        near = _near_method(module, "configure_optimizers")
+        raise MisconfigurationException(f"{name} has no `configure_optimizers`, which fit needs: define it.{near}")
+    if strategy.runs_whole_batch:
+        _check_whole_batches(module, strategy)
     _refuse_optimizer_idx(module)
     if not _has_loader("train_dataloader", train, module, datamodule):
         raise MisconfigurationException(
@@ -181,13 +204,32 @@ def check_training(
             )
 
 
+def _check_whole_batches(module: LightningModule, strategy: Strategy) -> None:
+    """Refuse a module that wants to do itself what a strategy that runs whole batches does."""
+    name, kind = type(module).__qualname__, type(strategy).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} sets automatic_optimization=False, and {kind} runs forward and backward of whole batches, without"
+            " `training_step`: leave it True, or write the loop with Fabric and fabric.run_batch."
+        )
+    if _has(module, "backward"):
+        raise MisconfigurationException(
+            f"{name} defines `backward`, and {kind} runs the backward passes itself, one a micro-batch: remove it."
+        )
+
+
 def check_fit(
-    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+    module: LightningModule,
+    settings: Settings,
+    train: Any,
+    val: Any,
+    datamodule: LightningDataModule | None,
+    strategy: Strategy,
 ) -> None:
     """Refuse a fit that cannot work, before it starts, and tell of what may not be meant."""
-    check_training(module, settings, train, datamodule)
+    check_training(module, settings, train, datamodule, strategy)
     name, has_val = type(module).__qualname__, _has_loader("val_dataloader", val, module, datamodule)
-    if has_val and not _has(module, "validation_step"):
+    if has_val and not _has(module, "validation_step") and not strategy.runs_whole_batch:
         rank_zero_warn(
             f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
             + _near_method(module, "validation_step"),
@@ -207,26 +249,26 @@ def check_fit(
 
 
 def check_evaluation(
-    module: LightningModule, fn: TrainerFn, given: Any, datamodule: LightningDataModule | None
+    module: LightningModule, fn: TrainerFn, given: Any, datamodule: LightningDataModule | None, strategy: Strategy
 ) -> None:
     """Refuse a validation or test without its step or its batches."""
     step, loader = (
         ("validation_step", "val_dataloader") if fn is TrainerFn.VALIDATING else ("test_step", "test_dataloader")
     )
-    if not _has(module, step):
-        raise MisconfigurationException(
-            f"{type(module).__qualname__} has no `{step}`, which {fn.value} needs: define"
-            f" it.{_near_method(module, step)}"
-        )
+    _check_step(module, step, fn.value, strategy)
     if not _has_loader(loader, given, module, datamodule):
         raise MisconfigurationException(
             f"{fn.value} has no batches: pass `dataloaders`, a `datamodule`, or define `{loader}`."
         )
 
 
-def check_predict(module: LightningModule, given: Any, datamodule: LightningDataModule | None) -> None:
+def check_predict(
+    module: LightningModule, given: Any, datamodule: LightningDataModule | None, strategy: Strategy
+) -> None:
     """Refuse a prediction without a step or batches."""
-    if not _has(module, "predict_step") and type(module).forward is torch.nn.Module.forward:
+    if strategy.runs_whole_batch:
+        _check_step(module, "predict_step", "predict", strategy)
+    elif not _has(module, "predict_step") and type(module).forward is torch.nn.Module.forward:
         raise MisconfigurationException(
             f"{type(module).__qualname__} has neither `predict_step` nor `forward`, which predict needs: define one."
         )
@@ -237,15 +279,20 @@ def check_predict(module: LightningModule, given: Any, datamodule: LightningData
 
 
 def check_stage(
-    module: LightningModule, fn: TrainerFn, settings: Settings, given: Any, datamodule: LightningDataModule | None
+    module: LightningModule,
+    fn: TrainerFn,
+    settings: Settings,
+    given: Any,
+    datamodule: LightningDataModule | None,
+    strategy: Strategy,
 ) -> None:
     """Refuse a stage that cannot work, before it starts; ``given``: its loaders, of fit those of training."""
     if fn is TrainerFn.FITTING:
-        check_training(module, settings, given, datamodule)
+        check_training(module, settings, given, datamodule, strategy)
     elif fn is TrainerFn.PREDICTING:
-        check_predict(module, given, datamodule)
+        check_predict(module, given, datamodule, strategy)
     else:
-        check_evaluation(module, fn, given, datamodule)
+        check_evaluation(module, fn, given, datamodule, strategy)
 
 
 def check_return_predictions(value: Any, strategy: Strategy) -> None:

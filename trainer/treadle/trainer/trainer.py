@@ -201,7 +201,7 @@ class Trainer:
         train_dataloaders, datamodule = preflight.split_datamodule(train_dataloaders, datamodule)
         model = preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
-        preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule)
+        preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule, self.strategy)
         resumes = ckpt_path is not None or self._settings.auto_resume
         self._runner.begin_fit(model, resumes=resumes)
         self.should_stop = False
@@ -275,7 +275,7 @@ class Trainer:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._runner.module, "predict")
         preflight.check_loaders(dataloaders=dataloaders)
-        preflight.check_predict(module, dataloaders, datamodule)
+        preflight.check_predict(module, dataloaders, datamodule, self.strategy)
         preflight.check_return_predictions(return_predictions, self.strategy)
         if return_predictions == "stream":
             self.fabric.launch()
@@ -335,7 +335,7 @@ class Trainer:
         module = preflight.check_model(model, fn.value)
         preflight.check_idle(self.state, fn)
         preflight.check_loaders(dataloaders=dataloaders)
-        preflight.check_stage(module, fn, self._settings, dataloaders, datamodule)
+        preflight.check_stage(module, fn, self._settings, dataloaders, datamodule, self.strategy)
         return self.for_trials(trial_settings(self._settings), []).launch_search(
             function, module, datamodule, fn, dataloaders
         )
@@ -874,7 +874,7 @@ class Trainer:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._runner.module, fn.value)
         preflight.check_loaders(dataloaders=dataloaders)
-        preflight.check_evaluation(module, fn, dataloaders, datamodule)
+        preflight.check_evaluation(module, fn, dataloaders, datamodule, self.strategy)
         result: list[dict[str, float]] = self._runner.launch(
             self._runner.evaluate, module, datamodule, fn, dataloaders, source, verbose
         )

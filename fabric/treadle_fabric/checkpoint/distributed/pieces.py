@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -61,11 +62,29 @@ def _pieces_of(name: str, tensor: Any) -> Iterator[tuple[Piece, int, int, Any]]:
         return
     place, copies = 0, 1
     replicated = tuple(dim for dim, placement in enumerate(tensor.placements) if placement.is_replicate())
-    for dim in replicated:
-        place, copies = place * mesh.size(dim) + here[dim], copies * mesh.size(dim)
+    for at, size in (*((here[dim], mesh.size(dim)) for dim in replicated), *_beside(mesh)):
+        place, copies = place * size + at, copies * size
     local = tensor.to_local().detach()
     for chunk in tensor.__create_chunk_list__():
         yield Piece(name, shape, tuple(chunk.offsets), local), place, copies, (mesh, replicated)
+
+
+@functools.lru_cache(maxsize=32)
+def _beside(mesh: Any) -> list[tuple[int, int]]:
+    """Where this rank is along the dimensions that the whole mesh has and this part of it has not, and their sizes.
+
+    Ranks along these hold the same, but for those of a pipeline, where each has its own part of the model.
+    """
+    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    names, whole = root.mesh_dim_names, root.mesh
+    if root is mesh or names is None:
+        return []
+    places = [(whole == rank).nonzero()[0].tolist() for rank in mesh.mesh.flatten().tolist()]
+    return [
+        (places[0][dim], whole.shape[dim])
+        for dim, name in enumerate(names)
+        if whole.shape[dim] > 1 and name != "pipeline_parallel" and len({place[dim] for place in places}) == 1
+    ]
 
 
 def on_host(values: Tensor) -> Tensor:

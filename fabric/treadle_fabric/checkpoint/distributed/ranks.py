@@ -88,6 +88,11 @@ class Ranks:
         """Of each of some flags whether it is set on any rank; all have the same number of flags."""
         return [bool(value) for value in self._largest([int(flag) for flag in flags])]
 
+    def first_with(self, flags: list[bool]) -> list[int | None]:
+        """Of each of some flags the first rank on which it is set; all have the same number of flags."""
+        found = self._largest([self.size - self.rank if flag else 0 for flag in flags])
+        return [self.size - value if value else None for value in found]
+
     def of_first(self, action: Callable[[], T]) -> T:
         """Act on rank 0 alone, and give the result to all; if it fails, all raise."""
         outcome, error = Outcome(None), None

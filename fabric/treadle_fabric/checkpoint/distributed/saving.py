@@ -14,7 +14,7 @@ import torch
 from treadle_fabric import tensor_pickle
 from treadle_fabric.checkpoint.distributed.pieces import Piece, on_host, pieces_held
 from treadle_fabric.checkpoint.distributed.ranks import Outcome, Ranks
-from treadle_fabric.checkpoint.distributed.split import Split
+from treadle_fabric.checkpoint.distributed.split import Split, is_sharded_tensor
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.checksummed import no_record_checksums
 from treadle_fabric.checkpoint.folder.destination import Destination, LocalFolder
@@ -97,24 +97,32 @@ class ShardedSave:
         stream: bytes = b""
         storages: list[torch.UntypedStorage] = []
 
-        def begin() -> tuple[Split, Summary]:
+        def keep(split: Split) -> None:
             nonlocal stream, storages
+            self._plain = _Plain(split.content() if ranks.rank == 0 else None, split.own)
+            if arena is not None:
+                stream, storages = tensor_pickle.dump(self._plain)
+
+        def begin() -> tuple[Split, Summary]:
             if before is not None:
                 before()
             split = Split(state)
             ranks.state = split.structure
-            self._plain = _Plain(split.content() if ranks.rank == 0 else None, split.own)
-            if arena is not None:
-                stream, storages = tensor_pickle.dump(self._plain)
+            if not split.elsewhere:  # else it is not known yet what is in the structure
+                keep(split)
             alone = ranks.size == 1
             return split, {n: (t.nbytes, "" if alone else fingerprint(t)) for n, t in split.replicated.items()}
 
-        (split, summary), alike = ranks.compared(begin, lambda found: _digest(found[1], found[0].own))
+        (split, summary), alike = ranks.compared(begin, lambda found: _digest(found[1], found[0]))
         owners = _share_out(summary, (), ranks.size) if alike else _owners(ranks, summary, list(split.own))
-        whole = [Piece.whole(name, split.replicated[name]) for name, rank in owners.items() if rank == ranks.rank]
+        found = [] if alike and not split.elsewhere else _found_here(ranks, split)
+        mine = [(name, split.replicated[name]) for name, rank in owners.items() if rank == ranks.rank]
+        whole = [Piece.whole(name, tensor) for name, tensor in (*mine, *found)]
         self._error: BaseException | None = None
         self._pieces: list[Piece] = []
         try:
+            if split.elsewhere:
+                keep(split)
             self._pieces = [*pieces_held(split.sharded), *whole]
             if arena is not None:
                 self._copy(stream, storages, arena)
@@ -141,7 +149,7 @@ class ShardedSave:
         try:
             destination.follow(ranks.of_first(destination.begin))
             outcomes = ranks.to_first(lambda: self._write_files(ranks))
-            ranks.of_first(lambda: self._publish(ranks, outcomes))
+            ranks.of_first(lambda: self._end(ranks, outcomes))
         finally:
             self._plain, self._pieces = _Plain(None, {}), []  # nothing refers to the copy any more
             if ranks.rank == 0:
@@ -170,6 +178,12 @@ class ShardedSave:
                     torch.save(content, stream)
                 files[name] = stream.size, stream.crc
         return files, entries
+
+    def _end(self, ranks: Ranks, outcomes: list[Outcome]) -> None:
+        try:
+            self._publish(ranks, outcomes)
+        finally:
+            self._destination.end()  # before the other ranks learn of it, which may look at the folder then
 
     def _publish(self, ranks: Ranks, outcomes: list[Outcome]) -> None:
         files: dict[str, tuple[int, int]] = {}
@@ -210,10 +224,24 @@ def _check_whole(tensors: Mapping[str, Any]) -> None:
             )
 
 
-def _digest(summary: Summary, own: Collection[str]) -> int:
+def _digest(summary: Summary, split: Split) -> int:
     """A number of 63 bits for what the ranks have to have alike."""
-    hashed = hashlib.blake2b(repr((list(summary.items()), list(own))).encode(), digest_size=8)
+    alike = list(summary.items()), list(split.own), list(split.elsewhere)
+    hashed = hashlib.blake2b(repr(alike).encode(), digest_size=8)
     return int.from_bytes(hashed.digest(), "little") >> 1
+
+
+def _found_here(ranks: Ranks, split: Split) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that rank 0 has not, and that this rank is the first one to have; every rank calls this.
+
+    What no rank has stays on the meta device in the structure.
+    """
+    names: list[str] = ranks.of_first(lambda: list(split.elsewhere))
+    firsts = ranks.first_with([name in split.tensors and not split.tensors[name].is_meta for name in names])
+    if ranks.rank == 0:
+        split.nowhere([name for name, first in zip(names, firsts, strict=True) if first is None])
+    here = [name for name, first in zip(names, firsts, strict=True) if first == ranks.rank]
+    return [(name, split.tensors[name]) for name in here if not is_sharded_tensor(split.tensors[name])]
 
 
 def _owners(ranks: Ranks, summary: Summary, own: list[str]) -> dict[str, int]:

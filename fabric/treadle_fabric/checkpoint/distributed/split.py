@@ -5,13 +5,17 @@ alike are shared out between the ranks; of a DTensor or ShardedTensor each rank 
 of its own (``PerRank``) goes into a file of its own, ``rank_0.pt`` and so on. Everything else, and the structure, is
 rank 0's and goes into ``meta.pt``, with a tensor of one stored value in the place of each large tensor and an empty one
 in the place of each ``PerRank``. The number of processes that read is free.
+
+A tensor on the meta device is one that this rank has not, and another one may have, under the same name: as in a
+pipeline, where each rank has some layers. Then the rank that has it writes it, however small it is.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -31,6 +35,10 @@ class Split:
     """A state that is split: by name large tensors and what a rank has of its own, and the structure with stand-ins."""
 
     def __init__(self, state: Any) -> None:
+        self.elsewhere: dict[str, Tensor] = {}
+        """The tensors that are on the meta device here."""
+        self.tensors: dict[str, Tensor] = {}
+        """All tensors, by their paths."""
         self.replicated: dict[str, Tensor] = {}
         self.sharded: dict[str, Any] = {}
         self.own: dict[str, Any] = {}
@@ -49,6 +57,10 @@ class Split:
                 name += "'"
             self.own[name], self._own_stand_ins[name] = value.value, (stand_in := torch.empty(0, device="cpu"))
             return stand_in
+        if isinstance(value, Tensor):
+            self.tensors[name] = value
+        if type(value) in (Tensor, Parameter) and value.is_meta:
+            return self._elsewhere(value, name)
         sharded = is_sharded_tensor(value)
         if not sharded and not _is_large(value):
             return value
@@ -65,6 +77,20 @@ class Split:
         self._known[key] = self._stand_ins[name] = stand_in
         (self.sharded if sharded else self.replicated)[name] = value
         return stand_in
+
+    def _elsewhere(self, value: Tensor, name: str) -> Tensor:
+        """A stand-in for what another rank may have."""
+        stand_in = torch.zeros((), dtype=value.dtype, device="cpu").expand(value.shape)
+        if isinstance(value, Parameter):
+            stand_in = Parameter(stand_in, requires_grad=value.requires_grad)
+        self.elsewhere[name], self._stand_ins[name] = value, stand_in
+        return stand_in
+
+    def nowhere(self, names: Collection[str]) -> None:
+        """Put those tensors back into the structure that are on the meta device on all ranks."""
+        back = {id(self._stand_ins.pop(name)): self.elsewhere[name] for name in names}
+        if back:
+            self.structure = map_leaves(self.structure, lambda value, _: back.get(id(value), value), "")
 
 
 def _is_large(value: Any) -> bool:
@@ -87,6 +113,28 @@ def is_sharded_tensor(value: Any) -> bool:
         if module is not None and isinstance(value, getattr(module, name)):
             return True
     return False
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached: a change of the part changes the tensor."""
+    part: Any = tensor.detach()
+    own: Tensor = part.to_local() if is_sharded_tensor(part) else part
+    return own
+
+
+def sharded_like(part: Tensor, tensor: Any) -> Tensor:
+    """A tensor of which this rank has ``part``, sharded as ``tensor`` is; nothing is copied or sent.
+
+    Args:
+        part: Of the shape of ``own_part(tensor)``, of any dtype and on any device.
+        tensor: Any tensor; of a plain one the part is the whole.
+    """
+    if not is_sharded_tensor(tensor):
+        return part
+    meta = tensor._spec.tensor_meta._replace(dtype=part.dtype)
+    spec = dataclasses.replace(tensor._spec, tensor_meta=meta)
+    made: Tensor = type(tensor)(part, spec, requires_grad=False)  # from_local would move it to the mesh's devices
+    return made
 
 
 def map_leaves(value: Any, change: Callable[[Any, str], Any], path: str) -> Any:

@@ -87,13 +87,13 @@ class LocalSource(FolderSource):
 
     def __init__(self, path: str, name: str) -> None:
         super().__init__(name)
-        self._path = path
+        self.path = path
 
     def path_of(self, file: str) -> str:
-        return os.path.join(self._path, file if file == MANIFEST else self.prefix + file)
+        return os.path.join(self.path, file if file == MANIFEST else self.prefix + file)
 
     def identity(self) -> tuple[int, ...] | None:
-        return identity(self._path)
+        return identity(self.path)
 
     def size(self, file: str) -> int:
         return os.stat(self.path_of(file)).st_size

@@ -21,32 +21,37 @@ from treadle_fabric.checkpoint.torch_file import load_file
 from treadle_fabric.checkpoint.values.unpacking import unpack_alone
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["load_folder"]
+__all__ = ["files_at_once", "load_folder"]
 
 
 def load_folder(
-    source: FolderSource, map_location: Any | None = None, weights_only: bool | None = None
+    source: FolderSource, map_location: Any | None = None, weights_only: bool | None = None, *, packed: bool = False
 ) -> dict[str, Any]:
     """Read all of a folder, in this process alone; arguments and errors as in :class:`TorchCheckpointIO`.
 
+    With ``packed``, what ranks had of their own is left as ``pack`` made it, for another file.
     Inside of ``tensors_on_demand()`` its large tensors on the CPU are read later, and inside of ``parts_on_demand()``
     what each rank had of its own.
     """
-    return unmixed(source.identity, source.name, lambda: _load(source, map_location, weights_only))
+    return unmixed(source.identity, source.name, lambda: _load(source, map_location, weights_only, packed))
 
 
-def _load(source: FolderSource, map_location: Any | None, weights_only: bool | None) -> dict[str, Any]:
+def _load(source: FolderSource, map_location: Any | None, weights_only: bool | None, packed: bool) -> dict[str, Any]:
     present = source.identity()
     manifest = read_manifest(source)
-    names = [name for name in manifest["files"] if not (on_demand() and name.startswith("rank_"))]  # these: when read
     if not is_checked(present):
-        verify(source, manifest, names)
+        verify(source, manifest, files_at_once(manifest))
     if source.identity() == present:
         set_checked(present)
-    content = _load_plain(source, present, manifest, map_location, weights_only)
+    content = _load_plain(source, present, manifest, map_location, weights_only, packed)
     found = {id(s): _tensor(source, present, manifest["tensors"][n], s) for n, s in content["tensors"].items()}
     state: dict[str, Any] = map_leaves(content["state"], lambda value, _: found.get(id(value), value), "")
     return state
+
+
+def files_at_once(manifest: Mapping[str, Any]) -> list[str]:
+    """The files that are checked when a folder is opened; inside of ``parts_on_demand()`` not those of single ranks."""
+    return [name for name in manifest["files"] if not (on_demand() and name.startswith("rank_"))]
 
 
 def _tensor(
@@ -70,6 +75,7 @@ def _load_plain(
     manifest: Mapping[str, Any],
     map_location: Any,
     weights_only: bool | None,
+    packed: bool,
 ) -> dict[str, Any]:
     """The content of the file of plain values, with stand-ins in the place of the large tensors."""
     path = source.name
@@ -87,7 +93,7 @@ def _load_plain(
         ):
             raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and the manifest differ on {name!r}.")
     stand_ins = content.get("per_rank", {})  # none in folders of version 1
-    parts = _rank_parts(source, present, manifest, list(stand_ins), map_location, weights_only)
+    parts = _rank_parts(source, present, manifest, list(stand_ins), map_location, weights_only, packed)
     own = {id(stand_in): parts[name] for name, stand_in in stand_ins.items()}
     return {**content, "state": map_leaves(content["state"], lambda value, _: own.get(id(value), value), "")}
 
@@ -99,6 +105,7 @@ def _rank_parts(
     names: list[str],
     map_location: Any,
     weights_only: bool | None,
+    packed: bool,
 ) -> dict[str, Sequence[Any]]:
     """What each rank had of its own, by name; read now, or when it is asked for."""
     size, path = manifest["world_size"], source.name
@@ -109,6 +116,8 @@ def _rank_parts(
         part: Any = load_file(source.path_of(file), map_location, weights_only) if known else None
         if not isinstance(part, dict) or list(part) != names:
             raise CheckpointCorruptError(f"{path!r} contradicts itself: {PLAIN!r} and {file!r} differ.")
+        if packed:
+            return part
         return {
             name: unpack_alone(value, path, weights_only=weights_only, map_location=map_location)
             for name, value in part.items()

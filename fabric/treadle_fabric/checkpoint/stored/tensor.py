@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 
-from treadle_fabric.checkpoint.distributed.split import map_leaves
 from treadle_fabric.checkpoint.folder.source import FolderSource
 from treadle_fabric.checkpoint.stored.chunks import read_chunk
-from treadle_fabric.containers import leaves
+from treadle_fabric.containers import leaves, map_leaves
 from treadle_fabric.errors import CheckpointError
 
 __all__ = ["StoredTensor", "in_memory", "stored_tensors", "tensors_on_demand"]
@@ -203,7 +202,7 @@ def _read(value: Any) -> Any:
 
 
 def in_memory(value: T) -> T:
-    """The value with plain tensors, read now, for stored ones in dicts, lists and tuples; itself if it has none.
+    """The value with plain tensors, read now, for stored ones in containers of any kind; itself if it has none.
 
     What is one tensor stays one.
     """
@@ -211,7 +210,7 @@ def in_memory(value: T) -> T:
         return value
     made: dict[int, Tensor] = {}
 
-    def plain(each: Any, name: str) -> Any:
+    def plain(each: Any) -> Any:
         if not isinstance(each, StoredTensor):
             return each
         if id(each) not in made:
@@ -219,5 +218,5 @@ def in_memory(value: T) -> T:
         return made[id(each)]
 
     with torch.no_grad():
-        found: T = map_leaves(value, plain, "")
+        found: T = map_leaves(value, plain)
     return found

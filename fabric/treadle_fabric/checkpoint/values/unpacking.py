@@ -16,7 +16,7 @@ from treadle_fabric.checkpoint.values.packing import ALONE, OWN_KEY, VERSION, Pa
 from treadle_fabric.checkpoint.values.structures import make_structure, name_of
 from treadle_fabric.errors import CheckpointCorruptError, CheckpointError
 
-__all__ = ["pickled_in", "unpack", "unpack_alone"]
+__all__ = ["merge_parts", "pickled_in", "unpack", "unpack_alone"]
 
 _ABSENT: Any = object()
 
@@ -70,6 +70,43 @@ def unpack_alone(
         return value
     unpacker = _Unpacker(value["treadle values"], name, weights_only, map_location, classes)
     return unpacker.all_of(value["content"])
+
+
+def merge_parts(content: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Put what tells the types of values that each rank has of its own into the checkpoint's own entry for that.
+
+    Args:
+        content: A checkpoint with lists of the values of all ranks, as :func:`pack` made them plain.
+
+    Returns:
+        The checkpoint as one file has it, and the places of what is lost: what a rank kept pickled.
+    """
+    types: list[Any] = []
+    lost: list[str] = []
+
+    def merged(value: Any, path: Path) -> Any:
+        if isinstance(value, dict):
+            if value.keys() != ALONE:
+                new = copy.copy(value)
+                for key, each in value.items():
+                    new[key] = merged(each, (*path, key))
+                return new
+            for inner, spec in value["treadle values"]["types"]:
+                at = (*path, *inner)
+                if spec.get("pickled") is not None:
+                    lost.append(dotted(at))
+                types.append((at, {key: each for key, each in spec.items() if key != "pickled"}))
+            return value["content"]
+        if type(value) in (list, tuple):
+            return type(value)(merged(each, (*path, at)) for at, each in enumerate(value))
+        return value
+
+    whole: dict[str, Any] = merged(content, ())
+    if types:
+        own = whole.setdefault(OWN_KEY, {})
+        block = own.get("values", {"version": VERSION, "types": []})
+        whole[OWN_KEY] = {**own, "values": {**block, "types": [*block["types"], *types]}}
+    return whole, lost
 
 
 class _Node:

@@ -239,19 +239,24 @@ class PowerSGDExchange(HookExchange):
     def __init__(self, state: Any, hook: Hook, wrapper: Callable[[Hook], Hook] | None) -> None:
         super().__init__(state, hook, wrapper)
         self._initial = _fields(state)
-        self._settling = False
+        self._settling = self._waits = False
         self._members: dict[int, list[tuple[str, int]]] = {}  # of each bucket: the names and the numbers of elements
         self._left: dict[str, Tensor] = {}
 
     def _prepare(self) -> None:
-        pass
+        # The hook issues further collectives when one is done. Gloo has them done by its few threads, which then wait
+        # for each other, and issue those of two buckets in another order on another rank.
+        self._waits = "nccl" not in dist.get_backend(self.state.process_group)
 
     def _exchange(self, state: Any, bucket: Any) -> Any:
         if not self._settling:
             if bucket.index() not in self._members:
                 parameters = bucket.parameters()
                 self._members[bucket.index()] = [(self._names[id(p)], p.numel()) for p in parameters]
-            return self._hook(state, bucket)
+            future = self._hook(state, bucket)
+            if self._waits:
+                future.wait()
+            return future
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             error = self._left.pop(self._names[id(parameter)], None)
             if error is not None:  # in the order of the elements in memory

@@ -161,7 +161,7 @@ def dtypes_for(precision: str, given: Dtypes | None = None) -> Dtypes:
     """
     if given is not None:
         return given
-    if precision in ("16-true", "bf16-true"):
+    if precision in ("16-true", "bf16-true", "fp8-true", "transformer-engine", "transformer-engine-float16"):
         # A sum of many half-precision gradients loses what is small beside it: gradients are summed over ranks, and
         # over the batches of an accumulation, in single precision.
         return Dtypes(reduce_dtype=torch.float32)

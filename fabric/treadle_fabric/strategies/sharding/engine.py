@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -14,18 +15,37 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from treadle_fabric.containers import leaves
+from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
-from treadle_fabric.strategies.strategy import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import inside, user_module
 
-__all__ = ["ShardedEngine", "engine_around"]
+__all__ = ["Engine", "ShardedEngine", "engine_around"]
 
 _made = itertools.count()  # every process sets up the same modules in the same order
 _engines: Final[weakref.WeakKeyDictionary[Module, weakref.ref[ShardedEngine]]] = weakref.WeakKeyDictionary()
 """The engine of each of the user's modules that is sharded: a module is sharded once, however often it is set up."""
 
 
-class ShardedEngine(Module):
+class Engine(Module, ABC):
+    """What runs a module of which a rank has a part."""
+
+    running: bool
+    """Whether a method runs through the engine."""
+
+    @abstractmethod
+    def expect_backward(self, loss: Tensor) -> None:
+        """Get ready for a backward pass inside of the method that runs."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Use no parameters that were gathered before."""
+
+    @abstractmethod
+    def join_forward(self, method: str) -> None:
+        """Take part, with no batch, in the forward pass without gradients in which other ranks run a method."""
+
+
+class ShardedEngine(Engine):
     """Runs a module, or one of its methods, as the forward pass of torch's ``fully_shard``.
 
     ``fully_shard`` is applied to this engine, so that it gathers, for every method that runs through the engine, the
@@ -36,15 +56,15 @@ class ShardedEngine(Module):
     """
 
     module: Module
-    running: bool
-    """Whether a method runs through the engine."""
     synchronizes: bool
     """Whether backward passes reduce gradients over the ranks."""
     number: int
     """The same for this engine on every rank."""
     _orders: dict[tuple[str, bool], list[tuple[Any, bool]]]
     """By the name of a method, and whether gradients were recorded: the sharded modules in the order in which they ran,
-    and whether their backward passes end by themselves."""
+    and whether their backward passes end by themselves; of the pass in which most of them ran."""
+    _ran: list[tuple[Any, bool]]
+    """The same of the pass that runs, or ran last."""
     _trained: str
     """The method that ran last with gradients."""
     _joined: str
@@ -57,7 +77,7 @@ class ShardedEngine(Module):
         fields = self.__dict__  # past Module.__setattr__, which is slow
         fields["running"] = False
         fields["synchronizes"] = True
-        fields["_orders"] = {}
+        fields["_orders"], fields["_ran"] = {}, []
         fields["_trained"] = fields["_joined"] = "forward"
         fields["_replicated"] = None
         fields["number"] = next(_made)
@@ -67,17 +87,17 @@ class ShardedEngine(Module):
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         run = kwargs.pop(METHOD_KEYWORD, self.module)
         fields, grad = self.__dict__, torch.is_grad_enabled()
-        key = getattr(run, "__name__", "forward"), grad
         fields["running"] = True
         try:
             if run == self._visit:
                 return run(*args, **kwargs)
+            name, fields["_ran"] = getattr(run, "__name__", "forward"), []
             if grad:
-                fields["_trained"] = key[0]
-            if key in self._orders:
-                return run(*args, **kwargs)
-            with self._recording(key):
-                return run(*args, **kwargs)
+                fields["_trained"] = name
+            output = run(*args, **kwargs)
+            if len(self._ran) > len(self._orders.get((name, grad), ())):
+                self._orders[name, grad] = self._ran
+            return output
         finally:
             fields["running"] = False
 
@@ -94,11 +114,22 @@ class ShardedEngine(Module):
     def sharded(self) -> None:
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
+        note: Any = self._note
+        if "torch._dynamo" in sys.modules:  # and the module may be compiled
+            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
+        for module in self.sharded_modules():
+            if module is not self:
+                module.register_forward_pre_hook(note, with_kwargs=True)
 
     @property
     def root(self) -> Any:
         """The engine, if ``fully_shard`` was applied to it; else None."""
         return self if hasattr(self, "_get_fsdp_state") else None
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether a forward pass with gradients has run."""
+        return any(grad for _, grad in self._orders)
 
     def sharded_modules(self) -> Iterator[Any]:
         """Iterate over the modules that ``fully_shard`` was applied to, from the outside."""
@@ -128,13 +159,19 @@ class ShardedEngine(Module):
     # Ranks that have nothing to run
 
     def join_forward(self, method: str) -> None:
-        """Gather parameters, without gradients, in the order of a pass of a method on this rank.
-
-        A rank that has not run the method takes the order of another one; one that has run none, that of the modules.
-        """
+        """Gather parameters, without gradients, in the order in which a method does."""
         self.__dict__["_joined"] = method
         with torch.no_grad():
             self(**{METHOD_KEYWORD: self._visit})
+
+    def finish_forward(self, method: str, grad: bool) -> None:
+        """Gather what the last pass of a method on this rank ended without, and other ranks gather."""
+        ran = Counter(id(module) for module, _ in self._ran)
+        with torch.set_grad_enabled(grad):
+            for module, _ in self._order(method, grad):
+                if not ran[id(module)]:
+                    _pass_through(module)
+                ran[id(module)] -= ran[id(module)] > 0
 
     def join_backward(self) -> None:
         """Gather parameters, and reduce gradients of zero, as a backward pass of the last forward pass does."""
@@ -143,40 +180,30 @@ class ShardedEngine(Module):
         if self._replicated is not None and self.synchronizes:
             self._replicated.average()
 
-    @contextmanager
-    def _recording(self, key: tuple[str, bool]) -> Iterator[None]:
-        """Note in which order the sharded modules run, and whether their backward passes end by themselves."""
-        order: list[tuple[Any, bool]] = []
-
-        def note(module: Module, args: Any, kwargs: Any) -> None:
-            order.append((module, any(t.requires_grad for t in leaves((args, kwargs)) if isinstance(t, Tensor))))
-
-        if "torch._dynamo" in sys.modules:  # and the module may be compiled
-            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
-        hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in self.sharded_modules() if m is not self]
-        try:
-            yield
-            self._orders[key] = order
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _note(self, module: Module, args: Any, kwargs: Any) -> None:
+        """A sharded module runs; its backward pass ends by itself if an input has a gradient."""
+        given = leaves((args, kwargs)) if torch.is_grad_enabled() else ()
+        self._ran.append((module, any(t.requires_grad for t in given if isinstance(t, Tensor))))
 
     def _visit(self) -> None:
         """Gather and free the parameters of the sharded modules one after the other."""
-        known, method = self._orders, self._joined
-        keys = ((method, False), (method, True), *known)
-        for module, _ in next((known[key] for key in keys if key in known), self._unordered()):
-            state = module._get_fsdp_state()
-            state._pre_forward(module, (), {})
-            state._post_forward(module, (), None)
+        for module, _ in self._order(self._joined, False):
+            _pass_through(module)
 
-    def _unordered(self) -> list[tuple[Any, bool]]:
-        return [(module, False) for module in self.sharded_modules() if module is not self]
+    def _order(self, method: str, grad: bool) -> list[tuple[Any, bool]]:
+        """In which order the sharded modules run in a method.
+
+        Where this rank has not run the method, that of another one; without any, that of their registration.
+        """
+        for key in ((method, grad), (method, not grad), *self._orders):
+            if key in self._orders:
+                return self._orders[key]
+        return [(m, i > 0) for i, m in enumerate(m for m in self.sharded_modules() if m is not self)]
 
     def _visit_backwards(self, gradient: Tensor) -> None:
         """Do what the backward pass of the last forward pass would, with gradients of zero."""
         self.root._get_fsdp_state()._pre_backward(gradient)
-        for module, ends in (*reversed(self._orders.get((self._trained, True), [])), (self, False)):
+        for module, ends in (*reversed(self._order(self._trained, True)), (self, False)):
             state = module._get_fsdp_state()
             if module is not self:
                 state._pre_backward(gradient)
@@ -201,6 +228,13 @@ class _Joining(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         ctx.engine._visit_backwards(gradients[0])
         return gradients[0], None
+
+
+def _pass_through(module: Any) -> None:
+    """Gather and free the parameters of a sharded module, as its forward pass does."""
+    state = module._get_fsdp_state()
+    state._pre_forward(module, (), {})
+    state._post_forward(module, (), None)
 
 
 def engine_around(module: Module) -> ShardedEngine | None:

@@ -15,7 +15,14 @@ from torch.optim import Optimizer
 from treadle_fabric.coordination import reached_by
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["clip_norm", "clip_value", "local_gradients", "total_norm", "unscale"]
+__all__ = ["clip_norm", "clip_value", "count_elsewhere", "local_gradients", "norms", "total_norm", "unscale"]
+
+_ELSEWHERE = "_treadle_counted_elsewhere"
+
+
+def count_elsewhere(parameter: Tensor) -> None:
+    """Let norms leave out a parameter, because another rank has the same one and counts it."""
+    setattr(parameter, _ELSEWHERE, True)
 
 
 def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, groups: Sequence[Any] = ()) -> Tensor:
@@ -59,6 +66,22 @@ def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, groups: Sequ
     return _root(total, p).to(torch.float64 if double else torch.float32)
 
 
+def norms(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The p-norm of each of several tensors, as :func:`total_norm` gives that of all of them.
+
+    Returns:
+        A vector with one norm for each tensor, the same on every rank.
+    """
+    p, parts = float(norm_type), [_part(tensor) for tensor in tensors]
+    device = _device([part for part, _ in parts])
+    sums = torch.stack([_power_sum([part], p, device) for part, _ in parts])
+    operation = dist.ReduceOp.MAX if math.isinf(p) else dist.ReduceOp.SUM
+    for group in dict.fromkeys(group for _, split_over in parts for group in split_over):
+        concerned = [i for i, (_, split_over) in enumerate(parts) if group in split_over]
+        sums[concerned] = _reduced(sums[concerned], operation, group)
+    return torch.stack([_root(each, p) for each in sums]).float()
+
+
 def clip_norm(
     parameters: Iterable[Tensor],
     max_norm: float,
@@ -84,7 +107,8 @@ def clip_norm(
     """
     parameters = list(parameters)
     parts = local_gradients(parameters)
-    norm = total_norm((p.grad for p in parameters if p.grad is not None), norm_type, groups)
+    counted = (p for p in parameters if p.grad is not None and not hasattr(p, _ELSEWHERE))
+    norm = total_norm((p.grad for p in counted if p.grad is not None), norm_type, groups)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -113,6 +137,9 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
+            continue
+        if type(gradient) is Tensor and not gradient.is_sparse:
+            parts.append(gradient)
             continue
         if gradient.is_sparse:
             parameter.grad = gradient = gradient.coalesce()

@@ -51,10 +51,11 @@ class ReplicatedGradients:
         for group in self._groups if trained else ():
             there = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
             # the number of ranks that have each gradient comes along, in the same message
-            packed = torch.stack([*(t.float() for t in there), *(t.new_ones(()).float() for t in there)])
-            packed[len(there) :] = torch.tensor([float(p.grad is not None) for p in trained])
+            dtype = torch.float64 if any(p.dtype is torch.float64 for p in trained) else torch.float32
+            had = torch.tensor([p.grad is not None for p in trained], dtype=dtype, device=there[0].device)
+            packed = torch.cat([torch.stack([t.to(dtype) for t in there]), had])
             dist.all_reduce(packed, group=group)
-            means, had = packed[: len(there)] / dist.get_world_size(group), packed[len(there) :].tolist()
-            for parameter, mean, ranks in zip(trained, means, had, strict=True):
-                if ranks:
+            means, counts = packed[: len(there)] / dist.get_world_size(group), packed[len(there) :].tolist()
+            for parameter, mean, count in zip(trained, means, counts, strict=True):
+                if count:
                     parameter.grad = mean.to(parameter.dtype).reshape(parameter.shape)

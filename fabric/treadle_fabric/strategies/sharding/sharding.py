@@ -8,6 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.sharding.engine import ShardedEngine, engine_around
+from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
 from treadle_fabric.strategies.sharding.wrapping import refuse_lazy
 from treadle_fabric.strategies.states.sharded_state import ShardedStateStrategy
 
@@ -32,7 +33,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
     initializes_on_meta = True
     allows_inference_mode = False  # gathered parameters keep their memory for later passes
 
-    _engines: tuple[weakref.ref[ShardedEngine], ...] = ()
+    _engines: tuple[weakref.ref[Engine], ...] = ()
     _mesh: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         """Make the mesh of all processes, which have met."""
 
     @abstractmethod
-    def parallelize(self, module: Module) -> ShardedEngine:
+    def parallelize(self, module: Module) -> Engine:
         """Shard a module that is on any device, or on the meta device, and return the engine that runs it."""
 
     @property
@@ -63,7 +64,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         return self._mesh
 
     def setup_module(self, module: Module) -> Module:
-        engine = engine_around(module)
+        engine: Engine | None = engine_around(module)
         if engine is None:
             refuse_lazy(module)
             engine = self.parallelize(module)
@@ -105,8 +106,12 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
             engine.refresh()
 
     def join_forward(self, module: Module, method: str = "forward") -> None:
-        assert isinstance(module, ShardedEngine)
+        assert isinstance(module, Engine)
         module.join_forward(method)
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        assert isinstance(module, ShardedEngine)
+        module.finish_forward(method, torch.is_grad_enabled())
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""
@@ -131,8 +136,8 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
                     p.grad = None
 
     def settle_gradients(self, module: Module) -> None:
-        if isinstance(module, ShardedEngine) and module.root is not None:
+        if isinstance(module, ShardedEngine) and module.root is not None and module.has_learned:
             module.join_backward()
 
-    def _alive(self) -> list[ShardedEngine]:
+    def _alive(self) -> list[Engine]:
         return [engine for reference in self._engines if (engine := reference()) is not None]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -17,9 +18,11 @@ from treadle_fabric.attribute_dict import AttributeDict
 from treadle_fabric.checkpoint import (
     Keeping,
     PerRank,
+    check_share,
     classes_in_state,
     files_mapped,
     in_memory,
+    is_sharded_tensor,
     noting_checks,
     pack,
     tensors_on_demand,
@@ -27,7 +30,7 @@ from treadle_fabric.checkpoint import (
     unpack,
 )
 from treadle_fabric.containers import entries, holds_state, leaves, update_entries, with_entries
-from treadle_fabric.coordination import gather_objects, on_rank_zero, once_a_node
+from treadle_fabric.coordination import gather_objects, on_every_rank, on_rank_zero, once_a_node
 from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
@@ -79,6 +82,14 @@ class CheckpointingStrategy(Strategy):
             write()
         else:
             on_rank_zero(self, write, f"could not write {str(path)!r}")
+
+    def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
+        if self.checkpoint_io.after_saves is None:
+            return
+        if self.checkpoint_io.sharded:
+            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
+        else:
+            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content in tensors that the checkpoint IO takes; every rank calls this. Default: as it is."""
@@ -161,12 +172,28 @@ class CheckpointingStrategy(Strategy):
         return in_memory(remainder)
 
     def _read(self, path: PathLike, weights_only: bool | None, together: bool) -> Any:
-        """What the file holds. Together, one rank of each node reads first, and so checks it for the others."""
+        """What the checkpoint holds. Together, the ranks of a node share out the check of a folder, and those of all
+        nodes that of a remote one; one rank of each node reads a file first, and so checks it for the others.
+        """
 
         def read() -> Any:
             return self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
-        if not together or "://" in str(path):  # from afar, to read one after the other would take twice the time
+        if not together:
+            return read()
+        remote = "://" in str(path)
+        group, share, shares = self.node_rank, self.local_rank, max(1, self.world_size // self.num_nodes)
+        if remote:  # which is the same for all nodes
+            group, share, shares = 0, self.global_rank, self.world_size
+
+        def check() -> tuple[int, int, tuple[int, ...] | None]:
+            return group, share, check_share(path, share, shares) if share < shares else None
+
+        folders = _checked(on_every_rank(self, check, f"could not read {str(path)!r}"), shares)
+        if folders is not None:
+            with trusting([folders[group]]):
+                return read()
+        if remote:  # to read one after the other would take twice the time
             return read()
         content: list[Any] = []
 
@@ -180,6 +207,27 @@ class CheckpointingStrategy(Strategy):
             return content[0]
         with trusting(checked or ()):
             return read()
+
+
+def _checked(
+    found: Collection[tuple[int, int, tuple[int, ...] | None]], shares: int
+) -> dict[int, tuple[int, ...]] | None:
+    """Of each group of ranks which folder they have checked; None, on all ranks: some group has not checked all of one.
+
+    Args:
+        found: Of each rank its group, its share, and of which folder it has checked that.
+        shares: The number of shares.
+    """
+    groups: dict[int, dict[int, tuple[int, ...] | None]] = {}
+    for group, share, identity in found:
+        groups.setdefault(group, {})[share] = identity
+    checked = {}
+    for group, parts in groups.items():
+        identity = parts.get(0)
+        if identity is None or len(parts) != shares or any(other != identity for other in parts.values()):
+            return None
+        checked[group] = identity
+    return checked
 
 
 def _check_state(path: Any, state: Any) -> None:
@@ -237,19 +285,23 @@ def _news(found: dict[str, str], told: set[tuple[str, str]]) -> str:
 def _plain(strategy: Strategy, value: Any, stateful: bool, within: tuple[int, ...] = ()) -> Any:
     """The value with the values of all ranks gathered and, if asked, state dicts in the place of ``stateful`` objects.
 
-    A container in which nothing changes is the same object. One of a class of the user's, such as a dataclass or a
-    named tuple, whose objects became state dicts is a dict by names.
+    Where rank 0 writes a single file, tensors of which ranks have parts are gathered, one after the other; on other
+    ranks they are then on the meta device. A container in which nothing changes is the same object. One of a class of
+    the user's, such as a dataclass or a named tuple, whose objects became state dicts is a dict by names.
     """
     if isinstance(value, PerRank):
         mine = _plain(strategy, value.value, stateful)
         return PerRank(mine) if strategy.checkpoint_io.sharded else gather_objects(strategy, mine)
+    if strategy.shards_parameters and not strategy.checkpoint_io.sharded and is_sharded_tensor(value):
+        whole: Tensor = value.detach().full_tensor()
+        return whole.cpu() if strategy.is_global_zero else whole.to("meta")
     if stateful:
         if isinstance(value, Module):
             return strategy.get_module_state_dict(value)
         if isinstance(value, Optimizer):
             return strategy.get_optimizer_state(value)
         if _is_stateful(value):
-            return value.state_dict()
+            return _plain(strategy, value.state_dict(), False)
     if id(value) in within or not (stateful or isinstance(value, (dict, list, tuple))):
         return value  # what holds itself is seen when it is packed
     held = entries(value)

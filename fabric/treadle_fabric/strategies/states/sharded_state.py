@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.optim import Optimizer
 from treadle_fabric.checkpoint import fill, in_memory
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero, with_states_of_others
 from treadle_fabric.strategies.states.whole_state import complete_state
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, names_in, user_module
 
@@ -22,15 +22,13 @@ __all__ = ["ShardedStateStrategy"]
 class ShardedStateStrategy(CheckpointingStrategy):
     """A strategy under which parameters, gradients and optimizer state are DTensors, of which a rank has its part.
 
+    A tensor on the meta device is one that another rank of :attr:`stage_groups` has.
+
     Where checkpoints are folders, a rank saves the parts that it has. Where they are single files, the tensors are
     gathered one after the other, and rank 0 keeps them on the host.
     """
 
     shards_parameters = True
-
-    @abstractmethod
-    def release_gathered(self) -> None:
-        """Free what is gathered of the parameters, so that modules have their parts only."""
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
         """The state of the user's module, in DTensors if checkpoints are folders; else whole on rank 0.
@@ -48,20 +46,24 @@ class ShardedStateStrategy(CheckpointingStrategy):
         if not strict or targets.keys() == state.keys():  # otherwise nothing is loaded
             for name, target in targets.items():
                 source = state.get(name)
-                if isinstance(source, Tensor) and is_sharded_tensor(target) and source.shape == target.shape:
-                    fill(target, source)
+                elsewhere = isinstance(target, Tensor) and target.is_meta
+                placed = elsewhere or is_sharded_tensor(target)
+                if isinstance(source, Tensor) and placed and source.shape == target.shape:
+                    if not elsewhere:
+                        fill(target, source)
                     state[name] = target.detach()
         load_module_state(module, state, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return self.as_stored(complete_state(optimizer))
+        return self.as_stored(with_states_of_others(complete_state(optimizer), optimizer, self.stage_groups))
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         names = [key for group in state["param_groups"] for key in group["params"]]
         if len(parameters) == len(names):
             by_key = dict(zip(names, parameters, strict=True))
-            entries = {key: self._placed(by_key.get(key), found) for key, found in state["state"].items()}
+            here = {key: found for key, found in state["state"].items() if not _is_elsewhere(by_key.get(key))}
+            entries = {key: self._placed(by_key.get(key), found) for key, found in here.items()}
             state = {**state, "state": entries}
         optimizer.load_state_dict(state)
 
@@ -74,18 +76,21 @@ class ShardedStateStrategy(CheckpointingStrategy):
             if not is_sharded_tensor(value):
                 return value
             if id(value) not in gathered:
-                whole = value.full_tensor().detach()
-                gathered[id(value)] = whole.cpu() if self.is_global_zero else whole.to("meta")
+                whole, first = value.full_tensor().detach(), not any(value.device_mesh.get_coordinate() or (1,))
+                gathered[id(value)] = whole.cpu() if first else whole.to("meta")
             return gathered[id(value)]
 
-        result: dict[str, Any] = map_leaves(content, gather, "")
-        return result
+        return brought_to_rank_zero(map_leaves(content, gather, ""), self.stage_groups)
 
     def _placed(self, parameter: Any, entry: Any) -> Any:
         """The state of one parameter, each tensor in it placed as the parameter is."""
         if not is_sharded_tensor(parameter) or not isinstance(entry, dict):
             return in_memory(entry)
         return {name: _placed_like(parameter, name, value) for name, value in entry.items()}
+
+
+def _is_elsewhere(parameter: Any) -> bool:
+    return isinstance(parameter, Tensor) and parameter.is_meta
 
 
 def _placed_like(parameter: Any, name: str, value: Any) -> Any:

@@ -46,24 +46,22 @@ class AveragingCallback(Callback):
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do what has to be done when training has ended, and the module has the averaged weights. Default: nothing."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a strategy whose ranks do not have whole weights."""
-        if stage == TrainerFn.FITTING and trainer.strategy.shards_parameters:
-            raise MisconfigurationException(
-                f"{type(self).__qualname__} averages whole weights, and {type(trainer.strategy).__qualname__} gives"
-                " each rank a part of them: use DDP, or train without this callback."
-            )
+    def update_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the present weights into the average."""
+        trainer.strategy.release_gathered()
+        self._weights.update(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the average of a checkpoint, or give the module back what an earlier fit trained."""
+        trainer.strategy.release_gathered()
         if self._loaded is not None:
             self._weights.load(pl_module, *self._loaded)
             self._loaded = None
         elif fit_is_new(trainer):  # the callback may have been in another trainer before
             self.load_state_dict({})
         elif self._weights.exchanged:
-            if self._weights.is_in(pl_module):
-                self._weights.restore(pl_module)
+            if trainer.strategy.reduce_boolean_decision(self._weights.is_in(pl_module)):
+                self._restore(trainer, pl_module)
             else:  # the program has given the module other weights since
                 self._weights.keep_weights()
         self.prepare(trainer, pl_module)
@@ -76,12 +74,12 @@ class AveragingCallback(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the weights of training."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._weights.restore(pl_module)
+            self._restore(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module with the weights of training."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._weights.restore(pl_module)
+            self._restore(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module with the averaged weights."""
@@ -98,7 +96,13 @@ class AveragingCallback(Callback):
             return
         if trainer.world_size > 1:
             self._weights.share_buffers(pl_module, trainer.strategy.broadcast)
+        trainer.strategy.release_gathered()
         self._weights.exchange(pl_module)
+
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._weights.exchanged:
+            trainer.strategy.release_gathered()
+            self._weights.restore(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the averaged weights and those of training; where weights only are saved, the averaged ones."""

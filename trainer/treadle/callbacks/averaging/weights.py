@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from treadle_fabric import check_flag, name_in, plain_name, rank_zero_warn, with_plain_names
+from treadle_fabric.checkpoint import is_sharded_tensor, own_part, placed_like, sharded_like
 
 __all__ = ["AveragedWeights", "MultiAverage"]
 
@@ -24,7 +25,8 @@ class AveragedWeights:
 
     What is no floating-point number, such as the counters of batch norm, is not averaged but copied. Weights of 16 bits
     are averaged in 32 bits, in which small changes are not lost. What is averaged is found by name at each update, so
-    that a parameter that comes later joins with its present value.
+    that a parameter that comes later joins with its present value. Of a weight of which ranks hold parts, each rank
+    averages its part; rules work on each number of a tensor alone.
 
     :class:`torch.optim.swa_utils.AveragedModel` would copy the whole module, truncate averages of integers, and let the
     host wait for the device at each update.
@@ -56,10 +58,11 @@ class AveragedWeights:
     def update(self, module: nn.Module) -> None:
         """Take the weights of ``module`` into the average; the first ones become the average."""
         groups: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for name, tensor in self._tensors(module):
+        for name, whole in self._tensors(module):
+            tensor = own_part(whole)
             average = self._average.get(name)
             if average is None:
-                self._average[name] = self._place(tensor)
+                self._average[name] = self._place(whole)
             elif self.count and (tensor.is_floating_point() or tensor.is_complex()):
                 key = average.device, average.dtype, tensor.device, tensor.dtype
                 groups.setdefault(key, []).append((average, tensor))
@@ -80,8 +83,9 @@ class AveragedWeights:
         """
         if self.exchanged:
             return
-        for name, tensor in self._tensors(module):
+        for name, whole in self._tensors(module):
             if (average := self._average.get(name)) is not None:
+                tensor = own_part(whole)
                 self._training[name] = tensor.to(average.device, copy=True)
                 tensor.copy_(average)
 
@@ -91,13 +95,13 @@ class AveragedWeights:
         if self._training:
             for name, tensor in self._tensors(module):
                 if (kept := self._training.get(name)) is not None:
-                    tensor.copy_(kept)
+                    own_part(tensor).copy_(kept)
             self._training = {}
 
     def is_in(self, module: nn.Module) -> bool:
-        """Whether ``module`` has exactly the averaged weights; waits for the device."""
+        """Whether ``module`` has exactly the averaged weights, this rank's parts; waits for the device."""
         return all(
-            torch.equal(tensor, average.to(tensor))
+            torch.equal(own := own_part(tensor), average.to(own))
             for name, tensor in self._tensors(module)
             if (average := self._average.get(name)) is not None
         )
@@ -111,12 +115,13 @@ class AveragedWeights:
         """Let the buffers of ``module`` be the averaged ones."""
         for name, tensor in self._buffers(module):
             if name in self._average:
-                self._average[name].copy_(tensor)
+                self._average[name].copy_(own_part(tensor))
 
     @torch.no_grad()
     def share_buffers(self, module: nn.Module, broadcast: Callable[[Any], Any]) -> None:
         """Let all ranks have rank 0's averages of buffers, which differ between ranks; a checkpoint has rank 0's."""
-        mine = {name: average for name, _ in self._buffers(module) if (average := self._average.get(name)) is not None}
+        whole = (name for name, buffer in self._buffers(module) if not is_sharded_tensor(buffer))
+        mine = {name: average for name in whole if (average := self._average.get(name)) is not None}
         if mine:
             for name, value in broadcast({name: average.cpu() for name, average in mine.items()}).items():
                 mine[name].copy_(value)
@@ -131,8 +136,12 @@ class AveragedWeights:
         Returns:
             The state dict with the averaged weights, and the one with the weights of training.
         """
-        names = self._names_in(module, state)
-        return _replaced(state, names, self._average), _replaced(state, names, self._training)
+        names, tensors = self._names_in(module, state), dict(self._tensors(module))
+        averages, trained = (
+            {name: sharded_like(part, tensors[name]) for name, part in parts.items() if name in tensors}
+            for parts in (self._average, self._training)
+        )
+        return _replaced(state, names, averages), _replaced(state, names, trained)
 
     @torch.no_grad()
     def load(self, module: nn.Module, state: Mapping[str, Any], count: int) -> None:
@@ -154,10 +163,13 @@ class AveragedWeights:
             )
 
     def _place(self, tensor: Tensor, value: Tensor | None = None) -> Tensor:
-        """Copy a tensor to where its average is kept; ``value``, where given, in its place."""
+        """Copy this rank's part of a tensor to where its average is kept; ``value``, where given, in its place."""
         dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-        device = tensor.device if self._device is None else self._device
-        return (tensor if value is None else value).detach().to(device, dtype, copy=True)
+        own = own_part(tensor)
+        device = own.device if self._device is None else self._device
+        if value is not None:
+            own = own_part(placed_like(value, tensor))
+        return own.to(device, dtype, copy=True)
 
     def _tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are averaged, each once, detached, and with its plain name."""
@@ -180,7 +192,7 @@ class AveragedWeights:
         A hook of the module's may have given an entry another key; then the entry is known by its memory.
         """
         tensors = dict(self._tensors(module))
-        alias = {_place_of(tensor): name for name, tensor in tensors.items() if tensor.numel()}
+        alias = {_place_of(tensor): name for name, tensor in tensors.items() if own_part(tensor).numel()}
         names = {name: name for name in tensors}
         for name, parameter in with_plain_names(module, module.named_parameters(remove_duplicate=False)):
             names.setdefault(name, alias.get(_place_of(parameter), name))
@@ -194,6 +206,7 @@ class AveragedWeights:
 
 
 def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    tensor = own_part(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 

@@ -12,8 +12,9 @@ import torch
 from torch.optim import Optimizer
 
 from treadle.loops.step.clipping import Clipping
-from treadle.loops.step.gradients import Gradients, WholeBatchGradients
+from treadle.loops.step.gradients import Gradients
 from treadle.loops.step.preparation import Preparation
+from treadle.loops.step.whole import WholeBatchGradients
 from treadle.run.run import ReadyRun
 
 __all__ = ["AutomaticStep", "step_of"]
@@ -88,7 +89,9 @@ class AutomaticStep(ABC):
         strategy = self._run.fabric.strategy
         if not self._optimizers or strategy.handles_gradient_accumulation:
             return
-        if strategy.world_size > 1:  # what was accumulated is of each rank alone
+        if strategy.shards_parameters:
+            strategy.settle_gradients(self._run.engine)
+        elif strategy.world_size > 1:  # what was accumulated is of each rank alone
             groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
             for parameter in (p for group in groups for p in group["params"] if p.requires_grad):
                 mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 
 from treadle.loops.step.backward import automatic_backward
-from treadle.module import LightningModule
-from treadle.module.overriding import overrides
+from treadle.loops.step.zero_grad import make_zero_grad
 from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException, infer_batch_size, warn_user
@@ -18,7 +17,7 @@ from treadle_fabric import MisconfigurationException, infer_batch_size, warn_use
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Gradients", "WholeBatchGradients"]
+__all__ = ["Gradients"]
 
 _FIRST_ITEMS: Final = 8  # a batch may be a list of many numbers
 
@@ -36,7 +35,7 @@ class Gradients:
         step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._training_step = run.loss.observe(step, wants_iterator=self.wants_iterator)
         self._run, self._results, self._loss = run, run.results, run.loss
-        self._zero_grad = _make_zero_grad(run, optimizers)
+        self._zero_grad = make_zero_grad(run, optimizers)
         self._backward = automatic_backward(run)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
         self.idle = 0
@@ -57,6 +56,8 @@ class Gradients:
         self._results.hook = "training_step"
         output = self._training_step(batch, batch_idx)
         mean, weight = (output, None) if isinstance(output, Tensor) else _loss_of(output)
+        if mean is None:
+            self._run.fabric.strategy.finish_forward(self._run.engine, "training_step")
         loss = mean
         if mean is not None and _is_empty(batch) and not self._is_finite(mean, batch_idx):
             loss = None  # a mean over no samples
@@ -94,80 +95,6 @@ class Gradients:
         """There is no loss; other ranks may have one, and wait for this rank in their backward pass."""
         self.idle += 1
         self._run.fabric.strategy.join_backward(self._run.engine, str(self._run.progress.batches))
-
-
-class WholeBatchGradients:
-    """Has a strategy run forward and backward of all micro-batches; ``training_step`` is not called.
-
-    Args:
-        run: the run, whose strategy ``runs_whole_batch``.
-        optimizers: as for :class:`Gradients`.
-    """
-
-    wants_iterator = False
-    idle = 0  # a rank without the last stage of a pipeline never has a loss
-
-    def __init__(self, run: ReadyRun, optimizers: Sequence[Optimizer]) -> None:
-        strategy: Any = run.fabric.strategy
-        self._run_batch, self._engine = strategy.run_batch, run.engine
-        self._results, self._loss = run.results, run.loss
-        self._zero_grad = _make_zero_grad(run, optimizers)
-        self._after_backward = run.dispatch.listeners("on_after_backward")
-        self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
-
-    def of(self, batch: Any, batch_idx: int, window: float, done: float) -> tuple[Any, Tensor | None]:
-        """Add the gradients of a batch; see :meth:`Gradients.of`."""
-        first = not done
-        if first:
-            self._zero_grad()
-        mean: Tensor = self._run_batch(self._engine, batch, window)
-        loss = self._loss.scale(mean, None, window, first)
-        self._results.hook = "on_after_backward"
-        for listener in self._after_backward:
-            listener()
-        if not self._gives_outputs:
-            return None, mean
-        return {} if loss is None else {"loss": loss.detach()}, mean
-
-
-def _make_zero_grad(run: ReadyRun, optimizers: Sequence[Optimizer]) -> Callable[[], None]:
-    """What empties the gradients, with its hooks; nothing where there is no optimizer, or an engine does it."""
-    strategy = run.fabric.strategy
-    if not optimizers or strategy.handles_gradient_accumulation or strategy.owns_optimizer_step:
-        return lambda: None
-    each = [_zero_grad_of(run, optimizer) for optimizer in optimizers]
-    if len(each) == 1:
-        return each[0]
-
-    def of_all() -> None:
-        for zero_grad in each:
-            zero_grad()
-
-    return of_all
-
-
-def _zero_grad_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], None]:
-    """What empties the gradients of one optimizer."""
-    dispatch, progress, results = run.dispatch, run.progress, run.results
-    listeners, hook = dispatch.listeners("on_before_zero_grad"), run.module.optimizer_zero_grad
-
-    def by_hook() -> None:
-        dispatch.run("optimizer_zero_grad", hook, progress.epoch, progress.batch, optimizer)
-
-    own = overrides(run.module, "optimizer_zero_grad", LightningModule)
-    zero_grad: Callable[[], None] = (
-        by_hook if own else run.timed(optimizer.zero_grad, "optimizer_zero_grad", run.module)
-    )
-    if not listeners:
-        return zero_grad
-
-    def announced() -> None:
-        results.hook = "on_before_zero_grad"
-        for listener in listeners:
-            listener(optimizer)
-        zero_grad()
-
-    return announced
 
 
 def _loss_of(output: Any) -> tuple[Tensor | None, Any]:
