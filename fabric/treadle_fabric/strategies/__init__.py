@@ -26,9 +26,10 @@ from treadle_fabric.strategies.parallelism.sequence import (
 from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
-from treadle_fabric.strategies.sharding.norms import local_gradients, norms, total_norm
+from treadle_fabric.strategies.sharding.norms import is_elsewhere, local_gradients, norms, total_norm
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.states.elsewhere import stand_in
 from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
@@ -50,6 +51,7 @@ __all__ = [
     "WholeStateStrategy",
     "apply_tensor_parallel",
     "check_reduce_op",
+    "is_elsewhere",
     "load_module_state",
     "local_attention",
     "local_gradients",
@@ -60,6 +62,7 @@ __all__ = [
     "sequence_offset",
     "sharded_cross_entropy",
     "split_sequence",
+    "stand_in",
     "total_norm",
     "user_module",
     "with_plain_names",
