@@ -89,19 +89,19 @@ class PipelineEngine(Engine):
         ranks, self.order = order.ranks, order
         parts = group_stages(find_stages(module), self.order.parts, ranks, type(module).__qualname__)
         self.module = module
-        self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
+        self.group, rank = mesh.get_group(), mesh.get_local_rank()
         self.device = torch.device("cpu") if device is None else device
-        self._placement = Placement(module, parts, self.rank, ranks)
+        self._placement = Placement(module, parts, rank, ranks)
         self._placement.take(self.device)
         self._precision = Precision() if precision is None else precision
-        own = {place: part for place, part in enumerate(parts) if place % ranks == self.rank}
+        own = {place: part for place, part in enumerate(parts) if place % ranks == rank}
         if parallelize is not None:
             own = {place: [parallelize(stage) for stage in part] for place, part in own.items()}
         self._placement.tie()
         self._trained = [[parameter for stage in part for parameter in stage.parameters()] for part in parts]
         self._own = {place: Sequence(part, self._runner(place)) for place, part in own.items()}
         self._ties = Ties(self._placement, self.group)
-        self._share = Sharing(self.group, self.rank, ranks, self.device)
+        self._share = Sharing(self.group, rank, ranks, self.device)
         self._plans: OrderedDict[Any, Callable[[], None]] = OrderedDict()
         self._sharded = [stage for part in own.values() for stage in part if isinstance(stage, ShardedEngine)]
         self._last: Any = None
@@ -314,7 +314,7 @@ class PipelineEngine(Engine):
         return forms
 
     def _global_rank(self, rank: int) -> int:
-        from torch.distributed import get_global_rank
+        from torch.distributed import get_global_rank  # heavy
 
         return get_global_rank(self.group, rank)
 
