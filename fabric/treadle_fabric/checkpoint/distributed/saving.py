@@ -250,7 +250,9 @@ def _owners(ranks: Ranks, summary: Summary, own: list[str]) -> dict[str, int]:
 
     def check() -> None:
         if own != first_own:
-            raise CheckpointError(f"has {own} per rank, and rank 0 has {first_own}. Mark the same values on every rank.")
+            raise CheckpointError(
+                f"has {own} per rank, and rank 0 has {first_own}. Mark the same values on every rank."
+            )
 
     ranks.together(check)
     unlike = ranks.any([summary.get(name) != found for name, found in first.items()])
