@@ -185,7 +185,7 @@ class Model(L.LightningModule):
         self.weight = nn.Parameter(torch.zeros(100_000))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.log("loss", float(self.global_step % 3))
+        self.log("loss", -float(self.global_step))
         return self.weight.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -201,12 +201,12 @@ def train(url: str, in_background: bool) -> None:
     )  # fmt: skip
     trainer.fit(Model(), torch.utils.data.DataLoader(torch.zeros(100, 1)))
     assert find_checkpoint("last", [saver], [], url, fitting=True) == f"{url}/last.ckpt"
-    model = Model()
+    saver = ModelCheckpoint(url, "{step}", "loss", save_top_k=2, save_last=True, every_n_train_steps=1)
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_steps=7, logger=False, enable_progress_bar=False,
-        callbacks=ModelCheckpoint(url, save_last=True, save_top_k=0), plugins=DistributedCheckpointIO(),
-        enable_model_summary=False,
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=7, logger=False, callbacks=saver,
+        enable_progress_bar=False, enable_model_summary=False, plugins=DistributedCheckpointIO(),
     )  # fmt: skip
+    model = Model()
     trainer.fit(model, torch.utils.data.DataLoader(torch.zeros(100, 1)), ckpt_path="last")
     assert trainer.global_step == 7 and bool(model.weight.eq(-7).all())
 
@@ -215,6 +215,6 @@ def train(url: str, in_background: bool) -> None:
 def test_the_best_and_the_last_are_kept(in_background: bool, bucket: str, tmp_path: Path) -> None:
     run_in_ranks(train, bucket, in_background)
     listed = [url.removeprefix(f"{bucket}/") for url, _ in remote_checkpoints_in(bucket)]
-    assert sorted(listed) == ["last.ckpt", "step=1.ckpt", "step=4.ckpt"]
+    assert sorted(listed) == ["last.ckpt", "step=6.ckpt", "step=7.ckpt"]
     found = load(f"{bucket}/last.ckpt")
     assert found["global_step"] == 7 and found["state_dict"]["weight"].eq(-7).all()
