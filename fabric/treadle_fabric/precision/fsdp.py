@@ -25,10 +25,13 @@ class FSDPPrecision(Precision):
         MisconfigurationException: There is no such precision, or it scales no gradients and got a scaler.
     """
 
-    def __new__(cls, precision: str, scaler: Any | None = None) -> Any:  # noqa: D102
+    def __new__(cls, precision: str, scaler: Any | None = None) -> Any:
         from treadle_fabric.precision import MixedPrecision, canonical_precision, make_precision  # which imports this
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if scaler is None:
             return make_precision(precision, device)
         return MixedPrecision(canonical_precision(precision), device, scaler)  # type: ignore[arg-type]
+
+    def __init__(self, precision: str, scaler: Any | None = None) -> None:
+        super().__init__()  # never called: what ``__new__`` returns is no such object
