@@ -338,6 +338,10 @@ class Fabric:
     ) -> Any:
         """Prepare loaders: each rank gets its share of the samples, on its device.
 
+        Of a ``DataLoader`` with indexed samples all ranks get the same number of batches, for evaluation, too: samples
+        of the beginning come again at the end. Other iterables have to see to that themselves where ranks work together
+        in each forward pass, as they do where parameters are sharded.
+
         Args:
             *dataloaders: ``DataLoader`` objects, or any iterables of batches, which must share out samples themselves;
                 or lists of these.

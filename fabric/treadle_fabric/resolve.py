@@ -156,7 +156,7 @@ def resolve(
         start_method=start_method,
         environment=environment,
         launcher=launcher,
-        precision=_choose_precision(precision, own, given, hardware),
+        precision=_choose_precision(precision, own, given, hardware, sample),
         checkpoint_io=checkpoint_io,
         notes=tuple(notes),
     )
@@ -170,14 +170,8 @@ def build(plan: Plan) -> Strategy:
     precision = plan.precision
     if isinstance(precision, str):
         precision = make_precision(precision, plan.devices[0].type)
-    strategy.bind(
-        accelerator=plan.accelerator,
-        devices=list(plan.devices),
-        environment=plan.environment,
-        precision=precision,
-        checkpoint_io=plan.checkpoint_io,
-        num_nodes=plan.num_nodes,
-    )
+    parts = Parts(plan.accelerator, plan.devices, precision, plan.checkpoint_io, plan.environment)
+    strategy.bind(parts, plan.num_nodes)
     return strategy
 
 
@@ -407,7 +401,9 @@ def _check_processes(
         )
 
 
-def _choose_precision(precision: Any, own: Parts, given: Parts, hardware: Accelerator) -> str | Precision:
+def _choose_precision(
+    precision: Any, own: Parts, given: Parts, hardware: Accelerator, strategy: Strategy
+) -> str | Precision:
     chosen = _one("precision", own.precision, given.precision)
     if isinstance(precision, Precision):
         chosen = _one("precision", chosen, precision)
@@ -416,6 +412,11 @@ def _choose_precision(precision: Any, own: Parts, given: Parts, hardware: Accele
         if precision is not None and canonical_precision(precision) != chosen.precision:
             raise MisconfigurationException(
                 f"precision={precision!r}, and a {type(chosen).__name__} object was given as well. Give one."
+            )
+        if chosen.replaces_parameters and strategy.shards_parameters:
+            raise MisconfigurationException(
+                f"{type(strategy).__name__} shares parameters out over the processes, and those that "
+                f"{type(chosen).__name__} makes cannot be cut. Use strategy='ddp', or another precision."
             )
         return chosen
     name = canonical_precision(precision)

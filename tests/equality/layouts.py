@@ -23,6 +23,10 @@ class Layout:
     processes: int
     strategy: Callable[[], Any]
 
+    def counts(self, name: str) -> bool:
+        """Whether a tensor is comparable: no forward pass of the whole model counts the steps of a pipeline."""
+        return not (name == "steps" and self.name.startswith("pipeline"))
+
 
 def share_blocks_out(model: nn.Module, mesh: Any) -> nn.Module:
     """Let the processes of the tensor dimension share the wide layers."""
@@ -39,6 +43,11 @@ def fsdp(**arguments: Any) -> Callable[[], Any]:
     return lambda: FSDPStrategy(**arguments)
 
 
+def pipeline(schedule: Any = "1f1b", **sizes: Any) -> Callable[[], Any]:
+    sizes = {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_parallel_size": 2, **sizes}
+    return lambda: ModelParallelStrategy(pipeline_schedule=schedule, pipeline_microbatches=2, **sizes)
+
+
 HYBRID = {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}
 LAYOUTS = [
     Layout("single", 1, lambda: "auto"),
@@ -53,10 +62,13 @@ LAYOUTS = [
     Layout("fsdp2_offload", 2, lambda: "fsdp_cpu_offload"),
     Layout("fsdp2_full", 2, fsdp(state_dict_type="full")),
     Layout("tensor2", 2, tensor_parallel(data_parallel_size=1)),
+    Layout("pipeline2", 2, pipeline()),
+    Layout("pipeline2_interleaved", 2, pipeline("interleaved", save_distributed_checkpoint=False)),
     Layout("ddp4", 4, lambda: "ddp"),
     Layout("fsdp4", 4, fsdp()),
     Layout("hybrid4", 4, fsdp(policy={Block}, **HYBRID)),
     Layout("tensor2_fsdp2", 4, tensor_parallel(data_parallel_size=2, policy={Block})),
     Layout("tensor2_replicate2", 4, tensor_parallel(data_replicate_size=2)),
+    Layout("pipeline2_fsdp2", 4, pipeline(data_parallel_size=2)),
     Layout("fsdp3", 3, fsdp()),
 ]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import treadle as L
 from treadle_fabric import Fabric
 from treadle_fabric.plugins import Float8Precision
+from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero
 
 VOCABULARY, WIDTH, LENGTH = 16, 16, 8
 SAMPLES, BATCH = 72, 12  # two, three and four processes have equal shares
@@ -49,6 +50,17 @@ class Head(nn.Module):
         return nn.functional.linear(x, self.weight) * self.scale
 
 
+class Mix(nn.Module):
+    """A frozen layer beside the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.frozen(x))
+
+
 class Model(nn.Module):
     """Predicts the next of some tokens: tied weights, a frozen layer, a buffer, a scalar parameter."""
 
@@ -56,22 +68,28 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.mix = Mix()
         self.head = Head(self.embedding.weight)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.training:
             self.steps += 1
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x + torch.tanh(self.frozen(x)))
+        x = tokens
+        for stage in self.pipeline_stages():
+            x = stage(x)
+        return x
 
-    def loss(self, tokens: Tensor) -> Tensor:
+    def pipeline_stages(self) -> list[nn.Module]:
+        return [self.embedding, *self.blocks, self.mix, self.head]
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """The mean over all tokens but the last of each sequence."""
-        logits = self(tokens)[:, :-1].reshape(-1, VOCABULARY)
+        logits, tokens = outputs[:, :-1].reshape(-1, VOCABULARY), batch[0]
         return cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens[:, 1:].reshape(-1))
+
+    def loss_of(self, tokens: Tensor) -> Tensor:
+        return self.loss(self(tokens), (tokens,))
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -96,9 +114,10 @@ class Tokens(Dataset[tuple[Tensor, int]]):
         return self.tokens[index], index
 
 
-def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, gathered from all ranks."""
+def whole(tensors: dict[str, Any], strategy: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, gathered from all ranks to rank 0."""
     gathered = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+    gathered = brought_to_rank_zero(gathered, strategy.stage_groups)
     return {name: tensor.detach().clone() for name, tensor in gathered.items()}
 
 
@@ -115,23 +134,26 @@ def fabric_loop(strategy: Any, processes: int, precision: str) -> dict[str, Any]
     model: Any = Model()
     optimizer: Any = AdamW(parameter_groups(model), lr=1e-2)
     model, optimizer = fabric.setup(model, optimizer)
-    model.mark_forward_method("loss")
+    model.mark_forward_method("loss_of")
     scheduler = StepLR(optimizer.optimizer, 2, gamma=0.5)
     shares = fabric.strategy.data_parallel_size
     loader = fabric.setup_dataloaders(DataLoader(Tokens(), batch_size=BATCH // shares))
     losses = []
-    for i, (tokens, _) in enumerate(loader):
+    for i, batch in enumerate(loader):
         steps = i % ACCUMULATE == ACCUMULATE - 1
         with fabric.no_backward_sync(model, enabled=not steps):
-            loss = model.loss(tokens)
-            fabric.backward(loss / ACCUMULATE)
+            if fabric.strategy.runs_whole_batch:
+                loss = fabric.run_batch(model, batch, ACCUMULATE)["loss"]
+            else:
+                loss = model.loss_of(batch[0])
+                fabric.backward(loss / ACCUMULATE)
         if steps:
             fabric.clip_gradients(model, optimizer, max_norm=CLIP, error_if_nonfinite=False)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
         losses.append(fabric.all_reduce(loss.detach()).item())
-    return {"losses": losses, "weights": whole(model.state_dict())}
+    return {"losses": losses, "weights": whole(model.state_dict(), fabric.strategy)}
 
 
 class Trained(L.LightningModule):
@@ -145,14 +167,28 @@ class Trained(L.LightningModule):
         self.save_at: tuple[int, str] | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        tokens, numbers = batch
-        loss = self.model.loss(tokens)
-        self.log("loss", loss, on_epoch=True, sync_dist=True, batch_size=len(tokens))
-        self.losses.append(self.all_gather(loss.detach()).float().mean().item())
-        self.samples.append(self.all_gather(numbers).unique().tolist())
+        loss = self.model.loss_of(batch[0])
+        self.note(loss, batch)
         return loss
 
+    def pipeline_stages(self) -> list[nn.Module]:
+        return self.model.pipeline_stages()
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        loss = self.model.loss(outputs, batch)
+        self.log("loss", loss, on_epoch=True, sync_dist=True, batch_size=len(batch[0]))
+        return loss
+
+    def note(self, loss: Tensor, batch: Any) -> None:
+        tokens, numbers = batch
+        if not self.trainer.strategy.runs_whole_batch:
+            self.log("loss", loss, on_epoch=True, sync_dist=True, batch_size=len(tokens))
+        self.losses.append(self.all_gather(loss.detach()).float().mean().item())
+        self.samples.append(self.all_gather(numbers).unique().tolist())
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.trainer.strategy.runs_whole_batch:
+            self.note(outputs["loss"] * ACCUMULATE, batch)
         if self.save_at is not None and batch_idx == self.save_at[0]:
             self.trainer.save_checkpoint(self.save_at[1])
 
@@ -197,7 +233,7 @@ def trainer_fit(
     return {
         "losses": module.losses,
         "samples": module.samples,
-        "weights": whole(module.model.state_dict()),
+        "weights": whole(module.model.state_dict(), trainer.strategy),
         "logged": float(trainer.callback_metrics["loss_epoch"]),
     }
 

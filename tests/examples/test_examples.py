@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.tensor.parallel  # heavy; the forks inherit it
 from tests.processes import run_in_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,7 @@ LAUNCHED = [
     "ddp_cpu.py",
     "lr_schedule.py",
     "migrate_module.py",
+    "model_parallel_cpu.py",
     "quickstart.py",
     "validation_and_test.py",
 ]
@@ -170,6 +172,32 @@ def test_ddp_cpu(launcher: tuple[str, ...]) -> None:
     assert "weights equal on all 2 ranks: True" in out
     assert number(r"on (\d+) images$", out.strip()) == 361, "each image is tested exactly once"
     assert number(r"test accuracy ([\d.]+)", out) > 0.9
+
+
+def _run_here(example: str, *arguments: str) -> None:
+    sys.argv = [example, *arguments]
+    runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+
+
+def test_model_parallel_cpu() -> None:
+    """Layers or sequences that two processes share, and one process alone: the same losses."""
+    layouts = {"tensor": (2, "1"), "sequence": (2, "2"), "one process": (1, "1")}
+    printed = {
+        name: run_in_ranks(
+            _run_here,
+            "model_parallel_cpu.py",
+            "--epochs",
+            "1",
+            "--devices",
+            str(devices),
+            "--sequence",
+            sequence,
+            devices=devices,
+        )
+        for name, (devices, sequence) in layouts.items()
+    }
+    found = {name: number(r"epoch 1: loss ([\d.]+)", text) for name, text in printed.items()}
+    assert found["tensor"] < 6.0 and len(set(found.values())) == 1, found
 
 
 def test_char_gpt() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from treadle_fabric.strategies.parallelism.sequence import sequence_offset
 
-VOCABULARY, WIDTH, HEADS, LENGTH = 14, 16, 4, 8
+VOCABULARY, WIDTH, HEADS, LENGTH = 13, 16, 4, 8
 
 # Activations that every rank has whole
 PLAN = {
@@ -85,6 +85,10 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor:
         return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten(), **options)
+
+    def difference(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self(tokens)
+        return logits - targets[..., None]
 
 
 def batches(count: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:

@@ -4,20 +4,22 @@ the losses and weights of one, through Fabric and through the Trainer."""
 from __future__ import annotations
 
 import math
+import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel  # heavy, as the one before; the forks inherit them
-from tests.fabric.gpt import GPT, PLAN, SLICED_PLAN, batches
+from tests.fabric.gpt import GPT, LENGTH, PLAN, SLICED_PLAN, Attention, Block, batches
 from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from treadle import LightningModule, Trainer
-from treadle_fabric import Fabric
-from treadle_fabric.strategies import ModelParallelStrategy
+from treadle_fabric import Fabric, MisconfigurationException, ModelParallelStrategy, split_sequence
+from treadle_fabric.strategies.parallelism import sequence
 
 STEPS, BATCH = 5, 4
 
@@ -113,6 +115,99 @@ def test_four_ranks_with_fabric(sizes: dict[str, int], plan: Any) -> None:
     _runs_with_fabric(sizes, plan)
 
 
+def _with_tensor(fabric: Fabric) -> None:
+    with pytest.raises(MisconfigurationException, match="tensor_parallel_size=2, and no layer of Linear is shared out"):
+        Fabric.setup(_fabric_of(fabric, ModelParallelStrategy()), nn.Linear(4, 4))
+    # from the meta device: the values that the seed gives without it
+    torch.manual_seed(3)
+    whole = GPT(tied=False)
+    torch.manual_seed(3)
+    with fabric.init_module(empty_init=True):
+        late = GPT(tied=False)
+    wrapped = fabric.setup(late)
+    drawn = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in late.state_dict().items()}
+    torch.testing.assert_close(drawn, whole.state_dict(), atol=0, rtol=0)
+    logits = wrapped(torch.zeros(1, LENGTH, dtype=torch.long))
+    assert type(logits).__name__ == "DTensor"
+    # what goes wrong in a model is told with its names
+    with pytest.raises(MisconfigurationException, match=r"met in one operation in GPT, line \d+ .*targets is plain"):
+        wrapped.mark_forward_method("difference")
+        wrapped.difference(*batches(1)[0])
+    # what goes apart without a word: other samples, and a dropout of other random numbers
+    other = fabric.setup(GPT())
+    with pytest.raises(MisconfigurationException, match="2 ranks of tensor_parallel work on the same samples"):
+        other(batches(2)[fabric.global_rank][0])
+    drops = GPT(dropout=0.5)
+    dropping, optimizer = fabric.setup(drops, torch.optim.SGD(drops.parameters(), 0.1))
+    dropping.mark_forward_method("loss")
+    torch.manual_seed(fabric.global_rank)
+    fabric.backward(dropping.loss(*batches(1)[0]))
+    with pytest.raises(MisconfigurationException, match="differ between the ranks: .*norm.weight"):
+        optimizer.step()
+
+
+def _fabric_of(fabric: Fabric, strategy: ModelParallelStrategy) -> Fabric:
+    """In processes that have met."""
+    made = Fabric(accelerator="cpu", devices=fabric.world_size, strategy=strategy)
+    made.launch()
+    return made
+
+
+def _with_sequences(fabric: Fabric) -> None:
+    # dropout is drawn again as it was, where the forward pass runs again
+    gradients = []
+    for policy in (None, {Block}, {Attention}):
+        options = {} if policy is None else {"activation_checkpointing_policy": policy}
+        alike = _fabric_of(fabric, ModelParallelStrategy(None, 1, 1, sequence_parallel_size=2, **options))
+        torch.manual_seed(4)
+        model = GPT(dropout=0.3)
+        wrapped = alike.setup(model)
+        wrapped.mark_forward_method("loss")
+        tokens, targets = split_sequence(batches(1)[0])
+        alike.backward(wrapped.loss(tokens, targets))
+        gradients.append({n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
+    # batches of any loader are sliced, once
+    rank, whole = fabric.global_rank, torch.arange(32).view(4, 8)
+    mine = whole.chunk(2, dim=1)[rank]
+    loaders = [DataLoader(whole, batch_size=4), [whole], DataLoader(whole, batch_size=4, num_workers=1)]
+    for loader in alike.setup_dataloaders(*loaders):
+        assert [batch.tolist() for batch in loader] == [mine.tolist()] and len(loader) == 1
+    twice = alike.setup_dataloaders(alike.strategy.process_dataloader(loaders[0]))
+    assert next(iter(twice)).equal(mine) and next(iter(loaders[0])).equal(whole)
+    resumable = alike.setup_dataloaders(DataLoader(whole, batch_size=2), resumable=True)
+    assert [batch.tolist() for batch in resumable] == [mine[:2].tolist(), mine[2:].tolist()]
+    expected = pytest.warns(UserWarning, match="no F.scaled_dot_product_attention ran in Linear")
+    with expected if rank == 0 else nullcontext():
+        _without_attention(fabric)
+
+
+def _without_attention(fabric: Fabric) -> None:
+    made = _fabric_of(fabric, ModelParallelStrategy(None, 1, 1, sequence_parallel_size=2))
+    model, optimizer = made.setup(layer := nn.Linear(2, 2), torch.optim.SGD(layer.parameters(), 0.1))
+    made.backward(model(torch.ones(1, 2)).sum())
+    sequence._running.attentions = 0
+    optimizer.step()
+
+
+def _errors_and_values(sizes: dict[str, int], check: Any) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=_strategy(sizes, PLAN))
+    fabric.launch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(fabric)
+    fabric.strategy.teardown()
+
+
+def test_errors_and_values_of_layers() -> None:
+    run_in_ranks(_errors_and_values, {"tensor_parallel_size": 2}, _with_tensor)
+
+
+def test_loaders_and_recomputation_of_slices() -> None:
+    run_in_ranks(_errors_and_values, {"sequence_parallel_size": 2}, _with_sequences)
+
+
 class Language(LightningModule):
     """Returns the mean over the targets that count in what it got, and how many these are."""
 
@@ -125,6 +220,7 @@ class Language(LightningModule):
         loss = self.gpt.loss(*batch)
         assert type(loss) is Tensor
         self.log("loss", loss)
+        self.log("scale", self.gpt.head.weight.square().mean(), on_step=False, on_epoch=True)
         return {"loss": loss, "weight": (batch[1] != -100).sum()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -156,6 +252,7 @@ def _fit(strategy: Any, devices: int, share: int) -> tuple[dict[str, float], dic
     loaders = (DataLoader(_data(ignored), batch_size=BATCH // share) for ignored in (3, 0))
     trainer.fit(module, *loaders)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "loss"}
+    assert "scale" in metrics
     state = module.gpt.state_dict()
     return metrics, {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in state.items()}
 

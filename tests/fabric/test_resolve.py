@@ -195,6 +195,9 @@ def test_every_strategy_on_every_accelerator(
         # combinations
         (MAC, {}, {"strategy": "ddp"}, "accelerator='mps'"),
         (MAC, {}, {"precision": 64}, "64-bit"),
+        (CPU, {}, {"precision": "fp8"}, "precision='fp8-mixed' .* the run is on 'cpu'"),
+        (MAC, {}, {"precision": "transformer-engine"}, "float8 numbers.* the run is on 'mps'"),
+        (GPU, {}, {"precision": "nf4"}, r"plugins=BitsandbytesPrecision\('nf4'\)"),
         (CPU, {}, {"strategy": "single_device", "devices": 2}, "uses one device"),
         (CPU, TWO_NODES, {"strategy": "single_device", "num_nodes": 2}, "uses one device"),
         (CPU, {}, {"strategy": SingleDeviceStrategy(), "devices": 2}, "SingleDeviceStrategy.*uses one device"),

@@ -41,6 +41,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.algorithms.model_averaging.hierarchical_model_averager import HierarchicalModelAverager
 
 import treadle as L
+from treadle.tuner import Tuner
 from treadle_fabric import DDPStrategy, Fabric, MisconfigurationException
 from treadle_fabric.checkpoint import PerRank
 from treadle_fabric.strategies.data_parallel.averaging import ModelAveraging
@@ -125,6 +126,14 @@ def by_trainer(folder: Path, world: int, feature: str = "plain", **arguments: An
     strategy = "auto" if world == 1 else DDPStrategy(**arguments)
     model = Net(feature)
     trainer(folder, devices=world, strategy=strategy, **FEATURES[feature]).fit(model, loader(24, 4 // world))
+    return weights(model)
+
+
+def after_a_trial(folder: Path) -> list[float]:
+    """A search has run its trials with the same engine and the same hook before."""
+    run = trainer(folder, devices=2, strategy=DDPStrategy(**power()))
+    Tuner(run).lr_find(model := Net(), loader(24, 2), num_training=14, update_attr=False)
+    run.fit(model, loader(24, 2))
     return weights(model)
 
 
@@ -236,7 +245,7 @@ def run_rank(folder: Path) -> None:
             out[f"{name}, {feature}"] = by_trainer(folder, 2, feature, **hook())
     state = (arguments := HOOKS["own"]())["ddp_comm_state"]
     by_trainer(folder, 2, **arguments)
-    out.update(calls=state.calls, two=two_models(), saved=saved_by_hand(folder))
+    out.update(calls=state.calls, two=two_models(), saved=saved_by_hand(folder), trial=after_a_trial(folder))
     out["sums"] = after_a_change(**power()), after_a_change()
     (folder / f"{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(out))
 
@@ -264,6 +273,10 @@ def test_the_ranks_train_what_one_process_trains(ranks: Any, tmp_path: Path, hoo
 
 def test_a_hook_is_called_for_each_backward_pass(ranks: Any) -> None:
     assert ranks[0]["calls"] == 6
+
+
+def test_trials_leave_no_trace_in_a_hook(ranks: Any) -> None:
+    assert ranks[0]["trial"] == ranks[0]["power, plain"]
 
 
 def test_each_model_has_a_state_of_its_own_that_survives_changes(ranks: Any) -> None:
@@ -334,8 +347,21 @@ def run_resumed(folder: Path) -> None:
         assert again == unbroken, name
 
 
+def run_by_fewer(folder: Path) -> None:
+    """With another number of ranks the counts go on, and what single ranks remember is given up."""
+    for name, iterations in (("power", 10), ("local", 1)):
+        arguments = RESUMED[name]()
+        strategy = DDPStrategy(**arguments)
+        run = trainer(folder, devices=2, strategy=strategy, accumulate_grad_batches=2, max_epochs=2)
+        run.fit(model := Wide(), loader(48, 2), ckpt_path=folder / f"{name}.ckpt")
+        assert arguments["ddp_comm_state"].iter >= iterations, name
+        found = torch.tensor(weights(model))
+        assert name == "local" or torch.equal(*run.strategy.all_gather(found)), name
+
+
 def test_each_rank_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     run_in_ranks(run_resumed, tmp_path, devices=3)
+    run_in_ranks(run_by_fewer, tmp_path)
 
 
 # Averages

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
+from treadle import MisconfigurationException
 from treadle_fabric.strategies import ModelParallelStrategy
 
 CLASSES = 6
@@ -74,10 +75,10 @@ class Plain(Model):
         return self.last(self.second(self.first(batch[0])))
 
 
-def loader(samples: int, seed: int) -> Any:
+def loader(samples: int, seed: int, batch_size: int = 8) -> Any:
     random = torch.Generator().manual_seed(seed)
     data = torch.randn(samples, 8, generator=random), torch.randint(CLASSES, (samples,), generator=random)
-    return DataLoader(TensorDataset(*data), batch_size=8)
+    return DataLoader(TensorDataset(*data), batch_size=batch_size)
 
 
 def trainer(folder: Path, **arguments: Any) -> Any:
@@ -155,3 +156,89 @@ def test_fit_validate_test_and_predict_are_those_of_one_process_on_every_rank(tm
     trainer(tmp_path).fit(straight, loader(40, 1))
     trainer(tmp_path).fit(continued, loader(40, 1), ckpt_path=tmp_path / "middle")
     assert [e["loss"] for e in continued.seen] == pytest.approx([e["loss"] for e in straight.seen[3:]], rel=1e-5)
+
+
+class Uneven(Model):
+    """Logs what a torchmetrics object would: a mean over samples."""
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        loss = cross_entropy(outputs, batch[1])
+        self.log("given", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]))
+        self.log_dict({"rows": float(len(batch[1]))}, on_step=False, on_epoch=True, reduce_fx="sum")
+        return loss
+
+
+def over_the_data(folder: Path, expected: Any) -> None:
+    run = trainer(folder, devices=4, strategy=pipeline(data_parallel_size=2), accumulate_grad_batches=1, max_epochs=1)
+    model = Uneven()
+    run.fit(model, loader(40, 1, 4), loader(21, 2, 4))  # unequal last batches
+    assert float(run.callback_metrics["val_loss"]) == pytest.approx(expected["val"], rel=1e-4)
+    logged = run.validate(model, loader(21, 2, 4), verbose=False)[0]
+    assert logged["given"] == logged["val_loss"] == pytest.approx(expected["val"], rel=1e-4)
+    assert logged["rows"] == 21
+    outputs = torch.cat(run.predict(model, loader(21, 2, 4)))
+    torch.testing.assert_close(outputs, expected["outputs"], rtol=1e-3, atol=1e-4)
+    trainer(folder, devices=4, strategy=pipeline(data_parallel_size=2), max_epochs=1).fit(Uneven(), loader(35, 1, 4))
+    print("as one process")
+
+
+def test_data_parallel_pipelines_log_and_predict_what_one_process_does(tmp_path: Path) -> None:
+    run, plain = trainer(tmp_path, accumulate_grad_batches=1, max_epochs=1), Plain()
+    run.fit(plain, loader(40, 1, 8), loader(21, 2, 4))
+    expected = {
+        "val": float(run.callback_metrics["val_loss"]),
+        "outputs": torch.cat(run.predict(plain, loader(21, 2, 4))).detach(),
+    }
+    said = run_in_ranks(over_the_data, tmp_path, expected, devices=4)
+    assert said.count("as one process") == 4 and "was not logged" not in said
+
+
+class Manual(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class OwnBackward(Model):
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+class NoLoss(L.LightningModule):
+    def training_step(self, batch: Any) -> None:
+        """Nothing."""
+
+    def configure_optimizers(self) -> None:
+        """Nothing."""
+
+
+class Steepest(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+@pytest.mark.parametrize(
+    ("model", "stage", "match"),
+    [
+        (NoLoss, "fit", "no `pipeline_stages`, which fit needs under ModelParallelStrategy in the place of `training_"),
+        (NoLoss, "test", "no `pipeline_stages`, which test needs under ModelParallelStrategy in the place of `test_st"),
+        (NoLoss, "predict", "no `pipeline_stages`, which predict needs"),
+        (Manual, "fit", "automatic_optimization=False"),
+        (OwnBackward, "fit", "defines `backward`"),
+    ],
+)
+def test_modules_that_no_pipeline_can_run_are_refused_before_any_work(
+    tmp_path: Path, model: Any, stage: str, match: str
+) -> None:
+    run = trainer(tmp_path, devices=2, strategy=pipeline())
+    with pytest.raises(MisconfigurationException, match=match):
+        getattr(run, stage)(model(), loader(8, 1))
+
+
+def steepest(folder: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="LBFGS.step computes the loss again"):
+        trainer(folder, devices=2, strategy=pipeline()).fit(Steepest(), loader(8, 1))
+
+
+def test_an_optimizer_with_a_closure_is_refused(tmp_path: Path) -> None:
+    run_in_ranks(steepest, tmp_path)

@@ -1,7 +1,11 @@
-"""Training where each rank holds a part of the parameters: losses, numbers and checkpoints are those of one process."""
+"""Training where each rank holds a part of the parameters: its numbers are those of one process.
+
+Tests of ``treadle_fabric.strategies.sharding.engine``, ``treadle.numbers``, ``treadle.trainer.trials``.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
+from treadle.callbacks import BackboneFinetuning, BatchSizeFinder
+from treadle.tuner import Tuner
 from treadle.utilities.grads import grad_norm
+from treadle_fabric import NonFiniteError
 from treadle_fabric.strategies import FSDPStrategy
 
 SAMPLES = torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
@@ -125,3 +132,72 @@ def _idle() -> None:
 
 def test_a_rank_with_nothing_to_learn_from_takes_part() -> None:
     run_in_ranks(_idle)
+
+
+class Loads(Net):
+    """Has a loader of its own, whose batch size a search may set."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(SAMPLES), batch_size=self.batch_size)
+
+
+def _searches() -> None:
+    plain = Loads()
+    trainer(2).fit(plain)
+    before = Loads()
+    Tuner(trainer(2)).lr_find(before, num_training=12, update_attr=False)
+    assert type(before.first) is nn.Linear and torch.equal(before.first.weight, Loads().first.weight)
+    trainer(2).fit(before)  # sharded anew
+    within = Loads()
+    trainer(2, callbacks=[BatchSizeFinder(max_trials=1, init_val=2)]).fit(within)
+    for other in (before, within):
+        assert all(torch.equal(value, whole(plain)[name]) for name, value in whole(other).items())
+
+
+def test_a_search_leaves_nothing_behind() -> None:
+    run_in_ranks(_searches)
+
+
+class Broken(Net):
+    """Its loss is NaN in one batch of rank 1."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        broken = batch_idx == 1 and self.trainer.global_rank == 1
+        return self.loss(batch) * (math.nan if broken else 1.0)
+
+
+def _nonfinite() -> None:
+    skipping = trainer(2, on_nonfinite="skip", max_epochs=1)
+    skipping.fit(module := Broken(), data(2))
+    assert skipping.global_step == 3 and all(bool(each.isfinite().all()) for each in whole(module).values())
+    with pytest.raises(NonFiniteError, match="The loss is nan at epoch 0, batch_idx 1, global_step 1, rank 1"):
+        trainer(2, on_nonfinite="raise").fit(Broken(), data(2))
+    # a part of the model that is frozen at first
+    fine = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)
+    trainer(2, callbacks=[fine], max_epochs=3).fit(unfrozen := Behind(), data(2))
+    trainer(1, callbacks=[BackboneFinetuning(1, verbose=False)], max_epochs=3).fit(alone := Behind(), data(1))
+    close(whole(unfrozen), whole(alone))
+    assert not torch.equal(whole(unfrozen)["backbone.weight"], whole(Behind())["backbone.weight"])
+
+
+class Behind(Net):
+    """A net behind a backbone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(5, 5)
+        with torch.no_grad():
+            self.backbone.weight.copy_(torch.eye(5))
+            self.backbone.bias.zero_()
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss([self.backbone(batch[0])])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+def test_what_is_not_finite_and_what_is_frozen() -> None:
+    run_in_ranks(_nonfinite)

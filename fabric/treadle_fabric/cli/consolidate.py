@@ -32,7 +32,7 @@ def add_consolidate_command(commands: Any) -> None:
         metavar="FILE",
         help="the file to write, which must not be there; default: CHECKPOINT.consolidated",
     )
-    parser.add_argument("--key", help="for .safetensors: the entry with the weights; default: the only one there is")
+    parser.add_argument("--key", help="for .safetensors: the entry with the weights; default: state_dict")
     parser.add_argument("--dtype", help="for .safetensors: float32, bfloat16 or float16; default: as they are")
     parser.add_argument(
         "--strip-prefix",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ from treadle_fabric.checks import require_package
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, near_names
 from treadle_fabric.precision.layers import find_linear_layers, replace_layers, told_names
 from treadle_fabric.precision.precision import Precision, cast_floating, cast_module, default_dtype, half_init
+from treadle_fabric.precision.quantized import make_layer, quantized_layers
 
 __all__ = ["BitsandbytesPrecision"]
 
@@ -31,9 +31,9 @@ class BitsandbytesPrecision(Precision):
     beside them, whose modules ``ignore_modules`` names. A layer that shares its weight with another one stays as it is,
     and a message says so. Where the model has layers of bitsandbytes already, none is replaced.
 
-    Modules made in ``fabric.init_module()`` are in the host's memory until they are set up, so that the device never
-    holds a weight that is not quantized. With ``empty_init=True`` they take up memory there only when they are filled.
-    Layers load checkpoints of full weights, which they quantize, and checkpoints that they wrote.
+    Modules made in ``fabric.init_module()`` are in the host's memory until they are set up, so that the device holds at
+    most one weight at a time that is not quantized. With ``empty_init=True`` they take up memory there only when they
+    are filled. Layers load checkpoints of full weights, which they quantize, and checkpoints that they wrote.
 
     Args:
         mode: ``"nf4"`` or ``"fp4"``: 4 bits; with ``"-dq"`` the scales are quantized, too. ``"int8"``: 8 bits.
@@ -101,14 +101,11 @@ class BitsandbytesPrecision(Precision):
         Raises:
             MisconfigurationException: There is no layer to replace.
         """
-        with warnings.catch_warnings():  # torch's own, about what bitsandbytes imports
-            warnings.simplefilter("ignore", DeprecationWarning)
-            from treadle_fabric.precision.quantized import QUANTIZED, make_layer
-
+        quantized = quantized_layers()
         module = cast_module(module, self.dtype)
-        if any(isinstance(layer, QUANTIZED) for layer in module.modules()):
+        if any(isinstance(layer, quantized) for layer in module.modules()):
             for layer in module.modules():
-                if isinstance(layer, QUANTIZED) and hasattr(layer, "compute_dtype"):
+                if isinstance(layer, quantized) and hasattr(layer, "compute_dtype"):
                     vars(layer).update(compute_dtype=self.dtype, compute_type_is_set=True)
             return module
         owners = Counter(id(p) for layer in module.modules() for p in layer._parameters.values() if p is not None)

@@ -1,24 +1,42 @@
-"""The quantized layers of bitsandbytes, which here also load what they saved. This module imports bitsandbytes."""
+"""The quantized layers of bitsandbytes, which here also load what they saved: ``FourBitLinear`` and ``Int8Linear``.
+
+The classes are made when they are first asked for, as bitsandbytes takes seconds to import, and is an extra.
+"""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, int8_vectorwise_quant, quantize_4bit
 from torch import Tensor
 from torch.nn import Linear, Module
 
-__all__ = ["QUANTIZED", "FourBitLinear", "Int8Linear", "make_layer"]
-
-QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-"""The layers that are quantized already."""
+__all__ = ["make_layer", "quantized_layers"]
 
 
-class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes has no types
+@functools.cache
+def _bitsandbytes() -> Any:
+    with warnings.catch_warnings():  # torch's own, about what bitsandbytes imports
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import bitsandbytes
+    return bitsandbytes
+
+
+def quantized_layers() -> tuple[type[Module], ...]:
+    """Return the classes of layers that are quantized already."""
+    layers = _bitsandbytes().nn
+    return layers.Linear4bit, layers.Linear8bitLt
+
+
+class _FourBitStates(Linear):
     """A linear layer whose weight is in 4 bits; it loads weights of linear layers, and those that it saved."""
+
+    weight: Any
+    compute_dtype: Any
+    quant_state: Any
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
@@ -31,7 +49,7 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes has
             return
         if statistics:
             named = {name.removeprefix(f"{key}."): value for name, value in statistics.items()}
-            self._take(weight, QuantState.from_dict(named, device=self.weight.device))
+            self._take(weight, _bitsandbytes().functional.QuantState.from_dict(named, device=self.weight.device))
         elif _fits(self, weight, key, rest[-1]):
             self._take(*self._quantize(weight))
         others = {name: value for name, value in state_dict.items() if name != key and name not in statistics}
@@ -41,7 +59,7 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes has
 
     def _quantize(self, weight: Tensor) -> Any:
         kept, made = self.weight, self.compute_dtype or torch.float16
-        return quantize_4bit(
+        return _bitsandbytes().functional.quantize_4bit(
             weight.to(kept.device, made).contiguous(),
             blocksize=kept.blocksize,
             compress_statistics=kept.compress_statistics,
@@ -55,8 +73,11 @@ class FourBitLinear(bnb.nn.Linear4bit):  # type: ignore[misc] # bitsandbytes has
         self.weight.bnb_quantized = True
 
 
-class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc] # bitsandbytes has no types
+class _Int8States(Linear):
     """A linear layer whose weight is in 8 bits; it loads weights of linear layers, and those that it saved."""
+
+    weight: Any
+    state: Any
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
@@ -69,7 +90,9 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc] # bitsandbytes has 
         if scales is not None:
             self._take(weight, scales)
         elif _fits(self, weight, key, rest[-1]):
-            made = int8_vectorwise_quant(weight.to(self.weight.device, torch.float16).contiguous())
+            made = _bitsandbytes().functional.int8_vectorwise_quant(
+                weight.to(self.weight.device, torch.float16).contiguous()
+            )
             self._take(made[0], made[1])
         taken = (key, f"{prefix}SCB", f"{prefix}weight_format")
         others = {name: value for name, value in state_dict.items() if name not in taken}
@@ -81,15 +104,30 @@ class Int8Linear(bnb.nn.Linear8bitLt):  # type: ignore[misc] # bitsandbytes has 
         kept = self.weight
         kept.data = weight.to(kept.device, copy=True)
         kept.CB, kept.SCB = kept.data, scales.to(kept.device, copy=True)  # the next forward moves both to the state
-        self.state.CB = self.state.SCB = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
         """Move the scales along with the weight, wherever they are now."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for holder in (self.weight, self.state):
             if holder.CB is not None:
                 holder.CB, holder.SCB = self.weight.data, holder.SCB.to(self.weight.device)
         return self
+
+
+_CLASSES = {"FourBitLinear": (_FourBitStates, "Linear4bit"), "Int8Linear": (_Int8States, "Linear8bitLt")}
+
+
+@functools.cache
+def _class(name: str) -> Any:
+    states, base = _CLASSES[name]
+    bases = (states, getattr(_bitsandbytes().nn, base))
+    return type(name, bases, {"__module__": __name__, "__doc__": states.__doc__})
+
+
+def __getattr__(name: str) -> Any:  # for pickle, too
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _class(name)
 
 
 def make_layer(layer: Linear, mode: str, dtype: torch.dtype) -> Module:
@@ -105,18 +143,18 @@ def make_layer(layer: Linear, mode: str, dtype: torch.dtype) -> Module:
     made: Any
     if mode.startswith("int8"):
         trains = mode == "int8-training"
-        made = Int8Linear(*size, bias=bias, has_fp16_weights=trains, threshold=6.0, device="meta")
+        made = _class("Int8Linear")(*size, bias=bias, has_fp16_weights=trains, threshold=6.0, device="meta")
         # from the host, because bitsandbytes quantizes weights on their way from there
         weight = layer.weight.data if trains or layer.weight.is_meta else layer.weight.data.cpu()
-        made.weight = bnb.nn.Int8Params(
+        made.weight = _bitsandbytes().nn.Int8Params(
             weight, has_fp16_weights=trains, requires_grad=trains and layer.weight.requires_grad
         )
     else:
         kind, _, nested = mode.partition("-")
-        made = FourBitLinear(
+        made = _class("FourBitLinear")(
             *size, bias=bias, compute_dtype=dtype, quant_type=kind, compress_statistics=nested == "dq", device="meta"
         )
-        made.weight = bnb.nn.Params4bit(
+        made.weight = _bitsandbytes().nn.Params4bit(
             layer.weight.data, requires_grad=False, quant_type=kind, compress_statistics=nested == "dq", module=made
         )
     made.bias = layer.bias

@@ -14,6 +14,7 @@ from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.parallelism.explain import explain_not_gathered
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.engine import ShardedEngine
@@ -129,6 +130,9 @@ class FSDPStrategy(ShardingStrategy):
     def parallelize(self, module: Module) -> ShardedEngine:
         take_over_from_rank_zero(module, self.root_device)
         return shard_module(module, self.device_mesh, self._options, self.precision, self.root_device, self.broadcast)
+
+    def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
+        return explain_not_gathered(error, engine)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -26,7 +26,12 @@ from treadle_fabric.strategies.parallelism.explain import explain_mixed
 from treadle_fabric.strategies.parallelism.loss import loss_functions, plain_scalars
 from treadle_fabric.strategies.parallelism.pipeline import Order, PipelineEngine, is_cut
 from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel, check_plan, place_gradients
-from treadle_fabric.strategies.parallelism.replicas import align_random_state, check_gradients_alike, whole_over
+from treadle_fabric.strategies.parallelism.replicas import (
+    align_random_state,
+    check_gradients_alike,
+    check_inputs_alike,
+    whole_over,
+)
 from treadle_fabric.strategies.parallelism.sequence import (
     SequenceGroup,
     attentions_so_far,
@@ -36,6 +41,7 @@ from treadle_fabric.strategies.parallelism.sequence import (
 from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
 from treadle_fabric.strategies.parallelism.slices import split_batches
 from treadle_fabric.strategies.parallelism.substitution import Substitution
+from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.arguments import parse_arguments
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
@@ -200,6 +206,15 @@ class ModelParallelStrategy(ShardingStrategy):
         return self._order.ranks > 1
 
     @property
+    def num_slices(self) -> int:
+        return self.sizes["sequence_parallel"]
+
+    @property
+    def slice_index(self) -> int:
+        sizes = self.sizes
+        return self.global_rank // sizes["tensor_parallel"] % sizes["sequence_parallel"]
+
+    @property
     def stage_groups(self) -> tuple[Any, ...]:
         return (self.device_mesh["pipeline_parallel"].get_group(),) if self.runs_whole_batch else ()
 
@@ -304,7 +319,18 @@ class ModelParallelStrategy(ShardingStrategy):
         if functions or self._loss_parallel:
             context.follow(engine.modules() if functions else [engine])
         if sizes["tensor_parallel"] > 1:
+            self._check_first(engine)
             engine.register_forward_hook(lambda _, args, output: plain_scalars(output))
+
+    def _check_first(self, engine: ShardedEngine) -> None:
+        """Look, at the first pass with samples, whether tensor-parallel processes have the same."""
+
+        def check(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if args or len(kwargs) > (METHOD_KEYWORD in kwargs):
+                handle.remove()
+                check_inputs_alike((args, kwargs), self.device_mesh["tensor_parallel"])
+
+        handle = engine.register_forward_pre_hook(check, with_kwargs=True)
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Let batches have this process's slice of each sequence."""

@@ -20,9 +20,7 @@ from treadle_fabric.checkpoint import (
     DistributedCheckpointIO,
     Keeping,
     TorchCheckpointIO,
-    raise_together,
 )
-from treadle_fabric.coordination import on_rank_zero
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
@@ -99,41 +97,19 @@ class Strategy(ABC):
     def __deepcopy__(self, memo: dict[int, Any]) -> Strategy:
         return self  # there is one process group and one device, however many copies of a model
 
-    def bind(
-        self,
-        *,
-        accelerator: Accelerator | None,
-        devices: list[torch.device],
-        environment: ClusterEnvironment | None,
-        precision: Precision | None,
-        checkpoint_io: CheckpointIO | None = None,
-        num_nodes: int = 1,
-    ) -> None:
+    def bind(self, parts: Parts, num_nodes: int = 1) -> None:
         """Fill in what the user did not give.
 
         Args:
-            accelerator: The hardware.
-            devices: One for each process on this machine.
-            environment: Where ranks and addresses come from.
-            precision: The precision.
-            checkpoint_io: Writes and reads files.
+            parts: Of the devices one for each process on this machine.
             num_nodes: Machines.
-
-        Raises:
-            MisconfigurationException: The strategy shards parameters, which the precision does not allow.
-            DeviceUnavailableError: The precision is not one of these devices.
         """
-        self._accelerator = self._accelerator or accelerator
-        self._precision = self._precision or precision
-        if self._precision is not None and self._precision.replaces_parameters and self.shards_parameters:
-            raise MisconfigurationException(
-                f"{type(self).__name__} shares parameters out over the processes, and those that"
-                f" {type(self._precision).__name__} makes cannot be cut. Use strategy='ddp', or another precision."
-            )
-        if devices and self._precision is not None:
-            self._precision.place(devices[0].type)
-        self._checkpoint_io = self._checkpoint_io or checkpoint_io
-        self.assign_devices(devices, environment, num_nodes)
+        self._accelerator = self._accelerator or parts.accelerator
+        self._precision = self._precision or parts.precision
+        if parts.devices and self._precision is not None:
+            self._precision.place(parts.devices[0].type)
+        self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
+        self.assign_devices(list(parts.devices), parts.environment, num_nodes)
 
     @property
     @abstractmethod
@@ -248,6 +224,16 @@ class Strategy(ABC):
         return 0 if ranks is None else int(ranks["rank"])
 
     @property
+    def num_slices(self) -> int:
+        """Number of slices, one a process, of each sequence of a share: they log different numbers. Default: 1."""
+        return 1
+
+    @property
+    def slice_index(self) -> int:
+        """Which slice of each sequence this process has, from 0."""
+        return 0
+
+    @property
     def stage_groups(self) -> tuple[Any, ...]:
         """Process groups over whose ranks the parameters of the model are shared out, none twice, as over the stages of
         a pipeline: norms of all gradients, and the search for infinite ones, go on over these. Default: none.
@@ -277,6 +263,7 @@ class Strategy(ABC):
             if self._accelerator is not None:
                 self._accelerator.teardown()
 
+    @abstractmethod
     def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
         """Wait until all saves so far have ended; every rank calls this.
 
@@ -286,12 +273,6 @@ class Strategy(ABC):
         Raises:
             CheckpointError: A save failed, and that was not raised before; all ranks raise.
         """
-        if self.checkpoint_io.after_saves is None:
-            return
-        if self.checkpoint_io.sharded:
-            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
-        else:
-            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     # Set-up
 
@@ -387,9 +368,7 @@ class Strategy(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} runs forward and backward separately.")
 
-    def evaluate_batch(
-        self, module: Module, batch: Any, loss: Callable[[Any, Any], Any] | None = None
-    ) -> dict[Any, Tensor]:
+    def evaluate_batch(self, module: Module, batch: Any, loss: Callable[..., Any] | None = None) -> dict[Any, Tensor]:
         """Run the forward pass of a whole batch, where the strategy ``runs_whole_batch``: see :meth:`run_batch`."""
         raise NotImplementedError(f"{type(self).__name__} runs the module's own methods.")
 
@@ -404,25 +383,19 @@ class Strategy(ABC):
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
     def release_gathered(self) -> None:
-        """Free what is gathered of parameters: modules then have the parts that this process holds.
-
-        Call it before parts are read or changed outside of a step. Default: nothing is gathered.
-        """
+        """Free what is gathered of parameters, before parts are read or changed. Default: nothing is gathered."""
 
     def settle_gradients(self, module: Module) -> None:
-        """Reduce the gradients that :meth:`no_backward_sync` left unreduced; every process calls this.
+        """Reduce what :meth:`no_backward_sync` left unreduced into ``grad`` of the parameters of the engine ``module``.
 
-        Afterwards they are all in ``grad`` of the parameters, as a checkpoint keeps them. Default: they are there.
-
-        Args:
-            module: The engine.
+        Every process calls this, before a checkpoint. Default: all is there.
         """
 
     def join_forward(self, module: Module, method: str = "forward") -> None:
         """Take part in a forward pass that other processes make now. Default: they need no others.
 
         Args:
-            module: The engine; this process may have run no pass of this method before, nor of another one.
+            module: The engine; this process may have run no pass before.
             method: The method of the user's module that the pass runs.
         """
 

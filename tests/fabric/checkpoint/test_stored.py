@@ -142,6 +142,8 @@ def test_what_is_written_to_a_stored_tensor_or_to_a_view_of_it_stays(tmp_path: P
     row, alias = b[3], b.detach()
     row.fill_(5)
     assert b[3].eq(5).all() and alias[3].eq(5).all() and torch.equal(b[4], w[4])
+    torch._foreach_copy_([torch.empty(100, 200), d := torch.empty(100, 200)], [c, c])
+    assert not is_kept(c) and torch.equal(d, w) and c.to("meta").is_meta
     c[0, 0] = 7
     target = torch.zeros(100, 200)
     fill(target, c)

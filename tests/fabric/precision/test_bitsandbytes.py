@@ -6,6 +6,7 @@ Tests of ``treadle_fabric.precision.bitsandbytes``, ``treadle_fabric.precision.q
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def test_layers_are_quantized_and_their_states_come_back(
     assert output.dtype == torch.float32
     torch.testing.assert_close(output, expected, atol=error * expected.abs().max().item(), rtol=0)
     run.setup_module(copy.deepcopy(own))  # set up again: quantized already
+    assert type(pickle.loads(pickle.dumps(own.up))) is type(own.up)
 
     run.save(tmp_path / "quantized.ckpt", {"model": model})
     run.save(tmp_path / "full.ckpt", {"model": full})

@@ -149,7 +149,7 @@ def test_what_is_converted_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
             "plain": nn.Linear(16, 32),
             "named": Named(16, 16),
             "own": Own(16, 16),
-            "odd": nn.Linear(16, 10),
+            "odd": nn.Linear(16, 24),
             "lazy": nn.LazyLinear(16),
             "head": nn.Linear(16, 16),
             "header": nn.Linear(16, 16),
@@ -170,7 +170,7 @@ def test_what_is_converted_is_told_once(caplog: pytest.LogCaptureFixture) -> Non
         assert precision.convert_module(precision.convert_module(model)) is model
     (said,) = [record.message for record in caplog.records if "float8" in record.message]
     assert said.startswith("5 of 11 linear layers multiply in float8 by the recipe 'tensorwise', emulated. The others")
-    assert "stay in float32: 'own' (has a forward of its own), 'odd' (10 outputs, not a multiple of 16)" in said
+    assert "stay in float32: 'own' (has a forward of its own), 'odd' (24 outputs, not a multiple of 16)" in said
     assert "'lazy' (lazy, without a shape), 'head' (ignored)" in said and said.endswith("and 1 more.")
     converted = {name for name, m in model.named_modules() if isinstance(m, Float8Linear)}
     assert converted == {"plain", "named", "header", "normed", "twice.0"}

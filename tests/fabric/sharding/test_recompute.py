@@ -162,7 +162,16 @@ def test_compiled_layers_and_several_calls() -> None:
     assert "scale" in signature.parameters
 
 
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
 def test_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), InPlace(2, 2))
+    recompute(model, {InPlace})
+    with pytest.raises(MisconfigurationException, match="InPlace changes its inputs in place"):
+        model(torch.ones(1, 2))
     with pytest.raises(MisconfigurationException, match="no submodule of Linear to work on"):
         recompute(nn.Linear(2, 2))
     with pytest.raises(MisconfigurationException, match="no module of this class"):

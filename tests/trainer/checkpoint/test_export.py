@@ -57,6 +57,12 @@ def test_each_checkpoint_that_is_kept_has_its_export(io: Any, background: bool, 
     module = Module()
     trainer.fit(module, DataLoader(torch.arange(8), batch_size=4))
     assert sorted(os.listdir(tmp_path)) == ["epoch=1.ckpt", "epoch=1.hf", "epoch=2.ckpt", "epoch=2.hf"]
+    stored = Module.load_from_checkpoint(tmp_path / "epoch=2.ckpt")
+    for path in tmp_path.glob("*.ckpt"):
+        store.remove_checkpoint(path) if path.name == "epoch=1.ckpt" else io.remove_checkpoint(path)
+    weight = stored.model.head.weight  # nothing of the folder is read any more
+    assert type(weight) is nn.Parameter and torch.equal(weight, module.model.head.weight)
+    assert os.listdir(tmp_path) == ["epoch=2.hf"]
     net = Net()
     missing = net.load_state_dict(load_file(tmp_path / "epoch=2.hf" / "model.safetensors"), strict=False)
     assert missing.missing_keys == ["head.weight"] and not missing.unexpected_keys  # the tied one has one name

@@ -1,7 +1,12 @@
-"""Evaluation and prediction where ranks work together in every forward pass, and have unequal numbers of batches."""
+"""Evaluation and prediction where ranks work together in every forward pass, and have unequal numbers of batches.
+
+Tests of ``treadle.loops.lockstep``, ``treadle_fabric.strategies.sharding.engine``.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as L
+from treadle_fabric import Fabric
 from treadle_fabric.strategies import FSDPStrategy
 
 
@@ -151,3 +157,37 @@ def _fails() -> None:
 
 def test_an_error_of_one_rank_ends_the_others() -> None:
     run_in_ranks(_fails, timeout=30)
+
+
+class Terminated(Two):
+    """Rank 0 is asked to terminate in the first batch of a validation that has more batches there than on rank 1."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if self.trainer.global_rank == 0 and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_terminated() -> None:
+    module, together = Terminated(), trainer(num_sanity_val_steps=0)
+    with pytest.raises(SystemExit):
+        together.fit(module, loader(8), loader(41, 1))
+    assert 1 <= module.ran < 20
+
+
+def test_a_validation_that_is_asked_to_terminate_ends_on_all_ranks() -> None:
+    run_in_ranks(_is_terminated, timeout=40)
+
+
+def _evaluates_by_hand() -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=FSDPStrategy(policy={nn.Linear}))
+    fabric.launch()
+    model = fabric.setup(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    with torch.no_grad():
+        batches = [model(batch) for batch in fabric.setup_dataloaders(loader(5, 1))]
+    assert len(batches) == 3  # on both ranks
+    fabric.strategy.teardown()
+
+
+def test_fabrics_loaders_have_equal_numbers_of_batches() -> None:
+    run_in_ranks(_evaluates_by_hand)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from treadle.contracts import LightningModule
 from treadle.metrics.options import GivenOptions, LogOptions, read_options
 from treadle.metrics.slot import Slot, stack
-from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, step_value
+from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, step_value, whole
 
 __all__ = ["Results"]
 
@@ -92,6 +92,8 @@ class Results:
                 return
             slot = self._new_slot(name, LogOptions(*options))
         if isinstance(value, Tensor):
+            if type(value) is not Tensor:
+                value = whole(value)
             if value.numel() != 1:
                 raise MisconfigurationException(
                     f"`self.log({name!r}, ...)` got a tensor of shape {tuple(value.shape)}; one number is logged under"
@@ -387,7 +389,8 @@ class Results:
 
     def _is_everywhere(self, slot: Slot, count: int, reduced: Reduced) -> bool:
         """Return whether all ranks compute this torchmetrics object now, so that it may gather from all."""
-        if count == self._fabric.strategy.data_parallel_size:
+        strategy = self._fabric.strategy
+        if count == strategy.data_parallel_size * strategy.num_slices:
             return True
         path = next((path for path, metric in self._paths().items() if metric is slot.metric), None)
         return all(path in theirs.paths for theirs in reduced.told)

@@ -22,7 +22,7 @@ REDUCTIONS: Final[dict[Any, Reduction]] = {
     "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
 }  # fmt: skip
 _PACKET: Final = 131  # doubles in the packed collective: three of the head and 64 pairs; more slots need a second one
-_HEAD: Final = 3  # a checksum of the names, their number, and the rank's share of the samples
+_HEAD: Final = 3  # a checksum of the names, their number, and what the rank has of the samples
 
 
 def _gather_values(fabric: Fabric, values: list[Any], counted: list[int]) -> list[Any]:
@@ -53,7 +53,8 @@ class Reduced(NamedTuple):
 def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] = Told) -> Reduced:
     """Reduce scalars over all ranks in one collective (two above 64 of them).
 
-    Of ranks that work together on one share of the samples, and log the same, one counts.
+    Of ranks that work together on the same samples, and log the same, one counts. Of ranks that have slices of the same
+    samples, each counts.
 
     Args:
         fabric: the Fabric of these ranks.
@@ -121,14 +122,16 @@ def _warn_of_lack(name: str, everywhere: list[list[str]], told: list[Told]) -> N
 
 
 def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> tuple[Tensor, list[int]] | None:
-    """Gather the (total, weight) pairs of one rank for each share of the samples.
+    """Gather the (total, weight) pairs of one rank for each share of the samples, and each slice of a share.
 
     Returns:
         The pairs, ``(shares, 2 * len(rows))``, and those ranks; None where the names differ.
     """
     checksum = float(zlib.crc32("\n".join(names).encode()))
     dtype = torch.float64
-    head = [checksum, float(len(rows)), float(fabric.strategy.data_parallel_rank)]
+    strategy = fabric.strategy
+    part = strategy.data_parallel_rank * strategy.num_slices + strategy.slice_index
+    head = [checksum, float(len(rows)), float(part)]
     numbers = [0.0 if how in ("gather", "count") else total for _, how, total, _ in rows]
     totals = [scalar_on(number, dtype, fabric.device) for number in numbers]
     weights = vector_on([weight for *_, weight in rows], dtype, fabric.device)
@@ -144,7 +147,7 @@ def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> tuple[Tensor
     if len(pairs) > len(first):
         rest = fabric.strategy.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
         body = torch.cat([body, rest], dim=1)
-    if fabric.strategy.data_parallel_size < fabric.world_size:
+    if strategy.data_parallel_size * strategy.num_slices < fabric.world_size:
         counted = one_of_each(counted, gathered[:, 2].int().tolist())
         body = body[counted]
     return body, counted

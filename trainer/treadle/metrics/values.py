@@ -20,6 +20,7 @@ __all__ = [
     "scalar_on",
     "to_floats",
     "vector_on",
+    "whole",
 ]
 
 _DEEPEST, _LONGEST = 3, 1000  # containers in containers, and entries, among which metrics are looked for
@@ -104,6 +105,12 @@ def _held(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 def is_at_hand(value: Any) -> bool:
     """Return whether reading the value as a Python number, which is as exact as float64, waits for no device."""
     return not isinstance(value, Tensor) or (value.is_cpu and not value.requires_grad and not value.is_complex())
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return the whole of a tensor that is shared out over ranks (a DTensor): each of these ranks calls this."""
+    made: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return made
 
 
 def scalar_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

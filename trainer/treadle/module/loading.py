@@ -10,7 +10,7 @@ import json
 from argparse import Namespace
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import IO, TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -29,7 +29,16 @@ from treadle_fabric import (
     require_package,
 )
 from treadle_fabric.accelerators import count_devices
-from treadle_fabric.checkpoint import NotLoaded, TorchCheckpointIO, error_of, files_mapped, known_classes, unpack
+from treadle_fabric.checkpoint import (
+    NotLoaded,
+    TorchCheckpointIO,
+    error_of,
+    files_mapped,
+    in_memory,
+    known_classes,
+    tensors_on_demand,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningDataModule, LightningModule
@@ -53,6 +62,9 @@ __all__ = [
     "load_module_from_checkpoint",
     "saved_hyperparameters",
 ]
+
+_STORED: Final = ("state_dict", "optimizer_states", "treadle")
+"""The entries whose tensors are read from a folder where they are used, if they are."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound="LightningModule")
@@ -182,14 +194,17 @@ def _refuse(name: str) -> Any:
 def _read(cls: type[Any], path: PathLike | IO[bytes], map_location: Any, weights_only: bool | None) -> dict[str, Any]:
     location = _where_saved if map_location is None else map_location
     if isinstance(path, str) or hasattr(path, "__fspath__"):
-        checkpoint: Any = TorchCheckpointIO().load_checkpoint(path, map_location=location, weights_only=weights_only)
+        with tensors_on_demand():
+            checkpoint: Any = TorchCheckpointIO().load_checkpoint(path, location, weights_only)
     else:
         checkpoint = torch.load(path, map_location=location, weights_only=weights_only is not False)
     if not isinstance(checkpoint, dict):
         raise CheckpointMismatchError(
             f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint."
         )
-    return unpack(checkpoint, str(path), weights_only=weights_only, map_location=location, classes=known_classes(cls))
+    classes = known_classes(cls)
+    content = unpack(checkpoint, str(path), weights_only=weights_only, map_location=location, classes=classes)
+    return {key: value if key in _STORED else in_memory(value) for key, value in content.items()}
 
 
 def _where_saved(storage: Any, location: str) -> Any:
@@ -207,7 +222,7 @@ def _hparams_of(
         return _read_hparams_file(str(hparams_file)), name, None
     hparams = checkpoint.get(f"{prefix}hyper_parameters") or {}
     hparams = vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams)
-    return hparams, name, checkpoint.get("treadle", {}).get(f"{prefix}hparams_object")
+    return hparams, name, in_memory(checkpoint.get("treadle", {}).get(f"{prefix}hparams_object"))
 
 
 def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: Any, kwargs: dict[str, Any]) -> T:

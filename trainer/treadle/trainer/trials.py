@@ -245,10 +245,21 @@ class Trials:
             except Exception as error:
                 if not is_oom_error(error):
                     raise
+                self._refuse_alone(error)
                 failed = True
         if failed or self._run.fabric.device.type != "cpu":
             garbage_collection_cuda()  # an error has held the frames in which memory became full
         return not self._run.fabric.strategy.reduce_boolean_decision(failed, all=False)
+
+    def _refuse_alone(self, error: Exception) -> None:
+        """Other ranks wait in the model for a rank that has no room, where the strategy's ranks run it together."""
+        strategy = self._run.fabric.strategy
+        if strategy.forward_is_collective and strategy.world_size > 1:
+            raise MisconfigurationException(
+                f"The batch size that is tried does not fit into the memory of rank {strategy.global_rank}, and under"
+                f" {type(strategy).__name__} the other ranks wait for that rank, so that the search cannot go on: set"
+                " the size that was tried before it, or bound the search (max_val, max_trials)."
+            ) from error
 
     def _try_batches(self, steps: int) -> bool:
         if self._fn is not TrainerFn.FITTING:
@@ -264,7 +275,7 @@ class Trials:
         fabric, epochs = self._run.fabric, self._run.progress.epoch + 1
         if "synchronizes" in (engine := fabric.strategy.engine_state()):
             fabric.strategy.load_engine_state({**engine, "synchronizes": False})
-        with fabric.no_backward_sync(self._run.wrapped):
+        with fabric.no_backward_sync(self._run.wrapped, enabled=not fabric.strategy.forward_is_collective):
             self._train(_Listener(lambda: None, after, one_epoch=True), epochs=epochs, alone=True)
         return False
 
@@ -276,6 +287,8 @@ class Trials:
             runner.train_trial(self._run, loaders, bounds, self._runner.signals, alone=alone)
         except _OverError:
             runner.end_trial()
+        if self._run.fabric.strategy.shards_parameters:  # what the last batches left, where a snapshot does not see it
+            self._run.fabric.strategy.settle_gradients(self._run.engine)
 
     def _evaluate(self, steps: int) -> bool:
         stage = LOADERS[self._fn]

@@ -15,6 +15,8 @@ from treadle_fabric.checkpoint.export.safetensors_file import check_dtypes, writ
 from treadle_fabric.checkpoint.export.weights import weights_in
 from treadle_fabric.checkpoint.folder.names import hidden_beside
 from treadle_fabric.checkpoint.folder.placing import put_in_place
+from treadle_fabric.checkpoint.folder.source import FolderSource
+from treadle_fabric.checkpoint.host.mapping import files_mapped
 from treadle_fabric.checkpoint.reading import folder_at
 from treadle_fabric.checkpoint.stored.folder import load_folder
 from treadle_fabric.checkpoint.stored.regions import fill
@@ -27,6 +29,8 @@ from treadle_fabric.types import PathLike
 
 __all__ = ["consolidate"]
 _WEIGHTS: Final = ".safetensors"
+_Choice = tuple[str | None, torch.dtype | None, str]
+"""``key``, ``dtype`` and ``strip_prefix`` of :func:`consolidate`."""
 
 
 def consolidate(
@@ -70,14 +74,18 @@ def consolidate(
     if source is None and not weights:
         load_file(path, map_location="meta")  # says it if nothing is there
         raise CheckpointError(f"{os.fspath(path)!r} is one file already, and no folder.")
-    with tensors_on_demand():
-        content = load_folder(source, "cpu", packed=True) if source is not None else load_file(path)
     try:
-        return where, _write_weights(content, path, where, key, dtype, strip_prefix) if weights else _write_all(
-            content, where
-        )
+        with files_mapped(), tensors_on_demand():  # the content ends inside of the call
+            return where, _write(path, source, where, (key, dtype, strip_prefix) if weights else None)
     except OSError as e:
         raise CheckpointError(f"{where!r} was not written: {reason_of(e)}.") from e
+
+
+def _write(path: PathLike, source: FolderSource | None, where: str, weights: _Choice | None) -> list[str]:
+    """Write the file; returns what could not be taken over."""
+    content: Any = load_file(path) if source is None else load_folder(source, "cpu", packed=True)
+    os.makedirs(os.path.dirname(os.path.abspath(where)), exist_ok=True)
+    return _write_all(content, where) if weights is None else _write_weights(content, path, where, *weights)
 
 
 def _write_weights(
@@ -85,7 +93,6 @@ def _write_weights(
 ) -> list[str]:
     found = weights_in(content, os.fspath(path), key, strip_prefix)
     check_dtypes(found.tensors, dtype)
-    os.makedirs(os.path.dirname(os.path.abspath(where)), exist_ok=True)
     temporary = hidden_beside(os.path.abspath(where), "tmp")
     try:
         with open(temporary, "xb") as file:
@@ -100,9 +107,8 @@ def _write_weights(
 
 
 def _write_all(content: Any, where: str) -> list[str]:
-    folder = os.path.dirname(os.path.abspath(where))
-    os.makedirs(folder, exist_ok=True)
     whole, left_out = merge_parts(content)
+    folder = os.path.dirname(os.path.abspath(where))
     with tempfile.TemporaryDirectory(prefix=".consolidating-", dir=folder) as spool:
         made: dict[int, Tensor] = {}
 

@@ -14,6 +14,8 @@ __all__ = ["FolderSource", "LocalSource", "RemoteSource"]
 
 Read = Callable[[int, memoryview], None]
 _CHUNK: Final = 4 * 1024 * 1024
+_FETCHED: Final = 32 * 1024 * 1024
+"""Bytes that are fetched from afar at a time, because they are in memory twice for a moment."""
 
 
 class FolderSource(ABC):
@@ -147,10 +149,12 @@ class RemoteSource(FolderSource):
         path = f"{self._path}/{self._name_of(file)}"
 
         def read(start: int, into: memoryview) -> None:
-            found = self._fs.cat_file(path, start=start, end=start + len(into)) if into else b""
-            if len(found) != len(into):
-                raise EOFError(f"{file!r} ends before byte {start + len(into)}")
-            into[:] = found
+            for at in range(0, len(into), _FETCHED):
+                part = into[at : at + _FETCHED]
+                found = self._fs.cat_file(path, start=start + at, end=start + at + len(part))
+                if len(found) != len(part):
+                    raise EOFError(f"{file!r} ends before byte {start + len(into)}")
+                part[:] = found
 
         yield read
 

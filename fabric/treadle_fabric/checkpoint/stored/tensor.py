@@ -149,10 +149,13 @@ class StoredTensor(Tensor):
         if operation in (aten.clone, aten._to_copy) and kwargs.get("memory_format") in _IN_ORDER:
             dtype, device = kwargs.get("dtype"), kwargs.get("device")
             found = torch.empty(first.shape, dtype=dtype or first.dtype, device=device or "cpu")
-            first._content.fill(found, [0] * found.dim())
+            if not found.is_meta:
+                first._content.fill(found, [0] * found.dim())
             return found
-        aliases = any(each.alias_info is not None for each in func._schema.arguments)
-        return func(*(_kept if aliases else _read)(args), **(_kept if aliases else _read)(kwargs))
+        aliased = {each.name for each in func._schema.arguments if each.alias_info is not None}
+        named = zip(func._schema.arguments, args, strict=False)
+        positional = [(_kept if each.name in aliased else _read)(value) for each, value in named]
+        return func(*positional, **{key: (_kept if key in aliased else _read)(kwargs[key]) for key in kwargs})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:

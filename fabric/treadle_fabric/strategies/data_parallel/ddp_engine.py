@@ -84,6 +84,7 @@ class DDPEngine(Module):
         fields["_copies"] = itertools.count()
         fields["_forwards"] = itertools.count()
         fields["_begun"] = -1  # the number of the last forward pass that synchronizes
+        fields["_inside"] = -1  # the number of the last one that had a backward pass in it
         fields["_synchronizes"] = True
         fields["_tolerant"] = arguments.get("find_unused_parameters", False) and not arguments.get("static_graph")
         self._note_parameters()
@@ -148,15 +149,18 @@ class DDPEngine(Module):
         if target.backward_inside is None:
             ddp.register_forward_hook(_put_back_sync, always_call=True)
             target.backward_inside = False
+        if not self._synchronizes:
+            return
         if not target.backward_inside:
-            if not ddp.require_backward_grad_sync:  # no_sync
+            if not ddp.require_backward_grad_sync:  # no_sync of DDP's own
                 return
             target.backward_inside = True
             ddp.require_backward_grad_sync = False  # or it would expect another one after the forward
-        elif ddp.static_graph:
+        elif ddp.static_graph and self._inside == self._begun:  # torch calls no hook at the end of the first forward
             raise _not_static("a second backward pass in one step")
         if self._spoiled:
             raise _not_static("a first backward pass without synchronization, in a step that synchronizes another one")
+        self.__dict__["_inside"] = self._begun
         ddp.require_forward_param_sync = True
         self._rebuild_buckets(ddp)
         search = ddp.find_unused_parameters and not ddp.static_graph
@@ -165,7 +169,7 @@ class DDPEngine(Module):
     def after_backward(self) -> None:
         """Reduce the gradients of a backward pass inside the forward that runs, where DDP does not by itself."""
         ddp = self.ddp
-        if ddp is not None and self.target.backward_inside and ddp.static_graph:
+        if ddp is not None and self._synchronizes and self.target.backward_inside and ddp.static_graph:
             if not ddp._static_graph_delay_allreduce_enqueued:  # the first step, which shows DDP the graph
                 ddp._static_graph_delay_allreduce_enqueued = True
                 ddp.reducer._delay_all_reduce()  # type: ignore[attr-defined] # not in torch's stubs

@@ -15,11 +15,12 @@ from torch.nn import Module
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
-__all__ = ["explain_mixed"]
+__all__ = ["explain_mixed", "explain_not_gathered"]
 
 _MIXED = "got mixed torch.Tensor and DTensor"
 _SHAPE = re.compile(r"shape '\[([-\d, ]+)\]' is invalid for input of size (\d+)")
 _MAX_NAMED = 4
+_OF_TORCH = Module.__call__.__code__.co_filename  # which calls forward
 
 
 def explain_mixed(error: BaseException, module: Module | None, tensor_parallel_size: int = 1) -> Exception | None:
@@ -42,11 +43,40 @@ def explain_mixed(error: BaseException, module: Module | None, tensor_parallel_s
     return None
 
 
+def explain_not_gathered(error: BaseException, module: Module | None) -> Exception | None:
+    """Explain that a parameter was used that is gathered only while a submodule runs.
+
+    Args:
+        error: What was raised.
+        module: The user's module or a wrapper, some of whose submodules are groups of ``fully_shard``.
+
+    Returns:
+        A clearer error, to be raised from ``error``; None where it is another one.
+    """
+    if _MIXED not in str(error):
+        return None
+    names = _names(module)
+    place = ""
+    for frame, line in _frames(error):
+        owner = _owner(frame)
+        if id(owner) in names:
+            place = f" in {_layer(names, owner)}, {_source(frame, line)}"
+    groups = [] if module is None else [m for m in user_module(module).modules() if hasattr(m, "_get_fsdp_state")]
+    listed = ", ".join(_layer(names, each) for each in groups[:_MAX_NAMED])
+    listed += f" and {len(groups) - _MAX_NAMED} more" if len(groups) > _MAX_NAMED else ""
+    return MisconfigurationException(
+        f"A parameter that is gathered only while its submodule's forward runs was used elsewhere{place}. Submodules"
+        f" whose parameters are gathered by themselves: {listed or 'none'}. Call such a submodule instead of using its"
+        " weights; call another method of it through the model's step, after model.mark_forward_method(...); or leave"
+        " it out: policy=... takes classes, or a function of a module that returns whether."
+    )
+
+
 def _mixed(error: BaseException, module: Module | None) -> str:
     names = _names(module)
     place, variables, sharded = "", "", ""
     for frame, line in _frames(error):
-        owner: Any = frame.f_locals.get("self")
+        owner = _owner(frame)
         if id(owner) in names:
             place = f" in {_layer(names, owner)}, {_source(frame, line)}"
             values = {n: v for n, v in frame.f_locals.items() if isinstance(v, Tensor)}
@@ -72,11 +102,11 @@ def _cut_heads(
     if not whole:
         return None
     names = _names(module)
-    found = [(frame, line) for frame, line in _frames(error) if id(frame.f_locals.get("self")) in names]
+    found = [(frame, line) for frame, line in _frames(error) if id(_owner(frame)) in names]
     if not found:
         return None
     frame, line = found[-1]
-    owner: Any = frame.f_locals["self"]
+    owner = _owner(frame)
     if not any(hasattr(p, "placements") for p in owner.parameters()):
         return None
     return MisconfigurationException(
@@ -94,8 +124,10 @@ def _names(module: Module | None) -> dict[int, str]:
 
 
 def _layer(names: dict[int, str], owner: Any) -> str:
-    name = names[id(owner)]
-    return f"{name!r} ({type(owner).__name__})" if name else type(owner).__name__
+    name, kind = names[id(owner)], type(owner)
+    if hasattr(owner, "_get_fsdp_state"):
+        kind = kind.__bases__[-1]  # torch puts a class before that of the user
+    return f"{name!r} ({kind.__name__})" if name else kind.__name__
 
 
 def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
@@ -103,6 +135,12 @@ def _frames(error: BaseException) -> Iterator[tuple[FrameType, int]]:
     while trace is not None:
         yield trace.tb_frame, trace.tb_lineno
         trace = trace.tb_next
+
+
+def _owner(frame: FrameType) -> Any:
+    """The module whose method runs, whatever the method calls it; None in torch's own methods."""
+    first = frame.f_code.co_varnames[:1]
+    return frame.f_locals.get(first[0]) if first and frame.f_code.co_filename != _OF_TORCH else None
 
 
 def _source(frame: FrameType, line: int) -> str:

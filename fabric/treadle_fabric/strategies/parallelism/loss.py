@@ -30,7 +30,7 @@ def loss_functions() -> dict[Callable[..., Any], Callable[..., Any]]:
 
 def plain_scalars(output: Any) -> Any:
     """Make single numbers that are DTensors, in containers of any kind, plain tensors: losses, for logging."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # heavy
 
     return map_tensors(output, lambda t: t.full_tensor() if isinstance(t, DTensor) and t.dim() == 0 else t)
 
@@ -65,7 +65,7 @@ def sharded_cross_entropy(
         MisconfigurationException: ``input`` is sharded on the classes along one dimension of a mesh, and along others,
             too; or ``reduction`` is unknown, or ``size_average`` or ``reduce`` is given.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # heavy
 
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     target = target.full_tensor() if isinstance(target, DTensor) else target

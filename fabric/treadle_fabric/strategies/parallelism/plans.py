@@ -287,7 +287,7 @@ def _kind(style: Any) -> str:
             if kind in style:
                 return kind
         return "" if style == "gather_sequence" else "whole"
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel  # heavy
 
     kinds = {ColwiseParallel: "colwise", RowwiseParallel: "rowwise", SequenceParallel: "whole"}
     return next((kind for cls, kind in kinds.items() if isinstance(style, cls)), "")
@@ -349,7 +349,7 @@ def _share_again(shared: list[list[tuple[str, Module, str]]]) -> None:
 
 
 def _apply(layer: _Layer, mesh: Any) -> None:
-    from torch.distributed.tensor.parallel import parallelize_module
+    from torch.distributed.tensor.parallel import parallelize_module  # heavy
 
     if layer.style == "gather_sequence":
         layer.module.register_forward_pre_hook(_gathering(mesh), with_kwargs=True)
@@ -366,8 +366,8 @@ def _apply(layer: _Layer, mesh: Any) -> None:
 
 
 def _torch_style(layer: _Layer) -> Any:
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+    from torch.distributed.tensor import Replicate, Shard  # heavy
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel  # heavy
 
     name = layer.style
     if name == "sequence":
@@ -386,7 +386,7 @@ def _torch_style(layer: _Layer) -> Any:
 
 def _gathering(mesh: Any) -> Callable[..., Any]:
     """A hook that makes the first input of a block whole."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # heavy
 
     def whole(tensor: Tensor) -> Tensor:
         sliced = DTensor.from_local(tensor, mesh, [Shard(1)], run_check=False)
@@ -415,7 +415,7 @@ def _checking_length(layer: _Layer, size: int) -> Callable[..., None]:
 
 
 def _replicate(module: Module, mesh: Any) -> None:
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor, Replicate  # heavy
 
     def distribute(value: Any) -> Any:
         return map_tensors(
@@ -466,7 +466,7 @@ def place_gradients(module: Module) -> None:
     Args:
         module: The module, after :func:`apply_tensor_parallel`.
     """
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # heavy
 
     for parameter in module.parameters():
         if isinstance(parameter, DTensor) and parameter.requires_grad and not parameter._post_accumulate_grad_hooks:

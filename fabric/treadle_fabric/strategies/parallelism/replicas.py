@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness import own_rng_states, set_rng_states
 
-__all__ = ["align_random_state", "check_gradients_alike", "whole_over"]
+__all__ = ["align_random_state", "check_gradients_alike", "check_inputs_alike", "whole_over"]
 
 _MAX_NAMED = 5
 
@@ -31,6 +32,41 @@ def align_random_state(meshes: Iterable[Any]) -> None:
             states: list[Any] = [own_rng_states()]
             dist.broadcast_object_list(states, group=mesh.get_group(), group_src=0)
             set_rng_states(states[0])
+
+
+def check_inputs_alike(inputs: Any, mesh: Any) -> None:
+    """Refuse inputs of a model that differ between ranks which work on the same samples.
+
+    Sharded layers would add up what belongs to different samples. It is one collective of a few numbers.
+
+    Args:
+        inputs: Containers of tensors.
+        mesh: Of one dimension.
+
+    Raises:
+        MisconfigurationException: Number, sizes or sums of the tensors differ.
+    """
+    tensors = [t.detach() for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_sparse and not t.is_complex()]
+    sums = [t.float().nan_to_num().sum().to(mesh.device_type) * (1 + i) for i, t in enumerate(tensors)]
+    mine = torch.tensor([len(tensors), sum(t.numel() for t in tensors), 0.0]).to(mesh.device_type)
+    if sums:
+        mine[2] = torch.stack(sums).sum()
+    if _differ(mine, mesh).any():
+        raise MisconfigurationException(
+            f"The {mesh.size()} ranks of {mesh.mesh_dim_names[0]} work on the same samples together, and got different"
+            " ones. A loader from setup_dataloaders, or the Trainer's, gives them the same; one that shares samples out"
+            " by itself does so by strategy.data_parallel_size and data_parallel_rank. Samples that are drawn at random"
+            " need the same seed on these ranks."
+        )
+
+
+def _differ(mine: Tensor, mesh: Any, tolerance: float = 1e-5) -> Tensor:
+    """For each number, whether it differs between the ranks by more than a part of it."""
+    extremes = torch.stack([mine, -mine])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.get_group())
+    most, least = extremes[0], -extremes[1]
+    differ: Tensor = most - least > tolerance * torch.maximum(most.abs(), least.abs()) + 1e-6
+    return differ  # NaN is not greater than anything
 
 
 def whole_over(named: Mapping[str, Tensor], dimension: str) -> dict[str, Tensor]:
@@ -61,10 +97,7 @@ def check_gradients_alike(named: Mapping[str, Tensor], mesh: Any) -> None:
         return
     norms = [0.0 if p.grad is None else _norm(p.grad) for p in named.values()]
     mine = torch.stack([torch.as_tensor(norm, dtype=torch.float32).to(mesh.device_type) for norm in norms])
-    extremes = torch.stack([mine, -mine])
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.get_group())
-    most, least = extremes[0], -extremes[1]
-    differ = ((most - least) > 0.05 * most + 1e-6).tolist()  # NaN is not greater than anything
+    differ = _differ(mine, mesh, tolerance=1e-3).tolist()
     apart = [name for name, differs in zip(named, differ, strict=True) if differs]
     if apart:
         more = f" and {len(apart) - _MAX_NAMED} more" if len(apart) > _MAX_NAMED else ""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.containers import leaves
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
@@ -44,6 +45,10 @@ class Engine(Module, ABC):
     def join_forward(self, method: str) -> None:
         """Take part, with no batch, in the forward pass without gradients in which other ranks run a method."""
 
+    @abstractmethod
+    def finish_forward(self, method: str, grad: bool) -> None:
+        """Take part in what is left of a pass of a method that ended early on this rank, and goes on on others."""
+
 
 class ShardedEngine(Engine):
     """Runs a module, or one of its methods, as the forward pass of torch's ``fully_shard``.
@@ -60,6 +65,8 @@ class ShardedEngine(Engine):
     """Whether backward passes reduce gradients over the ranks."""
     number: int
     """The same for this engine on every rank."""
+    shards: bool
+    """Whether parameters are DTensors."""
     _orders: dict[tuple[str, bool], list[tuple[Any, bool]]]
     """By the name of a method, and whether gradients were recorded: the sharded modules in the order in which they ran,
     and whether their backward passes end by themselves; of the pass in which most of them ran."""
@@ -81,6 +88,7 @@ class ShardedEngine(Engine):
         fields["_trained"] = fields["_joined"] = "forward"
         fields["_replicated"] = None
         fields["number"] = next(_made)
+        fields["shards"] = self._has_parts()
         _engines[user_module(module)] = weakref.ref(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -107,12 +115,20 @@ class ShardedEngine(Engine):
         for module in self.sharded_modules():
             module.set_requires_gradient_sync(enabled, recurse=False)
 
+    def forget_gradients(self) -> None:
+        """Drop what backward passes left that did not reduce gradients, of a run that has ended: no zero_grad does."""
+        for module in self.sharded_modules():
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for each in group.fsdp_params:
+                    each.unsharded_accumulated_grad = None
+
     def replicate(self, parameters: Sequence[Parameter], groups: Sequence[Any]) -> None:
         """Let parameters that are not sharded have the mean of the gradients over process groups."""
         self.__dict__["_replicated"] = ReplicatedGradients(parameters, groups, lambda: self.synchronizes)
 
     def sharded(self) -> None:
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
+        self.__dict__["shards"] = self._has_parts()
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
         note: Any = self._note
         if "torch._dynamo" in sys.modules:  # and the module may be compiled
@@ -120,6 +136,9 @@ class ShardedEngine(Engine):
         for module in self.sharded_modules():
             if module is not self:
                 module.register_forward_pre_hook(note, with_kwargs=True)
+
+    def _has_parts(self) -> bool:
+        return any(is_sharded_tensor(p) for p in self.module.parameters())
 
     @property
     def root(self) -> Any:
@@ -238,9 +257,25 @@ def _pass_through(module: Any) -> None:
 
 
 def engine_around(module: Module) -> ShardedEngine | None:
-    """The engine that was made for a module, by any strategy."""
-    reference = _engines.get(user_module(module))
-    return None if reference is None else reference()
+    """The engine that was made for a module, by any strategy.
+
+    A module that was put back as it was before, after a search for example, has whole parameters again and no engine.
+    """
+    own = user_module(module)
+    reference = _engines.get(own)
+    if reference is None:
+        return None
+    engine = reference()
+    if engine is not None:
+        engine.refresh()
+    if any(is_sharded_tensor(p) for p in own.parameters()) or (engine is not None and not engine.shards):
+        return engine
+    from torch.distributed import _composable_state  # heavy
+
+    del _engines[own]
+    for part in own.modules():  # else torch would take the parts for sharded ones
+        _composable_state._module_state_mapping.pop(part, None)
+    return None
 
 
 @inside.register

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ __all__ = ["give_values", "materialize"]
 _INITIALIZERS = ("reset_parameters", "_reset_parameters", "init_weights", "_init_weights")
 """Methods without arguments that give a module its values, under the names that modules have for it."""
 _MAX_NAMED = 10
+_MAPPED = 1 << 20  # bytes
 
 
 def materialize(
@@ -196,7 +198,8 @@ class _Place:
 
     def _gathered(self) -> Tensor:
         if self.part is None:
-            return torch.empty(self.tensor.shape, dtype=self.tensor.dtype, device=self.device)
+            make = _memory_for if self.is_sharded else _kept_memory_for
+            return make(self.tensor, self.device)
         kept: Any = self.result()
         whole: Tensor = kept.full_tensor() if self.is_sharded else kept.detach()
         return whole.to(self.device, copy=True)
@@ -260,7 +263,7 @@ class _Place:
     def _registered(self, part: Tensor) -> Tensor:
         made: Any = part
         if self.is_sharded:
-            from torch.distributed.tensor import DTensor
+            from torch.distributed.tensor import DTensor  # heavy
 
             old: Any = self.tensor
             made = DTensor.from_local(
@@ -270,6 +273,23 @@ class _Place:
             made = Parameter(made, requires_grad=self.tensor.requires_grad)
             vars(made).update(vars(self.tensor))
         return made  # type: ignore[no-any-return]
+
+
+def _memory_for(like: Tensor, device: torch.device) -> Tensor:
+    """A tensor that is needed for a short time only.
+
+    On the host its memory is mapped: C's ``free`` keeps what lies between parts that are kept, up to half as much
+    again as these.
+    """
+    size = like.nbytes
+    if device.type != "cpu" or size < _MAPPED or not hasattr(mmap, "MAP_PRIVATE"):
+        return _kept_memory_for(like, device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).view(like.shape)
+
+
+def _kept_memory_for(like: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=device)
 
 
 class _StandIn(Tensor):

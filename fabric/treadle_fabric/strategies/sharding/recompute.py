@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision.precision import default_dtype
 from treadle_fabric.strategies.sharding.wrapping import Policy, repeated_blocks, select_modules
+from treadle_fabric.strategies.unwrapping import uncompiled
 
 __all__ = ["recompute"]
 
@@ -57,6 +59,7 @@ class _Recomputed:
     def __init__(self, module: Module, saved: list[str]) -> None:
         self._forward = module.forward
         self._saved = saved
+        self._name = type(uncompiled(module)).__name__
         functools.update_wrapper(self, module.forward)  # for those who ask for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +71,15 @@ class _Recomputed:
             extra["context_fn"] = functools.partial(create_selective_checkpoint_contexts, operators)
         # as two arguments: torch looks there for the devices whose random numbers it has to repeat
         run = functools.partial(self._run, torch.get_default_dtype(), _function_modes())
-        return checkpoint(run, args, kwargs, use_reentrant=False, **extra)
+        before = [(value, value._version) for value in (*args, *kwargs.values()) if _has_version(value)]
+        result = checkpoint(run, args, kwargs, use_reentrant=False, **extra)
+        if any(value._version != version for value, version in before):
+            raise MisconfigurationException(
+                f"{self._name} changes its inputs in place, so its activations cannot be computed again from them. Use"
+                " operations that are not in place, such as x = x * 2 instead of x *= 2, or leave the layer out of"
+                " activation checkpointing."
+            )
+        return result
 
     def _run(self, dtype: torch.dtype, modes: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with contextlib.ExitStack() as stack:
@@ -77,6 +88,10 @@ class _Recomputed:
             for mode in modes[len(_function_modes()) :]:  # autograd takes none along
                 stack.enter_context(mode)
             return self._forward(*args, **kwargs)
+
+
+def _has_version(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_inference()
 
 
 def _function_modes() -> list[Any]:

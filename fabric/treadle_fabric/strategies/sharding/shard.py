@@ -16,7 +16,7 @@ from treadle_fabric.strategies.sharding.engine import ShardedEngine
 from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.recompute import recompute
 from treadle_fabric.strategies.sharding.replicated import scalars_of
-from treadle_fabric.strategies.sharding.wrapping import modules_to_shard
+from treadle_fabric.strategies.sharding.wrapping import check_groups, modules_to_shard
 from treadle_fabric.strategies.unwrapping import user_module
 
 __all__ = ["shard_module"]
@@ -60,15 +60,19 @@ def shard_module(
         "reshard_after_forward": options.reshard_after_forward,
     }
     scalars = {name: p for name, p in own.named_parameters() if p in scalars_of(own) - ignored}
-    if whole := {*ignored, *scalars.values()}:
+    empty = {p for p in own.parameters() if not p.numel()}
+    if whole := {*ignored, *scalars.values(), *empty}:
         arguments["ignored_params"] = whole
         _move(whole, device)  # torch moves what it shards
+    check_groups(own, parts, whole)
+    for parameter in own.parameters():
+        if not parameter.is_contiguous():  # such as `channels_last`
+            parameter.data = parameter.data.contiguous()
     engine = ShardedEngine(module)
-    for part in parts:
+    for part in (*parts, engine):
         part.register_forward_hook(_free_outputs)
         fully_shard(part, **arguments)
         part.register_forward_pre_hook(_free_inputs, with_kwargs=True)
-    fully_shard(engine, **arguments)
     engine.sharded()
     give_values(engine, precision, device, broadcast, torch.device("cpu") if options.offload else None)
     if scalars:

@@ -18,6 +18,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
+from treadle_fabric.strategies.sharding.wrapping import refuse_lazy
 from treadle_fabric.strategies.states.sharded_state import ShardedStateStrategy
 
 __all__ = ["ShardingStrategy"]
@@ -63,9 +64,12 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         return self._mesh
 
     def setup_module(self, module: Module) -> Module:
-        engine: Engine | None = engine_around(module)
-        if engine is None:
-            engine = self.parallelize(module)
+        known_engine = engine_around(module)
+        if known_engine is not None:
+            known_engine.forget_gradients()
+        else:
+            refuse_lazy(module)
+        engine: Engine = known_engine or self.parallelize(module)
         known = {id(alive): reference for reference in self._engines if (alive := reference()) is not None}
         self._engines = tuple({**known, id(engine): weakref.ref(engine)}.values())
         return engine
@@ -108,7 +112,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         module.join_forward(method)
 
     def finish_forward(self, module: Module, method: str) -> None:
-        assert isinstance(module, ShardedEngine)
+        assert isinstance(module, Engine)
         module.finish_forward(method, torch.is_grad_enabled())
 
     def join_backward(self, module: Module, label: str) -> None:

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn import Module, ModuleList, MultiheadAttention, Sequential
+from torch.nn.parameter import is_lazy
 
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_info
-from treadle_fabric.strategies.unwrapping import plain_name, uncompiled, user_module
+from treadle_fabric.strategies.unwrapping import plain_name, uncompiled, user_module, with_plain_names
 
-__all__ = ["Policy", "modules_to_shard", "repeated_blocks", "select_modules"]
+__all__ = ["Policy", "check_groups", "modules_to_shard", "refuse_lazy", "repeated_blocks", "select_modules"]
 
 Policy: TypeAlias = "type[Module] | Collection[type[Module]] | Callable[..., bool]"
 """Classes; a function ``policy(module) -> bool``; or a policy of FSDP1, which is also asked how many parameters of the
@@ -145,6 +146,57 @@ def select_modules(module: Module, policy: Policy, ignored: Collection[Tensor] =
     return found
 
 
+def refuse_lazy(module: Module) -> None:
+    """Refuse parameters without shapes.
+
+    Raises:
+        MisconfigurationException: A layer has not had a batch.
+    """
+    own = user_module(module)
+    lazy = [name for name, p in with_plain_names(own, own.named_parameters()) if is_lazy(p)]
+    if lazy:
+        raise MisconfigurationException(
+            f"Parameters that have no shape yet cannot be shared out: {_listed(lazy)}. A lazy layer gets its shape from"
+            " its first batch: run a batch through the model first, alike on every rank (in `configure_model` under the"
+            " Trainer, before `setup` under Fabric), or give the layer its number of inputs."
+        )
+
+
+def check_groups(module: Module, parts: Collection[Module], ignored: Collection[Tensor]) -> None:
+    """Refuse what ``fully_shard`` cannot cut.
+
+    Args:
+        module: The user's module.
+        parts: Submodules that are groups of their own, the innermost first.
+        ignored: Parameters that stay whole.
+
+    Raises:
+        MisconfigurationException: A submodule is scripted, or parameters of one group have several dtypes.
+    """
+    seen = {id(p) for p in ignored}
+    for name, each in module.named_modules():
+        if isinstance(each, torch.jit.ScriptModule) and any(id(p) not in seen for p in each.parameters()):
+            raise MisconfigurationException(
+                f"{name!r} is scripted, and parameters of a scripted module cannot be replaced by parts of them. Use"
+                " torch.compile instead of torch.jit.script, or leave it whole on every rank:"
+                f" ignored_parameters=[model.{name}]."
+            )
+    for group in (*parts, module):
+        dtypes: dict[torch.dtype, str] = {}
+        for name, parameter in group.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                if parameter.requires_grad:
+                    dtypes.setdefault(parameter.dtype, name)
+        if len(dtypes) > 1:
+            told = ", ".join(f"{plain_name(group, name)!r} ({dtype})" for dtype, name in dtypes.items())
+            raise MisconfigurationException(
+                f"{type(group).__name__} has trained parameters of several dtypes, which cannot be gathered together:"
+                f" {told}. Give them one dtype, freeze those of the other, or make the submodule that has them a group"
+                " of its own with policy=...; or leave them whole on every rank: ignored_parameters=[...]."
+            )
+
+
 def _classes_of(policy: Any) -> tuple[type[Module], ...] | None:
     """The classes, if the policy consists of classes."""
     if isinstance(policy, type):
@@ -167,6 +219,7 @@ def _check_classes(module: Module, classes: tuple[type[Module], ...]) -> None:
         raise MisconfigurationException(
             f"policy={{{', '.join(c.__name__ for c in classes)}}}: {type(module).__name__} has no module of"
             f" {'this class' if len(classes) == 1 else 'one of these classes'}. {hints}"
+            " For several models, name classes of each, or give a function of a module."
         )
     for each in classes:
         if each.forward is Module.forward and not any(issubclass(t, each) and t is not each for t in there):

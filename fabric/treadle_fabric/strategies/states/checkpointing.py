@@ -25,6 +25,7 @@ from treadle_fabric.checkpoint import (
     is_sharded_tensor,
     noting_checks,
     pack,
+    raise_together,
     tensors_on_demand,
     trusting,
     unpack,
@@ -82,6 +83,14 @@ class CheckpointingStrategy(Strategy):
             write()
         else:
             on_rank_zero(self, write, f"could not write {str(path)!r}")
+
+    def wait_for_saves(self, failure: str = "could not write a checkpoint") -> None:
+        if self.checkpoint_io.after_saves is None:
+            return
+        if self.checkpoint_io.sharded:
+            raise_together(self.checkpoint_io.wait, f"A rank {failure}")
+        else:
+            on_rank_zero(self, self.checkpoint_io.wait, failure)
 
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
         """The content in tensors that the checkpoint IO takes; every rank calls this. Default: as it is."""

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from treadle_fabric.batches import map_tensors, move_data_to_device
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
+from treadle_fabric.coordination import host_group
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_warn
@@ -72,6 +73,8 @@ class PipelineEngine(Engine):
         MisconfigurationException: The module or the arguments do not fit.
     """
 
+    running = False  # no method of the module does
+
     def __init__(
         self,
         module: Module,
@@ -84,22 +87,21 @@ class PipelineEngine(Engine):
     ) -> None:
         super().__init__()
         ranks, self.order = order.ranks, order
-        self.running = False
         parts = group_stages(find_stages(module), self.order.parts, ranks, type(module).__qualname__)
         self.module = module
-        self.group, self.rank = mesh.get_group(), mesh.get_local_rank()
+        self.group, rank = mesh.get_group(), mesh.get_local_rank()
         self.device = torch.device("cpu") if device is None else device
-        self._placement = Placement(module, parts, self.rank, ranks)
+        self._placement = Placement(module, parts, rank, ranks)
         self._placement.take(self.device)
         self._precision = Precision() if precision is None else precision
-        own = {place: part for place, part in enumerate(parts) if place % ranks == self.rank}
+        own = {place: part for place, part in enumerate(parts) if place % ranks == rank}
         if parallelize is not None:
             own = {place: [parallelize(stage) for stage in part] for place, part in own.items()}
         self._placement.tie()
         self._trained = [[parameter for stage in part for parameter in stage.parameters()] for part in parts]
         self._own = {place: Sequence(part, self._runner(place)) for place, part in own.items()}
         self._ties = Ties(self._placement, self.group)
-        self._share = Sharing(self.group, self.rank, ranks, self.device)
+        self._share = Sharing(self.group, rank, ranks, self.device)
         self._plans: OrderedDict[Any, Callable[[], None]] = OrderedDict()
         self._sharded = [stage for part in own.values() for stage in part if isinstance(stage, ShardedEngine)]
         self._last: Any = None
@@ -196,6 +198,9 @@ class PipelineEngine(Engine):
             )
         self._run_forward(self._last, lambda outputs, part: torch.zeros(1, device=self.device))
 
+    def finish_forward(self, method: str, grad: bool) -> None:
+        """Do nothing: a pass ends with the last micro-batch."""
+
     def _run_forward(self, batch: Any, finish: Callable[[Any, Any], Tensor]) -> None:
         with torch.no_grad():
             order, parts = self._cut(batch)
@@ -254,6 +259,9 @@ class PipelineEngine(Engine):
             self._last = batch
         size = size_of(batch)
         order = self.order.for_batch(size)
+        if self._sharded:  # ranks with other shares of the data gather parameters in each micro-batch, too
+            largest, smallest = host_group().largest([size, -size])
+            order = order if largest == -smallest else self.order.for_batch(1)
         if order is not self.order and not self.__dict__.get("_told"):
             self.__dict__["_told"] = True
             rank_zero_warn(
@@ -268,10 +276,13 @@ class PipelineEngine(Engine):
         """Return the schedule for micro-batches of this form; one that was not seen before is tried out."""
         trained = tuple(any(parameter.requires_grad for parameter in part) for part in self._trained)
         key = (order, form_of(parts[0]), backward, trained)
-        if key in self._plans:
+        new = key not in self._plans
+        if new or self._sharded:
+            new_anywhere = bool(host_group().largest([int(new)])[0]) if self._sharded else new
+            forms = self._forms(parts[0], backward=backward) if new_anywhere else []
+        if not new:
             self._plans.move_to_end(key)
             return self._plans[key]
-        forms = self._forms(parts[0], backward=backward)
         step = make_step(order, self._own, forms, self.group, self.device, backward=backward)
         self._plans[key] = step
         if len(self._plans) > _PLANS:
@@ -303,7 +314,7 @@ class PipelineEngine(Engine):
         return forms
 
     def _global_rank(self, rank: int) -> int:
-        from torch.distributed import get_global_rank
+        from torch.distributed import get_global_rank  # heavy
 
         return get_global_rank(self.group, rank)
 
