@@ -1,6 +1,7 @@
 """What the layers of a model may be and do under FSDP, and where they come from: as with one process.
 
-Tests of ``treadle_fabric.strategies.sharding.shard``, ``treadle_fabric.strategies.fsdp``.
+Tests of ``treadle_fabric.strategies.sharding.shard``, ``treadle_fabric.strategies.fsdp``,
+``treadle_fabric.strategies.sharding.replicated``.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.tensor
 from tests.processes import run_in_ranks
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader
 import treadle as L
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.strategies import FSDPStrategy
+from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
 
 
 class Block(nn.Module):
@@ -199,6 +203,18 @@ def what_differs() -> None:
         wrong.launch()
         with pytest.raises(MisconfigurationException, match="there are 2 processes. Give device_mesh="):
             wrong.setup(Net())
+
+    scalar = nn.Parameter(torch.tensor(1.0))
+    scalar.grad = torch.tensor(float(fabric.global_rank))
+    replicated = ReplicatedGradients([scalar], [dist.group.WORLD], lambda: True)
+    with mock.patch.object(Tensor, "tolist") as tolist, mock.patch.object(Tensor, "item") as item:
+        replicated.average()
+    assert scalar.grad == 0.5
+    assert not tolist.called and not item.called  # each waits for a device
+    if fabric.global_rank == 0:
+        scalar.grad = None
+    replicated.average()
+    assert scalar.grad == 0.25
 
 
 def test_layers_of_all_kinds() -> None:
