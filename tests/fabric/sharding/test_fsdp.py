@@ -19,6 +19,7 @@ import torch.distributed.tensor
 from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import treadle as L
@@ -203,6 +204,20 @@ def what_differs() -> None:
         wrong.launch()
         with pytest.raises(MisconfigurationException, match="there are 2 processes. Give device_mesh="):
             wrong.setup(Net())
+
+    layer: Any = nn.Linear(8, 8)
+    optimizer: Any = torch.optim.AdamW(layer.parameters())
+    layer, optimizer = fabric.setup(layer, optimizer)
+    fabric.backward(layer(torch.ones(4, 8)).sum())
+    optimizer.step()
+    state, row, weight = optimizer.optimizer.state_dict(), torch.arange(3.0), layer.module.weight
+    for entry in state["state"].values():  # as a single process has it; and a factor of the matrix
+        entry.update({name: v.full_tensor() for name, v in entry.items() if isinstance(v, DTensor)}, row=row)
+    fabric.strategy.load_optimizer_state(optimizer.optimizer, state)
+    loaded: Any = optimizer.optimizer.state[weight]
+    assert loaded["exp_avg"].placements == weight.placements
+    assert torch.equal(loaded["exp_avg"].full_tensor(), state["state"][0]["exp_avg"])
+    assert torch.equal(loaded["row"].to_local(), row)
 
     scalar = nn.Parameter(torch.tensor(1.0))
     scalar.grad = torch.tensor(float(fabric.global_rank))
