@@ -29,7 +29,7 @@ from treadle.numbers.host_copy import HostCopy
 from treadle.numbers.losses import WeightedLosses, _power_of_two
 from treadle_fabric import DDPStrategy, Fabric, MisconfigurationException, MixedPrecision, move_data_to_device
 from treadle_fabric.loggers import TensorBoardLogger
-from treadle_fabric.strategies import ddp_engine
+from treadle_fabric.strategies.data_parallel import ddp_engine
 
 STEPS = 200
 AUTOCAST = "ignore:.*autocasts nothing"  # torch's own needs the real type of the device, which is that of the CPU
