@@ -20,6 +20,8 @@ from tests.equality.layouts import LAYOUTS, Layout
 from tests.equality.model import fabric_loop, result, results, run_rows, trainer_fit
 from tests.processes import run_in_ranks
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
+
 # How far losses, which are float32, and weights may be from those of one process. Where a gradient is near zero, AdamW
 # makes a whole step of the rounding of a precision.
 TOLERANCES = {

@@ -19,6 +19,8 @@ from tests.equality.layouts import LAYOUTS
 from tests.equality.model import SAMPLES, result, results, run_rows, trainer_fit
 from tests.processes import run_in_ranks
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
+
 NAMES = ["single", "ddp2", "fsdp2_policy", "fsdp2_full", "tensor2", "fsdp3", "hybrid4", "tensor2_fsdp2"]
 BESIDE_PIPELINES = ["single", "ddp2", "fsdp2_policy", "tensor2_fsdp2", "pipeline2_fsdp2"]
 SAVED = {"step": 3, "accumulation": 2}  # after which batch: where an optimizer steps, and in an accumulation
