@@ -319,7 +319,7 @@ def test_ddp_leaves_inputs_on_a_gpu_as_they_are(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ddp_engine, "DistributedDataParallel", wrap)
     monkeypatch.setattr(DDPStrategy, "_check_later", lambda *_: None)
     monkeypatch.setattr(DDPStrategy, "root_device", torch.device("cuda", 1))
-    DDPStrategy(find_unused_parameters=True).setup_module(nn.Linear(2, 2))
+    DDPStrategy(parallel_devices=[torch.device("cuda", 1)], find_unused_parameters=True).setup_module(nn.Linear(2, 2))
     assert seen == {"find_unused_parameters": True}
 
 
