@@ -1,6 +1,7 @@
 """Treadle's runtime: what a hand-written PyTorch loop needs to run on any device, in any number of processes."""
 
 import gc
+from typing import TYPE_CHECKING
 
 _collects = gc.isenabled()
 gc.disable()  # one full collection of what torch has made takes as long as all of these imports
@@ -109,18 +110,10 @@ from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies import (
     STRATEGY_REGISTRY,
     DDPStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
     ParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
-    apply_tensor_parallel,
-    local_attention,
     local_gradients,
-    sequence_attention,
-    sequence_offset,
-    sharded_cross_entropy,
-    split_sequence,
 )
 from treadle_fabric.strategies.unwrapping import (
     load_module_state,
@@ -139,6 +132,18 @@ if _collects:
     gc.enable()
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from treadle_fabric.strategies import (
+        FSDPStrategy,
+        ModelParallelStrategy,
+        apply_tensor_parallel,
+        local_attention,
+        sequence_attention,
+        sequence_offset,
+        sharded_cross_entropy,
+        split_sequence,
+    )
 
 __all__ = [
     "ACCELERATOR_REGISTRY",
@@ -284,3 +289,21 @@ __all__ = [
     "with_plain_names",
     "worker_init_function",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(  # most programs shard nothing
+        __name__,
+        dict.fromkeys(
+            (
+                "FSDPStrategy",
+                "ModelParallelStrategy",
+                "apply_tensor_parallel",
+                "local_attention",
+                "sequence_attention",
+                "sequence_offset",
+                "sharded_cross_entropy",
+                "split_sequence",
+            ),
+            "treadle_fabric.strategies",
+        ),
+    )

@@ -145,7 +145,12 @@ class NotAvailableYetError(TreadleError, ImportError):
     """A name that Lightning has and Treadle is still to get, or leaves out."""
 
 
-def not_yet(module: str, names: Collection[str], left_out: Mapping[str, str] | None = None) -> Callable[[str], Any]:
+def not_yet(
+    module: str,
+    names: Collection[str],
+    left_out: Mapping[str, str] | None = None,
+    otherwise: Callable[[str], Any] | None = None,
+) -> Callable[[str], Any]:
     """Make the ``__getattr__`` of a module in which some names of Lightning are still to come, or left out on purpose.
 
     The error says so where one of them is imported. Where it is looked up as an attribute, the error is an
@@ -155,6 +160,7 @@ def not_yet(module: str, names: Collection[str], left_out: Mapping[str, str] | N
         module: The module's ``__name__``.
         names: The names.
         left_out: Names that are left out, and for each what to use instead, to follow a colon. Default: none.
+        otherwise: Finds any other name. Default: there is none.
     """
 
     def missing(name: str) -> Any:
@@ -164,6 +170,8 @@ def not_yet(module: str, names: Collection[str], left_out: Mapping[str, str] | N
             )
         elif left_out is not None and name in left_out:
             message = f"{module}.{name} is left out on purpose: {left_out[name]}"
+        elif otherwise is not None:
+            return otherwise(name)
         else:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         caller = sys._getframe(1)

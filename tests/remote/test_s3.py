@@ -102,6 +102,7 @@ def save_with_two(url: str, in_background: bool) -> None:
     for step in (1, 2, 3):
         fabric.save(f"{url}/last.ckpt", state(fabric, step))
         fabric.save(f"{url}/step={step}.ckpt", {"step": step})
+    assert fabric.load(f"{url}/last.ckpt")["step"] == 3
     io.remove_checkpoint(f"{url}/step=1.ckpt") if fabric.is_global_zero else None
     fabric.strategy.teardown()
 
@@ -109,7 +110,7 @@ def save_with_two(url: str, in_background: bool) -> None:
 @pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
 def test_two_ranks_save_a_folder(in_background: bool, bucket: str, tmp_path: Path) -> None:
     run_in_ranks(save_with_two, bucket, in_background)
-    found = load(f"{bucket}/last.ckpt", tmp_path)
+    found = load(f"{bucket}/last.ckpt")
     assert found["step"] == 3 and found["rows"].eq(3).all() and found["rows"].shape == (1000, BIG // 1000)
     assert found["own"] == [0, 1]
     names = [name.rpartition("/")[2] for name in keys(f"{bucket}/last.ckpt")]
@@ -159,16 +160,16 @@ def test_a_rank_is_killed_while_it_uploads(dying: int, bucket: str, tmp_path: Pa
     url = f"{bucket}/a.ckpt"
     with pytest.raises(ProcessFailedError):
         Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(die, url, dying)
-    assert load(url, tmp_path)["rows"].eq(1).all()
+    assert load(url)["rows"].eq(1).all()
     run_in_ranks(save_with_two, bucket, False)
-    assert load(f"{bucket}/last.ckpt", tmp_path)["step"] == 3
+    assert load(f"{bucket}/last.ckpt")["step"] == 3
 
 
 def test_a_file_and_a_folder_replace_one_another(bucket: str, tmp_path: Path) -> None:
     url = f"{bucket}/a.ckpt"
     TorchCheckpointIO().save_checkpoint({"step": 1}, url)
     DistributedCheckpointIO().save_checkpoint({"step": 2}, url)
-    assert load(url, tmp_path)["step"] == 2 and "" not in keys(url)
+    assert load(url)["step"] == 2 and "" not in keys(url)
     TorchCheckpointIO().save_checkpoint({"step": 3}, url)
     assert TorchCheckpointIO().load_checkpoint(url)["step"] == 3 and keys(bucket) == ["a.ckpt"]
     DistributedCheckpointIO().remove_checkpoint(url)
@@ -184,7 +185,7 @@ class Model(L.LightningModule):
         self.weight = nn.Parameter(torch.zeros(100_000))
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.log("loss", float(self.global_step % 3))
+        self.log("loss", -float(self.global_step))
         return self.weight.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -200,12 +201,20 @@ def train(url: str, in_background: bool) -> None:
     )  # fmt: skip
     trainer.fit(Model(), torch.utils.data.DataLoader(torch.zeros(100, 1)))
     assert find_checkpoint("last", [saver], [], url, fitting=True) == f"{url}/last.ckpt"
+    saver = ModelCheckpoint(url, "{step}", "loss", save_top_k=2, save_last=True, every_n_train_steps=1)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=7, logger=False, callbacks=saver,
+        enable_progress_bar=False, enable_model_summary=False, plugins=DistributedCheckpointIO(),
+    )  # fmt: skip
+    model = Model()
+    trainer.fit(model, torch.utils.data.DataLoader(torch.zeros(100, 1)), ckpt_path="last")
+    assert trainer.global_step == 7 and bool(model.weight.eq(-7).all())
 
 
 @pytest.mark.parametrize("in_background", [False, True], ids=["at once", "in the background"])
 def test_the_best_and_the_last_are_kept(in_background: bool, bucket: str, tmp_path: Path) -> None:
     run_in_ranks(train, bucket, in_background)
     listed = [url.removeprefix(f"{bucket}/") for url, _ in remote_checkpoints_in(bucket)]
-    assert sorted(listed) == ["last.ckpt", "step=1.ckpt", "step=4.ckpt"]
-    found = load(f"{bucket}/last.ckpt", tmp_path)
-    assert found["global_step"] == 6 and found["state_dict"]["weight"].eq(-6).all()
+    assert sorted(listed) == ["last.ckpt", "step=6.ckpt", "step=7.ckpt"]
+    found = load(f"{bucket}/last.ckpt")
+    assert found["global_step"] == 7 and found["state_dict"]["weight"].eq(-7).all()

@@ -2,15 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet
+from treadle_fabric import not_yet, on_demand
 from treadle_fabric.strategies import (
     DDPStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
     ParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
 )
+
+if TYPE_CHECKING:
+    from treadle_fabric.strategies import FSDPStrategy, ModelParallelStrategy
 
 __all__ = [
     "DDPStrategy",
@@ -22,4 +23,10 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"DeepSpeedStrategy"})
+    __getattr__ = not_yet(
+        __name__,
+        {"DeepSpeedStrategy"},
+        otherwise=on_demand(
+            __name__, dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy"), "treadle_fabric.strategies")
+        ),
+    )

@@ -9,6 +9,7 @@ from treadle_fabric.precision import (
     BitsandbytesPrecision,
     DoublePrecision,
     Float8Precision,
+    FSDPPrecision,
     HalfPrecision,
     MixedPrecision,
     Precision,
@@ -20,6 +21,7 @@ __all__ = [
     "CheckpointIO",
     "ClusterEnvironment",
     "DoublePrecision",
+    "FSDPPrecision",
     "Float8Precision",
     "HalfPrecision",
     "MixedPrecision",
@@ -33,7 +35,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedPrecision",
-            "FSDPPrecision",
             "XLACheckpointIO",
             "XLAPrecision",
         },

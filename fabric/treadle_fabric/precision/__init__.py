@@ -21,11 +21,13 @@ from treadle_fabric.precision.precision import Precision, needs_closure
 if TYPE_CHECKING:
     from treadle_fabric.precision.bitsandbytes import BitsandbytesPrecision
     from treadle_fabric.precision.float8 import Float8Precision
+    from treadle_fabric.precision.fsdp import FSDPPrecision
     from treadle_fabric.precision.transformer_engine import TransformerEnginePrecision
 
 __all__ = [
     "BitsandbytesPrecision",
     "DoublePrecision",
+    "FSDPPrecision",
     "Float8Precision",
     "HalfPrecision",
     "MixedPrecision",
@@ -42,6 +44,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "BitsandbytesPrecision": "treadle_fabric.precision.bitsandbytes",
+            "FSDPPrecision": "treadle_fabric.precision.fsdp",
             "Float8Precision": "treadle_fabric.precision.float8",
             "TransformerEnginePrecision": "treadle_fabric.precision.transformer_engine",
         },

@@ -12,9 +12,20 @@ from torch.nn import Module
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.setup.module import FabricModule, through_engine
 from treadle_fabric.strategies import Strategy
-from treadle_fabric.strategies.parallelism.pipeline import whole_loss, whole_outputs
 
 __all__: list[str] = []
+
+
+def _whole_loss(module: FabricModule) -> Callable[[Any], Any]:
+    from treadle_fabric.strategies.parallelism.pipeline import whole_loss  # most programs cut nothing
+
+    return whole_loss(module.module)
+
+
+def _whole_outputs(module: FabricModule) -> Callable[[Any], Any]:
+    from treadle_fabric.strategies.parallelism.pipeline import whole_outputs  # most programs cut nothing
+
+    return whole_outputs(module.module)
 
 
 def run_batch(
@@ -25,7 +36,7 @@ def run_batch(
         raise MisconfigurationException(f"run_batch(window={window!r}): must be a number of batches, more than 0.")
     if strategy.runs_whole_batch:
         return strategy.run_batch(engine, batch, window)
-    values = _named(through_engine(module, whole_loss(module.module))(batch))
+    values = _named(through_engine(module, _whole_loss(module))(batch))
     loss = values["loss"]
     backward(loss / window if window != 1 else loss, model=module)
     return _detached(values)
@@ -36,7 +47,7 @@ def evaluate_batch(strategy: Strategy, module: FabricModule, engine: Module, bat
     if strategy.runs_whole_batch:
         return strategy.evaluate_batch(engine, batch)
     with torch.no_grad():
-        return _detached(_named(through_engine(module, whole_loss(module.module))(batch)))
+        return _detached(_named(through_engine(module, _whole_loss(module))(batch)))
 
 
 def predict_batch(strategy: Strategy, module: FabricModule, engine: Module, batch: Any) -> Any:
@@ -44,7 +55,7 @@ def predict_batch(strategy: Strategy, module: FabricModule, engine: Module, batc
     if strategy.runs_whole_batch:
         return strategy.predict_batch(engine, batch)
     with torch.no_grad():
-        return through_engine(module, whole_outputs(module.module))(batch)
+        return through_engine(module, _whole_outputs(module))(batch)
 
 
 def _named(returned: Any) -> Mapping[Any, Any]:

@@ -7,31 +7,36 @@ says what a reduction makes of each dtype. ``unwrapping.py`` says what the user'
 Imports launchers, precision and what is below them.
 """
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
+from treadle_fabric.checks import on_demand
 from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.ddp import DDPStrategy
-from treadle_fabric.strategies.fsdp import FSDPStrategy
-from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
-from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
-from treadle_fabric.strategies.parallelism.sequence import (
-    local_attention,
-    sequence_attention,
-    sequence_offset,
-    split_sequence,
-)
 from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
-from treadle_fabric.strategies.sharding.norms import local_gradients, norms, total_norm
+from treadle_fabric.strategies.sharding.norms import is_elsewhere, local_gradients, norms, total_norm
 from treadle_fabric.strategies.single_device import SingleDeviceStrategy
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
+from treadle_fabric.strategies.states.elsewhere import stand_in
 from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
+
+if TYPE_CHECKING:
+    from treadle_fabric.strategies.fsdp import FSDPStrategy
+    from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
+    from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
+    from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
+    from treadle_fabric.strategies.parallelism.sequence import (
+        local_attention,
+        sequence_attention,
+        sequence_offset,
+        split_sequence,
+    )
 
 __all__ = [
     "METHOD_KEYWORD",
@@ -50,6 +55,7 @@ __all__ = [
     "WholeStateStrategy",
     "apply_tensor_parallel",
     "check_reduce_op",
+    "is_elsewhere",
     "load_module_state",
     "local_attention",
     "local_gradients",
@@ -60,13 +66,25 @@ __all__ = [
     "sequence_offset",
     "sharded_cross_entropy",
     "split_sequence",
+    "stand_in",
     "total_norm",
     "user_module",
     "with_plain_names",
 ]
 
-for _strategy in (SingleDeviceStrategy, DDPStrategy, FSDPStrategy):
+for _strategy in (SingleDeviceStrategy, DDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
+
+
+def _fsdp(**arguments: Any) -> Strategy:
+    strategy: Strategy = getattr(sys.modules[__name__], "FSDPStrategy")(**arguments)  # noqa: B009 # imported on demand
+    return strategy
+
+
+STRATEGY_REGISTRY.register("fsdp", _fsdp, description="Fully sharded data parallelism")
+STRATEGY_REGISTRY.register(
+    "fsdp_cpu_offload", _fsdp, description="Fully sharded data parallelism, parts on the host", cpu_offload=True
+)
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
@@ -78,4 +96,17 @@ if not TYPE_CHECKING:  # which tell of any other name
             "XLAStrategy",
         },
         {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
+        otherwise=on_demand(  # most programs shard nothing
+            __name__,
+            {
+                "FSDPStrategy": "treadle_fabric.strategies.fsdp",
+                "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
+                "apply_tensor_parallel": "treadle_fabric.strategies.parallelism.plans",
+                "local_attention": "treadle_fabric.strategies.parallelism.sequence",
+                "sequence_attention": "treadle_fabric.strategies.parallelism.sequence",
+                "sequence_offset": "treadle_fabric.strategies.parallelism.sequence",
+                "sharded_cross_entropy": "treadle_fabric.strategies.parallelism.loss",
+                "split_sequence": "treadle_fabric.strategies.parallelism.sequence",
+            },
+        ),
     )

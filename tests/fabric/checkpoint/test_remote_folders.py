@@ -67,9 +67,9 @@ def files(url: str) -> list[str]:
     return sorted(path.removeprefix(where).lstrip("/") for path in fs.find(where))
 
 
-def step_at(url: str, tmp_path: Path) -> int:
+def step_at(url: str) -> int:
     """Which of the states lies at a URL, every byte of which is read."""
-    found = load(url, tmp_path)
+    found = load(url)
     assert found["w"].eq(found["step"]).all() and found["w"].shape == (20_000,)
     return int(found["step"])
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_at_a_url_is_replaced_and_removed(
     for step, io in enumerate((IO, AsyncCheckpointIO(IO), IO)):
         io.save_checkpoint(state(step), url)
         io.wait()
-        assert step_at(url, tmp_path) == step and lies_at(url)
+        assert step_at(url) == step and lies_at(url)
         names = [name.rpartition("/")[2] for name in files(url)]
         assert sorted(names) == [".metadata", "__0_0.distcp", "manifest.json", "meta.pt"], files(url)
     assert abs(written_at(url) / 1e9 - datetime.now().timestamp()) < 60
@@ -138,7 +138,7 @@ def test_a_save_that_fails_leaves_the_old_one_whole(
             with pytest.raises(CheckpointError, match=r"a\.ckpt' was not written: Lost: the connection"):
                 IO.save_checkpoint(state(2), url)
             assert files(url) == before
-    assert step_at(url, tmp_path) == (2 if fails in ("answer lost", "rm") else 1)
+    assert step_at(url) == (2 if fails in ("answer lost", "rm") else 1)
 
 
 def test_what_dead_saves_left_is_removed_and_what_is_being_written_is_not(
@@ -171,7 +171,7 @@ def test_what_dead_saves_left_is_removed_and_what_is_being_written_is_not(
     assert sorted(map(os.path.basename, fs.ls("runs", detail=False))) == ["a.ckpt", "c.ckpt", "d.ckpt"]
     IO.save_checkpoint(state(2), url)
     assert {name.partition("/")[0] for name in files(url)} & tops == {fresh, "manifest.json"}
-    assert step_at(url, tmp_path) == 2
+    assert step_at(url) == 2
     IO.remove_checkpoint(url)
     assert not fs.exists(url)
 
@@ -245,6 +245,6 @@ def save_with_two(url: str) -> None:
 def test_two_ranks_upload_each_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHELF", str(tmp_path / "shelf"))
     run_in_ranks(save_with_two, "shelf://runs/a.ckpt")
-    found = load("shelf://runs/a.ckpt", tmp_path)
+    found = load("shelf://runs/a.ckpt")
     assert found["step"] == 2 and found["own"] == [0, 1]
     assert torch.equal(found["rows"], torch.arange(40_000.0).view(200, 200))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
-from treadle.checkpoint.find import find_checkpoint
+from treadle.checkpoint.find import find_checkpoint, find_newest
 from treadle_fabric import AsyncCheckpointIO, CheckpointError, DistributedCheckpointIO
 from treadle_fabric.checkpoint import remote_checkpoints_in
 from treadle_fabric.checkpoint.distributed import saving
@@ -90,7 +90,11 @@ def test_the_best_and_the_last_at_a_url(tmp_path: Path) -> None:
         assert listed == ["last.ckpt", "step=5.ckpt", "step=6.ckpt"]
         assert find_checkpoint("last", trainer.checkpoint_callbacks, [], url, fitting=True) == f"{url}/last.ckpt"
         assert find_checkpoint("best", trainer.checkpoint_callbacks, [], url, fitting=True) == f"{url}/step=6.ckpt"
-        found = load(f"{url}/last.ckpt", tmp_path)
+        found = load(f"{url}/last.ckpt")
         assert found["global_step"] == 6 and found["state_dict"]["weight"].eq(-6).all()
+        assert fit(url, save_last=True, ckpt_path="last", steps=8).global_step == 8
+        assert find_newest(trainer.checkpoint_callbacks, [], None) == f"{url}/last.ckpt"
+        listed = sorted(each.removeprefix(f"{url}/") for each, _ in remote_checkpoints_in(url))
+        assert listed == ["last.ckpt", "step=7.ckpt", "step=8.ckpt"]  # those before are replaced
     finally:
         fsspec.filesystem("memory").rm("/shared-checkpoints", recursive=True)

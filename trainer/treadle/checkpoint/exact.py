@@ -33,6 +33,7 @@ from treadle_fabric import (
 from treadle_fabric.checkpoint import PerRank, fingerprint, is_sharded_tensor, placed_like
 from treadle_fabric.data import one_of_each, shares_of_ranks
 from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
+from treadle_fabric.strategies import is_elsewhere, stand_in
 
 __all__ = [
     "capture_exact",
@@ -78,7 +79,7 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
             run.fabric.strategy.settle_gradients(run.engine)
         named = with_plain_names(module, module.named_parameters())
         # of a parameter that is on another rank alone, that rank has the gradient
-        held = ((n, p if p.is_meta else p.grad) for n, p in named)
+        held = ((n, stand_in(p) if is_elsewhere(p) else p.grad) for n, p in named)
         gradients = {n: gradient.detach() for n, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}

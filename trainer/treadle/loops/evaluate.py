@@ -57,7 +57,6 @@ class Evaluation:
         self._around = tuple(run.dispatch.listeners(f"on_{name}_batch_{when}") for when in ("start", "end"))
         self._meeting = BatchMeeting(name) if run.fabric.world_size > 1 else None
         self._lockstep = lockstep_of(run, f"{name}_step", self._no_grad)
-        self._asked, self._ended = 0, True  # the number of calls of `interrupted`; whether all of them said no
         hooks = (f"on_{name}_model_eval", f"on_{name}_model_train")
         self._sets_modes = tuple(not overrides(run.module, hook, ModuleHooks) for hook in hooks)  # before and after
 
@@ -90,21 +89,21 @@ class Evaluation:
                 dispatch.call(f"{hook}_start")
                 dispatch.call(f"{hook}_epoch_start")
                 limits = self.data.num_batches if num_batches is None else num_batches  # hooks may renew the loaders
-                self._ended, self._asked = True, 0
+                interruption = None if interrupted is None else _Interruption(interrupted)
                 if self._meeting is not None:
                     self._meeting.open()
                 for loader_idx, limit in enumerate(limits):
-                    if self._ended and limit:
-                        self._loader(loader_idx, limit, silent, interrupted)
+                    if limit and (interruption is None or not interruption.came):
+                        self._loader(loader_idx, limit, silent, interruption)
                     elif self._lockstep is not None:
                         self._lockstep.skip()
                     if self._meeting is not None:
                         self._meet(loader_idx, self._meeting)
                 if self._meeting is not None:
                     results.forget_computed()
-                if interrupted is not None and run.fabric.world_size > 1:
-                    self._ended = run.fabric.strategy.reduce_boolean_decision(self._ended)
-                if not self._ended:
+                if interruption is not None and run.fabric.strategy.reduce_boolean_decision(
+                    interruption.came, all=False
+                ):
                     return None
                 logged, per_loader = run.metrics.close_epoch(results, loaders=len(limits))
                 dispatch.call(f"{hook}_epoch_end")
@@ -142,7 +141,7 @@ class Evaluation:
         """Forget what was logged, because another number of loaders follows: their names are others."""
         self._run.metrics.forget(self._results)
 
-    def _loader(self, loader_idx: int, limit: float, silent: bool, interrupted: Callable[[int], bool] | None) -> None:
+    def _loader(self, loader_idx: int, limit: float, silent: bool, interruption: _Interruption | None) -> None:
         """Evaluate on one loader."""
         run, results, step = self._run, self._results, self._step
         transfer, begin_batch, loggers = run.transfer, results.begin_batch, bool(run.loggers) and not silent
@@ -158,8 +157,8 @@ class Evaluation:
         batch_idx = -1
         if self._wants_iterator:
             batches, transfer = BatchIterator(batches, transfer, loader_idx).steps(), stay
-        if interrupted is not None:
-            batches = self._until(interrupted, batches)
+        if interruption is not None:
+            batches = interruption.before(batches)
         if self._lockstep is not None:
             batches = self._lockstep.turns(batches)
         meeting = self._meeting
@@ -188,11 +187,23 @@ class Evaluation:
         results.hook = ""
         begin_batch(None)
 
-    def _until(self, interrupted: Callable[[int], bool], batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches until the evaluation is interrupted."""
+
+class _Interruption:
+    """Ends an evaluation between two batches.
+
+    Args:
+        interrupted: called before every batch with its number over all loaders; returns whether to end there.
+    """
+
+    def __init__(self, interrupted: Callable[[int], bool]) -> None:
+        self._interrupted, self._asked = interrupted, 0
+        self.came = False
+
+    def before(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a loader that come before the interruption."""
         for batch in batches:
-            if interrupted(self._asked):
-                self._ended = False
+            self.came = self._interrupted(self._asked)
+            if self.came:
                 return
             self._asked += 1
             yield batch

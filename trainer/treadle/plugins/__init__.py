@@ -9,6 +9,7 @@ from treadle_fabric.precision import (
     BitsandbytesPrecision,
     DoublePrecision,
     Float8Precision,
+    FSDPPrecision,
     HalfPrecision,
     MixedPrecision,
     Precision,
@@ -20,6 +21,7 @@ __all__ = [
     "BitsandbytesPrecision",
     "CheckpointIO",
     "DoublePrecision",
+    "FSDPPrecision",
     "Float8Precision",
     "HalfPrecision",
     "LayerSync",
@@ -35,7 +37,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedPrecision",
-            "FSDPPrecision",
             "XLACheckpointIO",
             "XLAPrecision",
         },

@@ -7,6 +7,7 @@ from treadle_fabric.precision import (
     BitsandbytesPrecision,
     DoublePrecision,
     Float8Precision,
+    FSDPPrecision,
     HalfPrecision,
     MixedPrecision,
     Precision,
@@ -16,6 +17,7 @@ from treadle_fabric.precision import (
 __all__ = [
     "BitsandbytesPrecision",
     "DoublePrecision",
+    "FSDPPrecision",
     "Float8Precision",
     "HalfPrecision",
     "MixedPrecision",
@@ -26,5 +28,5 @@ __all__ = [
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"DeepSpeedPrecision", "FSDPPrecision", "XLAPrecision"},
+        {"DeepSpeedPrecision", "XLAPrecision"},
     )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from treadle_fabric import tensor_pickle
 from treadle_fabric.checkpoint.distributed.pieces import Piece, on_host, pieces_held
@@ -116,7 +115,7 @@ class ShardedSave:
 
         (split, summary), alike = ranks.compared(begin, lambda found: _digest(found[1], found[0]))
         owners = _share_out(summary, (), ranks.size) if alike else _owners(ranks, summary, list(split.own))
-        found, sharded = ([], split.sharded) if alike and not split.elsewhere else _found_here(ranks, split)
+        found = [] if alike and not split.elsewhere else _found_here(ranks, split)
         mine = [(name, split.replicated[name]) for name, rank in owners.items() if rank == ranks.rank]
         whole = [Piece.whole(name, tensor) for name, tensor in (*mine, *found)]
         self._error: BaseException | None = None
@@ -124,7 +123,7 @@ class ShardedSave:
         try:
             if split.elsewhere:
                 keep(split)
-            self._pieces = [*pieces_held(sharded), *whole]
+            self._pieces = [*pieces_held(split.sharded), *whole]
             if arena is not None:
                 self._copy(stream, storages, arena)
         except Exception as e:  # the other ranks have gone on, and learn of it when they write
@@ -232,31 +231,17 @@ def _digest(summary: Summary, split: Split) -> int:
     return int.from_bytes(hashed.digest(), "little") >> 1
 
 
-def _found_here(ranks: Ranks, split: Split) -> tuple[list[tuple[str, torch.Tensor]], dict[str, Any]]:
-    """What this rank writes where ranks have different tensors; every rank calls this.
+def _found_here(ranks: Ranks, split: Split) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that rank 0 has not, and that this rank is the first one to have; every rank calls this.
 
     What no rank has stays on the meta device in the structure.
-
-    Returns:
-        The whole tensors that rank 0 has not, and that this rank is the first one to have. And the sharded ones, but
-        for those that the ranks of another mesh write, as where two stages of a pipeline have tied weights.
     """
-    names: list[str] = ranks.of_first(lambda: [*split.elsewhere, *split.sharded])
-    tensors = {**{name: tensor for name, tensor in split.tensors.items() if not tensor.is_meta}, **split.sharded}
-    firsts = dict(zip(names, ranks.first_with([name in tensors for name in names]), strict=True))
+    names: list[str] = ranks.of_first(lambda: list(split.elsewhere))
+    firsts = ranks.first_with([name in split.tensors and not split.tensors[name].is_meta for name in names])
     if ranks.rank == 0:
-        split.nowhere([name for name, first in firsts.items() if first is None])
-    whole = [name for name, first in firsts.items() if first == ranks.rank and not is_sharded_tensor(tensors[name])]
-    sharded = {name: tensor for name, tensor in split.sharded.items() if _is_among(firsts.get(name), tensor, ranks)}
-    return [(name, tensors[name]) for name in whole], sharded
-
-
-def _is_among(first: int | None, tensor: Any, ranks: Ranks) -> bool:
-    """Whether a rank is one of those that share this tensor out; None: no rank writes it in their place."""
-    mesh = getattr(tensor, "device_mesh", None)
-    if first is None or mesh is None:
-        return True
-    return (first if ranks.group is None else dist.get_global_rank(ranks.group, first)) in mesh.mesh.flatten().tolist()
+        split.nowhere([name for name, first in zip(names, firsts, strict=True) if first is None])
+    here = [name for name, first in zip(names, firsts, strict=True) if first == ranks.rank]
+    return [(name, split.tensors[name]) for name in here if not is_sharded_tensor(split.tensors[name])]
 
 
 def _owners(ranks: Ranks, summary: Summary, own: list[str]) -> dict[str, int]:
@@ -265,7 +250,9 @@ def _owners(ranks: Ranks, summary: Summary, own: list[str]) -> dict[str, int]:
 
     def check() -> None:
         if own != first_own:
-            raise ranks.error({ranks.rank: f"has {own} per rank, and rank 0 has {first_own}."})
+            raise CheckpointError(
+                f"has {own} per rank, and rank 0 has {first_own}. Mark the same values on every rank."
+            )
 
     ranks.together(check)
     unlike = ranks.any([summary.get(name) != found for name, found in first.items()])

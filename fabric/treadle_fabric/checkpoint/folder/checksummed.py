@@ -55,7 +55,7 @@ class Checksummed(io.RawIOBase):
         self.error: Exception | None = None
 
     def write(self, data: Any) -> int:
-        """Write, and add to size and checksum."""
+        """Write bytes; returns how many, which is all of them."""
         self.crc = zlib.crc32(data, self.crc)
         try:
             self._file.write(data)

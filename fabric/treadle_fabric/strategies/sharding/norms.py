@@ -15,14 +15,28 @@ from torch.optim import Optimizer
 from treadle_fabric.coordination import reached_by
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["clip_norm", "clip_value", "count_elsewhere", "local_gradients", "norms", "total_norm", "unscale"]
+__all__ = [
+    "clip_norm",
+    "clip_value",
+    "count_elsewhere",
+    "is_elsewhere",
+    "local_gradients",
+    "norms",
+    "total_norm",
+    "unscale",
+]
 
 _ELSEWHERE = "_treadle_counted_elsewhere"
 
 
 def count_elsewhere(parameter: Tensor) -> None:
-    """Let norms leave out a parameter, because another rank has the same one and counts it."""
+    """Let norms and checkpoints leave out a parameter, because another rank has the same one and counts it."""
     setattr(parameter, _ELSEWHERE, True)
+
+
+def is_elsewhere(parameter: Tensor) -> bool:
+    """Whether another rank has a parameter, and gives it to norms and checkpoints; this one may have it, too."""
+    return parameter.is_meta or hasattr(parameter, _ELSEWHERE)
 
 
 def total_norm(gradients: Iterable[Tensor], norm_type: float = 2.0, groups: Sequence[Any] = ()) -> Tensor:

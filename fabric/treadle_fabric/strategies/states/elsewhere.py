@@ -8,12 +8,29 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint.distributed.split import map_leaves
 from treadle_fabric.coordination import reached_by
+from treadle_fabric.strategies.sharding.norms import is_elsewhere
+from treadle_fabric.strategies.unwrapping import with_plain_names
 
-__all__: list[str] = []
+__all__ = ["stand_in"]
+
+
+def without_copies(state: dict[str, Any], module: Module) -> dict[str, Any]:
+    """Put stand-ins into a module's state dict for the parameters that this rank has, and another one gives."""
+    parameters = with_plain_names(module, module.named_parameters(remove_duplicate=False))
+    copies = {name: stand_in(each) for name, each in parameters if is_elsewhere(each) and not each.is_meta}
+    for name in copies.keys() & state.keys():
+        state[name] = copies[name]
+    return state
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype, on the meta device."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 class _Form(NamedTuple):
@@ -35,7 +52,7 @@ def with_states_of_others(state: dict[str, Any], optimizer: Optimizer, groups: S
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for group in groups:
-        mine = {key: entry for key, entry in state["state"].items() if not parameters[key].is_meta}
+        mine = {key: entry for key, entry in state["state"].items() if not is_elsewhere(parameters[key])}
         forms = {key: map_leaves(entry, _form_of, "") for key, entry in mine.items()}
         everywhere: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everywhere, forms, group=group)

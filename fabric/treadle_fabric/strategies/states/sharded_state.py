@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from treadle_fabric.checkpoint import fill, in_memory
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
-from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero, with_states_of_others
+from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero, with_states_of_others, without_copies
 from treadle_fabric.strategies.states.whole_state import complete_state
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, names_in, user_module
 
@@ -36,7 +36,7 @@ class ShardedStateStrategy(CheckpointingStrategy):
         On other ranks the tensors that are gathered are on the meta device.
         """
         self.release_gathered()
-        return self.as_stored(module_state(module))
+        return self.as_stored(without_copies(module_state(module), user_module(module)))
 
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         self.release_gathered()

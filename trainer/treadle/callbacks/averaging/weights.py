@@ -209,7 +209,7 @@ class AveragedWeights:
             names.setdefault(name, alias.get(_place_of(parameter), name))
         found: dict[str, str] = {}
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_meta:  # else another rank gives it
                 name = names.get(plain_name(module, name_in(module, key))) or alias.get(_place_of(value), "")
                 if name in tensors and tensors[name].shape == value.shape:
                     found[key] = name

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -37,16 +36,19 @@ __all__ = ["PipelineEngine"]
 _PLANS: Final = 8  # forms of batches whose schedules and receive buffers are kept
 
 
-@dataclass
 class _Job:
-    """One batch on its way through the pipeline."""
+    """One batch on its way through the pipeline.
 
-    parts: list[Any]
-    finish: Callable[[Any, Any], Tensor]
-    """What becomes of the outputs of the last stage, and their micro-batch."""
-    turns: dict[int, int] = field(default_factory=dict)
-    """The number of micro-batches that each part of the model has begun."""
-    error: Exception | None = None
+    Args:
+        parts: The micro-batches.
+        finish: What becomes of the outputs of the last stage, and their micro-batch.
+    """
+
+    def __init__(self, parts: list[Any], finish: Callable[[Any, Any], Tensor]) -> None:
+        self.parts, self.finish = parts, finish
+        self.turns: dict[int, int] = {}
+        """The number of micro-batches that each part of the model has begun."""
+        self.error: Exception | None = None
 
 
 class PipelineEngine(Engine):

@@ -159,6 +159,10 @@ def make_step(
         )
         for place, part in parts.items()
     ]
+    for stage in stages:
+        # torch empties the gradients of sharded parts where it has tried out shapes, and also where it has not
+        if hasattr(stage, "_post_metadata_inference_cleanup"):
+            stage._post_metadata_inference_cleanup = lambda: None  # type: ignore[method-assign]
     arguments: Any = {"loss_fn": _loss_of_last_part if backward else None, "scale_grads": False}
     if len(stages) > 1:
         kind: Any = ScheduleInterleaved1F1B if order.schedule == "interleaved" and backward else ScheduleLoopedBFS
