@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from treadle_fabric import Fabric
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits until all have run
 WRITERS = ["fsdp2_policy", "fsdp2_full", "tensor2", "pipeline2"]
 READERS = ["single", "fsdp2", "fsdp2_full", "tensor2", "pipeline2", "fsdp3", "fsdp4", "hybrid4", "pipeline2_fsdp2"]
 TABLE = {layout.name: layout for layout in LAYOUTS}

@@ -21,6 +21,7 @@ from tests.equality.layouts import LAYOUTS, Layout
 from tests.equality.model import fabric_loop, once, result, run_rows, trainer_fit
 from tests.processes import run_in_ranks
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits until all have run
 # How far losses, which are float32, and weights may be from those of one process. Where a gradient is near zero, AdamW
 # makes a whole step of the rounding of a precision.
 TOLERANCES = {

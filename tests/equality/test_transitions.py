@@ -21,13 +21,16 @@ from tests.equality.layouts import LAYOUTS
 from tests.equality.model import SAMPLES, once, result, run_rows, trainer_fit
 from tests.processes import run_in_ranks
 
+pytestmark = pytest.mark.timeout(400)  # the first test waits until all have run
 NAMES = [
     "single", "ddp2", "fsdp2_policy", "fsdp2_full", "tensor2", "pipeline2", "fsdp3", "hybrid4", "tensor2_fsdp2",
-    "sequence2_fsdp2",
+    "sequence2_fsdp2", "pipeline2_fsdp2",
 ]  # fmt: skip
 TABLE = {layout.name: layout for layout in LAYOUTS if layout.name in NAMES}
 SAVED = {"step": 3, "accumulation": 2}  # after which batch: where an optimizer steps, and in an accumulation
-PAIRS = [(a, NAMES[(i + apart) % len(NAMES)]) for i, a in enumerate(NAMES) for apart in (0, 1, 4)]
+PAIRS = [
+    (a, NAMES[(i + apart) % len(NAMES)]) for i, a in enumerate(NAMES) for apart in ((0, 1, 4) if i % 2 else (0, 1))
+]
 OTHER_PAIRS = [pair for pair in product(NAMES, NAMES) if pair not in PAIRS]
 Runs = dict[str, Any]
 """What each run gave: unbroken ones, by layout; resumed ones, by the layouts before and after, and the moment."""
@@ -75,7 +78,6 @@ def test_the_run_goes_on(before: str, after: str, moment: str, found: Runs) -> N
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("moment", SAVED)
 @pytest.mark.parametrize(("before", "after"), OTHER_PAIRS)
 def test_the_run_goes_on_in_any_other_layout(before: str, after: str, moment: str, others: Runs) -> None:
