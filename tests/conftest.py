@@ -35,13 +35,18 @@ KEPT = ("resource_tracker", "forkserver", "moto.server")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs hardware that is not there, or Ray or an S3 server, which have environments of their own."""
+    """Skip what needs hardware that is not there, or Ray or an S3 server, which have environments of their own.
+
+    ``TREADLE_GPU_TESTS_ON=cpu`` runs ``tests/gpu`` on the CPU.
+    """
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
         "ray": "" if find_spec("ray") else "Ray is not installed; `make test-ray` installs it",
         "remote": "" if find_spec("moto") and find_spec("s3fs") else "no S3 server here; `make test-remote` has one",
     }
     for item in items:
+        if os.environ.get("TREADLE_GPU_TESTS_ON") == "cpu" and item.path.parent.name == "gpu":
+            continue
         for name, reason in missing.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -71,6 +71,8 @@ class Strategy(ABC):
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
+    pipeline_stages: int = 1
+    """Number of parts of the model, each with as many neighbouring processes, that a share of a batch goes through."""
     runs_whole_batch: bool = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
     its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
