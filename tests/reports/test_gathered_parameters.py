@@ -3,7 +3,10 @@
 Users of FSDP reported generators that were not trained, discriminators that were, and weights of yesterday: what they
 froze, unfroze or stepped inside of a ``training_step`` was a part, and what ran next were parameters gathered before.
 
-Tests of ``treadle_fabric.strategies.sharding.engine``.
+Others met torch's own errors, where what they passed on was a DTensor: to ``all_gather``, to a second trainer.
+
+Tests of ``treadle_fabric.strategies.sharding.engine``, ``treadle_fabric.coordination.as_tensors`` and
+``treadle_fabric.fabric``.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
-from treadle_fabric import FSDPStrategy
+from treadle_fabric import FSDPStrategy, MisconfigurationException
 
 pytestmark = pytest.mark.timeout(110)
 
@@ -133,7 +136,33 @@ STRATEGIES = [
 
 def test_parts_and_gathered_parameters_are_one_model(tmp_path: Path) -> None:
     expected = [trained(tmp_path, make()) for make in MODULES]
-    run_in_ranks(_compare, tmp_path, expected)
+    run_in_ranks(_check, tmp_path, expected)
+
+
+def test_processes_that_start_in_fit_build_modules_there(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="DDPStrategy starts its processes in `fit`.*configure_model"):
+        trainer(tmp_path, devices=2, strategy="ddp_fork").init_module()
+
+
+def _check(tmp_path: Path, expected: list[dict[str, Tensor]]) -> None:
+    _compare(tmp_path, expected)
+    _pass_on(tmp_path)
+
+
+def _pass_on(tmp_path: Path) -> None:
+    """Build a module for the trainer, gather numbers of its parameters, and give it to a trainer of another kind."""
+    fits = trainer(tmp_path, devices=2, strategy=FSDPStrategy(policy={nn.Linear}))
+    with fits.init_module(empty_init=True):
+        module = FreezesLate()
+    assert module.above.weight.is_meta
+    fits.fit(module, batches(2))
+    norm = module.above.weight.detach().norm()
+    whole = module.above.weight.full_tensor().norm()  # type: ignore[operator]
+    torch.testing.assert_close(module.all_gather({"norm": norm})["norm"], torch.stack([whole, whole]))
+    torch.testing.assert_close(fits.fabric.all_reduce(norm), whole)
+    for strategy in ("ddp", "auto"):
+        with pytest.raises(MisconfigurationException, match="of FreezesLate are shared out over processes, as a strat"):
+            trainer(tmp_path, devices=2, strategy=strategy).validate(module, batches(2), verbose=False)
 
 
 def _compare(tmp_path: Path, expected: list[dict[str, Tensor]]) -> None:
