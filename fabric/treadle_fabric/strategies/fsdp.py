@@ -133,10 +133,3 @@ class FSDPStrategy(ShardingStrategy):
 
     def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
         return explain_not_gathered(error, engine)
-
-    @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        strategy_registry.register("fsdp", cls, description="Fully sharded data parallelism")
-        strategy_registry.register(
-            "fsdp_cpu_offload", cls, description="Fully sharded data parallelism, parts on the host", cpu_offload=True
-        )
