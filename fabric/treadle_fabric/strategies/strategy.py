@@ -384,6 +384,9 @@ class Strategy(ABC):
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
+    def after_trainable_change(self) -> None:
+        """Called when parameters of an optimizer were frozen or unfrozen, perhaps in a method that runs."""
+
     def release_gathered(self) -> None:
         """Free what is gathered of parameters, before parts are read or changed. Default: nothing is gathered."""
 
@@ -394,11 +397,10 @@ class Strategy(ABC):
         """
 
     def join_forward(self, module: Module, method: str = "forward") -> None:
-        """Take part in a forward pass that other processes make now. Default: they need no others.
+        """Take part in a forward pass, of the user's ``method``, that others make now. Default: they need no others.
 
         Args:
             module: The engine; this process may have run no pass before.
-            method: The method of the user's module that the pass runs.
         """
 
     def finish_forward(self, module: Module, method: str) -> None:
