@@ -206,6 +206,11 @@ def what_differs() -> None:
             wrong.setup(Net())
 
     layer: Any = nn.Linear(8, 8)
+    engine = fabric.strategy.setup_module(layer)
+    engine(torch.ones(4, 8))  # no backward pass follows, so that the parameters stay gathered
+    assert fabric.strategy.setup_module(layer) is engine
+
+    layer = nn.Linear(8, 8)
     optimizer: Any = torch.optim.AdamW(layer.parameters())
     layer, optimizer = fabric.setup(layer, optimizer)
     fabric.backward(layer(torch.ones(4, 8)).sum())
