@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 
 from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.containers import leaves
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
 from treadle_fabric.strategies.unwrapping import inside, user_module
@@ -77,6 +78,8 @@ class ShardedEngine(Engine):
     _joined: str
     """The method whose pass other ranks run."""
     _replicated: ReplicatedGradients | None
+    _kept: list[Any]
+    """The sharded modules whose parameters stay gathered from a forward pass to its backward pass."""
 
     def __init__(self, module: Module) -> None:
         super().__init__()
@@ -86,7 +89,7 @@ class ShardedEngine(Engine):
         fields["synchronizes"] = True
         fields["_orders"], fields["_ran"] = {}, []
         fields["_trained"] = fields["_joined"] = "forward"
-        fields["_replicated"] = None
+        fields["_replicated"], fields["_kept"] = None, []
         fields["number"] = next(_made)
         fields["shards"] = self._has_parts()
         _engines[user_module(module)] = weakref.ref(self)
@@ -130,12 +133,21 @@ class ShardedEngine(Engine):
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
         self.__dict__["shards"] = self._has_parts()
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
+        self.__dict__["_kept"] = [each for each in self.sharded_modules() if each is self or _stays_gathered(each)]
+        self.refuse_second_order()
         note: Any = self._note
         if "torch._dynamo" in sys.modules:  # and the module may be compiled
             note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
         for module in self.sharded_modules():
             if module is not self:
                 module.register_forward_pre_hook(note, with_kwargs=True)
+
+    def refuse_second_order(self) -> None:
+        """Let no backward pass make a graph of itself, whose pass would read parameters that are freed by then."""
+        for module in self.sharded_modules():
+            state = module._get_fsdp_state()
+            if not isinstance(state._pre_backward, _FirstOrder):
+                state._pre_backward = _FirstOrder(state._pre_backward)
 
     def _has_parts(self) -> bool:
         return any(is_sharded_tensor(p) for p in self.module.parameters())
@@ -169,11 +181,11 @@ class ShardedEngine(Engine):
             loss.register_hook(self.root._get_fsdp_state()._pre_backward)  # type: ignore[no-untyped-call]
 
     def refresh(self) -> None:
-        """Gather the engine's own parameters anew at their next use, which is now if a method runs."""
-        if self.root is not None:
-            self.root.reshard()
-            if self.running:
-                self.root.unshard()
+        """Gather parameters anew at their next use, which is now for the engine's own if a method runs."""
+        for each in self._kept:
+            each.reshard()
+        if self._kept and self.running:
+            self.root.unshard()
 
     # Ranks that have nothing to run
 
@@ -283,7 +295,29 @@ def _(engine: ShardedEngine) -> Module:
     return engine.module
 
 
+class _FirstOrder:
+    """What torch does before a backward pass through a sharded module, which makes no graph."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __call__(self, gradient: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise MisconfigurationException(
+                "create_graph=True in a backward pass through a model whose parameters are sharded by fully_shard: the"
+                " gathered parameters are freed after that pass, and a gradient of its gradients, such as a gradient"
+                " penalty, would be computed with what is in that memory then. Keep this model whole: strategy='ddp'."
+            )
+        return self._inner(gradient)
+
+
+def _stays_gathered(module: Any) -> bool:
+    groups = module._get_fsdp_state()._fsdp_param_groups
+    return any(group.post_forward_mesh_info is None for group in groups)
+
+
 def _reshard_without_gradients(engine: Any, args: Any, output: Any) -> None:
-    """Free the engine's own parameters, which torch keeps for a backward pass, where none comes."""
+    """Free the parameters that torch keeps for a backward pass, where none comes."""
     if not torch.is_grad_enabled():
-        engine.reshard()
+        for each in engine._kept:
+            each.reshard()
