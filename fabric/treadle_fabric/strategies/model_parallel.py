@@ -274,6 +274,7 @@ class ModelParallelStrategy(ShardingStrategy):
         if data is not None and not sharded:
             return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
         engine = ShardedEngine(module)
+        engine.refuse_second_order()
         give_values(engine, self.precision, self.root_device, self.broadcast)
         place_gradients(own)
         return engine
