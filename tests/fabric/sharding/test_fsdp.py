@@ -224,6 +224,19 @@ def what_differs() -> None:
     assert torch.equal(loaded["exp_avg"].full_tensor(), state["state"][0]["exp_avg"])
     assert torch.equal(loaded["row"].to_local(), row)
 
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.scale = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    scaled: Any = fabric.setup(Scaled())
+    scaled.scale.requires_grad_(True)
+    fabric.backward(scaled(torch.full((4, 8), 1.0 + fabric.global_rank)).sum())
+    assert fabric.all_reduce(scaled.scale.grad.clone()) == scaled.scale.grad != 0
+
     scalar = nn.Parameter(torch.tensor(1.0))
     scalar.grad = torch.tensor(float(fabric.global_rank))
     replicated = ReplicatedGradients([scalar], [dist.group.WORLD], lambda: True)

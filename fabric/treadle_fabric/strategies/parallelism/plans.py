@@ -24,6 +24,7 @@ from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zero
+from treadle_fabric.strategies.sharding.replicated import after_each_gradient
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["STYLES", "apply_tensor_parallel", "check_plan", "place_gradients"]
@@ -469,8 +470,9 @@ def place_gradients(module: Module) -> None:
     from torch.distributed.tensor import DTensor  # heavy
 
     for parameter in module.parameters():
-        if isinstance(parameter, DTensor) and parameter.requires_grad and not parameter._post_accumulate_grad_hooks:
-            parameter.register_post_accumulate_grad_hook(_place)  # type: ignore[no-untyped-call]
+        hooks = parameter._post_accumulate_grad_hooks or {}
+        if isinstance(parameter, DTensor) and _place not in hooks.values():
+            after_each_gradient(parameter, _place)
 
 
 def _place(parameter: Any) -> None:

@@ -12,12 +12,22 @@ from torch.nn import Module, Parameter
 
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
 
-__all__ = ["ReplicatedGradients", "scalars_of"]
+__all__ = ["ReplicatedGradients", "after_each_gradient", "scalars_of"]
 
 
 def scalars_of(module: Module) -> set[Parameter]:
     """The parameters without dimensions: ``fully_shard`` cannot cut them."""
     return {p for p in module.parameters() if p.ndim == 0 and not is_sharded_tensor(p)}
+
+
+def after_each_gradient(parameter: Tensor, call: Callable[[Tensor], None]) -> None:
+    """Call a function with a parameter each time its gradient was added; a frozen one may be trained later."""
+    if not (parameter.is_floating_point() or parameter.is_complex()):
+        return  # never trained
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch takes no hook of others
+    parameter.register_post_accumulate_grad_hook(call)  # type: ignore[no-untyped-call]
+    parameter.requires_grad_(trained)
 
 
 class ReplicatedGradients:
@@ -37,7 +47,7 @@ class ReplicatedGradients:
         self.parameters, self._groups, self._synchronizes = list(parameters), list(groups), synchronizes
         self._queued = False
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._reached)  # type: ignore[no-untyped-call]
+            after_each_gradient(parameter, self._reached)
 
     def _reached(self, parameter: Tensor) -> None:
         if self._synchronizes() and not self._queued:
