@@ -16,6 +16,7 @@ from torch.nn import Module, Parameter
 
 from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.containers import leaves
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
 from treadle_fabric.strategies.unwrapping import inside, user_module
@@ -140,12 +141,13 @@ class ShardedEngine(Engine):
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
         self.__dict__["shards"] = self._has_parts()
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
-        note: Any = self._note
+        hooks: list[Any] = [self._note, _watch_output]
         if "torch._dynamo" in sys.modules:  # and the module may be compiled
-            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
+            hooks = [torch.compiler.disable(each) for each in hooks]  # type: ignore[no-untyped-call]
         for module in self.sharded_modules():
             if module is not self:
-                module.register_forward_pre_hook(note, with_kwargs=True)
+                module.register_forward_pre_hook(hooks[0], with_kwargs=True)
+                module.register_forward_hook(hooks[1])
 
     def _has_parts(self) -> bool:
         return any(is_sharded_tensor(p) for p in self.module.parameters())
@@ -331,6 +333,25 @@ def engine_around(module: Module) -> ShardedEngine | None:
 @inside.register
 def _(engine: ShardedEngine) -> Module:
     return engine.module
+
+
+def _watch_output(module: Any, args: Any, output: Any) -> None:
+    """Let the backward pass of a sharded submodule see whether it is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        found = (output,) if isinstance(output, Tensor) else leaves(output)
+        differentiable = next((t for t in found if isinstance(t, Tensor) and t.requires_grad), None)
+        if differentiable is not None:
+            differentiable.register_hook(_refuse_graph)  # type: ignore[no-untyped-call]
+
+
+def _refuse_graph(gradient: Tensor) -> None:
+    """Raise where a second derivative would read parameters that torch has freed, and end the process."""
+    if torch.is_grad_enabled():
+        raise MisconfigurationException(
+            "create_graph=True, for a gradient penalty for example, needs parameters after the backward pass, and those"
+            " of sharded submodules are freed then. Leave the submodules out of the policy: FSDPStrategy("
+            "policy=lambda module: False) gathers the parameters of the whole model at a time."
+        )
 
 
 def _reshard_without_gradients(engine: Any, args: Any, output: Any) -> None:
