@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.batches import map_tensors
+from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.checks import check_loss, is_several, one_or_several
 from treadle_fabric.coordination import as_tensors, check_alike, patient_barrier
 from treadle_fabric.data.resumable import wrap_loader
@@ -370,6 +371,8 @@ class Fabric:
 
     def _prepare(self, module: Module, move_to_device: bool) -> Module:
         gather_metrics(self._strategy, module)
+        if not self._strategy.shards_parameters:
+            self._refuse_sharded(module)
         module = self._strategy.precision.convert_module(module)
         if any(each.is_meta for each in module.parameters()):
             if not self._strategy.initializes_on_meta:
@@ -384,6 +387,15 @@ class Fabric:
         elif move_to_device:
             self._strategy.module_to_device(module)
         return module
+
+    def _refuse_sharded(self, module: Module) -> None:
+        """Raise where an earlier strategy has left this process a part of the module."""
+        if any(is_sharded_tensor(each) for each in module.parameters()):
+            raise MisconfigurationException(
+                f"The parameters of {type(user_module(module)).__name__} are shared out over processes, as a strategy "
+                f"such as FSDPStrategy left them, and {type(self._strategy).__name__} needs all of them in each "
+                "process. Make the module anew and load a checkpoint into it, or go on with the strategy that it had."
+            )
 
     def _wrap_module(self, engine: Module, module: Module) -> FabricModule:
         self._strategy.precision.guard_module(module)

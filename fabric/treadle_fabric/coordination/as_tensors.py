@@ -29,7 +29,7 @@ def as_tensors(
     """Make tensors of the numbers and arrays in a value.
 
     Args:
-        data: Tensors, numbers of Python and NumPy, and arrays, in any containers.
+        data: Tensors, numbers of Python and NumPy, and arrays, in any containers. A DTensor is made whole.
         device: Where the new tensors are; a tensor stays where it is.
         method: What is called, for an error.
         reduction: Where everything must be a number, gets each dtype, and raises a MisconfigurationException where
@@ -102,7 +102,7 @@ def _refuses(convert: Callable[[Any], Any], leaf: Any) -> bool:
     return False
 
 
-def _exchanged(tensor: Tensor) -> Tensor:
+def _exchanged(tensor: Any) -> Tensor:
     if tensor.is_meta:
         raise _RefusedError("is on the meta device, and has no values")
     if tensor.is_nested or tensor.layout is not torch.strided:
@@ -112,7 +112,10 @@ def _exchanged(tensor: Tensor) -> Tensor:
         raise _RefusedError("is quantized: pass its dequantize()")
     if type(tensor).__name__ == "MaskedTensor":
         raise _RefusedError("has a mask, which ranks do not exchange: pass its to_tensor(value)")
-    return tensor.resolve_conj().resolve_neg()
+    if hasattr(tensor, "full_tensor"):  # a DTensor, such as the norm of a parameter: its ranks have the whole together
+        tensor = tensor.full_tensor()
+    exchanged: Tensor = tensor.resolve_conj().resolve_neg()
+    return exchanged
 
 
 def _tensor_of(value: Any, device: torch.device) -> Tensor | None:

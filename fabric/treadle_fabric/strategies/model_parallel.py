@@ -198,7 +198,7 @@ class ModelParallelStrategy(ShardingStrategy):
         return sizes["sequence_parallel"] * sizes["tensor_parallel"]
 
     @property
-    def pipeline_stages(self) -> int:
+    def pipeline_stages(self) -> int:  # type: ignore[override]
         return self.sizes["pipeline_parallel"]
 
     @property

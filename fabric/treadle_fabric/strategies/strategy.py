@@ -71,6 +71,8 @@ class Strategy(ABC):
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
+    pipeline_stages: int = 1
+    """Number of parts of the model, each with as many neighbouring processes, that a share of a batch goes through."""
     runs_whole_batch: bool = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
     its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
@@ -382,6 +384,9 @@ class Strategy(ABC):
     def after_inner_backward(self) -> None:
         """Called after a backward pass that :meth:`expect_backward` announced. Default: do nothing."""
 
+    def after_trainable_change(self) -> None:
+        """Called when parameters of an optimizer were frozen or unfrozen, perhaps in a method that runs."""
+
     def release_gathered(self) -> None:
         """Free what is gathered of parameters, before parts are read or changed. Default: nothing is gathered."""
 
@@ -392,11 +397,10 @@ class Strategy(ABC):
         """
 
     def join_forward(self, module: Module, method: str = "forward") -> None:
-        """Take part in a forward pass that other processes make now. Default: they need no others.
+        """Take part in a forward pass, of the user's ``method``, that others make now. Default: they need no others.
 
         Args:
             module: The engine; this process may have run no pass before.
-            method: The method of the user's module that the pass runs.
         """
 
     def finish_forward(self, module: Module, method: str) -> None:

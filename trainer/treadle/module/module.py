@@ -342,11 +342,13 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
         for p in others:
             p.requires_grad_(False)
+        self.trainer.strategy.after_trainable_change()
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Put back what :meth:`toggle_optimizer` changed."""
         for p, required in self._toggled.pop(_identity(optimizer), []):
             p.requires_grad_(required)
+        self.trainer.strategy.after_trainable_change()
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:

@@ -836,7 +836,23 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ for modules
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """Return a context in which new modules are on the device and in the precision of this trainer."""
+        """Return a context in which new modules are on the device and in the precision of this trainer.
+
+        Processes that are to be started are started now. For large models, :meth:`LightningModule.configure_model` is
+        the place that works with every strategy.
+
+        Args:
+            empty_init: Leave the weights uninitialized, for a checkpoint that is loaded next. Default: False.
+
+        Raises:
+            MisconfigurationException: The strategy starts its processes for a stage only.
+        """
+        if self.strategy.launches_function:
+            raise MisconfigurationException(
+                f"trainer.init_module: {type(self.strategy).__name__} starts its processes in `fit`, and only there it "
+                "is known which device the module is for. Build the module's layers in its `configure_model`."
+            )
+        self.fabric.launch()
         return self.fabric.init_module(empty_init=empty_init)
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -43,6 +43,10 @@ class Engine(Module, ABC):
         """Use no parameters that were gathered before."""
 
     @abstractmethod
+    def keep_trainable(self) -> None:
+        """Take over, while a method runs, which parameters were frozen or unfrozen in it."""
+
+    @abstractmethod
     def join_forward(self, method: str) -> None:
         """Take part, with no batch, in the forward pass without gradients in which other ranks run a method."""
 
@@ -78,8 +82,8 @@ class ShardedEngine(Engine):
     _joined: str
     """The method whose pass other ranks run."""
     _replicated: ReplicatedGradients | None
-    _kept: list[Any]
-    """The sharded modules whose parameters stay gathered from a forward pass to its backward pass."""
+    _trainable: list[tuple[Any, bool]]
+    """The engine's own parameters, and whether they required gradients when they were gathered."""
 
     def __init__(self, module: Module) -> None:
         super().__init__()
@@ -89,7 +93,8 @@ class ShardedEngine(Engine):
         fields["synchronizes"] = True
         fields["_orders"], fields["_ran"] = {}, []
         fields["_trained"] = fields["_joined"] = "forward"
-        fields["_replicated"], fields["_kept"] = None, []
+        fields["_replicated"] = None
+        fields["_trainable"] = []
         fields["number"] = next(_made)
         fields["shards"] = self._has_parts()
         _engines[user_module(module)] = weakref.ref(self)
@@ -105,12 +110,15 @@ class ShardedEngine(Engine):
             name, fields["_ran"] = getattr(run, "__name__", "forward"), []
             if grad:
                 fields["_trained"] = name
+                fields["_trainable"] = [(each, each.sharded_param.requires_grad) for each in self._own_parameters()]
             output = run(*args, **kwargs)
             if len(self._ran) > len(self._orders.get((name, grad), ())):
                 self._orders[name, grad] = self._ran
             return output
         finally:
             fields["running"] = False
+            if grad:
+                self.keep_trainable()
 
     def synchronize(self, enabled: bool) -> None:
         """Say whether the next backward passes reduce gradients over the ranks."""
@@ -121,7 +129,7 @@ class ShardedEngine(Engine):
     def forget_gradients(self) -> None:
         """Drop what backward passes left that did not reduce gradients, of a run that has ended: no zero_grad does."""
         for module in self.sharded_modules():
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in _groups(module):
                 for each in group.fsdp_params:
                     each.unsharded_accumulated_grad = None
 
@@ -133,7 +141,6 @@ class ShardedEngine(Engine):
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
         self.__dict__["shards"] = self._has_parts()
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
-        self.__dict__["_kept"] = [each for each in self.sharded_modules() if each is self or _stays_gathered(each)]
         self.refuse_second_order()
         note: Any = self._note
         if "torch._dynamo" in sys.modules:  # and the module may be compiled
@@ -168,7 +175,7 @@ class ShardedEngine(Engine):
 
     def trained(self) -> list[Any]:
         """The parameters of this rank that require gradients: its parts, and those that it has whole."""
-        groups = [group for m in self.sharded_modules() for group in m._get_fsdp_state()._fsdp_param_groups]
+        groups = [group for m in self.sharded_modules() for group in _groups(m)]
         parts = [each.sharded_param for group in groups for each in group.fsdp_params]
         whole = self._replicated.parameters if self._replicated is not None else []
         return [p for p in (*parts, *whole) if p.requires_grad]
@@ -182,10 +189,42 @@ class ShardedEngine(Engine):
 
     def refresh(self) -> None:
         """Gather parameters anew at their next use, which is now for the engine's own if a method runs."""
-        for each in self._kept:
-            each.reshard()
-        if self._kept and self.running:
+        self.keep_trainable()
+        self.free()
+        if self.running and self.root is not None:
             self.root.unshard()
+
+    def free(self) -> None:
+        """Free all gathered parameters, those too that torch keeps for a backward pass."""
+        for module in self.sharded_modules():
+            if module is not self:
+                module.reshard()
+                continue
+            for group in _groups(module):
+                with group.use_training_state(type(group._training_state).IDLE):  # while it runs, torch keeps them
+                    group.reshard()
+
+    def keep_trainable(self) -> None:
+        """Let the engine's own parameters and their parts require gradients alike.
+
+        While a method runs, the module shows gathered parameters, and the optimizer has the parts: either may have been
+        frozen or unfrozen since they were gathered.
+        """
+        for index, (each, before) in enumerate(self._trainable):
+            part, whole = each.sharded_param, each.unsharded_param
+            if part.requires_grad != before:
+                whole.requires_grad_(part.requires_grad)
+            elif whole.requires_grad != before:
+                part.requires_grad_(whole.requires_grad)
+            else:
+                continue
+            self._trainable[index] = (each, part.requires_grad)
+        if not self.running:
+            self._trainable.clear()
+
+    def _own_parameters(self) -> Iterator[Any]:
+        """What torch keeps of each parameter that belongs to none of the sharded submodules."""
+        return (each for group in _groups(self) for each in group.fsdp_params) if self.root is not None else iter(())
 
     # Ranks that have nothing to run
 
@@ -238,7 +277,7 @@ class ShardedEngine(Engine):
             state = module._get_fsdp_state()
             if module is not self:
                 state._pre_backward(gradient)
-            for group in state._fsdp_param_groups:
+            for group in _groups(module):
                 for each in group.fsdp_params:
                     whole = each.unsharded_param
                     if whole.requires_grad and whole.grad is None:
@@ -266,6 +305,14 @@ def _pass_through(module: Any) -> None:
     state = module._get_fsdp_state()
     state._pre_forward(module, (), {})
     state._post_forward(module, (), None)
+
+
+def _groups(module: Any) -> Any:
+    """The groups of parameters that torch gathers together for a sharded module."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # earlier torch has one at most
 
 
 def engine_around(module: Module) -> ShardedEngine | None:
@@ -311,13 +358,7 @@ class _FirstOrder:
         return self._inner(gradient)
 
 
-def _stays_gathered(module: Any) -> bool:
-    groups = module._get_fsdp_state()._fsdp_param_groups
-    return any(group.post_forward_mesh_info is None for group in groups)
-
-
 def _reshard_without_gradients(engine: Any, args: Any, output: Any) -> None:
     """Free the parameters that torch keeps for a backward pass, where none comes."""
     if not torch.is_grad_enabled():
-        for each in engine._kept:
-            each.reshard()
+        engine.free()

@@ -109,6 +109,11 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
             if engine.running:
                 engine.refresh()
 
+    def after_trainable_change(self) -> None:
+        for engine in self._alive():
+            if engine.running:
+                engine.keep_trainable()
+
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let no engine use gathered parameters that were gathered before the step."""
         for engine in self._alive():

@@ -187,6 +187,10 @@ class PipelineEngine(Engine):
         for engine in self._sharded:
             engine.refresh()
 
+    def keep_trainable(self) -> None:
+        for engine in self._sharded:
+            engine.keep_trainable()
+
     def join_forward(self, method: str) -> None:
         """Run the last batch again, and make nothing of it.
 
