@@ -352,7 +352,7 @@ class ModelParallelStrategy(ShardingStrategy):
                 )
 
     def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
-        return explain_mixed(error, engine, self.sizes["tensor_parallel"])
+        return explain_mixed(error, engine or next(iter(self._alive()), None), self.sizes["tensor_parallel"])
 
     def _data_mesh(self, mesh: Any) -> Any:
         """The mesh over which parameters are sharded and gradients averaged; None where there is one process only."""
