@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import random
 import signal
+import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -33,13 +35,18 @@ KEPT = ("resource_tracker", "forkserver", "moto.server")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs hardware that is not there, or Ray or an S3 server, which have environments of their own."""
+    """Skip what needs hardware that is not there, or Ray or an S3 server, which have environments of their own.
+
+    ``TREADLE_GPU_TESTS_ON=cpu`` runs ``tests/gpu`` on the CPU.
+    """
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
         "ray": "" if find_spec("ray") else "Ray is not installed; `make test-ray` installs it",
         "remote": "" if find_spec("moto") and find_spec("s3fs") else "no S3 server here; `make test-remote` has one",
     }
     for item in items:
+        if os.environ.get("TREADLE_GPU_TESTS_ON") == "cpu" and item.path.parent.name == "gpu":
+            continue
         for name, reason in missing.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
@@ -136,3 +143,28 @@ def _children() -> list[tuple[psutil.Process, str]]:
         except psutil.NoSuchProcess:
             continue
     return found
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that is marked ``apart`` in a fork; its error is printed there, and fails the test."""
+    if pyfuncitem.get_closest_marker("apart") is None or pyfuncitem.get_closest_marker("gpu") is not None:
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    with tempfile.TemporaryFile("w+") as said:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                pyfuncitem.obj(**arguments)
+                status = 0
+            except BaseException:
+                traceback.print_exc(file=said)
+                said.flush()
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        said.seek(0)
+        if status:
+            pytest.fail(f"status {os.waitstatus_to_exitcode(status)}:\n{said.read()}", pytrace=False)
+    return True

@@ -17,15 +17,19 @@ __all__ = ["LAYOUTS", "Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """A strategy on a number of processes."""
+    """A strategy on a number of processes.
+
+    Args:
+        name: Its name.
+        processes: The number of processes.
+        strategy: Makes it.
+        passes: Forward passes of a batch: the micro-batches of a pipeline.
+    """
 
     name: str
     processes: int
     strategy: Callable[[], Any]
-
-    def counts(self, name: str) -> bool:
-        """Whether a tensor is comparable: no forward pass of the whole model counts the steps of a pipeline."""
-        return not (name == "steps" and self.name.startswith("pipeline"))
+    passes: int = 1
 
 
 def share_blocks_out(model: nn.Module, mesh: Any) -> nn.Module:
@@ -39,15 +43,21 @@ def tensor_parallel(**sizes: Any) -> Callable[[], Any]:
     return lambda: ModelParallelStrategy(share_blocks_out, tensor_parallel_size=2, **sizes)
 
 
+def sequence(**sizes: Any) -> Callable[[], Any]:
+    sizes = {"data_parallel_size": 1, "tensor_parallel_size": 1, **sizes}
+    return lambda: ModelParallelStrategy(sequence_parallel_size=2, **sizes)
+
+
+def pipeline(**arguments: Any) -> Callable[[], Any]:
+    arguments = {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_microbatches": PARTS, **arguments}
+    return lambda: ModelParallelStrategy(pipeline_parallel_size=2, **arguments)
+
+
 def fsdp(**arguments: Any) -> Callable[[], Any]:
     return lambda: FSDPStrategy(**arguments)
 
 
-def pipeline(schedule: Any = "1f1b", **sizes: Any) -> Callable[[], Any]:
-    sizes = {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_parallel_size": 2, **sizes}
-    return lambda: ModelParallelStrategy(pipeline_schedule=schedule, pipeline_microbatches=2, **sizes)
-
-
+PARTS = 2
 HYBRID = {"sharding_strategy": "HYBRID_SHARD", "device_mesh": (2, 2)}
 LAYOUTS = [
     Layout("single", 1, lambda: "auto"),
@@ -62,13 +72,18 @@ LAYOUTS = [
     Layout("fsdp2_offload", 2, lambda: "fsdp_cpu_offload"),
     Layout("fsdp2_full", 2, fsdp(state_dict_type="full")),
     Layout("tensor2", 2, tensor_parallel(data_parallel_size=1)),
-    Layout("pipeline2", 2, pipeline()),
-    Layout("pipeline2_interleaved", 2, pipeline("interleaved", save_distributed_checkpoint=False)),
+    Layout("sequence2", 2, sequence()),
+    Layout("pipeline2", 2, pipeline(), PARTS),
+    Layout(
+        "pipeline2_interleaved", 2, pipeline(pipeline_schedule="interleaved", save_distributed_checkpoint=False), PARTS
+    ),
     Layout("ddp4", 4, lambda: "ddp"),
     Layout("fsdp4", 4, fsdp()),
     Layout("hybrid4", 4, fsdp(policy={Block}, **HYBRID)),
     Layout("tensor2_fsdp2", 4, tensor_parallel(data_parallel_size=2, policy={Block})),
     Layout("tensor2_replicate2", 4, tensor_parallel(data_replicate_size=2)),
-    Layout("pipeline2_fsdp2", 4, pipeline(data_parallel_size=2)),
+    Layout("sequence2_fsdp2", 4, sequence(data_parallel_size=2, policy={Block})),
+    Layout("sequence2_tensor2", 4, tensor_parallel(data_parallel_size=1, sequence_parallel_size=2)),
+    Layout("pipeline2_fsdp2", 4, pipeline(data_parallel_size=2), PARTS),
     Layout("fsdp3", 3, fsdp()),
 ]

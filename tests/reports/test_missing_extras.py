@@ -89,6 +89,7 @@ USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("cli", ("jsonargparse",), lambda: instantiate_module(Net, {})),
     ("export", ("onnx",), lambda: Net().to_onnx("x.onnx", torch.zeros(1, 4))),
     ("export", ("onnxscript",), lambda: Net().to_onnx("x.onnx", torch.zeros(1, 4))),
+    ("s3", ("s3fs",), lambda: TorchCheckpointIO().load_checkpoint("s3://bucket/x.ckpt")),
     ("wandb", ("wandb",), WandbLogger),
     ("mlflow", ("mlflow",), MLFlowLogger),
     ("comet", ("comet_ml",), CometLogger),

@@ -29,7 +29,7 @@ from treadle.numbers.host_copy import HostCopy
 from treadle.numbers.losses import WeightedLosses, _power_of_two
 from treadle_fabric import DDPStrategy, Fabric, MisconfigurationException, MixedPrecision, move_data_to_device
 from treadle_fabric.loggers import TensorBoardLogger
-from treadle_fabric.strategies import ddp_engine
+from treadle_fabric.strategies.data_parallel import ddp_engine
 
 STEPS = 200
 AUTOCAST = "ignore:.*autocasts nothing"  # torch's own needs the real type of the device, which is that of the CPU
@@ -314,12 +314,13 @@ def test_ddp_leaves_inputs_on_a_gpu_as_they_are(monkeypatch: pytest.MonkeyPatch)
 
     def wrap(module: nn.Module, **arguments: Any) -> nn.Module:
         seen.update(arguments)
+        module.static_graph = False
         return module
 
     monkeypatch.setattr(ddp_engine, "DistributedDataParallel", wrap)
     monkeypatch.setattr(DDPStrategy, "_check_later", lambda *_: None)
     monkeypatch.setattr(DDPStrategy, "root_device", torch.device("cuda", 1))
-    DDPStrategy(find_unused_parameters=True).setup_module(nn.Linear(2, 2))
+    DDPStrategy(parallel_devices=[torch.device("cuda", 1)], find_unused_parameters=True).setup_module(nn.Linear(2, 2))
     assert seen == {"find_unused_parameters": True}
 
 

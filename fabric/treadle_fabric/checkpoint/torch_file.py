@@ -31,6 +31,7 @@ from treadle_fabric.checkpoint.folder.remote import put, refuse_foreign_remote, 
 from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.host.mapping import active_maps, mappable
 from treadle_fabric.checkpoint.seal import seal
+from treadle_fabric.checks import require_package
 from treadle_fabric.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -64,6 +65,7 @@ def file_system(path: PathLike, storage_options: Any | None = None) -> tuple[Any
         import fsspec  # heavy, and only for such paths
         from fsspec.implementations.local import LocalFileSystem
 
+        _require_client(text)
         fs, where = fsspec.url_to_fs(text, **(storage_options or {}))
         if not isinstance(fs, LocalFileSystem):
             return fs, where
@@ -80,7 +82,13 @@ def get_filesystem(path: PathLike, **kwargs: Any) -> Any:
     """The fsspec file system of a local path or a URL; ``kwargs`` are the options of its constructor."""
     import fsspec  # heavy
 
+    _require_client(os.fspath(path))
     return fsspec.url_to_fs(os.fspath(path), **kwargs)[0]
+
+
+def _require_client(path: str) -> None:
+    if path.startswith(("s3://", "s3a://")):
+        require_package("s3fs", f"The path {path!r}", "s3")
 
 
 # --- saving ---

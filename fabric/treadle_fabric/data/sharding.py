@@ -157,12 +157,14 @@ def one_of_each(parts: Sequence[T], shares: Sequence[int] | None = None) -> list
     """The state of one rank for each share of the samples, in the order of the shares.
 
     Args:
-        parts: The states of all ranks, which are copies where the share is the same.
+        parts: The states of all ranks, which are copies where the share is the same. But metrics of a pipeline are
+            where the last stage is: of each share the last rank's state is taken.
         shares: The share of each rank. Default: each rank has one of its own.
     """
     if shares is None:
         return list(parts)
-    return [parts[shares.index(share)] for share in sorted(set(shares))]
+    last = {share: rank for rank, share in enumerate(shares)}
+    return [parts[last[share]] for share in sorted(last)]
 
 
 def is_shared(loader: Any) -> bool:

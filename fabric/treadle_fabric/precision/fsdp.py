@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from treadle_fabric.precision.autocast import MixedPrecision
+from treadle_fabric.precision.names import canonical_precision, make_precision
 from treadle_fabric.precision.precision import Precision
 
 __all__ = ["FSDPPrecision"]
@@ -26,8 +28,6 @@ class FSDPPrecision(Precision):
     """
 
     def __new__(cls, precision: str, scaler: Any | None = None) -> Any:
-        from treadle_fabric.precision import MixedPrecision, canonical_precision, make_precision  # which imports this
-
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if scaler is None:
             return make_precision(precision, device)

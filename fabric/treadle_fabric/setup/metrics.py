@@ -133,7 +133,8 @@ class _Part(NamedTuple):
     untouched: bool
     """Whether the states are as after a reset."""
     share: int
-    """Which share of the samples the rank has; ranks that work together on one have the same states."""
+    """Which share of the samples, or slice of that, the rank has. Of ranks that work together on one, those of the last
+    stage of a pipeline have the most updates; elsewhere all have the same states."""
 
 
 def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_group: Any = None) -> None:
@@ -143,7 +144,7 @@ def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_g
         return
     states, updates = {name: getattr(metric, name) for name in reductions}, int(getattr(metric, "_update_count", 0))
     mine = _Part(states, updates, updates == 0 and all(_is_default(metric, *each) for each in states.items()), 0)
-    mine = mine._replace(share=strategy.data_parallel_rank)
+    mine = mine._replace(share=strategy.data_parallel_rank * strategy.num_slices + strategy.slice_index)
     sent = mine._replace(states=map_tensors(dict(states), _to_send))
     group = process_group or metric.process_group
     if group is None:
@@ -153,7 +154,9 @@ def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_g
         parts = [sent] * dist.get_world_size(group)
         dist.all_gather_object(parts, sent, group=group)
     parts = [mine if i == rank else _on_device_of(metric, mine, part) for i, part in enumerate(parts)]
-    by_share = {part.share: part for part in reversed(parts)}
+    by_share: dict[int, _Part] = {}
+    for part in sorted(parts, key=lambda part: -part.updates):
+        by_share.setdefault(part.share, part)
     parts = [by_share[share] for share in sorted(by_share)]
     if all(part.untouched for part in parts):
         rank_zero_warn(f"{type(metric).__name__} is computed, and no rank has updated it: its states are empty.")

@@ -108,6 +108,12 @@ class FabricModule(Module):
     def __reduce__(self) -> Any:
         # functions made for one engine must not be copied along with another
         parts = self.__parts
+        if any(hasattr(each, "_get_fsdp_state") for each in parts.engine.modules()) or parts.strategy.runs_whole_batch:
+            raise MisconfigurationException(
+                f"{type(parts.module).__name__} cannot be copied or pickled: this rank has a part of it. Write it with"
+                " fabric.save; make copies before setup; for an average of its weights, copy its parameters,"
+                " {name: p.detach().clone() for name, p in model.named_parameters()}."
+            )
         return _rewrap, (parts.engine, parts.strategy, parts.called, sorted(parts.marked))
 
     def __getattr__(self, name: str) -> Any:

@@ -198,7 +198,7 @@ class ModelParallelStrategy(ShardingStrategy):
         return sizes["sequence_parallel"] * sizes["tensor_parallel"]
 
     @property
-    def pipeline_stages(self) -> int:
+    def pipeline_stages(self) -> int:  # type: ignore[override]
         return self.sizes["pipeline_parallel"]
 
     @property
@@ -275,6 +275,7 @@ class ModelParallelStrategy(ShardingStrategy):
         if data is not None and not sharded:
             return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
         engine = ShardedEngine(module)
+        engine.refuse_second_order()
         give_values(engine, self.precision, self.root_device, self.broadcast)
         place_gradients(own)
         return engine

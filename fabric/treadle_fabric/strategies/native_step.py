@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.batches import move_data_to_device
+from treadle_fabric.checkpoint import placed_like
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision, needs_closure
 from treadle_fabric.strategies.sharding.norms import clip_norm, clip_value, unscale
@@ -19,6 +21,8 @@ from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import user_module
 
 __all__ = ["NativeStepStrategy", "replace_parameters"]
+
+_NO_SHARDED_FORM: Final = re.compile(r"(?:Sharding propagation failed for (?:Op\(op=)?|Operator )(aten[\w.]+)")
 
 
 class NativeStepStrategy(Strategy):
@@ -86,7 +90,17 @@ class NativeStepStrategy(Strategy):
 
     def optimizer_step(self, optimizer: Optimizer, **kwargs: Any) -> Any:
         self.before_optimizer_step(optimizer)
-        result = (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
+        try:
+            result = (self._precision or self.precision).optimizer_step(optimizer, **kwargs)
+        except RuntimeError as error:
+            if (found := _NO_SHARDED_FORM.search(str(error))) is None or not self.shards_parameters:
+                raise
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} cannot step sharded parameters: it uses {found[1]}, which torch cannot "
+                "run on them (DTensors). Take an optimizer that treats each number of a parameter by itself, such as "
+                "AdamW or SGD, with foreach=False if it has that; or a strategy that keeps parameters whole, such as "
+                "'ddp'."
+            ) from error
         self.after_optimizer_step(optimizer)
         return result
 
@@ -138,13 +152,30 @@ def replace_parameters(
     if not new:
         return
     for optimizer in optimizers:
-        if any(id(p) in new for p in optimizer.state):
+        states = {p: state for p, state in optimizer.state.items() if id(p) in new}
+        if any(map(_has_stepped, states.values())):
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} has stepped before the module was set up, and its state is that of whole "
                 "parameters. Set up before the first step; a checkpoint is loaded after."
             )
-        for group in optimizer.param_groups:
-            group["params"] = [new.get(id(p), p) for p in group["params"]]
+        for p, state in states.items():  # that the constructor made
+            now = new[id(p)]
+            whole = {name for name, v in state.items() if isinstance(v, Tensor) and v.shape == now.shape and v.ndim}
+            if any(state[name].is_meta for name in whole) and not now.is_meta:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} was made for parameters on the meta device, and has a state without "
+                    "values there: set up the module first, and make the optimizer after."
+                )
+            del optimizer.state[p]
+            optimizer.state[now] = {n: placed_like(v, now) if n in whole else v for n, v in state.items()}
+        for group in optimizer.param_groups:  # in the list itself, which some optimizers have under another name, too
+            group["params"][:] = [new.get(id(p), p) for p in group["params"]]
+
+
+def _has_stepped(state: Any) -> bool:
+    """Whether the state of a parameter is more than what the optimizer's constructor made of it."""
+    step = state.get("step") if isinstance(state, Mapping) else None
+    return step is None or bool(step)
 
 
 def _device_of_counter(step: Tensor, parameter: Tensor, group: dict[str, Any]) -> torch.device:

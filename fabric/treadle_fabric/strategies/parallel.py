@@ -175,11 +175,6 @@ class ParallelStrategy(Strategy):
         return 1
 
     @property
-    def pipeline_stages(self) -> int:
-        """Number of parts of the model, each with its processes, that a share of a batch goes through."""
-        return 1
-
-    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         shares = self.world_size // (self.ranks_a_share * self.pipeline_stages)
         return {"num_replicas": shares, "rank": self.global_rank // self.ranks_a_share % shares}

@@ -6,6 +6,8 @@ Tests of ``treadle_fabric.precision.bitsandbytes``, ``treadle_fabric.precision.q
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import pickle
 import warnings
 from pathlib import Path
@@ -21,9 +23,12 @@ import treadle as L
 from treadle_fabric import DeviceUnavailableError, Fabric, MisconfigurationException
 from treadle_fabric.plugins import BitsandbytesPrecision
 
-with warnings.catch_warnings():  # torch's own
-    warnings.simplefilter("ignore", DeprecationWarning)
-    bnb = pytest.importorskip("bitsandbytes")
+# Each test in a process of its own: bitsandbytes has optimizers with the names of torch's, which a command line in this
+# process could not tell apart.
+pytestmark = [
+    pytest.mark.apart,
+    pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
+]
 
 MODES: dict[Any, tuple[torch.dtype, float]] = {  # the type of what is kept, and the largest error of an output
     "nf4": (torch.uint8, 0.25),
@@ -56,6 +61,12 @@ class Model(nn.Module):
         return out
 
 
+def bitsandbytes_layers() -> Any:
+    with warnings.catch_warnings():  # torch's own
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return importlib.import_module("bitsandbytes").nn
+
+
 def fabric(mode: Any, **kwargs: Any) -> Fabric:
     return Fabric(accelerator="cpu", devices=1, plugins=BitsandbytesPrecision(mode, **kwargs))
 
@@ -79,7 +90,7 @@ def test_layers_are_quantized_and_their_states_come_back(
         f"2 of 5 linear layers are quantized ({mode}), and their weights are not trained. The others stay in {half}: "
         "'adapter.0' (ignored), 'adapter.1' (ignored), 'head' (shares its weight with another layer)."
     )
-    kinds = bnb.nn.Linear8bitLt if mode.startswith("int8") else bnb.nn.Linear4bit
+    kinds = bitsandbytes_layers().Linear8bitLt if mode.startswith("int8") else bitsandbytes_layers().Linear4bit
     assert isinstance(own.up, kinds) and isinstance(own.down, kinds)
     assert own.up.weight.dtype == kept and not own.up.weight.requires_grad
     assert own.head.weight is own.embed.weight and own.norm.weight.dtype == getattr(torch, half)
@@ -147,7 +158,11 @@ def test_int8_training_needs_a_gpu_and_trains_the_weights() -> None:
     own = Model()
     own.down.requires_grad_(False)
     own = precision.convert_module(own)
-    assert isinstance(own.up, bnb.nn.Linear8bitLt) and own.up.weight.requires_grad and own.up.bias.requires_grad
+    assert (
+        isinstance(own.up, bitsandbytes_layers().Linear8bitLt)
+        and own.up.weight.requires_grad
+        and own.up.bias.requires_grad
+    )
     assert own.up.weight.dtype == torch.float16 and not own.down.weight.requires_grad
     own.load_state_dict(Model().state_dict())
 
@@ -170,7 +185,7 @@ def test_new_modules_are_in_the_hosts_memory() -> None:
     with run.init_module(empty_init=True):
         model = nn.Linear(64, 8)
     made = run.setup_module(model).module
-    assert isinstance(made, bnb.nn.Linear4bit) and made.weight.dtype == torch.uint8
+    assert isinstance(made, bitsandbytes_layers().Linear4bit) and made.weight.dtype == torch.uint8
 
 
 class Module(L.LightningModule):

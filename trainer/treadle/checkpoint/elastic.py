@@ -16,27 +16,28 @@ from treadle.metrics.reduction import REDUCTIONS
 from treadle_fabric import rank_zero_warn
 from treadle_fabric.randomness import rng_states_of
 
-__all__ = ["part_of_rank", "without_sums"]
+__all__ = ["in_slices", "part_of_rank", "without_sums"]
 
 _MERGEABLE: Final = ("dim_zero_sum", "dim_zero_max", "dim_zero_min")  # other ranks' initial values change nothing
 
 
 def part_of_rank(
-    ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any]
+    ranks: Sequence[dict[str, Any]], rank: int, world_size: int, metrics: Mapping[str, Any], slices: int = 1
 ) -> dict[str, Any]:
-    """The part with which one of ``world_size`` ranks continues a run that had ``len(ranks)`` ranks.
+    """The part with which one of ``world_size`` ranks continues a run that had other ranks.
 
     Rank 0 takes what all ranks had logged and accumulated; the other ranks begin with nothing. A rank that existed
     before keeps its random state, a new rank gets a random state of its own.
 
     Args:
-        ranks: the parts of the ranks that saved.
+        ranks: the parts of the ranks that saved; of each share as many as it had slices.
         rank: the new rank.
         world_size: the number of ranks now.
         metrics: the module's torchmetrics objects by path.
+        slices: the number of slices of a share.
     """
     first = ranks[0]
-    mine = {**first, "rng": rng_states_of([part["rng"] for part in ranks], rank)}
+    mine = {**first, "rng": rng_states_of([part["rng"] for part in ranks[::slices]], rank)}
     slots = _merged_slots(ranks)
     mine["results"] = {**first["results"], "slots": slots if rank == 0 else _emptied(slots)}
     mine["metric_objects"] = {
@@ -50,12 +51,38 @@ def part_of_rank(
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
     # without weights each rank's gradient counts 1 / ranks in the mean that a backward pass makes over them
     weights = [part.get("weights", {}) for part in ranks]
-    factor = 1.0 if weights[0] else world_size / len(ranks)
+    factor = 1.0 if weights[0] else world_size * slices / len(ranks)
     mine["gradients"] = {name: g * factor for name, g in gradients.items()}
     if weights[0]:
         sums = {key: sum(part[key] for part in weights) if rank == 0 else 0 for key in ("total", "count")}
         mine["weights"] = {**weights[0], **sums}
     return mine
+
+
+def in_slices(part: dict[str, Any], before: int, now: int, index: int) -> dict[str, Any]:
+    """A share's part, for one of the slices of it; the first one takes over what was logged and accumulated.
+
+    Args:
+        part: the part, which :func:`part_of_rank` returned.
+        before: the number of slices whose samples were counted in the weights of means: each counts all of them.
+        now: the number of slices.
+        index: which of them the part is for.
+    """
+    results, weights, factor = part["results"], part.get("weights", {}), now / before
+    if index:
+        slots = _emptied(results["slots"])
+        part = {**part, "metric_objects": {n: _merged_metric(n, None, []) for n in part["metric_objects"]}}
+        part = {**part, "weights": {**weights, "total": 0, "count": 0} if weights else weights}
+    else:
+        slots = [_weighing(entry, factor) if _reduction(entry) == "mean" else entry for entry in results["slots"]]
+    return {**part, "results": {**results, "slots": slots}}
+
+
+def _weighing(entry: dict[str, Any], factor: float) -> dict[str, Any]:
+    """A mean of which each value weighs so many times what it did."""
+    total = entry["total"]
+    scaled = {"weight": entry["weight"] * factor, "weights": [weight * factor for weight in entry["weights"]]}
+    return {**entry, **scaled, "total": None if total is None else total * factor}
 
 
 def without_sums(part: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from treadle.checkpoint.elastic import part_of_rank, without_sums
+from treadle.checkpoint.elastic import in_slices, part_of_rank, without_sums
 from treadle.checkpoint.loggers import logger_states
 from treadle.data.training import TrainingData
 from treadle.run.accumulation import Accumulation, Place, decide
@@ -97,6 +97,10 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         mine["engine"] = fabric.strategy.engine_state()
     if fabric.strategy.data_parallel_size < fabric.world_size:
         shared["shares"] = shares_of_ranks(fabric.strategy)
+    if (stages := fabric.strategy.pipeline_stages) > 1:
+        shared["stages"] = stages
+    if (slices := fabric.strategy.num_slices) > 1:
+        shared["slices"] = {"number": slices, "of_ranks": all_gather_objects(fabric, fabric.strategy.slice_index)}
     return {"ranks": PerRank(mine), **shared}
 
 
@@ -133,21 +137,33 @@ def keep_own_part(saved: dict[str, Any], strategy: Strategy) -> dict[str, Any]:
         strategy: of this run.
 
     Returns:
-        ``saved`` with this rank's part as ``ranks``, marked as it was when it was saved; where another number of shares
-        was saved, with the list of what this rank needs of the parts of all.
+        ``saved`` with this rank's part as ``ranks``, marked as it was when it was saved; where another number of
+        shares, or of slices of each, was saved, with the list of what this rank needs of the parts of all.
     """
     parts = saved.get("ranks")
     if not parts:
         return saved
     before, now = saved.get("shares") or list(range(len(parts))), shares_of_ranks(strategy)
     rank, share = strategy.global_rank, strategy.data_parallel_rank
-    kept = {key: value for key, value in saved.items() if key not in ("ranks", "shares")}
-    if set(before) != set(now):
-        needed = one_of_each(parts, before)
-        return {**kept, "ranks": needed if share == 0 else [without_sums(part) for part in needed]}
-    mine = parts[rank if before == now else before.index(share)]
+    kept = {key: value for key, value in saved.items() if key not in ("ranks", "shares", "stages", "slices")}
+    slices = saved.get("slices", {"number": 1, "of_ranks": [0] * len(parts)})
+    number = slices["number"]
+    if set(before) != set(now) or number != strategy.num_slices:
+        of_ranks = [part * number + index for part, index in zip(before, slices["of_ranks"], strict=True)]
+        needed = one_of_each(parts, of_ranks)
+        return {**kept, "slices": number, "ranks": needed if share == 0 else [without_sums(part) for part in needed]}
+    alike = before == now and saved.get("stages", 1) == strategy.pipeline_stages
+    if not alike:
+        rank = max(
+            r for r, index in enumerate(slices["of_ranks"]) if (before[r], index) == (share, strategy.slice_index)
+        )
+    mine = parts[rank]
     if len(set(now)) < len(now):
         kept["shares"] = now
+    if strategy.pipeline_stages > 1:
+        kept["stages"] = strategy.pipeline_stages
+    if number > 1:
+        kept["slices"] = slices
     return {**kept, "ranks": PerRank(mine)}
 
 
@@ -167,8 +183,8 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     metrics, progress = run.metric_objects[1], run.progress
     elsewhere, begins = not isinstance(ranks, PerRank), not progress.begun
     shares = fabric.strategy.data_parallel_size
-    saved_by = len(ranks) if elsewhere else shares
-    mine = _part_of_rank(run, ranks, metrics) if elsewhere else ranks.value
+    saved_by = len(ranks) // saved["slices"] if elsewhere else shares
+    mine = _part_of_rank(run, ranks, saved["slices"]) if elsewhere else ranks.value
     gradients = saved.get("gradients") or mine.get("gradients", {})
     ended = progress.is_last_batch or begins  # nothing is left of the epoch but the end of its last batch
     batch = progress.batch
@@ -225,7 +241,7 @@ def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:
         return False
     metrics = run.metric_objects[1]
     elsewhere = not isinstance(ranks, PerRank)
-    mine = _part_of_rank(run, ranks, metrics) if elsewhere else ranks.value
+    mine = _part_of_rank(run, ranks, saved["slices"]) if elsewhere else ranks.value
     run.results.load_state_dict(mine["results"], metrics)
     restore_metrics(run, mine["metric_objects"])
     written = _write_ended(run, saved)
@@ -233,9 +249,10 @@ def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:
     return written
 
 
-def _part_of_rank(run: ReadyRun, ranks: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
-    strategy = run.fabric.strategy
-    return part_of_rank(ranks, strategy.data_parallel_rank, strategy.data_parallel_size, metrics)
+def _part_of_rank(run: ReadyRun, ranks: list[dict[str, Any]], slices: int) -> dict[str, Any]:
+    strategy, metrics = run.fabric.strategy, run.metric_objects[1]
+    mine = part_of_rank(ranks, strategy.data_parallel_rank, strategy.data_parallel_size, metrics, slices)
+    return in_slices(mine, slices, strategy.num_slices, strategy.slice_index)
 
 
 def _means(fabric: Fabric, gradients: dict[str, Tensor], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from treadle_fabric.checkpoint.folder.source import FolderSource
 from treadle_fabric.checkpoint.stored.chunks import read_chunk
-from treadle_fabric.containers import leaves, map_leaves
+from treadle_fabric.containers import holds_state, leaves, map_leaves
 from treadle_fabric.errors import CheckpointError
 
 __all__ = ["StoredTensor", "in_memory", "stored_tensors", "tensors_on_demand"]
@@ -209,7 +209,7 @@ def in_memory(value: T) -> T:
 
     What is one tensor stays one.
     """
-    if not any(isinstance(leaf, StoredTensor) for leaf in leaves(value)):
+    if not any(isinstance(leaf, StoredTensor) for leaf in leaves(value, _is_leaf)):
         return value
     made: dict[int, Tensor] = {}
 
@@ -221,5 +221,9 @@ def in_memory(value: T) -> T:
         return made[id(each)]
 
     with torch.no_grad():
-        found: T = map_leaves(value, plain)
+        found: T = map_leaves(value, plain, _is_leaf)
     return found
+
+
+def _is_leaf(value: Any) -> bool:
+    return not holds_state(value)

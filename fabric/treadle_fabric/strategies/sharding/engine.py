@@ -84,6 +84,8 @@ class ShardedEngine(Engine):
     _replicated: ReplicatedGradients | None
     _trainable: list[tuple[Any, bool]]
     """The engine's own parameters, and whether they required gradients when they were gathered."""
+    _sharded: tuple[Any, ...] | None
+    """The modules that ``fully_shard`` was applied to, from the outside; None where that is to be found out."""
 
     def __init__(self, module: Module) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class ShardedEngine(Engine):
         fields["synchronizes"] = True
         fields["_orders"], fields["_ran"] = {}, []
         fields["_trained"] = fields["_joined"] = "forward"
-        fields["_replicated"] = None
+        fields["_replicated"] = fields["_sharded"] = None
         fields["_trainable"] = []
         fields["number"] = next(_made)
         fields["shards"] = self._has_parts()
@@ -139,15 +141,22 @@ class ShardedEngine(Engine):
 
     def sharded(self) -> None:
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
-        self.__dict__["shards"] = self._has_parts()
+        self.__dict__["shards"], self.__dict__["_sharded"] = self._has_parts(), None
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
-        hooks: list[Any] = [self._note, _watch_output]
+        self.refuse_second_order()
+        note: Any = self._note
         if "torch._dynamo" in sys.modules:  # and the module may be compiled
-            hooks = [torch.compiler.disable(each) for each in hooks]  # type: ignore[no-untyped-call]
+            note = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
         for module in self.sharded_modules():
             if module is not self:
-                module.register_forward_pre_hook(hooks[0], with_kwargs=True)
-                module.register_forward_hook(hooks[1])
+                module.register_forward_pre_hook(note, with_kwargs=True)
+
+    def refuse_second_order(self) -> None:
+        """Let no backward pass make a graph of itself, whose pass would read parameters that are freed by then."""
+        for module in self.sharded_modules():
+            state = module._get_fsdp_state()
+            if not isinstance(state._pre_backward, _FirstOrder):
+                state._pre_backward = _FirstOrder(state._pre_backward)
 
     def _has_parts(self) -> bool:
         return any(is_sharded_tensor(p) for p in self.module.parameters())
@@ -162,9 +171,11 @@ class ShardedEngine(Engine):
         """Whether a forward pass with gradients has run."""
         return any(grad for _, grad in self._orders)
 
-    def sharded_modules(self) -> Iterator[Any]:
-        """Iterate over the modules that ``fully_shard`` was applied to, from the outside."""
-        return (module for module in self.modules() if hasattr(module, "_get_fsdp_state"))
+    def sharded_modules(self) -> tuple[Any, ...]:
+        """The modules that ``fully_shard`` was applied to, from the outside."""
+        if self._sharded is None:
+            self.__dict__["_sharded"] = tuple(module for module in self.modules() if hasattr(module, "_get_fsdp_state"))
+        return self._sharded  # type: ignore[return-value]
 
     def trained(self) -> list[Any]:
         """The parameters of this rank that require gradients: its parts, and those that it has whole."""
@@ -335,23 +346,22 @@ def _(engine: ShardedEngine) -> Module:
     return engine.module
 
 
-def _watch_output(module: Any, args: Any, output: Any) -> None:
-    """Let the backward pass of a sharded submodule see whether it is to be differentiated itself."""
-    if torch.is_grad_enabled():
-        found = (output,) if isinstance(output, Tensor) else leaves(output)
-        differentiable = next((t for t in found if isinstance(t, Tensor) and t.requires_grad), None)
-        if differentiable is not None:
-            differentiable.register_hook(_refuse_graph)  # type: ignore[no-untyped-call]
+class _FirstOrder:
+    """What torch does before a backward pass through a sharded module, which makes no graph."""
 
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
 
-def _refuse_graph(gradient: Tensor) -> None:
-    """Raise where a second derivative would read parameters that torch has freed, and end the process."""
-    if torch.is_grad_enabled():
-        raise MisconfigurationException(
-            "create_graph=True, for a gradient penalty for example, needs parameters after the backward pass, and those"
-            " of sharded submodules are freed then. Leave the submodules out of the policy: FSDPStrategy("
-            "policy=lambda module: False) gathers the parameters of the whole model at a time."
-        )
+    def __call__(self, gradient: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise MisconfigurationException(
+                "create_graph=True in a backward pass through a model whose parameters are sharded by fully_shard: the"
+                " gathered parameters are freed after that pass, and a gradient of its gradients, such as a gradient"
+                " penalty, would be computed with what is in that memory then. Keep this model whole: strategy='ddp'."
+                " Or, for torch.autograd.grad inside of a step, gather all of it at a time: FSDPStrategy(policy=lambda"
+                " module: False)."
+            )
+        return self._inner(gradient)
 
 
 def _reshard_without_gradients(engine: Any, args: Any, output: Any) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from treadle_fabric.checkpoint import is_sharded_tensor, placed_like
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
 from treadle_fabric.strategies.sharding.wrapping import refuse_lazy
 from treadle_fabric.strategies.states.sharded_state import ShardedStateStrategy
+from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["ShardingStrategy"]
 
@@ -35,6 +38,8 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
 
     _engines: tuple[weakref.ref[Engine], ...] = ()
     _mesh: Any = None
+    _seen_step: int = 0
+    """How many engines there were at the step at which they were looked at."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_engines": (), "_mesh": None}  # of this process's group
@@ -69,7 +74,13 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
             known_engine.forget_gradients()
         else:
             refuse_lazy(module)
+        own = user_module(module)
+        before = dict(own.named_parameters())
         engine: Engine = known_engine or self.parallelize(module)
+        _carry_hooks(before, dict(own.named_parameters()))
+        if known_engine is None:
+            for each in own.modules():
+                each.register_load_state_dict_pre_hook(_take_own_parts)  # type: ignore[no-untyped-call]
         known = {id(alive): reference for reference in self._engines if (alive := reference()) is not None}
         self._engines = tuple({**known, id(engine): weakref.ref(engine)}.values())
         return engine
@@ -107,6 +118,10 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         """Let no engine use gathered parameters that were gathered before the step."""
         for engine in self._alive():
             engine.refresh()
+        if len(self._engines) != self._seen_step:
+            self._seen_step = len(self._engines)
+            for engine in self._alive():
+                _tell_of_silent_hooks(engine)
 
     def release_gathered(self) -> None:
         for engine in self._alive():
@@ -148,3 +163,49 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
 
     def _alive(self) -> list[Engine]:
         return [engine for reference in self._engines if (engine := reference()) is not None]
+
+
+def _take_own_parts(module: Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let ``load_state_dict`` take whole tensors, of which each rank loads its part."""
+    for name, target in module._parameters.items():
+        source = state.get(prefix + name)
+        if target is None or not isinstance(source, Tensor) or source.shape != target.shape:
+            continue
+        if is_sharded_tensor(target) and not is_sharded_tensor(source):
+            state[prefix + name] = placed_like(source, target)
+
+
+_NOT_CALLED: Final = (
+    "The parts of a sharded parameter get their gradients from the ranks, and not from a backward pass through them, so"
+    " Tensor.register_hook has no effect there. Use register_post_accumulate_grad_hook, whose function is given the"
+    " parameter with its gradient in `grad`, or change the gradients between backward and step."
+)
+
+
+def _carry_hooks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Give the parameters that took the place of others the hooks of those.
+
+    Raises:
+        MisconfigurationException: A hook cannot be kept.
+    """
+    for name, old in before.items():
+        new: Any = after.get(name, old)
+        if new is old:
+            continue
+        if old._backward_hooks:
+            raise MisconfigurationException(f"{name!r} has a hook on its gradient. {_NOT_CALLED}")
+        for hook in (getattr(old, "_post_accumulate_grad_hooks", None) or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
+
+
+def _tell_of_silent_hooks(engine: Engine) -> None:
+    own = user_module(engine)
+    modules: Iterator[Any] = engine.modules()
+    sharded = [m._get_fsdp_state() for m in modules if hasattr(m, "_get_fsdp_state")]
+    parts = {id(p.sharded_param) for state in sharded for group in state._fsdp_param_groups for p in group.fsdp_params}
+    named = with_plain_names(own, own.named_parameters())
+    silent = [name for name, p in named if id(p) in parts and p._backward_hooks]
+    if silent:
+        rank_zero_warn(
+            f"{', '.join(map(repr, silent[:4]))} had a hook on the gradient, which was not called. {_NOT_CALLED}"
+        )

@@ -25,6 +25,7 @@ from treadle_fabric.checkpoint import (
     is_sharded_tensor,
     noting_checks,
     pack,
+    placed_like,
     raise_together,
     tensors_on_demand,
     trusting,
@@ -35,6 +36,7 @@ from treadle_fabric.coordination import gather_objects, on_every_rank, on_rank_z
 from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
+from treadle_fabric.strategies.unwrapping import user_module
 from treadle_fabric.types import PathLike
 
 __all__ = ["CheckpointingStrategy"]
@@ -264,7 +266,10 @@ def _check_filters(state: Mapping[str, Any], filters: Mapping[str, Filter]) -> N
 
 
 def _kind(value: Any) -> str:
-    return f"of type {type(value).__name__}"
+    cls = type(user_module(value) if isinstance(value, Module) else value)
+    if hasattr(value, "_get_fsdp_state"):
+        cls = cls.__bases__[-1] if cls.__name__.startswith("FSDP") else cls  # a class that torch puts before the user's
+    return f"of type {cls.__name__}"
 
 
 def _is_stateful(value: Any) -> bool:
@@ -321,12 +326,13 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
             elif isinstance(current, Optimizer):
                 strategy.load_optimizer_state(current, saved)
             else:
-                current.load_state_dict(in_memory(saved))
+                current.load_state_dict(_state_for(strategy, current, saved))
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as e:
             what = f"state[{key!r}]" if key else "the object"
             unfit = f"{key!r} of {str(path)!r} does not fit {what}, {_kind(current)}: {e}"
             if isinstance(e, CheckpointMismatchError):  # says what to do
                 raise CheckpointMismatchError(unfit) from e
+            unfit = unfit.rstrip(". ")
             if isinstance(current, Optimizer):
                 saved_sizes = (
                     [len(group["params"]) for group in saved["param_groups"]] if "param_groups" in saved else "?"
@@ -343,7 +349,7 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
         return current
     held, found = entries(current), entries(saved)
     if not holds_state(saved) or not any(map(_holds_stateful, held.values())):
-        return in_memory(saved)
+        return _sharded_as(strategy, current, saved)
     if isinstance(current, Sequence) and isinstance(saved, Sequence) and len(held) != len(found):
         raise CheckpointMismatchError(
             f"{key!r} of {str(path)!r} has {len(found)} entries, and state has {len(held)} there."
@@ -361,3 +367,26 @@ def _restore(strategy: Strategy, path: PathLike, key: str, current: Any, saved: 
 
 def _holds_stateful(value: Any) -> bool:
     return any(_is_stateful(leaf) for leaf in leaves(value, lambda v: _is_stateful(v) or not holds_state(v)))
+
+
+def _state_for(strategy: Strategy, current: Any, saved: Any) -> Any:
+    """What an object with a state loads: tensors that are sharded in its state now are sharded again."""
+    if strategy.shards_parameters and any(
+        isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves(saved)
+    ):
+        return _sharded_as(strategy, current.state_dict(), saved)
+    return in_memory(saved)
+
+
+def _sharded_as(strategy: Strategy, current: Any, saved: Any) -> Any:
+    """The saved value, in memory; tensors in it are sharded as those in the same places of ``current`` are."""
+    if isinstance(current, Tensor) and isinstance(saved, Tensor) and saved.shape == current.shape:
+        if is_sharded_tensor(current):
+            return placed_like(saved, current)
+        if current.is_meta and strategy.stage_groups:  # another rank has it
+            return current
+    held = entries(current)
+    if not strategy.shards_parameters or not held or not holds_state(saved):
+        return in_memory(saved)
+    found = {key: _sharded_as(strategy, held.get(key), each) for key, each in entries(saved).items()}
+    return with_entries(saved, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -95,7 +96,9 @@ class AveragingCallback(Callback):
         if not self._weights.count or self._weights.exchanged:
             return
         if trainer.world_size > 1:
-            self._weights.share_buffers(pl_module, trainer.strategy.broadcast)
+            strategy = trainer.strategy
+            for first in range(0, strategy.world_size, strategy.world_size // strategy.pipeline_stages):
+                self._weights.share_buffers(pl_module, partial(strategy.broadcast, src=first))
         trainer.strategy.release_gathered()
         self._weights.exchange(pl_module)
 

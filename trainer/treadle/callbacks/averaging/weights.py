@@ -119,12 +119,19 @@ class AveragedWeights:
 
     @torch.no_grad()
     def share_buffers(self, module: nn.Module, broadcast: Callable[[Any], Any]) -> None:
-        """Let all ranks have rank 0's averages of buffers, which differ between ranks; a checkpoint has rank 0's."""
+        """Let the ranks have one rank's averages of buffers, which differ between ranks, and of which a checkpoint has
+        those of the first rank with this part of the model.
+
+        Args:
+            module: The module.
+            broadcast: Gives all ranks, which call it, what one of them has.
+        """
         whole = (name for name, buffer in self._buffers(module) if not is_sharded_tensor(buffer))
         mine = {name: average for name in whole if (average := self._average.get(name)) is not None}
-        if mine:
+        if any(True for _ in module.buffers()):
             for name, value in broadcast({name: average.cpu() for name, average in mine.items()}).items():
-                mine[name].copy_(value)
+                if name in mine:
+                    mine[name].copy_(value)
 
     def saved(self, module: nn.Module, state: Mapping[str, Any]) -> tuple[Any, Any]:
         """Make two state dicts of one.
@@ -172,9 +179,13 @@ class AveragedWeights:
         return own.to(device, dtype, copy=True)
 
     def _tensors(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are averaged, each once, detached, and with its plain name."""
+        """The tensors that are averaged, each once, detached, and with its plain name.
+
+        One on the meta device is another rank's, as those of the other stages of a pipeline.
+        """
         for name, parameter in with_plain_names(module, module.named_parameters()):
-            yield name, parameter.detach()
+            if not parameter.is_meta:
+                yield name, parameter.detach()
         if self._use_buffers:
             yield from self._buffers(module)
 
@@ -182,7 +193,7 @@ class AveragedWeights:
         seen: set[int] = set()
         for prefix, owner in module.named_modules():
             for name, buffer in owner.named_buffers(recurse=False):
-                if name not in owner._non_persistent_buffers_set and id(buffer) not in seen:
+                if name not in owner._non_persistent_buffers_set and id(buffer) not in seen and not buffer.is_meta:
                     seen.add(id(buffer))
                     yield plain_name(module, f"{prefix}.{name}" if prefix else name), buffer.detach()
 
@@ -198,7 +209,7 @@ class AveragedWeights:
             names.setdefault(name, alias.get(_place_of(parameter), name))
         found: dict[str, str] = {}
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not value.is_meta:  # else another rank gives it
                 name = names.get(plain_name(module, name_in(module, key))) or alias.get(_place_of(value), "")
                 if name in tensors and tensors[name].shape == value.shape:
                     found[key] = name
