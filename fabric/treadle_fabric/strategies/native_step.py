@@ -96,10 +96,9 @@ class NativeStepStrategy(Strategy):
             if (found := _NO_SHARDED_FORM.search(str(error))) is None or not self.shards_parameters:
                 raise
             raise MisconfigurationException(
-                f"{type(optimizer).__name__} cannot step sharded parameters: it uses {found[1]}, which torch cannot "
-                "run on them (DTensors). Take an optimizer that treats each number of a parameter by itself, such as "
-                "AdamW or SGD, with foreach=False if it has that; or a strategy that keeps parameters whole, such as "
-                "'ddp'."
+                f"{type(optimizer).__name__} cannot step sharded parameters: it uses {found[1]}, which torch cannot run"
+                " on them (DTensors). Take an optimizer that treats each number of a parameter by itself, such as AdamW"
+                " or SGD, with foreach=False if it has that; or a strategy that keeps parameters whole, such as 'ddp'."
             ) from error
         self.after_optimizer_step(optimizer)
         return result

@@ -357,9 +357,9 @@ class _FirstOrder:
             raise MisconfigurationException(
                 "create_graph=True in a backward pass through a model whose parameters are sharded by fully_shard: the"
                 " gathered parameters are freed after that pass, and a gradient of its gradients, such as a gradient"
-                " penalty, would be computed with what is in that memory then. Keep this model whole: strategy='ddp'."
-                " Or, for torch.autograd.grad inside of a step, gather all of it at a time: FSDPStrategy(policy=lambda"
-                " module: False)."
+                " penalty, would be computed with what is in that memory then. Keep this model whole, strategy='ddp';"
+                " or leave the submodules out of the policy, FSDPStrategy(policy=lambda module: False), and compute the"
+                " penalty inside of the step."
             )
         return self._inner(gradient)
 
