@@ -167,6 +167,7 @@ def _check(tmp_path: Path, expected: list[dict[str, Tensor]]) -> None:
 
 def _refuse(tmp_path: Path) -> None:
     """Say what cannot be; the first has ended in a segmentation fault."""
+    trainer(tmp_path, devices=2, strategy=STRATEGIES[0]()).fit(Penalized("gradient"), batches(2))
     for by, said in [
         ("gradient", "create_graph=True in a backward pass"),
         ("parameters", "selves: 'below'"),

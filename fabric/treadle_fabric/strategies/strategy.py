@@ -404,20 +404,18 @@ class Strategy(ABC):
         """
 
     def finish_forward(self, module: Module, method: str) -> None:
-        """Take part in what is left of a forward pass that ended early in this process, and goes on in others.
+        """Take part in what is left of a pass of the user's ``method`` that ended early here, and goes on in others.
 
         A step may return before it has run the model, for a batch that is of no use. Default: others go on alone.
 
         Args:
             module: The engine, which has run a pass.
-            method: The method of the user's module that the pass ran.
         """
 
     def join_backward(self, module: Module, label: str) -> None:
         """Take part, with nothing to learn from, in the backward pass that other processes make now.
 
-        The gradients are then those of the others, this process's share being zero. Where no process has anything,
-        they are left as without a backward pass. Default: there are no others.
+        The gradients are then those of the others; where there are none, they stay as they are. Default: no others.
 
         Args:
             module: The engine, which ran the forward pass.

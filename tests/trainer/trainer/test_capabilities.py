@@ -129,7 +129,7 @@ def test_a_module_on_the_meta_device_is_refused_by_others() -> None:
 
 def test_a_strategy_that_shards_saves_folders(tmp_path: Path) -> None:
     class Sharding(Recording):
-        shards_parameters = True
+        shards_parameters = writes_folders = True
 
     strategy = Sharding()
     assert isinstance(strategy.checkpoint_io, DistributedCheckpointIO)
