@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from treadle import LightningModule, Trainer
 from treadle_fabric import Fabric, MisconfigurationException, ModelParallelStrategy, split_sequence
 from treadle_fabric.strategies.parallelism import sequence
+from treadle_fabric.strategies.parallelism.sizes import check_sizes, resolve_sizes
 
 STEPS, BATCH = 5, 4
 
@@ -279,3 +280,33 @@ def test_sequence_parallel_with_trainer() -> None:
 @pytest.mark.faults
 def test_four_ranks_with_trainer() -> None:
     _runs_with_trainer({"tensor_parallel_size": 2, "sequence_parallel_size": 2}, PLAN)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data_replicate_size": "auto"}, "data_replicate_size='auto' must be an integer of at least 1"),
+        ({"sequence_parallel_size": "auto"}, "sequence_parallel_size='auto' must be"),
+        ({"data_shard_size": 0}, r"data_shard_size=0 must be an integer of at least 1 \(or 'auto'\)"),
+        ({"tensor_parallel_size": "all"}, "tensor_parallel_size='all' must be"),
+    ],
+)
+def test_sizes_are_checked_before_any_process_starts(sizes: Any, message: str) -> None:
+    with pytest.raises(MisconfigurationException, match=message):
+        ModelParallelStrategy(**sizes)
+
+
+def test_sizes_that_contradict_each_other() -> None:
+    given: Any = check_sizes(
+        data_parallel_size="auto",
+        tensor_parallel_size="auto",
+        data_replicate_size=1,
+        data_shard_size="auto",
+        sequence_parallel_size=1,
+        pipeline_parallel_size=1,
+    )
+    assert resolve_sizes(2, 1, **{**given, "tensor_parallel_size": 4})["data_shard"] == 1  # nothing divides by it
+    with pytest.raises(MisconfigurationException, match=r"2 shares.*data_replicate_size=4 does not divide\. Give"):
+        resolve_sizes(2, 1, **{**given, "data_parallel_size": 2, "data_replicate_size": 4})
+    with pytest.raises(MisconfigurationException, match=r"data_parallel_size=2 is not .*=1 times data_shard_size=4"):
+        resolve_sizes(4, 1, **{**given, "data_parallel_size": 2, "data_shard_size": 4})

@@ -25,7 +25,7 @@ from treadle.callbacks import EarlyStopping, ModelCheckpoint
 from treadle.metrics.reduction import reduce_over_ranks
 from treadle.module.loading import _where_saved
 from treadle.run.signals import SIGTERMException, _share_status
-from treadle_fabric import DDPStrategy, Fabric, MixedPrecision, SingleDeviceStrategy, move_data_to_device
+from treadle_fabric import DDPStrategy, Fabric, FSDPStrategy, MixedPrecision, SingleDeviceStrategy, move_data_to_device
 from treadle_fabric.accelerators import count_devices
 from treadle_fabric.checkpoint.values.kinds import make_kind
 from treadle_fabric.data import PrivateStream
@@ -217,6 +217,8 @@ def test_a_learning_rate_comes_back_to_its_device(tmp_path: Path) -> None:
     fabric.load(tmp_path / "a.ckpt", {"optimizer": (found := optimizer("meta"))})
     assert found.param_groups[0]["lr"].device.type == "meta"
     assert found.param_groups[0]["more"].device.type == "cpu"
+    FSDPStrategy().load_optimizer_state(found := optimizer("meta"), optimizer("cpu").state_dict())
+    assert found.param_groups[0]["lr"].device.type == "meta"
 
 
 # --- a default device ---

@@ -127,6 +127,21 @@ def trained(
     return {**state, **fits.callback_metrics}
 
 
+class Penalized(FreezesLate):
+    """Its loss depends on a gradient, or on each parameter."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        samples = batch[0].clone().requires_grad_(True)
+        loss = self.above(self.below(samples).tanh()).square().mean()
+        if self.by == "gradient":
+            return loss + torch.autograd.grad(loss, samples, create_graph=True)[0].square().mean()
+        return loss + sum(0.01 * p.square().sum() for p in self.parameters())
+
+
 MODULES = [lambda: Gan("toggled"), lambda: Gan("modules"), lambda: Gan("nothing"), FreezesLate]
 STRATEGIES = [
     lambda: FSDPStrategy(policy=lambda module: False),
@@ -147,6 +162,17 @@ def test_processes_that_start_in_fit_build_modules_there(tmp_path: Path) -> None
 def _check(tmp_path: Path, expected: list[dict[str, Tensor]]) -> None:
     _compare(tmp_path, expected)
     _pass_on(tmp_path)
+    _refuse(tmp_path)
+
+
+def _refuse(tmp_path: Path) -> None:
+    """Say what cannot be; the first has ended in a segmentation fault."""
+    for by, said in [
+        ("gradient", "create_graph=True in a backward pass"),
+        ("parameters", "selves: 'below'"),
+    ]:
+        with pytest.raises(MisconfigurationException, match=said):
+            trainer(tmp_path, devices=2, strategy=FSDPStrategy(policy={nn.Linear})).fit(Penalized(by), batches(2))
 
 
 def _pass_on(tmp_path: Path) -> None:

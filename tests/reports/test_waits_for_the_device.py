@@ -314,6 +314,7 @@ def test_ddp_leaves_inputs_on_a_gpu_as_they_are(monkeypatch: pytest.MonkeyPatch)
 
     def wrap(module: nn.Module, **arguments: Any) -> nn.Module:
         seen.update(arguments)
+        module.static_graph = False
         return module
 
     monkeypatch.setattr(ddp_engine, "DistributedDataParallel", wrap)

@@ -132,4 +132,4 @@ class FSDPStrategy(ShardingStrategy):
         return shard_module(module, self.device_mesh, self._options, self.precision, self.root_device, self.broadcast)
 
     def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
-        return explain_not_gathered(error, engine)
+        return explain_not_gathered(error, engine or next(iter(self._alive()), None))

@@ -38,7 +38,7 @@ from treadle_fabric.strategies.parallelism.sequence import (
     sequence_functions,
     share_sequences,
 )
-from treadle_fabric.strategies.parallelism.sizes import Size, resolve_sizes
+from treadle_fabric.strategies.parallelism.sizes import Size, check_sizes, resolve_sizes
 from treadle_fabric.strategies.parallelism.slices import split_batches
 from treadle_fabric.strategies.parallelism.substitution import Substitution
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
@@ -167,15 +167,14 @@ class ModelParallelStrategy(ShardingStrategy):
         self._sequences: dict[str, Any] = {"dim": check_integer("sequence_dim", sequence_dim), "names": sequence_names}
         self._unchecked: list[weakref.ref[ShardedEngine]] = []
         self._plan = tensor_parallel_plan
-        self._asked: dict[str, Any] = {
-            "data_parallel_size": data_parallel_size,
-            "tensor_parallel_size": tensor_parallel_size,
-            "data_replicate_size": data_replicate_size,
-            "data_shard_size": data_shard_size,
-            "sequence_parallel_size": sequence_parallel_size,
-            "pipeline_parallel_size": pipeline_parallel_size,
-        }
-        check_integer("pipeline_parallel_size", pipeline_parallel_size, minimum=1)
+        self._asked = check_sizes(
+            data_parallel_size=data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            data_replicate_size=data_replicate_size,
+            data_shard_size=data_shard_size,
+            sequence_parallel_size=sequence_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+        )
         self._order = Order.checked(
             pipeline_schedule, pipeline_microbatches, pipeline_virtual_stages, pipeline_parallel_size
         )
@@ -353,7 +352,7 @@ class ModelParallelStrategy(ShardingStrategy):
                 )
 
     def explain_error(self, engine: Module | None, error: RuntimeError) -> Exception | None:
-        return explain_mixed(error, engine, self.sizes["tensor_parallel"])
+        return explain_mixed(error, engine or next(iter(self._alive()), None), self.sizes["tensor_parallel"])
 
     def _data_mesh(self, mesh: Any) -> Any:
         """The mesh over which parameters are sharded and gradients averaged; None where there is one process only."""

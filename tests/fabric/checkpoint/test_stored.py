@@ -53,6 +53,7 @@ from treadle_fabric.checkpoint import (
 )
 from treadle_fabric.checkpoint.folder.source import LocalSource
 from treadle_fabric.checkpoint.stored import chunks
+from treadle_fabric.checkpoint.stored.regions import _cut
 
 IO = DistributedCheckpointIO()
 
@@ -279,6 +280,19 @@ def check_placements(path: str) -> None:
     plain = torch.zeros(37, 41, dtype=torch.float64)
     fill(nn.Parameter(plain), found["full"])
     assert torch.equal(plain, full.double())
+
+
+@pytest.mark.parametrize("cuts", [(3, 2), (2, 4, 3), (5, 7)])
+def test_ranges_are_cut_as_a_tensor_of_them_is(cuts: tuple[int, ...]) -> None:
+    """Each second range of several, cut once more: as ``torch.chunk`` cuts their indices, with nothing for the last."""
+    ranges = [(7 * i + 2, 7 * i + 2 + i % 4 + 1) for i in range(5)]
+    for parts in cuts:
+        indices = torch.cat([torch.arange(begin, end) for begin, end in ranges])
+        chunks = [each.tolist() for each in indices.chunk(parts)]
+        found = _cut(ranges, parts)
+        assert [[i for run in part for i in range(*run)] for part in found] == chunks + [[]] * (parts - len(chunks))
+        assert all(begin < end for part in found for begin, end in part)
+        ranges = found[0] + found[-2]
 
 
 def in_group(path: str) -> None:

@@ -1,6 +1,7 @@
 """What the layers of a model may be and do under FSDP, and where they come from: as with one process.
 
-Tests of ``treadle_fabric.strategies.sharding.shard``, ``treadle_fabric.strategies.fsdp``.
+Tests of ``treadle_fabric.strategies.sharding.shard``, ``treadle_fabric.strategies.fsdp``,
+``treadle_fabric.strategies.sharding.replicated``.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.tensor
 from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import treadle as L
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.strategies import FSDPStrategy
+from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
 
 
 class Block(nn.Module):
@@ -199,6 +204,37 @@ def what_differs() -> None:
         wrong.launch()
         with pytest.raises(MisconfigurationException, match="there are 2 processes. Give device_mesh="):
             wrong.setup(Net())
+
+    layer: Any = nn.Linear(8, 8)
+    engine = fabric.strategy.setup_module(layer)
+    engine(torch.ones(4, 8))  # no backward pass follows, so that the parameters stay gathered
+    assert fabric.strategy.setup_module(layer) is engine
+
+    layer = nn.Linear(8, 8)
+    optimizer: Any = torch.optim.AdamW(layer.parameters())
+    layer, optimizer = fabric.setup(layer, optimizer)
+    fabric.backward(layer(torch.ones(4, 8)).sum())
+    optimizer.step()
+    state, row, weight = optimizer.optimizer.state_dict(), torch.arange(3.0), layer.module.weight
+    for entry in state["state"].values():  # as a single process has it; and a factor of the matrix
+        entry.update({name: v.full_tensor() for name, v in entry.items() if isinstance(v, DTensor)}, row=row)
+    fabric.strategy.load_optimizer_state(optimizer.optimizer, state)
+    loaded: Any = optimizer.optimizer.state[weight]
+    assert loaded["exp_avg"].placements == weight.placements
+    assert torch.equal(loaded["exp_avg"].full_tensor(), state["state"][0]["exp_avg"])
+    assert torch.equal(loaded["row"].to_local(), row)
+
+    scalar = nn.Parameter(torch.tensor(1.0))
+    scalar.grad = torch.tensor(float(fabric.global_rank))
+    replicated = ReplicatedGradients([scalar], [dist.group.WORLD], lambda: True)
+    with mock.patch.object(Tensor, "tolist") as tolist, mock.patch.object(Tensor, "item") as item:
+        replicated.average()
+    assert scalar.grad == 0.5
+    assert not tolist.called and not item.called  # each waits for a device
+    if fabric.global_rank == 0:
+        scalar.grad = None
+    replicated.average()
+    assert scalar.grad == 0.25
 
 
 def test_layers_of_all_kinds() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Final, Literal
 
 from treadle_fabric.checks import check_integer
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["Size", "resolve_sizes"]
+__all__ = ["Size", "check_sizes", "resolve_sizes"]
 
 Size = int | Literal["auto"]
+_MAY_BE_AUTO: Final = ("data_parallel_size", "data_shard_size", "tensor_parallel_size")
 
 
 def resolve_sizes(
@@ -23,7 +24,7 @@ def resolve_sizes(
     sequence_parallel_size: int,
     pipeline_parallel_size: int,
 ) -> dict[str, int]:
-    """Find the size of each dimension.
+    """Find the size of each dimension, of sizes that :func:`check_sizes` returned.
 
     Where neither the data nor the tensor size is given, the processes of a machine share each layer, and each machine
     has a share of the batch.
@@ -42,46 +43,48 @@ def resolve_sizes(
         The sizes by the names of the dimensions, the outermost first.
 
     Raises:
-        MisconfigurationException: A size is no integer from 1, or their product is not the number of processes.
+        MisconfigurationException: The sizes contradict each other.
     """
-    given: dict[str, Size] = {
-        "pipeline_parallel": pipeline_parallel_size,
-        "data_parallel": data_parallel_size,
-        "data_replicate": data_replicate_size,
-        "data_shard": data_shard_size,
-        "sequence_parallel": sequence_parallel_size,
-        "tensor_parallel": tensor_parallel_size,
-    }
-    sizes = {
-        name: size if size == "auto" else check_integer(f"{name}_size", size, minimum=1) for name, size in given.items()
-    }
-    copies, parts, tensor = sizes["data_replicate"], sizes["data_shard"], sizes["tensor_parallel"]
-    data = sizes["data_parallel"]
-    fixed = _int(sizes["pipeline_parallel"]) * _int(sizes["sequence_parallel"])
+    copies, parts = data_replicate_size, data_shard_size
+    data: Any = data_parallel_size
+    tensor: Any = tensor_parallel_size
+    fixed = pipeline_parallel_size * sequence_parallel_size
     if parts != "auto":
-        if data not in ("auto", _int(copies) * parts):
+        if data not in ("auto", copies * parts):
             raise MisconfigurationException(
                 f"data_parallel_size={data} is not data_replicate_size={copies} times data_shard_size={parts}. Leave "
                 "one of them out."
             )
-        data = _int(copies) * parts
+        data = copies * parts
     if data == "auto" and tensor == "auto":
-        data = num_nodes * _int(copies) if fixed == 1 else _int(copies)
+        data = num_nodes * copies if fixed == 1 else copies
     if data == "auto":
-        data = processes // (fixed * _int(tensor))
+        data = max(1, processes // (fixed * tensor))
     if tensor == "auto":
-        tensor = processes // (fixed * data)
-    if data % _int(copies):
-        raise MisconfigurationException(f"data_parallel_size={data} is not divisible by data_replicate_size={copies}.")
+        tensor = max(1, processes // (fixed * data))
+    if data % copies:
+        raise MisconfigurationException(
+            f"There are {data} shares of a batch, which data_replicate_size={copies} does not divide. Give a"
+            " data_replicate_size that divides data_parallel_size, or leave it out: one copy of the model."
+        )
     return {
-        "pipeline_parallel": _int(sizes["pipeline_parallel"]),
-        "data_replicate": _int(copies),
-        "data_shard": data // _int(copies),
-        "sequence_parallel": _int(sizes["sequence_parallel"]),
+        "pipeline_parallel": pipeline_parallel_size,
+        "data_replicate": copies,
+        "data_shard": data // copies,
+        "sequence_parallel": sequence_parallel_size,
         "tensor_parallel": tensor,
     }
 
 
-def _int(size: Size) -> int:
-    assert size != "auto"
-    return size
+def check_sizes(**sizes: Any) -> dict[str, Any]:
+    """Return the sizes by the names of their arguments, as integers; of some, ``"auto"`` is allowed.
+
+    Raises:
+        MisconfigurationException: A size is no integer from 1.
+    """
+    return {
+        name: size
+        if name in _MAY_BE_AUTO and isinstance(size, str) and size == "auto"
+        else check_integer(name, size, minimum=1, meaning="or 'auto'" if name in _MAY_BE_AUTO else "")
+        for name, size in sizes.items()
+    }

@@ -84,6 +84,8 @@ class ShardedEngine(Engine):
     _replicated: ReplicatedGradients | None
     _trainable: list[tuple[Any, bool]]
     """The engine's own parameters, and whether they required gradients when they were gathered."""
+    _sharded: tuple[Any, ...] | None
+    """The modules that ``fully_shard`` was applied to, from the outside; None where that is to be found out."""
 
     def __init__(self, module: Module) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class ShardedEngine(Engine):
         fields["synchronizes"] = True
         fields["_orders"], fields["_ran"] = {}, []
         fields["_trained"] = fields["_joined"] = "forward"
-        fields["_replicated"] = None
+        fields["_replicated"] = fields["_sharded"] = None
         fields["_trainable"] = []
         fields["number"] = next(_made)
         fields["shards"] = self._has_parts()
@@ -139,7 +141,7 @@ class ShardedEngine(Engine):
 
     def sharded(self) -> None:
         """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
-        self.__dict__["shards"] = self._has_parts()
+        self.__dict__["shards"], self.__dict__["_sharded"] = self._has_parts(), None
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
         self.refuse_second_order()
         note: Any = self._note
@@ -169,9 +171,11 @@ class ShardedEngine(Engine):
         """Whether a forward pass with gradients has run."""
         return any(grad for _, grad in self._orders)
 
-    def sharded_modules(self) -> Iterator[Any]:
-        """Iterate over the modules that ``fully_shard`` was applied to, from the outside."""
-        return (module for module in self.modules() if hasattr(module, "_get_fsdp_state"))
+    def sharded_modules(self) -> tuple[Any, ...]:
+        """The modules that ``fully_shard`` was applied to, from the outside."""
+        if self._sharded is None:
+            self.__dict__["_sharded"] = tuple(module for module in self.modules() if hasattr(module, "_get_fsdp_state"))
+        return self._sharded  # type: ignore[return-value]
 
     def trained(self) -> list[Any]:
         """The parameters of this rank that require gradients: its parts, and those that it has whole."""
@@ -353,7 +357,9 @@ class _FirstOrder:
             raise MisconfigurationException(
                 "create_graph=True in a backward pass through a model whose parameters are sharded by fully_shard: the"
                 " gathered parameters are freed after that pass, and a gradient of its gradients, such as a gradient"
-                " penalty, would be computed with what is in that memory then. Keep this model whole: strategy='ddp'."
+                " penalty, would be computed with what is in that memory then. Keep this model whole, strategy='ddp';"
+                " or leave the submodules out of the policy, FSDPStrategy(policy=lambda module: False), and compute the"
+                " penalty inside of the step."
             )
         return self._inner(gradient)
 

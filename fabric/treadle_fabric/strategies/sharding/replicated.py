@@ -52,10 +52,10 @@ class ReplicatedGradients:
             there = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
             # the number of ranks that have each gradient comes along, in the same message
             dtype = torch.float64 if any(p.dtype is torch.float64 for p in trained) else torch.float32
-            had = torch.tensor([p.grad is not None for p in trained], dtype=dtype, device=there[0].device)
-            packed = torch.cat([torch.stack([t.to(dtype) for t in there]), had])
+            had = [torch.full((), float(p.grad is not None), dtype=dtype, device=p.device) for p in trained]
+            packed = torch.stack([*(t.to(dtype) for t in there), *had])
             dist.all_reduce(packed, group=group)
-            means, counts = packed[: len(there)] / dist.get_world_size(group), packed[len(there) :].tolist()
+            means, counts = packed[: len(there)] / dist.get_world_size(group), packed[len(there) :]
             for parameter, mean, count in zip(trained, means, counts, strict=True):
-                if count:
+                if parameter.grad is not None or count.item():  # the host waits for the device only where it has none
                     parameter.grad = mean.to(parameter.dtype).reshape(parameter.shape)

@@ -13,7 +13,7 @@ from treadle_fabric.checkpoint import fill, in_memory
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, map_leaves
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero, with_states_of_others, without_copies
-from treadle_fabric.strategies.states.whole_state import complete_state
+from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, names_in, user_module
 
 __all__ = ["ShardedStateStrategy"]
@@ -64,8 +64,8 @@ class ShardedStateStrategy(CheckpointingStrategy):
             by_key = dict(zip(names, parameters, strict=True))
             here = {key: found for key, found in state["state"].items() if not _is_elsewhere(by_key.get(key))}
             entries = {key: self._placed(by_key.get(key), found) for key, found in here.items()}
-            state = {**state, "state": entries}
-        optimizer.load_state_dict(state)
+            state = {**state, "param_groups": in_memory(state["param_groups"]), "state": entries}
+        load_complete_state(optimizer, state)
 
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
         if self.checkpoint_io.sharded:

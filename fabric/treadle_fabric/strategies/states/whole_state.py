@@ -13,7 +13,7 @@ from treadle_fabric.checkpoint import in_memory
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 
-__all__ = ["WholeStateStrategy", "complete_state"]
+__all__ = ["WholeStateStrategy", "complete_state", "load_complete_state"]
 
 
 class WholeStateStrategy(CheckpointingStrategy):
@@ -29,13 +29,7 @@ class WholeStateStrategy(CheckpointingStrategy):
         return complete_state(optimizer)
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        groups = optimizer.param_groups
-        devices = [{name: v.device for name, v in group.items() if isinstance(v, Tensor)} for group in groups]
-        optimizer.load_state_dict(in_memory(state))
-        for group, before in zip(optimizer.param_groups, devices, strict=True):
-            for name, device in before.items():  # a learning rate, say; torch leaves these where the file had them
-                if isinstance(value := group.get(name), Tensor):
-                    group[name] = value.to(device)
+        load_complete_state(optimizer, in_memory(state))
 
 
 def complete_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -50,3 +44,14 @@ def complete_state(optimizer: Optimizer) -> dict[str, Any]:
             return optimizer.state_dict()
         finally:
             optimizer.state = whole
+
+
+def load_complete_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load the state dict of an optimizer; tensors of its groups stay on their devices."""
+    groups = optimizer.param_groups
+    devices = [{name: v.device for name, v in group.items() if isinstance(v, Tensor)} for group in groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, devices, strict=True):
+        for name, device in before.items():  # a learning rate, say; torch leaves these where the file had them
+            if isinstance(value := group.get(name), Tensor):
+                group[name] = value.to(device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from treadle_fabric import check_flag, name_in, plain_name, rank_zero_warn, with_plain_names
 from treadle_fabric.checkpoint import is_sharded_tensor, own_part, placed_like, sharded_like
+from treadle_fabric.strategies import is_elsewhere
 
 __all__ = ["AveragedWeights", "MultiAverage"]
 
@@ -144,8 +145,9 @@ class AveragedWeights:
             The state dict with the averaged weights, and the one with the weights of training.
         """
         names, tensors = self._names_in(module, state), dict(self._tensors(module))
+        copies = {n for n, p in with_plain_names(module, module.named_parameters()) if is_elsewhere(p)}
         averages, trained = (
-            {name: sharded_like(part, tensors[name]) for name, part in parts.items() if name in tensors}
+            {name: sharded_like(part, tensors[name]) for name, part in parts.items() if name in tensors.keys() - copies}
             for parts in (self._average, self._training)
         )
         return _replaced(state, names, averages), _replaced(state, names, trained)
@@ -209,7 +211,7 @@ class AveragedWeights:
             names.setdefault(name, alias.get(_place_of(parameter), name))
         found: dict[str, str] = {}
         for key, value in state.items():
-            if isinstance(value, Tensor) and not value.is_meta:  # else another rank gives it
+            if isinstance(value, Tensor):
                 name = names.get(plain_name(module, name_in(module, key))) or alias.get(_place_of(value), "")
                 if name in tensors and tensors[name].shape == value.shape:
                     found[key] = name
