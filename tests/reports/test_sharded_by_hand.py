@@ -22,7 +22,13 @@ from tests.processes import run_in_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from treadle_fabric import CheckpointMismatchError, Fabric, FSDPStrategy, MisconfigurationException
+from treadle_fabric import (
+    CheckpointMismatchError,
+    Fabric,
+    FSDPStrategy,
+    MisconfigurationException,
+    ModelParallelStrategy,
+)
 
 
 class Block(nn.Module):
@@ -161,6 +167,14 @@ def optimizers(folder: Path) -> None:
     backward(fabric, model, BATCHES[0])
     with pytest.raises(MisconfigurationException, match=r"Adafactor cannot step sharded parameters: it uses aten\."):
         optimizer.step()
+    plan = ModelParallelStrategy(
+        data_parallel_size=1, tensor_parallel_size=2, tensor_parallel_plan={"blocks.0.linear": "colwise_gathered"}
+    )
+    other = Fabric(accelerator="cpu", devices=2, strategy=plan)
+    other.launch()
+    model, optimizer = other.setup(net := Net(), torch.optim.LBFGS(net.parameters()))
+    with pytest.raises(MisconfigurationException, match=r"LBFGS cannot step sharded parameters: it uses aten\."):
+        optimizer.step(functools.partial(evaluate, Fabric(accelerator="cpu"), model, optimizer, BATCHES[0]))
     stepped = torch.optim.Adagrad((net := Net()).parameters())
     net(BATCHES[0]).sum().backward()
     stepped.step()

@@ -22,7 +22,7 @@ from treadle_fabric.strategies.unwrapping import user_module
 
 __all__ = ["NativeStepStrategy", "replace_parameters"]
 
-_NO_SHARDED_FORM: Final = re.compile(r"(?:Sharding propagation failed for (?:Op\(op=)?|Operator )(aten[\w.]+)")
+_NO_SHARDED_FORM: Final = re.compile(r"(?:Sharding propagation failed for (?:Op\(op=)?|Operator |^)(aten\.[\w.]+)")
 
 
 class NativeStepStrategy(Strategy):
