@@ -116,15 +116,22 @@ class FSDPStrategy(ShardingStrategy):
     def writes_folders(self) -> bool:
         return self._options.state_dict_type == "sharded"
 
-    def make_device_mesh(self) -> Any:
+    def _sizes(self, processes: int, num_nodes: int) -> dict[str, int]:
         given, hybrid = self._options.mesh, self._options.hybrid
         names = ("data_replicate", "data_shard") if hybrid else ("data_shard",)
-        shape: tuple[int, ...] = (self.num_nodes, self.num_processes) if hybrid else (self.world_size,)
+        shape: tuple[int, ...] = (num_nodes, processes // num_nodes) if hybrid else (processes,)
         if given is not None:
             shape = given if isinstance(given, tuple) else tuple(given.mesh.shape)
         sizes = dict(zip(names, shape, strict=True))
         one = "(copies of the model, processes that share one)" if hybrid else "(all processes,)"
-        check_mesh_size(sizes, self.world_size, f"Give device_mesh={one}, or leave device_mesh out.")
+        check_mesh_size(sizes, processes, f"Give device_mesh={one}, or leave device_mesh out.")
+        return sizes
+
+    def check_processes(self, number: int) -> None:
+        self._sizes(number, self.num_nodes)
+
+    def make_device_mesh(self) -> Any:
+        given, sizes = self._options.mesh, self._sizes(self.world_size, self.num_nodes)
         return make_mesh(self.root_device.type, sizes) if isinstance(given, tuple | None) else given
 
     def parallelize(self, module: Module) -> ShardedEngine:

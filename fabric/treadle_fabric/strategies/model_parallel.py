@@ -222,6 +222,10 @@ class ModelParallelStrategy(ShardingStrategy):
         """Ranks that have other shares of the batch wait for each other where they gather parameters."""
         return self.sizes["data_shard"] * self.sizes["data_replicate"] > 1
 
+    def check_processes(self, number: int) -> None:
+        sizes = resolve_sizes(number, self.num_nodes, **self._asked)
+        check_mesh_size(sizes, number, "Give sizes whose product is the number of processes.")
+
     def make_device_mesh(self) -> Any:
         sizes = self.sizes
         check_mesh_size(sizes, self.world_size, "Give sizes whose product is the number of processes.")

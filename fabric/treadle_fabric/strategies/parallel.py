@@ -95,6 +95,14 @@ class ParallelStrategy(Strategy):
         self._parallel_devices = self._parallel_devices or devices
         self._environment = self._environment or environment
         self._num_nodes = num_nodes
+        self.check_processes(num_nodes * len(self._parallel_devices))
+
+    def check_processes(self, number: int) -> None:
+        """Refuse a number of processes that the strategy was not asked for, before they are started. Default: none.
+
+        Raises:
+            MisconfigurationException: The strategy was asked for another number.
+        """
 
     @property
     def parallel_devices(self) -> list[torch.device]:

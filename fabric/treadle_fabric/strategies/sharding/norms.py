@@ -88,6 +88,8 @@ def norms(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     p, parts = float(norm_type), [_part(tensor) for tensor in tensors]
     device = _device([part for part, _ in parts])
+    if not any(split_over for _, split_over in parts):
+        return torch.stack([torch.linalg.vector_norm(part, p).to(device) for part, _ in parts]).float()
     sums = torch.stack([_power_sum([part], p, device) for part, _ in parts])
     operation = dist.ReduceOp.MAX if math.isinf(p) else dist.ReduceOp.SUM
     for group in dict.fromkeys(group for _, split_over in parts for group in split_over):
