@@ -330,6 +330,7 @@ def engine_around(module: Module) -> ShardedEngine | None:
         return None
     engine = reference()
     if engine is not None:
+        engine.__dict__["_sharded"] = None  # it may be sharded no more
         engine.refresh()
     if any(is_sharded_tensor(p) for p in own.parameters()) or (engine is not None and not engine.shards):
         return engine
