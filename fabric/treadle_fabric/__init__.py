@@ -21,7 +21,6 @@ from treadle_fabric.checkpoint import (
     AsyncCheckpointIO,
     CheckpointIO,
     DistributedCheckpointIO,
-    ExportingCheckpointIO,
     TorchCheckpointIO,
     newest_good,
 )
@@ -134,6 +133,7 @@ if _collects:
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.strategies import (
         FSDPStrategy,
         ModelParallelStrategy,
@@ -293,17 +293,20 @@ __all__ = [
 if not TYPE_CHECKING:
     __getattr__ = on_demand(  # most programs shard nothing
         __name__,
-        dict.fromkeys(
-            (
-                "FSDPStrategy",
-                "ModelParallelStrategy",
-                "apply_tensor_parallel",
-                "local_attention",
-                "sequence_attention",
-                "sequence_offset",
-                "sharded_cross_entropy",
-                "split_sequence",
+        {
+            "ExportingCheckpointIO": "treadle_fabric.checkpoint",
+            **dict.fromkeys(
+                (
+                    "FSDPStrategy",
+                    "ModelParallelStrategy",
+                    "apply_tensor_parallel",
+                    "local_attention",
+                    "sequence_attention",
+                    "sequence_offset",
+                    "sharded_cross_entropy",
+                    "split_sequence",
+                ),
+                "treadle_fabric.strategies",
             ),
-            "treadle_fabric.strategies",
-        ),
+        },
     )

@@ -16,6 +16,7 @@ ON_DEMAND = (
     "treadle.callbacks",
     "treadle.cli",
     "treadle.searches",
+    "treadle_fabric.checkpoint",
     "treadle_fabric.loggers",
     "treadle_fabric.precision",
     "treadle_fabric.strategies",

@@ -18,12 +18,12 @@ rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` a
 ``pickled_in`` says which of them are pickled.
 """
 
+from typing import TYPE_CHECKING
+
 from treadle_fabric.checkpoint.asynchronous import AsyncCheckpointIO
 from treadle_fabric.checkpoint.distributed.ranks import raise_together
 from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, own_part, sharded_like
 from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
-from treadle_fabric.checkpoint.export.consolidate import consolidate
-from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
 from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
@@ -41,6 +41,11 @@ from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
 from treadle_fabric.checkpoint.values.structures import classes_in_state, known_classes
 from treadle_fabric.checkpoint.values.unpacking import pickled_in, unpack
+from treadle_fabric.checks import on_demand
+
+if TYPE_CHECKING:
+    from treadle_fabric.checkpoint.export.consolidate import consolidate
+    from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
 
 __all__ = [
     "NAME_BYTES",
@@ -90,3 +95,12 @@ __all__ = [
     "unpack",
     "written_at",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(  # few programs export
+        __name__,
+        {
+            "ExportingCheckpointIO": "treadle_fabric.checkpoint.export.exporting",
+            "consolidate": "treadle_fabric.checkpoint.export.consolidate",
+        },
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from treadle_fabric.checkpoint.distributed.saving import ShardedSave, save_sharded
 from treadle_fabric.checkpoint.io import CheckpointIO, SharedSaves
 from treadle_fabric.checkpoint.reading import load_any, remove_any
 from treadle_fabric.types import PathLike
@@ -29,6 +28,8 @@ class DistributedCheckpointIO(CheckpointIO):
 
     @property
     def shared_saves(self) -> SharedSaves | None:
+        from treadle_fabric.checkpoint.distributed.saving import ShardedSave  # most programs write files
+
         own = type(self).save_checkpoint is DistributedCheckpointIO.save_checkpoint  # else it does what we do not know
         return ShardedSave if own else None
 
@@ -45,6 +46,8 @@ class DistributedCheckpointIO(CheckpointIO):
             CheckpointError: A rank could not write, and all ranks raise. An earlier checkpoint is untouched.
             MisconfigurationException: ``storage_options`` for a local path.
         """
+        from treadle_fabric.checkpoint.distributed.saving import save_sharded  # most programs write files
+
         save_sharded(checkpoint, path, storage_options=storage_options)
 
     def load_checkpoint(
