@@ -183,9 +183,12 @@ def _is_done(work: Any, limit: timedelta) -> bool:
     try:
         work.wait(limit)
     except RuntimeError:
-        if not work.is_completed():
-            return False
-        work.wait()  # it may have come to its end after the limit, and before the question
+        pass
+    else:
+        return True
+    if not work.is_completed():
+        return False
+    work.wait()  # it may have come to its end after the limit, and before the question
     return True
 
 
