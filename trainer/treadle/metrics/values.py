@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from treadle_fabric import MisconfigurationException, move_data_to_device, with_plain_names
+from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.loggers import to_numbers
 
 __all__ = [
@@ -109,8 +110,8 @@ def is_at_hand(value: Any) -> bool:
 
 def whole(value: Tensor) -> Tensor:
     """Return the whole of a tensor that is shared out over ranks (a DTensor): each of these ranks calls this."""
-    made: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return made
+    sharded: Any = value if is_sharded_tensor(value) else None
+    return value if sharded is None else sharded.full_tensor()
 
 
 def scalar_on(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -75,7 +76,10 @@ def _beside(mesh: Any) -> list[tuple[int, int]]:
 
     Ranks along these hold the same, but for those of a pipeline, where each has its own part of the model.
     """
-    root = mesh._get_root_mesh() if hasattr(mesh, "_get_root_mesh") else mesh
+    if hasattr(mesh, "_get_root_mesh"):
+        root = mesh._get_root_mesh()
+    else:  # earlier torch
+        root = sys.modules[type(mesh).__module__]._mesh_resources.get_root_mesh(mesh)
     names, whole = root.mesh_dim_names, root.mesh
     if root is mesh or names is None:
         return []

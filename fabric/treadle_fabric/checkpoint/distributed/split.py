@@ -107,6 +107,8 @@ def _is_large(value: Any) -> bool:
 
 def is_sharded_tensor(value: Any) -> bool:
     """Whether ``value`` is a DTensor or a ShardedTensor, without importing the modules of these classes."""
+    if type(value) is Tensor or type(value) is Parameter:
+        return False
     homes = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._shard.sharded_tensor", "ShardedTensor"))
     for home, name in homes:
         module = sys.modules.get(home)  # before that module is imported there is no such tensor

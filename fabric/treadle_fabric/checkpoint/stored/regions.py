@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, own_part
 from treadle_fabric.checkpoint.stored.tensor import StoredTensor
 from treadle_fabric.errors import CheckpointMismatchError
 
@@ -55,9 +55,9 @@ def fill(target: Tensor, source: Tensor) -> None:
         )
     with torch.no_grad():
         if is_sharded_tensor(source):
-            _local(target).copy_(_local_like(source, target))
+            own_part(target).copy_(_local_like(source, target))
         elif is_sharded_tensor(target):
-            _fill_local(_local(target), source, target)
+            _fill_local(own_part(target), source, target)
         elif isinstance(source, StoredTensor):
             source._content.fill(target.detach(), [0] * target.dim())
         else:
@@ -76,7 +76,7 @@ def placed_like(source: Tensor, target: Tensor) -> Tensor:
     if is_sharded_tensor(source):
         return source.to(target.device)
     made: Any = target
-    local = torch.empty_like(_local(target), dtype=source.dtype)
+    local = torch.empty_like(own_part(target), dtype=source.dtype)
     _fill_local(local, source, target)
     found: Tensor = type(made).from_local(
         local, made.device_mesh, made.placements, run_check=False, shape=made.shape, stride=made.stride()
@@ -92,11 +92,6 @@ def _moved(source: Tensor, device: torch.device) -> Tensor:
     return source.to(device)
 
 
-def _local(tensor: Any) -> Tensor:
-    found: Tensor = tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor.to_local()
-    return found.detach()
-
-
 def _local_like(source: Any, target: Any) -> Tensor:
     if not is_sharded_tensor(target) or source.placements != target.placements:
         laid_out = target.placements if is_sharded_tensor(target) else "one piece"
@@ -104,7 +99,7 @@ def _local_like(source: Any, target: Any) -> Tensor:
             f"A DTensor in {source.placements} cannot fill a tensor in {laid_out} without communication. Redistribute "
             "it before, or load from a checkpoint that is on the disk."
         )
-    return _local(source)
+    return own_part(source)
 
 
 def _fill_local(local: Tensor, source: Tensor, target: Any) -> None:

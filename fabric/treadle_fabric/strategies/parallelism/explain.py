@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
@@ -80,9 +81,9 @@ def _mixed(error: BaseException, module: Module | None) -> str:
         if id(owner) in names:
             place = f" in {_layer(names, owner)}, {_source(frame, line)}"
             values = {n: v for n, v in frame.f_locals.items() if isinstance(v, Tensor)}
-            kinds = [(n, "a DTensor" if hasattr(v, "placements") else "plain") for n, v in values.items()]
+            kinds = [(n, "a DTensor" if is_sharded_tensor(v) else "plain") for n, v in values.items()]
             variables = f" There, {', '.join(f'{n} is {kind}' for n, kind in kinds)}." if kinds else ""
-            mine = [(n, p) for n, p in owner.named_parameters() if hasattr(p, "placements")]
+            mine = [(n, p) for n, p in owner.named_parameters() if is_sharded_tensor(p)]
             sharded = "; ".join(f"{n}: {p.placements}" for n, p in mine[:_MAX_NAMED])
     return (
         f"A sharded tensor (DTensor) and a plain one met in one operation{place}.{variables}"
@@ -107,7 +108,7 @@ def _cut_heads(
         return None
     frame, line = found[-1]
     owner = _owner(frame)
-    if not any(hasattr(p, "placements") for p in owner.parameters()):
+    if not any(is_sharded_tensor(p) for p in owner.parameters()):
         return None
     return MisconfigurationException(
         f"{_layer(names, owner)}, {_source(frame, line)}: the shape {shape} is that of all heads or features, and under"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treadle_fabric.checkpoint import own_part
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.randomness import own_rng_states, set_rng_states
@@ -110,6 +111,6 @@ def check_gradients_alike(named: Mapping[str, Tensor], mesh: Any) -> None:
 
 
 def _norm(gradient: Any) -> Tensor:
-    part = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    part = own_part(gradient)
     norm: Tensor = torch.linalg.vector_norm((part.coalesce().values() if part.is_sparse else part).detach().float())
     return norm

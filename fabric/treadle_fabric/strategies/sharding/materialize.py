@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils._pytree import tree_map_only
 
+from treadle_fabric.checkpoint import own_part
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.randomness import own_rng_states, same_rng_states, set_rng_states
@@ -414,7 +415,7 @@ def _listed(names: list[str]) -> str:
 
 @torch.no_grad()
 def _has_no_value(tensor: Any) -> bool:
-    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    part = own_part(tensor)
     if not part.numel():
         return False
     if part.is_floating_point() or part.is_complex():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.coordination import reached_by
 from treadle_fabric.errors import MisconfigurationException
 
@@ -159,7 +160,7 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
             continue
         if gradient.is_sparse:
             parameter.grad = gradient = gradient.coalesce()
-        elif _is_dtensor(gradient):
+        elif is_sharded_tensor(gradient):
             parameter.grad = gradient = _summed(gradient)
         parts.append(_part(gradient)[0])
     return parts
@@ -196,14 +197,6 @@ def unscale(scaler: torch.amp.GradScaler, optimizer: Optimizer, groups: Sequence
     state["found_inf_per_device"] = {device: worst}
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
-    if type(tensor) in (Tensor, torch.nn.Parameter):
-        return False
-    from torch.distributed.tensor import DTensor  # heavy; loaded where there are any
-
-    return isinstance(tensor, DTensor)
-
-
 def _summed(gradient: Any) -> Any:
     """A DTensor none of whose entries are sums that are still to be made."""
     if not any(placement.is_partial() for placement in gradient.placements):
@@ -217,7 +210,7 @@ def _summed(gradient: Any) -> Any:
 
 def _part(gradient: Any) -> tuple[Tensor, tuple[Any, ...]]:
     """What this rank holds, and the process groups over which the tensor is split."""
-    if not _is_dtensor(gradient):
+    if not is_sharded_tensor(gradient):
         gradient = gradient.detach()
         return gradient.coalesce().values() if gradient.is_sparse else gradient, ()
     gradient = _summed(gradient.detach())

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from treadle_fabric.checkpoint import is_sharded_tensor, placed_like
+from treadle_fabric.checkpoint import is_sharded_tensor, own_part, placed_like
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.native_step import NativeStepStrategy
@@ -152,7 +152,7 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         if untouched:
             for p in trained:
                 if p.grad is not None:  # when they are there, every rank has been counted
-                    p.grad.to_local().sum().item() if hasattr(p.grad, "to_local") else p.grad.sum().item()
+                    own_part(p.grad).sum().item()
             if store.add(key, 0) == self.world_size:
                 for p in trained:
                     p.grad = None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, ModuleList, Parameter, Sequential
 
-from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor
+from treadle_fabric.checkpoint.distributed.split import is_sharded_tensor, own_part
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.strategies.sharding.norms import count_elsewhere
 
@@ -220,7 +220,7 @@ class Ties:
         operations: list[Any] = []
         for parameter, ranks, before in self._before:
             mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            sent = _local(mine).contiguous()
+            sent = own_part(mine).contiguous()
             parts = {self._placement.rank: sent}
             for rank in ranks:
                 if rank != self._placement.rank:
@@ -233,7 +233,7 @@ class Ties:
             work.wait()
         for parameter, mine, before, parts in received:
             total = _summed(parts)
-            _local(mine).copy_(total)
+            own_part(mine).copy_(total)
             parameter.grad = mine if before is None else before.add_(mine)
         self._before = []
 
@@ -245,11 +245,6 @@ def _summed(parts: Mapping[int, Tensor]) -> Tensor:
     for part in ordered[1:]:
         total += part
     return total
-
-
-def _local(tensor: Any) -> Tensor:
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 class Sequence(Module):
