@@ -82,9 +82,15 @@ def place_of_main_thread() -> Whereabouts:
 
 
 def place_of(exc: BaseException) -> Whereabouts:
-    """Where the exception was raised."""
-    first = [link for link in chain(exc) if lost_peer(link)][-1]
-    return _whereabouts(traceback.extract_tb(first.__traceback__))
+    """Where the exception was raised, with all calls that led there, also where it was caught and led to others."""
+    *others, first = [link for link in chain(exc) if lost_peer(link)]
+    frames = list(traceback.extract_tb(first.__traceback__))
+    others = others if frames else []
+    for other in reversed(others):  # whose traceback begins further out, and goes through the one that caught the last
+        outer, catcher = list(traceback.extract_tb(other.__traceback__)), (frames[0].filename, frames[0].name)
+        caught = [i for i, frame in enumerate(outer) if (frame.filename, frame.name) == catcher]
+        frames = outer[: caught[-1]] + frames if caught else frames
+    return _whereabouts(frames)
 
 
 def _whereabouts(frames: Sequence[traceback.FrameSummary]) -> Whereabouts:
