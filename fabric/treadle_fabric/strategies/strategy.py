@@ -237,9 +237,7 @@ class Strategy(ABC):
 
     @property
     def stage_groups(self) -> tuple[Any, ...]:
-        """Process groups over whose ranks the parameters of the model are shared out, none twice, as over the stages of
-        a pipeline: norms of all gradients, and the search for infinite ones, go on over these. Default: none.
-        """
+        """Process groups over which whole parameters are shared out, as over stages of a pipeline. Default: none."""
         return ()
 
     @property
