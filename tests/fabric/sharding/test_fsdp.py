@@ -6,6 +6,7 @@ Tests of ``treadle_fabric.strategies.sharding.shard``, ``treadle_fabric.strategi
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,13 +351,14 @@ def measure_memory() -> None:
         return fabric.setup(model)
 
     make(2, 8)
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed would be used again, and not be seen as growth
     Path("/proc/self/clear_refs").write_text("5")  # forget the most that was used
     before = mebibytes("VmRSS")
     model = make(16, 2048)
     grown = mebibytes("VmHWM") - before
     held = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) / 2**20  # type: ignore[operator]
     assert held == 64  # half of 16 layers of 8 MiB
-    assert held < grown < held + 8 + 8, grown  # and a whole layer
+    assert 0.9 * held < grown < held + 8 + 8, grown  # and a whole layer
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much memory was used")
