@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test test-faults test-package test-ray test-remote lint format bench clean
+.PHONY: demo test test-deepspeed test-faults test-nodes test-package test-ray test-remote test-xla lint format bench clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -11,6 +11,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Always with the constraints: a bare `torch` would pull in the newest build, gigabytes of GPU libraries included.
 INSTALL := -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# The tests that have no target of their own.
+COMMON := not deepspeed and not faults and not nodes and not package and not ray and not remote and not xla
 
 # Another project's source roots or virtual environment must not leak in; the installed package is what is tested.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -21,13 +24,30 @@ demo: $(VENV)/.demo
 # One thread a process: the tests start many. A test marked `alone` measures time and so has the machine to itself.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and not faults and not package and not ray and not remote"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and $(COMMON)"
 	$(BIN)/python -m pytest -m alone
 
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
+
+# Two hosts of network namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise.
+test-nodes: export OMP_NUM_THREADS = 1
+test-nodes: $(VENV)/.dev
+	$(BIN)/python -m pytest -m nodes tests/nodes
+
+# DeepSpeed on the CPU, which compiles an operator of its own at its first use.
+test-deepspeed: export OMP_NUM_THREADS = 1
+test-deepspeed: export DS_ACCELERATOR = cpu
+test-deepspeed: .venv-deepspeed/.done
+	PATH="$(CURDIR)/.venv-deepspeed/bin:$$PATH" .venv-deepspeed/bin/python -m pytest -m deepspeed tests/deepspeed
+
+# XLA's devices on the CPU, with torch 2.9, the oldest that Treadle allows: 7 GB. The other tests run there, too.
+test-xla: export OMP_NUM_THREADS = 1
+test-xla: .venv-xla/.done
+	PJRT_DEVICE=CPU .venv-xla/bin/python -m pytest -m xla tests/xla
+	.venv-xla/bin/python -m pytest -n 2 --dist worksteal -m "not alone and $(COMMON)"
 
 # The wheel and the sdist; the wheel in an environment of its own: a second download of torch, or pip's copy.
 test-package: export OMP_NUM_THREADS = 1
@@ -60,7 +80,7 @@ bench: .venv-bench/.done
 	.venv-bench/bin/python benchmarks/engines.py
 
 clean:
-	rm -rf .venv .venv-bench .venv-ray .venv-remote build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-bench .venv-deepspeed .venv-ray .venv-remote .venv-xla build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -80,6 +100,22 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python $(INSTALL) -e '.[demo]' lightning==2.6.6 accelerate==1.15.0
+	touch $@
+
+# DeepSpeed's build looks for the torch that is installed.
+.venv-deepspeed/.done: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python $(INSTALL) torch numpy setuptools wheel ninja
+	.venv-deepspeed/bin/python $(INSTALL) --no-build-isolation deepspeed
+	.venv-deepspeed/bin/python $(INSTALL) -e '.[trainer,deepspeed]' pytest pytest-timeout
+	touch $@
+
+# Without constraints.txt, which has another torch.
+.venv-xla/.done: pyproject.toml tests/xla/constraints.txt
+	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-xla
+	.venv-xla/bin/python -m pip --disable-pip-version-check install --quiet -c tests/xla/constraints.txt -e '.[dev,xla]'
 	touch $@
 
 .venv-ray/.done: pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import tempfile
 import traceback
@@ -34,16 +35,24 @@ torch.set_num_threads(1)
 KEPT = ("resource_tracker", "forkserver", "moto.server")
 
 
+def has_namespaces() -> bool:
+    """Whether this process may make network namespaces."""
+    return hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") is not None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs hardware that is not there, or Ray or an S3 server, which have environments of their own.
+    """Skip what needs hardware that is not there, or what has an environment of its own: an engine, a server.
 
     ``TREADLE_GPU_TESTS_ON=cpu`` runs ``tests/gpu`` on the CPU.
     """
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
+        "deepspeed": "" if find_spec("deepspeed") else "DeepSpeed is not installed; `make test-deepspeed` installs it",
+        "nodes": "" if has_namespaces() else "makes network namespaces, which needs root on Linux and the command ip",
         "ray": "" if find_spec("ray") else "Ray is not installed; `make test-ray` installs it",
         "remote": "" if find_spec("moto") and find_spec("s3fs") else "no S3 server here; `make test-remote` has one",
     }
+    missing["xla"] = "" if find_spec("torch_xla") else "torch-xla is not installed; `make test-xla` installs it"
     for item in items:
         if os.environ.get("TREADLE_GPU_TESTS_ON") == "cpu" and item.path.parent.name == "gpu":
             continue

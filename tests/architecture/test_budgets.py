@@ -13,12 +13,14 @@ ATTRIBUTES = 15
 FILES_IN_A_FOLDER = 12
 
 FACADES = {"treadle_fabric.fabric": "Fabric", "treadle.trainer.trainer": "Trainer"}
-# Folders with one file a callback, logger or environment, and those of re-exports.
+# Folders with one file a callback, logger, environment, precision or strategy, and those of re-exports.
 UNCOUNTED = {
     "treadle.callbacks",
     "treadle.utilities",
     "treadle_fabric.environments",
     "treadle_fabric.loggers",
+    "treadle_fabric.precision",
+    "treadle_fabric.strategies",
     "treadle_fabric.utilities",
 }
 
