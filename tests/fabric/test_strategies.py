@@ -486,6 +486,7 @@ started.wait()
 """
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads' names cannot be seen")
 def test_the_end_waits_for_the_threads_of_the_backend(tmp_path: Path) -> None:
     # They need the interpreter to let go of tensors; one that does so when it ends would abort the process.
