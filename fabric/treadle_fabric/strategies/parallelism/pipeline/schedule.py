@@ -172,7 +172,11 @@ def make_step(
         schedule: Any = kind(stages, order.microbatches, **arguments)
     else:
         kind = Schedule1F1B if order.schedule == "1f1b" and backward else ScheduleGPipe
-        schedule = kind(stages[0], order.microbatches, **arguments)
+        try:
+            schedule = kind(stages[0], order.microbatches, **arguments)
+        except ValueError:  # torch 2.9 refuses fewer micro-batches than stages, and yet can run them
+            schedule = kind(stages[0], order.parts, **arguments)
+            schedule._n_microbatches = order.microbatches
     numbers = torch.arange(order.microbatches, device=device)
     inputs = (numbers,) if 0 in parts else ()
     target = numbers if backward and order.parts - 1 in parts else None
