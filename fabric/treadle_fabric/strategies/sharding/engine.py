@@ -320,7 +320,7 @@ def parameter_groups(module: Any) -> Any:
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # earlier torch has one at most
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.9 has one at most
 
 
 def engine_around(module: Module) -> ShardedEngine | None:
