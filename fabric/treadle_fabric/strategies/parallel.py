@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -361,15 +361,23 @@ def _await_backend_threads() -> None:
             return
 
 
-def _states_of_backend_threads() -> Iterator[str]:
+def _states_of_backend_threads() -> list[str]:
+    """The states of gloo's threads; where none has a name of its own, as in torch 2.9, of all without one."""
     try:
         tasks = os.listdir("/proc/self/task")
+        with open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
+            inherited = file.read().rstrip("\n")
     except OSError:  # not on this system
         time.sleep(0.01)
-        return
+        return []
+    of_python = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
+    named, nameless = [], []
     for task in tasks:
         with contextlib.suppress(OSError):  # it has ended
             with open(f"/proc/self/task/{task}/stat", encoding="utf-8", errors="replace") as file:
                 _, name, state = file.read().replace("(", ")").split(")", 2)
             if name == "pt_gloo_runloop":
-                yield state.split()[0]
+                named.append(state.split()[0])
+            elif name == inherited and int(task) not in of_python:
+                nameless.append(state.split()[0])
+    return named or nameless

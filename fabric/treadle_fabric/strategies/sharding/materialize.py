@@ -201,8 +201,8 @@ class _Place:
         if self.part is None:
             make = _memory_for if self.is_sharded else _kept_memory_for
             return make(self.tensor, self.device)
-        kept: Any = self.result()
-        whole: Tensor = kept.full_tensor() if self.is_sharded else kept.detach()
+        kept: Any = self.result().detach()  # torch 2.9 gathers nothing inside of an operation that requires gradients
+        whole: Tensor = kept.full_tensor() if self.is_sharded else kept
         return whole.to(self.device, copy=True)
 
     def close(self) -> None:
