@@ -139,6 +139,13 @@ class ClusterEnvironment(ABC):
         """Return the number of the signal with which the cluster announces the end of the job; 0 for none."""
         return 0
 
+    def job_to_requeue(self) -> str:
+        """Return the cluster's name of the job, to be queued again after that signal; empty where this is not wanted.
+
+        :func:`treadle_fabric.environments.requeue` takes the name.
+        """
+        return ""
+
     def teardown(self) -> None:
         """Undo what the environment changed; by default nothing."""
 

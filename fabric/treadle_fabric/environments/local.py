@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import socket
 from collections.abc import Mapping
 
 from treadle_fabric.environments.environment import ClusterEnvironment, Finding, list_variables, pick, require_number
+from treadle_fabric.environments.slurm_job import job_to_requeue, signal_of_job
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["LightningEnvironment", "find_free_port"]
@@ -150,7 +150,10 @@ class LightningEnvironment(ClusterEnvironment):
 
         A process that does not take the signal dies of it.
         """
-        return int(getattr(signal, "SIGUSR1", 0)) if "SLURM_JOB_ID" in self.variables else 0
+        return signal_of_job(self.variables)
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables)
 
     def evidence(self) -> dict[str, str]:
         return pick(_READ, self.variables)

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from treadle_fabric.environments.environment import Finding, StartedEnvironment, list_variables, pick, require_number
 from treadle_fabric.environments.local import find_free_port
+from treadle_fabric.environments.slurm_job import job_to_requeue, signal_of_job
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["MPIEnvironment"]
@@ -88,6 +89,12 @@ class MPIEnvironment(StartedEnvironment):
 
     def processes_per_node(self) -> int | None:
         return _number(_LOCAL_SIZE, self.variables)
+
+    def announcing_signal(self) -> int:
+        return signal_of_job(self.variables)
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables)
 
     def evidence(self) -> dict[str, str]:
         chosen = [_first(names, self.variables) for names in (_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK, _JOB)]

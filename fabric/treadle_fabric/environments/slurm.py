@@ -8,11 +8,11 @@ import signal
 from collections.abc import Mapping
 
 from treadle_fabric.environments.environment import Finding, StartedEnvironment, list_variables, pick, require_number
+from treadle_fabric.environments.slurm_job import INTERACTIVE_JOB_NAMES, job_to_requeue
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["SLURMEnvironment", "srun_step"]
 
-_INTERACTIVE_JOB_NAMES = ("bash", "interactive")
 _FIRST_SPECIAL_STEP = 4294967280  # SLURM numbers the interactive, batch and extern steps from here on
 _STEP = ("SLURM_STEP_ID", "SLURM_STEPID")
 # What a step says comes first: it may have fewer tasks and nodes than its job, whose variables it inherits.
@@ -31,9 +31,9 @@ class SLURMEnvironment(StartedEnvironment):
     """Processes started by ``srun``, one for each device.
 
     Args:
-        auto_requeue: Save a checkpoint and stop, with exit status 143, when the job's time is nearly up, so that the
-            job can be queued again. SLURM has to send a signal before the end: ``#SBATCH --signal=SIGUSR1@90``.
-            Default: True.
+        auto_requeue: Whether the Trainer, when the job's time is nearly up, saves ``hpc_ckpt_N.ckpt`` and has SLURM
+            queue the job again (``scontrol requeue``), which then goes on from there by itself. SLURM has to send a
+            signal before the end: ``#SBATCH --signal=SIGUSR1@90``. Without, the signal is not taken. Default: True.
         requeue_signal: The signal that announces the end. Default: SIGUSR1.
     """
 
@@ -73,7 +73,7 @@ class SLURMEnvironment(StartedEnvironment):
         tasks = _first(_TASKS, environ)
         if srun_step(environ) is None and not pick(("SLURM_JOB_ID", "SLURM_JOBID", *_STEP), environ):
             # Some of a job's variables, handed on into a container for example: ranks are all that they can tell of.
-            ranks = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOB_NAMES
+            ranks = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE_JOB_NAMES
             return Finding(ranks, found, f"Variables of SLURM {'with' if ranks else 'without'} ranks, and of no job.")
         if srun_step(environ) is None:
             step = list_variables(pick(_STEP, environ)) or "SLURM_STEP_ID is not set"
@@ -89,7 +89,7 @@ class SLURMEnvironment(StartedEnvironment):
             reason = f"srun sets {', '.join(missing)}, too."
             return Finding(False, found, reason, f"The variables of SLURM are not followed: {reason}")
         if environ[tasks].strip() == "1" and (
-            "SLURM_PTY_PORT" in environ or environ.get("SLURM_JOB_NAME") in _INTERACTIVE_JOB_NAMES
+            "SLURM_PTY_PORT" in environ or environ.get("SLURM_JOB_NAME") in INTERACTIVE_JOB_NAMES
         ):
             return Finding(False, found, "This process belongs to a shell that srun started as its only task.")
         reason = f"srun started this process as rank {environ['SLURM_PROCID']} of {environ[tasks]}."
@@ -103,7 +103,7 @@ class SLURMEnvironment(StartedEnvironment):
     @staticmethod
     def job_id() -> int | None:
         """Return the job's number; None in an interactive job, and outside a job."""
-        if SLURMEnvironment.job_name() in _INTERACTIVE_JOB_NAMES:
+        if SLURMEnvironment.job_name() in INTERACTIVE_JOB_NAMES:
             return None
         try:
             return int(os.environ["SLURM_JOB_ID"])
@@ -125,6 +125,9 @@ class SLURMEnvironment(StartedEnvironment):
     def announcing_signal(self) -> int:
         """Return the number of ``requeue_signal`` with ``auto_requeue``, else 0."""
         return int(self.requeue_signal or 0) if self.auto_requeue else 0
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables) if self.auto_requeue else ""
 
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:

@@ -13,6 +13,7 @@ from treadle_fabric.environments.environment import (
     require_number,
     require_variable,
 )
+from treadle_fabric.environments.slurm_job import job_to_requeue, signal_of_job
 
 __all__ = ["TorchElasticEnvironment"]
 
@@ -68,6 +69,12 @@ class TorchElasticEnvironment(StartedEnvironment):
         if "LOCAL_WORLD_SIZE" not in self.variables:
             return None
         return require_number("LOCAL_WORLD_SIZE", self.variables)
+
+    def announcing_signal(self) -> int:
+        return signal_of_job(self.variables)
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables)
 
     def evidence(self) -> dict[str, str]:
         return pick(("TORCHELASTIC_RUN_ID", *_READ), self.variables)

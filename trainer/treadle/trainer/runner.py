@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.content import dump_checkpoint, keeping
-from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
+from treadle.checkpoint.find import (
+    claim_requeue_path,
+    find_checkpoint,
+    find_newest,
+    find_own,
+    newer,
+    preempted_path,
+    release_requeue_path,
+)
 from treadle.checkpoint.loggers import go_on_logging, read_logger_states
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.data.find import find_loaders
@@ -53,6 +62,7 @@ if TYPE_CHECKING:
 __all__ = ["Runner", "Source"]
 
 T = TypeVar("T")
+_fits_of_process = itertools.count(1)  # a job that is queued again runs the script again, with the same fits in order
 Source: TypeAlias = tuple[PathLike | None, bool | None]
 """Which checkpoint, and whether it must hold nothing but weights and plain data."""
 
@@ -78,6 +88,7 @@ class Runner:
         self._given: Any = None  # the loaders that the running evaluation got
         environment = self._fabric.strategy.cluster_environment
         self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
+        self._job: dict[str, Any] = {"name": environment.job_to_requeue() if environment is not None else "", "fit": 0}
         self._fits = Fits()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,6 +125,7 @@ class Runner:
 
     def begin_fit(self, module: LightningModule, *, resumes: bool) -> None:
         """Go on where the last fit of this module ended; see :class:`Fits`."""
+        self._job["fit"] = next(_fits_of_process)
         self._fits.begin(module, self._trainer.callbacks, self._trainer.loggers, resumes=resumes)
 
     def launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
@@ -170,27 +182,40 @@ class Runner:
         looked for again when the module is set up.
         """
         loggers, named = self._trainer.loggers, ckpt_path is not None
-        if not named and not self._settings.auto_resume:
+        if not named and not self._settings.auto_resume and not self._job["name"]:
             return
 
-        def look() -> tuple[str | None, dict[str, Any]]:
-            path = None
+        def look() -> tuple[str | None, bool, dict[str, Any]]:
+            path, own = None, False
             with suppress(MisconfigurationException):  # raised when the module is set up
-                path = self._find(ckpt_path, loggers, self._trainer.callbacks)
-            return path, read_logger_states(path) if path is not None and loggers else {}
+                path, own = self._find(ckpt_path, loggers, self._trainer.callbacks)
+            return path, own, read_logger_states(path) if path is not None and loggers else {}
 
-        session.searched = [getattr(callback, "dirpath", None) for callback in self._trainer.callbacks]
-        path, saved = on_rank_zero(self._fabric.strategy, look, "found no checkpoint to start from")
+        if self._settings.auto_resume:
+            session.searched = [getattr(callback, "dirpath", None) for callback in self._trainer.callbacks]
+        path, own, saved = on_rank_zero(self._fabric.strategy, look, "found no checkpoint to start from")
         session.ckpt_path = path
+        if own and named:
+            instead = f"instead of ckpt_path={str(ckpt_path)!r}"
+            rank_zero_info(f"This job was queued again, and goes on from {path} {instead}.")
         if path is not None and saved:
-            same_run = not named or str(ckpt_path) in ("last", "hpc")
+            same_run = not named or own or str(ckpt_path) in ("last", "hpc")
             go_on_logging(loggers, saved, path, same_run=same_run)
 
-    def _find(self, ckpt_path: PathLike | None, loggers: Sequence[Logger], callbacks: Sequence[Callback]) -> Any:
+    def _find(
+        self, ckpt_path: PathLike | None, loggers: Sequence[Logger], callbacks: Sequence[Callback]
+    ) -> tuple[str | None, bool]:
+        """What ``ckpt_path`` means, and whether it is what this fit of a job has saved before it was queued again."""
         root, fitting = self._settings.default_root_dir, self.state.fn is TrainerFn.FITTING
-        if ckpt_path is None and fitting and self._settings.auto_resume:
-            return find_newest(callbacks, loggers, root)
-        return find_checkpoint(ckpt_path, callbacks, loggers, root, fitting=fitting)
+        resumes = ckpt_path is None and fitting and self._settings.auto_resume
+        own = find_own(self._job, callbacks, loggers, root) if fitting and self._job["name"] else None
+        if own is not None and not resumes and ckpt_path != "last":
+            return own, True
+        if resumes:
+            path = find_newest(callbacks, loggers, root)
+        else:
+            path = find_checkpoint(ckpt_path, callbacks, loggers, root, fitting=fitting)
+        return (own, True) if own is not None and newer(own, path) else (path, False)
 
     def _find_late(self, session: Session, ckpt_path: PathLike | None) -> str | None:
         """Find what the session starts from where nothing was found before the hooks, or nothing was looked for."""
@@ -198,7 +223,7 @@ class Runner:
         if ckpt_path is None and session.searched:  # some callbacks have got their folders in the meantime
             pairs = zip(callbacks, session.searched, strict=False)
             return find_newest([c for c, before in pairs if getattr(c, "dirpath", None) != before], (), None)
-        return cast("str | None", self._find(ckpt_path, self._trainer.loggers, callbacks))
+        return self._find(ckpt_path, self._trainer.loggers, callbacks)[0]
 
     def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
         """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
@@ -248,8 +273,8 @@ class Runner:
             try:
                 loop.run()
                 self._fits.end(fitting.left(ready, interrupted=False))
-            except SIGTERMException:
-                self._save_preempted()
+            except SIGTERMException as end:
+                self._save_preempted(end)
                 raise
             except BaseException:
                 with suppress(Exception):  # the error that ended the fit is the one to report
@@ -273,15 +298,41 @@ class Runner:
         checkpoint = dump_checkpoint(run, callbacks, weights_only=weights_only)
         if fitting is not None:
             checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self._trainer.should_stop}
+            checkpoint["treadle"] |= {"cluster_job": dict(self._job)} if self._job["name"] else {}
         strategy.save_checkpoint(path, checkpoint, storage_options, keeping=keeping(run))
 
-    def _save_preempted(self) -> None:
-        trainer, strategy = self._trainer, self._fabric.strategy
+    def _save_preempted(self, end: SIGTERMException) -> None:
+        """Save what a run that was asked to end goes on from; where the job is to be queued again, ``end`` has it."""
+        trainer, strategy, job = self._trainer, self._fabric.strategy, str(self._job["name"])
+        root = self._settings.default_root_dir
+
+        def find_place() -> tuple[str, bool]:
+            if end.announced and job and not self._signals.answered:  # else the program's own handler sees to it
+                return claim_requeue_path(root), True
+            return preempted_path(trainer.callbacks, root), False
+
+        requeues = False
         with tolerated(trainer, always=True):
-            if self._settings.enable_checkpointing:
-                trainer.save_checkpoint(path := preempted_path(trainer.callbacks, self._settings.default_root_dir))
+            path, requeues = on_rank_zero(strategy, find_place, "found no place for a checkpoint")
+            if not requeues and not self._settings.enable_checkpointing:
+                return
+            try:
+                trainer.save_checkpoint(path)
                 strategy.wait_for_saves(f"could not write {path}")
-                rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
+            finally:
+                if requeues and self._fabric.is_global_zero:
+                    release_requeue_path(path)
+            end.job = job if requeues else ""
+            rank_zero_info(
+                f"The end of SLURM job {job} was announced: saved {path}."
+                if requeues
+                else f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there."
+            )
+        if requeues and not end.job:
+            rank_zero_warn(
+                f"SLURM job {job} is not queued again, because the checkpoint that it would go on from could not be "
+                f"written. To run it again all the same: `scontrol requeue {job}`."
+            )
 
     def evaluate(
         self,
