@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.checkpoints.paths import is_local, path_exists
-from treadle_fabric import CheckpointError, MisconfigurationException, newest_good, rank_zero_warn
+from treadle_fabric import CheckpointError, MisconfigurationException, newest_good, rank_zero_info, rank_zero_warn
 from treadle_fabric.checkpoint import checkpoints_in, read_outline, read_quickly, remote_checkpoints_in, written_at
 from treadle_fabric.loggers import Logger
 
@@ -132,19 +132,28 @@ def find_own(job: Mapping[str, Any], callbacks: Sequence[Callback], loggers: Seq
         root: where ``hpc_ckpt_N.ckpt`` is looked for.
 
     Returns:
-        Its path; None where there is none. A damaged one is named in a warning.
+        Its path; None where there is none. A damaged one is named in a warning, and one of another fit is told of.
     """
+    others: list[str] = []
     times = [(written_at(path), path) for path in _requeue_checkpoints(root).values()]
     for saver in [c for c in callbacks if hasattr(c, "best_model_path")]:
         times += _saved_beside(saver, loggers, root, fitting=True, names=(PREEMPTED,))
     for _, path in sorted(times, reverse=True):
-        if read_quickly(path).get("treadle", {}).get("cluster_job") == job:
+        own = read_quickly(path).get("treadle", {}).get("cluster_job")
+        if own == job:
             try:
                 read_outline(path)
             except CheckpointError as error:
                 rank_zero_warn(f"{error} The job goes on from an earlier checkpoint of its own, if there is one.")
                 continue
             return path
+        if isinstance(own, Mapping) and own.get("name") == job["name"]:
+            others.append(f"{path} is of the fit with number {own.get('fit')}")
+    if others:
+        rank_zero_info(
+            f"This job was queued again, and this is the fit with number {job['fit']} of the script: it begins as "
+            f"ckpt_path says, because {others[0]}. If it is the same fit, pass ckpt_path='hpc'."
+        )
     return None
 
 

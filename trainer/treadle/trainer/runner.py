@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
@@ -62,9 +61,17 @@ if TYPE_CHECKING:
 __all__ = ["Runner", "Source"]
 
 T = TypeVar("T")
-_fits_of_process = itertools.count(1)  # a job that is queued again runs the script again, with the same fits in order
 Source: TypeAlias = tuple[PathLike | None, bool | None]
 """Which checkpoint, and whether it must hold nothing but weights and plain data."""
+
+
+class _FitsEnded:
+    """How many fits this process has done; a job that is queued again runs the script, with its fits, in order."""
+
+    count = 0
+
+
+_fits_ended = _FitsEnded()
 
 
 class Runner:
@@ -125,20 +132,27 @@ class Runner:
 
     def begin_fit(self, module: LightningModule, *, resumes: bool) -> None:
         """Go on where the last fit of this module ended; see :class:`Fits`."""
-        self._job["fit"] = next(_fits_of_process)
+        self._job["fit"] = _fits_ended.count + 1
         self._fits.begin(module, self._trainer.callbacks, self._trainer.loggers, resumes=resumes)
 
     def launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         trainer = self._trainer
-        if self._fabric.strategy.launches_function:
-            result = launch(trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
-        else:
-            self._fabric.launch()
-            try:
-                result = stage(module, *args)
-            finally:
-                self._fits.after_run()
+        try:
+            if self._fabric.strategy.launches_function:
+                result = launch(trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
+            else:
+                self._fabric.launch()
+                try:
+                    result = stage(module, *args)
+                finally:
+                    self._fits.after_run()
+        except SystemExit:
+            raise  # a signal ended the fit, which is to be done again
+        except BaseException:
+            _fits_ended.count += stage == self.fit
+            raise
+        _fits_ended.count += stage == self.fit
         raise_asked_for(trainer.callbacks)
         return result
 
@@ -186,10 +200,13 @@ class Runner:
             return
 
         def look() -> tuple[str | None, bool, dict[str, Any]]:
-            path, own = None, False
+            path, own = None, self._find_own()
             with suppress(MisconfigurationException):  # raised when the module is set up
-                path, own = self._find(ckpt_path, loggers, self._trainer.callbacks)
-            return path, own, read_logger_states(path) if path is not None and loggers else {}
+                if own is None or (not named and self._settings.auto_resume) or ckpt_path == "last":
+                    path = self._find(ckpt_path, loggers, self._trainer.callbacks)
+            goes_on = own is not None and newer(own, path)
+            path = own if goes_on else path
+            return path, goes_on, read_logger_states(path) if path is not None and loggers else {}
 
         if self._settings.auto_resume:
             session.searched = [getattr(callback, "dirpath", None) for callback in self._trainer.callbacks]
@@ -202,20 +219,17 @@ class Runner:
             same_run = not named or own or str(ckpt_path) in ("last", "hpc")
             go_on_logging(loggers, saved, path, same_run=same_run)
 
-    def _find(
-        self, ckpt_path: PathLike | None, loggers: Sequence[Logger], callbacks: Sequence[Callback]
-    ) -> tuple[str | None, bool]:
-        """What ``ckpt_path`` means, and whether it is what this fit of a job has saved before it was queued again."""
+    def _find_own(self) -> str | None:
+        """What this fit of a job has saved before the job was queued again."""
+        if not self._job["name"]:
+            return None
+        return find_own(self._job, self._trainer.callbacks, self._trainer.loggers, self._settings.default_root_dir)
+
+    def _find(self, ckpt_path: PathLike | None, loggers: Sequence[Logger], callbacks: Sequence[Callback]) -> Any:
         root, fitting = self._settings.default_root_dir, self.state.fn is TrainerFn.FITTING
-        resumes = ckpt_path is None and fitting and self._settings.auto_resume
-        own = find_own(self._job, callbacks, loggers, root) if fitting and self._job["name"] else None
-        if own is not None and not resumes and ckpt_path != "last":
-            return own, True
-        if resumes:
-            path = find_newest(callbacks, loggers, root)
-        else:
-            path = find_checkpoint(ckpt_path, callbacks, loggers, root, fitting=fitting)
-        return (own, True) if own is not None and newer(own, path) else (path, False)
+        if ckpt_path is None and fitting and self._settings.auto_resume:
+            return find_newest(callbacks, loggers, root)
+        return find_checkpoint(ckpt_path, callbacks, loggers, root, fitting=fitting)
 
     def _find_late(self, session: Session, ckpt_path: PathLike | None) -> str | None:
         """Find what the session starts from where nothing was found before the hooks, or nothing was looked for."""
@@ -223,7 +237,7 @@ class Runner:
         if ckpt_path is None and session.searched:  # some callbacks have got their folders in the meantime
             pairs = zip(callbacks, session.searched, strict=False)
             return find_newest([c for c, before in pairs if getattr(c, "dirpath", None) != before], (), None)
-        return self._find(ckpt_path, self._trainer.loggers, callbacks)[0]
+        return cast("str | None", self._find(ckpt_path, self._trainer.loggers, callbacks))
 
     def _prepare(self, session: Session, run: Run, source: Source) -> tuple[ReadyRun, dict[str, Any] | None]:
         """Restore weights from a checkpoint, and bring the module to its device and into its engine."""
@@ -306,16 +320,15 @@ class Runner:
         trainer, strategy, job = self._trainer, self._fabric.strategy, str(self._job["name"])
         root = self._settings.default_root_dir
 
-        def find_place() -> tuple[str, bool]:
-            if end.announced and job and not self._signals.answered:  # else the program's own handler sees to it
-                return claim_requeue_path(root), True
-            return preempted_path(trainer.callbacks, root), False
+        def is_to_requeue() -> bool:  # a handler of the program's own sees to it
+            return end.announced and bool(job) and not self._signals.answered
 
-        requeues = False
+        requeues = on_rank_zero(strategy, is_to_requeue, "could not say whether the job is queued again")
+        if not requeues and not self._settings.enable_checkpointing:
+            return
+        find_place = partial(claim_requeue_path if requeues else partial(preempted_path, trainer.callbacks), root)
         with tolerated(trainer, always=True):
-            path, requeues = on_rank_zero(strategy, find_place, "found no place for a checkpoint")
-            if not requeues and not self._settings.enable_checkpointing:
-                return
+            path = on_rank_zero(strategy, find_place, "found no place for a checkpoint")
             try:
                 trainer.save_checkpoint(path)
                 strategy.wait_for_saves(f"could not write {path}")
