@@ -8,7 +8,13 @@ Imports only the foundation.
 
 from __future__ import annotations
 
-from treadle_fabric.environments.detection import Detection, detect, detect_environment, examine_all
+from treadle_fabric.environments.detection import (
+    Detection,
+    detect,
+    detect_environment,
+    examine_all,
+    refuse_contradiction,
+)
 from treadle_fabric.environments.environment import ClusterEnvironment, Finding
 from treadle_fabric.environments.kubeflow import KubeflowEnvironment
 from treadle_fabric.environments.local import LightningEnvironment, find_free_port
@@ -34,5 +40,6 @@ __all__ = [
     "examine_all",
     "find_free_port",
     "mark_rank_as_taken",
+    "refuse_contradiction",
     "requeue",
 ]
