@@ -17,11 +17,11 @@ from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import check_integer, is_several, one_or_several
-from treadle_fabric.environments import ClusterEnvironment, detect
+from treadle_fabric.environments import ClusterEnvironment, Detection, detect, refuse_contradiction
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, unknown_name
 from treadle_fabric.launchers import in_notebook, settle
 from treadle_fabric.precision import Precision, canonical_precision, make_precision, refuse_device
-from treadle_fabric.rank_zero import rank_zero_info
+from treadle_fabric.rank_zero import PossibleUserWarning, rank_zero_info, rank_zero_warn
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
 __all__ = ["LauncherKind", "Plan", "available_devices", "build", "launched_by_run", "resolve", "run_variables"]
@@ -64,6 +64,8 @@ class Plan:
     checkpoint_io: CheckpointIO | None
     notes: tuple[str, ...] = ()
     """Messages for the user about choices that may surprise."""
+    warnings: tuple[str, ...] = ()
+    """What is probably a mistake in how the processes were started."""
 
     @property
     def num_processes(self) -> int:
@@ -109,7 +111,8 @@ def resolve(
         settle()
     own = strategy.given if isinstance(strategy, Strategy) else Parts()
     given = _sort(plugins)
-    environment, notes = _find_environment(own, given, environ)
+    detection = _find_environment(own, given, environ)
+    environment, notes = detection.environment, list(detection.notes)
     said: dict[str, Any] = {
         "accelerator": accelerator,
         "strategy": strategy,
@@ -159,6 +162,7 @@ def resolve(
         precision=_choose_precision(precision, own, given, hardware, sample),
         checkpoint_io=checkpoint_io,
         notes=tuple(notes),
+        warnings=detection.warnings,
     )
 
 
@@ -166,6 +170,8 @@ def build(plan: Plan) -> Strategy:
     """Make the strategy of a plan, with all its parts, ready to launch."""
     for note in plan.notes:
         rank_zero_info(note)
+    for warning in plan.warnings:
+        rank_zero_warn(warning, category=PossibleUserWarning)
     strategy = STRATEGY_REGISTRY.get(plan.strategy) if isinstance(plan.strategy, str) else plan.strategy
     precision = plan.precision
     if isinstance(precision, str):
@@ -180,15 +186,13 @@ def available_devices() -> dict[str, int]:
     return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in ACCELERATOR_REGISTRY.items()}
 
 
-def _find_environment(
-    own: Parts, given: Parts, environ: Mapping[str, str] | None
-) -> tuple[ClusterEnvironment, list[str]]:
+def _find_environment(own: Parts, given: Parts, environ: Mapping[str, str] | None) -> Detection:
     """The cluster environment that was given, or the one that is detected, with what to tell of it."""
     environment = _one("cluster environment", own.environment, given.environment)
-    if environment is not None:
-        return environment, []
-    detection = detect(environ)
-    return detection.environment, list(detection.notes)
+    if environment is None:
+        return detect(environ)
+    refuse_contradiction(environment, environ)
+    return Detection(environment, "")
 
 
 def run_variables(options: Mapping[str, Any], *, launched: bool = False) -> dict[str, str]:

@@ -24,7 +24,7 @@ from treadle_fabric.environments.torchelastic import TorchElasticEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_only
 
-__all__ = ["Detection", "detect", "detect_environment", "examine_all"]
+__all__ = ["Detection", "detect", "detect_environment", "examine_all", "refuse_contradiction"]
 
 _Kind = type[StartedEnvironment]
 # torchrun comes first because it also runs inside SLURM and LSF jobs.
@@ -43,6 +43,8 @@ class Detection(NamedTuple):
     """A sentence for the user."""
     notes: tuple[str, ...] = ()
     """What to tell the user of variables that are set and not followed."""
+    warnings: tuple[str, ...] = ()
+    """What is probably a mistake in how the processes were started."""
 
 
 def detect_environment(environ: Mapping[str, str] | None = None) -> ClusterEnvironment:
@@ -77,10 +79,41 @@ def detect(environ: Mapping[str, str] | None = None, pid: int | None = None) -> 
             environ = {name: value for name, value in environ.items() if name not in describing_variables(environ)}
         variables = os.environ if environ is None else environ
     kind, finding = _innermost(variables, pid)
-    notes = () if kind is not None else _notes(variables)
+    told = [finding] if kind is not None else _others(variables)
+    warnings = tuple(each.warning for each in told if each.warning)
+    notes = tuple(each.note for each in told if each.note and not each.warning)
     environment: ClusterEnvironment = LightningEnvironment() if kind is None else kind()
     environment.environ = environ
-    return Detection(environment, finding.reason, inherited + notes)
+    return Detection(environment, finding.reason, inherited + notes, warnings)
+
+
+def refuse_contradiction(environment: ClusterEnvironment, environ: Mapping[str, str] | None = None) -> None:
+    """Refuse an environment that the user chose, where another program started this process with another rank.
+
+    Args:
+        environment: What the user chose. One of the user's own, and LightningEnvironment, are taken as they are.
+        environ: The environment variables to decide by. Default: those of this process.
+
+    Raises:
+        MisconfigurationException: The ranks differ, so that two processes would have the same one.
+    """
+    if type(environment) not in (*_KINDS, KubeflowEnvironment):
+        return
+    variables = os.environ if environ is None else environ
+    kind, finding = _innermost(variables, os.getpid())
+    if kind is None or isinstance(environment, kind):
+        return
+    other, chosen = kind(), type(environment).__name__
+    other.environ = environ
+    try:
+        theirs, mine = ((e.global_rank(), e.world_size()) for e in (other, environment))
+    except MisconfigurationException:  # a variable is missing or malformed: that is said when it is used
+        return
+    if theirs != mine:
+        raise MisconfigurationException(
+            f"plugins={chosen}() says rank {mine[0]} of {mine[1]} ({list_variables(environment.evidence())}), but "
+            f"{finding.reason} Leave out plugins={chosen}(): {kind.__name__} is detected."
+        )
 
 
 def examine_all(environ: Mapping[str, str] | None = None) -> dict[type[ClusterEnvironment], Finding]:
@@ -123,10 +156,10 @@ def _mpirun_inside(outer: ClusterEnvironment, environ: Mapping[str, str]) -> Fin
     return finding if finding.applies and not agrees else None
 
 
-def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:
+def _others(environ: Mapping[str, str]) -> list[Finding]:
+    """What the environments say that do not apply."""
     kinds: list[_Kind] = [*_KINDS, KubeflowEnvironment]
-    findings = [kind.examine(environ) for kind in kinds]
-    return tuple(finding.note for finding in findings if finding.note)
+    return [kind.examine(environ) for kind in kinds]
 
 
 def _drop(environ: Mapping[str, str] | None, owner: int) -> tuple[str, ...]:

@@ -10,17 +10,26 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any, cast
 
-from treadle_fabric.environments.environment import Finding, StartedEnvironment, list_variables, pick, require_number
+from treadle_fabric.environments.environment import (
+    Finding,
+    StartedEnvironment,
+    list_variables,
+    pick,
+    refuse_ranks_beyond,
+    require_number,
+    require_port,
+)
 from treadle_fabric.environments.local import find_free_port
+from treadle_fabric.environments.slurm_job import job_to_requeue, signal_of_job
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["MPIEnvironment"]
 
-# The variables that MPI launchers set: Open MPI, then MPICH and Intel MPI, then MVAPICH.
+# The variables that MPI launchers set: Open MPI, then MPICH, Intel MPI and Cray's (PALS), then MVAPICH.
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
-_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_LOCAL_SIZE")
-_LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK")
+_LOCAL_SIZE = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+_LOCAL_RANK = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PMI_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 _JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_KVSNAME")
 
 
@@ -45,7 +54,7 @@ class MPIEnvironment(StartedEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return require_number("MASTER_PORT", self.variables)
+            return require_port(self.variables)
         job = _first(_JOB, self.variables)
         if self._is_on_one_node() and job is not None:
             return 12000 + zlib.crc32(self.variables[job].encode()) % 16000  # all ranks know the job's name
@@ -83,11 +92,21 @@ class MPIEnvironment(StartedEnvironment):
         return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        ranks = [_first(names, self.variables) for names in (_RANK, _LOCAL_RANK)]
+        counts = [_first(names, self.variables) for names in (_SIZE, _LOCAL_SIZE)]
+        pairs = [(rank, count) for rank, count in zip(ranks, counts) if rank and count]
+        refuse_ranks_beyond(pairs, self.variables, "The MPI launcher")
         remedy = "Make the numbers equal; devices='auto' takes the number of processes on a machine."
         self.check_count(num_devices, num_nodes, "MPI", remedy)
 
     def processes_per_node(self) -> int | None:
         return _number(_LOCAL_SIZE, self.variables)
+
+    def announcing_signal(self) -> int:
+        return signal_of_job(self.variables)
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables)
 
     def evidence(self) -> dict[str, str]:
         chosen = [_first(names, self.variables) for names in (_SIZE, _RANK, _LOCAL_SIZE, _LOCAL_RANK, _JOB)]
@@ -144,4 +163,5 @@ def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:
 
 def _number(names: tuple[str, ...], environ: Mapping[str, str]) -> int | None:
     name = _first(names, environ)
-    return None if name is None else require_number(name, environ)
+    least = 1 if names in (_SIZE, _LOCAL_SIZE) else 0
+    return None if name is None else require_number(name, environ, minimum=least)
