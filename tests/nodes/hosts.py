@@ -30,7 +30,7 @@ _INIT = 'hostname "$1"; mount --bind "$2" /etc/hosts; ip link set lo up; echo re
 
 
 def has_hosts() -> bool:
-    """Whether this process may make hosts: as root on Linux, with the usual commands, and not in a stricter container."""
+    """Whether this process may make hosts: as root on Linux, with the usual commands."""
     if sys.platform != "linux" or os.geteuid() != 0 or any(shutil.which(tool) is None for tool in _TOOLS):
         return False
     cable = ["ip", "link", "add", "name", "end-a", "type", "veth", "peer", "name", "end-b"]

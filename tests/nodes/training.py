@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import treadle as L
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from treadle.loggers import CSVLogger
+
+import treadle as L
 from treadle.callbacks import ModelCheckpoint
+from treadle.loggers import CSVLogger
 from treadle_fabric import rank_zero_only
 from treadle_fabric.environments import KubeflowEnvironment
 

@@ -5,8 +5,8 @@ alike. ``on_rank_zero.py``, ``once_a_node.py`` and ``objects.py`` are for what h
 0, or one rank of each node, acts and the others learn what came of it; objects of ranks come to one rank or to all.
 These go through ``hosts.py``, and wait for no device. ``as_tensors.py`` and ``alike.py`` come before an exchange
 of tensors: what is exchanged, and whether it is alike. ``rendezvous.py`` is where the ranks meet at the start, and
-``waiting.py`` says for whom a rank waits; ``silence.py`` ends connections to machines that are gone. Imports only the foundation (errors, containers, tensor_pickle) and
-environments.
+``waiting.py`` says for whom a rank waits; ``silence.py`` ends connections to machines that are gone. Imports only the
+foundation (errors, containers, tensor_pickle) and environments.
 """
 
 from treadle_fabric.coordination.alike import check_alike

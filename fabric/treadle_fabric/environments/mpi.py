@@ -31,6 +31,8 @@ class MPIEnvironment(StartedEnvironment):
     variables do not tell.
     """
 
+    collects_output = True
+
     def __init__(self) -> None:
         self._port: int | None = None
 

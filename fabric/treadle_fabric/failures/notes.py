@@ -46,7 +46,13 @@ class Failure(NamedTuple):
         return lines[-1] if lines else ""
 
     def __str__(self) -> str:
-        return f"{self.who} failed:\n{self.text}" if self.is_traceback else self.text
+        if self.is_traceback:
+            return f"{self.who} failed:\n{self.text}"
+        return (
+            self.text
+            if self.host in ("", socket.gethostname()) or self.host in self.text
+            else (f"on host {self.host}: {self.text}")
+        )
 
 
 class Whereabouts(NamedTuple):

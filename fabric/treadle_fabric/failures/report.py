@@ -42,9 +42,7 @@ def whereabouts(board: Board, failure: Failure, process: Process) -> str:
     return describe_hang(board, failure)
 
 
-def claim_death(
-    board: Board, rank: int, sentence: str, process: Process | None, host: str | None = None
-) -> None:
+def claim_death(board: Board, rank: int, sentence: str, process: Process | None, host: str | None = None) -> None:
     """Claim the failure of a rank whose process died: what a crash left behind, and a sentence.
 
     Args:

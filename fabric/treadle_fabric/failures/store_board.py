@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from treadle_fabric.coordination import end_connections_when_silent
+from treadle_fabric.coordination import end_connections_when_silent, list_ranks, silence
 from treadle_fabric.failures import notes
 from treadle_fabric.failures.board import Board
 from treadle_fabric.failures.notes import Failure
@@ -20,6 +20,7 @@ from treadle_fabric.failures.notes import Failure
 __all__ = ["StoreBoard", "is_hosted_by_a_rank"]
 
 _PATIENCE = timedelta(seconds=5)  # with a store that does not answer
+_OF_PRINTING = tuple(f"{note.__name__.lower()}_" for note in (notes.Reporting, notes.Reported))
 
 
 class StoreBoard(Board):
@@ -33,16 +34,18 @@ class StoreBoard(Board):
         key: What the names of the notes begin with.
         rank: Global rank of this process.
         world_size: The number of ranks.
+        collects_output: Whether the user sees what all hosts print in one place, so that one of them prints a failure.
     """
 
     has_launcher = False
 
-    def __init__(self, store: Any, key: str, rank: int, world_size: int) -> None:
+    def __init__(self, store: Any, key: str, rank: int, world_size: int, collects_output: bool = True) -> None:
         super().__init__(range(world_size))
         self._origin = store  # where this process hosts the store, the store goes with the last reference
         self._connect(store)
         self._key = key
         self._rank = rank
+        self._place = "" if collects_output else f"@{socket.gethostname()}"
         self._hosted_by_a_rank = is_hosted_by_a_rank()
         self.goes_with_process = rank == 0 and self._hosted_by_a_rank
         self._count = itertools.count()
@@ -59,7 +62,7 @@ class StoreBoard(Board):
 
     def write(self, name: str, text: str) -> bool:
         written = f"{self._rank}.{next(self._count)} {text}"  # so that equal texts differ
-        found = self._ask(lambda: self._store.compare_set(f"{self._key}/{name}", "", written).decode())
+        found = self._ask(lambda: self._store.compare_set(self._key_of(name), "", written).decode())
         if found is None and not self._lost:
             return False
         return self._seen.setdefault(name, found or written) == written
@@ -67,7 +70,7 @@ class StoreBoard(Board):
     def text(self, name: str) -> str | None:
         if self._removed:
             return None
-        key = f"{self._key}/{name}"
+        key = self._key_of(name)
         found = self._seen.get(name)
         if found is None and self._ask(lambda: self._store.check([key])):
             found = self._ask(lambda: self._store.get(key).decode())
@@ -77,6 +80,9 @@ class StoreBoard(Board):
 
     def remove(self) -> None:
         self._removed = True
+
+    def _key_of(self, name: str) -> str:
+        return f"{self._key}/{name}{self._place if name.startswith(_OF_PRINTING) else ''}"
 
     def _connect(self, store: Any) -> None:
         self._store: Any = store.clone()
@@ -93,7 +99,8 @@ class StoreBoard(Board):
                     if again:
                         self._connect(self._store)
                     return question()
-                except dist.DistNetworkError:
+                except dist.DistNetworkError as error:
+                    silent = "timed out" in str(error).lower()
                     break
                 except RuntimeError:  # the store did not answer in time
                     continue
@@ -102,10 +109,17 @@ class StoreBoard(Board):
             self._removed = self.goes_with_process or (self._hosted_by_a_rank and notes.Over().name in self._seen)
             self._lost = not self._removed
         if self._lost and self._hosted_by_a_rank:
-            host = self.hosts.get(0, "")
-            rank = "rank 0" if host in ("", socket.gethostname()) else f"rank 0 on host {host}"
-            self.note_loss(0, f"{rank}, which held the rendezvous store, died and left no traceback\n")
+            how = f"does not answer for {silence():g} s" if silent else "died and left no traceback"
+            sentence = f"rank 0, which held the rendezvous store, {how}\n"
+            elsewhere = self.hosts.get(0, "") not in ("", socket.gethostname())
+            self.note_loss(0, f"{self.describe_host(0)} is lost: {sentence}" if elsewhere else sentence)
         return None
+
+    def describe_host(self, rank: int) -> str:
+        """The host of a rank, with all its ranks that are known."""
+        host = self.hosts.get(rank, "")
+        ranks = [other for other, name in self.hosts.items() if name == host] if host else [rank]
+        return f"host {host} with {list_ranks(ranks)}" if host else list_ranks(ranks)
 
     def note_loss(self, rank: int, sentence: str) -> None:
         """Note that a rank is lost, and the store with it, unless a final failure explains that.

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from treadle_fabric.coordination import wait_with_messages
 from treadle_fabric.errors import RendezvousError
 from treadle_fabric.failures import grace, notes
-from treadle_fabric.failures.hosts.linked_board import LinkedBoard
 from treadle_fabric.failures.hosts.lines import Lines
+from treadle_fabric.failures.hosts.linked_board import LinkedBoard
 from treadle_fabric.failures.hosts.peers import Peers
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import current_member, join_launch, leave_launch
@@ -29,12 +29,13 @@ _groups = itertools.count()
 _lines: Lines | None = None
 
 
-def join_group(num_nodes: int = 1, local_rank: int = 0) -> None:
+def join_group(num_nodes: int = 1, local_rank: int = 0, collects_output: bool = True) -> None:
     """Share failures with the other ranks of the process group, unless this process's launcher sees to all of them.
 
     Args:
         num_nodes: The number of hosts.
         local_rank: This process's rank among those on its host.
+        collects_output: Whether what all hosts print comes together in one place.
     """
     global _lines
     member = current_member()
@@ -45,14 +46,16 @@ def join_group(num_nodes: int = 1, local_rank: int = 0) -> None:
     store: Any = dist.distributed_c10d._get_default_store()
     key = f"treadle/failures/{next(_groups)}"
     try:
-        board = StoreBoard(_store_for_notes(store, key, rank), key, rank, world_size)
+        board = StoreBoard(_store_for_notes(store, key, rank), key, rank, world_size, collects_output)
     except RuntimeError:  # the rank that hosts the store has ended already
         return
     if member is None or launched is None:
         member = Member(board, rank)
         peers = Peers(member, board)
         join_launch(member, peers.check, interval=max(grace.LOOK_INTERVAL, world_size / _RANKS_PER_SECOND))
-        if multiprocessing.parent_process() is not None:  # a forked process ends without the interpreter's exit handlers
+        if (
+            multiprocessing.parent_process() is not None
+        ):  # a forked process ends without the interpreter's exit handlers
             multiprocessing.util.Finalize(None, _leave_at_the_end, exitpriority=-10)
     else:
         launched.link(board)

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any, NamedTuple
 
-from treadle_fabric.coordination import end_when_silent, list_ranks, silence
+from treadle_fabric.coordination import end_when_silent, silence
 from treadle_fabric.failures import notes
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.report import claim_death
@@ -52,6 +52,7 @@ class Lines:
         self._lines: dict[int, socket.socket] = {}
         self._ended: dict[int, _End] = {}
         self._token = secrets.token_hex(8)
+        self._rank_zero: tuple[tuple[str, int], str] | None = None  # where it listens, and what it wants to hear
         self._dials = member.rank != 0
         self._closed = False
         if not self._dials:
@@ -119,15 +120,17 @@ class Lines:
     def _dial(self) -> None:
         """Call rank 0, once it has said where it listens."""
         try:
-            if not self._store.check([self._key]):
-                return
-            port, token, *address = self._store.get(self._key).decode().split()
+            if self._rank_zero is None and self._store.check([self._key]):
+                port, token, *address = self._store.get(self._key).decode().split()
+                self._rank_zero = (address[0] if address else self._meeting[0], int(port)), token
         except RuntimeError:  # the store is gone, and the board says so
             self._dials = False
+        if self._rank_zero is None:
             return
         self._dials = False
+        place, token = self._rank_zero
         with contextlib.suppress(OSError):
-            line = socket.create_connection((address[0] if address else self._meeting[0], int(port)), _DIAL_WAIT)
+            line = socket.create_connection(place, _DIAL_WAIT)
             line.sendall(f"{token} {self._member.rank}\n".encode())
             line.setblocking(False)
             end_when_silent(line)
@@ -139,16 +142,14 @@ class Lines:
         board = self._board
         if board.has(notes.Released(rank)) or board.has(notes.Over()) or board.final_failure() is not None:
             return
-        host = board.hosts.get(rank, "")
-        ranks = [other for other, name in board.hosts.items() if name == host] if host else [rank]
         how = (
             f"nothing has come from it for {silence():g} s: the machine is down, or the network between"
             if silent
             else "its processes ended without a word"
         )
-        sentence = f"host {host or '?'} with {list_ranks(ranks)} is lost: {how}\n"
+        sentence = f"{board.describe_host(rank)} is lost: {how}\n"
         if board.exists():
-            claim_death(self._member.board, rank, sentence, self._member.process, host)
+            claim_death(self._member.board, rank, sentence, self._member.process, board.hosts.get(rank, ""))
         else:
             board.note_loss(rank, sentence)
 

@@ -30,9 +30,9 @@ _OF_THE_HOST = tuple(
 class LinkedBoard(Board):
     """A folder for the notes of one host, and, from the time the ranks of all hosts have met, a store beside it.
 
-    The store decides who came first. What it has is copied into the folder when a rank of this host looks for it, so that
-    the host's launcher sees it, and what the launcher left in the folder is copied into the store. A launcher that is no
-    rank knows the folder only.
+    The store decides who came first. What it has is copied into the folder when a rank of this host looks for it, so
+    that the host's launcher sees it, and what the launcher left in the folder is copied into the store. A launcher that
+    is no rank knows the folder only.
 
     Args:
         folder: The board of the launch on this host.

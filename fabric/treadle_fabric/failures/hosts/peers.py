@@ -1,4 +1,4 @@
-"""The processes of a group: on which hosts they are, and, for those on the same machine, whether they are still there."""
+"""The processes of a group: on which hosts they are, and whether those on the same machine are still there."""
 
 from __future__ import annotations
 
