@@ -58,10 +58,10 @@ def loader(world_size: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True)), GLOBAL_BATCH // world_size)
 
 
-def with_trainer(common: dict[str, Any], folder: Path) -> list[float]:
-    """Train an epoch with the Trainer, and another one in a run that resumes from the checkpoint of the first."""
+def with_trainer(common: dict[str, Any], folder: Path, last: int) -> list[float]:
+    """Train an epoch with the Trainer, and each further one in a run that resumes from the checkpoint of the last."""
     losses: list[float] = []
-    for epochs in range(1, EPOCHS + 1):
+    for epochs in range(1, last + 1):
         L.seed_everything(epochs, verbose=False)  # a resumed run must not depend on it
         trainer = L.Trainer(
             **common,
@@ -78,7 +78,7 @@ def with_trainer(common: dict[str, Any], folder: Path) -> list[float]:
     return losses
 
 
-def with_fabric(common: dict[str, Any], folder: Path) -> list[float]:
+def with_fabric(common: dict[str, Any], folder: Path, last: int) -> list[float]:
     """Train in a hand-written loop, which spoils its weights in the middle and goes on from a checkpoint."""
     fabric = L.Fabric(**common)
     fabric.launch()
@@ -87,7 +87,7 @@ def with_fabric(common: dict[str, Any], folder: Path) -> list[float]:
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9))
     losses: list[float] = []
     for step, (inputs, targets) in enumerate(fabric.setup_dataloaders(loader(fabric.world_size))):
-        if step == BATCHES // 2:
+        if step == BATCHES // 2 and last > 1:
             state = {"model": model, "optimizer": optimizer, "step": step}
             fabric.save(folder / "middle.ckpt", state)
             with torch.no_grad():
@@ -107,7 +107,8 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ways", default="fabric-auto,trainer-auto", help="trainer or fabric, and a strategy, ...")
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--num-nodes", type=int, default=1)
+    parser.add_argument("--num-nodes", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--kubeflow", action="store_true")
     given = parser.parse_args()
     out: dict[str, list[float]] = {}
@@ -117,6 +118,6 @@ if __name__ == "__main__":
         common |= {"strategy": strategy, "plugins": KubeflowEnvironment() if given.kubeflow else None}
         folder = given.folder / way
         folder.mkdir(parents=True, exist_ok=True)
-        out[way] = (with_trainer if package == "trainer" else with_fabric)(common, folder)
+        out[way] = (with_trainer if package == "trainer" else with_fabric)(common, folder, given.epochs)
     if rank_zero_only.rank == 0:
         (given.folder / "losses.json").write_text(json.dumps(out))
