@@ -46,15 +46,21 @@ def tell(running: list[Running]) -> str:
     ("way", "devices", "ways"),
     [
         ("torchrun", 1, "fabric-ddp,fabric-fsdp,trainer-ddp,trainer-fsdp"),
-        ("torchrun", 2, "fabric-fsdp,trainer-ddp"),
-        ("by hand", 1, "fabric-ddp,trainer-fsdp"),
-        ("by hand", 2, "fabric-ddp,fabric-fsdp,trainer-ddp,trainer-fsdp"),
-        ("by hand, each process", 2, "trainer-ddp"),
-        ("treadle-fabric run", 2, "fabric-fsdp,trainer-ddp"),
-        ("srun", 2, "fabric-fsdp,trainer-ddp"),
-        ("jsrun", 1, "fabric-ddp,trainer-fsdp"),
-        ("mpirun", 2, "fabric-fsdp,trainer-ddp"),
-        ("kubeflow", 1, "fabric-ddp,trainer-fsdp"),
+        ("by hand", 1, "fabric-ddp"),
+        ("by hand", 2, "fabric-fsdp,trainer-ddp"),
+        ("srun", 1, "trainer-ddp"),
+        ("jsrun", 1, "fabric-ddp"),
+        ("mpirun", 1, "fabric-ddp"),
+        ("kubeflow", 1, "fabric-ddp"),
+        pytest.param("torchrun", 2, "fabric-fsdp,trainer-ddp", marks=pytest.mark.faults),
+        pytest.param("by hand", 1, "trainer-ddp,trainer-fsdp", marks=pytest.mark.faults),
+        pytest.param("by hand", 2, "fabric-ddp,trainer-fsdp", marks=pytest.mark.faults),
+        pytest.param("by hand, each process", 2, "trainer-ddp", marks=pytest.mark.faults),
+        pytest.param("treadle-fabric run", 2, "fabric-fsdp,trainer-ddp", marks=pytest.mark.faults),
+        pytest.param("srun", 2, "fabric-fsdp,trainer-ddp", marks=pytest.mark.faults),
+        pytest.param("mpirun", 2, "fabric-fsdp,trainer-ddp", marks=pytest.mark.faults),
+        pytest.param("jsrun", 2, "fabric-fsdp,trainer-ddp", marks=pytest.mark.faults),
+        pytest.param("kubeflow", 1, "fabric-fsdp,trainer-ddp", marks=pytest.mark.faults),
     ],
 )
 def test_two_hosts_train_save_and_resume_as_one_process(
@@ -69,7 +75,7 @@ def test_two_hosts_train_save_and_resume_as_one_process(
         folder = cluster.shared / name
         if name.startswith("trainer"):
             hosts = (folder / "prepared").read_text().split()
-            assert sorted(hosts) == ["weaver-a", "weaver-b"] * training.EPOCHS, told
+            assert sorted(hosts) == sorted(["weaver-a", "weaver-b"] * training.EPOCHS), told
             (log,) = folder.glob("log/*/metrics.csv")
             assert len(log.read_text().splitlines()) == 1 + training.EPOCHS * training.BATCHES, told
             assert (folder / "checkpoints" / "last.ckpt").exists(), told
@@ -78,8 +84,8 @@ def test_two_hosts_train_save_and_resume_as_one_process(
 
 
 def test_without_a_shared_disk_ddp_saves_on_one_host(cluster: Cluster, alone: Any) -> None:
-    ways = "fabric-ddp,trainer-ddp"
-    running = launch("by hand", cluster, PROGRAM, "--ways", ways, "--epochs", 1, devices=2, own_folders=True)
+    ways = "trainer-ddp"
+    running = launch("by hand", cluster, PROGRAM, "--ways", ways, "--epochs", 1, own_folders=True)
     assert cluster.wait(*running) == [0, 0], tell(running)
     check_losses(cluster.a.folder, ways, alone, tell(running))
     for host in cluster:  # each prepares its own disk, once
