@@ -32,10 +32,11 @@ test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
 
-# Two hosts of network namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise.
+# Two hosts of namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise. The long
+# ones are among the tests of faults.
 test-nodes: export OMP_NUM_THREADS = 1
 test-nodes: $(VENV)/.dev
-	$(BIN)/python -m pytest -m nodes tests/nodes
+	$(BIN)/python -m pytest -m "nodes and not faults" tests/nodes
 
 # DeepSpeed on the CPU, which compiles an operator of its own at its first use.
 test-deepspeed: export OMP_NUM_THREADS = 1

@@ -43,6 +43,8 @@ class ClusterEnvironment(ABC):
     There is one subclass for each way to start processes. To write a new one, implement every abstract method.
     """
 
+    collects_output = False
+    """Whether what the processes of all machines print comes together in one place, as that of a job of srun's does."""
     environ: Mapping[str, str] | None = None
     """The environment variables to read. Default: those of this process."""
 

@@ -44,6 +44,8 @@ class LSFEnvironment(StartedEnvironment):
         MisconfigurationException: The rank file is empty or cannot be read; raised when a rank or address is asked for.
     """
 
+    collects_output = True
+
     @cached_property
     def _hosts(self) -> list[str]:
         return _compute_hosts(_read_slots(self.variables), self._count_nodes())

@@ -37,8 +37,11 @@ class MPIEnvironment(StartedEnvironment):
     """Processes started by ``mpirun`` or ``mpiexec``.
 
     Ranks come from the variables that the MPI launcher sets. On several machines, mpi4py is asked for what these
-    variables do not tell.
+    variables do not tell: address and port, unless MASTER_ADDR and MASTER_PORT are set, and the rank of the machine,
+    unless ranks are dealt out to machines by slots or by nodes.
     """
+
+    collects_output = True
 
     def __init__(self) -> None:
         self._port: int | None = None
@@ -89,7 +92,10 @@ class MPIEnvironment(StartedEnvironment):
         return rank if rank is not None else self._places[self.global_rank()][1]
 
     def node_rank(self) -> int:
-        return 0 if self._is_on_one_node() else self._places[self.global_rank()][0]
+        if self._is_on_one_node():
+            return 0
+        told = self._node_of_variables()
+        return self._places[self.global_rank()][0] if told is None else told
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         ranks = [_first(names, self.variables) for names in (_RANK, _LOCAL_RANK)]
@@ -126,15 +132,27 @@ class MPIEnvironment(StartedEnvironment):
         if self._is_on_one_node():
             address = self.main_address
             port = str(self.main_port) if port or _first(_JOB, self.variables) else None
+        node = 0 if self._is_on_one_node() else self._node_of_variables()
         return {
             "global rank": f"{asked if rank is None else rank} of {_number(_SIZE, self.variables) or asked}",
             "local rank": asked if local is None else str(local),
-            "node rank": "0" if self._is_on_one_node() else asked,
+            "node rank": asked if node is None else str(node),
             "meeting point": f"{address}:{port}" if address and port else asked,
         }
 
     def _is_on_one_node(self) -> bool:
         return self.processes_per_node() == self.world_size()
+
+    def _node_of_variables(self) -> int | None:
+        """The rank of this machine, where the ranks are dealt out by slots or by nodes; None where they are not."""
+        here, local = _number(_LOCAL_SIZE, self.variables), _number(_LOCAL_RANK, self.variables)
+        rank, size = _number(_RANK, self.variables), _number(_SIZE, self.variables)
+        if None in (here, local, rank, size) or not here or cast(int, size) % here:
+            return None
+        nodes = cast(int, size) // here
+        if cast(int, rank) % here == local:
+            return cast(int, rank) // here
+        return cast(int, rank) % nodes if cast(int, rank) // nodes == local else None
 
     @cached_property
     def _world(self) -> Any:

@@ -46,6 +46,8 @@ class SLURMEnvironment(StartedEnvironment):
         requeue_signal: The signal that announces the end. Default: SIGUSR1.
     """
 
+    collects_output = True
+
     def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
         self.auto_requeue = auto_requeue
         if requeue_signal is None and hasattr(signal, "SIGUSR1"):

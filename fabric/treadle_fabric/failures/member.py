@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import NoReturn
@@ -88,7 +89,7 @@ class Member:
         return self._record(format_exception(exc, self.rank), hangs)
 
     def _record(self, text: str, hangs: bool = False, status: int = 1) -> int:
-        self._own = Failure(self._own.number + 1, self.rank, text, hangs, status)
+        self._own = Failure(self._own.number + 1, self.rank, text, hangs, status, socket.gethostname())
         self.board.claim(self._own)
         self.board.post(notes.Failed(self._own.number, self.rank))
         return self._own.number
@@ -117,6 +118,8 @@ class Member:
             self.claim(exc)
             self.board.post(notes.FinalInterrupt())
             if self.board.has_launcher:  # which passes the interrupt on
+                if self.board.spans_hosts:
+                    self._tell_other_hosts()
                 if self.launches and show is not None:
                     show()
                 return
@@ -137,6 +140,13 @@ class Member:
         elif failure is None:  # no note could be left, and the traceback would be lost
             self.process.say(str(self._own))
 
+    def _tell_other_hosts(self) -> None:
+        """Have the launches of other hosts end, too; that of this host needs no word of it."""
+        number = self._own.number + 1
+        for note in (notes.Reporting(number), notes.Reported(number)):
+            self.board.post(note)
+        self.board.post(notes.Final(self._record(f"rank {self.rank} was interrupted\n", status=_INTERRUPT_STATUS)))
+
     def end(self, status: int) -> NoReturn:
         """End this process for a final failure; where the board goes with it, the others see the failure first."""
         self.board.post(notes.Released(self.rank))
@@ -153,7 +163,7 @@ class Member:
         number = board.newest() + is_first
         board.post(notes.Place(number, self.rank), place_of_main_thread())
         if is_first:
-            board.claim(Failure(number, self.rank, f"rank {self.rank}: {reason}\n", hangs=True, status=status))
+            board.claim(Failure(number, self.rank, f"rank {self.rank}: {reason}\n", True, status, socket.gethostname()))
             board.post(notes.Final(number))
             if self.speaks:
                 report(board, board.failure(number), self.process)
@@ -177,8 +187,10 @@ class Member:
             self.process.wait(lambda: self.board.has(notes.Reported(failure.number)), grace.REPORT_WAIT)
             report(self.board, failure, self.process)  # the rank that failed may be busy with its clean-up
             what = "was interrupted" if failure.status == _INTERRUPT_STATUS else "failed"
-            who = f"rank {failure.rank}" if failure.rank >= 0 else "the launching process"
-            self.process.say(f"rank {self.rank} stopped because {who} {what}")
+            who = failure.who if failure.rank >= 0 else "the launching process"
+            # What was printed there is not to be seen here.
+            why = f": {failure.summary}" if failure.is_traceback and failure.host != socket.gethostname() else ""
+            self.process.say(f"rank {self.rank} stopped because {who} {what}{why}")
 
     def look(self) -> None:
         """Look at the board once, and end this process if another rank's failure is final and the time is over."""

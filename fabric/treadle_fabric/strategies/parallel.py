@@ -213,7 +213,7 @@ class ParallelStrategy(Strategy):
         )
         mark_rank_as_taken()
         self._owns_group = True
-        join_group()
+        join_group(self._num_nodes, self.local_rank, environment.collects_output)
         host_group(self._timeout)
         atexit.register(_end_group, os.getpid())
 
