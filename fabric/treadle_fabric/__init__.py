@@ -134,6 +134,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint import ExportingCheckpointIO
+    from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.strategies import (
         FSDPStrategy,
         ModelParallelStrategy,
@@ -195,6 +196,7 @@ __all__ = [
     "Precision",
     "PrivateStream",
     "ProcessFailedError",
+    "RayEnvironment",
     "RendezvousError",
     "ResumableDataLoader",
     "SLURMEnvironment",
@@ -295,6 +297,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint",
+            "RayEnvironment": "treadle_fabric.environments",
             **dict.fromkeys(
                 (
                     "FSDPStrategy",

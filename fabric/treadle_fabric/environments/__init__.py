@@ -7,6 +7,9 @@ Imports only the foundation.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from treadle_fabric.checks import on_demand
 from treadle_fabric.environments.detection import Detection, detect, detect_environment, examine_all
 from treadle_fabric.environments.environment import ClusterEnvironment, Finding
 from treadle_fabric.environments.kubeflow import KubeflowEnvironment
@@ -17,6 +20,9 @@ from treadle_fabric.environments.slurm import SLURMEnvironment
 from treadle_fabric.environments.taken import mark_rank_as_taken
 from treadle_fabric.environments.torchelastic import TorchElasticEnvironment
 
+if TYPE_CHECKING:
+    from treadle_fabric.environments.ray import RayEnvironment
+
 __all__ = [
     "ClusterEnvironment",
     "Detection",
@@ -25,6 +31,7 @@ __all__ = [
     "LSFEnvironment",
     "LightningEnvironment",
     "MPIEnvironment",
+    "RayEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
     "detect",
@@ -33,3 +40,6 @@ __all__ = [
     "find_free_port",
     "mark_rank_as_taken",
 ]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = on_demand(__name__, {"RayEnvironment": "treadle_fabric.environments.ray"})

@@ -153,8 +153,13 @@ class _Peers:
                     self._member.report_death(rank)
 
 
-def join_group() -> None:
-    """Share failures with the other ranks of the process group, unless this process's launcher sees to it."""
+def join_group(ends_itself: bool = True) -> None:
+    """Share failures with the other ranks of the process group, unless this process's launcher sees to it.
+
+    Args:
+        ends_itself: Whether this process ends when another rank has failed. Default: True; False where what started the
+            processes ends them.
+    """
     if current_member() is not None or dist.get_world_size() == 1:
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -164,7 +169,7 @@ def join_group() -> None:
         board = StoreBoard(_store_for_notes(store, key, rank), key, rank, world_size)
     except RuntimeError:  # the rank that hosts the store has ended already
         return
-    member = Member(board, rank)
+    member = Member(board, rank, speaks=ends_itself, ends_itself=ends_itself)
     join_launch(member, _Peers(member).check, interval=max(grace.LOOK_INTERVAL, world_size / _RANKS_PER_SECOND))
     if multiprocessing.parent_process() is not None:  # a forked process ends without the interpreter's exit handlers
         multiprocessing.util.Finalize(None, _leave_at_the_end, exitpriority=-10)

@@ -147,6 +147,8 @@ class ParallelStrategy(Strategy):
     def world_size(self) -> int:
         if dist.is_initialized():
             return dist.get_world_size()
+        if self._environment is not None and self._environment.started_nodes() is not None:
+            return self._environment.world_size()  # also where the machines have different numbers of processes
         return self._num_nodes * self.num_processes
 
     @property
@@ -195,7 +197,11 @@ class ParallelStrategy(Strategy):
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
         if self._accelerator is not None:
             self._accelerator.setup_device(self.root_device)
+        ends = environment.ends_processes
         if dist.is_initialized():
+            if ends:  # what started the processes made the group, too
+                mark_rank_as_taken()
+                join_group(ends_itself=False)
             return
         here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         bound = self.root_device if here is not None and here.type == self.root_device.type else None
@@ -213,7 +219,7 @@ class ParallelStrategy(Strategy):
         )
         mark_rank_as_taken()
         self._owns_group = True
-        join_group()
+        join_group(ends_itself=not ends)
         host_group(self._timeout)
         atexit.register(_end_group, os.getpid())
 
