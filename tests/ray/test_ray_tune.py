@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.processes import importing_tests
 from tests.trainer.models import Net, loader, trainer
 
 from treadle import Callback
@@ -20,17 +18,6 @@ from treadle_fabric import MisconfigurationException
 from treadle_fabric.loggers import CSVLogger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture
-def cluster(isolated: None, no_process_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import ray
-
-    for name, value in importing_tests().items():
-        monkeypatch.setenv(name, value)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 class Killed(Callback):

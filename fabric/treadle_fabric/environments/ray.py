@@ -223,8 +223,9 @@ def _check(
     place = _Place(size, rank, local_size, local, check_integer("node_rank", node_rank, minimum=0))
     if rank >= size or local >= local_size or local_size > size:
         raise MisconfigurationException(
-            f"RayEnvironment(world_size={size}, global_rank={rank}, local_world_size={local_size}, local_rank={local}): "
-            "ranks are numbered from 0 to below their number, and no machine has more processes than there are in all."
+            f"RayEnvironment(world_size={size}, global_rank={rank}, local_world_size={local_size}, "
+            f"local_rank={local}): ranks are numbered from 0 to below their number, and no machine has more processes "
+            "than there are in all."
         )
     return place
 
