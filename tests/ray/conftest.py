@@ -23,7 +23,7 @@ def cluster() -> Iterator[None]:
         }
         for name, value in {**importing_tests(), **told}.items():
             patch.setenv(name, value)
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)  # of which most only wait
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
         try:
             yield
         finally:
