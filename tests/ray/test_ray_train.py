@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import runpy
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import ROOT
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
@@ -124,7 +128,7 @@ def train_with_fabric(folder: Path) -> list[str]:
         fabric.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(f"{float(fabric.all_reduce(loss)):.6f}")
+        losses.append(f"{float(fabric.all_reduce(loss).detach()):.6f}")
     if fabric.is_global_zero:
         (folder / f"fabric{fabric.world_size}.json").write_text(json.dumps(losses))
     return losses
@@ -168,6 +172,13 @@ def test_a_killed_worker(unbroken: Path, tmp_path: Path, strategy: str, resume: 
         assert began == [0, begins]
     if resume == "report":
         assert result.metrics["loss"] > 0 and Path(result.checkpoint.path, "checkpoint.ckpt").is_dir()
+
+
+def test_the_example(cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["ray_train.py"])
+    runpy.run_path(str(ROOT / "examples/clusters/ray_train.py"), run_name="__main__")
+    found = re.search(r"epoch 4, step 80: val_loss ([\d.]+)", capsys.readouterr().out)
+    assert found is not None and float(found[1]) < 0.3
 
 
 class Wrong(Callback):
