@@ -135,6 +135,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint import ExportingCheckpointIO
+    from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.strategies import (
         FSDPStrategy,
         ModelParallelStrategy,
@@ -196,6 +197,7 @@ __all__ = [
     "Precision",
     "PrivateStream",
     "ProcessFailedError",
+    "RayEnvironment",
     "RendezvousError",
     "RequeueError",
     "ResumableDataLoader",
@@ -297,6 +299,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint",
+            "RayEnvironment": "treadle_fabric.environments",
             **dict.fromkeys(
                 (
                     "FSDPStrategy",

@@ -128,10 +128,11 @@ def resolve(
     interactive = in_notebook() if interactive is None else interactive
     available = available_devices() if available is None else available
     num_nodes = check_integer("num_nodes", num_nodes, minimum=1)
+    num_nodes = environment.started_nodes() or 1 if num_nodes == 1 else num_nodes
     devices = list(devices) if is_several(devices) else devices  # type: ignore[arg-type]
     sample = _sample(strategy)
     checkpoint_io = _one("checkpoint IO", own.checkpoint_io, given.checkpoint_io)
-    hardware = _choose_accelerator(accelerator, own, available)
+    hardware = _choose_accelerator(accelerator, own, environment, available)
     chosen = _choose_devices(devices, hardware, own, environment, available)
     if sample is None:
         if interactive and devices == "auto" and len(chosen) > 1 and not environment.creates_processes_externally:
@@ -294,7 +295,9 @@ def _sample(strategy: Any) -> Strategy | None:
     raise MisconfigurationException(f"strategy={strategy!r} is neither a name nor a Strategy object.")
 
 
-def _choose_accelerator(accelerator: Any, own: Parts, available: Mapping[str, int]) -> Accelerator:
+def _choose_accelerator(
+    accelerator: Any, own: Parts, environment: ClusterEnvironment, available: Mapping[str, int]
+) -> Accelerator:
     if own.accelerator is not None and accelerator not in ("auto", own.accelerator, own.accelerator.name()):
         raise MisconfigurationException(
             f"accelerator={accelerator!r}, but the strategy object has {type(own.accelerator).__name__}. Give one."
@@ -307,7 +310,8 @@ def _choose_accelerator(accelerator: Any, own: Parts, available: Mapping[str, in
         raise MisconfigurationException(f"accelerator={accelerator!r} is neither a name nor an Accelerator object.")
     there = [name for name, count in available.items() if count > 0]
     if accelerator == "auto":
-        name = own.devices[0].type if own.devices else there[0]
+        given = own.devices[0] if own.devices else environment.assigned_device()
+        name = there[0] if given is None else given.type
     elif accelerator == "gpu":
         gpus = [name for name in there if ACCELERATOR_REGISTRY[name].is_gpu]
         if not gpus:
@@ -330,6 +334,8 @@ def _choose_devices(
 ) -> list[torch.device]:
     if own.devices and devices in ("auto", len(own.devices)):
         return list(own.devices)
+    if (given := _assigned(devices, hardware, environment)) is not None:
+        return given
     if (shared := _one_visible(devices, hardware, environment, available)) is not None:
         return shared
     if devices == "auto":
@@ -338,6 +344,22 @@ def _choose_devices(
         indices = parse_indices(devices, hardware.name(), available.get(hardware.name(), 0))
         return [torch.device(hardware.name(), index) for index in indices]
     return hardware.get_parallel_devices(hardware.parse_devices(devices))
+
+
+def _assigned(devices: Any, hardware: Accelerator, environment: ClusterEnvironment) -> list[torch.device] | None:
+    """Return the device that the environment gave to this process, once for each on this machine; None without one.
+
+    Which devices the others have, only they know.
+    """
+    device, started = environment.assigned_device(), environment.processes_per_node() or 1
+    if (
+        device is None
+        or device.type != hardware.name()
+        or is_several(devices)
+        or _count(devices) not in (None, started)
+    ):
+        return None  # the number is refused where the environment is asked for it
+    return [device] * started
 
 
 def _one_visible(

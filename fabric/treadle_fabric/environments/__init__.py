@@ -8,6 +8,9 @@ Imports only the foundation.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from treadle_fabric.checks import on_demand
 from treadle_fabric.environments.detection import (
     Detection,
     detect,
@@ -25,6 +28,9 @@ from treadle_fabric.environments.slurm_job import requeue
 from treadle_fabric.environments.taken import mark_rank_as_taken
 from treadle_fabric.environments.torchelastic import TorchElasticEnvironment
 
+if TYPE_CHECKING:
+    from treadle_fabric.environments.ray import RayEnvironment
+
 __all__ = [
     "ClusterEnvironment",
     "Detection",
@@ -33,6 +39,7 @@ __all__ = [
     "LSFEnvironment",
     "LightningEnvironment",
     "MPIEnvironment",
+    "RayEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
     "detect",
@@ -43,3 +50,6 @@ __all__ = [
     "refuse_contradiction",
     "requeue",
 ]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = on_demand(__name__, {"RayEnvironment": "treadle_fabric.environments.ray"})

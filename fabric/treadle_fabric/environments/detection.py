@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,7 +50,7 @@ class Detection(NamedTuple):
 
 
 def detect_environment(environ: Mapping[str, str] | None = None) -> ClusterEnvironment:
-    """Detect the environment of this process: torchrun, SLURM, LSF, MPI, or none of them.
+    """Detect the environment of this process: Ray Train, torchrun, SLURM, LSF, MPI, or none of them.
 
     Args:
         environ: The environment variables to decide by. Default: those of this process.
@@ -60,7 +62,8 @@ def detect(environ: Mapping[str, str] | None = None, pid: int | None = None) -> 
     """Detect the environment of this process, and say why.
 
     Where several programs started one another, the environment is that of the innermost one: torchrun in an srun step,
-    mpirun in a SLURM or LSF job, srun in either where SLURM_TASK_PID names this process. A process that inherited the
+    mpirun in a SLURM or LSF job, srun in either where SLURM_TASK_PID names this process; and Ray Train in all of them,
+    whose workers inherit the variables of what started Ray. A process that inherited the
     variables of a rank of Treadle's, because the rank started it, is no rank. Then, where ``environ`` is not given,
     these variables are removed from those of this process, so that nothing else follows them, and nothing that
     this process starts.
@@ -119,7 +122,8 @@ def refuse_contradiction(environment: ClusterEnvironment, environ: Mapping[str, 
 def examine_all(environ: Mapping[str, str] | None = None) -> dict[type[ClusterEnvironment], Finding]:
     """Return, of each environment that Treadle knows, whether its variables describe this process, and why."""
     findings: dict[type[ClusterEnvironment], Finding] = {}
-    kinds: list[type[StartedEnvironment | LightningEnvironment]] = [*_KINDS, KubeflowEnvironment, LightningEnvironment]
+    others: list[type[StartedEnvironment | LightningEnvironment]] = [KubeflowEnvironment, LightningEnvironment]
+    kinds = [_ray(), *_KINDS, *others]
     for kind in kinds:
         try:
             findings[kind] = kind.examine(environ)
@@ -128,7 +132,15 @@ def examine_all(environ: Mapping[str, str] | None = None) -> dict[type[ClusterEn
     return findings
 
 
+def _ray() -> _Kind:
+    """RayEnvironment, which few programs need."""
+    kind: _Kind = importlib.import_module("treadle_fabric.environments.ray").RayEnvironment
+    return kind
+
+
 def _innermost(environ: Mapping[str, str], pid: int) -> tuple[_Kind | None, Finding]:
+    if "ray.train" in sys.modules and (finding := _ray().examine(environ)).applies:
+        return _ray(), finding
     if environ.get("SLURM_TASK_PID") == str(pid) and (finding := SLURMEnvironment.examine(environ)).applies:
         return SLURMEnvironment, finding
     for kind in _KINDS:

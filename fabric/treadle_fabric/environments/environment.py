@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
+
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = [
@@ -47,6 +49,9 @@ class ClusterEnvironment(ABC):
     """Whether what the processes of all machines print comes together in one place, as that of a job of srun's does."""
     environ: Mapping[str, str] | None = None
     """The environment variables to read. Default: those of this process."""
+    ends_processes: bool = False
+    """Whether what started the processes hears of an exception in each, and ends all when one fails: then none ends
+    itself because of another one."""
 
     @property
     def variables(self) -> Mapping[str, str]:
@@ -110,6 +115,14 @@ class ClusterEnvironment(ABC):
 
     def processes_per_node(self) -> int | None:
         """Return the number of processes on this machine; None where the environment does not tell."""
+        return None
+
+    def started_nodes(self) -> int | None:
+        """Return the number of machines on which processes were started; None where the user has to say it."""
+        return None
+
+    def assigned_device(self) -> torch.device | None:
+        """Return the device that was given to this process; None where those of a machine go by local ranks."""
         return None
 
     def evidence(self) -> dict[str, str]:

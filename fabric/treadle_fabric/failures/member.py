@@ -30,16 +30,25 @@ class Member:
         launches: Whether this is the launching process.
         speaks: Whether an uncaught exception is printed here. Not so where the launching process raises it.
         process: The process; tests give one that does not end.
+        ends_itself: Whether this process ends when another rank has failed. Not so where what started the processes
+            ends them: the failure is noted, so that errors that follow from it can name it.
     """
 
     def __init__(
-        self, board: Board, rank: int, launches: bool = False, speaks: bool = True, process: Process = THIS_PROCESS
+        self,
+        board: Board,
+        rank: int,
+        launches: bool = False,
+        speaks: bool = True,
+        process: Process = THIS_PROCESS,
+        ends_itself: bool = True,
     ) -> None:
         self.board = board
         self.rank = rank
         self.launches = launches
         self.speaks = speaks
         self.process = process
+        self.ends_itself = ends_itself
         self.pid = os.getpid()
         self.interrupted = threading.Event()
         self.ending = threading.Lock()
@@ -195,6 +204,8 @@ class Member:
     def look(self) -> None:
         """Look at the board once, and end this process if another rank's failure is final and the time is over."""
         self.note_place()
+        if not self.ends_itself:
+            return
         failure = self.board.final_failure()
         if failure is not None and failure.rank == self.rank:
             failure = None
@@ -219,7 +230,8 @@ class Member:
     def report_death(self, rank: int) -> None:
         """Claim and report the failure of another rank, whose process is gone without a word."""
         if self.board.final_failure() is None:  # else that is why it is gone
-            claim_death(self.board, rank, f"rank {rank} died and left no traceback\n", self.process)
+            process = self.process if self.ends_itself else None
+            claim_death(self.board, rank, f"rank {rank} died and left no traceback\n", process)
 
     def check_launcher(self, is_alive: Callable[[], bool]) -> None:
         """End this process if the launching process is gone; the first rank to notice says so."""

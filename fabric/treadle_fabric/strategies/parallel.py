@@ -147,6 +147,8 @@ class ParallelStrategy(Strategy):
     def world_size(self) -> int:
         if dist.is_initialized():
             return dist.get_world_size()
+        if self._environment is not None and self._environment.started_nodes() is not None:
+            return self._environment.world_size()  # also where the machines have different numbers of processes
         return self._num_nodes * self.num_processes
 
     @property
@@ -196,6 +198,9 @@ class ParallelStrategy(Strategy):
         if self._accelerator is not None:
             self._accelerator.setup_device(self.root_device)
         if dist.is_initialized():
+            if environment.ends_processes:  # what started the processes made the group, too
+                mark_rank_as_taken()
+                self._share_failures(environment)
             return
         here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         bound = self.root_device if here is not None and here.type == self.root_device.type else None
@@ -213,9 +218,14 @@ class ParallelStrategy(Strategy):
         )
         mark_rank_as_taken()
         self._owns_group = True
-        join_group(self._num_nodes, self.local_rank, environment.collects_output)
+        self._share_failures(environment)
         host_group(self._timeout)
         atexit.register(_end_group, os.getpid())
+
+    def _share_failures(self, environment: ClusterEnvironment) -> None:
+        join_group(
+            self._num_nodes, self.local_rank, environment.collects_output, ends_itself=not environment.ends_processes
+        )
 
     def leave_environment(self) -> None:
         try:

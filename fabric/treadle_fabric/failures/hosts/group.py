@@ -29,13 +29,15 @@ _groups = itertools.count()
 _lines: Lines | None = None
 
 
-def join_group(num_nodes: int = 1, local_rank: int = 0, collects_output: bool = True) -> None:
+def join_group(num_nodes: int = 1, local_rank: int = 0, collects_output: bool = True, ends_itself: bool = True) -> None:
     """Share failures with the other ranks of the process group, unless this process's launcher sees to all of them.
 
     Args:
         num_nodes: The number of hosts.
         local_rank: This process's rank among those on its host.
         collects_output: Whether what all hosts print comes together in one place.
+        ends_itself: Whether this process ends when another rank has failed. Default: True; False where what started the
+            processes ends them.
     """
     global _lines
     member = current_member()
@@ -50,7 +52,7 @@ def join_group(num_nodes: int = 1, local_rank: int = 0, collects_output: bool = 
     except RuntimeError:  # the rank that hosts the store has ended already
         return
     if member is None or launched is None:
-        member = Member(board, rank)
+        member = Member(board, rank, speaks=ends_itself, ends_itself=ends_itself)
         peers = Peers(member, board)
         join_launch(member, peers.check, interval=max(grace.LOOK_INTERVAL, world_size / _RANKS_PER_SECOND))
         if (
