@@ -7,6 +7,7 @@ says what a reduction makes of each dtype. ``unwrapping.py`` says what the user'
 Imports launchers, precision and what is below them.
 """
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 if TYPE_CHECKING:
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
+    from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
     from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
     from treadle_fabric.strategies.parallelism.sequence import (
@@ -50,6 +52,7 @@ __all__ = [
     "Parts",
     "Plugin",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
@@ -76,14 +79,18 @@ for _strategy in (SingleDeviceStrategy, DDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
 
 
-def _fsdp(**arguments: Any) -> Strategy:
-    strategy: Strategy = getattr(sys.modules[__name__], "FSDPStrategy")(**arguments)  # noqa: B009 # imported on demand
+def _make(kind: str, **arguments: Any) -> Strategy:
+    strategy: Strategy = getattr(sys.modules[__name__], kind)(**arguments)  # which is imported on demand
     return strategy
 
 
+_fsdp = functools.partial(_make, "FSDPStrategy")
 STRATEGY_REGISTRY.register("fsdp", _fsdp, description="Fully sharded data parallelism")
 STRATEGY_REGISTRY.register(
     "fsdp_cpu_offload", _fsdp, description="Fully sharded data parallelism, parts on the host", cpu_offload=True
+)
+STRATEGY_REGISTRY.register(
+    "single_xla", functools.partial(_make, "SingleDeviceXLAStrategy"), description="One process, one device of XLA"
 )
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -91,7 +98,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedStrategy",
-            "SingleDeviceXLAStrategy",
             "XLAFSDPStrategy",
             "XLAStrategy",
         },
@@ -101,6 +107,7 @@ if not TYPE_CHECKING:  # which tell of any other name
             {
                 "FSDPStrategy": "treadle_fabric.strategies.fsdp",
                 "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
+                "SingleDeviceXLAStrategy": "treadle_fabric.strategies.single_xla",
                 "apply_tensor_parallel": "treadle_fabric.strategies.parallelism.plans",
                 "local_attention": "treadle_fabric.strategies.parallelism.sequence",
                 "sequence_attention": "treadle_fabric.strategies.parallelism.sequence",

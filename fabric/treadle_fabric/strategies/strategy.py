@@ -46,6 +46,8 @@ class Strategy(ABC):
         MisconfigurationException: Both names of the precision are given.
     """
 
+    only_on: ClassVar[str] = ""
+    """The name of the only accelerator that the strategy runs on. Default: any without strategies of its own."""
     uses_process_group: ClassVar[bool] = False
     """There are several processes, or there may be, that talk through a process group."""
     requires_forward_redirect: ClassVar[bool] = False
