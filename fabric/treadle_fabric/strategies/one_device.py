@@ -115,7 +115,12 @@ class OneDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         return module
 
     def module_to_device(self, module: Module) -> None:
-        module.to(self._device)
+        if self._device.type != "xla":
+            module.to(self._device)
+            return
+        from treadle_fabric.strategies.on_xla.tensors import move_module  # for the few who use XLA
+
+        move_module(module, self._device)
 
     def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
         return nullcontext()
