@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
     from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
+    from treadle_fabric.strategies.xla import XLAStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
     from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
     from treadle_fabric.strategies.parallelism.sequence import (
@@ -56,6 +57,7 @@ __all__ = [
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
+    "XLAStrategy",
     "apply_tensor_parallel",
     "check_reduce_op",
     "is_elsewhere",
@@ -92,6 +94,9 @@ STRATEGY_REGISTRY.register(
 STRATEGY_REGISTRY.register(
     "single_xla", functools.partial(_make, "SingleDeviceXLAStrategy"), description="One process, one device of XLA"
 )
+STRATEGY_REGISTRY.register(
+    "xla", functools.partial(_make, "XLAStrategy"), description="Data parallelism on devices of XLA"
+)
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
@@ -99,7 +104,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         {
             "DeepSpeedStrategy",
             "XLAFSDPStrategy",
-            "XLAStrategy",
         },
         {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
         otherwise=on_demand(  # most programs shard nothing
@@ -108,6 +112,7 @@ if not TYPE_CHECKING:  # which tell of any other name
                 "FSDPStrategy": "treadle_fabric.strategies.fsdp",
                 "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
                 "SingleDeviceXLAStrategy": "treadle_fabric.strategies.single_xla",
+                "XLAStrategy": "treadle_fabric.strategies.xla",
                 "apply_tensor_parallel": "treadle_fabric.strategies.parallelism.plans",
                 "local_attention": "treadle_fabric.strategies.parallelism.sequence",
                 "sequence_attention": "treadle_fabric.strategies.parallelism.sequence",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import Module
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["move_module", "on_host", "run_recorded"]
+__all__ = ["copy_from_rank_zero", "move_module", "on_host", "run_recorded"]
 
 
 def move_module(module: Module, device: torch.device) -> None:
@@ -35,6 +36,21 @@ def move_module(module: Module, device: torch.device) -> None:
         ) from error
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def copy_from_rank_zero(module: Module, broadcast: Callable[[Any], Any]) -> None:
+    """Give parameters and buffers the values that rank 0 has; every rank calls this.
+
+    Args:
+        module: On the device.
+        broadcast: Returns the object that rank 0 has.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    values = broadcast(on_host([tensor.detach() for tensor in tensors]))
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+    run_recorded()
 
 
 def run_recorded() -> None:
