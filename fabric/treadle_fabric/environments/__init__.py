@@ -7,6 +7,9 @@ Imports only the foundation.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from treadle_fabric.checks import on_demand
 from treadle_fabric.environments.detection import Detection, detect, detect_environment, examine_all
 from treadle_fabric.environments.environment import ClusterEnvironment, Finding
 from treadle_fabric.environments.kubeflow import KubeflowEnvironment
@@ -16,6 +19,9 @@ from treadle_fabric.environments.mpi import MPIEnvironment
 from treadle_fabric.environments.slurm import SLURMEnvironment
 from treadle_fabric.environments.taken import mark_rank_as_taken
 from treadle_fabric.environments.torchelastic import TorchElasticEnvironment
+
+if TYPE_CHECKING:
+    from treadle_fabric.environments.xla import XLAEnvironment
 
 __all__ = [
     "ClusterEnvironment",
@@ -27,9 +33,13 @@ __all__ = [
     "MPIEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
+    "XLAEnvironment",
     "detect",
     "detect_environment",
     "examine_all",
     "find_free_port",
     "mark_rank_as_taken",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(__name__, {"XLAEnvironment": "treadle_fabric.environments.xla"})  # few programs use it

@@ -1,4 +1,4 @@
-"""Move tensors to devices of XLA and to the host, and run what is recorded."""
+"""Move modules to devices of XLA, and run what is recorded."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
-from treadle_fabric.batches import map_tensors
+from treadle_fabric.checkpoint.host.xla_io import on_host
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["copy_from_rank_zero", "move_module", "on_host", "run_recorded"]
@@ -58,25 +57,3 @@ def run_recorded() -> None:
     import torch_xla  # an extra
 
     torch_xla.sync()
-
-
-def on_host(data: Any) -> Any:
-    """Return the same containers, with copies on the CPU of what is on devices of XLA, in one transfer.
-
-    A file with such copies is read by any process, with torch-xla or without.
-    """
-    import torch_xla  # an extra
-
-    found: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.device.type == "xla":
-            found[id(tensor)] = tensor
-        return tensor
-
-    map_tensors(data, note)
-    if not found:
-        return data
-    torch_xla._XLAC._xla_sync_multi(list(found.values()), devices=[], wait=True, sync_xla_data=True)
-    copies = dict(zip(found, torch_xla._XLAC._xla_get_cpu_tensors([t.detach() for t in found.values()]), strict=True))
-    return map_tensors(data, lambda tensor: copies.get(id(tensor), tensor))
