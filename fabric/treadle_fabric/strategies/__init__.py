@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
     from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
     from treadle_fabric.strategies.xla import XLAStrategy
+    from treadle_fabric.strategies.xla_fsdp import XLAFSDPStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
     from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
     from treadle_fabric.strategies.parallelism.sequence import (
@@ -57,6 +58,7 @@ __all__ = [
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
+    "XLAFSDPStrategy",
     "XLAStrategy",
     "apply_tensor_parallel",
     "check_reduce_op",
@@ -97,13 +99,17 @@ STRATEGY_REGISTRY.register(
 STRATEGY_REGISTRY.register(
     "xla", functools.partial(_make, "XLAStrategy"), description="Data parallelism on devices of XLA"
 )
+STRATEGY_REGISTRY.register(
+    "xla_fsdp",
+    functools.partial(_make, "XLAFSDPStrategy"),
+    description="Fully sharded data parallelism on devices of XLA",
+)
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
             "DeepSpeedStrategy",
-            "XLAFSDPStrategy",
         },
         {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
         otherwise=on_demand(  # most programs shard nothing
@@ -112,6 +118,7 @@ if not TYPE_CHECKING:  # which tell of any other name
                 "FSDPStrategy": "treadle_fabric.strategies.fsdp",
                 "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
                 "SingleDeviceXLAStrategy": "treadle_fabric.strategies.single_xla",
+                "XLAFSDPStrategy": "treadle_fabric.strategies.xla_fsdp",
                 "XLAStrategy": "treadle_fabric.strategies.xla",
                 "apply_tensor_parallel": "treadle_fabric.strategies.parallelism.plans",
                 "local_attention": "treadle_fabric.strategies.parallelism.sequence",
