@@ -75,8 +75,12 @@ class XLAAccelerator(Accelerator):
         if device.type != "xla":
             raise DeviceUnavailableError(f"{device} is no device of XLA. Use torch.device('xla', 0).")
         import torch_xla  # an extra
+        import torch_xla.core.xla_model as xm
 
+        first = not torch_xla._XLAC._xla_runtime_is_initialized()
         torch_xla._XLAC._xla_set_default_device(str(device))
+        if first:  # torch's seed does not reach it
+            xm.set_rng_state(torch.initial_seed() % 2**32)
         try:
             torch.zeros(1, device=device, requires_grad=True).sum().backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:

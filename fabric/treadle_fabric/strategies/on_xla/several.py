@@ -15,7 +15,6 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.on_xla.exchange import Exchange, OverDevices, find_exchange
 from treadle_fabric.strategies.on_xla.process import begin_process
-from treadle_fabric.strategies.on_xla.random import seed_device
 from treadle_fabric.strategies.parallel import DeviceExchange, ParallelStrategy
 
 __all__ = ["SeveralXLAStrategy"]
@@ -87,4 +86,3 @@ class SeveralXLAStrategy(ParallelStrategy):
 
     def process_is_ready(self) -> None:
         self._exchange = find_exchange(self.global_rank, self.world_size)
-        seed_device()
