@@ -21,7 +21,8 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
-from treadle_fabric.strategies.on_xla.parts import as_dtensor, is_part, local_part, whole_shape
+from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
+from treadle_fabric.strategies.on_xla.parts import as_dtensor, is_part, local_part, whole_shape, with_whole_states
 from treadle_fabric.strategies.on_xla.several import SeveralXLAStrategy
 from treadle_fabric.strategies.on_xla.sharded import (
     XLAShardedEngine,
@@ -34,7 +35,7 @@ from treadle_fabric.strategies.on_xla.tensors import copy_from_rank_zero, run_re
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.sharded_state import gather_parts
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
-from treadle_fabric.strategies.unwrapping import load_module_state, module_state, names_in, plain_name, user_module
+from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 
 __all__ = ["XLAFSDPStrategy"]
 
@@ -111,9 +112,13 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         self._state_dict_type, self._sequential_save = state_dict_type, sequential_save
         self._arguments = kwargs
         self._mesh: Any = None
+        self._averaging = GradientAveraging(lambda: self.exchange)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_mesh": None}
+        return {**super().__getstate__(), "_mesh": None, "_averaging": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _averaging=GradientAveraging(lambda: self.exchange))
 
     @property
     def writes_folders(self) -> bool:
@@ -142,7 +147,10 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         ordinals: list[Any] = [None] * self.world_size
         dist.all_gather_object(ordinals, xr.global_ordinal())
         order = ordinals if len({*ordinals}) == len(ordinals) else [*range(self.world_size)]
-        return shard(module, exchange, order, self._wrap, self._recompute, self._arguments)
+        engine = shard(module, exchange, order, self._wrap, self._recompute, self._arguments)
+        with_whole_states(engine.module, self._hosts)
+        self._averaging.watch(engine, lambda parameter: not is_part(parameter))
+        return engine
 
     def module_to_device(self, module: Module) -> None:
         """Do nothing: each part of a module goes to the device by itself when it is sharded."""
@@ -183,22 +191,10 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
         """The state of the user's module, in DTensors on the host if checkpoints are folders; else whole on rank 0."""
-        own = user_module(module)
-        parts = {plain_name(own, n): p for n, p in own.named_parameters(remove_duplicate=False)}
-        state = module_state(module)
-        for name, value in state.items():
-            if name in parts and isinstance(value, Tensor):
-                state[name] = self.as_part(parts[name], value)
-        return self.as_stored(state)
+        return self.as_stored(module_state(module))
 
     def load_module_state_dict(self, module: Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        own = user_module(module)
-        state = dict(names_in(own, state_dict))
-        for name, parameter in own.named_parameters(remove_duplicate=False):
-            value = state.get(name)
-            if isinstance(value, Tensor) and is_part(parameter) and value.shape == whole_shape(parameter):
-                state[name] = self.from_part(parameter, value)
-        load_module_state(module, state, strict=strict)
+        load_module_state(module, state_dict, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         state = complete_state(optimizer)

@@ -31,11 +31,16 @@ class GradientAveraging:
         self._handles: dict[int, Any] = {}
         self._waiting: weakref.WeakKeyDictionary[Module, bool] = weakref.WeakKeyDictionary()
 
-    def watch(self, module: Module) -> None:
-        """Average the gradients of a module from now on."""
+    def watch(self, module: Module, only: Callable[[Tensor], bool] = lambda parameter: True) -> None:
+        """Average the gradients of a module from now on.
+
+        Args:
+            module: The module.
+            only: Whether to average the gradient of a parameter. Default: those of all.
+        """
         if id(module) in self._handles:
             self._handles.pop(id(module)).remove()
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = [p for p in module.parameters() if p.requires_grad and only(p)]
         if not parameters:
             return
         known = weakref.ref(module)
@@ -45,7 +50,7 @@ class GradientAveraging:
             exchange = self._exchange()
             if here is not None and exchange is not None and not self._waiting.get(here, False):
                 with torch.no_grad():
-                    exchange.average([p.grad for p in here.parameters() if p.grad is not None])
+                    exchange.average([p.grad for p in here.parameters() if p.grad is not None and only(p)])
 
         def begin(gradient: Tensor) -> None:
             torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from treadle_fabric.checkpoint import fill
+from treadle_fabric.checkpoint.host.xla_io import on_host
 
-__all__ = ["as_dtensor", "is_part", "local_part", "whole_shape"]
+__all__ = ["as_dtensor", "is_part", "local_part", "with_whole_states", "whole_shape"]
 
 
 def is_part(parameter: Any) -> bool:
     """Whether a parameter is the part of this process."""
-    return getattr(parameter, "_is_sharded", False) is True
+    return hasattr(parameter, "_orig_size")
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
@@ -57,3 +59,29 @@ def local_part(source: Tensor, part: Tensor, shape: torch.Size, mesh: Any) -> Te
     own = target.to_local()
     padded[: own.size(0)] = own
     return padded
+
+
+def with_whole_states(module: Module, mesh: Any) -> None:
+    """Let state dicts of a module have DTensors on the host, and let it load these and whole tensors.
+
+    Args:
+        module: The user's module, whose parameters are parts.
+        mesh: Of all processes' hosts.
+    """
+
+    def give(module: Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name, parameter in module._parameters.items():
+            if is_part(parameter) and prefix + name in state:
+                part = on_host([state[prefix + name].detach()])[0]
+                state[prefix + name] = as_dtensor(part, whole_shape(parameter), mesh)  # type: ignore[arg-type]
+
+    def take(module: Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, parameter in module._parameters.items():
+            value = state.get(prefix + name)
+            if isinstance(value, Tensor) and is_part(parameter) and value.shape == whole_shape(parameter):  # type: ignore[arg-type]
+                own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")  # type: ignore[union-attr]
+                state[prefix + name] = local_part(value, own, value.shape, mesh)
+
+    for each in module.modules():
+        each.register_state_dict_post_hook(give)  # type: ignore[no-untyped-call]
+        each.register_load_state_dict_pre_hook(take)  # type: ignore[no-untyped-call]

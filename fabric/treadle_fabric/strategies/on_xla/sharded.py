@@ -14,9 +14,10 @@ from torch.nn import Module
 from treadle_fabric.errors import MisconfigurationException, UnknownArgumentError, near_names
 from treadle_fabric.strategies.data_parallel.ddp_engine import MethodForward
 from treadle_fabric.strategies.on_xla.exchange import Exchange
+from treadle_fabric.strategies.on_xla.parts import is_part
 from treadle_fabric.strategies.unwrapping import inside, plain_name
 
-__all__ = ["XLAShardedEngine", "check_arguments", "shard"]
+__all__ = ["XLAShardedEngine", "check_arguments", "clip_parts", "register_wrappers", "shard"]
 
 Policy = Collection[type[Module]] | Callable[..., bool]
 _OURS: Final = {
@@ -105,6 +106,9 @@ def shard(
     from torch_xla.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     _check_parameters(module)
+    for parameter in module.parameters():
+        if parameter.dim() == 0:
+            parameter._is_sharded = True  # type: ignore[attr-defined] # torch-xla leaves it as it is
     target = MethodForward(module)
     for each in [*module.modules()]:
         if recompute is not None and _applies(recompute, each):
@@ -114,6 +118,10 @@ def shard(
     places: Any = {"sharding_groups": [order], "sharding_rank": exchange.rank, "sharding_world_size": exchange.size}
     arguments = {"pin_layout_in_collective_ops": False, **_OURS, **arguments, **places}
     sharded = XlaFullyShardedDataParallel(target, auto_wrap_policy=wrap, **arguments)
+    device = sharded.xla_device
+    for parameter in module.parameters():
+        if not is_part(parameter) and parameter.dim() == 0:
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.to(device), parameter.requires_grad))
     for wrapper in _wrappers(sharded):
         exchange.place_in(wrapper)
         _put_parts_into_modules(wrapper)
@@ -129,10 +137,6 @@ def _applies(policy: Policy, module: Module) -> bool:
 def _check_parameters(module: Module) -> None:
     for name, parameter in module.named_parameters():
         name = plain_name(module, name)
-        if parameter.dim() == 0:
-            raise MisconfigurationException(
-                f"The parameter {name!r} is one number, which XLA's FSDP cannot cut: give it the shape (1,)."
-            )
         if parameter.dtype != torch.float32:
             raise MisconfigurationException(
                 f"The parameter {name!r} is of dtype {parameter.dtype}, and XLA's FSDP keeps parameters in float32. To "
@@ -175,7 +179,8 @@ def clip_parts(
 
     gradients = [p.grad for p in parameters if p.grad is not None]
     device = parameters[0].device
-    norms = [torch.linalg.vector_norm(g, norm_type) for g in gradients]
+    counted = [p.grad for p in parameters if p.grad is not None and (is_part(p) or exchange.rank == 0)]
+    norms = [torch.linalg.vector_norm(g, norm_type) for g in counted]
     local = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
     if norm_type == float("inf"):
         total = exchange.all_reduce(local, dist.ReduceOp.MAX)
