@@ -66,7 +66,20 @@ def batch_mover(device: torch.device) -> Callable[[Any], Any]:
             return batch
         return move_data_to_device(batch, device)
 
+    if device.type == "xla":
+        return _between_steps(move)
     return stay if device.type == "cpu" else move
+
+
+def _between_steps(move: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The mover for a device of XLA, which runs what was recorded until the next batch is drawn."""
+    import torch_xla  # an extra
+
+    def cut(batch: Any) -> Any:
+        torch_xla.sync()
+        return move(batch)
+
+    return cut
 
 
 def _move(data: Any, device: torch.device) -> Any:

@@ -142,11 +142,13 @@ def resolve(
             )
             chosen = chosen[:1]
         several = len(chosen) * num_nodes > 1 or environment.started_processes() > 1
-        strategy = ("ddp_fork" if interactive else "ddp") if several else "single_device"
+        strategy = hardware.automatic_strategies[several]
+        strategy = "ddp_fork" if interactive and strategy == "ddp" else strategy
         sample = _sample(strategy)
     elif not sample.uses_process_group:
         chosen = _single(chosen, devices, num_nodes, strategy)
     assert sample is not None
+    _check_hardware(strategy, sample, hardware)
     start_method = sample.start_method
     launcher = _choose_launcher(start_method, environment)
     _check_processes(len(chosen), num_nodes, strategy, hardware, launcher, interactive)
@@ -184,7 +186,8 @@ def build(plan: Plan) -> Strategy:
 
 def available_devices() -> dict[str, int]:
     """Count this machine's devices of each registered accelerator, in the order of preference."""
-    return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in ACCELERATOR_REGISTRY.items()}
+    kinds = sorted(ACCELERATOR_REGISTRY.items(), key=lambda entry: entry[1].is_emulated())
+    return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in kinds}
 
 
 def _find_environment(own: Parts, given: Parts, environ: Mapping[str, str] | None) -> Detection:
@@ -311,7 +314,7 @@ def _choose_accelerator(
     there = [name for name, count in available.items() if count > 0]
     if accelerator == "auto":
         given = own.devices[0] if own.devices else environment.assigned_device()
-        name = there[0] if given is None else given.type
+        name = there[0] if given is None else _accelerator_of(given.type)
     elif accelerator == "gpu":
         gpus = [name for name in there if ACCELERATOR_REGISTRY[name].is_gpu]
         if not gpus:
@@ -323,10 +326,33 @@ def _choose_accelerator(
         names = ["auto", "gpu", *ACCELERATOR_REGISTRY]
         raise unknown_name("accelerator", accelerator, names)
     if available.get(name, 1) == 0:
+        ACCELERATOR_REGISTRY[name].check_installed()
         raise DeviceUnavailableError(
             f"accelerator={accelerator!r}, but this machine has no {name} device. There is: {', '.join(there)}."
         )
     return ACCELERATOR_REGISTRY[name]()
+
+
+def _accelerator_of(device_type: str) -> str:
+    """The name of the accelerator whose devices have a type of torch's."""
+    names = (name for name, kind in ACCELERATOR_REGISTRY.items() if kind.device_type == device_type)
+    return next(names, device_type)
+
+
+def _check_hardware(strategy: str | Strategy, sample: Strategy, hardware: Accelerator) -> None:
+    """Refuse a strategy on hardware that is not its own, where one of them is made for the other."""
+    name, own = strategy if isinstance(strategy, str) else type(strategy).__name__, hardware.name()
+    if sample.only_on not in ("", own):
+        raise MisconfigurationException(
+            f"strategy={name!r} runs on accelerator={sample.only_on!r} only, and the accelerator is {own!r}. Use "
+            f"strategy='auto', or accelerator={sample.only_on!r}."
+        )
+    if hardware.has_own_strategies and sample.only_on != own:
+        single, several = hardware.automatic_strategies
+        raise MisconfigurationException(
+            f"strategy={name!r} does not run on accelerator={own!r}, which has strategies of its own. Use "
+            f"strategy='auto', {single!r} or {several!r}."
+        )
 
 
 def _choose_devices(

@@ -11,7 +11,13 @@ from treadle_fabric.strategies import (
 )
 
 if TYPE_CHECKING:
-    from treadle_fabric.strategies import FSDPStrategy, ModelParallelStrategy
+    from treadle_fabric.strategies import (
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceXLAStrategy,
+        XLAFSDPStrategy,
+        XLAStrategy,
+    )
 
 __all__ = [
     "DDPStrategy",
@@ -19,7 +25,10 @@ __all__ = [
     "ModelParallelStrategy",
     "ParallelStrategy",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
     "Strategy",
+    "XLAFSDPStrategy",
+    "XLAStrategy",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -27,6 +36,16 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {"DeepSpeedStrategy"},
         otherwise=on_demand(
-            __name__, dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy"), "treadle_fabric.strategies")
+            __name__,
+            dict.fromkeys(
+                (
+                    "FSDPStrategy",
+                    "ModelParallelStrategy",
+                    "SingleDeviceXLAStrategy",
+                    "XLAFSDPStrategy",
+                    "XLAStrategy",
+                ),
+                "treadle_fabric.strategies",
+            ),
         ),
     )

@@ -6,8 +6,6 @@ memory ran out; every other file is one kind of hardware. Imports only the found
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from treadle_fabric.accelerators.accelerator import Accelerator, Devices, count_devices, with_index
 from treadle_fabric.accelerators.cpu import CPUAccelerator
 from treadle_fabric.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
@@ -21,7 +19,7 @@ from treadle_fabric.accelerators.memory import (
 )
 from treadle_fabric.accelerators.mps import MPSAccelerator
 from treadle_fabric.accelerators.registry import ACCELERATOR_REGISTRY, AcceleratorRegistry
-from treadle_fabric.errors import not_yet
+from treadle_fabric.accelerators.xla import XLAAccelerator
 
 __all__ = [
     "ACCELERATOR_REGISTRY",
@@ -31,6 +29,7 @@ __all__ = [
     "CUDAAccelerator",
     "Devices",
     "MPSAccelerator",
+    "XLAAccelerator",
     "count_devices",
     "find_usable_cuda_devices",
     "garbage_collection_cuda",
@@ -41,6 +40,3 @@ __all__ = [
     "recursive_detach",
     "with_index",
 ]
-
-if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"XLAAccelerator"})

@@ -31,6 +31,12 @@ class Accelerator(ABC):
     """Whether this hardware computes in double precision."""
     shares_batch_norm: ClassVar[bool] = False
     """Whether ``torch.nn.SyncBatchNorm`` works on this hardware."""
+    device_type: ClassVar[str] = ""
+    """The type of its ``torch.device``, where that differs from :meth:`name`."""
+    automatic_strategies: ClassVar[tuple[str, str]] = ("single_device", "ddp")
+    """The names of the strategies that ``strategy="auto"`` means on one device, and on several."""
+    has_own_strategies: ClassVar[bool] = False
+    """Whether only strategies that name this hardware as theirs run on it; see ``Strategy.only_on``."""
 
     @staticmethod
     @abstractmethod
@@ -41,6 +47,19 @@ class Accelerator(ABC):
     @abstractmethod
     def is_available() -> bool:
         """Return whether this machine has the hardware, without initializing it, so that processes can be forked."""
+
+    @staticmethod
+    def check_installed() -> None:
+        """Refuse hardware that the user asked for by name, where a package for it is missing. Default: none is needed.
+
+        Raises:
+            MissingPackageError: The package is not installed; the message has the command that installs it.
+        """
+
+    @staticmethod
+    def is_emulated() -> bool:
+        """Return whether another kind of hardware plays this one: ``accelerator="auto"`` takes all others first."""
+        return False
 
     @staticmethod
     @abstractmethod

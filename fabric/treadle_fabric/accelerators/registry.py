@@ -6,6 +6,7 @@ from treadle_fabric.accelerators.accelerator import Accelerator
 from treadle_fabric.accelerators.cpu import CPUAccelerator
 from treadle_fabric.accelerators.cuda import CUDAAccelerator
 from treadle_fabric.accelerators.mps import MPSAccelerator
+from treadle_fabric.accelerators.xla import XLAAccelerator
 from treadle_fabric.errors import MisconfigurationException, near_names
 
 __all__ = ["ACCELERATOR_REGISTRY", "AcceleratorRegistry"]
@@ -52,5 +53,5 @@ class AcceleratorRegistry(dict[str, type[Accelerator]]):
 
 ACCELERATOR_REGISTRY = AcceleratorRegistry()
 # In the order of preference of accelerator="auto".
-for _kind in (CUDAAccelerator, MPSAccelerator, CPUAccelerator):
+for _kind in (CUDAAccelerator, MPSAccelerator, XLAAccelerator, CPUAccelerator):
     _kind.register_accelerators(ACCELERATOR_REGISTRY)

@@ -47,6 +47,7 @@ from treadle_fabric.checks import on_demand
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint.export.consolidate import consolidate
     from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
+    from treadle_fabric.checkpoint.host.xla_io import XLACheckpointIO
 
 __all__ = [
     "NAME_BYTES",
@@ -60,6 +61,7 @@ __all__ = [
     "PerRank",
     "StoredTensor",
     "TorchCheckpointIO",
+    "XLACheckpointIO",
     "check_share",
     "checkpoints_in",
     "classes_in_state",
@@ -99,10 +101,11 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = on_demand(  # few programs export
+    __getattr__ = on_demand(  # few programs use one of these
         __name__,
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint.export.exporting",
+            "XLACheckpointIO": "treadle_fabric.checkpoint.host.xla_io",
             "consolidate": "treadle_fabric.checkpoint.export.consolidate",
         },
     )

@@ -30,6 +30,7 @@ from treadle_fabric.environments.torchelastic import TorchElasticEnvironment
 
 if TYPE_CHECKING:
     from treadle_fabric.environments.ray import RayEnvironment
+    from treadle_fabric.environments.xla import XLAEnvironment
 
 __all__ = [
     "ClusterEnvironment",
@@ -42,6 +43,7 @@ __all__ = [
     "RayEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
+    "XLAEnvironment",
     "detect",
     "detect_environment",
     "examine_all",
@@ -51,5 +53,11 @@ __all__ = [
     "requeue",
 ]
 
-if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = on_demand(__name__, {"RayEnvironment": "treadle_fabric.environments.ray"})
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(  # few programs use one of these
+        __name__,
+        {
+            "RayEnvironment": "treadle_fabric.environments.ray",
+            "XLAEnvironment": "treadle_fabric.environments.xla",
+        },
+    )

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
+from treadle_fabric.checks import on_demand
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import not_yet
 from treadle_fabric.precision import (
@@ -16,6 +17,10 @@ from treadle_fabric.precision import (
     TransformerEnginePrecision,
 )
 
+if TYPE_CHECKING:
+    from treadle_fabric.checkpoint import XLACheckpointIO
+    from treadle_fabric.precision import XLAPrecision
+
 __all__ = [
     "BitsandbytesPrecision",
     "CheckpointIO",
@@ -28,6 +33,8 @@ __all__ = [
     "Precision",
     "TorchCheckpointIO",
     "TransformerEnginePrecision",
+    "XLACheckpointIO",
+    "XLAPrecision",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -35,7 +42,9 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedPrecision",
-            "XLACheckpointIO",
-            "XLAPrecision",
         },
+        otherwise=on_demand(
+            __name__,
+            {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
+        ),
     )

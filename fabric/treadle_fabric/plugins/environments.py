@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from treadle_fabric.checks import on_demand
 from treadle_fabric.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -11,7 +12,9 @@ from treadle_fabric.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from treadle_fabric.errors import not_yet
+
+if TYPE_CHECKING:
+    from treadle_fabric.environments import XLAEnvironment
 
 __all__ = [
     "ClusterEnvironment",
@@ -21,7 +24,8 @@ __all__ = [
     "MPIEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
+    "XLAEnvironment",
 ]
 
-if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"XLAEnvironment"})
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(__name__, {"XLAEnvironment": "treadle_fabric.environments"})

@@ -1,7 +1,7 @@
 """Precisions: the dtypes of weights, inputs and outputs, loss scaling, and the names that users give them.
 
 Start with ``precision.py``, the base class; ``names.py`` has the names. ``autocast.py``, ``half.py``, ``double.py``,
-``float8.py``, ``transformer_engine.py`` and ``bitsandbytes.py`` have one precision each; the last three replace linear
+``xla.py``, ``float8.py``, ``transformer_engine.py`` and ``bitsandbytes.py`` have one precision each; the last three replace linear
 layers, which ``layers.py`` finds, and ``quantized.py`` has those of bitsandbytes. Imports only the foundation.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from treadle_fabric.precision.float8 import Float8Precision
     from treadle_fabric.precision.fsdp import FSDPPrecision
     from treadle_fabric.precision.transformer_engine import TransformerEnginePrecision
+    from treadle_fabric.precision.xla import XLAPrecision
 
 __all__ = [
     "BitsandbytesPrecision",
@@ -31,6 +32,7 @@ __all__ = [
     "MixedPrecision",
     "Precision",
     "TransformerEnginePrecision",
+    "XLAPrecision",
     "canonical_precision",
     "make_precision",
     "needs_closure",
@@ -45,5 +47,6 @@ if not TYPE_CHECKING:
             "FSDPPrecision": "treadle_fabric.precision.fsdp",
             "Float8Precision": "treadle_fabric.precision.float8",
             "TransformerEnginePrecision": "treadle_fabric.precision.transformer_engine",
+            "XLAPrecision": "treadle_fabric.precision.xla",
         },
     )

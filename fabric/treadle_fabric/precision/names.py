@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from treadle_fabric.errors import MisconfigurationException, unknown_name
+from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, unknown_name
 from treadle_fabric.precision.autocast import MixedPrecision
 from treadle_fabric.precision.double import DoublePrecision
 from treadle_fabric.precision.half import HalfPrecision
@@ -66,6 +66,10 @@ def make_precision(name: str | int | None, device_type: str) -> Precision:
     """
     canonical = canonical_precision(name)
     refuse_device(canonical, device_type)
+    if device_type == "xla":
+        from treadle_fabric.precision.xla import XLAPrecision  # for the few who use it
+
+        return XLAPrecision(canonical)  # type: ignore[arg-type]
     if canonical in _FLOAT8:
         from treadle_fabric.precision.float8 import Float8Precision  # for the few who use it
 
@@ -91,3 +95,8 @@ def refuse_device(name: str, device_type: str) -> None:
         from treadle_fabric.precision.layers import INSTEAD, check_on_cuda  # for the few who use these
 
         check_on_cuda(name, device_type, INSTEAD)
+    if device_type in ("xla", "tpu") and not name.endswith("-true"):
+        raise DeviceUnavailableError(
+            f"precision={name!r} is not there for accelerator='tpu', where everything has one dtype. Use 'bf16-true',"
+            " '32-true' or '16-true'."
+        )

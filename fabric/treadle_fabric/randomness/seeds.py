@@ -28,6 +28,15 @@ def numpy_if_imported() -> ModuleType | None:
     return numpy
 
 
+def running_xla() -> Any:
+    """The module of torch-xla that has the random state of its device, if XLA's runtime runs in this process."""
+    torch_xla = sys.modules.get("torch_xla")
+    core = sys.modules.get("torch_xla.core.xla_model")
+    if core is None or torch_xla is None or not torch_xla._XLAC._xla_runtime_is_initialized():
+        return None
+    return core
+
+
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
     """Seed Python's, NumPy's and PyTorch's (every device's) global random generators.
 
@@ -58,6 +67,8 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     os.environ["PL_SEED_WORKERS"] = str(int(workers))
     random.seed(number)
     torch.manual_seed(number)
+    if (xla := running_xla()) is not None:
+        xla.set_rng_state(number)
     if (numpy := numpy_if_imported()) is not None:
         numpy.random.seed(number)
     return number

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from treadle_fabric.randomness.seeds import numpy_if_imported
+from treadle_fabric.randomness.seeds import numpy_if_imported, running_xla
 
 __all__ = [
     "NumPyState",
@@ -36,7 +36,8 @@ def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
 
     Returns:
         Keys "torch", "python", "numpy" (where installed), "cuda" (a list with one state a visible device), "own_cuda"
-        (the state of the current CUDA device, which may have another index where the state is set again) and "mps".
+        (the state of the current CUDA device, which may have another index where the state is set again), "mps" and
+        "xla".
     """
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if (numpy := numpy_if_imported()) is not None:
@@ -47,7 +48,16 @@ def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
             states["own_cuda"] = states["cuda"][torch.cuda.current_device()]
         if torch.backends.mps.is_available():
             states["mps"] = torch.mps.get_rng_state()
+        states.update(_xla_state())
     return states
+
+
+def _xla_state() -> dict[str, Any]:
+    """The state of the device of XLA, a number, where this process has one."""
+    if (xla := running_xla()) is None:
+        return {}
+    sys.modules["torch_xla"].sync()  # what is recorded may draw from the generator
+    return {"xla": xla.get_rng_state()}
 
 
 def own_rng_states() -> dict[str, Any]:
@@ -66,6 +76,7 @@ def own_rng_states() -> dict[str, Any]:
             states["other_cuda"] = {index: torch.cuda.get_rng_state(index) for index in others}
     if torch.backends.mps.is_available():
         states["mps"] = torch.mps.get_rng_state()
+    states.update(_xla_state())
     return states
 
 
@@ -195,6 +206,8 @@ def set_rng_states(rng_state_dict: Mapping[str, Any]) -> None:
                 torch.cuda.set_rng_state(state, device)
     if "mps" in rng_state_dict and torch.backends.mps.is_available():
         torch.mps.set_rng_state(rng_state_dict["mps"])
+    if "xla" in rng_state_dict and (xla := running_xla()) is not None:
+        xla.set_rng_state(rng_state_dict["xla"])
 
 
 @contextmanager

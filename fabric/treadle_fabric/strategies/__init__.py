@@ -7,6 +7,7 @@ says what a reduction makes of each dtype. ``unwrapping.py`` says what the user'
 Imports launchers, precision and what is below them.
 """
 
+import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,9 @@ from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 if TYPE_CHECKING:
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
+    from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
+    from treadle_fabric.strategies.xla import XLAStrategy
+    from treadle_fabric.strategies.xla_fsdp import XLAFSDPStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
     from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
     from treadle_fabric.strategies.parallelism.sequence import (
@@ -50,9 +54,12 @@ __all__ = [
     "Parts",
     "Plugin",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
     "Strategy",
     "StrategyRegistry",
     "WholeStateStrategy",
+    "XLAFSDPStrategy",
+    "XLAStrategy",
     "apply_tensor_parallel",
     "check_reduce_op",
     "is_elsewhere",
@@ -76,14 +83,26 @@ for _strategy in (SingleDeviceStrategy, DDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
 
 
-def _fsdp(**arguments: Any) -> Strategy:
-    strategy: Strategy = getattr(sys.modules[__name__], "FSDPStrategy")(**arguments)  # noqa: B009 # imported on demand
+def _make(kind: str, **arguments: Any) -> Strategy:
+    strategy: Strategy = getattr(sys.modules[__name__], kind)(**arguments)  # which is imported on demand
     return strategy
 
 
+_fsdp = functools.partial(_make, "FSDPStrategy")
 STRATEGY_REGISTRY.register("fsdp", _fsdp, description="Fully sharded data parallelism")
 STRATEGY_REGISTRY.register(
     "fsdp_cpu_offload", _fsdp, description="Fully sharded data parallelism, parts on the host", cpu_offload=True
+)
+STRATEGY_REGISTRY.register(
+    "single_xla", functools.partial(_make, "SingleDeviceXLAStrategy"), description="One process, one device of XLA"
+)
+STRATEGY_REGISTRY.register(
+    "xla", functools.partial(_make, "XLAStrategy"), description="Data parallelism on devices of XLA"
+)
+STRATEGY_REGISTRY.register(
+    "xla_fsdp",
+    functools.partial(_make, "XLAFSDPStrategy"),
+    description="Fully sharded data parallelism on devices of XLA",
 )
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -91,9 +110,6 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedStrategy",
-            "SingleDeviceXLAStrategy",
-            "XLAFSDPStrategy",
-            "XLAStrategy",
         },
         {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
         otherwise=on_demand(  # most programs shard nothing
@@ -101,6 +117,9 @@ if not TYPE_CHECKING:  # which tell of any other name
             {
                 "FSDPStrategy": "treadle_fabric.strategies.fsdp",
                 "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
+                "SingleDeviceXLAStrategy": "treadle_fabric.strategies.single_xla",
+                "XLAFSDPStrategy": "treadle_fabric.strategies.xla_fsdp",
+                "XLAStrategy": "treadle_fabric.strategies.xla",
                 "apply_tensor_parallel": "treadle_fabric.strategies.parallelism.plans",
                 "local_attention": "treadle_fabric.strategies.parallelism.sequence",
                 "sequence_attention": "treadle_fabric.strategies.parallelism.sequence",

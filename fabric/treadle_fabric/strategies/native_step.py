@@ -18,7 +18,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision, needs_closure
 from treadle_fabric.strategies.sharding.norms import clip_norm, clip_value, unscale
 from treadle_fabric.strategies.strategy import Strategy
-from treadle_fabric.strategies.unwrapping import user_module
+from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
 __all__ = ["NativeStepStrategy", "replace_parameters"]
 
@@ -54,9 +54,10 @@ class NativeStepStrategy(Strategy):
     def setup_module_and_optimizers(
         self, module: Module, optimizers: Iterable[Optimizer], scheduler: Any | None = None
     ) -> tuple[Module, list[Optimizer], Any | None]:
-        optimizers, before = list(optimizers), dict(user_module(module).named_parameters())
+        own = user_module(module)
+        optimizers, before = list(optimizers), dict(with_plain_names(own, own.named_parameters()))
         engine = self.setup_module(module)
-        replace_parameters(optimizers, before, dict(user_module(module).named_parameters()))
+        replace_parameters(optimizers, before, dict(with_plain_names(own, own.named_parameters())))
         return engine, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     @property
@@ -116,11 +117,24 @@ class NativeStepStrategy(Strategy):
         strict = error_if_nonfinite and not precision.requires_fabric_backward
         parameters = list(precision.main_params(optimizer))
         if self.shards_parameters:
+            if (norm := self.clip_parts(parameters, max_norm, norm_type, strict)) is not None:
+                return norm
             return clip_norm(parameters, max_norm, norm_type, self.stage_groups, strict)
         try:
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type, error_if_nonfinite=strict)
         except NotImplementedError:  # torch has no norm of sparse gradients
             return clip_norm(parameters, max_norm, norm_type, (), strict)
+
+    def clip_parts(self, parameters: list[Tensor], max_norm: float, norm_type: float, strict: bool) -> Tensor | None:
+        """Clip gradients that are parts, and no DTensors, by their joint norm, and return that. Default: none are.
+
+        Args:
+            parameters: Whose gradients.
+            max_norm: The largest norm.
+            norm_type: The p of the p-norm.
+            strict: Raise if the norm is NaN or infinite.
+        """
+        return None
 
     def clip_gradients_value(self, module: Module | None, optimizer: Optimizer, clip_val: float) -> None:
         self.precision.unscale_gradients(optimizer)

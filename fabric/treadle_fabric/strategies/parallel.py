@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,19 @@ from treadle_fabric.strategies.strategy import Strategy
 __all__ = ["ParallelStrategy"]
 
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
+
+
+class DeviceExchange(Protocol):
+    """Collectives of devices that reach one another, of all processes."""
+
+    def takes(self, tensor: Tensor, op: Any = None) -> bool:
+        """Whether the tensor is on such a device, and its dtype and the ``torch.distributed.ReduceOp`` are there."""
+
+    def all_reduce(self, tensor: Tensor, op: Any) -> Tensor:
+        """The reduced tensor, a new one."""
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, stacked; gradients flow back."""
 
 
 class ParallelStrategy(Strategy):
@@ -195,8 +208,19 @@ class ParallelStrategy(Strategy):
         environment.set_global_rank(rank)
         environment.set_world_size(world_size)
         rank_zero_only.rank = rank  # type: ignore[attr-defined]
+        self.prepare_process()
         if self._accelerator is not None:
             self._accelerator.setup_device(self.root_device)
+        self._join_group(environment, rank, world_size)
+        self.process_is_ready()
+
+    def prepare_process(self) -> None:
+        """Do what comes before the device of this process is used. Default: nothing."""
+
+    def process_is_ready(self) -> None:
+        """Do what needs the device and the process group. Default: nothing."""
+
+    def _join_group(self, environment: ClusterEnvironment, rank: int, world_size: int) -> None:
         if dist.is_initialized():
             if environment.ends_processes:  # what started the processes made the group, too
                 mark_rank_as_taken()
@@ -249,8 +273,17 @@ class ParallelStrategy(Strategy):
             return tensor
         return tensor.to(self.root_device if self.root_device.type in reached else "cpu")
 
+    @property
+    def device_exchange(self) -> DeviceExchange | None:
+        """Collectives that the devices run by themselves, beside the process group. Default: none."""
+        return None
+
     def all_reduce(self, tensor: Tensor, group: Any | None = None, reduce_op: Any = "mean") -> Tensor:
         reduction = reduction_of(reduce_op, tensor.dtype)
+        exchange = self.device_exchange
+        if exchange is not None and group is None and exchange.takes(tensor, reduction.op):
+            size = self.world_size
+            return reduction.end(exchange.all_reduce(reduction.begin(tensor.detach(), size), reduction.op), size)
         result = self._on_device(tensor.detach(), group)
         result = reduction.begin(result, dist.get_world_size(group))
         if result is tensor or result.data_ptr() == tensor.data_ptr():
@@ -259,6 +292,9 @@ class ParallelStrategy(Strategy):
         return reduction.end(result, dist.get_world_size(group)).to(tensor.device)
 
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        exchange = self.device_exchange
+        if exchange is not None and group is None and exchange.takes(tensor):
+            return exchange.all_gather(tensor if sync_grads else tensor.detach())
         source = self._on_device(tensor, group).contiguous()
         gather: Any = _Gather.apply if sync_grads else _gather
         gathered: Tensor = gather(source if sync_grads else source.detach(), group)

@@ -46,6 +46,8 @@ class Strategy(ABC):
         MisconfigurationException: Both names of the precision are given.
     """
 
+    only_on: ClassVar[str] = ""
+    """The name of the only accelerator that the strategy runs on. Default: any without strategies of its own."""
     uses_process_group: ClassVar[bool] = False
     """There are several processes, or there may be, that talk through a process group."""
     requires_forward_redirect: ClassVar[bool] = False
@@ -592,6 +594,19 @@ class Strategy(ABC):
     @abstractmethod
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_optimizer_state` gave."""
+
+    def as_part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """A gradient, say, of a parameter of which this rank has a part, as checkpoints keep it. Default: as it is.
+
+        Args:
+            parameter: The part of this rank.
+            value: Of the parameter's shape.
+        """
+        return value
+
+    def from_part(self, parameter: Tensor, value: Tensor) -> Tensor:
+        """The part of this rank of what :meth:`as_part` made, here or under another strategy. Default: as it is."""
+        return value
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -93,7 +93,7 @@ def compiled_like(module: Module, method: Callable[..., Any]) -> Callable[..., A
 
 
 def plain_name(module: Module, name: str) -> str:
-    """Return the name that a part of ``module`` would have if nothing in ``module`` were compiled.
+    """Return the name that a part of ``module`` would have if nothing in ``module`` were compiled or wrapped.
 
     Args:
         module: The user's module, whose submodules may be compiled.
@@ -105,7 +105,7 @@ def plain_name(module: Module, name: str) -> str:
     parts: list[str] = []
     owner: Any = module
     for part in name.split("."):
-        if not (part == _COMPILED and _is_compiled(owner)):
+        if part != _inner_name(owner):
             parts.append(part)
         owner = _child(owner, part)
     return ".".join(parts)
@@ -130,14 +130,23 @@ def name_in(module: Module, name: str) -> str:
     parts: list[str] = []
     owner: Any = module
     for part in name.split("."):
-        while _is_compiled(owner):
-            parts.append(_COMPILED)
-            owner = owner._modules[_COMPILED]
+        while (inner := _inner_name(owner)) is not None:
+            parts.append(inner)
+            owner = owner._modules[inner]
         child = _child(owner, part)
         if part != _COMPILED or child is not None:
             parts.append(part)
             owner = child
     return ".".join(parts)
+
+
+def _inner_name(owner: Any) -> str | None:
+    """The name under which a wrapper holds the module inside of it; None for what is no wrapper."""
+    if _is_compiled(owner):
+        return _COMPILED
+    if not isinstance(owner, Module) or (inner := inside(owner)) is None:
+        return None
+    return next((name for name, child in owner._modules.items() if child is inner), None)
 
 
 def _child(module: Any, name: str) -> Any:

@@ -79,8 +79,9 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
             run.fabric.strategy.settle_gradients(run.engine)
         named = with_plain_names(module, module.named_parameters())
         # of a parameter that is on another rank alone, that rank has the gradient
-        held = ((n, stand_in(p) if is_elsewhere(p) else p.grad) for n, p in named)
-        gradients = {n: gradient.detach() for n, gradient in held if gradient is not None}
+        held = ((n, p, stand_in(p) if is_elsewhere(p) else p.grad) for n, p in named)
+        as_part = run.fabric.strategy.as_part
+        gradients = {n: as_part(p, gradient.detach()) for n, p, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
     if progress.epoch_ended:
@@ -214,7 +215,8 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     for name, gradient in gradients.items():
         parameter = parameters[name_in(module, name)]
         if not parameter.is_meta and not gradient.is_meta:
-            parameter.grad = placed_like(gradient if factor == 1.0 else gradient * factor, parameter)
+            gradient = fabric.strategy.from_part(parameter, gradient if factor == 1.0 else gradient * factor)
+            parameter.grad = placed_like(gradient, parameter)
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)
     for name, buffer in mine.get("buffers", {}).items():

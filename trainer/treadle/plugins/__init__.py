@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from treadle.run.layer_sync import LayerSync, TorchSyncBatchNorm
-from treadle_fabric import not_yet
+from treadle_fabric import not_yet, on_demand
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
@@ -15,6 +15,10 @@ from treadle_fabric.precision import (
     Precision,
     TransformerEnginePrecision,
 )
+
+if TYPE_CHECKING:
+    from treadle_fabric.checkpoint import XLACheckpointIO
+    from treadle_fabric.precision import XLAPrecision
 
 __all__ = [
     "AsyncCheckpointIO",
@@ -30,6 +34,8 @@ __all__ = [
     "TorchCheckpointIO",
     "TorchSyncBatchNorm",
     "TransformerEnginePrecision",
+    "XLACheckpointIO",
+    "XLAPrecision",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
@@ -37,7 +43,9 @@ if not TYPE_CHECKING:  # which tell of any other name
         __name__,
         {
             "DeepSpeedPrecision",
-            "XLACheckpointIO",
-            "XLAPrecision",
         },
+        otherwise=on_demand(
+            __name__,
+            {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
+        ),
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet
+from treadle_fabric import on_demand
 from treadle_fabric.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -13,6 +13,9 @@ from treadle_fabric.environments import (
     TorchElasticEnvironment,
 )
 
+if TYPE_CHECKING:
+    from treadle_fabric.environments import XLAEnvironment
+
 __all__ = [
     "ClusterEnvironment",
     "KubeflowEnvironment",
@@ -21,7 +24,8 @@ __all__ = [
     "MPIEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
+    "XLAEnvironment",
 ]
 
-if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"XLAEnvironment"})
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(__name__, {"XLAEnvironment": "treadle_fabric.environments"})

@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet
+from treadle_fabric import on_demand
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 
-__all__ = ["AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO"]
+if TYPE_CHECKING:
+    from treadle_fabric.checkpoint import XLACheckpointIO
 
-if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(__name__, {"XLACheckpointIO"})
+__all__ = ["AsyncCheckpointIO", "CheckpointIO", "TorchCheckpointIO", "XLACheckpointIO"]
+
+if not TYPE_CHECKING:
+    __getattr__ = on_demand(__name__, {"XLACheckpointIO": "treadle_fabric.checkpoint"})

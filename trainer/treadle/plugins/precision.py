@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet
+from treadle_fabric import not_yet, on_demand
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
     DoublePrecision,
@@ -14,6 +14,9 @@ from treadle_fabric.precision import (
     TransformerEnginePrecision,
 )
 
+if TYPE_CHECKING:
+    from treadle_fabric.precision import XLAPrecision
+
 __all__ = [
     "BitsandbytesPrecision",
     "DoublePrecision",
@@ -23,10 +26,12 @@ __all__ = [
     "MixedPrecision",
     "Precision",
     "TransformerEnginePrecision",
+    "XLAPrecision",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"DeepSpeedPrecision", "XLAPrecision"},
+        {"DeepSpeedPrecision"},
+        otherwise=on_demand(__name__, {"XLAPrecision": "treadle_fabric.precision"}),
     )

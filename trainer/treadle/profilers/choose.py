@@ -14,11 +14,19 @@ from treadle_fabric import MisconfigurationException, near_names
 
 __all__ = ["choose_profiler"]
 
+
+def _xla() -> Profiler:
+    from treadle.profilers.xla import XLAProfiler  # for the few who use it
+
+    return XLAProfiler()
+
+
 _NAMED: Final[dict[str, Callable[[], Profiler]]] = {
     "simple": SimpleProfiler,
     "advanced": AdvancedProfiler,
     "pytorch": PyTorchProfiler,
     "passthrough": PassThroughProfiler,
+    "xla": _xla,
 }
 
 
@@ -26,7 +34,7 @@ def choose_profiler(given: Any) -> Profiler:
     """Make the profiler of a Trainer.
 
     Args:
-        given: A profiler; "simple", "advanced", "pytorch" or "passthrough"; None for a profiler that does nothing.
+        given: A profiler; "simple", "advanced", "pytorch", "passthrough" or "xla"; None for a profiler that does nothing.
 
     Raises:
         MisconfigurationException: it is none of those.
@@ -38,10 +46,6 @@ def choose_profiler(given: Any) -> Profiler:
     if isinstance(given, str):
         if (make := _NAMED.get(given.lower())) is not None:
             return make()
-        if given.lower() == "xla":
-            raise MisconfigurationException(
-                f"profiler={given!r} is not available yet. There is: {', '.join(map(repr, _NAMED))}."
-            )
         raise MisconfigurationException(
             f"profiler={given!r} must be {', '.join(map(repr, _NAMED))}, a Profiler, or None."
             f" {near_names(given, list(_NAMED))}"

@@ -16,7 +16,7 @@ from treadle_fabric.strategies.states.elsewhere import brought_to_rank_zero, wit
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, names_in, user_module
 
-__all__ = ["ShardedStateStrategy"]
+__all__ = ["ShardedStateStrategy", "gather_parts"]
 
 
 class ShardedStateStrategy(CheckpointingStrategy):
@@ -70,23 +70,33 @@ class ShardedStateStrategy(CheckpointingStrategy):
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
         if self.checkpoint_io.sharded:
             return content
-        gathered: dict[int, Any] = {}  # tied parameters are one tensor
-
-        def gather(value: Any, name: str) -> Any:
-            if not is_sharded_tensor(value):
-                return value
-            if id(value) not in gathered:
-                whole, first = value.full_tensor().detach(), not any(value.device_mesh.get_coordinate() or (1,))
-                gathered[id(value)] = whole.cpu() if first else whole.to("meta")
-            return gathered[id(value)]
-
-        return brought_to_rank_zero(map_leaves(content, gather, ""), self.stage_groups)
+        return gather_parts(content, self.stage_groups)
 
     def _placed(self, parameter: Any, entry: Any) -> Any:
         """The state of one parameter, each tensor in it placed as the parameter is."""
         if not is_sharded_tensor(parameter) or not isinstance(entry, dict):
             return in_memory(entry)
         return {name: _placed_like(parameter, name, value) for name, value in entry.items()}
+
+
+def gather_parts(content: dict[str, Any], groups: tuple[Any, ...]) -> dict[str, Any]:
+    """Gather DTensors, one after the other: whole on rank 0's host, and on the meta device elsewhere.
+
+    Args:
+        content: Of a checkpoint; every rank calls this.
+        groups: The strategy's ``stage_groups``.
+    """
+    gathered: dict[int, Any] = {}  # tied parameters are one tensor
+
+    def gather(value: Any, name: str) -> Any:
+        if not is_sharded_tensor(value):
+            return value
+        if id(value) not in gathered:
+            whole, first = value.full_tensor().detach(), not any(value.device_mesh.get_coordinate() or (1,))
+            gathered[id(value)] = whole.cpu() if first else whole.to("meta")
+        return gathered[id(value)]
+
+    return brought_to_rank_zero(map_leaves(content, gather, ""), groups)
 
 
 def _is_elsewhere(parameter: Any) -> bool:

@@ -1,0 +1,192 @@
+"""The engine around a module whose parameters torch-xla's FSDP cuts into parts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from treadle_fabric.errors import MisconfigurationException, UnknownArgumentError, near_names
+from treadle_fabric.strategies.data_parallel.ddp_engine import MethodForward
+from treadle_fabric.strategies.on_xla.exchange import Exchange
+from treadle_fabric.strategies.on_xla.parts import is_part
+from treadle_fabric.strategies.unwrapping import inside, plain_name
+
+__all__ = ["XLAShardedEngine", "check_arguments", "clip_parts", "register_wrappers", "shard"]
+
+Policy = Collection[type[Module]] | Callable[..., bool]
+_OURS: Final = {
+    "flatten_parameters": False,  # one flat vector of all has no names, which other strategies could read
+    "shard_param_on_dim_0": True,  # parts that are DTensors for every other strategy
+}
+_SET: Final = ("module", "sharding_groups", "sharding_rank", "sharding_world_size", "auto_wrapper_callable")
+
+
+class XLAShardedEngine(Module):
+    """Runs a module, or one of its methods, as the forward pass of ``XlaFullyShardedDataParallel``.
+
+    Args:
+        sharded: The module in torch-xla's wrapper.
+        target: What that wrapper runs.
+    """
+
+    def __init__(self, sharded: Module, target: MethodForward) -> None:
+        super().__init__()
+        self.sharded = sharded
+        self.__dict__["target"] = target  # past Module.__setattr__: it is inside already
+
+    @property
+    def module(self) -> Module:
+        """The user's module."""
+        module: Module = self.__dict__["target"].module
+        return module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's ``forward``, or the method ``treadle_method`` of it."""
+        return self.sharded(*args, **kwargs)
+
+    def join_forward(self) -> None:
+        """Take part, with no batch, in a forward pass of other processes: gather all parameters, and free them."""
+        for wrapper in _wrappers(self.sharded):
+            wrapper._rebuild_full_params()
+            wrapper._free_full_params()
+
+
+@inside.register
+def _(wrapper: XLAShardedEngine) -> Module:
+    return wrapper.module
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse arguments that ``XlaFullyShardedDataParallel`` does not take, or that Treadle sets.
+
+    Raises:
+        MisconfigurationException: There is one.
+    """
+    from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel  # an extra
+
+    known = {*inspect.signature(XlaFullyShardedDataParallel.__init__).parameters} - {"self", *_SET}
+    for name, value in arguments.items():
+        if name not in known:
+            raise UnknownArgumentError(f"XLAFSDPStrategy({name}=...) is no argument. {near_names(name, known)}")
+        if name in _OURS and value != _OURS[name]:
+            raise MisconfigurationException(
+                f"XLAFSDPStrategy({name}={value!r}): Treadle cuts parameters along their first dimension, so that "
+                f"every strategy reads the checkpoints. Leave {name} out."
+            )
+
+
+def shard(
+    module: Module,
+    exchange: Exchange,
+    order: list[int],
+    wrap: Policy | None,
+    recompute: Policy | None,
+    arguments: dict[str, Any],
+) -> XLAShardedEngine:
+    """Cut the parameters of a module into parts, on the device.
+
+    Args:
+        module: On the host, with the same values on every process.
+        exchange: How the processes exchange tensors.
+        order: PJRT's number for the device of each process.
+        wrap: Which submodules are gathered by themselves.
+        recompute: Of which submodules activations are computed again in the backward pass.
+        arguments: For ``XlaFullyShardedDataParallel``.
+
+    Raises:
+        MisconfigurationException: A parameter cannot be cut.
+    """
+    from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel, checkpoint_module  # an extra
+    from torch_xla.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    _check_parameters(module)
+    for parameter in module.parameters():
+        if parameter.dim() == 0:
+            parameter._is_sharded = True  # type: ignore[attr-defined] # torch-xla leaves it as it is
+    target = MethodForward(module)
+    for each in [*module.modules()]:
+        if recompute is not None and _applies(recompute, each):
+            checkpoint_module(each)
+    if wrap is not None and not callable(wrap):
+        wrap = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=set(wrap))
+    places: Any = {"sharding_groups": [order], "sharding_rank": exchange.rank, "sharding_world_size": exchange.size}
+    arguments = {"pin_layout_in_collective_ops": False, **_OURS, **arguments, **places}
+    sharded = XlaFullyShardedDataParallel(target, auto_wrap_policy=wrap, **arguments)
+    device = sharded.xla_device
+    for parameter in module.parameters():
+        if not is_part(parameter) and parameter.dim() == 0:
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.to(device), parameter.requires_grad))
+    for wrapper in _wrappers(sharded):
+        exchange.place_in(wrapper)
+        _put_parts_into_modules(wrapper)
+    return XLAShardedEngine(sharded, target)
+
+
+def _applies(policy: Policy, module: Module) -> bool:
+    if callable(policy):
+        return bool(policy(module, False, 0))
+    return isinstance(module, tuple(policy))
+
+
+def _check_parameters(module: Module) -> None:
+    for name, parameter in module.named_parameters():
+        name = plain_name(module, name)
+        if parameter.dtype != torch.float32:
+            raise MisconfigurationException(
+                f"The parameter {name!r} is of dtype {parameter.dtype}, and XLA's FSDP keeps parameters in float32. To "
+                "compute in bfloat16, use precision='32-true' and XLAFSDPStrategy(compute_dtype=torch.bfloat16)."
+            )
+
+
+def _wrappers(sharded: Module) -> list[Any]:
+    from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel  # an extra
+
+    return [each for each in sharded.modules() if isinstance(each, XlaFullyShardedDataParallel)]
+
+
+def _put_parts_into_modules(wrapper: Any) -> None:
+    """Let the modules list their parts as parameters, under their names; torch-xla lists them in its wrapper only.
+
+    The whole parameters, which the modules compute with, stay plain attributes.
+    """
+    for (_, owner, name), part in zip(wrapper.full_param_infos, wrapper.sharded_params, strict=True):
+        owner._parameters[name] = part
+        del wrapper._parameters[part._name]
+    for _, _, owner, name, first, first_name in wrapper.shared_full_param_infos:
+        owner._parameters[name] = first._parameters[first_name]
+
+
+def register_wrappers() -> None:
+    """Let names of parts and modules leave out torch-xla's wrappers."""
+    from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel  # an extra
+    from torch_xla.distributed.fsdp.xla_flatten_params_wrapper import XlaFlattenParamsWrapper
+
+    inside.register(XlaFullyShardedDataParallel, lambda wrapper: wrapper._fsdp_wrapped_module)
+    inside.register(XlaFlattenParamsWrapper, lambda wrapper: wrapper._fpw_module)
+
+
+def clip_parts(parameters: list[Tensor], max_norm: float, norm_type: float, strict: bool, exchange: Exchange) -> Tensor:
+    """Scale gradients of which each process has parts so that their joint norm is at most ``max_norm``; its value."""
+    import torch.distributed as dist
+
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    device = parameters[0].device
+    counted = [p.grad for p in parameters if p.grad is not None and (is_part(p) or exchange.rank == 0)]
+    norms = [torch.linalg.vector_norm(g, norm_type) for g in counted]
+    local = torch.linalg.vector_norm(torch.stack(norms), norm_type) if norms else torch.zeros((), device=device)
+    if norm_type == float("inf"):
+        total = exchange.all_reduce(local, dist.ReduceOp.MAX)
+    else:
+        total = exchange.all_reduce(local**norm_type, dist.ReduceOp.SUM) ** (1.0 / norm_type)
+    if strict and not bool(total.isfinite()):
+        raise RuntimeError(f"The total norm of order {norm_type} of the gradients is not finite: {float(total)}.")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+    return total
