@@ -134,6 +134,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint import ExportingCheckpointIO
+    from treadle_fabric.estimating import Estimate, estimate
     from treadle_fabric.strategies import (
         FSDPStrategy,
         ModelParallelStrategy,
@@ -166,6 +167,7 @@ __all__ = [
     "DistributedCheckpointIO",
     "DoublePrecision",
     "DummyLogger",
+    "Estimate",
     "ExportingCheckpointIO",
     "ExternalLauncher",
     "FSDPStrategy",
@@ -229,6 +231,7 @@ __all__ = [
     "disable_possible_user_warnings",
     "end_run",
     "engine_of",
+    "estimate",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -295,6 +298,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint",
+            **dict.fromkeys(("Estimate", "estimate"), "treadle_fabric.estimating"),
             **dict.fromkeys(
                 (
                     "FSDPStrategy",

@@ -58,6 +58,9 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         if self._device.type == "cpu" and devices:
             self._device = devices[0]
 
+    def forget_devices(self) -> None:
+        self._device, self._environment = torch.device("cpu"), None
+
     @property
     def root_device(self) -> torch.device:
         return self._device
