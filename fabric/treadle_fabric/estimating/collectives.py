@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
@@ -44,8 +45,6 @@ class Call(NamedTuple):
     scattered in all."""
     ranks: tuple[int, ...]
     """The global ranks that take part."""
-    buffers: tuple[Tensor, ...]
-    """The tensors that hold the message on this rank."""
 
 
 def is_collective(func: Any) -> bool:
@@ -53,8 +52,10 @@ def is_collective(func: Any) -> bool:
     return func.namespace in _NAMESPACES
 
 
-def call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Call | None:
-    """Describe a collective; None for an operator that moves nothing, such as a barrier.
+def call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[Call | None, list[Tensor]]:
+    """Describe a collective, and say which tensors hold its message on this rank.
+
+    An operator that moves nothing, such as a barrier, is no call.
 
     Args:
         func: An operator for which :func:`is_collective`.
@@ -64,7 +65,7 @@ def call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     """
     name = func._opname.strip("_")
     if name in _SILENT:
-        return None
+        return None, []
     for ending in ("_out", "_coalesced", "_into_tensor", "_tensor", "_base", "_single", "_any_source"):
         name = name.removesuffix(ending)
     values = {argument.name: value for argument, value in zip(func._schema.arguments, args)} | kwargs
@@ -73,9 +74,8 @@ def call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     if func.namespace != "c10d" and not outputs:
         outputs = [*_tensors(result)]
     payload = max(_bytes(inputs), _bytes(outputs))
-    buffers = tuple({id(t): t for t in (*inputs, *outputs)}.values())
-    ranks = tuple(dist.get_process_group_ranks(_group_of(values)))
-    return Call(_KIND_BY_NAME.get(name, "other"), payload, ranks, buffers)
+    ranks = _ranks_of(_group_of(values))
+    return Call(_KIND_BY_NAME.get(name, "other"), payload, ranks), [*inputs, *outputs]
 
 
 def wire_bytes(kind: str, payload: int, ranks: int) -> float:
@@ -133,6 +133,11 @@ def _group_of(values: dict[str, Any]) -> Any:
     if isinstance(group, str):
         return dist.distributed_c10d._resolve_process_group(group)
     return torch._C._distributed_c10d.ProcessGroup.unbox(group)
+
+
+@functools.lru_cache(maxsize=64)
+def _ranks_of(group: Any) -> tuple[int, ...]:
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -96,10 +96,9 @@ def estimate(
         )
         bound = chosen.planned(parts, nodes)
         _ = bound.device_mesh  # made of values, so not among tensors that have none
-        memo: dict[int, Any] = {}
-        own = ghost_of(made(module, mode) if not isinstance(module, Module) else module, mode, memo)
-        micro_batch = ghost_of(made(batch, mode) if callable(batch) else batch, mode, memo)
-        given = ghost_of(optimizer, mode, memo) if isinstance(optimizer, Optimizer) else optimizer
+        whole = made(module, mode) if not isinstance(module, Module) else module
+        own, given = _ghosts(whole, optimizer, bound.precision, mode)
+        micro_batch = ghost_of(made(batch, mode) if callable(batch) else batch, mode, {})
         count = sum(p.numel() for p in own.parameters())
         recorder = Recorder()
         stack.enter_context(mode)
@@ -116,6 +115,17 @@ def estimate(
             traffic=_traffic(recorder.calls, per_node),
             notes=_notes(recorder),
         )
+
+
+def _ghosts(module: Module, optimizer: Any, precision: Precision, mode: Any) -> tuple[Module, Any]:
+    """Copies of a module, in its precision, and of its optimizer, if that is one already."""
+    memo: dict[int, Any] = {}
+    on_meta = ghost_of(module, None, memo)
+    stepped = ghost_of(optimizer, None, memo) if isinstance(optimizer, Optimizer) else optimizer
+    converted = precision.convert_module(on_meta)
+    memo = {}
+    ghost = ghost_of(converted, mode, memo)
+    return ghost, ghost_of(stepped, mode, memo) if isinstance(optimizer, Optimizer) else optimizer
 
 
 def _second_step(step: Step, batch: Any, recorder: Recorder, accumulate: int) -> dict[str, int]:

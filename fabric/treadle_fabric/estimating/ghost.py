@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ _SILENCED = ("log", "log_dict")
 
 
 def ghost_of(value: Any, mode: Any, memo: dict[int, Any]) -> Any:
-    """Copy an object of any kind; its tensors become fake ones on the CPU, and those given stay as they are.
+    """Copy an object of any kind, with tensors that have no memory in the place of its own.
 
     Args:
         value: A module, an optimizer, a batch; on any device, the meta device too.
-        mode: The ``FakeTensorMode`` of the copies.
+        mode: The ``FakeTensorMode`` of the copies, which say that they are on the CPU; None: they are on the meta device,
+            where modules can be changed in place.
         memo: As for ``copy.deepcopy``: copies by the ids of the originals, which is filled.
 
     Raises:
@@ -98,24 +100,28 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 def _remembered(tensor: Tensor, mode: Any, memo: dict[int, Any]) -> Tensor:
     if id(tensor) not in memo:
         with torch._C.DisableTorchFunction():
-            memo[id(tensor)] = _fake(tensor, mode)
+            memo[id(tensor)] = _without_memory(tensor, mode)
         memo.setdefault(id(memo), []).append(tensor)  # as copy.deepcopy keeps them: their ids stay theirs
     copied: Tensor = memo[id(tensor)]
     return copied
 
 
-def _fake(tensor: Tensor, mode: Any) -> Tensor:
-    """A tensor of the same shape, strides, dtype and class, of this mode, on the CPU."""
+def _without_memory(tensor: Tensor, mode: Any) -> Tensor:
+    """A tensor of the same shape, strides, dtype and class, of this mode or on the meta device."""
+    from torch._subclasses.fake_tensor import FakeTensor  # for those who plan
+
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise MisconfigurationException(
             f"A tensor of shape {tuple(tensor.shape)} is {'quantized' if tensor.is_quantized else tensor.layout}:"
             " estimate() knows dense tensors only."
         )
-    with mode:
-        made: Tensor = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="cpu")
+    with mode or nullcontext():
+        device = "cpu" if mode else "meta"
+        made: Tensor = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, Parameter):
         made = Parameter(made, requires_grad=tensor.requires_grad)
-        vars(made).update({name: each for name, each in vars(tensor).items() if name not in vars(made)})
+        ours = set(vars(made)) | (set(vars(tensor)) if isinstance(tensor, FakeTensor) else set())
+        vars(made).update({name: each for name, each in vars(tensor).items() if name not in ours})
     elif tensor.is_leaf:
         made.requires_grad_(tensor.requires_grad)
     return made

@@ -109,9 +109,10 @@ class Recorder(TorchDispatchMode):
             return _ONES.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         if not is_collective(func):
             result = func(*args, **kwargs)
-            for each in tree_leaves(result):
-                if isinstance(each, Tensor):
-                    self._note(each.untyped_storage())
+            if not func.is_view:
+                for each in tree_leaves(result):
+                    if isinstance(each, Tensor):
+                        self._note(each.untyped_storage())
             return result
         return self._collective(func, args, kwargs)
 
@@ -120,11 +121,10 @@ class Recorder(TorchDispatchMode):
             result = returned_by(func, args, self._done)
         else:
             result = func(*args, **kwargs)
-        call = call_of(func, args, kwargs, result)
-        if call is None:
-            return result
-        self.calls.append((self.phase, call))
-        for buffer in call.buffers:
+        call, buffers = call_of(func, args, kwargs, result)
+        if call is not None:
+            self.calls.append((self.phase, call))
+        for buffer in buffers:
             self._note(buffer.untyped_storage(), "communication")
         return result
 

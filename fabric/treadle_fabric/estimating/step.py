@@ -28,7 +28,7 @@ class Step:
     """Sets up a module and its optimizers, and runs training steps.
 
     Args:
-        module: The user's module, a copy that may be changed.
+        module: The user's module in its precision, on its device; a copy that may be changed.
         optimizers: Of its parameters; or a function that makes some of a module.
         strategy: Bound to its devices.
         loss: The loss where the module has no ``training_step``, and its output is no loss.
@@ -44,7 +44,6 @@ class Step:
         self.strategy = strategy
         self._loss = loss
         module.train()
-        module = strategy.precision.convert_module(module)
         engine, stepped, _ = strategy.setup_module_and_optimizers(module, optimizers(module))
         self.module = FabricModule(engine, strategy, module)
         self.optimizers = [FabricOptimizer(each, strategy) for each in stepped]

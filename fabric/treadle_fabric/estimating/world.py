@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from typing import Any, Final
 from unittest import mock
 
@@ -93,6 +94,7 @@ def ghost_world(rank: int, world_size: int) -> Generator[None]:
         # DDP compares shapes, and orders its buckets, in C++ and by the values of small tensors
         stack.enter_context(mock.patch("torch.nn.parallel.distributed._verify_param_shape_across_processes"))
         stack.enter_context(mock.patch.object(dist.Reducer, "_rebuild_buckets", _rebuilder()))
+        stack.enter_context(_few_chunks())
         # whether gradients are finite is a value, too
         stack.enter_context(mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _step_always))
         yield
@@ -121,6 +123,30 @@ class _Indices(TorchDispatchMode):
             return func(*args, **kwargs)
         with _disable_current_modes():
             return func(*args, **kwargs)
+
+
+def _few_chunks() -> AbstractContextManager[Any]:
+    """Let ``fully_shard``, which cuts a parameter into parts for all ranks, make those that it looks at."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param  # heavy
+
+    if not hasattr(_fsdp_param, "_chunk_with_empty"):
+        return contextlib.nullcontext()  # another torch, where it takes its time
+    return mock.patch.object(_fsdp_param, "_chunk_with_empty", _Chunks)
+
+
+class _Chunks:
+    """The parts of a tensor along a dimension, as ``torch.chunk`` makes them, and empty ones after the last."""
+
+    def __init__(self, tensor: torch.Tensor, num_chunks: int, dim: int) -> None:
+        self._tensor = tensor
+        self._dim = dim
+        self._size = -(-tensor.shape[dim] // num_chunks)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        start, end = self._size * index, self._tensor.shape[self._dim]
+        if start >= end:
+            return self._tensor.new_empty(0)
+        return self._tensor.narrow(self._dim, start, min(self._size, end - start))
 
 
 def _step_always(scaler: Any, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
