@@ -136,6 +136,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.environments import RayEnvironment
+    from treadle_fabric.estimating import Estimate, estimate
     from treadle_fabric.strategies import (
         FSDPStrategy,
         ModelParallelStrategy,
@@ -168,6 +169,7 @@ __all__ = [
     "DistributedCheckpointIO",
     "DoublePrecision",
     "DummyLogger",
+    "Estimate",
     "ExportingCheckpointIO",
     "ExternalLauncher",
     "FSDPStrategy",
@@ -233,6 +235,7 @@ __all__ = [
     "disable_possible_user_warnings",
     "end_run",
     "engine_of",
+    "estimate",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -300,6 +303,7 @@ if not TYPE_CHECKING:
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint",
             "RayEnvironment": "treadle_fabric.environments",
+            **dict.fromkeys(("Estimate", "estimate"), "treadle_fabric.estimating"),
             **dict.fromkeys(
                 (
                     "FSDPStrategy",

@@ -380,7 +380,8 @@ def give_values(
         keep_on: Where parameters are kept. Default: ``device``.
     """
     own = user_module(engine)
-    if not any(t.is_meta for t in (*own.parameters(), *own.buffers())):
+    # by the device, which is not "meta" where tensors have no memory because the run is only planned
+    if not any(t.device.type == "meta" for t in (*own.parameters(), *own.buffers())):
         return
     with precision.module_init_context():
         names = materialize(own, device, keep_on, broadcast)
