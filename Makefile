@@ -112,11 +112,13 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	.venv-deepspeed/bin/python $(INSTALL) -e '.[trainer,deepspeed]' pytest pytest-timeout
 	touch $@
 
-# Without constraints.txt, which has another torch.
-.venv-xla/.done: pyproject.toml tests/xla/constraints.txt
+# torch-xla and torchao go with an older torch than everything else.
+.venv-xla/.done: pyproject.toml constraints.txt tests/xla/constraints.txt
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-xla
-	.venv-xla/bin/python -m pip --disable-pip-version-check install --quiet -c tests/xla/constraints.txt -e '.[dev,xla]'
+	grep -v -e '^torch==' -e '^torchao==' constraints.txt > .venv-xla/constraints.txt
+	cat tests/xla/constraints.txt >> .venv-xla/constraints.txt
+	.venv-xla/bin/python -m pip --disable-pip-version-check install --quiet -c .venv-xla/constraints.txt -e '.[dev,xla]'
 	touch $@
 
 .venv-ray/.done: pyproject.toml constraints.txt

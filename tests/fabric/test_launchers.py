@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.processes import own_text
 
 from treadle_fabric.environments import LightningEnvironment
 from treadle_fabric.errors import MisconfigurationException, ProcessFailedError
@@ -95,7 +96,7 @@ class Script:
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         assert not left, f"orphans: {left}\n{out}\n{err}"
-        return self.process.returncode, out, err
+        return self.process.returncode, own_text(out), err
 
     def run(self, *arguments: str, **kwargs: Any) -> tuple[int, str, str]:
         self.start(*arguments, **kwargs)

@@ -94,6 +94,7 @@ def rate(name: str, dtype: Any) -> int | None:
         return get_available_flops(torch.device("cuda", 0), dtype)
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32")  # torch 2.9, built for CUDA
 def test_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_available_flops(torch.device("cpu"), torch.float32) is None
     expected = {

@@ -163,10 +163,8 @@ def optimizers(folder: Path) -> None:
             optimizer.step(functools.partial(evaluate, fabric, model, optimizer, x))
             optimizer_of_one.step(functools.partial(evaluate, Fabric(accelerator="cpu"), one, optimizer_of_one, x))
         equal(model.state_dict(), one.state_dict())
-    model, optimizer = fabric.setup(net := Net(), torch.optim.Adafactor(net.parameters()))
-    backward(fabric, model, BATCHES[0])
-    with pytest.raises(MisconfigurationException, match=r"Adafactor cannot step sharded parameters: it uses aten\."):
-        optimizer.step()
+    with pytest.raises(MisconfigurationException, match="Adafactor cannot step sharded parameters: it takes sums"):
+        fabric.setup(net := Net(), torch.optim.Adafactor(net.parameters()))
     plan = ModelParallelStrategy(
         data_parallel_size=1, tensor_parallel_size=2, tensor_parallel_plan={"blocks.0.linear": "colwise_gathered"}
     )

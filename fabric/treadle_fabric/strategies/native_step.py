@@ -20,7 +20,12 @@ from treadle_fabric.strategies.sharding.norms import clip_norm, clip_value, unsc
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
-__all__ = ["NativeStepStrategy", "replace_parameters"]
+__all__ = ["OTHER_OPTIMIZERS", "NativeStepStrategy", "replace_parameters"]
+
+OTHER_OPTIMIZERS: Final = (
+    "Take an optimizer that treats each number of a parameter by itself, such as AdamW or SGD, with foreach=False if it"
+    " has that; or a strategy that keeps parameters whole, such as 'ddp'."
+)
 
 _NO_SHARDED_FORM: Final = re.compile(r"(?:Sharding propagation failed for (?:Op\(op=)?|Operator |^)(aten\.[\w.]+)")
 
@@ -98,8 +103,7 @@ class NativeStepStrategy(Strategy):
                 raise
             raise MisconfigurationException(
                 f"{type(optimizer).__name__} cannot step sharded parameters: it uses {found[1]}, which torch cannot run"
-                " on them (DTensors). Take an optimizer that treats each number of a parameter by itself, such as AdamW"
-                " or SGD, with foreach=False if it has that; or a strategy that keeps parameters whole, such as 'ddp'."
+                f" on them (DTensors). {OTHER_OPTIMIZERS}"
             ) from error
         self.after_optimizer_step(optimizer)
         return result

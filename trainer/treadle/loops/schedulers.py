@@ -5,12 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, MultiplicativeLR
+
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.run.run import Run
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_info, rank_zero_warn
 
 __all__ = ["Schedulers"]
+
+_PER_GROUP = (
+    LambdaLR,
+    MultiplicativeLR,
+    CyclicLR,
+)  # of torch 2.9 these leave out, without a word, a group that was added
 
 
 class Schedulers:
@@ -24,6 +32,7 @@ class Schedulers:
     def __init__(self, run: Run, *, validates: bool) -> None:
         self._validates, self._validated = validates, run.validated
         self.configs = run.schedulers if run.module.automatic_optimization else []
+        self._per_group = any(isinstance(config.scheduler, _PER_GROUP) for config in self.configs)
         self._progress, self._metrics, self._first_time = run.progress, run.metrics, run.first_time
         hook: Any = run.module.lr_scheduler_step
         own = overrides(run.module, "lr_scheduler_step", LightningModule)
@@ -62,6 +71,8 @@ class Schedulers:
                     if self._first_time(f"no {config.monitor} to step by"):
                         rank_zero_warn(f"{message} The step is skipped.")
                     continue
+            if self._per_group and isinstance(config.scheduler, _PER_GROUP):
+                _check_groups(config.scheduler)
             try:
                 self._step(config.scheduler, value)
             except (ValueError, KeyError) as error:
@@ -81,8 +92,12 @@ class Schedulers:
             rank_zero_info(f"A plateau scheduler monitors {monitor!r}: before the {before} it skips its steps.")
 
 
-def _check_groups(scheduler: Any, error: Exception) -> None:
-    """Explain why a scheduler cannot step, where the reason is a parameter group that was added after it was made."""
+def _check_groups(scheduler: Any, error: Exception | None = None) -> None:
+    """Explain why a scheduler cannot step, where the reason is a parameter group that was added after it was made.
+
+    Raises:
+        MisconfigurationException: That is the reason.
+    """
     made, optimizer = getattr(scheduler, "base_lrs", None), getattr(scheduler, "optimizer", None)
     if made is not None and optimizer is not None and len(made) != len(optimizer.param_groups):
         raise MisconfigurationException(

@@ -6,6 +6,7 @@ pinned memory back: what is kept would be up to twice the state.
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from collections.abc import Sequence
@@ -83,7 +84,10 @@ class Arena:
 
     def _provide(self, size: int, *, pinned: bool) -> Tensor:
         """The block, of this size at least, and pinned if asked for; nobody refers to a part of it."""
-        referred = any(not weak.expired() for weak in self._given)  # type: ignore[no-untyped-call]
+        referred = self._is_referred_to()
+        if referred:
+            gc.collect(1)  # torch.save of torch 2.9 leaves what it saved in a cycle
+            referred = self._is_referred_to()
         if self._block is None or self._block.nbytes < size or (pinned and not self._pinned) or referred:
             self.close()  # before the new one is there: no more than one is kept
             block = torch.empty(size + size // _SPARE, dtype=torch.uint8, device="cpu")
@@ -91,6 +95,9 @@ class Arena:
             if pinned and block.nbytes:
                 self._unpin = _pin(block)
         return self._block
+
+    def _is_referred_to(self) -> bool:
+        return any(not weak.expired() for weak in self._given)  # type: ignore[no-untyped-call]
 
 
 def _pin(block: Tensor) -> weakref.finalize | None:  # type: ignore[type-arg]

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
+from torch.optim import Adafactor, Optimizer
 
 from treadle_fabric.checkpoint import is_sharded_tensor, own_part, placed_like
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
-from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.native_step import OTHER_OPTIMIZERS, NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around, parameter_groups
 from treadle_fabric.strategies.sharding.wrapping import refuse_lazy
@@ -84,6 +84,16 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
         known = {id(alive): reference for reference in self._engines if (alive := reference()) is not None}
         self._engines = tuple({**known, id(engine): weakref.ref(engine)}.values())
         return engine
+
+    def note_optimizer(self, optimizer: Optimizer) -> None:
+        """Refuse what torch 2.9 steps with other numbers, without a word; later ones raise at the first step."""
+        if isinstance(optimizer, Adafactor) and any(
+            is_sharded_tensor(p) for group in optimizer.param_groups for p in group["params"]
+        ):
+            raise MisconfigurationException(
+                "Adafactor cannot step sharded parameters: it takes sums over whole rows and columns, and a rank has a"
+                f" part of them. {OTHER_OPTIMIZERS}"
+            )
 
     def module_to_device(self, module: Module) -> None:
         """Do nothing: each part of a module goes to the device by itself when it is sharded."""
