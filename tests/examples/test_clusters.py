@@ -9,9 +9,11 @@ import runpy
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -101,14 +103,19 @@ def test_torchrun_in_a_job_ignores_the_signal_that_its_workers_take() -> None:
     environ |= {"PATH": install_scontrol(Path("bin").absolute())}
     script = "trap '' USR1; exec {} -m torch.distributed.run --nproc-per-node 2 --master-port {} {} --accelerator cpu"
     command = script.format(sys.executable, find_free_port(), CLUSTERS / "train.py") + " --devices 2 --epochs 400"
+    everybody: list[psutil.Process] = []
     with Path("log").open("w") as log:
         agent = subprocess.Popen(["bash", "-c", command], env=environ, stdout=log, stderr=log, start_new_session=True)
     try:
         wait_until(lambda: agent.poll() is not None or list(Path("runs").rglob("*.ckpt")), timeout=120)
-        os.killpg(agent.pid, signal.SIGUSR1)
+        # SLURM signals all processes of a step; torchrun's workers have sessions of their own.
+        everybody = [psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)]
+        for process in everybody:
+            process.send_signal(signal.SIGUSR1)
         assert agent.wait(120) == 1, Path("log").read_text()
     finally:
-        if agent.poll() is None:
-            os.killpg(agent.pid, signal.SIGKILL)
+        for process in [*everybody, *([agent] if agent.poll() is None else [])]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
     assert Path("bin/asked").read_text() == "requeue 4711\n", Path("log").read_text()
     assert Path("runs/regression/hpc_ckpt_1.ckpt").exists()
