@@ -24,6 +24,7 @@ LAUNCHED = [
     *RUNGS,
     "callbacks.py",
     "char_gpt.py",
+    *("clusters/fabric_loop.py", "clusters/slurm_submitit.py", "clusters/train.py"),  # in test_clusters.py
     "ddp_cpu.py",
     "lr_schedule.py",
     "migrate_module.py",
