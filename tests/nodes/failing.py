@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from treadle_fabric import Fabric
+from treadle_fabric.environments import KubeflowEnvironment
 
 
 def fail(how: str) -> None:
@@ -36,18 +36,19 @@ if __name__ == "__main__":
     parser.add_argument("--rank", type=int, default=-1, help="the rank that fails; default: none")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--strategy", default="ddp")
+    parser.add_argument("--kubeflow", action="store_true")
     given = parser.parse_args()
-    fabric = Fabric(accelerator="cpu", devices=given.devices, num_nodes=2, strategy=given.strategy)
+    plugins = [KubeflowEnvironment()] if given.kubeflow else None
+    fabric = Fabric(accelerator="cpu", devices=given.devices, num_nodes=2, strategy=given.strategy, plugins=plugins)
     fabric.launch()
     model = nn.Linear(4, 2)
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), 0.01))
-    step: Any
     for step in range(10**9):
         loss = model(torch.ones(2, 4)).square().mean()
         fabric.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        if step == 3:
+        if step % 50 == 3:
             (given.folder / f"trains{fabric.global_rank}").touch()
             if fabric.global_rank == given.rank:
                 fail(given.how)

@@ -6,9 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TextIO, TypeVar, overload
 
+from treadle_fabric.failures import grace
 from treadle_fabric.failures.notes import Crash, Failed, Failure, Final, FirstFailure, Joined, Note, Reporting
 
 __all__ = ["Board"]
+
+_RANKS_PER_SECOND = 500
 
 C = TypeVar("C")
 
@@ -31,7 +34,14 @@ class Board(ABC):
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = tuple(ranks)
+        self.ranks_here = self.ranks
+        """Those of the same launcher."""
         self._newest = 0
+
+    @property
+    def look_interval(self) -> float:
+        """Seconds between two looks at the board; where many ranks ask one store, each asks less often."""
+        return max(grace.LOOK_INTERVAL, len(self.ranks) / _RANKS_PER_SECOND)
 
     @abstractmethod
     def write(self, name: str, text: str) -> bool:

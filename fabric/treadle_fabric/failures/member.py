@@ -196,10 +196,9 @@ class Member:
             self.process.wait(lambda: self.board.has(notes.Reported(failure.number)), grace.REPORT_WAIT)
             report(self.board, failure, self.process)  # the rank that failed may be busy with its clean-up
             what = "was interrupted" if failure.status == _INTERRUPT_STATUS else "failed"
-            who = failure.who if failure.rank >= 0 else "the launching process"
-            # What was printed there is not to be seen here.
-            why = f": {failure.summary}" if failure.is_traceback and failure.host != socket.gethostname() else ""
-            self.process.say(f"rank {self.rank} stopped because {who} {what}{why}")
+            # What was printed there may not be seen here.
+            why = f": {failure.summary}" if failure.is_traceback and failure.is_elsewhere else ""
+            self.process.say(f"rank {self.rank} stopped because {failure.who} {what}{why}")
 
     def look(self) -> None:
         """Look at the board once, and end this process if another rank's failure is final and the time is over."""
@@ -242,7 +241,8 @@ class Member:
             if self.board.post(notes.LauncherDied()):
                 rank, who = -1, "the launching process"  # which has no rank, where it runs a function or a script
                 if self.speaks and self.board.launcher_is_rank:
-                    rank, who = self.board.ranks[0], f"rank {self.board.ranks[0]}, the launching process,"
+                    rank = self.board.ranks_here[0]
+                    who = f"rank {rank}, the launching process,"
                 sentence = f"{who} died without a traceback; rank {self.rank} and the others stop\n"
                 claim_death(self.board, rank, sentence, self.process)
                 self.process.sleep(3 * grace.LOOK_INTERVAL)  # the others look at the board before it goes

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from treadle_fabric.errors import ProcessFailedError
-from treadle_fabric.failures.grace import LOOK_INTERVAL
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.notes import Failure, Joined
 from treadle_fabric.failures.places import lost_peer
@@ -38,7 +37,7 @@ Owner = TypeVar("Owner")
 class _Membership:
     """What a member changes in its process: the hook for uncaught exceptions, the crash log, the thread that looks."""
 
-    def __init__(self, member: Member, check: Callable[[], None] | None, interval: float) -> None:
+    def __init__(self, member: Member, check: Callable[[], None] | None) -> None:
         self.member = member
         self._closed = threading.Event()
         self._hook = self._excepthook  # one object, so that close() recognizes it
@@ -46,7 +45,7 @@ class _Membership:
         self._crash_log = None if faulthandler.is_enabled() else member.board.crash_log(member.rank)
         if self._crash_log is not None:
             faulthandler.enable(self._crash_log)
-        self._thread = threading.Thread(target=self._watch, args=(check, interval), daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(check,), daemon=True)
         self._thread.name = "treadle-watch-launcher"
         if check is not None:
             self._thread.start()
@@ -66,11 +65,11 @@ class _Membership:
             self._crash_log.close()
             self._crash_log = None
 
-    def _watch(self, check: Callable[[], None], interval: float) -> None:
+    def _watch(self, check: Callable[[], None]) -> None:
         while not self._closed.is_set():
             check()
             self.member.look()
-            self._closed.wait(interval)
+            self._closed.wait(self.member.board.look_interval)
 
     def _excepthook(self, kind: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
         # A process forked from this one has no part in the launch. And torch may keep this hook beyond its end.
@@ -128,19 +127,18 @@ def call_at_looks(owner: Owner, function: Callable[[Owner], object]) -> bool:
     return True
 
 
-def join_launch(member: Member, check: Callable[[], None] | None = None, interval: float = LOOK_INTERVAL) -> Member:
+def join_launch(member: Member, check: Callable[[], None] | None = None) -> Member:
     """Take part in a launch: from now on failures are shared.
 
     Args:
         member: This process's part.
         check: Called at each look at the board, in a thread of its own; None where this process's launcher looks.
-        interval: Seconds between two looks.
     """
     global _membership
     leave_launch()
     member.board.post(Joined(member.rank))
     member.spare.hold()
-    _membership = _Membership(member, check, interval)
+    _membership = _Membership(member, check)
     return member
 
 

@@ -30,9 +30,14 @@ class Failure(NamedTuple):
 
     @property
     def who(self) -> str:
-        """The rank, and its host where that is not this one."""
-        elsewhere = self.host and self.host != socket.gethostname()
-        return f"rank {self.rank} on host {self.host}" if elsewhere else f"rank {self.rank}"
+        """The rank, or the launching process, and its host where that is not this one."""
+        who = f"rank {self.rank}" if self.rank >= 0 else "the launching process"
+        return f"{who} on host {self.host}" if self.is_elsewhere else who
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether this happened on another host, as far as that is known."""
+        return self.host not in ("", socket.gethostname())
 
     @property
     def is_traceback(self) -> bool:
@@ -48,11 +53,7 @@ class Failure(NamedTuple):
     def __str__(self) -> str:
         if self.is_traceback:
             return f"{self.who} failed:\n{self.text}"
-        return (
-            self.text
-            if self.host in ("", socket.gethostname()) or self.host in self.text
-            else (f"on host {self.host}: {self.text}")
-        )
+        return f"on host {self.host}: {self.text}" if self.is_elsewhere and self.host not in self.text else self.text
 
 
 class Whereabouts(NamedTuple):

@@ -150,7 +150,9 @@ class _Script:
     def _look_for_interrupt(self) -> None:
         """Where an interrupt ended one process, end all; a script that handles it may take its time."""
         ended = {rank for rank, process in self._processes.items() if process.poll() in _SIGINT_STATUS}
-        if self._interrupts == 0 and ended - self._supervisor.explained:  # of one process alone
+        failure = self._board.final_failure()
+        elsewhere = failure is not None and failure.is_elsewhere  # an interrupt, perhaps, which is that host's
+        if self._interrupts == 0 and not elsewhere and ended - self._supervisor.explained:  # of one process alone
             self._note_interrupt(signal.SIGINT)
         if self._interrupts == 0:
             return
@@ -173,6 +175,8 @@ class _Script:
         if failure is None and self._interrupts and any(statuses):
             return 128 + signal.SIGINT
         if failure is not None and failure.status != 1:
+            return failure.status
+        if failure is not None and failure.is_elsewhere:
             return failure.status
         if failure is not None and failure.rank in self._processes:
             statuses.insert(0, self._processes[failure.rank].returncode)

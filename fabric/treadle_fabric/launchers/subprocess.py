@@ -204,7 +204,8 @@ class _Children:
             self._member.note_place()
             if not running if failure is None else self._stop(failure, running):
                 break
-            time.sleep(0.05 if failure is None else grace.LOOK_INTERVAL)
+            quick = failure is None and not self._board.spans_hosts
+            time.sleep(0.05 if quick else self._board.look_interval)
         self._finish()
 
     def _stop(self, failure: Failure, running: Mapping[int, subprocess.Popen[bytes]]) -> bool:
@@ -231,6 +232,9 @@ class _Children:
         end_process(failure.status)
 
     def _is_interrupted(self) -> bool:
+        failure = self._board.final_failure() if self._board.spans_hosts else None
+        if failure is not None and failure.is_elsewhere:  # an interrupt, perhaps, which is that host's
+            return False
         unexplained = (self._processes[rank] for rank in self._processes.keys() - self._supervisor.explained)
         return (
             self._member.interrupted.is_set()

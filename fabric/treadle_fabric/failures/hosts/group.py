@@ -24,7 +24,6 @@ from treadle_fabric.failures.store_board import StoreBoard, is_hosted_by_a_rank
 __all__ = ["join_group", "leave_group"]
 
 _MEETING = timedelta(seconds=30)  # until rank 0 has a store for the notes
-_RANKS_PER_SECOND = 500  # that may ask the store; more ranks ask less often
 _groups = itertools.count()
 _lines: Lines | None = None
 
@@ -54,7 +53,7 @@ def join_group(num_nodes: int = 1, local_rank: int = 0, collects_output: bool = 
     if member is None or launched is None:
         member = Member(board, rank, speaks=ends_itself, ends_itself=ends_itself)
         peers = Peers(member, board)
-        join_launch(member, peers.check, interval=max(grace.LOOK_INTERVAL, world_size / _RANKS_PER_SECOND))
+        join_launch(member, peers.check)
         if (
             multiprocessing.parent_process() is not None
         ):  # a forked process ends without the interpreter's exit handlers
