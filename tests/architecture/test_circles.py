@@ -17,11 +17,18 @@ ON_DEMAND = (
     "treadle.cli",
     "treadle.searches",
     "treadle_fabric.checkpoint",
+    "treadle_fabric.environments",
     "treadle_fabric.loggers",
     "treadle_fabric.precision",
     "treadle_fabric.strategies",
 )
-RE_EXPORTED = {"treadle.strategies", "treadle_fabric"}  # which have such names from one of these packages
+# Which have such names from one of these packages.
+RE_EXPORTED = {
+    "treadle.plugins.environments",
+    "treadle.strategies",
+    "treadle_fabric",
+    "treadle_fabric.plugins.environments",
+}
 
 
 def imported(module: str) -> Iterator[tuple[ast.ImportFrom | ast.Import, str]]:

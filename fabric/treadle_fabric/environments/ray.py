@@ -135,7 +135,7 @@ class RayEnvironment(StartedEnvironment):
         return self._place.local_world_size
 
     def started_nodes(self) -> int | None:
-        """Return the number of machines, where each has the same number of workers; else how many it takes at least."""
+        """Return the number of machines, where each has the same number of workers; else an estimate, above 1."""
         place = self._place
         return max(1 + place.node_rank, -(-place.world_size // place.local_world_size))
 
@@ -148,7 +148,7 @@ class RayEnvironment(StartedEnvironment):
             return torch.device("cpu") if self._given is None else None
         if "GPU" not in given:
             return None
-        from ray.train.torch import get_device
+        from ray.train.torch import get_device  # an extra, and heavy
 
         device: torch.device = get_device()
         return device

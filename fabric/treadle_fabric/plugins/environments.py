@@ -14,7 +14,7 @@ from treadle_fabric.environments import (
 )
 
 if TYPE_CHECKING:
-    from treadle_fabric.environments import XLAEnvironment
+    from treadle_fabric.environments import RayEnvironment, XLAEnvironment
 
 __all__ = [
     "ClusterEnvironment",
@@ -22,10 +22,13 @@ __all__ = [
     "LSFEnvironment",
     "LightningEnvironment",
     "MPIEnvironment",
+    "RayEnvironment",
     "SLURMEnvironment",
     "TorchElasticEnvironment",
     "XLAEnvironment",
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = on_demand(__name__, {"XLAEnvironment": "treadle_fabric.environments"})
+    __getattr__ = on_demand(
+        __name__, dict.fromkeys(("RayEnvironment", "XLAEnvironment"), "treadle_fabric.environments")
+    )
