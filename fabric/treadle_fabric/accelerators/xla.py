@@ -100,7 +100,9 @@ class XLAAccelerator(Accelerator):
         import torch_xla.core.xla_model as xm  # an extra
 
         try:
-            memory = xm.get_memory_info(torch.device("xla", device) if isinstance(device, int) else torch.device(device))
+            memory = xm.get_memory_info(
+                torch.device("xla", device) if isinstance(device, int) else torch.device(device)
+            )
         except RuntimeError:
             return {}
         return {"bytes_used": memory["bytes_used"], "bytes_limit": memory["bytes_limit"]}

@@ -30,9 +30,6 @@ from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 if TYPE_CHECKING:
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
-    from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
-    from treadle_fabric.strategies.xla import XLAStrategy
-    from treadle_fabric.strategies.xla_fsdp import XLAFSDPStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
     from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
     from treadle_fabric.strategies.parallelism.sequence import (
@@ -41,6 +38,9 @@ if TYPE_CHECKING:
         sequence_offset,
         split_sequence,
     )
+    from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
+    from treadle_fabric.strategies.xla import XLAStrategy
+    from treadle_fabric.strategies.xla_fsdp import XLAFSDPStrategy
 
 __all__ = [
     "METHOD_KEYWORD",

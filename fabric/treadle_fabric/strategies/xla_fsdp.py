@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -168,7 +168,9 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
             with torch.no_grad():
                 module.join_forward()
 
-    def clip_parts(self, parameters: list[Tensor], max_norm: float, norm_type: float, strict: bool) -> Tensor | None:
+    def clip_parts(
+        self, parameters: Sequence[Tensor], max_norm: float, norm_type: float, strict: bool
+    ) -> Tensor | None:
         assert self.exchange is not None
         return clip_parts(parameters, max_norm, norm_type, strict, self.exchange)
 
@@ -185,7 +187,7 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
 
     def from_part(self, parameter: Tensor, value: Tensor) -> Tensor:
         if not is_part(parameter) or value.shape != whole_shape(parameter):
-            return in_memory(value).to(parameter.device)  # type: ignore[no-any-return]
+            return in_memory(value).to(parameter.device)
         own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")
         return local_part(value, own, whole_shape(parameter), self._hosts).to(parameter.device)
 

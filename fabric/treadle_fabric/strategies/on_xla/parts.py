@@ -15,7 +15,7 @@ from torch.nn import Module
 from treadle_fabric.checkpoint import fill
 from treadle_fabric.checkpoint.host.xla_io import on_host
 
-__all__ = ["as_dtensor", "is_part", "local_part", "with_whole_states", "whole_shape"]
+__all__ = ["as_dtensor", "is_part", "local_part", "whole_shape", "with_whole_states"]
 
 
 def is_part(parameter: Any) -> bool:
