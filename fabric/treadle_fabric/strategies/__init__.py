@@ -15,6 +15,7 @@ from treadle_fabric.checks import on_demand
 from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.on_xla.parts import as_part, from_part
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
@@ -61,7 +62,9 @@ __all__ = [
     "XLAFSDPStrategy",
     "XLAStrategy",
     "apply_tensor_parallel",
+    "as_part",
     "check_reduce_op",
+    "from_part",
     "is_elsewhere",
     "load_module_state",
     "local_attention",
