@@ -32,10 +32,11 @@ test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
 
-# Two hosts of network namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise.
+# Two hosts of namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise. The long
+# ones are among the tests of faults.
 test-nodes: export OMP_NUM_THREADS = 1
 test-nodes: $(VENV)/.dev
-	$(BIN)/python -m pytest -m nodes tests/nodes
+	$(BIN)/python -m pytest -m "nodes and not faults" tests/nodes
 
 # DeepSpeed on the CPU, which compiles an operator of its own at its first use.
 test-deepspeed: export OMP_NUM_THREADS = 1
@@ -54,7 +55,7 @@ test-package: export OMP_NUM_THREADS = 1
 test-package: $(VENV)/.dev
 	$(BIN)/python -m pytest -m package tests/package
 
-# Hyper-parameter search with Ray Tune, which brings pandas and pyarrow along.
+# Workers of Ray Train and searches with Ray Tune, which bring pandas and pyarrow along.
 test-ray: export OMP_NUM_THREADS = 1
 test-ray: .venv-ray/.done
 	.venv-ray/bin/python -m pytest -m ray tests/ray
@@ -121,7 +122,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 .venv-ray/.done: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python $(INSTALL) -e '.[dev,tune]'
+	.venv-ray/bin/python $(INSTALL) -e '.[trainer,ray,tune]' pytest pytest-timeout
 	touch $@
 
 # botocore needs an older python-dateutil than everything else.

@@ -7,7 +7,6 @@ import gc
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import tempfile
 import traceback
@@ -22,6 +21,7 @@ import pytest
 import torch
 import torch._dynamo  # seconds of work that each forked rank would do at its first optimizer
 
+from tests.nodes.hosts import has_hosts
 from tests.processes import wait_until
 from treadle_fabric import rank_zero_only
 
@@ -35,11 +35,6 @@ torch.set_num_threads(1)
 KEPT = ("resource_tracker", "forkserver", "moto.server")
 
 
-def has_namespaces() -> bool:
-    """Whether this process may make network namespaces."""
-    return hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") is not None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs hardware that is not there, or what has an environment of its own: an engine, a server.
 
@@ -48,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
         "deepspeed": "" if find_spec("deepspeed") else "DeepSpeed is not installed; `make test-deepspeed` installs it",
-        "nodes": "" if has_namespaces() else "makes network namespaces, which needs root on Linux and the command ip",
+        "nodes": "" if has_hosts() else "makes hosts of namespaces, which needs root on Linux, iproute2 and util-linux",
         "ray": "" if find_spec("ray") else "Ray is not installed; `make test-ray` installs it",
         "remote": "" if find_spec("moto") and find_spec("s3fs") else "no S3 server here; `make test-remote` has one",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import psutil
 from treadle_fabric import find_free_port, rank_zero_only
 
 ROOT = Path(__file__).parent.parent
+_OF_GLOO = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number of .* is : \d+\n?")
 
 
 def run_as_program(file: str, *arguments: object, timeout: float = 90, **kwargs: Any) -> str:
@@ -37,6 +39,11 @@ def run_as_program(file: str, *arguments: object, timeout: float = 90, **kwargs:
     )
     assert done.returncode == 0, (done.stderr or "")[-3000:]
     return done.stderr or ""
+
+
+def own_lines(output: str) -> list[str]:
+    """The lines that a program wrote to stdout, without those of gloo, which in torch 2.9 tells there of each group."""
+    return [line for line in _OF_GLOO.sub("", output).splitlines() if line]
 
 
 def run_in_ranks(function: Callable[..., object], *arguments: Any, devices: int = 2, timeout: float = 90) -> str:

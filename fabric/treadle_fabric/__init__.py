@@ -66,6 +66,7 @@ from treadle_fabric.errors import (
     NotAvailableYetError,
     ProcessFailedError,
     RendezvousError,
+    RequeueError,
     TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
@@ -134,6 +135,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint import ExportingCheckpointIO
+    from treadle_fabric.environments import RayEnvironment
+    from treadle_fabric.estimating import Estimate, estimate
     from treadle_fabric.strategies import (
         FSDPStrategy,
         ModelParallelStrategy,
@@ -166,6 +169,7 @@ __all__ = [
     "DistributedCheckpointIO",
     "DoublePrecision",
     "DummyLogger",
+    "Estimate",
     "ExportingCheckpointIO",
     "ExternalLauncher",
     "FSDPStrategy",
@@ -195,7 +199,9 @@ __all__ = [
     "Precision",
     "PrivateStream",
     "ProcessFailedError",
+    "RayEnvironment",
     "RendezvousError",
+    "RequeueError",
     "ResumableDataLoader",
     "SLURMEnvironment",
     "ShardedSampler",
@@ -229,6 +235,7 @@ __all__ = [
     "disable_possible_user_warnings",
     "end_run",
     "engine_of",
+    "estimate",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -295,6 +302,8 @@ if not TYPE_CHECKING:
         __name__,
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint",
+            "RayEnvironment": "treadle_fabric.environments",
+            **dict.fromkeys(("Estimate", "estimate"), "treadle_fabric.estimating"),
             **dict.fromkeys(
                 (
                     "FSDPStrategy",

@@ -12,6 +12,7 @@
     |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError)
     +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
     +-- RendezvousError                  the processes of a run did not all meet in time (also a RuntimeError)
+    +-- RequeueError                     the cluster did not queue the job again (also a RuntimeError)
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
     +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
@@ -43,6 +44,7 @@ __all__ = [
     "NotAvailableYetError",
     "ProcessFailedError",
     "RendezvousError",
+    "RequeueError",
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
@@ -108,6 +110,10 @@ class ProcessFailedError(TreadleError, RuntimeError):
 
 class RendezvousError(TreadleError, RuntimeError):
     """The processes of a run did not all come to where they meet, in time."""
+
+
+class RequeueError(TreadleError, RuntimeError):
+    """The cluster did not queue a job again whose end it had announced."""
 
 
 class UnusedParametersError(TreadleError, RuntimeError):

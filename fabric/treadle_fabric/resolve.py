@@ -17,11 +17,11 @@ from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.accelerators.accelerator import parse_indices
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import check_integer, is_several, one_or_several
-from treadle_fabric.environments import ClusterEnvironment, detect
+from treadle_fabric.environments import ClusterEnvironment, Detection, detect, refuse_contradiction
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException, unknown_name
 from treadle_fabric.launchers import in_notebook, settle
 from treadle_fabric.precision import Precision, canonical_precision, make_precision, refuse_device
-from treadle_fabric.rank_zero import rank_zero_info
+from treadle_fabric.rank_zero import PossibleUserWarning, rank_zero_info, rank_zero_warn
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
 __all__ = ["LauncherKind", "Plan", "available_devices", "build", "launched_by_run", "resolve", "run_variables"]
@@ -64,6 +64,8 @@ class Plan:
     checkpoint_io: CheckpointIO | None
     notes: tuple[str, ...] = ()
     """Messages for the user about choices that may surprise."""
+    warnings: tuple[str, ...] = ()
+    """What is probably a mistake in how the processes were started."""
 
     @property
     def num_processes(self) -> int:
@@ -109,7 +111,8 @@ def resolve(
         settle()
     own = strategy.given if isinstance(strategy, Strategy) else Parts()
     given = _sort(plugins)
-    environment, notes = _find_environment(own, given, environ)
+    detection = _find_environment(own, given, environ)
+    environment, notes = detection.environment, list(detection.notes)
     said: dict[str, Any] = {
         "accelerator": accelerator,
         "strategy": strategy,
@@ -125,10 +128,11 @@ def resolve(
     interactive = in_notebook() if interactive is None else interactive
     available = available_devices() if available is None else available
     num_nodes = check_integer("num_nodes", num_nodes, minimum=1)
+    num_nodes = environment.started_nodes() or 1 if num_nodes == 1 else num_nodes
     devices = list(devices) if is_several(devices) else devices  # type: ignore[arg-type]
     sample = _sample(strategy)
     checkpoint_io = _one("checkpoint IO", own.checkpoint_io, given.checkpoint_io)
-    hardware = _choose_accelerator(accelerator, own, available)
+    hardware = _choose_accelerator(accelerator, own, environment, available)
     chosen = _choose_devices(devices, hardware, own, environment, available)
     if sample is None:
         if interactive and devices == "auto" and len(chosen) > 1 and not environment.creates_processes_externally:
@@ -161,6 +165,7 @@ def resolve(
         precision=_choose_precision(precision, own, given, hardware, sample),
         checkpoint_io=checkpoint_io,
         notes=tuple(notes),
+        warnings=detection.warnings,
     )
 
 
@@ -168,6 +173,8 @@ def build(plan: Plan) -> Strategy:
     """Make the strategy of a plan, with all its parts, ready to launch."""
     for note in plan.notes:
         rank_zero_info(note)
+    for warning in plan.warnings:
+        rank_zero_warn(warning, category=PossibleUserWarning)
     strategy = STRATEGY_REGISTRY.get(plan.strategy) if isinstance(plan.strategy, str) else plan.strategy
     precision = plan.precision
     if isinstance(precision, str):
@@ -183,15 +190,13 @@ def available_devices() -> dict[str, int]:
     return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in kinds}
 
 
-def _find_environment(
-    own: Parts, given: Parts, environ: Mapping[str, str] | None
-) -> tuple[ClusterEnvironment, list[str]]:
+def _find_environment(own: Parts, given: Parts, environ: Mapping[str, str] | None) -> Detection:
     """The cluster environment that was given, or the one that is detected, with what to tell of it."""
     environment = _one("cluster environment", own.environment, given.environment)
-    if environment is not None:
-        return environment, []
-    detection = detect(environ)
-    return detection.environment, list(detection.notes)
+    if environment is None:
+        return detect(environ)
+    refuse_contradiction(environment, environ)
+    return Detection(environment, "")
 
 
 def run_variables(options: Mapping[str, Any], *, launched: bool = False) -> dict[str, str]:
@@ -293,7 +298,9 @@ def _sample(strategy: Any) -> Strategy | None:
     raise MisconfigurationException(f"strategy={strategy!r} is neither a name nor a Strategy object.")
 
 
-def _choose_accelerator(accelerator: Any, own: Parts, available: Mapping[str, int]) -> Accelerator:
+def _choose_accelerator(
+    accelerator: Any, own: Parts, environment: ClusterEnvironment, available: Mapping[str, int]
+) -> Accelerator:
     if own.accelerator is not None and accelerator not in ("auto", own.accelerator, own.accelerator.name()):
         raise MisconfigurationException(
             f"accelerator={accelerator!r}, but the strategy object has {type(own.accelerator).__name__}. Give one."
@@ -306,7 +313,8 @@ def _choose_accelerator(accelerator: Any, own: Parts, available: Mapping[str, in
         raise MisconfigurationException(f"accelerator={accelerator!r} is neither a name nor an Accelerator object.")
     there = [name for name, count in available.items() if count > 0]
     if accelerator == "auto":
-        name = _accelerator_of(own.devices[0].type) if own.devices else there[0]
+        given = own.devices[0] if own.devices else environment.assigned_device()
+        name = there[0] if given is None else _accelerator_of(given.type)
     elif accelerator == "gpu":
         gpus = [name for name in there if ACCELERATOR_REGISTRY[name].is_gpu]
         if not gpus:
@@ -352,6 +360,8 @@ def _choose_devices(
 ) -> list[torch.device]:
     if own.devices and devices in ("auto", len(own.devices)):
         return list(own.devices)
+    if (given := _assigned(devices, hardware, environment)) is not None:
+        return given
     if (shared := _one_visible(devices, hardware, environment, available)) is not None:
         return shared
     if devices == "auto":
@@ -360,6 +370,22 @@ def _choose_devices(
         indices = parse_indices(devices, hardware.name(), available.get(hardware.name(), 0))
         return [torch.device(hardware.name(), index) for index in indices]
     return hardware.get_parallel_devices(hardware.parse_devices(devices))
+
+
+def _assigned(devices: Any, hardware: Accelerator, environment: ClusterEnvironment) -> list[torch.device] | None:
+    """Return the device that the environment gave to this process, once for each on this machine; None without one.
+
+    Which devices the others have, only they know.
+    """
+    device, started = environment.assigned_device(), environment.processes_per_node() or 1
+    if (
+        device is None
+        or device.type != hardware.name()
+        or is_several(devices)
+        or _count(devices) not in (None, started)
+    ):
+        return None  # the number is refused where the environment is asked for it
+    return [device] * started
 
 
 def _one_visible(

@@ -78,7 +78,8 @@ def test_the_programs_of_the_page_on_torchmetrics(tmp_path: Path) -> None:
 
 
 def test_every_example_is_run_here() -> None:
-    assert sorted(str(file.relative_to(EXAMPLES)) for file in EXAMPLES.rglob("*.py")) == sorted(LAUNCHED)
+    there = [file for file in EXAMPLES.rglob("*.py") if file.parent.name != "clusters"]  # which need a cluster, or Ray
+    assert sorted(str(file.relative_to(EXAMPLES)) for file in there) == sorted(LAUNCHED)
 
 
 @pytest.fixture(scope="module")

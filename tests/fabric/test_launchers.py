@@ -318,6 +318,7 @@ class TestFailure:
         elif mode == "kill":
             assert err.count("rank 0, the launching process, died") == 1
 
+    @pytest.mark.faults
     def test_busy_processes_are_ended(self, tmp_path: Path) -> None:
         source = """
         import multiprocessing

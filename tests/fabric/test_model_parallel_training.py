@@ -221,7 +221,8 @@ class Language(LightningModule):
         loss = self.gpt.loss(*batch)
         assert type(loss) is Tensor
         self.log("loss", loss)
-        self.log("scale", self.gpt.head.weight.square().mean(), on_step=False, on_epoch=True)
+        weight = self.gpt.head.weight  # of uneven parts, torch 2.9 computes another mean
+        self.log("scale", weight.square().sum() / weight.numel(), on_step=False, on_epoch=True)
         return {"loss": loss, "weight": (batch[1] != -100).sum()}
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.processes import importing_tests
 from tests.trainer.models import Net, loader, trainer
 
 from treadle import Callback
-from treadle.callbacks import RayTuneReport
+from treadle.callbacks import RayTrainReportCallback, RayTuneReport
 from treadle_fabric import MisconfigurationException
 from treadle_fabric.loggers import CSVLogger
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture
-def cluster(isolated: None, no_process_left: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import ray
-
-    for name, value in importing_tests().items():
-        monkeypatch.setenv(name, value)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 class Killed(Callback):
@@ -56,7 +43,10 @@ def run_trial(config: dict[str, Any], folder: Path, epochs: int = 4, report: Any
     callbacks = [] if report is None else [report]
     callbacks += [Killed(folder / "killed")] if config.get("kill") else []
     net = Net(config["lr"])
-    run = trainer(folder, callbacks=callbacks, max_epochs=epochs, logger=Finalized(folder, version=str(config["lr"])))
+    alone = {} if isinstance(report, RayTuneReport | None) else {"devices": "auto"}
+    run = trainer(
+        folder, callbacks=callbacks, max_epochs=epochs, **alone, logger=Finalized(folder, version=str(config["lr"]))
+    )
     path = report.ckpt_path if report else None
     if path is not None:
         (folder / f"resumed_{net.lr}").touch()
@@ -110,6 +100,57 @@ def test_a_trial_that_ray_stops_ends_in_order(cluster: None, tmp_path: Path) -> 
     assert not results.errors and results[0].metrics["training_iteration"] == 2
     [status] = tmp_path.rglob("status")
     assert status.read_text() == "success"
+
+
+def stopped_after(scheduler: Any, folder: Path, function: Any) -> dict[float, int]:
+    """Search with two learning rates, one after the other; the iterations of each."""
+    from ray import tune
+
+    search = tune.Tuner(
+        partial(function, folder=folder),
+        param_space={"lr": tune.grid_search([0.05, 0.0001])},
+        tune_config=tune.TuneConfig(metric="loss", mode="min", scheduler=scheduler, max_concurrent_trials=1),
+        run_config=tune.RunConfig(storage_path=str(folder / "ray"), name="study", verbose=0),
+    )
+    results = search.fit()
+    assert not results.errors
+    return {result.config["lr"]: result.metrics["training_iteration"] for result in results}
+
+
+def test_asha_stops_the_worse_of_two(cluster: None, tmp_path: Path) -> None:
+    from ray.tune.schedulers import ASHAScheduler
+
+    scheduler = ASHAScheduler(max_t=4, grace_period=1, reduction_factor=2)
+    assert stopped_after(scheduler, tmp_path, trial) == {0.05: 4, 0.0001: 1}
+    assert sorted(file.read_text() for file in tmp_path.rglob("status")) == ["success", "success"]
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    run_trial(config, Path(config["folder"]), report=RayTrainReportCallback({"loss": "val_loss"}))
+
+
+def trial_with_workers(config: dict[str, Any], folder: Path) -> None:
+    """A trial that only starts workers of Ray Train, which train."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    TorchTrainer(
+        train_worker,
+        train_loop_config={**config, "folder": str(folder)},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(
+            name=f"workers_{config['lr']}", storage_path=str(folder / "workers"), callbacks=[TuneReportCallback()]
+        ),
+    ).fit()
+
+
+def test_trials_with_two_workers_each(cluster: None, tmp_path: Path) -> None:
+    from ray.tune.schedulers import ASHAScheduler
+
+    scheduler = ASHAScheduler(max_t=4, grace_period=1, reduction_factor=2)
+    found = stopped_after(scheduler, tmp_path, trial_with_workers)
+    assert found == {0.05: 4, 0.0001: 1}
 
 
 def test_outside_of_a_trial(tmp_path: Path) -> None:

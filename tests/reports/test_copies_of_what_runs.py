@@ -269,8 +269,8 @@ ABSTRACT = """Accelerator CheckpointIO ClusterEnvironment LRScheduler Launcher L
 Checkpoint""".split()
 OF_THE_PROCESS = """StopAgreement SignalListener ExternalLauncher SpawnLauncher SubprocessLauncher""".split()
 """They are the threads, pipes and children of a process, no state; what holds them leaves them out."""
-ELSEWHERE = """CUDAAccelerator MPSAccelerator KubeflowEnvironment LSFEnvironment MPIEnvironment RayTuneReport
-SLURMEnvironment TorchElasticEnvironment""".split()
+ELSEWHERE = """CUDAAccelerator MPSAccelerator KubeflowEnvironment LSFEnvironment MPIEnvironment RayEnvironment
+RayTrainReportCallback RayTuneReport SLURMEnvironment TorchElasticEnvironment""".split()
 """They need hardware, a cluster's variables or Ray."""
 
 

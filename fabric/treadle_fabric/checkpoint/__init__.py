@@ -14,8 +14,8 @@ For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``
 ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a host share what they read, and
 ``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
 ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
-rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind, and
-``pickled_in`` says which of them are pickled.
+rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind,
+``pickled_in`` says which of them are pickled, and ``state_of`` gives the state of an object.
 """
 
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ from treadle_fabric.checkpoint.stored.tensor import StoredTensor, in_memory, ten
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
+from treadle_fabric.checkpoint.values.states import state_of
 from treadle_fabric.checkpoint.values.structures import classes_in_state, known_classes
 from treadle_fabric.checkpoint.values.unpacking import pickled_in, unpack
 from treadle_fabric.checks import on_demand
@@ -92,6 +93,7 @@ __all__ = [
     "sharded_like",
     "shortened",
     "size_of",
+    "state_of",
     "tensors_on_demand",
     "trusting",
     "unpack",

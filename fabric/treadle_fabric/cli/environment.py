@@ -47,6 +47,7 @@ def _print_environment(given: argparse.Namespace) -> int:
         chosen = detection.environment
         _print_lines("Environment", {type(chosen).__name__: detection.reason, **_facts(chosen)})
         _print_lines("Notes", dict(enumerate(detection.notes, start=1)))
+        _print_lines("Warnings", dict(enumerate(detection.warnings, start=1)))
     others = {
         kind.__name__: finding.reason + (f" Set: {_named(finding.variables)}." if finding.variables else "")
         for kind, finding in findings.items()

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 from treadle_fabric.coordination.hosts import wait_for_rank_zero
 from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
 
-__all__ = ["Ranked", "attempt", "on_rank_zero"]
+__all__ = ["Ranked", "Trouble", "attempt", "on_rank_zero"]
 
 T = TypeVar("T")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from treadle_fabric.coordination.hosts import patient_barrier
 from treadle_fabric.coordination.objects import all_gather_objects
-from treadle_fabric.coordination.on_rank_zero import Ranked, attempt
+from treadle_fabric.coordination.on_rank_zero import Ranked, Trouble, attempt
+from treadle_fabric.errors import CheckpointNotFoundError
 
 __all__ = ["OnNodes", "on_every_rank", "once_a_node"]
 
@@ -69,11 +71,27 @@ def _outcomes(strategy: OnNodes, action: Callable[[], T], acts: bool, failure: s
     """Of each rank its place on its node, its node, and what it did; or raise."""
     result, error, trouble = attempt(action, strategy.global_rank, failure) if acts else (None, None, None)
     patient_barrier("what one rank of each node does for the others")
-    outcomes = all_gather_objects(strategy, (strategy.local_rank, strategy.node_rank, result, trouble))
+    mine = (strategy.local_rank, strategy.node_rank, result, trouble, socket.gethostname() if acts else "")
+    outcomes = all_gather_objects(strategy, mine)
+    hint = _disk_hint([(host, told) for _, _, _, told, host in outcomes if host])
+    if isinstance(error, CheckpointNotFoundError) and hint:
+        raise CheckpointNotFoundError(f"{error}{hint}") from error
     if error is not None:
         raise error
-    for _, _, _, told in outcomes:
+    for _, _, _, told, _ in outcomes:
         if told is not None:
             kind, text = told
-            raise kind(text)
-    return [(local, node, found) for local, node, found, _ in outcomes]
+            raise kind(f"{text}{hint}")
+    return [(local, node, found) for local, node, found, _, _ in outcomes]
+
+
+def _disk_hint(acted: list[tuple[str, Trouble | None]]) -> str:
+    """What to say where some hosts found a checkpoint and others did not; else nothing."""
+    without = {host for host, told in acted if told is not None and told[0] is CheckpointNotFoundError}
+    found = {host for host, told in acted if told is None} - without
+    if not found or not without:
+        return ""
+    return (
+        f" Host {min(found)} finds it, and host {min(without)} does not: save to a file system that all machines "
+        "share, or copy the checkpoint to the same path on each."
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ from treadle_fabric.environments.torchelastic import TorchElasticEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_only
 
-__all__ = ["Detection", "detect", "detect_environment", "examine_all"]
+__all__ = ["Detection", "detect", "detect_environment", "examine_all", "refuse_contradiction"]
 
 _Kind = type[StartedEnvironment]
 # torchrun comes first because it also runs inside SLURM and LSF jobs.
@@ -43,10 +45,12 @@ class Detection(NamedTuple):
     """A sentence for the user."""
     notes: tuple[str, ...] = ()
     """What to tell the user of variables that are set and not followed."""
+    warnings: tuple[str, ...] = ()
+    """What is probably a mistake in how the processes were started."""
 
 
 def detect_environment(environ: Mapping[str, str] | None = None) -> ClusterEnvironment:
-    """Detect the environment of this process: torchrun, SLURM, LSF, MPI, or none of them.
+    """Detect the environment of this process: Ray Train, torchrun, SLURM, LSF, MPI, or none of them.
 
     Args:
         environ: The environment variables to decide by. Default: those of this process.
@@ -58,7 +62,8 @@ def detect(environ: Mapping[str, str] | None = None, pid: int | None = None) -> 
     """Detect the environment of this process, and say why.
 
     Where several programs started one another, the environment is that of the innermost one: torchrun in an srun step,
-    mpirun in a SLURM or LSF job, srun in either where SLURM_TASK_PID names this process. A process that inherited the
+    mpirun in a SLURM or LSF job, srun in either where SLURM_TASK_PID names this process; and Ray Train in all of them,
+    whose workers inherit the variables of what started Ray. A process that inherited the
     variables of a rank of Treadle's, because the rank started it, is no rank. Then, where ``environ`` is not given,
     these variables are removed from those of this process, so that nothing else follows them, and nothing that
     this process starts.
@@ -77,16 +82,48 @@ def detect(environ: Mapping[str, str] | None = None, pid: int | None = None) -> 
             environ = {name: value for name, value in environ.items() if name not in describing_variables(environ)}
         variables = os.environ if environ is None else environ
     kind, finding = _innermost(variables, pid)
-    notes = () if kind is not None else _notes(variables)
+    told = [finding] if kind is not None else _others(variables)
+    warnings = tuple(each.warning for each in told if each.warning)
+    notes = tuple(each.note for each in told if each.note and not each.warning)
     environment: ClusterEnvironment = LightningEnvironment() if kind is None else kind()
     environment.environ = environ
-    return Detection(environment, finding.reason, inherited + notes)
+    return Detection(environment, finding.reason, inherited + notes, warnings)
+
+
+def refuse_contradiction(environment: ClusterEnvironment, environ: Mapping[str, str] | None = None) -> None:
+    """Refuse an environment that the user chose, where another program started this process with another rank.
+
+    Args:
+        environment: What the user chose. One of the user's own, and LightningEnvironment, are taken as they are.
+        environ: The environment variables to decide by. Default: those of this process.
+
+    Raises:
+        MisconfigurationException: The ranks differ, so that two processes would have the same one.
+    """
+    if type(environment) not in (*_KINDS, KubeflowEnvironment):
+        return
+    variables = os.environ if environ is None else environ
+    kind, finding = _innermost(variables, os.getpid())
+    if kind is None or isinstance(environment, kind):
+        return
+    other, chosen = kind(), type(environment).__name__
+    other.environ = environ
+    try:
+        theirs, mine = ((e.global_rank(), e.world_size()) for e in (other, environment))
+    except MisconfigurationException:  # a variable is missing or malformed: that is said when it is used
+        return
+    if theirs != mine:
+        raise MisconfigurationException(
+            f"plugins={chosen}() says rank {mine[0]} of {mine[1]} ({list_variables(environment.evidence())}), but "
+            f"{finding.reason} Leave out plugins={chosen}(): {kind.__name__} is detected."
+        )
 
 
 def examine_all(environ: Mapping[str, str] | None = None) -> dict[type[ClusterEnvironment], Finding]:
     """Return, of each environment that Treadle knows, whether its variables describe this process, and why."""
     findings: dict[type[ClusterEnvironment], Finding] = {}
-    kinds: list[type[StartedEnvironment | LightningEnvironment]] = [*_KINDS, KubeflowEnvironment, LightningEnvironment]
+    others: list[type[StartedEnvironment | LightningEnvironment]] = [KubeflowEnvironment, LightningEnvironment]
+    kinds = [_ray(), *_KINDS, *others]
     for kind in kinds:
         try:
             findings[kind] = kind.examine(environ)
@@ -95,7 +132,15 @@ def examine_all(environ: Mapping[str, str] | None = None) -> dict[type[ClusterEn
     return findings
 
 
+def _ray() -> _Kind:
+    """RayEnvironment, which few programs need."""
+    kind: _Kind = importlib.import_module("treadle_fabric.environments.ray").RayEnvironment
+    return kind
+
+
 def _innermost(environ: Mapping[str, str], pid: int) -> tuple[_Kind | None, Finding]:
+    if "ray.train" in sys.modules and (finding := _ray().examine(environ)).applies:
+        return _ray(), finding
     if environ.get("SLURM_TASK_PID") == str(pid) and (finding := SLURMEnvironment.examine(environ)).applies:
         return SLURMEnvironment, finding
     for kind in _KINDS:
@@ -123,10 +168,10 @@ def _mpirun_inside(outer: ClusterEnvironment, environ: Mapping[str, str]) -> Fin
     return finding if finding.applies and not agrees else None
 
 
-def _notes(environ: Mapping[str, str]) -> tuple[str, ...]:
+def _others(environ: Mapping[str, str]) -> list[Finding]:
+    """What the environments say that do not apply."""
     kinds: list[_Kind] = [*_KINDS, KubeflowEnvironment]
-    findings = [kind.examine(environ) for kind in kinds]
-    return tuple(finding.note for finding in findings if finding.note)
+    return [kind.examine(environ) for kind in kinds]
 
 
 def _drop(environ: Mapping[str, str] | None, owner: int) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+import torch
+
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = [
@@ -15,7 +17,9 @@ __all__ = [
     "StartedEnvironment",
     "list_variables",
     "pick",
+    "refuse_ranks_beyond",
     "require_number",
+    "require_port",
     "require_variable",
 ]
 
@@ -31,6 +35,8 @@ class Finding(NamedTuple):
     """A sentence for the user."""
     note: str = ""
     """What to tell the user of a run in which these variables are not followed; empty where nothing is surprising."""
+    warning: str = ""
+    """What is probably a mistake in how the processes were started; empty where nothing is."""
 
 
 class ClusterEnvironment(ABC):
@@ -39,8 +45,13 @@ class ClusterEnvironment(ABC):
     There is one subclass for each way to start processes. To write a new one, implement every abstract method.
     """
 
+    collects_output = False
+    """Whether what the processes of all machines print comes together in one place, as that of a job of srun's does."""
     environ: Mapping[str, str] | None = None
     """The environment variables to read. Default: those of this process."""
+    ends_processes: bool = False
+    """Whether what started the processes hears of an exception in each, and ends all when one fails: then none ends
+    itself because of another one."""
 
     @property
     def variables(self) -> Mapping[str, str]:
@@ -106,6 +117,14 @@ class ClusterEnvironment(ABC):
         """Return the number of processes on this machine; None where the environment does not tell."""
         return None
 
+    def started_nodes(self) -> int | None:
+        """Return the number of machines on which processes were started; None where the user has to say it."""
+        return None
+
+    def assigned_device(self) -> torch.device | None:
+        """Return the device that was given to this process; None where those of a machine go by local ranks."""
+        return None
+
     def evidence(self) -> dict[str, str]:
         """Return the environment variables that ranks, counts and meeting point come from, with their values."""
         return {}
@@ -138,6 +157,13 @@ class ClusterEnvironment(ABC):
     def announcing_signal(self) -> int:
         """Return the number of the signal with which the cluster announces the end of the job; 0 for none."""
         return 0
+
+    def job_to_requeue(self) -> str:
+        """Return the cluster's name of the job, to be queued again after that signal; empty where this is not wanted.
+
+        :func:`treadle_fabric.environments.requeue` takes the name.
+        """
+        return ""
 
     def teardown(self) -> None:
         """Undo what the environment changed; by default nothing."""
@@ -173,7 +199,7 @@ class StartedEnvironment(ClusterEnvironment):
         pass
 
     def check_count(self, num_devices: int, num_nodes: int, who: str, remedy: str) -> None:
-        """Refuse a number of processes that differs from the number that ``who`` started.
+        """Refuse numbers of processes, in all and on this machine, that differ from those that ``who`` started.
 
         Args:
             num_devices: Processes on each machine that the user asked for.
@@ -188,6 +214,12 @@ class StartedEnvironment(ClusterEnvironment):
             raise MisconfigurationException(
                 f"devices={num_devices} and num_nodes={num_nodes} ask for {num_devices * num_nodes} processes, but "
                 f"{who} started {self.world_size()}. {remedy}"
+            )
+        here = self.processes_per_node()
+        if here is not None and here != num_devices:
+            raise MisconfigurationException(
+                f"devices={num_devices}, but {who} started {here} processes on this machine, and each machine needs "
+                f"the same number. {remedy}"
             )
 
 
@@ -205,34 +237,77 @@ def require_variable(name: str, environ: Mapping[str, str]) -> str:
     """Return the value of an environment variable that must be set.
 
     Raises:
-        MisconfigurationException: The variable is not set.
+        MisconfigurationException: The variable is not set, or empty.
     """
     value = environ.get(name)
-    if value is None:
+    if not value or not value.strip():
         raise MisconfigurationException(
-            f"The environment variable {name} is not set; the program that starts the processes has to set it. Set it, "
-            "or choose another environment: Fabric(plugins=LightningEnvironment())."
+            f"The environment variable {name} is {'not set' if value is None else 'empty'}; the program that starts "
+            "the processes has to set it. Set it, or choose another environment: "
+            "Fabric(plugins=LightningEnvironment())."
         )
     return value
 
 
-def require_number(name: str, environ: Mapping[str, str], default: int | None = None) -> int:
+def require_number(
+    name: str, environ: Mapping[str, str], default: int | None = None, *, minimum: int = 0, maximum: int | None = None
+) -> int:
     """Return the value of an environment variable that holds a rank, a count or a port.
 
     Args:
         name: The variable's name.
         environ: The environment variables to read.
         default: The result where the variable is not set. Default: None, and the variable must be set.
+        minimum: The smallest value: 0 for a rank, 1 for a count.
+        maximum: The largest value. Default: there is none.
 
     Raises:
-        MisconfigurationException: The value is no whole number, or the variable is not set and there is no default.
+        MisconfigurationException: The value is no whole number, or out of range, or the variable is not set and there
+            is no default.
     """
     if default is not None and name not in environ:
         return default
-    value = require_variable(name, environ)
+    value = environ[name] if name in environ else require_variable(name, environ)
     try:
-        return int(value)
+        number = int(value)
     except ValueError:
         raise MisconfigurationException(
             f"{name}={value!r} is no whole number. The program that starts the processes has to set it to one."
         ) from None
+    if number < minimum or (maximum is not None and number > maximum):
+        span = f"{minimum} or more" if maximum is None else f"from {minimum} to {maximum}"
+        raise MisconfigurationException(
+            f"{name}={value!r}, and this number has to be {span}. Correct it where the processes are started, or "
+            f"`unset {name}` if it is left over."
+        )
+    return number
+
+
+def require_port(environ: Mapping[str, str]) -> int:
+    """Return MASTER_PORT, a TCP port.
+
+    Raises:
+        MisconfigurationException: It is not set, or no port.
+    """
+    return require_number("MASTER_PORT", environ, minimum=1, maximum=65535)
+
+
+def refuse_ranks_beyond(pairs: Iterable[tuple[str, str]], environ: Mapping[str, str], who: str) -> None:
+    """Refuse a rank that is not below the number of what it counts, where both variables are set.
+
+    Args:
+        pairs: Names of variables: of a rank, and of the number of processes or machines that are ranked.
+        environ: The environment variables to read.
+        who: The program that sets the variables, for the error.
+
+    Raises:
+        MisconfigurationException: A rank is too large, or a value is malformed.
+    """
+    for rank, count in pairs:
+        if rank in environ and count in environ:
+            value, size = require_number(rank, environ), require_number(count, environ, minimum=1)
+            if value >= size:
+                raise MisconfigurationException(
+                    f"{rank}={value}, but {count}={size}: ranks go from 0 to {size - 1}. {who} sets both; one of them "
+                    f"is left over or was set by hand. Correct it, or `unset {rank} {count}`."
+                )

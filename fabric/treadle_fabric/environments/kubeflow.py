@@ -10,7 +10,9 @@ from treadle_fabric.environments.environment import (
     StartedEnvironment,
     list_variables,
     pick,
+    refuse_ranks_beyond,
     require_number,
+    require_port,
     require_variable,
 )
 from treadle_fabric.errors import MisconfigurationException
@@ -24,7 +26,8 @@ _READ = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
 class KubeflowEnvironment(StartedEnvironment):
     """Pods of a Kubeflow PyTorchJob, one process in each: ``Fabric(plugins=KubeflowEnvironment())``.
 
-    It is never detected, because other ways to start processes set the same variables.
+    It is never detected, because other ways to start processes set the same variables. With several processes in a pod,
+    ``torchrun`` starts them, and is detected: it takes its options from the PET_ variables that the operator sets.
     """
 
     @property
@@ -33,7 +36,7 @@ class KubeflowEnvironment(StartedEnvironment):
 
     @property
     def main_port(self) -> int:
-        return require_number("MASTER_PORT", self.variables)
+        return require_port(self.variables)
 
     @staticmethod
     def examine(environ: Mapping[str, str] | None = None) -> Finding:
@@ -47,10 +50,12 @@ class KubeflowEnvironment(StartedEnvironment):
                 "PyTorchJob, pass plugins=KubeflowEnvironment()."
             )
         reason = "Only plugins=KubeflowEnvironment() chooses it, because other programs set the same variables, too."
-        return Finding(False, found, reason, note)
+        pods = pick(("KUBERNETES_SERVICE_HOST", "PET_NODE_RANK"), environ)
+        alone = f"{note} Without it each pod trains on its own." if note and pods else ""
+        return Finding(False, found, reason, note, alone)
 
     def world_size(self) -> int:
-        return require_number("WORLD_SIZE", self.variables)
+        return require_number("WORLD_SIZE", self.variables, minimum=1)
 
     def global_rank(self) -> int:
         return require_number("RANK", self.variables)
@@ -68,6 +73,21 @@ class KubeflowEnvironment(StartedEnvironment):
                 f"({list_variables(pick(('TORCHELASTIC_RUN_ID', 'RANK', 'LOCAL_RANK'), self.variables))}). Leave out "
                 "plugins=KubeflowEnvironment(): torchrun is detected."
             )
+        several = self.variables.get("PET_NPROC_PER_NODE", "1").strip() != "1"
+        if several or self.variables.get("LOCAL_RANK", "0").strip() != "0":
+            said = list_variables(pick(("PET_NPROC_PER_NODE", "LOCAL_RANK"), self.variables))
+            raise MisconfigurationException(
+                f"KubeflowEnvironment is for pods with one process each, and {said}. For several in each pod, start "
+                "the script with `torchrun train.py`, which takes its options from the PET_ variables, and leave out "
+                "plugins=KubeflowEnvironment()."
+            )
+        refuse_ranks_beyond([("RANK", "WORLD_SIZE")], self.variables, "The operator")
+        if self.variables.get("PET_NODE_RANK", self.variables.get("RANK")) != self.variables.get("RANK"):
+            said = list_variables(pick(("RANK", "PET_NODE_RANK"), self.variables))
+            raise MisconfigurationException(
+                f"{said}: Kubeflow sets both to the number of the pod. One of them was set in the pod's template: "
+                "leave it out there."
+            )
         if num_devices != 1 or num_nodes != self.world_size():
             raise MisconfigurationException(
                 f"devices={num_devices} and num_nodes={num_nodes}, but Kubeflow started {self.world_size()} pods with "
@@ -78,7 +98,7 @@ class KubeflowEnvironment(StartedEnvironment):
         return 1
 
     def evidence(self) -> dict[str, str]:
-        return pick(_READ, self.variables)
+        return pick((*_READ, "PET_NODE_RANK", "PET_NPROC_PER_NODE", "PET_NNODES"), self.variables)
 
     def explain_ranks(self, world_size: int) -> str:
         said = list_variables(pick(_READ[:1], self.variables))

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import socket
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import ClusterEnvironment, Finding, list_variables, pick, require_number
+from treadle_fabric.environments.environment import (
+    ClusterEnvironment,
+    Finding,
+    list_variables,
+    pick,
+    require_number,
+    require_port,
+    require_variable,
+)
+from treadle_fabric.environments.slurm_job import job_to_requeue, signal_of_job
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["LightningEnvironment", "find_free_port"]
@@ -44,12 +52,12 @@ class LightningEnvironment(ClusterEnvironment):
 
     @property
     def main_address(self) -> str:
-        return self.variables.get("MASTER_ADDR", "127.0.0.1")
+        return require_variable("MASTER_ADDR", self.variables) if "MASTER_ADDR" in self.variables else "127.0.0.1"
 
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return require_number("MASTER_PORT", self.variables)
+            return require_port(self.variables)
         if self._port is None:
             self._port = find_free_port()
         return self._port
@@ -106,6 +114,26 @@ class LightningEnvironment(ClusterEnvironment):
                     f"num_nodes={num_nodes}, but {', '.join(missing)} not set. {srun}Start the script on each machine "
                     "with MASTER_ADDR and MASTER_PORT naming the first one and NODE_RANK=0, 1, ..., or use torchrun."
                 )
+        if "TREADLE_LAUNCH_DIR" not in self.variables and (num_nodes > 1 or self.creates_processes_externally):
+            self._check_places(num_devices, num_nodes)
+
+    def _check_places(self, num_devices: int, num_nodes: int) -> None:
+        """Refuse the number of a machine, and a WORLD_SIZE, that the arguments contradict."""
+        if "MASTER_PORT" in self.variables:
+            require_port(self.variables)
+        name = "NODE_RANK" if "NODE_RANK" in self.variables else "GROUP_RANK"
+        if self.node_rank() >= num_nodes:
+            raise MisconfigurationException(
+                f"{name}={self.node_rank()}, but num_nodes={num_nodes}: the machines are numbered from 0 to "
+                f"{num_nodes - 1}. Pass num_nodes, or, if {name} is left over, `unset {name}`."
+            )
+        size = require_number("WORLD_SIZE", self.variables, default=num_nodes, minimum=1)
+        if size not in (num_nodes, num_devices * num_nodes):  # some set it to the number of machines
+            raise MisconfigurationException(
+                f"WORLD_SIZE={size}, but devices={num_devices} and num_nodes={num_nodes} ask for "
+                f"{num_devices * num_nodes} processes. Make them equal, or, if WORLD_SIZE is left over, `unset "
+                "WORLD_SIZE`: Treadle computes it."
+            )
 
     def _check_started(self, num_devices: int, num_nodes: int) -> None:
         """Refuse numbers that cannot be those of the processes that LOCAL_RANK says are there."""
@@ -150,7 +178,10 @@ class LightningEnvironment(ClusterEnvironment):
 
         A process that does not take the signal dies of it.
         """
-        return int(getattr(signal, "SIGUSR1", 0)) if "SLURM_JOB_ID" in self.variables else 0
+        return signal_of_job(self.variables)
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables)
 
     def evidence(self) -> dict[str, str]:
         return pick(_READ, self.variables)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from collections.abc import Mapping
 
-from treadle_fabric.environments.environment import Finding, StartedEnvironment, list_variables, pick, require_number
+from treadle_fabric.environments.environment import (
+    Finding,
+    StartedEnvironment,
+    list_variables,
+    pick,
+    refuse_ranks_beyond,
+    require_number,
+    require_port,
+)
+from treadle_fabric.environments.slurm_job import INTERACTIVE_JOB_NAMES, job_to_requeue
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["SLURMEnvironment", "srun_step"]
 
-_INTERACTIVE_JOB_NAMES = ("bash", "interactive")
 _FIRST_SPECIAL_STEP = 4294967280  # SLURM numbers the interactive, batch and extern steps from here on
 _STEP = ("SLURM_STEP_ID", "SLURM_STEPID")
 # What a step says comes first: it may have fewer tasks and nodes than its job, whose variables it inherits.
@@ -31,11 +40,13 @@ class SLURMEnvironment(StartedEnvironment):
     """Processes started by ``srun``, one for each device.
 
     Args:
-        auto_requeue: Save a checkpoint and stop, with exit status 143, when the job's time is nearly up, so that the
-            job can be queued again. SLURM has to send a signal before the end: ``#SBATCH --signal=SIGUSR1@90``.
-            Default: True.
+        auto_requeue: Whether the Trainer, when the job's time is nearly up, saves ``hpc_ckpt_N.ckpt`` and has SLURM
+            queue the job again (``scontrol requeue``), which then goes on from there by itself. SLURM has to send a
+            signal before the end: ``#SBATCH --signal=SIGUSR1@90``. Without, the signal is not taken. Default: True.
         requeue_signal: The signal that announces the end. Default: SIGUSR1.
     """
+
+    collects_output = True
 
     def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
         self.auto_requeue = auto_requeue
@@ -54,7 +65,7 @@ class SLURMEnvironment(StartedEnvironment):
     @property
     def main_port(self) -> int:
         if "MASTER_PORT" in self.variables:
-            return require_number("MASTER_PORT", self.variables)
+            return require_port(self.variables)
         # All ranks know the numbers of job and step, by which two jobs on one machine differ, and two steps of a job.
         job, step = self.variables.get("SLURM_JOB_ID", ""), srun_step(self.variables) or 0
         return 15000 + (int(job) + 101 * step) % 10000 if job.isdecimal() else 29500
@@ -73,7 +84,7 @@ class SLURMEnvironment(StartedEnvironment):
         tasks = _first(_TASKS, environ)
         if srun_step(environ) is None and not pick(("SLURM_JOB_ID", "SLURM_JOBID", *_STEP), environ):
             # Some of a job's variables, handed on into a container for example: ranks are all that they can tell of.
-            ranks = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in _INTERACTIVE_JOB_NAMES
+            ranks = "SLURM_NTASKS" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE_JOB_NAMES
             return Finding(ranks, found, f"Variables of SLURM {'with' if ranks else 'without'} ranks, and of no job.")
         if srun_step(environ) is None:
             step = list_variables(pick(_STEP, environ)) or "SLURM_STEP_ID is not set"
@@ -82,18 +93,18 @@ class SLURMEnvironment(StartedEnvironment):
             job = f"the job's count of tasks ({list_variables(pick(_TASKS[1:2], environ))})"
             note = f"{reason} So {job} is not followed. For one process a task, start the script with `srun python ...`"
             alone = counted is None or environ[counted].strip() == "1"
-            return Finding(False, found, reason, "" if alone else f"{note}.")
+            return Finding(False, found, reason, "" if alone else f"{note}.", _warn_of_srun(environ))
         missing = [name for name in ("SLURM_PROCID", "SLURM_LOCALID") if name not in environ]
         if tasks is None or missing:
             missing = missing or ["SLURM_STEP_NUM_TASKS"]
             reason = f"srun sets {', '.join(missing)}, too."
             return Finding(False, found, reason, f"The variables of SLURM are not followed: {reason}")
         if environ[tasks].strip() == "1" and (
-            "SLURM_PTY_PORT" in environ or environ.get("SLURM_JOB_NAME") in _INTERACTIVE_JOB_NAMES
+            "SLURM_PTY_PORT" in environ or environ.get("SLURM_JOB_NAME") in INTERACTIVE_JOB_NAMES
         ):
             return Finding(False, found, "This process belongs to a shell that srun started as its only task.")
         reason = f"srun started this process as rank {environ['SLURM_PROCID']} of {environ[tasks]}."
-        return Finding(True, found, reason)
+        return Finding(True, found, reason, warning=_warn_of_tasks(environ, environ[tasks].strip()))
 
     @staticmethod
     def job_name() -> str | None:
@@ -103,7 +114,7 @@ class SLURMEnvironment(StartedEnvironment):
     @staticmethod
     def job_id() -> int | None:
         """Return the job's number; None in an interactive job, and outside a job."""
-        if SLURMEnvironment.job_name() in _INTERACTIVE_JOB_NAMES:
+        if SLURMEnvironment.job_name() in INTERACTIVE_JOB_NAMES:
             return None
         try:
             return int(os.environ["SLURM_JOB_ID"])
@@ -111,7 +122,7 @@ class SLURMEnvironment(StartedEnvironment):
             return None
 
     def world_size(self) -> int:
-        return require_number(_first(_TASKS, self.variables) or "SLURM_NTASKS", self.variables)
+        return require_number(_first(_TASKS, self.variables) or "SLURM_NTASKS", self.variables, minimum=1)
 
     def global_rank(self) -> int:
         return require_number("SLURM_PROCID", self.variables)
@@ -125,6 +136,9 @@ class SLURMEnvironment(StartedEnvironment):
     def announcing_signal(self) -> int:
         """Return the number of ``requeue_signal`` with ``auto_requeue``, else 0."""
         return int(self.requeue_signal or 0) if self.auto_requeue else 0
+
+    def job_to_requeue(self) -> str:
+        return job_to_requeue(self.variables) if self.auto_requeue else ""
 
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
@@ -140,6 +154,7 @@ class SLURMEnvironment(StartedEnvironment):
                 f"SLURM started {', '.join(map(str, counts))} tasks on the {len(counts)} nodes, and each node needs "
                 f"the same number. {_REMEDY}"
             )
+        self._check_variables(nodes)
         if per_node is None:
             self.check_count(num_devices, num_nodes, "SLURM", _REMEDY)
         elif per_node != num_devices:
@@ -149,6 +164,27 @@ class SLURMEnvironment(StartedEnvironment):
         if nodes is not None and nodes != num_nodes:
             what = "step" if "SLURM_STEP_NUM_NODES" in self.variables else "job"
             raise MisconfigurationException(f"num_nodes={num_nodes}, but the SLURM {what} has {nodes} nodes. {_REMEDY}")
+
+    def _check_variables(self, nodes: int | None) -> None:
+        """Refuse variables that contradict one another: ranks beyond their counts, and counts that do not multiply."""
+        counted = (("SLURM_PROCID", _first(_TASKS, self.variables)), ("SLURM_NODEID", _first(_NODES, self.variables)))
+        components = self.variables.get("SLURM_HET_SIZE", "1")
+        who = "srun" if components == "1" else f"srun, in a heterogeneous job of {components} components, each of"
+        refuse_ranks_beyond([(rank, count) for rank, count in counted if count], self.variables, who)
+        here, local = self.processes_per_node(), self.local_rank() if "SLURM_LOCALID" in self.variables else 0
+        if here is not None and local >= here:
+            raise MisconfigurationException(
+                f"SLURM_LOCALID={local}, but there are {here} tasks on the node, which are numbered from 0. {_REMEDY}"
+            )
+        per_node, tasks = self.variables.get("SLURM_NTASKS_PER_NODE", ""), self.world_size()
+        if "SLURM_STEP_NUM_TASKS" in self.variables or nodes is None or not per_node.isdecimal():
+            return  # what a step says counts, and it inherits the number per node of its job
+        if tasks != nodes * int(per_node):
+            said = list_variables(pick((_first(_TASKS, self.variables) or "", "SLURM_NTASKS_PER_NODE"), self.variables))
+            raise MisconfigurationException(
+                f"{said}, but {nodes} nodes with {per_node} tasks each are {nodes * int(per_node)} tasks. Give "
+                "`--ntasks-per-node` and `--nodes`, and leave `--ntasks` out: SLURM computes it."
+            )
 
     def processes_per_node(self) -> int | None:
         counts = self._tasks_per_node()
@@ -185,6 +221,8 @@ class SLURMEnvironment(StartedEnvironment):
     def _tasks_per_node(self) -> list[int] | None:
         """The number of tasks on each node of the step; None where SLURM does not tell."""
         text = self.variables.get("SLURM_STEP_TASKS_PER_NODE", "")
+        if not text and "SLURM_STEP_NUM_TASKS" not in self.variables:  # the job's, which is the step's without a step
+            text = self.variables.get("SLURM_TASKS_PER_NODE", "")
         counts: list[int] = []
         for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
             counts += [int(count)] * int(times or 1)
@@ -199,6 +237,35 @@ def srun_step(environ: Mapping[str, str]) -> int | None:
     name = _first(_STEP, environ)
     step = "" if name is None else environ[name].strip()
     return int(step) if step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP else None
+
+
+def _warn_of_srun(environ: Mapping[str, str]) -> str:
+    """Warn where a batch script has srun at hand, and starts the program without it; empty otherwise."""
+    if not job_to_requeue(environ) or shutil.which("srun", path=environ.get("PATH", "")) is None:
+        return ""
+    nodes = environ.get(_first(_NODES, environ) or "", "1").strip()
+    more = "" if nodes == "1" else f" The job has {nodes} nodes, and only the first one works."
+    return (
+        "srun is on the PATH, and did not start this process: SLURM's tasks are not its ranks, and Treadle starts the "
+        f"processes of devices= on this machine.{more} For one process a task, start the script with `srun python ...`."
+    )
+
+
+def _warn_of_tasks(environ: Mapping[str, str], tasks: str) -> str:
+    """Warn where SLURM was left to share out the tasks over the nodes, or ranks count within a component only."""
+    if environ.get("SLURM_HET_SIZE", "1") != "1":
+        return (
+            f"This is a component of a heterogeneous job (SLURM_HET_SIZE={environ['SLURM_HET_SIZE']}), and the ranks "
+            "of a run are those of one component. Start the training as a step of one: `srun --het-group=0 python ...`."
+        )
+    one_node = environ.get(_first(_NODES, environ) or "", "").strip() == "1"
+    if tasks == "1" or one_node or "SLURM_NTASKS_PER_NODE" in environ:
+        return ""
+    return (
+        f"--ntasks={tasks} is set, and --ntasks-per-node is not: SLURM shares the tasks out over the nodes as it "
+        "likes, and a run needs the same number on each. Give `#SBATCH --ntasks-per-node` the number of devices, and "
+        "leave --ntasks out."
+    )
 
 
 def _first(names: tuple[str, ...], environ: Mapping[str, str]) -> str | None:

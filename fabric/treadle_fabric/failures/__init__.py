@@ -7,6 +7,8 @@ times a second. Open :mod:`~treadle_fabric.failures.member` first.
 - ``notes``: a type for each note.
 - ``board``: what a board does; ``folder_board`` for processes that a launcher started on one machine, ``store_board``
   for those that torchrun, SLURM or MPI started, on several, ``memory_board`` for tests.
+- ``hosts``: how hosts share failures; where launchers on several machines started the processes, a board that links a
+  folder to a store.
 - ``member``: what one rank does when it fails, and when another one does. ``membership``: the member of this process.
 - ``grace``: who may go on for how long once all must stop.
 - ``report``: what is printed; ``places``: where each rank was when a collective failed.
@@ -65,10 +67,10 @@ What happens:
 Imports only the foundation, environments and coordination; launchers, strategies and the trainer import it.
 """
 
+from treadle_fabric.failures.hosts.group import join_group, leave_group
 from treadle_fabric.failures.membership import call_at_looks, claim_failure, current_member, end_run, first_failure
 from treadle_fabric.failures.notes import Failure
 from treadle_fabric.failures.process import end_process
-from treadle_fabric.failures.store_board import join_group, leave_group
 
 __all__ = [
     "Failure",

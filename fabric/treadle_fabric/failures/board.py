@@ -24,6 +24,8 @@ class Board(ABC):
     """Whether a launcher of ours started the processes and looks after them."""
     launcher_is_rank = True
     """Whether the launcher is the first of the ranks."""
+    spans_hosts = False
+    """Whether the launcher is one of several, each on a machine of its own."""
     goes_with_process = False
     """Whether this process hosts the notes, so that none are left once it has ended."""
 

@@ -29,11 +29,18 @@ class FolderBoard(Board):
         self.directory = Path(directory)
         self.launcher = launch.pid
         self.launcher_is_rank = launch.is_rank
+        self.has_all_ranks = launch.is_all
 
     @classmethod
-    def create(cls, ranks: Sequence[int], *, is_rank: bool = True) -> FolderBoard:
-        """A new board for these global ranks, which the calling process launches, and of which it may be the first."""
-        launch = LaunchInfo(os.getpid(), tuple(ranks), is_rank)
+    def create(cls, ranks: Sequence[int], *, is_rank: bool = True, is_all: bool = True) -> FolderBoard:
+        """A new board for these global ranks, which the calling process launches.
+
+        Args:
+            ranks: The ranks.
+            is_rank: Whether the process is the first of them.
+            is_all: Whether the run has no other ranks, on other machines.
+        """
+        launch = LaunchInfo(os.getpid(), tuple(ranks), is_rank, is_all)
         board = cls(tempfile.mkdtemp(prefix="treadle-launch-"), launch)
         board.post(Launch(), launch)
         return board

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import NoReturn
@@ -29,16 +30,25 @@ class Member:
         launches: Whether this is the launching process.
         speaks: Whether an uncaught exception is printed here. Not so where the launching process raises it.
         process: The process; tests give one that does not end.
+        ends_itself: Whether this process ends when another rank has failed. Not so where what started the processes
+            ends them: the failure is noted, so that errors that follow from it can name it.
     """
 
     def __init__(
-        self, board: Board, rank: int, launches: bool = False, speaks: bool = True, process: Process = THIS_PROCESS
+        self,
+        board: Board,
+        rank: int,
+        launches: bool = False,
+        speaks: bool = True,
+        process: Process = THIS_PROCESS,
+        ends_itself: bool = True,
     ) -> None:
         self.board = board
         self.rank = rank
         self.launches = launches
         self.speaks = speaks
         self.process = process
+        self.ends_itself = ends_itself
         self.pid = os.getpid()
         self.interrupted = threading.Event()
         self.ending = threading.Lock()
@@ -88,7 +98,7 @@ class Member:
         return self._record(format_exception(exc, self.rank), hangs)
 
     def _record(self, text: str, hangs: bool = False, status: int = 1) -> int:
-        self._own = Failure(self._own.number + 1, self.rank, text, hangs, status)
+        self._own = Failure(self._own.number + 1, self.rank, text, hangs, status, socket.gethostname())
         self.board.claim(self._own)
         self.board.post(notes.Failed(self._own.number, self.rank))
         return self._own.number
@@ -117,6 +127,8 @@ class Member:
             self.claim(exc)
             self.board.post(notes.FinalInterrupt())
             if self.board.has_launcher:  # which passes the interrupt on
+                if self.board.spans_hosts:
+                    self._tell_other_hosts()
                 if self.launches and show is not None:
                     show()
                 return
@@ -137,6 +149,13 @@ class Member:
         elif failure is None:  # no note could be left, and the traceback would be lost
             self.process.say(str(self._own))
 
+    def _tell_other_hosts(self) -> None:
+        """Have the launches of other hosts end, too; that of this host needs no word of it."""
+        number = self._own.number + 1
+        for note in (notes.Reporting(number), notes.Reported(number)):
+            self.board.post(note)
+        self.board.post(notes.Final(self._record(f"rank {self.rank} was interrupted\n", status=_INTERRUPT_STATUS)))
+
     def end(self, status: int) -> NoReturn:
         """End this process for a final failure; where the board goes with it, the others see the failure first."""
         self.board.post(notes.Released(self.rank))
@@ -153,7 +172,7 @@ class Member:
         number = board.newest() + is_first
         board.post(notes.Place(number, self.rank), place_of_main_thread())
         if is_first:
-            board.claim(Failure(number, self.rank, f"rank {self.rank}: {reason}\n", hangs=True, status=status))
+            board.claim(Failure(number, self.rank, f"rank {self.rank}: {reason}\n", True, status, socket.gethostname()))
             board.post(notes.Final(number))
             if self.speaks:
                 report(board, board.failure(number), self.process)
@@ -177,12 +196,16 @@ class Member:
             self.process.wait(lambda: self.board.has(notes.Reported(failure.number)), grace.REPORT_WAIT)
             report(self.board, failure, self.process)  # the rank that failed may be busy with its clean-up
             what = "was interrupted" if failure.status == _INTERRUPT_STATUS else "failed"
-            who = f"rank {failure.rank}" if failure.rank >= 0 else "the launching process"
-            self.process.say(f"rank {self.rank} stopped because {who} {what}")
+            who = failure.who if failure.rank >= 0 else "the launching process"
+            # What was printed there is not to be seen here.
+            why = f": {failure.summary}" if failure.is_traceback and failure.host != socket.gethostname() else ""
+            self.process.say(f"rank {self.rank} stopped because {who} {what}{why}")
 
     def look(self) -> None:
         """Look at the board once, and end this process if another rank's failure is final and the time is over."""
         self.note_place()
+        if not self.ends_itself:
+            return
         failure = self.board.final_failure()
         if failure is not None and failure.rank == self.rank:
             failure = None
@@ -207,7 +230,8 @@ class Member:
     def report_death(self, rank: int) -> None:
         """Claim and report the failure of another rank, whose process is gone without a word."""
         if self.board.final_failure() is None:  # else that is why it is gone
-            claim_death(self.board, rank, f"rank {rank} died and left no traceback\n", self.process)
+            process = self.process if self.ends_itself else None
+            claim_death(self.board, rank, f"rank {rank} died and left no traceback\n", process)
 
     def check_launcher(self, is_alive: Callable[[], bool]) -> None:
         """End this process if the launching process is gone; the first rank to notice says so."""

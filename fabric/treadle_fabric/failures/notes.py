@@ -6,6 +6,7 @@ What each note means, who writes it and who reads it is the table in :mod:`tread
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
@@ -24,6 +25,19 @@ class Failure(NamedTuple):
     """Whether a collective failed, so that it matters where each rank was."""
     status: int = 1
     """The exit status of the processes that this failure ends."""
+    host: str = ""
+    """The host of the rank; empty where that is not known."""
+
+    @property
+    def who(self) -> str:
+        """The rank, and its host where that is not this one."""
+        elsewhere = self.host and self.host != socket.gethostname()
+        return f"rank {self.rank} on host {self.host}" if elsewhere else f"rank {self.rank}"
+
+    @property
+    def is_traceback(self) -> bool:
+        """Whether the text is a traceback, and not a sentence."""
+        return "Traceback (most recent call last)" in self.text
 
     @property
     def summary(self) -> str:
@@ -32,8 +46,13 @@ class Failure(NamedTuple):
         return lines[-1] if lines else ""
 
     def __str__(self) -> str:
-        is_traceback = "Traceback (most recent call last)" in self.text
-        return f"rank {self.rank} failed:\n{self.text}" if is_traceback else self.text
+        if self.is_traceback:
+            return f"{self.who} failed:\n{self.text}"
+        return (
+            self.text
+            if self.host in ("", socket.gethostname()) or self.host in self.text
+            else (f"on host {self.host}: {self.text}")
+        )
 
 
 class Whereabouts(NamedTuple):
@@ -61,6 +80,8 @@ class LaunchInfo(NamedTuple):
     ranks: Sequence[int]
     is_rank: bool = True
     """Whether the launching process is one of the ranks, the first one."""
+    is_all: bool = True
+    """Whether these are all ranks of the run. Not so where it has several machines."""
 
 
 class ProcessIdentity(NamedTuple):
@@ -68,6 +89,8 @@ class ProcessIdentity(NamedTuple):
 
     pid: int
     machine: str | None
+    host: str = ""
+    """The name of the machine."""
 
 
 @dataclass(frozen=True)

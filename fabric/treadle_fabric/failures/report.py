@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import traceback
 from collections.abc import Callable
 
@@ -41,7 +42,7 @@ def whereabouts(board: Board, failure: Failure, process: Process) -> str:
     return describe_hang(board, failure)
 
 
-def claim_death(board: Board, rank: int, sentence: str, process: Process | None) -> None:
+def claim_death(board: Board, rank: int, sentence: str, process: Process | None, host: str | None = None) -> None:
     """Claim the failure of a rank whose process died: what a crash left behind, and a sentence.
 
     Args:
@@ -49,9 +50,11 @@ def claim_death(board: Board, rank: int, sentence: str, process: Process | None)
         rank: The rank.
         sentence: What is known of its end.
         process: The process that reports the failure; None where that is done later.
+        host: The host of the rank. Default: this one.
     """
+    host = socket.gethostname() if host is None else host
     dump, number = board.crash(rank), board.newest() + 1
-    board.claim(Failure(number, rank, describe_crash(dump) + sentence, hangs=crashed_in_collective(dump)))
+    board.claim(Failure(number, rank, describe_crash(dump) + sentence, crashed_in_collective(dump), host=host))
     board.post(notes.Final(number))
     if process is not None:
         report(board, board.failure(number), process)

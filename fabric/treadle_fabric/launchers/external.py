@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.hosts.linked_board import LinkedBoard
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import call_guarded, current_member, join_launch
 from treadle_fabric.failures.process import end_process
@@ -68,5 +69,6 @@ def _join_launch_of_parent(environment: ClusterEnvironment) -> None:
         except ProcessLookupError:
             end_process(1)
         return  # a script that a launched process started: it only inherited the variable
-    member = Member(board, board.ranks[environment.local_rank()])
+    shared = board if board.has_all_ranks else LinkedBoard(board)
+    member = Member(shared, board.ranks[environment.local_rank()])
     join_launch(member, functools.partial(member.check_launcher, lambda: os.getppid() == board.launcher))

@@ -48,7 +48,7 @@ def run_script(
     """
     ranked = rank_variables(environment, num_processes, num_nodes)
     first = environment.node_rank() * num_processes
-    board = FolderBoard.create(range(first, first + num_processes), is_rank=False)
+    board = FolderBoard.create(range(first, first + num_processes), is_rank=False, is_all=num_nodes == 1)
     environ = {"OMP_NUM_THREADS": str(threads_per_process(num_processes)), **os.environ, **(variables or {})}
     environ |= ranked | {LAUNCH_DIR_VARIABLE: str(board.directory)}
     script = _Script(board)

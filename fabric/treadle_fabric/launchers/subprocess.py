@@ -19,6 +19,7 @@ from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.failures import grace, notes
 from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.hosts.linked_board import LinkedBoard
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import call_guarded, current_member, join_launch, leave_launch
 from treadle_fabric.failures.notes import Failure
@@ -132,9 +133,10 @@ class _Children:
         command = _command()
         variables = rank_variables(environment, num_processes, num_nodes)
         first = environment.node_rank() * num_processes
-        board = FolderBoard.create(range(first, first + num_processes))
+        folder = FolderBoard.create(range(first, first + num_processes), is_all=num_nodes == 1)
+        board = folder if num_nodes == 1 else LinkedBoard(folder)
         environ = {"OMP_NUM_THREADS": str(threads_per_process(num_processes)), **without_pytest(os.environ)}
-        environ |= variables | {LAUNCH_DIR_VARIABLE: str(board.directory)}
+        environ |= variables | {LAUNCH_DIR_VARIABLE: str(folder.directory)}
         processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
             for local_rank in range(1, num_processes):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from treadle_fabric.checks import check_flag, require_package
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, MissingPackageError
 from treadle_fabric.precision.autocast import MixedPrecision
 from treadle_fabric.precision.half import HalfPrecision
 from treadle_fabric.precision.layers import (
@@ -195,7 +195,13 @@ def _higher(precision: str, dtype: torch.dtype) -> Precision:
 def _template(recipe: str, emulate: bool) -> Linear:
     """A layer as torchao makes it, whose class and attributes make a float8 layer of a linear one."""
     with _without_absent_kernels():
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # takes a second
+        try:
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # takes a second
+        except ImportError as error:
+            raise MissingPackageError(
+                f"The installed torchao does not work with this torch, {torch.__version__} ({error}). Install releases"
+                " that belong together, such as torchao 0.17 with torch 2.9: `pip install 'torchao==0.17.*'`."
+            ) from error
 
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     made: Any = convert_to_float8_training(Linear(16, 16, device="meta"), config=config)

@@ -183,6 +183,10 @@ class ModelParallelStrategy(ShardingStrategy):
         )
 
     @property
+    def offloads(self) -> bool:  # type: ignore[override]
+        return self._options.offload
+
+    @property
     def writes_folders(self) -> bool:
         return self._options.state_dict_type == "sharded"
 

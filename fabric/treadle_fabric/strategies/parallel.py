@@ -7,7 +7,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, Protocol
 
@@ -110,6 +110,9 @@ class ParallelStrategy(Strategy):
         self._num_nodes = num_nodes
         self.check_processes(num_nodes * len(self._parallel_devices))
 
+    def forget_devices(self) -> None:
+        self._parallel_devices = self._environment = None
+
     def check_processes(self, number: int) -> None:
         """Refuse a number of processes that the strategy was not asked for, before they are started. Default: none.
 
@@ -160,6 +163,8 @@ class ParallelStrategy(Strategy):
     def world_size(self) -> int:
         if dist.is_initialized():
             return dist.get_world_size()
+        if self._environment is not None and self._environment.started_nodes() is not None:
+            return self._environment.world_size()  # also where the machines have different numbers of processes
         return self._num_nodes * self.num_processes
 
     @property
@@ -220,6 +225,9 @@ class ParallelStrategy(Strategy):
 
     def _join_group(self, environment: ClusterEnvironment, rank: int, world_size: int) -> None:
         if dist.is_initialized():
+            if environment.ends_processes:  # what started the processes made the group, too
+                mark_rank_as_taken()
+                self._share_failures(environment)
             return
         here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         bound = self.root_device if here is not None and here.type == self.root_device.type else None
@@ -237,9 +245,14 @@ class ParallelStrategy(Strategy):
         )
         mark_rank_as_taken()
         self._owns_group = True
-        join_group()
+        self._share_failures(environment)
         host_group(self._timeout)
         atexit.register(_end_group, os.getpid())
+
+    def _share_failures(self, environment: ClusterEnvironment) -> None:
+        join_group(
+            self._num_nodes, self.local_rank, environment.collects_output, ends_itself=not environment.ends_processes
+        )
 
     def leave_environment(self) -> None:
         try:
@@ -397,15 +410,23 @@ def _await_backend_threads() -> None:
             return
 
 
-def _states_of_backend_threads() -> Iterator[str]:
+def _states_of_backend_threads() -> list[str]:
+    """The states of gloo's threads; where none has a name of its own, as in torch 2.9, of all without one."""
     try:
         tasks = os.listdir("/proc/self/task")
+        with open("/proc/self/comm", encoding="utf-8", errors="replace") as file:
+            inherited = file.read().rstrip("\n")
     except OSError:  # not on this system
         time.sleep(0.01)
-        return
+        return []
+    of_python = {threading.get_native_id(), *(thread.native_id for thread in threading.enumerate())}
+    named, nameless = [], []
     for task in tasks:
         with contextlib.suppress(OSError):  # it has ended
             with open(f"/proc/self/task/{task}/stat", encoding="utf-8", errors="replace") as file:
                 _, name, state = file.read().replace("(", ")").split(")", 2)
             if name == "pt_gloo_runloop":
-                yield state.split()[0]
+                named.append(state.split()[0])
+            elif name == inherited and int(task) not in of_python:
+                nameless.append(state.split()[0])
+    return named or nameless

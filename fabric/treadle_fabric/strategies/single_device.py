@@ -60,6 +60,9 @@ class OneDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
         if devices and not self._chosen:
             self._device = devices[0]
 
+    def forget_devices(self) -> None:
+        self._chosen, self._environment = False, None
+
     @property
     def root_device(self) -> torch.device:
         return self._device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -78,6 +79,8 @@ class Strategy(ABC):
     runs_whole_batch: bool = False
     """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
     its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
+    offloads: bool = False
+    """Parameters, gradients and optimizer state lie in the memory of the host between steps."""
     forward_is_collective: bool = False
     """Ranks work together in every forward pass, also without gradients: all make the same number of passes. A rank
     that has no batch left calls :meth:`join_forward` instead."""
@@ -114,6 +117,22 @@ class Strategy(ABC):
             self._precision.place(parts.devices[0].type)
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
         self.assign_devices(list(parts.devices), parts.environment, num_nodes)
+
+    def planned(self, parts: Parts, num_nodes: int = 1) -> Strategy:
+        """Return a copy of this strategy that is bound to other devices than its own, to plan a run elsewhere.
+
+        Args:
+            parts: As for :meth:`bind`. The copy keeps the precision that the user gave.
+            num_nodes: Machines.
+        """
+        other = copy.copy(self)
+        other._accelerator = other._checkpoint_io = None
+        other.forget_devices()
+        other.bind(parts, num_nodes)
+        return other
+
+    def forget_devices(self) -> None:
+        """Forget the devices and the environment that this strategy has. Default: it has none of its own."""
 
     @property
     @abstractmethod

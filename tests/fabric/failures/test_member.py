@@ -232,6 +232,13 @@ class TestFailures:
         assert grace.STUCK[grace.Step.END] < world.ended_at[2] < grace.STUCK[grace.Step.TERMINATE]
         assert world.said == ["Traceback of 1: the loom is broken on 1", "rank 2 stopped because rank 1 failed"]
 
+    def test_where_what_started_them_ends_all_a_stuck_rank_ends_nothing(self, world: World) -> None:
+        world.members[2].ends_itself = False
+        world.go_down(1, world.fail(1))
+        world.run(12, 2)
+        assert not world.statuses
+        assert not world.members[2].claim(ValueError("what followed"))  # it knows that another one was first
+
     def test_a_rank_that_failed_too_has_longer_to_clean_up(self, world: World) -> None:
         error = world.fail(1)
         world.fail(2)

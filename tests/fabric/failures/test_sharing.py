@@ -27,11 +27,12 @@ from tests.processes import importing_tests
 from treadle_fabric.environments import find_free_port
 from treadle_fabric.failures import notes
 from treadle_fabric.failures.folder_board import FolderBoard
+from treadle_fabric.failures.hosts.group import leave_group
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import join_launch, leave_launch
 from treadle_fabric.failures.notes import Failure
 from treadle_fabric.failures.places import lost_peer
-from treadle_fabric.failures.store_board import StoreBoard, leave_group
+from treadle_fabric.failures.store_board import StoreBoard
 from treadle_fabric.launchers import SignalListener
 
 pytestmark = pytest.mark.timeout(120)

@@ -164,7 +164,7 @@ def communicate(process: subprocess.Popen[str]) -> tuple[str, str]:
         return process.communicate()
 
 
-@pytest.mark.parametrize("to", ["waiting", "all"])
+@pytest.mark.parametrize("to", [pytest.param("waiting", marks=pytest.mark.faults), "all"])
 def test_sigterm_ends_a_run_that_is_stuck_and_says_where_each_rank_was(to: str) -> None:
     process = start("stuck", TREADLE_SIGTERM_GRACE="2")
     wait_until(lambda: Path("stuck").exists() and Path("waiting").exists())

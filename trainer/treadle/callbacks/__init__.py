@@ -3,8 +3,8 @@
 Open ``callback.py`` first: it declares every hook. ``model_checkpoint.py`` and ``early_stopping.py`` are the callbacks
 that decide by a metric. What several callbacks share has a folder of its own: ``checkpoints/`` (names, paths, links and
 the ranking), ``monitoring/`` (the metric, and what is decided alike on every rank), ``progress/`` (the bars),
-``summary/`` (the table of layers) and ``averaging/`` (the averages of weights); ``pruning/`` has the parts of
-ModelPruning.
+``summary/`` (the table of layers), ``averaging/`` (the averages of weights) and ``reporting/`` (the reports to Ray);
+``pruning/`` has the parts of ModelPruning.
 
 Callbacks import the runtime, metrics, module, ``stages.py`` and ``durations.py``, and of the Trainer only the
 annotations in ``contracts.py``.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from treadle.callbacks.lr_finder import LearningRateFinder
     from treadle.callbacks.model_pruning import ModelPruning
     from treadle.callbacks.optuna_pruning import OptunaPruning
+    from treadle.callbacks.ray_train_report import RayTrainReportCallback
     from treadle.callbacks.ray_tune_report import RayTuneReport
     from treadle.callbacks.spike import SpikeDetection
     from treadle.callbacks.stochastic_weight_averaging import StochasticWeightAveraging
@@ -62,6 +63,7 @@ __all__ = [
     "OptunaPruning",
     "PlainProgressBar",
     "ProgressBar",
+    "RayTrainReportCallback",
     "RayTuneReport",
     "RichModelSummary",
     "RichProgressBar",
@@ -85,6 +87,7 @@ if not TYPE_CHECKING:  # which tell of any other name
             "LearningRateFinder": "treadle.callbacks.lr_finder",
             "ModelPruning": "treadle.callbacks.model_pruning",
             "OptunaPruning": "treadle.callbacks.optuna_pruning",
+            "RayTrainReportCallback": "treadle.callbacks.ray_train_report",
             "RayTuneReport": "treadle.callbacks.ray_tune_report",
             "SpikeDetection": "treadle.callbacks.spike",
             "StochasticWeightAveraging": "treadle.callbacks.stochastic_weight_averaging",

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
-from treadle.callbacks.callback import Callback
-from treadle.metrics.values import to_floats
-from treadle_fabric import MisconfigurationException, near_names, on_rank_zero, rank_zero_info, require_package
+from treadle.callbacks.reporting.to_ray import RayReport
+from treadle_fabric import MisconfigurationException, on_rank_zero, rank_zero_info
 
 if TYPE_CHECKING:
-    from treadle.contracts import LightningModule, Trainer
+    from treadle.contracts import Trainer
 
 __all__ = ["RayTuneReport"]
 
 
-class RayTuneReport(Callback):
+class RayTuneReport(RayReport):
     """Report metrics, and a checkpoint of the run, to Ray Tune after each validation; the sanity check does not count.
 
     Each report is one of Ray's training iterations. Without validation, the end of a training epoch reports. On several
     ranks, rank 0 reports; all of them have to be on one machine for the checkpoint. A trial that Ray stops ends as
     after ``trainer.should_stop = True``, with its loggers closed, and then leaves the function of the trial.
+
+    A trial that runs workers of Ray Train reports with :class:`RayTrainReportCallback`.
 
     Args:
         metrics: the names of logged metrics, or a mapping from reported to logged names. Default: all that were logged.
@@ -43,84 +42,35 @@ class RayTuneReport(Callback):
             trainer.fit(Net(**config), train_loader, val_loader, ckpt_path=report.ckpt_path)
     """
 
-    monitors: ClassVar[bool] = True
-    call_order: ClassVar[int] = 1  # as checkpoints, which have the state of all other callbacks
-
     def __init__(
         self,
         metrics: str | Sequence[str] | Mapping[str, str] | None = None,
         save_checkpoints: bool = True,
         filename: str = "checkpoint.ckpt",
     ) -> None:
-        require_package("ray", "RayTuneReport", "tune")
-        names = [metrics] if isinstance(metrics, str) else metrics
-        pairs = names if names is None or isinstance(names, Mapping) else {name: name for name in names}
-        if pairs is not None and not all(isinstance(name, str) for pair in pairs.items() for name in pair):
-            raise MisconfigurationException(
-                f"RayTuneReport(metrics={metrics!r}): names, or a mapping from reported to logged names."
-            )
-        if not filename or os.path.basename(filename) != filename:
-            raise MisconfigurationException(
-                f"RayTuneReport(filename={filename!r}): it must be a name without a folder."
-            )
-        self.metrics = None if pairs is None else dict(pairs)
-        self.save_checkpoints = save_checkpoints
-        self.filename = filename
+        super().__init__(metrics, save_checkpoints, filename, "tune")
 
-    @property
-    def ckpt_path(self) -> str | None:
-        """The checkpoint that the trial goes on from, for ``fit(ckpt_path=...)``; None if it begins."""
+    def _newest_folder(self) -> str | None:
         from ray import tune  # an extra, and heavy
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Ray says outside of a trial
             checkpoint = tune.get_checkpoint()
-        if checkpoint is None:
-            return None
-        return os.path.join(checkpoint.to_directory(), self.filename)
+        return None if checkpoint is None else str(checkpoint.to_directory())
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a run that is no trial."""
-        self.raised_after_fit = None
-        if stage == "fit" and trainer.is_global_zero and not _in_trial():
+    def _check(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and not _in_trial():
             raise MisconfigurationException(
                 "RayTuneReport reports to a trial of Ray Tune, and this process runs none. Call fit in the function "
-                "that ray.tune.Tuner runs, with a strategy that starts no processes in fit, such as 'ddp'."
+                "that ray.tune.Tuner runs, with a strategy that starts no processes in fit, such as 'ddp'. In a "
+                "worker of Ray Train, use RayTrainReportCallback."
             )
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._report(trainer)
+    def _staging(self, trainer: Trainer) -> str | None:
+        return None
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Report, where there is no validation."""
-        if not trainer.enable_validation:
-            self._report(trainer)
-
-    def _report(self, trainer: Trainer) -> None:
-        if trainer.fast_dev_run:
-            return
-        found = to_floats(trainer.callback_metrics)
-        if self.metrics is not None:
-            for name in self.metrics.values():
-                if name not in found:
-                    raise MisconfigurationException(
-                        f"RayTuneReport: nothing has logged {name!r}. {near_names(name, found)} Log it before the end "
-                        "of validation, or report another."
-                    )
-            found = {reported: found[name] for reported, name in self.metrics.items()}
-        with tempfile.TemporaryDirectory(prefix="treadle-ray-") as own:
-            folder = on_rank_zero(trainer.strategy, lambda: own, "could not make a folder")
-            if self.save_checkpoints:
-                trainer.save_checkpoint(os.path.join(folder, self.filename))
-                trainer.strategy.wait_for_saves("could not write the checkpoint")
-            stopped = on_rank_zero(
-                trainer.strategy,
-                lambda: _tell(found, folder if self.save_checkpoints else None),
-                "could not report to Ray Tune",
-            )
-        if stopped:
+    def _tell(self, trainer: Trainer, metrics: dict[str, float], folder: str | None) -> None:
+        if on_rank_zero(trainer.strategy, lambda: _is_stopped(metrics, folder), "could not report to Ray Tune"):
             trainer.should_stop = True
             self.raised_after_fit = SystemExit(0)
             rank_zero_info("Ray Tune has stopped the trial.")
@@ -134,7 +84,7 @@ def _in_trial() -> bool:
         return tune.get_context().get_trial_id() is not None
 
 
-def _tell(metrics: dict[str, Any], folder: str | None) -> bool:
+def _is_stopped(metrics: dict[str, float], folder: str | None) -> bool:
     """Report, and return whether the trial is to end."""
     from ray import tune  # an extra, and heavy
 

@@ -12,7 +12,7 @@ from treadle.module.overriding import overrides
 from treadle.run.accumulation import Accumulation
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric.checkpoint import Keeping, known_classes
+from treadle_fabric.checkpoint import Keeping, known_classes, state_of
 
 __all__ = ["dump_checkpoint", "keeping", "read_progress"]
 
@@ -42,7 +42,7 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         states = {c.state_key: c.state_dict() for c in callbacks if overrides(c, "state_dict", Callback)}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
         checkpoint["optimizer_states"] = [strategy.get_optimizer_state(o.optimizer) for o in run.optimizers]
-        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
+        checkpoint["lr_schedulers"] = [state_of(config.scheduler) for config in run.schedulers]
         if scaler := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = scaler
     for owner, prefix in ((module, ""), (run.datamodule, "datamodule_")):

@@ -5,17 +5,26 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.checkpoints.paths import is_local, path_exists
-from treadle_fabric import CheckpointError, MisconfigurationException, newest_good, rank_zero_warn
-from treadle_fabric.checkpoint import checkpoints_in, read_outline, remote_checkpoints_in, written_at
+from treadle_fabric import CheckpointError, MisconfigurationException, newest_good, rank_zero_info, rank_zero_warn
+from treadle_fabric.checkpoint import checkpoints_in, read_outline, read_quickly, remote_checkpoints_in, written_at
 from treadle_fabric.loggers import Logger
 
-__all__ = ["find_checkpoint", "find_newest"]
+__all__ = [
+    "claim_requeue_path",
+    "find_checkpoint",
+    "find_newest",
+    "find_own",
+    "newer",
+    "preempted_path",
+    "release_requeue_path",
+]
 PREEMPTED: Final = "preempted.ckpt"
 """What a run saves when it is asked to terminate; "last" finds it beside the last checkpoint."""
 _NEEDED: Final = ("state_dict", "optimizer_states")
@@ -62,20 +71,14 @@ def find_checkpoint(
         known = [path for c in savers if (path := getattr(c, "last_model_path", "")) and path_exists(path)]
         times = [(written_at(path), path) for path in known]
         for saver in savers:
-            folders = [saver.dirpath] if saver.dirpath else _default_runs(loggers, root) if fitting else []
-            for folder in folders:
-                times += _checkpoints_in(folder, recursive=not saver.dirpath, names=("*last*.ckpt", PREEMPTED))
+            times += _saved_beside(saver, loggers, root, fitting=fitting, names=("*last*.ckpt", PREEMPTED))
         if times:
             return max(times, key=lambda entry: entry[0])[1]
         if fitting:
             return None
         raise MisconfigurationException("ckpt_path='last' found no checkpoint: pass a path.")
     if ckpt_path == "hpc":
-        numbered = {
-            int(m.group(1)): path
-            for _, path in _checkpoints_in(root, recursive=False, names=("hpc_ckpt_*.ckpt",))
-            if (m := re.search(r"hpc_ckpt_(\d+)", os.path.basename(path)))
-        }
+        numbered = _requeue_checkpoints(root)
         if not numbered:
             raise MisconfigurationException(f"ckpt_path='hpc' found no hpc_ckpt_N.ckpt in {root}: pass a path.")
         return str(numbered[max(numbered)])
@@ -112,6 +115,91 @@ def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: 
     remote = [entry for folder in dict.fromkeys(folders) if not is_local(folder) for entry in _checkpoints_in(folder)]
     times += filter(None, [_newest_remote(remote)])
     return max(times, key=lambda entry: entry[0])[1] if times else None
+
+
+def newer(path: str, other: str | None) -> bool:
+    """Whether a checkpoint was written later than another one, or there is no other."""
+    return other is None or written_at(path) > written_at(other)
+
+
+def find_own(job: Mapping[str, Any], callbacks: Sequence[Callback], loggers: Sequence[Logger], root: str) -> str | None:
+    """The newest checkpoint that this job has written when it was asked to end, before it was queued again.
+
+    Args:
+        job: The job and the fit of it, as checkpoints name them.
+        callbacks: beside whose checkpoints ``preempted.ckpt`` is looked for.
+        loggers: likewise, where a callback saves beside the files of a logger.
+        root: where ``hpc_ckpt_N.ckpt`` is looked for.
+
+    Returns:
+        Its path; None where there is none. A damaged one is named in a warning, and one of another fit is told of.
+    """
+    others: list[str] = []
+    times = [(written_at(path), path) for path in _requeue_checkpoints(root).values()]
+    for saver in [c for c in callbacks if hasattr(c, "best_model_path")]:
+        times += _saved_beside(saver, loggers, root, fitting=True, names=(PREEMPTED,))
+    for _, path in sorted(times, reverse=True):
+        own = read_quickly(path).get("treadle", {}).get("cluster_job")
+        if own == job:
+            try:
+                read_outline(path)
+            except CheckpointError as error:
+                rank_zero_warn(f"{error} The job goes on from an earlier checkpoint of its own, if there is one.")
+                continue
+            return path
+        if isinstance(own, Mapping) and own.get("name") == job["name"]:
+            others.append(f"{path} is of the fit with number {own.get('fit')}")
+    if others:
+        rank_zero_info(
+            f"This job was queued again, and this is the fit with number {job['fit']} of the script: it begins as "
+            f"ckpt_path says, because {others[0]}. If it is the same fit, pass ckpt_path='hpc'."
+        )
+    return None
+
+
+def claim_requeue_path(root: str) -> str:
+    """The path for the next ``hpc_ckpt_N.ckpt``, which no other job gets until :func:`release_requeue_path`."""
+    number = max(_requeue_checkpoints(root), default=0) + 1
+    while is_local(root):
+        path = os.path.join(root, f"hpc_ckpt_{number}.ckpt")
+        os.makedirs(root, exist_ok=True)
+        try:
+            os.close(os.open(_claim(path), os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            pass
+        else:
+            if not os.path.exists(path):  # a job that shares the folder may have written it just now
+                return path
+            os.unlink(_claim(path))
+        number += 1
+    return os.path.join(root, f"hpc_ckpt_{number}.ckpt")
+
+
+def release_requeue_path(path: str) -> None:
+    """End a claim, after the save."""
+    with suppress(OSError):
+        os.unlink(_claim(path))
+
+
+def _claim(path: str) -> str:
+    return os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.claim")
+
+
+def _requeue_checkpoints(root: str) -> dict[int, str]:
+    """The checkpoints of jobs that were to be queued again, by their numbers."""
+    return {
+        int(m.group(1)): path
+        for _, path in _checkpoints_in(root, recursive=False, names=("hpc_ckpt_*.ckpt",))
+        if (m := re.search(r"hpc_ckpt_(\d+)", os.path.basename(path)))
+    }
+
+
+def _saved_beside(
+    saver: Any, loggers: Sequence[Logger], root: str, *, fitting: bool, names: Sequence[str]
+) -> list[tuple[int, str]]:
+    """The checkpoints in the folder of a callback; in fit, in those of earlier runs where it has none yet."""
+    folders = [saver.dirpath] if saver.dirpath else _default_runs(loggers, root) if fitting else []
+    return [e for folder in folders for e in _checkpoints_in(folder, recursive=not saver.dirpath, names=names)]
 
 
 def _newest_remote(found: list[tuple[int, str]]) -> tuple[int, str] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from treadle.run.run import Run
-from treadle.run.signals import Signals
+from treadle.run.signals import ANNOUNCED, TERMINATED, Signals
 from treadle_fabric import StopAgreement
 
 __all__ = ["Controls", "Stops"]
@@ -46,17 +46,18 @@ class Stops:
     ) -> None:
         self._run, self._controls, self._signals = run, controls, signals
         self._agreement, self._may_stop = agreement, may_stop
+        self._signal = ""  # ANNOUNCED or TERMINATED, where a signal ends training
 
     def after_batch(self) -> tuple[bool, bool]:
         """Whether to stop after this batch, and whether because of a signal."""
         stop = self._controls.should_stop and self._may_stop()
         if self._agreement is None:
-            return stop, bool(self._signals.received)
-        wish = "signal" if self._signals.received else "stop" if stop else ""
+            return stop, self._is_signal(self._signals.wish)
+        wish = self._signals.wish or ("stop" if stop else "")
         reason = self._agreement.at_boundary(self._run.progress.batches * _BOUNDARIES_PER_BATCH, wish)
         if reason == "stop":
             self._controls.should_stop = True
-        return reason == "stop", reason == "signal"
+        return reason == "stop", self._is_signal(reason)
 
     def after_validation(self) -> bool:
         """Whether to stop, where any rank set ``should_stop``."""
@@ -71,14 +72,15 @@ class Stops:
 
     def before_validation_batch(self, batch: int) -> bool:
         """Whether a validation ends before this batch, on all ranks, because one was asked to terminate."""
-        if self._agreement is None:
-            return bool(self._signals.received)
-        wish = "signal" if self._signals.received else ""
-        return (
-            self._agreement.at_boundary(self._run.progress.batches * _BOUNDARIES_PER_BATCH + batch + 1, wish)
-            == "signal"
-        )
+        wish = self._signals.wish
+        if self._agreement is not None:
+            wish = self._agreement.at_boundary(self._run.progress.batches * _BOUNDARIES_PER_BATCH + batch + 1, wish)
+        return self._is_signal(wish)
+
+    def _is_signal(self, reason: str) -> bool:
+        self._signal = reason if reason in (ANNOUNCED, TERMINATED) else ""
+        return bool(self._signal)
 
     def terminate(self) -> None:
         """End the run because of a signal; every rank calls it."""
-        self._signals.raise_received(together=True)
+        self._signals.raise_received(together=True, announced=self._signal == ANNOUNCED)

@@ -23,7 +23,7 @@ from treadle_fabric import (
     end_run,
 )
 
-__all__ = ["SIGTERMException", "Signals", "claim_together", "during_a_save", "meet"]
+__all__ = ["ANNOUNCED", "TERMINATED", "SIGTERMException", "Signals", "claim_together", "during_a_save", "meet"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -32,6 +32,8 @@ GRACE_VARIABLE: Final = "TREADLE_SIGTERM_GRACE"
 GRACE_S: Final = 20.0  # SLURM and Kubernetes kill after 30 by default, and the other ranks need some seconds, too
 _AFTER_A_SAVE_S: Final = 2.0  # to come to the end of the batch
 _TERMINATED: Final = 128 + signal.SIGTERM
+TERMINATED: Final = "signal"
+ANNOUNCED: Final = "announced"
 
 
 class SIGTERMException(SystemExit, TreadleError):
@@ -42,6 +44,10 @@ class SIGTERMException(SystemExit, TreadleError):
 
     together = False
     """Whether all ranks end between the same two batches."""
+    announced = False
+    """Whether the signal was the one with which the cluster announces the end of the job."""
+    job = ""
+    """The cluster's name of the job that is to be queued again, because the run has saved for that; else empty."""
 
 
 class Signals:
@@ -122,11 +128,28 @@ class Signals:
         if self._pass_on is not None:
             self._pass_on(number)
 
-    def raise_received(self, *, together: bool = False) -> None:
-        """Raise what ends the run; ``together``: all ranks end between the same two batches."""
+    @property
+    def wish(self) -> str:
+        """What this rank wants all to end for: ``ANNOUNCED``, ``TERMINATED``, or nothing: empty."""
+        if not self.received:
+            return ""
+        return ANNOUNCED if self.received == self._also else TERMINATED
+
+    @property
+    def answered(self) -> bool:
+        """Whether the program has a handler of its own for the first signal that came."""
+        return any(taken.handler_of_user() is not None for taken in self._taken if taken.number == self.received)
+
+    def raise_received(self, *, together: bool = False, announced: bool = False) -> None:
+        """Raise what ends the run.
+
+        Args:
+            together: Whether all ranks end between the same two batches. Default: False.
+            announced: Whether, on any of the ranks, the signal was ``also``. Default: False.
+        """
         self._heed()
         self.end = SIGTERMException(_TERMINATED)
-        self.end.together = together
+        self.end.together, self.end.announced = together, announced
         raise self.end
 
     def _end_late(self) -> None:
@@ -223,6 +246,13 @@ class _Taken:
         frame, self._frame = self._frame, None  # which holds what the batch held
         if self.came and (handler := self._handler()) is not None:
             handler(self.number, frame)
+
+    def handler_of_user(self) -> Any:
+        """The user's handler that was there before, whichever process calls it; None for Python's own."""
+        before = self._before
+        while isinstance(before, _Taken):
+            before = before._before
+        return before if callable(before) and before is not signal.default_int_handler else None
 
     def _handler(self) -> Any:
         before = self._before

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from treadle.module import LightningDataModule
 from treadle_fabric import Fabric, Strategy, rank_zero_warn
+from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.loggers import Logger
 
 __all__ = ["Snapshot"]
@@ -159,14 +160,16 @@ class Snapshot:
             return inside
         leaf, required, gradient = tensor.is_leaf, tensor.requires_grad, tensor.grad if tensor.is_leaf else None
         alias = tensor.data  # the memory itself: it stays where it is when a module moves to another device
+        sharded = is_sharded_tensor(tensor)  # torch may give a rank's part other memory, which alone is gathered then
         large = is_data and tensor.numel() * tensor.element_size() > _SMALL_BYTES
         copy = None if large or not self._values else _host_copy(alias)
 
         def undo() -> None:
+            memory = tensor.data if sharded else alias
             if copy is not None:
-                with torch.inference_mode(alias.is_inference()):
-                    alias.copy_(copy)
-            if self._values and not _same_memory(tensor.data, alias):
+                with torch.inference_mode(memory.is_inference()):
+                    memory.copy_(copy)
+            if self._values and not sharded and not _same_memory(tensor.data, alias):
                 tensor.data = alias
             if leaf:
                 if tensor.grad is not gradient:

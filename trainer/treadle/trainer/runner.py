@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 from treadle.callbacks import Callback
 from treadle.callbacks.checkpoint import tolerated
 from treadle.checkpoint.content import dump_checkpoint, keeping
-from treadle.checkpoint.find import find_checkpoint, find_newest, preempted_path
+from treadle.checkpoint.find import (
+    claim_requeue_path,
+    find_checkpoint,
+    find_newest,
+    find_own,
+    newer,
+    preempted_path,
+    release_requeue_path,
+)
 from treadle.checkpoint.loggers import go_on_logging, read_logger_states
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
 from treadle.data.find import find_loaders
@@ -57,6 +65,15 @@ Source: TypeAlias = tuple[PathLike | None, bool | None]
 """Which checkpoint, and whether it must hold nothing but weights and plain data."""
 
 
+class _FitsEnded:
+    """How many fits this process has done; a job that is queued again runs the script, with its fits, in order."""
+
+    count = 0
+
+
+_fits_ended = _FitsEnded()
+
+
 class Runner:
     """Runs the stages of a trainer one after the other, and keeps what the trainer shows of the last one.
 
@@ -78,6 +95,7 @@ class Runner:
         self._given: Any = None  # the loaders that the running evaluation got
         environment = self._fabric.strategy.cluster_environment
         self._signals = Signals(environment.announcing_signal() if environment is not None else 0)
+        self._job: dict[str, Any] = {"name": environment.job_to_requeue() if environment is not None else "", "fit": 0}
         self._fits = Fits()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,19 +132,27 @@ class Runner:
 
     def begin_fit(self, module: LightningModule, *, resumes: bool) -> None:
         """Go on where the last fit of this module ended; see :class:`Fits`."""
+        self._job["fit"] = _fits_ended.count + 1
         self._fits.begin(module, self._trainer.callbacks, self._trainer.loggers, resumes=resumes)
 
     def launch(self, stage: Callable[..., Any], module: LightningModule, *args: Any) -> Any:
         """Run a stage in every process. This process takes part, or waits for processes that the strategy starts."""
         trainer = self._trainer
-        if self._fabric.strategy.launches_function:
-            result = launch(trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
-        else:
-            self._fabric.launch()
-            try:
-                result = stage(module, *args)
-            finally:
-                self._fits.after_run()
+        try:
+            if self._fabric.strategy.launches_function:
+                result = launch(trainer, stage, module, args, signals=self._signals if stage == self.fit else None)
+            else:
+                self._fabric.launch()
+                try:
+                    result = stage(module, *args)
+                finally:
+                    self._fits.after_run()
+        except SystemExit:
+            raise  # a signal ended the fit, which is to be done again
+        except BaseException:
+            _fits_ended.count += stage == self.fit
+            raise
+        _fits_ended.count += stage == self.fit
         raise_asked_for(trainer.callbacks)
         return result
 
@@ -170,21 +196,34 @@ class Runner:
         looked for again when the module is set up.
         """
         loggers, named = self._trainer.loggers, ckpt_path is not None
-        if not named and not self._settings.auto_resume:
+        if not named and not self._settings.auto_resume and not self._job["name"]:
             return
 
-        def look() -> tuple[str | None, dict[str, Any]]:
-            path = None
+        def look() -> tuple[str | None, bool, dict[str, Any]]:
+            path, own = None, self._find_own()
             with suppress(MisconfigurationException):  # raised when the module is set up
-                path = self._find(ckpt_path, loggers, self._trainer.callbacks)
-            return path, read_logger_states(path) if path is not None and loggers else {}
+                if own is None or (not named and self._settings.auto_resume) or ckpt_path == "last":
+                    path = self._find(ckpt_path, loggers, self._trainer.callbacks)
+            goes_on = own is not None and newer(own, path)
+            path = own if goes_on else path
+            return path, goes_on, read_logger_states(path) if path is not None and loggers else {}
 
-        session.searched = [getattr(callback, "dirpath", None) for callback in self._trainer.callbacks]
-        path, saved = on_rank_zero(self._fabric.strategy, look, "found no checkpoint to start from")
+        if self._settings.auto_resume:
+            session.searched = [getattr(callback, "dirpath", None) for callback in self._trainer.callbacks]
+        path, own, saved = on_rank_zero(self._fabric.strategy, look, "found no checkpoint to start from")
         session.ckpt_path = path
+        if own and named:
+            instead = f"instead of ckpt_path={str(ckpt_path)!r}"
+            rank_zero_info(f"This job was queued again, and goes on from {path} {instead}.")
         if path is not None and saved:
-            same_run = not named or str(ckpt_path) in ("last", "hpc")
+            same_run = not named or own or str(ckpt_path) in ("last", "hpc")
             go_on_logging(loggers, saved, path, same_run=same_run)
+
+    def _find_own(self) -> str | None:
+        """What this fit of a job has saved before the job was queued again."""
+        if not self._job["name"]:
+            return None
+        return find_own(self._job, self._trainer.callbacks, self._trainer.loggers, self._settings.default_root_dir)
 
     def _find(self, ckpt_path: PathLike | None, loggers: Sequence[Logger], callbacks: Sequence[Callback]) -> Any:
         root, fitting = self._settings.default_root_dir, self.state.fn is TrainerFn.FITTING
@@ -248,8 +287,8 @@ class Runner:
             try:
                 loop.run()
                 self._fits.end(fitting.left(ready, interrupted=False))
-            except SIGTERMException:
-                self._save_preempted()
+            except SIGTERMException as end:
+                self._save_preempted(end)
                 raise
             except BaseException:
                 with suppress(Exception):  # the error that ended the fit is the one to report
@@ -273,15 +312,40 @@ class Runner:
         checkpoint = dump_checkpoint(run, callbacks, weights_only=weights_only)
         if fitting is not None:
             checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self._trainer.should_stop}
+            checkpoint["treadle"] |= {"cluster_job": dict(self._job)} if self._job["name"] else {}
         strategy.save_checkpoint(path, checkpoint, storage_options, keeping=keeping(run))
 
-    def _save_preempted(self) -> None:
-        trainer, strategy = self._trainer, self._fabric.strategy
+    def _save_preempted(self, end: SIGTERMException) -> None:
+        """Save what a run that was asked to end goes on from; where the job is to be queued again, ``end`` has it."""
+        trainer, strategy, job = self._trainer, self._fabric.strategy, str(self._job["name"])
+        root = self._settings.default_root_dir
+
+        def is_to_requeue() -> bool:  # a handler of the program's own sees to it
+            return end.announced and bool(job) and not self._signals.answered
+
+        requeues = on_rank_zero(strategy, is_to_requeue, "could not say whether the job is queued again")
+        if not requeues and not self._settings.enable_checkpointing:
+            return
+        find_place = partial(claim_requeue_path if requeues else partial(preempted_path, trainer.callbacks), root)
         with tolerated(trainer, always=True):
-            if self._settings.enable_checkpointing:
-                trainer.save_checkpoint(path := preempted_path(trainer.callbacks, self._settings.default_root_dir))
+            path = on_rank_zero(strategy, find_place, "found no place for a checkpoint")
+            try:
+                trainer.save_checkpoint(path)
                 strategy.wait_for_saves(f"could not write {path}")
-                rank_zero_info(f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there.")
+            finally:
+                if requeues and self._fabric.is_global_zero:
+                    release_requeue_path(path)
+            end.job = job if requeues else ""
+            rank_zero_info(
+                f"The end of SLURM job {job} was announced: saved {path}."
+                if requeues
+                else f"Asked to terminate: saved {path}. ckpt_path='last' goes on from there."
+            )
+        if requeues and not end.job:
+            rank_zero_warn(
+                f"SLURM job {job} is not queued again, because the checkpoint that it would go on from could not be "
+                f"written. To run it again all the same: `scontrol requeue {job}`."
+            )
 
     def evaluate(
         self,

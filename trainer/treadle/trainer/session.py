@@ -24,8 +24,9 @@ from treadle.run.signals import Signals, SIGTERMException, claim_together, meet
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.settings import Settings
-from treadle_fabric import Fabric, claim_failure, rank_zero_info, rank_zero_warn
+from treadle_fabric import Fabric, RequeueError, claim_failure, rank_zero_info, rank_zero_warn
 from treadle_fabric.coordination import patient_barrier
+from treadle_fabric.environments import requeue
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -212,8 +213,10 @@ class Session:
             elif not interrupted and (not self.terminated or self._fabric.is_global_zero):
                 claim_failure(error)
             self._failed(error, trainer)
-            if together:  # the program that started the ranks may end the others, which still write, after the first
-                meet(strategy)
+            if end is not None and together:
+                meet(strategy)  # who started the ranks may end the others, which still write, after the first
+                if end.job:
+                    self._queue_again(end.job)
             if not interrupted or raises_interrupt:
                 raise
             self._tell_of_interrupt()
@@ -230,6 +233,16 @@ class Session:
             if self.state.fn is not TrainerFn.FITTING:  # what was evaluated may be trained next
                 replace_inference_tensors([self.module, self.datamodule, *trainer.callbacks, self.metrics])
             self._fabric.callbacks[:] = [c for c in self._fabric.callbacks if c is not self.module]
+
+    def _queue_again(self, job: str) -> None:
+        """Have the cluster stop the job and queue it again; all ranks have written everything."""
+        if self._fabric.is_global_zero:
+            try:
+                requeue(job)
+                rank_zero_info(f"SLURM job {job} is queued again, and goes on from there by itself.")
+            except RequeueError as error:
+                rank_zero_warn(f"{error}")
+        meet(self._fabric.strategy)  # who started the ranks may end this one after the first
 
     def _tell_of_interrupt(self) -> None:
         rank_zero_info(

@@ -21,7 +21,7 @@ from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.sharding.replicated import ReplicatedGradients
 from treadle_fabric.strategies.unwrapping import inside, user_module
 
-__all__ = ["Engine", "ShardedEngine", "engine_around"]
+__all__ = ["Engine", "ShardedEngine", "engine_around", "parameter_groups"]
 
 _made = itertools.count()  # every process sets up the same modules in the same order
 _engines: Final[weakref.WeakKeyDictionary[Module, weakref.ref[ShardedEngine]]] = weakref.WeakKeyDictionary()
@@ -131,7 +131,7 @@ class ShardedEngine(Engine):
     def forget_gradients(self) -> None:
         """Drop what backward passes left that did not reduce gradients, of a run that has ended: no zero_grad does."""
         for module in self.sharded_modules():
-            for group in _groups(module):
+            for group in parameter_groups(module):
                 for each in group.fsdp_params:
                     each.unsharded_accumulated_grad = None
 
@@ -179,7 +179,7 @@ class ShardedEngine(Engine):
 
     def trained(self) -> list[Any]:
         """The parameters of this rank that require gradients: its parts, and those that it has whole."""
-        groups = [group for m in self.sharded_modules() for group in _groups(m)]
+        groups = [group for m in self.sharded_modules() for group in parameter_groups(m)]
         parts = [each.sharded_param for group in groups for each in group.fsdp_params]
         whole = self._replicated.parameters if self._replicated is not None else []
         return [p for p in (*parts, *whole) if p.requires_grad]
@@ -204,7 +204,7 @@ class ShardedEngine(Engine):
             if module is not self:
                 module.reshard()
                 continue
-            for group in _groups(module):
+            for group in parameter_groups(module):
                 with group.use_training_state(type(group._training_state).IDLE):  # while it runs, torch keeps them
                     group.reshard()
 
@@ -228,7 +228,11 @@ class ShardedEngine(Engine):
 
     def _own_parameters(self) -> Iterator[Any]:
         """What torch keeps of each parameter that belongs to none of the sharded submodules."""
-        return (each for group in _groups(self) for each in group.fsdp_params) if self.root is not None else iter(())
+        return (
+            (each for group in parameter_groups(self) for each in group.fsdp_params)
+            if self.root is not None
+            else iter(())
+        )
 
     # Ranks that have nothing to run
 
@@ -281,7 +285,7 @@ class ShardedEngine(Engine):
             state = module._get_fsdp_state()
             if module is not self:
                 state._pre_backward(gradient)
-            for group in _groups(module):
+            for group in parameter_groups(module):
                 for each in group.fsdp_params:
                     whole = each.unsharded_param
                     if whole.requires_grad and whole.grad is None:
@@ -311,12 +315,12 @@ def _pass_through(module: Any) -> None:
     state._post_forward(module, (), None)
 
 
-def _groups(module: Any) -> Any:
+def parameter_groups(module: Any) -> Any:
     """The groups of parameters that torch gathers together for a sharded module."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
-    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # earlier torch has one at most
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]  # torch 2.9 has one at most
 
 
 def engine_around(module: Module) -> ShardedEngine | None:

@@ -201,8 +201,8 @@ class _Place:
         if self.part is None:
             make = _memory_for if self.is_sharded else _kept_memory_for
             return make(self.tensor, self.device)
-        kept: Any = self.result()
-        whole: Tensor = kept.full_tensor() if self.is_sharded else kept.detach()
+        kept: Any = self.result().detach()  # torch 2.9 gathers nothing inside of an operation that requires gradients
+        whole: Tensor = kept.full_tensor() if self.is_sharded else kept
         return whole.to(self.device, copy=True)
 
     def close(self) -> None:
@@ -380,7 +380,8 @@ def give_values(
         keep_on: Where parameters are kept. Default: ``device``.
     """
     own = user_module(engine)
-    if not any(t.is_meta for t in (*own.parameters(), *own.buffers())):
+    # by the device, which is not "meta" where tensors have no memory because the run is only planned
+    if not any(t.device.type == "meta" for t in (*own.parameters(), *own.buffers())):
         return
     with precision.module_init_context():
         names = materialize(own, device, keep_on, broadcast)

@@ -61,7 +61,7 @@ def shard_module(
     }
     scalars = {name: p for name, p in own.named_parameters() if p in scalars_of(own) - ignored}
     empty = {p for p in own.parameters() if not p.numel()}
-    if whole := {*ignored, *scalars.values(), *empty}:
+    if whole := {*ignored, *scalars.values(), *empty, *_never_sharded(own)}:
         arguments["ignored_params"] = whole
         _move(whole, device)  # torch moves what it shards
     check_groups(own, parts, whole)
@@ -79,6 +79,15 @@ def shard_module(
         now = dict(own.named_parameters())
         engine.replicate([now[name] for name in scalars], mesh.get_all_groups())
     return engine
+
+
+def _never_sharded(module: Module) -> list[Tensor]:
+    """Parameters that torch 2.9 cannot share out, because they cannot require gradients: all ranks keep them whole."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState  # heavy
+
+    if hasattr(FSDPState(), "_fsdp_param_groups"):  # since the same version
+        return []
+    return [p for p in module.parameters() if not (p.is_floating_point() or p.is_complex())]
 
 
 def _cast_buffers(module: Module, dtype: torch.dtype) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
+from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around, parameter_groups
 from treadle_fabric.strategies.sharding.wrapping import refuse_lazy
 from treadle_fabric.strategies.states.sharded_state import ShardedStateStrategy
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
@@ -200,9 +200,8 @@ def _carry_hooks(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> N
 
 def _tell_of_silent_hooks(engine: Engine) -> None:
     own = user_module(engine)
-    modules: Iterator[Any] = engine.modules()
-    sharded = [m._get_fsdp_state() for m in modules if hasattr(m, "_get_fsdp_state")]
-    parts = {id(p.sharded_param) for state in sharded for group in state._fsdp_param_groups for p in group.fsdp_params}
+    sharded = [m for m in engine.modules() if hasattr(m, "_get_fsdp_state")]
+    parts = {id(p.sharded_param) for module in sharded for group in parameter_groups(module) for p in group.fsdp_params}
     named = with_plain_names(own, own.named_parameters())
     silent = [name for name, p in named if id(p) in parts and p._backward_hooks]
     if silent:

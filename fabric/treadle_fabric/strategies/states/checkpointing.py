@@ -27,6 +27,7 @@ from treadle_fabric.checkpoint import (
     pack,
     placed_like,
     raise_together,
+    state_of,
     tensors_on_demand,
     trusting,
     unpack,
@@ -307,7 +308,7 @@ def _plain(strategy: Strategy, value: Any, stateful: bool, within: tuple[int, ..
         if isinstance(value, Optimizer):
             return strategy.get_optimizer_state(value)
         if _is_stateful(value):
-            return _plain(strategy, value.state_dict(), False)
+            return _plain(strategy, state_of(value), False)
     if id(value) in within or not (stateful or isinstance(value, (dict, list, tuple))):
         return value  # what holds itself is seen when it is packed
     held = entries(value)

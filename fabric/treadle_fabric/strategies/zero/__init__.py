@@ -1,0 +1,6 @@
+"""DeepSpeed: its config, its engine, and the state that its ranks have parts of.
+
+``state.py`` has what a checkpoint gets of an engine and gives back; ``partitioned.py`` knows which part of a parameter
+a rank holds, ``accumulating.py`` what an engine keeps between micro-batches, and ``writing.py`` has DeepSpeed write its
+files into a folder of ours.
+"""

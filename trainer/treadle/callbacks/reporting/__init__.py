@@ -1,0 +1,1 @@
+"""What callbacks share that report to another program: ``to_ray.py``, the base of those for Ray Tune and Train."""
