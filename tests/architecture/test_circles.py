@@ -15,6 +15,7 @@ UPWARDS = "treadle.contracts"
 ON_DEMAND = (
     "treadle.callbacks",
     "treadle.cli",
+    "treadle.profilers",
     "treadle.searches",
     "treadle_fabric.checkpoint",
     "treadle_fabric.environments",
@@ -22,13 +23,16 @@ ON_DEMAND = (
     "treadle_fabric.precision",
     "treadle_fabric.strategies",
 )
-# Which have such names from one of these packages.
 RE_EXPORTED = {
+    "treadle.plugins",
     "treadle.plugins.environments",
+    "treadle.plugins.io",
+    "treadle.plugins.precision",
     "treadle.strategies",
     "treadle_fabric",
+    "treadle_fabric.plugins",
     "treadle_fabric.plugins.environments",
-}
+}  # which have such names from one of these packages
 
 
 def imported(module: str) -> Iterator[tuple[ast.ImportFrom | ast.Import, str]]:

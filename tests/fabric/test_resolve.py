@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from treadle_fabric.accelerators import CPUAccelerator, CUDAAccelerator
+from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, CPUAccelerator, CUDAAccelerator
 from treadle_fabric.checkpoint import TorchCheckpointIO
 from treadle_fabric.environments import (
     KubeflowEnvironment,
@@ -19,13 +21,23 @@ from treadle_fabric.environments import (
 from treadle_fabric.errors import DeviceUnavailableError, MisconfigurationException
 from treadle_fabric.precision import DoublePrecision, Precision
 from treadle_fabric.resolve import Plan, available_devices, build, resolve
-from treadle_fabric.strategies import DDPStrategy, SingleDeviceStrategy
+from treadle_fabric.strategies import (
+    STRATEGY_REGISTRY,
+    DDPStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAFSDPStrategy,
+    XLAStrategy,
+)
 
 CPU = {"cuda": 0, "mps": 0, "cpu": 1}
 GPUS = {"cuda": 4, "mps": 0, "cpu": 1}
 TWO = {"cuda": 2, "mps": 0, "cpu": 1}
 GPU = {"cuda": 1, "mps": 0, "cpu": 1}
 MAC = {"cuda": 0, "mps": 1, "cpu": 1}
+TPU = {"cuda": 0, "mps": 0, "tpu": 1, "cpu": 1}
+TPUS = {"cuda": 0, "mps": 0, "tpu": 4, "cpu": 1}
+PLAYED = {"cuda": 0, "mps": 0, "cpu": 1, "tpu": 2}  # by the host
 
 TORCHRUN_2 = {
     "TORCHELASTIC_RUN_ID": "x",
@@ -318,3 +330,57 @@ def test_this_machine() -> None:
     assert there["cpu"] == 1
     assert there["cuda"] == torch.cuda.device_count()
     assert resolve().accelerator.name() == next(name for name, count in there.items() if count)
+
+
+@pytest.fixture
+def tpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with four TPUs, as far as the plan looks."""
+    Path(tmp_path, "torch_xla").mkdir()
+    Path(tmp_path, "torch_xla", "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("treadle_fabric.accelerators.xla._count", lambda: 4)
+
+
+@pytest.mark.usefixtures("tpus")
+@pytest.mark.parametrize(
+    ("available", "environ", "arguments", "expected"),
+    [
+        (TPU, {}, {}, ("tpu", "xla:0", "single_xla", "none")),
+        (TPUS, {}, {}, ("tpu", "xla:0,xla:0,xla:0,xla:0", "xla", "subprocess")),
+        (TPUS, {}, {"devices": 2, "accelerator": "tpu"}, ("tpu", "xla:0,xla:0", "xla", "subprocess")),
+        (TPUS, {}, {"devices": [2]}, ("tpu", "xla:2", "single_xla", "none")),
+        (TPUS, {}, {"accelerator": "cpu"}, ("cpu", "cpu", "single_device", "none")),
+        (TPUS, LAUNCHED_2, {"devices": 2}, ("tpu", "xla:0,xla:0", "xla", "external")),
+        (PLAYED, {}, {}, ("cpu", "cpu", "single_device", "none")),
+        (PLAYED, {}, {"accelerator": "tpu", "devices": 1}, ("tpu", "xla:0", "single_xla", "none")),
+    ],
+)
+def test_tpus(available: dict[str, int], environ: Any, arguments: dict[str, Any], expected: Any) -> None:
+    assert summary(plan(available, environ, **arguments)) == expected
+
+
+@pytest.mark.usefixtures("tpus")
+@pytest.mark.parametrize(
+    ("available", "arguments", "says"),
+    [
+        (TPUS, {"devices": 5}, r"has 4 tpu devices \(index 0 to 3\)"),
+        (TPUS, {"strategy": "ddp"}, "strategy='ddp' does not run on accelerator='tpu'.*'single_xla' or 'xla'"),
+        (TPUS, {"strategy": "fsdp"}, "strategy='fsdp' does not run on accelerator='tpu'"),
+        (TPUS, {"strategy": "single_device", "devices": 1}, "strategy='single_device' does not run"),
+        (TPUS, {"strategy": "xla", "accelerator": "cpu"}, "strategy='xla' runs on accelerator='tpu' only"),
+        (TPUS, {"strategy": "single_xla", "devices": 2}, "uses one device"),
+        (TPUS, {"precision": "bf16-mixed"}, "precision='bf16-mixed' is not there for accelerator='tpu'.*'bf16-true'"),
+        (TPUS, {"precision": 64}, "no 64-bit floating point"),
+        (CPU, {"accelerator": "gpu"}, "this machine has none"),
+    ],
+)
+def test_tpus_refused(available: dict[str, int], arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"(?s){says}"):
+        plan(available, {}, **arguments)
+
+
+def test_names_of_xla_need_no_package() -> None:
+    assert {"single_xla", "xla", "xla_fsdp"} <= {*STRATEGY_REGISTRY.available_strategies()}
+    assert "tpu" in ACCELERATOR_REGISTRY
+    for kind in (SingleDeviceXLAStrategy, XLAStrategy, XLAFSDPStrategy):
+        assert "precision" in inspect.signature(kind).parameters

@@ -9,6 +9,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from treadle.searches import LRFinder
 from treadle_fabric import (
     CPUAccelerator,
     CSVLogger,
+    Fabric,
     MisconfigurationException,
     MissingPackageError,
     RayEnvironment,
@@ -43,12 +45,13 @@ from treadle_fabric import (
     TorchCheckpointIO,
     make_precision,
 )
+from treadle_fabric.accelerators import XLAAccelerator
 from treadle_fabric.loggers import CometLogger, MLFlowLogger, TrackioLogger, WandbLogger
-from treadle_fabric.plugins import BitsandbytesPrecision, Float8Precision
+from treadle_fabric.plugins import BitsandbytesPrecision, Float8Precision, XLACheckpointIO
 
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Collections of other extras, and what belongs to engines that are still to come.
-WITHOUT_USERS = {"demo", "dev", "deepspeed", "xla"}
+WITHOUT_USERS = {"demo", "dev", "deepspeed"}
 
 
 def read_yaml() -> None:
@@ -98,6 +101,12 @@ USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("mlflow", ("mlflow",), MLFlowLogger),
     ("comet", ("comet_ml",), CometLogger),
     ("trackio", ("trackio",), lambda: TrackioLogger("x")),
+    ("xla", ("torch_xla",), lambda: Fabric(accelerator="tpu")),
+    ("xla", ("torch_xla",), lambda: Trainer(accelerator="tpu", devices=4)),
+    ("xla", ("torch_xla",), XLAAccelerator),
+    *(("xla", ("torch_xla",), partial(Fabric, strategy=name)) for name in ("single_xla", "xla", "xla_fsdp")),
+    ("xla", ("torch_xla",), lambda: Trainer(profiler="xla")),
+    ("xla", ("torch_xla",), XLACheckpointIO),
     ("fp8", ("torchao",), lambda: Float8Precision(emulate=True)),
     ("fp8", ("torchao",), lambda: make_precision("fp8", "cuda")),
     ("bitsandbytes", ("bitsandbytes",), lambda: BitsandbytesPrecision("nf4")),
@@ -118,7 +127,7 @@ def test_the_command_is_named(
 
 
 def test_the_extra_has_the_package() -> None:
-    brought_along = {"yaml": "jsonargparse", "PIL": "tensorboard"}
+    brought_along = {"yaml": "jsonargparse", "PIL": "tensorboard", "torch_xla": "torch-xla"}
     for extra, hidden, _ in USERS:
         names = {re.split(r"[\[<>=~]", requirement)[0] for requirement in EXTRAS[extra]}
         assert brought_along.get(hidden[0], hidden[0]) in names

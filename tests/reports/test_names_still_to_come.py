@@ -1,6 +1,6 @@
 """Names of Lightning that are still to come: docs/differences.md lists them, and the error for using one says so.
 
-Tests of ``treadle_fabric.errors``, ``treadle_fabric.resolve``, ``treadle.accelerators``, ``treadle.strategies``.
+Tests of ``treadle_fabric.errors``, ``treadle_fabric.resolve``, ``treadle.strategies``.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ def test_what_a_module_has_can_be_imported_from_it(path: str) -> None:
     "argument",
     [
         {"strategy": "deepspeed_stage_3_offload"},
-        {"strategy": "xla_fsdp"},
-        {"accelerator": "tpu"},
     ],
 )
 def test_engines_that_are_not_here_yet(argument: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint
+
 from tests.equality.model import Block, fabric_loop, once, result, run_rows, trainer_fit
 from tests.processes import run_in_ranks
-
 from treadle_fabric.strategies import XLAFSDPStrategy
 
 pytestmark = [pytest.mark.xla, pytest.mark.timeout(1800)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from math import ceil
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn import Module

@@ -216,5 +216,3 @@ def _storages(tensor: Any) -> Iterable[Any]:
             yield from _storages(getattr(tensor, name))
     elif isinstance(tensor, Tensor):
         yield tensor.untyped_storage()
-
-

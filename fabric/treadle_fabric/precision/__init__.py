@@ -1,8 +1,9 @@
 """Precisions: the dtypes of weights, inputs and outputs, loss scaling, and the names that users give them.
 
 Start with ``precision.py``, the base class; ``names.py`` has the names. ``autocast.py``, ``half.py``, ``double.py``,
-``xla.py``, ``float8.py``, ``transformer_engine.py`` and ``bitsandbytes.py`` have one precision each; the last three replace linear
-layers, which ``layers.py`` finds, and ``quantized.py`` has those of bitsandbytes. Imports only the foundation.
+``xla.py``, ``float8.py``, ``transformer_engine.py`` and ``bitsandbytes.py`` have one precision each; the last three
+replace linear layers, which ``layers.py`` finds, and ``quantized.py`` has those of bitsandbytes. Imports only the
+foundation.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from treadle_fabric.checks import on_demand
 from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.on_xla.parts import as_part, from_part
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
@@ -30,9 +31,6 @@ from treadle_fabric.strategies.unwrapping import load_module_state, module_state
 if TYPE_CHECKING:
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
-    from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
-    from treadle_fabric.strategies.xla import XLAStrategy
-    from treadle_fabric.strategies.xla_fsdp import XLAFSDPStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
     from treadle_fabric.strategies.parallelism.plans import apply_tensor_parallel
     from treadle_fabric.strategies.parallelism.sequence import (
@@ -41,6 +39,9 @@ if TYPE_CHECKING:
         sequence_offset,
         split_sequence,
     )
+    from treadle_fabric.strategies.single_xla import SingleDeviceXLAStrategy
+    from treadle_fabric.strategies.xla import XLAStrategy
+    from treadle_fabric.strategies.xla_fsdp import XLAFSDPStrategy
 
 __all__ = [
     "METHOD_KEYWORD",
@@ -61,7 +62,9 @@ __all__ = [
     "XLAFSDPStrategy",
     "XLAStrategy",
     "apply_tensor_parallel",
+    "as_part",
     "check_reduce_op",
+    "from_part",
     "is_elsewhere",
     "load_module_state",
     "local_attention",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -129,7 +129,9 @@ class NativeStepStrategy(Strategy):
         except NotImplementedError:  # torch has no norm of sparse gradients
             return clip_norm(parameters, max_norm, norm_type, (), strict)
 
-    def clip_parts(self, parameters: list[Tensor], max_norm: float, norm_type: float, strict: bool) -> Tensor | None:
+    def clip_parts(
+        self, parameters: Sequence[Tensor], max_norm: float, norm_type: float, strict: bool
+    ) -> Tensor | None:
         """Clip gradients that are parts, and no DTensors, by their joint norm, and return that. Default: none are.
 
         Args:

@@ -12,7 +12,7 @@ from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import require_package
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.on_xla.tensors import on_host, run_recorded
-from treadle_fabric.strategies.one_device import OneDeviceStrategy
+from treadle_fabric.strategies.single_device import OneDeviceStrategy
 
 __all__ = ["SingleDeviceXLAStrategy"]
 

@@ -614,19 +614,6 @@ class Strategy(ABC):
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_optimizer_state` gave."""
 
-    def as_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """A gradient, say, of a parameter of which this rank has a part, as checkpoints keep it. Default: as it is.
-
-        Args:
-            parameter: The part of this rank.
-            value: Of the parameter's shape.
-        """
-        return value
-
-    def from_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        """The part of this rank of what :meth:`as_part` made, here or under another strategy. Default: as it is."""
-        return value
-
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Enter the names that this strategy goes by. Default: none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
-from treadle_fabric.strategies.on_xla.parts import as_dtensor, is_part, local_part, whole_shape, with_whole_states
+from treadle_fabric.strategies.on_xla.parts import as_part, from_part, is_part, with_whole_states
 from treadle_fabric.strategies.on_xla.several import SeveralXLAStrategy
 from treadle_fabric.strategies.on_xla.sharded import (
     XLAShardedEngine,
@@ -168,7 +168,9 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
             with torch.no_grad():
                 module.join_forward()
 
-    def clip_parts(self, parameters: list[Tensor], max_norm: float, norm_type: float, strict: bool) -> Tensor | None:
+    def clip_parts(
+        self, parameters: Sequence[Tensor], max_norm: float, norm_type: float, strict: bool
+    ) -> Tensor | None:
         assert self.exchange is not None
         return clip_parts(parameters, max_norm, norm_type, strict, self.exchange)
 
@@ -176,18 +178,6 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         run_recorded()
 
     # State
-
-    def as_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        if not is_part(parameter) or value.shape != parameter.shape:
-            return value
-        part: Tensor = as_dtensor(on_host([value.detach()])[0], whole_shape(parameter), self._hosts)
-        return part
-
-    def from_part(self, parameter: Tensor, value: Tensor) -> Tensor:
-        if not is_part(parameter) or value.shape != whole_shape(parameter):
-            return in_memory(value).to(parameter.device)  # type: ignore[no-any-return]
-        own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")
-        return local_part(value, own, whole_shape(parameter), self._hosts).to(parameter.device)
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
         """The state of the user's module, in DTensors on the host if checkpoints are folders; else whole on rank 0."""
@@ -200,7 +190,7 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         state = complete_state(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         entries = {
-            key: {n: self.as_part(parameters[key], v) if isinstance(v, Tensor) else v for n, v in entry.items()}
+            key: {n: as_part(parameters[key], v) if isinstance(v, Tensor) else v for n, v in entry.items()}
             for key, entry in state["state"].items()
         }
         return self.as_stored({**state, "state": entries})
@@ -218,7 +208,8 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
 
     def _placed(self, parameter: Tensor, name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and name != "step" and value.ndim:
-            return self.from_part(parameter, value)
+            found = from_part(parameter, value)
+            return in_memory(found) if found is value else found
         return in_memory(value)
 
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:

@@ -359,7 +359,6 @@ def test_functions_of_each_action_are_told_apart(tmp_path: Path) -> None:
             lambda: L.Trainer(profiler="simpel"),
             r"profiler='simpel' must be 'simple', .*Did you mean 'simple'",
         ),
-        (lambda: L.Trainer(profiler="xla"), r"profiler='xla' is not available yet\. There is: 'simple'"),
         (lambda: L.Trainer(profiler=SimpleProfiler), r"profiler is the class SimpleProfiler: pass an instance"),  # type: ignore[arg-type]
         (lambda: L.Trainer(profiler=True), r"profiler is True; it must be"),  # type: ignore[arg-type]
         (lambda: L.Trainer(profiler="simple", barebones=True), r"barebones=True turns profiler off"),

@@ -33,7 +33,7 @@ from treadle_fabric import (
 from treadle_fabric.checkpoint import PerRank, fingerprint, is_sharded_tensor, placed_like
 from treadle_fabric.data import one_of_each, shares_of_ranks
 from treadle_fabric.randomness import as_own_rng_states, own_rng_states, set_rng_states
-from treadle_fabric.strategies import is_elsewhere, stand_in
+from treadle_fabric.strategies import as_part, from_part, is_elsewhere, stand_in
 
 __all__ = [
     "capture_exact",
@@ -80,7 +80,6 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         named = with_plain_names(module, module.named_parameters())
         # of a parameter that is on another rank alone, that rank has the gradient
         held = ((n, p, stand_in(p) if is_elsewhere(p) else p.grad) for n, p in named)
-        as_part = run.fabric.strategy.as_part
         gradients = {n: as_part(p, gradient.detach()) for n, p, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
@@ -215,7 +214,7 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     for name, gradient in gradients.items():
         parameter = parameters[name_in(module, name)]
         if not parameter.is_meta and not gradient.is_meta:
-            gradient = fabric.strategy.from_part(parameter, gradient if factor == 1.0 else gradient * factor)
+            gradient = from_part(parameter, gradient if factor == 1.0 else gradient * factor)
             parameter.grad = placed_like(gradient, parameter)
     run.loss.load_state_dict(mine.get("weights", {}))
     buffers = _buffers(module)

@@ -1,9 +1,10 @@
 """Profilers: how long the parts of a run take, from Python's and from PyTorch's point of view.
 
 Start with ``profiler.py``: what a profiler is, and what wraps functions once where a run has one. ``simple.py``,
-``advanced.py`` and ``pytorch.py`` (with ``layer_names.py`` and ``operator_table.py``) measure; ``xla.py`` marks
-what runs for torch-xla's; ``passthrough.py`` does nothing; ``report.py`` lays out tables. ``memory.py`` records memory on CUDA devices. ``choose.py`` reads the Trainer's
-argument. The package imports nothing of the trainer: profilers work in Fabric loops.
+``advanced.py`` and ``pytorch.py`` (with ``layer_names.py`` and ``operator_table.py``) measure; ``xla.py`` marks what
+runs for torch-xla's profiler; ``passthrough.py`` does nothing; ``report.py`` lays out tables. ``memory.py`` records
+memory on CUDA devices. ``choose.py`` reads the Trainer's argument. The package imports nothing of the trainer:
+profilers work in Fabric loops.
 """
 
 from typing import TYPE_CHECKING

@@ -34,7 +34,7 @@ def choose_profiler(given: Any) -> Profiler:
     """Make the profiler of a Trainer.
 
     Args:
-        given: A profiler; "simple", "advanced", "pytorch", "passthrough" or "xla"; None for a profiler that does nothing.
+        given: A profiler; "simple", "advanced", "pytorch", "passthrough" or "xla"; None for one that does nothing.
 
     Raises:
         MisconfigurationException: it is none of those.

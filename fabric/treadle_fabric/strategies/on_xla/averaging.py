@@ -53,7 +53,7 @@ class GradientAveraging:
                     exchange.average([p.grad for p in here.parameters() if p.grad is not None and only(p)])
 
         def begin(gradient: Tensor) -> None:
-            torch.autograd.Variable._execution_engine.queue_callback(end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(end)
 
         self._handles[id(module)] = torch.autograd.graph.register_multi_grad_hook(parameters, begin, mode="any")
 

@@ -49,6 +49,7 @@ class OverDevices(Exchange):
     """XLA's own collectives, which are part of what is recorded for the devices: no host waits."""
 
     def takes(self, tensor: Tensor, op: Any = None) -> bool:
+        """Whether the tensor is on a device, and its dtype and the ``torch.distributed.ReduceOp`` are there."""
         return tensor.device.type == "xla" and tensor.dtype in _DTYPES and (op is None or op in _REDUCTIONS)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -64,7 +65,7 @@ class OverDevices(Exchange):
         return reduced
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = _GatherOnDevices.apply(tensor)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _GatherOnDevices.apply(tensor)
         return gathered
 
     def place_in(self, sharded: Any) -> None:
@@ -86,7 +87,7 @@ class OverHosts(Exchange):
         for indices in by_dtype.values():
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices]).cpu()
             dist.all_reduce(flat)
-            parts = (flat / self.size).split([tensors[i].numel() for i in indices])
+            parts = torch.split(flat / self.size, [tensors[i].numel() for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 means[i] = part.view(tensors[i].shape)
         return means
@@ -141,7 +142,7 @@ class _GatherOnDevices(torch.autograd.Function):
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         import torch_xla.core.xla_model as xm  # an extra
         import torch_xla.runtime as xr
 

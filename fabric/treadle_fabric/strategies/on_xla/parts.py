@@ -15,7 +15,7 @@ from torch.nn import Module
 from treadle_fabric.checkpoint import fill
 from treadle_fabric.checkpoint.host.xla_io import on_host
 
-__all__ = ["as_dtensor", "is_part", "local_part", "with_whole_states", "whole_shape"]
+__all__ = ["as_dtensor", "is_part", "local_part", "whole_shape", "with_whole_states"]
 
 
 def is_part(parameter: Any) -> bool:
@@ -61,6 +61,27 @@ def local_part(source: Tensor, part: Tensor, shape: torch.Size, mesh: Any) -> Te
     return padded
 
 
+def as_part(parameter: Any, value: Tensor) -> Tensor:
+    """A gradient, say, of a parameter as checkpoints keep it: a DTensor on the host if this process has a part of it.
+
+    Args:
+        parameter: Of any strategy.
+        value: Of the shape that the parameter has here.
+    """
+    if not is_part(parameter) or value.shape != parameter.shape:
+        return value
+    part: Tensor = as_dtensor(on_host([value.detach()])[0], whole_shape(parameter), parameter._treadle_hosts)
+    return part
+
+
+def from_part(parameter: Any, value: Tensor) -> Tensor:
+    """The part of this process of what :func:`as_part` made, here or elsewhere; ``value`` if the parameter is whole."""
+    if not is_part(parameter) or value.shape != whole_shape(parameter):
+        return value
+    own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")
+    return local_part(value, own, whole_shape(parameter), parameter._treadle_hosts).to(parameter.device)
+
+
 def with_whole_states(module: Module, mesh: Any) -> None:
     """Let state dicts of a module have DTensors on the host, and let it load these and whole tensors.
 
@@ -82,6 +103,8 @@ def with_whole_states(module: Module, mesh: Any) -> None:
                 own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")  # type: ignore[union-attr]
                 state[prefix + name] = local_part(value, own, value.shape, mesh)
 
+    for parameter in module.parameters():
+        parameter._treadle_hosts = mesh  # type: ignore[attr-defined]
     for each in module.modules():
         each.register_state_dict_post_hook(give)  # type: ignore[no-untyped-call]
         each.register_load_state_dict_pre_hook(take)  # type: ignore[no-untyped-call]

@@ -23,8 +23,8 @@ def begin_process(local_rank: int, local_size: int) -> None:
     """
     import torch_xla  # an extra
     import torch_xla.core.xla_model as xm
-    import torch_xla.runtime as xr
-    from torch_xla._internal import pjrt
+    import torch_xla.runtime as xr  # an extra
+    from torch_xla._internal import pjrt  # an extra
 
     if torch_xla._XLAC._xla_runtime_is_initialized():
         if local_size > 1 and xr.local_process_count() != local_size:

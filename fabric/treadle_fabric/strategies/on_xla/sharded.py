@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 
@@ -121,7 +122,8 @@ def shard(
     device = sharded.xla_device
     for parameter in module.parameters():
         if not is_part(parameter) and parameter.dim() == 0:
-            torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.to(device), parameter.requires_grad))
+            moved = torch.nn.Parameter(parameter.to(device), parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, moved)  # type: ignore[no-untyped-call]
     for wrapper in _wrappers(sharded):
         exchange.place_in(wrapper)
         _put_parts_into_modules(wrapper)
@@ -171,10 +173,10 @@ def register_wrappers() -> None:
     inside.register(XlaFlattenParamsWrapper, lambda wrapper: wrapper._fpw_module)
 
 
-def clip_parts(parameters: list[Tensor], max_norm: float, norm_type: float, strict: bool, exchange: Exchange) -> Tensor:
+def clip_parts(
+    parameters: Sequence[Tensor], max_norm: float, norm_type: float, strict: bool, exchange: Exchange
+) -> Tensor:
     """Scale gradients of which each process has parts so that their joint norm is at most ``max_norm``; its value."""
-    import torch.distributed as dist
-
     gradients = [p.grad for p in parameters if p.grad is not None]
     device = parameters[0].device
     counted = [p.grad for p in parameters if p.grad is not None and (is_part(p) or exchange.rank == 0)]
