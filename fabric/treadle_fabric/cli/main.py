@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from treadle_fabric.cli.consolidate import add_consolidate_command
 from treadle_fabric.cli.environment import add_environment_command
+from treadle_fabric.cli.estimate import add_estimate_command
 from treadle_fabric.cli.run import add_run_command
 
 __all__ = ["main"]
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_consolidate_command(commands)
     add_environment_command(commands)
+    add_estimate_command(commands)
     add_run_command(commands)
     given = parser.parse_args(arguments)
     try:

@@ -9,7 +9,8 @@ cannot run so; ``layouts.py`` compares strategies for the command line.
 The package imports from all of the runtime but the command line.
 """
 
-from treadle_fabric.estimating.estimate import estimate
-from treadle_fabric.estimating.results import Estimate, Memory, Traffic
+from treadle_fabric.estimating.estimate import estimate, planned_nodes
+from treadle_fabric.estimating.layouts import Layout, layouts
+from treadle_fabric.estimating.results import Estimate, Memory, Traffic, in_bytes, table
 
-__all__ = ["Estimate", "Memory", "Traffic", "estimate"]
+__all__ = ["Estimate", "Layout", "Memory", "Traffic", "estimate", "in_bytes", "layouts", "planned_nodes", "table"]

@@ -17,6 +17,7 @@ KINDS: Final = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "bro
 """The kinds of collectives, in the order of a table."""
 
 _NAMESPACES: Final = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
+_GROUPS: Final = ("process_group", "group_name")
 _KIND_BY_NAME: Final = {
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
@@ -32,7 +33,7 @@ _KIND_BY_NAME: Final = {
     "recv": "recv",
     "irecv": "recv",
 }
-_SILENT: Final = ("barrier", "monitored_barrier", "wait_tensor", "batch_p2p_ops")
+_SILENT: Final = ("barrier", "monitored_barrier", "batch_p2p_ops")
 
 
 class Call(NamedTuple):
@@ -48,8 +49,8 @@ class Call(NamedTuple):
 
 
 def is_collective(func: Any) -> bool:
-    """Whether an operator of torch is a collective, or waits for one."""
-    return func.namespace in _NAMESPACES
+    """Whether an operator of torch is called for a process group."""
+    return func.namespace in _NAMESPACES and any(each.name in _GROUPS for each in func._schema.arguments)
 
 
 def call_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> tuple[Call | None, list[Tensor]]:
@@ -131,7 +132,9 @@ def make_work(tensors: list[Tensor]) -> Any:
 def _group_of(values: dict[str, Any]) -> Any:
     group = values.get("process_group", values.get("group_name"))
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group)
+        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+    if isinstance(group, dist.ProcessGroup):
+        return group
     return torch._C._distributed_c10d.ProcessGroup.unbox(group)
 
 

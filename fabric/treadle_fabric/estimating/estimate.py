@@ -23,7 +23,7 @@ from treadle_fabric.estimating.world import MAX_RANKS, PlannedEnvironment, ghost
 from treadle_fabric.precision import Precision, canonical_precision, make_precision
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
-__all__ = ["estimate"]
+__all__ = ["estimate", "planned_nodes"]
 
 
 def estimate(
@@ -73,7 +73,7 @@ def estimate(
     accumulate = check_integer("accumulate", accumulate, minimum=1)
     if world_size > MAX_RANKS:
         raise MisconfigurationException(f"world_size={world_size}: at most {MAX_RANKS:,} ranks can be estimated.")
-    nodes = _nodes(num_nodes, world_size)
+    nodes = planned_nodes(num_nodes, world_size)
     chosen, name = _strategy(strategy)
     if not chosen.uses_process_group and world_size > 1:
         raise MisconfigurationException(
@@ -227,7 +227,12 @@ def _maker(given: Any, foreach: bool) -> Callable[[Module], list[Optimizer]]:
     return make
 
 
-def _nodes(given: int | None, world_size: int) -> int:
+def planned_nodes(given: int | None, world_size: int) -> int:
+    """The number of machines: what was given, or with eight ranks each.
+
+    Raises:
+        MisconfigurationException: The machines would have different numbers of ranks.
+    """
     nodes = ceil(world_size / 8) if given is None else check_integer("num_nodes", given, minimum=1)
     if given is None and world_size % nodes:
         nodes = 1

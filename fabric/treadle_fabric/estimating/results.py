@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["Estimate", "Memory", "Traffic", "table"]
+__all__ = ["Estimate", "Memory", "Traffic", "in_bytes", "table"]
 
 
 @dataclass(frozen=True)

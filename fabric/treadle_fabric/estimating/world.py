@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -95,6 +96,15 @@ def ghost_world(rank: int, world_size: int) -> Generator[None]:
         stack.enter_context(mock.patch("torch.nn.parallel.distributed._verify_param_shape_across_processes"))
         stack.enter_context(mock.patch.object(dist.Reducer, "_rebuild_buckets", _rebuilder()))
         stack.enter_context(_few_chunks())
+        from torch.distributed.device_mesh import DeviceMesh  # heavy
+
+        for name in ("__init__", "__getitem__", "_flatten"):
+            stack.enter_context(mock.patch.object(DeviceMesh, name, _with_values(getattr(DeviceMesh, name))))
+        # ranks that share layers compare what they have, which is a matter of values, and of the first step only
+        from treadle_fabric.strategies import model_parallel  # heavy
+
+        for name in ("align_random_state", "check_inputs_alike", "check_gradients_alike"):
+            stack.enter_context(mock.patch.object(model_parallel, name, _nothing))
         # whether gradients are finite is a value, too
         stack.enter_context(mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _step_always))
         yield
@@ -147,6 +157,21 @@ class _Chunks:
         if start >= end:
             return self._tensor.new_empty(0)
         return self._tensor.narrow(self._dim, start, min(self._size, end - start))
+
+
+def _with_values(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method make tensors with values, also where others have none."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return method(*args, **kwargs)
+
+    return run
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Take the place of what needs values."""
 
 
 def _step_always(scaler: Any, optimizer: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
