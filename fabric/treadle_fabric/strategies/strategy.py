@@ -107,11 +107,20 @@ class Strategy(ABC):
             num_nodes: Machines.
         """
         self._accelerator = self._accelerator or parts.accelerator
-        self._precision = self._precision or parts.precision
+        precision = self._precision or parts.precision
+        self._precision = None if precision is None else self.precision_for(precision)
         if parts.devices and self._precision is not None:
             self._precision.place(parts.devices[0].type)
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
         self.assign_devices(list(parts.devices), parts.environment, num_nodes)
+
+    def precision_for(self, precision: Precision) -> Precision:
+        """The precision as this strategy's engine carries it out. Default: as it is.
+
+        Raises:
+            MisconfigurationException: The engine cannot compute in it.
+        """
+        return precision
 
     @property
     @abstractmethod
@@ -324,7 +333,12 @@ class Strategy(ABC):
             elif not self.shards_parameters:  # a device may not have room for all of what is sharded
                 stack.enter_context(self.root_device)
             stack.enter_context(self.precision.module_init_context())
+            stack.enter_context(self.engine_init_context())
             yield
+
+    def engine_init_context(self) -> AbstractContextManager[Any]:
+        """What the engine adds to :meth:`module_init_context`, where modules are made with their values."""
+        return contextlib.nullcontext()
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """What the strategy has to add to a loader. Default: nothing."""
