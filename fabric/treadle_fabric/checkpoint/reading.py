@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import Any
 
-from treadle_fabric.checkpoint.folder.layout import has_manifest, identity, identity_of
+from treadle_fabric.checkpoint.folder.layout import LATEST, has_manifest, identity, identity_of
 from treadle_fabric.checkpoint.folder.manifest import read_manifest, verify
 from treadle_fabric.checkpoint.folder.placing import bring_back, forget_asides, remove_folder
 from treadle_fabric.checkpoint.folder.remote import exists_remote, manifest_at, remove_remote
@@ -27,11 +27,22 @@ def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool
     if source is None:
         return load_file(path, map_location, weights_only)
     try:
+        if _is_foreign(source):
+            from treadle_fabric.checkpoint.zero.foreign import load_deepspeed_folder  # few folders are of that kind
+
+            return load_deepspeed_folder(source.name, map_location)
         return load_folder(source, map_location, weights_only)
     except CheckpointError:
         if folder_at(path) is not None:
             raise
         return load_file(path, map_location, weights_only)  # a file took its place
+
+
+def _is_foreign(source: FolderSource) -> bool:
+    """Whether this is a folder that DeepSpeed wrote, and we did not."""
+    if not isinstance(source, LocalSource) or has_manifest(source.path):
+        return False
+    return os.path.isfile(os.path.join(source.path, LATEST))
 
 
 def folder_at(path: PathLike) -> FolderSource | None:

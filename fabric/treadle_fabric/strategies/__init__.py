@@ -89,7 +89,6 @@ STRATEGY_REGISTRY.register(
 )
 
 
-
 def _deepspeed(**arguments: Any) -> Strategy:
     strategy: Strategy = getattr(sys.modules[__name__], "DeepSpeedStrategy")(**arguments)  # noqa: B009 # as above
     return strategy

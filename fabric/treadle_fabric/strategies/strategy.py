@@ -285,6 +285,17 @@ class Strategy(ABC):
 
     # Set-up
 
+    def configure_steps(self, accumulate: int | None, clip_norm: float) -> None:
+        """Learn how a trainer steps, before any process is started. Default: nothing.
+
+        Args:
+            accumulate: The number of batches of an optimizer step; None: it changes during the run.
+            clip_norm: Where the engine ``handles_gradient_clipping``, the largest norm of the gradients; 0: any.
+
+        Raises:
+            MisconfigurationException: The engine was configured to step otherwise.
+        """
+
     @abstractmethod
     def setup_module(self, module: Module) -> Module:
         """Wrap a module, already on its device, into the engine that runs it."""

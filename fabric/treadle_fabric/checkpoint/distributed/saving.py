@@ -100,7 +100,13 @@ class ShardedSave:
         def keep(split: Split) -> None:
             nonlocal stream, storages
             self._plain = _Plain(split.content() if ranks.rank == 0 else None, split.own)
+            self._writers = split.writers
             if arena is not None:
+                if split.writers:
+                    raise CheckpointError(
+                        "an engine writes files of its own into the folder, which cannot be done in the background. "
+                        "Leave AsyncCheckpointIO out, or give it a TorchCheckpointIO, which gathers the tensors."
+                    )
                 stream, storages = tensor_pickle.dump(self._plain)
 
         def begin() -> tuple[Split, Summary]:
@@ -119,6 +125,7 @@ class ShardedSave:
         mine = [(name, split.replicated[name]) for name, rank in owners.items() if rank == ranks.rank]
         whole = [Piece.whole(name, tensor) for name, tensor in (*mine, *found)]
         self._error: BaseException | None = None
+        self._writers = split.writers
         self._pieces: list[Piece] = []
         try:
             if split.elsewhere:
@@ -169,6 +176,8 @@ class ShardedSave:
                     torch.save(on_host(piece.values), stream)
                     _add(entries, piece, {"file": name, "start": start, "length": stream.tell() - start})
             files[name] = stream.size, stream.crc
+        for writer in self._writers:
+            files.update(writer.write(self._destination))
         plain = {PLAIN: self._plain.content, rank_file(ranks.rank): self._plain.own or None}
         for name, content in plain.items():
             if content is not None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from treadle_fabric.checkpoint.kept import KeptTensor
 from treadle_fabric.checkpoint.per_rank import PerRank
 
 __all__ = []
@@ -42,6 +43,9 @@ class Split:
         self.replicated: dict[str, Tensor] = {}
         self.sharded: dict[str, Any] = {}
         self.own: dict[str, Any] = {}
+        self.writers: list[Any] = []
+        """What writes the tensors that are kept in files of another library; on every rank the same."""
+        self._kept: dict[str, Tensor] = {}
         self._own_stand_ins: dict[str, Tensor] = {}
         self._stand_ins: dict[str, Tensor] = {}
         self._known: dict[Any, Tensor] = {}
@@ -49,7 +53,8 @@ class Split:
 
     def content(self) -> dict[str, Any]:
         """The content of ``meta.pt``. A stand-in and its name stay together, because each stand-in is one object."""
-        return {"state": self.structure, "tensors": self._stand_ins, "per_rank": self._own_stand_ins}
+        kept = {"engine": self._kept} if self._kept else {}
+        return {"state": self.structure, "tensors": self._stand_ins, "per_rank": self._own_stand_ins, **kept}
 
     def _replace(self, value: Any, name: str) -> Any:
         if isinstance(value, PerRank):
@@ -57,6 +62,8 @@ class Split:
                 name += "'"
             self.own[name], self._own_stand_ins[name] = value.value, (stand_in := torch.empty(0, device="cpu"))
             return stand_in
+        if isinstance(value, KeptTensor):
+            return self._kept_elsewhere(value)
         if isinstance(value, Tensor):
             self.tensors[name] = value
         if type(value) in (Tensor, Parameter) and value.is_meta:
@@ -77,6 +84,14 @@ class Split:
         self._known[key] = self._stand_ins[name] = stand_in
         (self.sharded if sharded else self.replicated)[name] = value
         return stand_in
+
+    def _kept_elsewhere(self, value: KeptTensor) -> Tensor:
+        """A stand-in for what an engine writes into files of its own."""
+        if value.key not in self._kept:
+            self._kept[value.key] = torch.zeros((), dtype=value.dtype, device="cpu").expand(value.shape)
+            if not any(writer is value.writer for writer in self.writers):
+                self.writers.append(value.writer)
+        return self._kept[value.key]
 
     def _elsewhere(self, value: Tensor, name: str) -> Tensor:
         """A stand-in for what another rank may have."""

@@ -93,7 +93,9 @@ class LocalFolder(Destination):
 
     @contextlib.contextmanager
     def file(self, name: str) -> Iterator[Any]:
-        with open(os.path.join(self._temporary, name), "xb") as file, checksummed(file) as stream:
+        path = os.path.join(self._temporary, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "xb") as file, checksummed(file) as stream:
             yield stream
             file.flush()
             os.fsync(file.fileno())
@@ -105,7 +107,8 @@ class LocalFolder(Destination):
                 raise not_seen(name)
         with self.file(MANIFEST) as stream:
             stream.write(manifest)
-        sync_folder(self._temporary)
+        for folder in {os.path.dirname(os.path.join(self._temporary, name)) for name in (*sizes, MANIFEST)}:
+            sync_folder(folder)
         put_in_place(self._temporary, self._path)
 
     def end(self) -> None:

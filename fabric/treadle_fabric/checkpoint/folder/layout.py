@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from treadle_fabric.errors import CheckpointError
 
 __all__ = [
+    "ENGINE_TAG",
     "INDEX",
+    "LATEST",
     "MANIFEST",
     "PLAIN",
+    "files_in",
     "has_manifest",
     "identity",
     "identity_of",
@@ -30,7 +33,14 @@ PLAIN: Final = "meta.pt"
 """The file of everything but the large tensors."""
 INDEX: Final = ".metadata"
 """The index that torch.distributed.checkpoint would read. It is a pickle, and is never read here."""
-PART: Final = re.compile(r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp|rank_\d+\.pt")
+LATEST: Final = "latest"
+"""The file in which DeepSpeed keeps the name of the newest part of a folder."""
+ENGINE_TAG: Final = "checkpoint"
+"""The name of the one part that a folder of ours has, where DeepSpeed writes into it: a folder of DeepSpeed's files."""
+PART: Final = re.compile(
+    r"manifest\.json|meta\.pt|\.metadata|__\d+_\d+\.distcp|rank_\d+\.pt"
+    rf"|{LATEST}|{ENGINE_TAG}/[a-z0-9_]{{0,80}}_states\.pt"
+)
 _READS: Final = 5
 HEAD: Final = re.compile(rb'\{"crc32": "([0-9a-f]{8})",\n')
 
@@ -87,9 +97,25 @@ def refuse_foreign(path: str) -> None:
 
 def _foreign_in(path: str | os.PathLike[str]) -> str | None:
     """The name of something in a folder that is no part of a checkpoint; None if there is no such thing."""
+    return next((name for name in files_in(path, folders=True) if not PART.fullmatch(name)), None)
+
+
+def files_in(path: str | os.PathLike[str], *, folders: bool = False) -> Iterator[str]:
+    """The names of the files in a folder, and in the one folder in it that is part of a checkpoint.
+
+    Args:
+        path: The folder.
+        folders: Give the names of all other folders in it, too.
+    """
     with os.scandir(path) as entries:
-        strange = (e.name for e in entries if e.is_dir(follow_symlinks=False) or not PART.fullmatch(e.name))
-        return next(strange, None)
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                yield entry.name
+            elif entry.name == ENGINE_TAG:
+                with os.scandir(entry.path) as inner:
+                    yield from (f"{ENGINE_TAG}/{each.name}" for each in inner)
+            elif folders:
+                yield entry.name
 
 
 def representative(path: str | os.PathLike[str]) -> str:
@@ -146,7 +172,7 @@ def size_of(path: str | os.PathLike[str]) -> int:
     """Bytes of a checkpoint, be it a file or a folder."""
     if not os.path.isdir(path):
         return os.stat(path).st_size
-    return sum(entry.stat().st_size for entry in os.scandir(path))
+    return sum(os.stat(os.path.join(path, name)).st_size for name in files_in(path))
 
 
 def is_folder(path: str) -> bool:

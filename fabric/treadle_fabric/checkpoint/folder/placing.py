@@ -16,7 +16,7 @@ import shutil
 import time
 from typing import Final
 
-from treadle_fabric.checkpoint.folder.layout import MANIFEST, PART, is_folder, is_sharded, refuse_foreign
+from treadle_fabric.checkpoint.folder.layout import MANIFEST, PART, files_in, is_folder, is_sharded, refuse_foreign
 from treadle_fabric.checkpoint.folder.manifest import sync_folder
 from treadle_fabric.checkpoint.folder.names import hidden_beside
 
@@ -217,9 +217,10 @@ def link_folder(target: str, link: str, *, or_copy: bool = False) -> None:
     fresh = make_temporary(os.path.abspath(link))
     lock = lock_folder(fresh)
     try:
-        names = sorted(filter(PART.fullmatch, os.listdir(target)), key=lambda name: name == MANIFEST)
+        names = sorted(filter(PART.fullmatch, files_in(target)), key=lambda name: name == MANIFEST)
         for name in names:
             ours, theirs = os.path.join(target, name), os.path.join(fresh, name)
+            os.makedirs(os.path.dirname(theirs), exist_ok=True)
             try:
                 os.link(ours, theirs)
             except OSError:

@@ -45,6 +45,10 @@ def _load(source: FolderSource, map_location: Any | None, weights_only: bool | N
         set_checked(present)
     content = _load_plain(source, present, manifest, map_location, weights_only, packed)
     found = {id(s): _tensor(source, present, manifest["tensors"][n], s) for n, s in content["tensors"].items()}
+    if kept := content.get("engine"):
+        from treadle_fabric.checkpoint.zero.ours import engine_tensors  # few folders have DeepSpeed's files
+
+        found.update(engine_tensors(source, manifest["files"], kept))
     state: dict[str, Any] = map_leaves(content["state"], lambda value, _: found.get(id(value), value), "")
     return state
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from treadle_fabric.checkpoint.kept import KeptTensor
 from treadle_fabric.checkpoint.per_rank import PerRank
 from treadle_fabric.checkpoint.values.kinds import classes_beside, take_kind
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
@@ -339,7 +340,9 @@ def _without_alias(value: Any) -> Any:
 
 
 def _is_plain_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) and type(value).__module__.partition(".")[0] == "torch"
+    return isinstance(value, KeptTensor) or (
+        isinstance(value, Tensor) and type(value).__module__.partition(".")[0] == "torch"
+    )
 
 
 def _is_plain_key(key: Any) -> bool:

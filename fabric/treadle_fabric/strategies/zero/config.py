@@ -151,7 +151,7 @@ def config_of(given: Config | None, arguments: Mapping[str, Any], defaults: Mapp
         for name, block in (("offload_optimizer", _OPTIMIZER), ("offload_parameters", _PARAMETERS)):
             if arguments[name] and _at(config, (_ZERO, block, "device")) in (None, "none"):
                 _add(config, name, (_ZERO, block, "device"), arguments[f"{_WHERE[name]}_device"])
-    for name, block in (("offload_optimizer", _OPTIMIZER), ("offload_parameters", _PARAMETERS)):
+    for block in (_OPTIMIZER, _PARAMETERS):
         if (offload := _at(config, (_ZERO, block))) is not None and isinstance(offload, dict):
             offload.setdefault("pin_memory", arguments["pin_memory"])
             if offload.get("device") == "nvme":
@@ -351,6 +351,8 @@ def engine_config(
     made["gradient_accumulation_steps"] = accumulate
     if steps is not None and steps.clip_norm:
         made["gradient_clipping"] = steps.clip_norm
+    if made.get("gradient_clipping") in (None, "auto"):
+        made["gradient_clipping"] = 0.0  # DeepSpeed would clip at 1
     for name in [name for name, value in made.items() if value == "auto"]:
         del made[name]
     total = made.get("train_batch_size")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,10 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.checks import require_package
+from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
-from treadle_fabric.strategies.unwrapping import inside
+from treadle_fabric.strategies.unwrapping import inside, user_module
 
 __all__ = ["ZeroEngine", "deepspeed_for", "start"]
 
@@ -55,8 +56,24 @@ def deepspeed_for(device: torch.device, level: int) -> Any:
             f" run is on {device.type!r}. Use accelerator={name!r}, or set DS_ACCELERATOR={device.type} before"
             " DeepSpeed is imported."
         )
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    with _without_compilation():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _without_compilation() -> Generator[None]:
+    """Let DeepSpeed not compile its reduction in shared memory, which only its inference uses.
+
+    That takes a minute and a compiler on the CPU; and of a process that is killed meanwhile, torch keeps a file for
+    which all later processes wait.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    before, backend.build_shm_op = backend.build_shm_op, lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = before
 
 
 @contextmanager
@@ -94,13 +111,20 @@ class ZeroEngine(Module):
         fields["running"] = False  # a method of the module runs as the engine's forward
         zero = engine.optimizer
         fields["_zero"] = zero if hasattr(zero, "clear_backward_seen_flag") else None
+        fields["_last"] = None  # the method of the last pass with a result, and what it was called with
+        fields["_joined"] = None
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         method = kwargs.pop(METHOD_KEYWORD, None)
-        if method is None:
-            return self.deepspeed(*args, **kwargs)
+        result = self.deepspeed(*args, **kwargs) if method is None else self._run(method, args, kwargs)
+        if result is not None:
+            self.__dict__["_last"] = method, args, kwargs
+        return result
+
+    def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a method of the module as the engine's forward."""
         module, fields = self.module.__dict__, self.__dict__
         before = module.get("forward")
 
@@ -121,6 +145,12 @@ class ZeroEngine(Module):
             restore()
             fields["running"] = False
 
+    @property
+    def stepped(self) -> Any:
+        """The optimizer that steps, torch's or DeepSpeed's own; None in an evaluation."""
+        engine = self.deepspeed
+        return getattr(engine.optimizer, "optimizer", None) or engine.basic_optimizer
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss; the other arguments are those of ``Tensor.backward``."""
         engine = self.deepspeed
@@ -132,6 +162,61 @@ class ZeroEngine(Module):
             engine.scale(loss).backward(*args, **kwargs)
         else:
             engine.backward(loss, retain_graph=bool(kwargs.get("retain_graph")))
+
+    def join_forward(self, method: str) -> None:
+        """Take part in a pass of other ranks: run the last batch once more, which changes nothing here.
+
+        Raises:
+            MisconfigurationException: This rank had no batch yet.
+        """
+        if self._last is None:
+            raise MisconfigurationException(
+                f"Rank {dist.get_rank()} has no batch at all, and other ranks have: ranks work together in each pass,"
+                " and this one does not know which parameters are used. Give every rank a batch at least."
+            )
+        called, args, kwargs = self._last
+        own = user_module(self.module)
+        buffers = {buffer: buffer.detach().clone() for buffer in own.buffers()}
+        silent = {name: own.__dict__.get(name, _MISSING) for name in ("log", "log_dict") if hasattr(own, name)}
+        own.__dict__.update(dict.fromkeys(silent, _say_nothing))
+        try:
+            with torch.random.fork_rng():
+                output = self.deepspeed(*args, **kwargs) if called is None else self._run(called, args, kwargs)
+            with torch.no_grad():
+                for buffer, value in buffers.items():
+                    buffer.copy_(value)
+        finally:
+            for name, value in silent.items():
+                if value is _MISSING:
+                    own.__dict__.pop(name, None)
+                else:
+                    own.__dict__[name] = value
+        self.__dict__["_joined"] = output
+
+    def join_backward(self) -> None:
+        """Take part in a backward pass of other ranks, with gradients of zero."""
+        output, self.__dict__["_joined"] = self._joined, None
+        parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not parts:
+            self.join_forward("")
+            output, self.__dict__["_joined"] = self._joined, None
+            parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        self.backward(torch.stack([t.sum().float() * 0 for t in parts]).sum())
+
+    def discard(self) -> None:
+        """Forget the gradients of the backward passes since the last step."""
+        engine, zero = self.deepspeed, self._zero
+        if engine.managed_gradient_accumulation() or not engine._unmanaged_backward_count:
+            return
+        engine._unmanaged_backward_count = 0
+        if zero is None:
+            engine.zero_grad()
+            return
+        zero.zero_grad()
+        if not self._counts_passes:
+            zero.micro_step_id = -1
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
 
     def step(self) -> None:
         """Step the optimizer with what the backward passes have left; without any, do nothing."""
@@ -147,6 +232,13 @@ class ZeroEngine(Module):
             if engine is None:
                 raise
             return getattr(engine, name)
+
+
+_MISSING: Final = object()
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """What a pass logs that others make."""
 
 
 @inside.register
@@ -175,7 +267,7 @@ def start(
         local_rank: That of this process.
     """
     index = local_rank if device.index is None else device.index
-    with local_rank_told(local_rank):
+    with local_rank_told(local_rank), _scalars_sent(module):
         engine, *_ = deepspeed.initialize(
             args=_Arguments(index),
             model=module,
@@ -186,6 +278,34 @@ def start(
             config=config,
         )
     return ZeroEngine(engine, module)
+
+
+@contextmanager
+def _scalars_sent(module: Module) -> Generator[None]:
+    """Let the engine send parameters without dimensions, too, from rank 0 to all; DeepSpeed looks at their bytes.
+
+    Those of a tensor without dimensions cannot be looked at.
+    """
+    scalars = [p for p in module.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
+    if not scalars:
+        yield
+        return
+    kind: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    send = kind._broadcast_model
+
+    def send_all(engine: Any) -> None:
+        for p in scalars:
+            dist.broadcast(p.data, 0)
+            p.ds_optim_param = True  # type: ignore[attr-defined] # which DeepSpeed does not send
+        send(engine)
+        for p in scalars:
+            del p.ds_optim_param
+
+    kind._broadcast_model = send_all
+    try:
+        yield
+    finally:
+        kind._broadcast_model = send
 
 
 def trained(module: Module) -> Iterator[Tensor]:
