@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Final
@@ -21,13 +21,15 @@ from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.precision import Precision
+from treadle_fabric.precision import Precision, needs_closure
 from treadle_fabric.precision.deepspeed import DeepSpeedPrecision
 from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.unwrapping import user_module
 from treadle_fabric.strategies.zero.config import (
     Steps,
     check_batch,
     check_precision,
+    check_steps,
     config_of,
     engine_config,
     read_config,

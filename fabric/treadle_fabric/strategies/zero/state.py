@@ -53,8 +53,8 @@ class ZeroStateStrategy(CheckpointingStrategy):
     them when the folder is read, so that it is a checkpoint like any other for every strategy and number of processes;
     and each rank takes its part of whole tensors, wherever they come from.
 
-    With a checkpoint IO that writes single files, the tensors are gathered one after the other, and rank 0 keeps them on
-    the host.
+    With a checkpoint IO that writes single files, the tensors are gathered one after the other, and rank 0 keeps them
+    on the host.
     """
 
     @property
@@ -230,7 +230,7 @@ def _check_shapes(state: Mapping[str, Any], parameters: Mapping[str, Parameter])
 
 
 def _entries(optimizer: Optimizer, parts: list[Held]) -> tuple[dict[str, Any], dict[str, torch.dtype]]:
-    """The entries of the state of a partition: those that are one value for all of it, and those that lie as it does."""
+    """The entries of a partition's state: those that are one value for all of it, and those that lie as it does."""
     for held in parts:
         state = optimizer.state.get(held.flat)
         if state:
