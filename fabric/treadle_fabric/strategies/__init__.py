@@ -27,6 +27,7 @@ from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
 
 if TYPE_CHECKING:
+    from treadle_fabric.strategies.deepspeed import DeepSpeedStrategy
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
@@ -43,6 +44,7 @@ __all__ = [
     "STRATEGY_REGISTRY",
     "CheckpointingStrategy",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "NativeStepStrategy",
@@ -86,11 +88,38 @@ STRATEGY_REGISTRY.register(
     "fsdp_cpu_offload", _fsdp, description="Fully sharded data parallelism, parts on the host", cpu_offload=True
 )
 
+
+def _deepspeed(**arguments: Any) -> Strategy:
+    strategy: Strategy = getattr(sys.modules[__name__], "DeepSpeedStrategy")(**arguments)  # noqa: B009 # as above
+    return strategy
+
+
+STRATEGY_REGISTRY.register("deepspeed", _deepspeed, description="ZeRO on DeepSpeed, as its config has it, or stage 2")
+for _stage in (1, 2, 3):
+    _offload = {"stage": _stage, "offload_optimizer": True, "offload_parameters": _stage == 3}
+    STRATEGY_REGISTRY.register(
+        f"deepspeed_stage_{_stage}", _deepspeed, description=f"Stage {_stage} of ZeRO on DeepSpeed", stage=_stage
+    )
+    STRATEGY_REGISTRY.register(
+        f"deepspeed_stage_{_stage}_offload",
+        _deepspeed,
+        description=f"Stage {_stage} of ZeRO on DeepSpeed, what is not computed with on the host",
+        **_offload,
+    )
+STRATEGY_REGISTRY.register(
+    "deepspeed_stage_3_offload_nvme",
+    _deepspeed,
+    description="Stage 3 of ZeRO on DeepSpeed, what is not computed with on a disk",
+    **_offload,
+    remote_device="nvme",
+    offload_params_device="nvme",
+    offload_optimizer_device="nvme",
+)
+
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "DeepSpeedStrategy",
             "SingleDeviceXLAStrategy",
             "XLAFSDPStrategy",
             "XLAStrategy",
@@ -99,6 +128,7 @@ if not TYPE_CHECKING:  # which tell of any other name
         otherwise=on_demand(  # most programs shard nothing
             __name__,
             {
+                "DeepSpeedStrategy": "treadle_fabric.strategies.deepspeed",
                 "FSDPStrategy": "treadle_fabric.strategies.fsdp",
                 "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
                 "apply_tensor_parallel": "treadle_fabric.strategies.parallelism.plans",

@@ -107,11 +107,20 @@ class Strategy(ABC):
             num_nodes: Machines.
         """
         self._accelerator = self._accelerator or parts.accelerator
-        self._precision = self._precision or parts.precision
+        precision = self._precision or parts.precision
+        self._precision = None if precision is None else self.precision_for(precision)
         if parts.devices and self._precision is not None:
             self._precision.place(parts.devices[0].type)
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
         self.assign_devices(list(parts.devices), parts.environment, num_nodes)
+
+    def precision_for(self, precision: Precision) -> Precision:
+        """The precision as this strategy's engine carries it out. Default: as it is.
+
+        Raises:
+            MisconfigurationException: The engine cannot compute in it.
+        """
+        return precision
 
     @property
     @abstractmethod
@@ -276,6 +285,17 @@ class Strategy(ABC):
 
     # Set-up
 
+    def configure_steps(self, accumulate: int | None, clip_norm: float) -> None:
+        """Learn how a trainer steps, before any process is started. Default: nothing.
+
+        Args:
+            accumulate: The number of batches of an optimizer step; None: it changes during the run.
+            clip_norm: Where the engine ``handles_gradient_clipping``, the largest norm of the gradients; 0: any.
+
+        Raises:
+            MisconfigurationException: The engine was configured to step otherwise.
+        """
+
     @abstractmethod
     def setup_module(self, module: Module) -> Module:
         """Wrap a module, already on its device, into the engine that runs it."""
@@ -324,7 +344,12 @@ class Strategy(ABC):
             elif not self.shards_parameters:  # a device may not have room for all of what is sharded
                 stack.enter_context(self.root_device)
             stack.enter_context(self.precision.module_init_context())
+            stack.enter_context(self.engine_init_context())
             yield
+
+    def engine_init_context(self) -> AbstractContextManager[Any]:
+        """What the engine adds to :meth:`module_init_context`, where modules are made with their values."""
+        return contextlib.nullcontext()
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """What the strategy has to add to a loader. Default: nothing."""
