@@ -6,7 +6,7 @@ folder and its manifest; ``torch_file.py`` writes and reads one file, ``distribu
 ``stored/`` reads it; ``reading.py`` reads the one or the other, and ``newest.py`` lists the checkpoints in a folder.
 ``per_rank.py`` marks values that each rank has of its own, and ``fingerprint.py`` tells whether ranks have the same
 tensor. ``values/`` makes values of any kind plain for a file, and turns them back; ``host/`` is about the memory of the
-host. ``export/`` makes files for other programs. Imports only the foundation.
+host. ``export/`` makes files for other programs, and ``zero/`` reads the files of DeepSpeed. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
@@ -46,6 +46,7 @@ from treadle_fabric.checks import on_demand
 if TYPE_CHECKING:
     from treadle_fabric.checkpoint.export.consolidate import consolidate
     from treadle_fabric.checkpoint.export.exporting import ExportingCheckpointIO
+    from treadle_fabric.checkpoint.zero.converting import convert_zero_checkpoint_to_fp32_state_dict
 
 __all__ = [
     "NAME_BYTES",
@@ -63,6 +64,7 @@ __all__ = [
     "checkpoints_in",
     "classes_in_state",
     "consolidate",
+    "convert_zero_checkpoint_to_fp32_state_dict",
     "error_of",
     "files_mapped",
     "fill",
@@ -102,5 +104,6 @@ if not TYPE_CHECKING:
         {
             "ExportingCheckpointIO": "treadle_fabric.checkpoint.export.exporting",
             "consolidate": "treadle_fabric.checkpoint.export.consolidate",
+            "convert_zero_checkpoint_to_fp32_state_dict": "treadle_fabric.checkpoint.zero.converting",
         },
     )

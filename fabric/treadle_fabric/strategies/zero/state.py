@@ -127,7 +127,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
                 if id(parameter) in trains and (scalars or flats):
                     name, shape = engine.param_names[parameter], full_shape(parameter)
                     kept = {k: KeptTensor(writer, state_key(name, k), shape, dtype) for k, dtype in flats.items()}
-                    states[key] = {**scalars, **kept}
+                    states[key] = {**{k: _copied(v) for k, v in scalars.items()}, **kept}  # each has its own count
             options = {key: value for key, value in group.items() if key != "params"}
             groups.append({**options, "params": list(range(first, first + len(parameters)))})
         return self.as_stored({"state": states, "param_groups": groups, **counters})
@@ -235,7 +235,7 @@ def _entries(optimizer: Optimizer, parts: list[Held]) -> tuple[dict[str, Any], d
         state = optimizer.state.get(held.flat)
         if state:
             flat = {k: v.dtype for k, v in state.items() if isinstance(v, Tensor) and v.shape == held.flat.shape}
-            return {k: _copied(v) for k, v in state.items() if k not in flat}, flat
+            return {k: v for k, v in state.items() if k not in flat}, flat
     return {}, {}
 
 
