@@ -18,7 +18,16 @@ from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["check_share", "folder_at", "lies_at", "load_any", "read_outline", "read_folder", "read_quickly", "remove_any"]
+__all__ = [
+    "check_share",
+    "folder_at",
+    "lies_at",
+    "load_any",
+    "read_folder",
+    "read_outline",
+    "read_quickly",
+    "remove_any",
+]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -268,7 +268,12 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
             self._batch_size = size
         return dataloader
 
-    def configure_steps(self, accumulate: int | None, clip_norm: float) -> None:
+    def configure_steps(self, accumulate: int, clip_norm: float, clip_value: float) -> None:
+        if clip_value:
+            raise MisconfigurationException(
+                f"gradient_clip_val={clip_value} with gradient_clip_algorithm='value', and DeepSpeed's engine clips by"
+                " the norm of all gradients: use gradient_clip_algorithm='norm'."
+            )
         steps = Steps(accumulate, clip_norm)
         check_steps(self._config, steps)
         self._steps = steps

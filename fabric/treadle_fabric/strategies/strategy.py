@@ -285,12 +285,13 @@ class Strategy(ABC):
 
     # Set-up
 
-    def configure_steps(self, accumulate: int | None, clip_norm: float) -> None:
+    def configure_steps(self, accumulate: int, clip_norm: float, clip_value: float) -> None:
         """Learn how a trainer steps, before any process is started. Default: nothing.
 
         Args:
-            accumulate: The number of batches of an optimizer step; None: it changes during the run.
-            clip_norm: Where the engine ``handles_gradient_clipping``, the largest norm of the gradients; 0: any.
+            accumulate: The number of batches of an optimizer step, at first.
+            clip_norm: The largest norm of the gradients; 0: any.
+            clip_value: The largest entry of the gradients; 0: any.
 
         Raises:
             MisconfigurationException: The engine was configured to step otherwise.

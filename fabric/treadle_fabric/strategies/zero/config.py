@@ -62,8 +62,8 @@ _DEVICES: Final = ("cpu", "nvme", "none")
 class Steps(NamedTuple):
     """How a trainer steps, of which DeepSpeed's config says something, too."""
 
-    accumulate: int | None = None
-    """The number of batches of an optimizer step; None where it changes during the run."""
+    accumulate: int = 1
+    """The number of batches of an optimizer step, at first."""
     clip_norm: float = 0.0
     """The largest norm of the gradients; 0: any."""
 
@@ -285,7 +285,7 @@ def check_steps(config: Mapping[str, Any], steps: Steps) -> None:
     said = config.get("gradient_accumulation_steps")
     if said not in (None, "auto", 1) and said != steps.accumulate:
         raise MisconfigurationException(
-            f"accumulate_grad_batches={steps.accumulate or 'one that changes'}, and the DeepSpeed config has"
+            f"accumulate_grad_batches={steps.accumulate}, and the DeepSpeed config has"
             f" gradient_accumulation_steps={said!r}. Leave it out of the config: the Trainer accumulates."
         )
     clip = config.get("gradient_clipping")
@@ -342,6 +342,7 @@ def engine_config(
     if block == "fp16":
         for name, value in scaling.items():
             made["fp16"].setdefault(_PLACES[name][1], value)
+    made.setdefault("zero_force_ds_cpu_optimizer", False)  # the user's own optimizer steps, on the host too
     accumulate = made.get("gradient_accumulation_steps")
     if steps is not None or accumulate in (None, "auto", 1):
         accumulate = 1
