@@ -17,6 +17,7 @@ from treadle_fabric.checkpoint.distributed.split import map_leaves
 from treadle_fabric.checkpoint.kept import KeptTensor
 from treadle_fabric.checkpoint.zero.ours import state_key, weight_key
 from treadle_fabric.errors import CheckpointMismatchError
+from treadle_fabric.strategies.parts import own_groups
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
 from treadle_fabric.strategies.unwrapping import (
@@ -121,7 +122,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
         states: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         trains = trained(engine)
-        for group, parameters in zip(optimizer.param_groups, self._groups(), strict=True):
+        for group, parameters in zip(optimizer.param_groups, own_groups(optimizer), strict=True):
             first = sum(len(each["params"]) for each in groups)
             for key, parameter in enumerate(parameters, first):
                 if id(parameter) in trains and (scalars or flats):
@@ -145,7 +146,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
 
     def _load_parts(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         engine, groups = self.engine, state["param_groups"]
-        have = self._groups()
+        have = own_groups(optimizer)
         if [len(group["params"]) for group in groups] != list(map(len, have)):
             raise ValueError("loaded state dict contains parameter groups that do not match the optimizer's")
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
@@ -184,6 +185,15 @@ class ZeroStateStrategy(CheckpointingStrategy):
         found: dict[str, Any] = map_leaves(content, gather, "")
         return found
 
+    @property
+    def gradient_layout(self) -> str:
+        engine = self.engine
+        if engine is None or not is_partitioned(engine):
+            return ""
+        offload = ", in memory of the host" if getattr(engine.optimizer, "cpu_offload", False) else ""
+        offload = ", in memory of the host" if getattr(engine.optimizer, "offload_optimizer", False) else offload
+        return f"ZeRO {engine.zero_optimization_stage()} on {self.world_size} processes{offload}"
+
     def engine_state(self) -> dict[str, Any]:
         """What DeepSpeed's engine keeps from one micro-batch to the next, on this rank."""
         engine = self.engine
@@ -205,15 +215,6 @@ class ZeroStateStrategy(CheckpointingStrategy):
         if found is None:
             found = engine._treadle_writer = ZeroWriter(engine)
         return found
-
-    @property
-    @abstractmethod
-    def optimizer_groups(self) -> Sequence[Sequence[Parameter]]:
-        """The parameters of each group of the optimizer, as they were before the engine was made."""
-
-    def _groups(self) -> list[list[Parameter]]:
-        return [list(group) for group in self.optimizer_groups]
-
 
 def _numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", 0))
