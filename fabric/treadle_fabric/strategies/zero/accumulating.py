@@ -25,7 +25,8 @@ def engine_buffers(engine: Any) -> dict[str, Any]:
     if hasattr(zero, "micro_step_id"):
         found["micro_step_id"] = zero.micro_step_id
     if hasattr(zero, "grad_partitions_flat_buffer"):  # ZeRO 3
-        found["micro_step_id"] += int(bool(getattr(zero, "_epilogue_ran_this_backward", False)))  # the next pass counts it
+        # the next pass counts the one before
+        found["micro_step_id"] += int(bool(getattr(zero, "_epilogue_ran_this_backward", False)))
         found["partitions"] = zero.grad_partitions_flat_buffer.detach().clone()
         return found
     if hasattr(zero, "all_grad_tensors"):  # ZeRO 1 and 2

@@ -216,6 +216,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
             found = engine._treadle_writer = ZeroWriter(engine)
         return found
 
+
 def _numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", 0))
 
