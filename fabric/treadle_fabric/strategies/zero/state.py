@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import in_memory
 from treadle_fabric.checkpoint.distributed.split import map_leaves
-from treadle_fabric.checkpoint.kept import KeptTensor
+from treadle_fabric.checkpoint.kept import KeptTensor, are_kept
 from treadle_fabric.checkpoint.zero.ours import state_key, weight_key
 from treadle_fabric.errors import CheckpointMismatchError
 from treadle_fabric.strategies.parts import own_groups
@@ -68,10 +68,10 @@ class ZeroStateStrategy(CheckpointingStrategy):
         return True
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        """The state of the user's module; its parameters are in DeepSpeed's files if checkpoints are folders.
+        """The state of the user's module, with whole parameters on rank 0, and on the meta device on other ranks.
 
-        In the place of each is then a tensor without content; see :class:`KeptTensor`. Where checkpoints are files, the
-        parameters are whole on rank 0, and on the meta device on other ranks.
+        Every rank calls this. In a save to a folder, DeepSpeed's files have the parameters, and none is gathered; see
+        :func:`kept_by_engines`.
         """
         state, engine = module_state(module), self.engine
         if engine is None or not self._is_of(module) or not is_partitioned(engine):
@@ -164,7 +164,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
             engine.optimizer._link_all_hp_params()
 
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
-        if self.checkpoint_io.sharded:
+        if self.checkpoint_io.sharded and are_kept():
             return content
         engine = self.engine
         parts: dict[int, Held] = {}
