@@ -297,9 +297,10 @@ class Fabric:
             check_replaced(module, before, flat, self._strategy.precision)
         engine, stepped, scheduler = self._strategy.setup_module_and_optimizers(module, flat, scheduler)
         wrapped = self._wrap_module(engine, module)
-        if not flat:
+        if not stepped:
             return wrapped if scheduler is None else (wrapped, scheduler)
-        result = (wrapped, *_like(counts, map(self._wrap_optimizer, stepped)))
+        optimizers = map(self._wrap_optimizer, stepped)
+        result = (wrapped, *(_like(counts, optimizers) if flat else optimizers))  # perhaps one that the engine made
         return result if scheduler is None else (*result, scheduler)
 
     def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:

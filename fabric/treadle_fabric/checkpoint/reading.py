@@ -18,7 +18,16 @@ from treadle_fabric.checkpoint.torch_file import file_system, load_file, reason_
 from treadle_fabric.errors import CheckpointError
 from treadle_fabric.types import PathLike
 
-__all__ = ["check_share", "folder_at", "lies_at", "load_any", "read_outline", "read_quickly", "remove_any"]
+__all__ = [
+    "check_share",
+    "folder_at",
+    "lies_at",
+    "load_any",
+    "read_folder",
+    "read_outline",
+    "read_quickly",
+    "remove_any",
+]
 
 
 def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -27,15 +36,22 @@ def load_any(path: PathLike, map_location: Any | None = None, weights_only: bool
     if source is None:
         return load_file(path, map_location, weights_only)
     try:
-        if _is_foreign(source):
-            from treadle_fabric.checkpoint.zero.foreign import load_deepspeed_folder  # few folders are of that kind
-
-            return load_deepspeed_folder(source.name, map_location)
-        return load_folder(source, map_location, weights_only)
+        return read_folder(source, map_location, weights_only)
     except CheckpointError:
         if folder_at(path) is not None:
             raise
         return load_file(path, map_location, weights_only)  # a file took its place
+
+
+def read_folder(
+    source: FolderSource, map_location: Any | None = None, weights_only: bool | None = None, *, packed: bool = False
+) -> dict[str, Any]:
+    """Read a folder of ours, or one that DeepSpeed wrote by itself; arguments as those of :func:`load_folder`."""
+    if _is_foreign(source):
+        from treadle_fabric.checkpoint.zero.foreign import load_deepspeed_folder  # few folders are of that kind
+
+        return load_deepspeed_folder(source.path_of(LATEST)[: -len(LATEST) - 1], map_location)
+    return load_folder(source, map_location, weights_only, packed=packed)
 
 
 def _is_foreign(source: FolderSource) -> bool:

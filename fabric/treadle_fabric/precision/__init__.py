@@ -19,6 +19,7 @@ from treadle_fabric.precision.precision import Precision, needs_closure
 
 if TYPE_CHECKING:
     from treadle_fabric.precision.bitsandbytes import BitsandbytesPrecision
+    from treadle_fabric.precision.deepspeed import DeepSpeedPrecision
     from treadle_fabric.precision.float8 import Float8Precision
     from treadle_fabric.precision.fsdp import FSDPPrecision
     from treadle_fabric.precision.transformer_engine import TransformerEnginePrecision
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BitsandbytesPrecision",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "FSDPPrecision",
     "Float8Precision",
@@ -45,6 +47,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "BitsandbytesPrecision": "treadle_fabric.precision.bitsandbytes",
+            "DeepSpeedPrecision": "treadle_fabric.precision.deepspeed",
             "FSDPPrecision": "treadle_fabric.precision.fsdp",
             "Float8Precision": "treadle_fabric.precision.float8",
             "TransformerEnginePrecision": "treadle_fabric.precision.transformer_engine",

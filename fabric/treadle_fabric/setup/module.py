@@ -265,7 +265,7 @@ def _bound(
 def _through_engine(
     engine: Module, strategy: Strategy, direct: Callable[..., Any], chosen: dict[str, Any]
 ) -> Callable[..., Any]:
-    always = strategy.shards_parameters
+    always = strategy.shards_parameters or strategy.forward_is_collective
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # Without gradients there is nothing to reduce, and ranks may evaluate different numbers of batches

@@ -17,7 +17,7 @@ from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.on_xla.parts import as_part, from_part
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
+from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin, elements_here, elements_of, own_groups
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.sharding.norms import is_elsewhere, local_gradients, norms, total_norm
@@ -29,6 +29,7 @@ from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import load_module_state, module_state, user_module, with_plain_names
 
 if TYPE_CHECKING:
+    from treadle_fabric.strategies.deepspeed import DeepSpeedStrategy
     from treadle_fabric.strategies.fsdp import FSDPStrategy
     from treadle_fabric.strategies.model_parallel import ModelParallelStrategy
     from treadle_fabric.strategies.parallelism.loss import sharded_cross_entropy
@@ -48,6 +49,7 @@ __all__ = [
     "STRATEGY_REGISTRY",
     "CheckpointingStrategy",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "NativeStepStrategy",
@@ -64,6 +66,8 @@ __all__ = [
     "apply_tensor_parallel",
     "as_part",
     "check_reduce_op",
+    "elements_here",
+    "elements_of",
     "from_part",
     "is_elsewhere",
     "load_module_state",
@@ -71,6 +75,7 @@ __all__ = [
     "local_gradients",
     "module_state",
     "norms",
+    "own_groups",
     "reduction_of",
     "sequence_attention",
     "sequence_offset",
@@ -108,16 +113,38 @@ STRATEGY_REGISTRY.register(
     description="Fully sharded data parallelism on devices of XLA",
 )
 
+_deepspeed = functools.partial(_make, "DeepSpeedStrategy")
+STRATEGY_REGISTRY.register("deepspeed", _deepspeed, description="ZeRO on DeepSpeed, as its config has it, or stage 2")
+for _stage in (1, 2, 3):
+    _offload = {"stage": _stage, "offload_optimizer": True, "offload_parameters": _stage == 3}
+    STRATEGY_REGISTRY.register(
+        f"deepspeed_stage_{_stage}", _deepspeed, description=f"Stage {_stage} of ZeRO on DeepSpeed", stage=_stage
+    )
+    STRATEGY_REGISTRY.register(
+        f"deepspeed_stage_{_stage}_offload",
+        _deepspeed,
+        description=f"Stage {_stage} of ZeRO on DeepSpeed, what is not computed with on the host",
+        **_offload,
+    )
+STRATEGY_REGISTRY.register(
+    "deepspeed_stage_3_offload_nvme",
+    _deepspeed,
+    description="Stage 3 of ZeRO on DeepSpeed, what is not computed with on a disk",
+    **_offload,
+    remote_device="nvme",
+    offload_params_device="nvme",
+    offload_optimizer_device="nvme",
+)
+
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {
-            "DeepSpeedStrategy",
-        },
+        set(),
         {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
         otherwise=on_demand(  # most programs shard nothing
             __name__,
             {
+                "DeepSpeedStrategy": "treadle_fabric.strategies.deepspeed",
                 "FSDPStrategy": "treadle_fabric.strategies.fsdp",
                 "ModelParallelStrategy": "treadle_fabric.strategies.model_parallel",
                 "SingleDeviceXLAStrategy": "treadle_fabric.strategies.single_xla",

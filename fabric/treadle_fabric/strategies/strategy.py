@@ -112,7 +112,8 @@ class Strategy(ABC):
             num_nodes: Machines.
         """
         self._accelerator = self._accelerator or parts.accelerator
-        self._precision = self._precision or parts.precision
+        precision = self._precision or parts.precision
+        self._precision = None if precision is None else self.precision_for(precision)
         if parts.devices and self._precision is not None:
             self._precision.place(parts.devices[0].type)
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
@@ -133,6 +134,14 @@ class Strategy(ABC):
 
     def forget_devices(self) -> None:
         """Forget the devices and the environment that this strategy has. Default: it has none of its own."""
+
+    def precision_for(self, precision: Precision) -> Precision:
+        """The precision as this strategy's engine carries it out. Default: as it is.
+
+        Raises:
+            MisconfigurationException: The engine cannot compute in it.
+        """
+        return precision
 
     @property
     @abstractmethod
@@ -297,6 +306,18 @@ class Strategy(ABC):
 
     # Set-up
 
+    def configure_steps(self, accumulate: int, clip_norm: float, clip_value: float) -> None:
+        """Learn how a trainer steps, before any process is started. Default: nothing.
+
+        Args:
+            accumulate: The number of batches of an optimizer step, at first.
+            clip_norm: The largest norm of the gradients; 0: any.
+            clip_value: The largest entry of the gradients; 0: any.
+
+        Raises:
+            MisconfigurationException: The engine was configured to step otherwise.
+        """
+
     @abstractmethod
     def setup_module(self, module: Module) -> Module:
         """Wrap a module, already on its device, into the engine that runs it."""
@@ -345,7 +366,12 @@ class Strategy(ABC):
             elif not self.shards_parameters:  # a device may not have room for all of what is sharded
                 stack.enter_context(self.root_device)
             stack.enter_context(self.precision.module_init_context())
+            stack.enter_context(self.engine_init_context())
             yield
+
+    def engine_init_context(self) -> AbstractContextManager[Any]:
+        """What the engine adds to :meth:`module_init_context`, where modules are made with their values."""
+        return contextlib.nullcontext()
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """What the strategy has to add to a loader. Default: nothing."""
@@ -440,6 +466,14 @@ class Strategy(ABC):
             module: The engine, which ran the forward pass.
             label: The same for this backward pass on every process, and for no other one.
         """
+
+    @property
+    def gradient_layout(self) -> str:
+        """How an engine keeps gradients between micro-batches; empty where they are in ``grad`` of the parameters.
+
+        What was accumulated in one layout is of use in no other.
+        """
+        return ""
 
     def engine_state(self) -> dict[str, Any]:
         """What the last module's engine keeps from one step to the next: a run resumed exactly needs it."""

@@ -17,8 +17,7 @@ from treadle_fabric.checkpoint.folder.names import hidden_beside
 from treadle_fabric.checkpoint.folder.placing import put_in_place
 from treadle_fabric.checkpoint.folder.source import FolderSource
 from treadle_fabric.checkpoint.host.mapping import files_mapped
-from treadle_fabric.checkpoint.reading import folder_at
-from treadle_fabric.checkpoint.stored.folder import load_folder
+from treadle_fabric.checkpoint.reading import folder_at, read_folder
 from treadle_fabric.checkpoint.stored.regions import fill
 from treadle_fabric.checkpoint.stored.tensor import StoredTensor, tensors_on_demand
 from treadle_fabric.checkpoint.torch_file import load_file, reason_of, save_file
@@ -83,7 +82,7 @@ def consolidate(
 
 def _write(path: PathLike, source: FolderSource | None, where: str, weights: _Choice | None) -> list[str]:
     """Write the file; returns what could not be taken over."""
-    content: Any = load_file(path) if source is None else load_folder(source, "cpu", packed=True)
+    content: Any = load_file(path) if source is None else read_folder(source, "cpu", packed=True)
     os.makedirs(os.path.dirname(os.path.abspath(where)), exist_ok=True)
     return _write_all(content, where) if weights is None else _write_weights(content, path, where, *weights)
 

@@ -23,8 +23,7 @@ from treadle_fabric.checkpoint.host.arena import Arena
 from treadle_fabric.checkpoint.host.checked import trusting
 from treadle_fabric.checkpoint.io import CheckpointIO, SharedSave, SharedSaves
 from treadle_fabric.checkpoint.per_rank import parts_on_demand
-from treadle_fabric.checkpoint.reading import folder_at
-from treadle_fabric.checkpoint.stored.folder import load_folder
+from treadle_fabric.checkpoint.reading import folder_at, read_folder
 from treadle_fabric.checkpoint.stored.tensor import tensors_on_demand
 from treadle_fabric.checkpoint.torch_file import file_system, reason_of
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
@@ -156,7 +155,7 @@ class ExportingCheckpointIO(CheckpointIO):
                 raise CheckpointError("it is not a folder of Treadle, from which ranks read")
             written = source.identity()
             with tensors_on_demand(), parts_on_demand(), trusting([] if written is None else [written]):
-                return load_folder(source, "cpu", packed=True)
+                return read_folder(source, "cpu", packed=True)
 
         self._export(Ranks(group, _failure(path)), content, path, _target_of(path, None))
 

@@ -78,6 +78,11 @@ def _tensor(value: Any, meta: bool) -> Any:
     return value.whole()
 
 
+def _own(value: Any) -> Any:
+    """A value that parameters of a group have in common, such as the count of steps, for one of them."""
+    return value.clone() if type(value) is Tensor and value.dim() == 0 else value
+
+
 def _optimizer_states(found: Partitions, meta: bool) -> list[dict[str, Any]]:
     if not found.groups:
         state = found.models[0].get("optimizer")
@@ -88,5 +93,5 @@ def _optimizer_states(found: Partitions, meta: bool) -> list[dict[str, Any]]:
         keys = range(len(states), len(states) + len(group.names))
         groups.append({**group.options, "params": list(keys)})
         for key, name in zip(keys, group.names, strict=True):
-            states[key] = {which: _tensor(value, meta) for which, value in found.states[name].items()}
+            states[key] = {which: _own(_tensor(value, meta)) for which, value in found.states[name].items()}
     return [{"state": {key: each for key, each in states.items() if each}, "param_groups": groups}]

@@ -1,0 +1,320 @@
+"""DeepSpeed's engine around a module, or one of its methods."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from treadle_fabric.checks import require_package
+from treadle_fabric.containers import leaves
+from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.strategies.parts import METHOD_KEYWORD
+from treadle_fabric.strategies.unwrapping import inside, user_module
+
+__all__ = ["ZeroEngine", "deepspeed_for", "start"]
+
+
+def require_deepspeed() -> None:
+    """Refuse a run without the package.
+
+    Raises:
+        MissingPackageError: DeepSpeed is not installed.
+    """
+    require_package("deepspeed", "DeepSpeedStrategy", "deepspeed")
+
+
+def deepspeed_for(device: torch.device, level: int) -> Any:
+    """Import DeepSpeed, for an accelerator, and let it use the process group that is there.
+
+    Args:
+        device: That of this process.
+        level: From which level on DeepSpeed logs.
+
+    Raises:
+        MissingPackageError: DeepSpeed is not installed.
+        MisconfigurationException: DeepSpeed runs on another accelerator in this process.
+    """
+    require_deepspeed()
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(level)
+    deepspeed: Any = importlib.import_module("deepspeed")  # some seconds, and an extra
+    deepspeed.utils.logger.setLevel(level)
+    name = deepspeed.accelerator.get_accelerator().device_name()
+    if name != device.type:
+        raise MisconfigurationException(
+            f"DeepSpeed runs on {name!r} in this process (DS_ACCELERATOR={os.environ['DS_ACCELERATOR']!r}), and the"
+            f" run is on {device.type!r}. Use accelerator={name!r}, or set DS_ACCELERATOR={device.type} before"
+            " DeepSpeed is imported."
+        )
+    with _without_compilation():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+@contextmanager
+def _without_compilation() -> Generator[None]:
+    """Let DeepSpeed not compile its reduction in shared memory, which only its inference uses.
+
+    That takes a minute and a compiler on the CPU; and of a process that is killed meanwhile, torch keeps a file for
+    which all later processes wait.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
+    before, backend.build_shm_op = backend.build_shm_op, lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = before
+
+
+@contextmanager
+def local_rank_told(rank: int) -> Generator[None]:
+    """Tell DeepSpeed the local rank as its launcher does, by a variable of the environment."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
+class ZeroEngine(Module):
+    """Runs a module, or one of its methods, through DeepSpeed's engine.
+
+    Every attribute of :attr:`deepspeed` is one of this engine too.
+
+    Args:
+        engine: DeepSpeed's.
+        module: What the engine runs: the user's module, or its compiled form.
+    """
+
+    deepspeed: Any
+    """DeepSpeed's engine."""
+
+    def __init__(self, engine: Any, module: Module) -> None:
+        super().__init__()
+        self.module = module
+        fields = self.__dict__  # past Module.__setattr__, which is slow, and would register the engine as a submodule
+        fields["deepspeed"] = engine
+        fields["running"] = False  # a method of the module runs as the engine's forward
+        zero = engine.optimizer
+        fields["_zero"] = zero if hasattr(zero, "clear_backward_seen_flag") else None
+        fields["_last"] = None  # the method of the last pass with a result, and what it was called with
+        fields["_joined"] = None
+        fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's ``forward``, or the method ``treadle_method`` of it."""
+        method = kwargs.pop(METHOD_KEYWORD, None)
+        result = self.deepspeed(*args, **kwargs) if method is None else self._run(method, args, kwargs)
+        if result is not None:
+            self.__dict__["_last"] = method, args, kwargs
+        return result
+
+    def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a method of the module as the engine's forward."""
+        module, fields = self.module.__dict__, self.__dict__
+        before = module.get("forward")
+
+        def restore() -> None:
+            if before is None:
+                module.pop("forward", None)
+            else:
+                module["forward"] = before
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            restore()  # the method may call the module
+            return method(*args, **kwargs)
+
+        module["forward"], fields["running"] = run, True
+        try:
+            return self.deepspeed(*args, **kwargs)
+        finally:
+            restore()
+            fields["running"] = False
+
+    @property
+    def stepped(self) -> Any:
+        """The optimizer that steps, torch's or DeepSpeed's own; None in an evaluation."""
+        engine = self.deepspeed
+        return getattr(engine.optimizer, "optimizer", None) or engine.basic_optimizer
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Differentiate a loss; the other arguments are those of ``Tensor.backward``."""
+        engine = self.deepspeed
+        if self._counts_passes:
+            self._zero.clear_backward_seen_flag()  # or the next pass would take the place of the last one's gradients
+        if self.running:  # DeepSpeed gets ready for a backward pass by the outputs of the forward, which is not over
+            engine._backward_prologue()
+        if args or not kwargs.keys() <= {"retain_graph"}:
+            engine.scale(loss).backward(*args, **kwargs)
+        else:
+            engine.backward(loss, retain_graph=bool(kwargs.get("retain_graph")))
+
+    def join_forward(self, method: str) -> None:
+        """Take part in a pass of other ranks: run the last batch once more, which changes nothing here.
+
+        Raises:
+            MisconfigurationException: This rank had no batch yet.
+        """
+        if self._last is None:
+            raise MisconfigurationException(
+                f"Rank {dist.get_rank()} has no batch at all, and other ranks have: ranks work together in each pass,"
+                " and this one does not know which parameters are used. Give every rank a batch at least."
+            )
+        called, args, kwargs = self._last
+        own = user_module(self.module)
+        buffers = {buffer: buffer.detach().clone() for buffer in own.buffers()}
+        silent = {name: own.__dict__.get(name, _MISSING) for name in ("log", "log_dict") if hasattr(own, name)}
+        own.__dict__.update(dict.fromkeys(silent, _say_nothing))
+        try:
+            with torch.random.fork_rng():
+                output = self.deepspeed(*args, **kwargs) if called is None else self._run(called, args, kwargs)
+            with torch.no_grad():
+                for buffer, value in buffers.items():
+                    buffer.copy_(value)
+        finally:
+            for name, value in silent.items():
+                if value is _MISSING:
+                    own.__dict__.pop(name, None)
+                else:
+                    own.__dict__[name] = value
+        self.__dict__["_joined"] = output
+
+    def join_backward(self) -> None:
+        """Take part in a backward pass of other ranks, with gradients of zero."""
+        output, self.__dict__["_joined"] = self._joined, None
+        parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not parts:
+            self.join_forward("")
+            output, self.__dict__["_joined"] = self._joined, None
+            parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        self.backward(torch.stack([t.sum().float() * 0 for t in parts]).sum())
+
+    def discard(self) -> None:
+        """Forget the gradients of the backward passes since the last step."""
+        engine, zero = self.deepspeed, self._zero
+        if engine.managed_gradient_accumulation() or not engine._unmanaged_backward_count:
+            return
+        engine._unmanaged_backward_count = 0
+        if zero is None:
+            engine.zero_grad()
+            return
+        zero.zero_grad()
+        if not self._counts_passes:
+            zero.micro_step_id = -1
+            for group in zero.averaged_gradients:
+                zero.averaged_gradients[group] = None
+
+    def step(self) -> None:
+        """Step the optimizer with what the backward passes have left; without any, do nothing."""
+        engine = self.deepspeed
+        if engine.managed_gradient_accumulation() or engine._unmanaged_backward_count:
+            engine.step()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            engine = self.__dict__.get("deepspeed")
+            if engine is None:
+                raise
+            return getattr(engine, name)
+
+
+_MISSING: Final = object()
+
+
+def _say_nothing(*args: Any, **kwargs: Any) -> None:
+    """What a pass logs that others make."""
+
+
+@inside.register
+def _(engine: ZeroEngine) -> Module:
+    return engine.module
+
+
+def start(
+    deepspeed: Any,
+    module: Module,
+    optimizer: Optimizer | None,
+    scheduler: Any | None,
+    config: dict[str, Any],
+    device: torch.device,
+    local_rank: int,
+) -> ZeroEngine:
+    """Make the engine of a module.
+
+    Args:
+        deepspeed: The package, with its process group.
+        module: On its device.
+        optimizer: Of its parameters; None: that of the config, if there is one.
+        scheduler: A learning-rate scheduler that the engine steps; None: that of the config, if there is one.
+        config: Whole.
+        device: That of this process.
+        local_rank: That of this process.
+    """
+    index = local_rank if device.index is None else device.index
+    with local_rank_told(local_rank), _scalars_sent(module):
+        engine, *_ = deepspeed.initialize(
+            args=_Arguments(index),
+            model=module,
+            optimizer=optimizer,
+            model_parameters=list(trained(module)) if optimizer is None else None,
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+            config=config,
+        )
+    return ZeroEngine(engine, module)
+
+
+@contextmanager
+def _scalars_sent(module: Module) -> Generator[None]:
+    """Let the engine send parameters without dimensions, too, from rank 0 to all; DeepSpeed looks at their bytes.
+
+    Those of a tensor without dimensions cannot be looked at.
+    """
+    scalars = [p for p in module.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
+    if not scalars:
+        yield
+        return
+    kind: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    send = kind._broadcast_model
+
+    def send_all(engine: Any) -> None:
+        for p in scalars:
+            dist.broadcast(p.data, 0)
+            p.ds_optim_param = True  # type: ignore[attr-defined] # which DeepSpeed does not send
+        send(engine)
+        for p in scalars:
+            del p.ds_optim_param
+
+    kind._broadcast_model = send_all
+    try:
+        yield
+    finally:
+        kind._broadcast_model = send
+
+
+def trained(module: Module) -> Iterator[Tensor]:
+    """The parameters that require a gradient."""
+    return (p for p in module.parameters() if p.requires_grad)
+
+
+class _Arguments:
+    """What DeepSpeed takes for a command line: the number of the device."""
+
+    def __init__(self, device_rank: int) -> None:
+        self.device_rank = device_rank
