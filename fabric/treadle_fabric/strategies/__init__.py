@@ -1,9 +1,11 @@
 """Strategies: how a model is placed on devices and processes, and the names they go by.
 
-Start with ``strategy.py``, the base class. ``parallel.py``, ``native_step.py`` and those in ``states/`` are bases for
-one subject each; ``single_device.py``, ``ddp.py``, ``fsdp.py`` and ``model_parallel.py`` are the strategies, with their
-parts in ``data_parallel/``, ``sharding/`` and ``parallelism/``, and ``registry.py`` has their names. ``reduction.py``
-says what a reduction makes of each dtype. ``unwrapping.py`` says what the user's module is inside of wrappers.
+Start with ``strategy.py``, the base class, and ``capabilities.py``, what strategies declare. ``parallel.py``,
+``one_device.py``, ``native_step.py`` and those in ``states/`` are bases for one subject each. The strategies are
+``single_device.py``, ``ddp.py``, ``fsdp.py``, ``model_parallel.py``, ``deepspeed.py``, ``single_xla.py``, ``xla.py``
+and ``xla_fsdp.py``, with their parts in ``data_parallel/``, ``sharding/``, ``parallelism/``, ``zero/`` and ``on_xla/``, and
+``registry.py`` has their names. ``reduction.py`` says what a reduction makes of each dtype, ``unwrapping.py`` what the
+user's module is inside of wrappers.
 Imports launchers, precision and what is below them.
 """
 

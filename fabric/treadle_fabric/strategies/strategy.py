@@ -26,16 +26,15 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.launchers import Launcher
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.capabilities import Capabilities
 from treadle_fabric.strategies.parts import NoInit, Parts
 from treadle_fabric.types import PathLike
 
 __all__ = ["Strategy"]
 
 
-class Strategy(ABC):
+class Strategy(Capabilities, ABC):
     """Sets up module and optimizers for training on one or more devices.
-
-    The class attributes are capabilities: callers ask for them, never for a strategy's class.
 
     Args:
         accelerator: The hardware. Default: as Fabric or the Trainer finds it.
@@ -49,41 +48,6 @@ class Strategy(ABC):
 
     only_on: ClassVar[str] = ""
     """The name of the only accelerator that the strategy runs on. Default: any without strategies of its own."""
-    uses_process_group: ClassVar[bool] = False
-    """There are several processes, or there may be, that talk through a process group."""
-    requires_forward_redirect: ClassVar[bool] = False
-    """A step with gradients must run inside the engine's forward; see ``METHOD_KEYWORD``."""
-    fixes_parameters: ClassVar[bool] = False
-    """The engine is made for the parameters that the module has in :meth:`setup_module`: others may not be added in
-    passing, but on all ranks before the same step."""
-    launches_function: bool = False
-    """The launcher needs a function to run: code after ``launch()`` would not run in all processes."""
-    sets_up_jointly: ClassVar[bool] = False
-    """Module and optimizers are set up in one call, :meth:`setup_module_and_optimizers`, optimizers made before."""
-    restores_after_setup: ClassVar[bool] = False
-    """Weights are loaded into the engine, after the module's set-up, because they have their shape only then."""
-    initializes_on_meta: ClassVar[bool] = False
-    """:meth:`setup_module` takes a module on the meta device, and makes its parameters where they belong."""
-    shards_parameters: ClassVar[bool] = False
-    """A rank holds a part of the parameters, gradients and optimizer state, as DTensors."""
-    handles_gradient_accumulation: ClassVar[bool] = False
-    """The engine divides the loss and knows when to step: backward and step are called for every micro-batch."""
-    handles_gradient_clipping: ClassVar[bool] = False
-    """The engine clips gradients in its step, as it was configured."""
-    owns_optimizer_step: ClassVar[bool] = False
-    """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
-    allows_inference_mode: ClassVar[bool] = True
-    """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
-    pipeline_stages: int = 1
-    """Number of parts of the model, each with as many neighbouring processes, that a share of a batch goes through."""
-    runs_whole_batch: bool = False
-    """:meth:`run_batch` runs forward and backward of a whole batch, as pipelines do, with the module's ``loss`` and not
-    its ``training_step``; :meth:`evaluate_batch` and :meth:`predict_batch` run the forward pass."""
-    offloads: bool = False
-    """Parameters, gradients and optimizer state lie in the memory of the host between steps."""
-    forward_is_collective: bool = False
-    """Ranks work together in every forward pass, also without gradients: all make the same number of passes. A rank
-    that has no batch left calls :meth:`join_forward` instead."""
 
     def __init__(
         self,
@@ -179,11 +143,6 @@ class Strategy(ABC):
         return self._checkpoint_io
 
     @property
-    def writes_folders(self) -> bool:
-        """Whether checkpoints are folders, to which every rank writes its part, unless a checkpoint IO was given."""
-        return False
-
-    @property
     @abstractmethod
     def root_device(self) -> torch.device:
         """This process's device."""
@@ -254,21 +213,6 @@ class Strategy(ABC):
         """Which share of a batch this process works on, from 0."""
         ranks = self.distributed_sampler_kwargs
         return 0 if ranks is None else int(ranks["rank"])
-
-    @property
-    def num_slices(self) -> int:
-        """Number of slices, one a process, of each sequence of a share: they log different numbers. Default: 1."""
-        return 1
-
-    @property
-    def slice_index(self) -> int:
-        """Which slice of each sequence this process has, from 0."""
-        return 0
-
-    @property
-    def stage_groups(self) -> tuple[Any, ...]:
-        """Process groups over which whole parameters are shared out, as over stages of a pipeline. Default: none."""
-        return ()
 
     @property
     @abstractmethod
@@ -383,16 +327,6 @@ class Strategy(ABC):
 
     # The step
 
-    @property
-    def plain_backward(self) -> bool:
-        """Whether :meth:`backward` is nothing but ``loss.backward()``, so that hot loops may leave it out."""
-        return False
-
-    @property
-    def plain_step(self) -> bool:
-        """Whether :meth:`optimizer_step` is nothing but ``optimizer.step()``, so that hot loops may leave it out."""
-        return False
-
     @abstractmethod
     def backward(self, tensor: Tensor, module: Module | None, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss of the engine ``module``; the other arguments are those of ``Tensor.backward``."""
@@ -466,14 +400,6 @@ class Strategy(ABC):
             module: The engine, which ran the forward pass.
             label: The same for this backward pass on every process, and for no other one.
         """
-
-    @property
-    def gradient_layout(self) -> str:
-        """How an engine keeps gradients between micro-batches; empty where they are in ``grad`` of the parameters.
-
-        What was accumulated in one layout is of use in no other.
-        """
-        return ""
 
     def engine_state(self) -> dict[str, Any]:
         """What the last module's engine keeps from one step to the next: a run resumed exactly needs it."""
