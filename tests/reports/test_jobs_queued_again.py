@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.processes import importing_tests, run_in_ranks
+from tests.processes import importing_tests, run_in_ranks, wait_until
 from tests.slurm import install_scontrol, task
 from tests.trainer.models import loader
 from torch import Tensor
@@ -59,6 +60,10 @@ class Watch(L.Callback):
         self.began = trainer.global_step
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if trainer.global_rank == 1:  # slower than rank 0, which must not ask SLURM meanwhile
+            wait_until(Path("closing 0").exists)
+            with suppress(TimeoutError):
+                wait_until(Path("bin/asked").exists, timeout=0.5)
         Path(f"closing {trainer.global_rank}").touch()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:

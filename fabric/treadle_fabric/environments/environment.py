@@ -284,12 +284,13 @@ def require_number(
 
 
 def require_port(environ: Mapping[str, str]) -> int:
-    """Return MASTER_PORT, a TCP port.
+    """Return MASTER_PORT, a TCP port; 0, for any free one, does where WORLD_SIZE says that nobody else has to find it.
 
     Raises:
         MisconfigurationException: It is not set, or no port.
     """
-    return require_number("MASTER_PORT", environ, minimum=1, maximum=65535)
+    alone = environ.get("WORLD_SIZE", "").strip() == "1"
+    return require_number("MASTER_PORT", environ, minimum=0 if alone else 1, maximum=65535)
 
 
 def refuse_ranks_beyond(pairs: Iterable[tuple[str, str]], environ: Mapping[str, str], who: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tests.processes import importing_tests, run_in_ranks, session, wait_until
+from tests.slurm import install_scontrol, task
 from tests.trainer import preempted
 from tests.trainer.models import Net, loader, trainer
 from tests.trainer.preempted import say
@@ -192,12 +193,11 @@ def test_a_save_that_sigkill_cuts_off_leaves_the_last_good_checkpoint() -> None:
 
 
 def test_slurms_announcement_of_the_end_saves_and_ends_all_with_143() -> None:
-    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NNODES": "1"}
-    job |= {"SLURM_STEP_ID": "0", "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_port())}
-    job |= {"PYTHONFAULTHANDLER": "1"}
-    ranks = [start("announce", **job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in (0, 1)]
+    port, more = find_free_port(), {"PYTHONFAULTHANDLER": "1", "PATH": install_scontrol(Path("bin").absolute())}
+    ranks = [start("announce", **task(rank, 2, port=port), **more) for rank in (0, 1)]
     ends = [communicate(process) for process in ranks]
     assert [process.returncode for process in ranks] == [143, 143], ends
-    saved = torch.load(Path("checkpoints") / "preempted.ckpt", weights_only=True)
+    assert Path("bin/asked").read_text() == "requeue 4711\n"
+    saved = torch.load("hpc_ckpt_1.ckpt", weights_only=True)
     assert said() == [f"exception {rank} {saved['global_step']} SIGTERMException" for rank in (0, 1)]
     assert not any("Traceback" in stderr for _, stderr in ends)
