@@ -13,7 +13,14 @@ import socket
 import struct
 from typing import Any
 
-__all__ = ["address_towards", "choose_interface", "end_connections_when_silent", "end_when_silent", "silence"]
+__all__ = [
+    "address_towards",
+    "choose_interface",
+    "end_connections_when_silent",
+    "end_when_silent",
+    "list_addresses",
+    "silence",
+]
 
 _VARIABLE = "TREADLE_SILENCE_TIMEOUT"
 _DEFAULT, _SHORTEST = 10.0, 2.0
@@ -87,8 +94,8 @@ def choose_interface(store: Any, node_rank: int, address: str, port: int) -> Non
     """Have gloo listen where the other machines are, if this machine's name leads to itself only.
 
     Gloo listens at the address of the machine's name, and in Debian's /etc/hosts that is 127.0.1.1: the other machines
-    then call themselves. The interface is that on the way to the other machines. GLOO_SOCKET_IFNAME, if it is set, wins.
-    Every rank of a run on several machines calls this, before it makes a process group.
+    then call themselves. The interface is that on the way to the other machines; GLOO_SOCKET_IFNAME, if it is set,
+    wins. Every rank of a run on several machines calls this, before it makes a process group.
 
     Args:
         store: Where the ranks have met.
@@ -121,18 +128,29 @@ _SIOCGIFADDR = 0x8915
 
 def _interface_with(address: str) -> str:
     """The name of the network interface that has an address; empty where that cannot be told."""
-    with contextlib.suppress(OSError, ValueError, ImportError):
+    with contextlib.suppress(ValueError):
+        wanted = ipaddress.ip_address(address.partition("%")[0])
+        return next((name for name, found in _addresses() if found == wanted), "")
+    return ""
+
+
+def list_addresses() -> str:
+    """The addresses of this machine that others may reach, for a sentence; empty where that cannot be told."""
+    reached = [(name, one) for name, one in _addresses() if not (one.is_loopback or one.is_link_local)]
+    return ", ".join(f"{one} ({name})" for name, one in reached)
+
+
+def _addresses() -> list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]]:
+    """The network interfaces, each with an address; on Linux."""
+    found: list[tuple[str, ipaddress.IPv4Address | ipaddress.IPv6Address]] = []
+    with contextlib.suppress(OSError, ImportError):
         import fcntl  # not on Windows
 
-        wanted = ipaddress.ip_address(address.partition("%")[0])
-        if wanted.version == 6:
-            with open("/proc/net/if_inet6", encoding="ascii") as file:
-                names = {line.split()[0]: line.split()[-1] for line in file}
-            return names.get(wanted.exploded.replace(":", ""), "")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
             for _, name in socket.if_nameindex():
                 with contextlib.suppress(OSError):  # one without an address
-                    found = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                    if found[20:24] == wanted.packed:
-                        return name
-    return ""
+                    told = fcntl.ioctl(any_socket.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                    found.append((name, ipaddress.IPv4Address(told[20:24])))
+    with contextlib.suppress(OSError), open("/proc/net/if_inet6", encoding="ascii") as file:
+        found += [(line.split()[-1], ipaddress.IPv6Address(bytes.fromhex(line.split()[0]))) for line in file]
+    return found

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from treadle_fabric.coordination.network import address_towards, end_connections_when_silent, list_addresses
 from treadle_fabric.coordination.waiting import list_ranks, messages_during, wait_with_messages
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, RendezvousError, describe_error
@@ -134,6 +135,8 @@ class _Meeting:
                 f"({describe_error(error)}). If another run or a process of an earlier one has the port, end that, or "
                 "set MASTER_PORT to a free port, the same for all ranks."
             ) from error
+        if not self._hosts:
+            end_connections_when_silent(self._port)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self._by_agent else "0"
         return dist.PrefixStore(f"treadle/meeting/{restart}.{_meetings[self.place]}", store)  # type: ignore[attr-defined]
 
@@ -158,12 +161,34 @@ class _Meeting:
         def describe(seconds: float) -> str:
             missing = _missing(store, self._rank, self._world_size)
             unheard = self._unanswered() if missing and self._hosts else ""
-            listens = f", where it listens, but the address does not answer ({unheard})" if unheard else ""
+            listens = (
+                f", where it listens, but the address does not answer ({unheard}{_own_addresses()})" if unheard else ""
+            )
+            if missing and self._hosts and not unheard:
+                self._refuse_second_rank_zero()
             return missing and self._waits_for(missing, seconds, listens)
 
         every = max(0.05, self._world_size / _RANKS_PER_SECOND)
         if not wait_with_messages(lambda: bool(store.check(["all"])), describe, self._timeout.total_seconds(), every):
             raise self._too_late(list_ranks(_absent(store, self._world_size)))
+
+    def _refuse_second_rank_zero(self) -> None:
+        """Raise an error where the address leads to another rank 0 than this one, for which the other ranks came."""
+        if not address_towards(self._address, self._port):
+            return
+        try:
+            there = dist.TCPStore(self._address, self._port, None, False, timedelta(seconds=5), wait_for_workers=False)  # type: ignore[attr-defined]
+            key = f"treadle/meeting/0.{_meetings[self.place]}/here/0"
+            owner = there.get(key).decode() if there.check([key]) else ""
+        except RuntimeError:
+            return
+        pid, _, host = owner.split("|", 2) if owner else ("", "", "")
+        if owner and (pid, host) != (str(os.getpid()), socket.gethostname()):
+            raise MisconfigurationException(
+                f"{self._who} is there a second time: process {pid} on {host} has the rank already, at "
+                f"{self._address}:{self._port}. Only the machine that MASTER_ADDR names is node 0: give each machine a "
+                f"rank of its own (NODE_RANK, --node-rank). {self._environment.explain_ranks(self._world_size)}"
+            )
 
     def claim_device(self, store: Any, device: torch.device) -> None:
         """Refuse a GPU that another rank uses; each may call it number 0, where it sees no other."""
@@ -191,10 +216,10 @@ class _Meeting:
             return "torchrun's agent (TORCHELASTIC_USE_AGENT_STORE=True)" if self._by_agent else "rank 0"
 
         def describe(seconds: float) -> str:
-            return self._waits_for(missing(), seconds, f", which does not answer ({last})")
+            return self._waits_for(missing(), seconds, f", which does not answer ({last}{_own_addresses()})")
 
         if not wait_with_messages(answers, describe, self._timeout.total_seconds()):
-            raise self._too_late(missing(), f", which does not answer ({last})")
+            raise self._too_late(missing(), f", which does not answer ({last}{_own_addresses()})")
 
     def _describe_silence(self, seconds: float) -> str:
         return self._waits_for(
@@ -219,6 +244,11 @@ class _Meeting:
     def _too_late(self, missing: str, address: str = "") -> RendezvousError:
         waited = self._waits_for(missing, self._timeout.total_seconds(), address)
         return RendezvousError(f"{waited} The timeout is over.")
+
+
+def _own_addresses() -> str:
+    found = list_addresses()
+    return f"; the addresses of this host are {found}" if found else ""
 
 
 def _arrive(store: Any, rank: int, world_size: int, mine: str) -> str:
