@@ -62,8 +62,11 @@ def meet(
         )
     meeting = _Meeting(environment, rank, world_size, timeout or default_pg_timeout)
     store = meeting.store()
-    meeting.sign_in(store)
-    meeting.await_all(store)
+    try:
+        meeting.sign_in(store)
+        meeting.await_all(store)
+    except dist.DistNetworkError as error:
+        raise meeting.lost(error) from error
     if device is not None:
         meeting.claim_device(store, device)
     _meetings[meeting.place] += 1
@@ -142,6 +145,7 @@ class _Meeting:
 
     def sign_in(self, store: Any) -> None:
         """Leave word that this rank is here."""
+        self._compare_sizes(store)
         mine = f"{os.getpid()}|{this_machine()}|{socket.gethostname()}"
         before = _arrive(store, self._rank, self._world_size, mine)
         if before == mine or self._by_agent:  # an agent's store may keep what was before a restart
@@ -154,6 +158,19 @@ class _Meeting:
                 f"{self._environment.explain_ranks(self._world_size)}"
             )
         store.set(f"here/{self._rank}", mine)  # it was started again
+
+    def _compare_sizes(self, store: Any) -> None:
+        """Raise an error, on all ranks, where another one takes the run for one of another size."""
+        mine = f"{self._world_size}|rank {self._rank} on {socket.gethostname()}"
+        size, who = store.compare_set("size", "", mine).decode().split("|", 1)
+        if int(size) == self._world_size:
+            return
+        contradiction = (
+            f"{who} says that the run has {size} processes, and rank {self._rank} on {socket.gethostname()} that it has "
+            f"{self._world_size}. Use the same num_nodes and the same number of devices on each machine."
+        )
+        store.set("contradiction", contradiction)
+        raise MisconfigurationException(f"{contradiction} {self._environment.explain_ranks(self._world_size)}".rstrip())
 
     def await_all(self, store: Any) -> None:
         """Wait until all ranks have signed in."""
@@ -168,8 +185,15 @@ class _Meeting:
                 self._refuse_second_rank_zero()
             return missing and self._waits_for(missing, seconds, listens)
 
+        def all_came() -> bool:
+            if store.check(["all"]):
+                return True
+            if store.check(["contradiction"]):
+                raise MisconfigurationException(store.get("contradiction").decode())
+            return False
+
         every = max(0.05, self._world_size / _RANKS_PER_SECOND)
-        if not wait_with_messages(lambda: bool(store.check(["all"])), describe, self._timeout.total_seconds(), every):
+        if not wait_with_messages(all_came, describe, self._timeout.total_seconds(), every):
             raise self._too_late(list_ranks(_absent(store, self._world_size)))
 
     def _refuse_second_rank_zero(self) -> None:
@@ -226,6 +250,13 @@ class _Meeting:
             "torchrun's agent" if self._by_agent else "rank 0",
             seconds,
             ", which answers, but not as a rank does: another program may listen there",
+        )
+
+    def lost(self, error: Exception) -> RendezvousError:
+        """The error for a store that goes while ranks meet there."""
+        return RendezvousError(
+            f"{self._who} has met rank 0 at {self._address}:{self._port}, which then ended, or its machine is gone "
+            f"({describe_error(error)}). See what rank 0 printed."
         )
 
     def _unanswered(self) -> str:
