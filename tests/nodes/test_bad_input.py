@@ -94,5 +94,5 @@ def test_an_address_that_is_no_host(cluster: Cluster) -> None:
     assert cluster.wait(*running) == [1, 1], tell(running)
     for host, one in zip(cluster, running, strict=True):
         assert "does not answer" in one.complained, tell(running)
-        assert f"the addresses of this host are {host.address} (cable)" in one.complained, tell(running)
+        assert f"The addresses of this host are {host.address} (cable)" in one.complained, tell(running)
         assert "MASTER_ADDR=10.77.0.9" in one.complained, tell(running)

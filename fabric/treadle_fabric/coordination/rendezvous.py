@@ -166,8 +166,8 @@ class _Meeting:
         if int(size) == self._world_size:
             return
         contradiction = (
-            f"{who} says that the run has {size} processes, and rank {self._rank} on {socket.gethostname()} that it has "
-            f"{self._world_size}. Use the same num_nodes and the same number of devices on each machine."
+            f"{who} says that the run has {size} processes, and rank {self._rank} on {socket.gethostname()} that it "
+            f"has {self._world_size}. Use the same num_nodes and the same number of devices on each machine."
         )
         store.set("contradiction", contradiction)
         raise MisconfigurationException(f"{contradiction} {self._environment.explain_ranks(self._world_size)}".rstrip())
@@ -178,9 +178,7 @@ class _Meeting:
         def describe(seconds: float) -> str:
             missing = _missing(store, self._rank, self._world_size)
             unheard = self._unanswered() if missing and self._hosts else ""
-            listens = (
-                f", where it listens, but the address does not answer ({unheard}{_own_addresses()})" if unheard else ""
-            )
+            listens = f", where it listens, but the address does not answer ({unheard})" if unheard else ""
             if missing and self._hosts and not unheard:
                 self._refuse_second_rank_zero()
             return missing and self._waits_for(missing, seconds, listens)
@@ -240,10 +238,10 @@ class _Meeting:
             return "torchrun's agent (TORCHELASTIC_USE_AGENT_STORE=True)" if self._by_agent else "rank 0"
 
         def describe(seconds: float) -> str:
-            return self._waits_for(missing(), seconds, f", which does not answer ({last}{_own_addresses()})")
+            return self._waits_for(missing(), seconds, f", which does not answer ({last})")
 
         if not wait_with_messages(answers, describe, self._timeout.total_seconds()):
-            raise self._too_late(missing(), f", which does not answer ({last}{_own_addresses()})")
+            raise self._too_late(missing(), f", which does not answer ({last})")
 
     def _describe_silence(self, seconds: float) -> str:
         return self._waits_for(
@@ -270,7 +268,8 @@ class _Meeting:
     def _waits_for(self, missing: str, seconds: float, address: str = "") -> str:
         where = f"{self._address}:{self._port}{address}"
         explained = self._environment.explain_ranks(self._world_size)
-        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained}".rstrip()
+        own = _own_addresses() if "does not answer (" in address else ""
+        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained} {own}".rstrip()
 
     def _too_late(self, missing: str, address: str = "") -> RendezvousError:
         waited = self._waits_for(missing, self._timeout.total_seconds(), address)
@@ -279,7 +278,7 @@ class _Meeting:
 
 def _own_addresses() -> str:
     found = list_addresses()
-    return f"; the addresses of this host are {found}" if found else ""
+    return f"The addresses of this host are {found}." if found else ""
 
 
 def _arrive(store: Any, rank: int, world_size: int, mine: str) -> str:
