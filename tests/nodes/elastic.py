@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--strategy", default="ddp")
     parser.add_argument("--num-nodes", default="2")
-    parser.add_argument("--devices")
     given = parser.parse_args()
-    import os
-
     world = int(os.environ["WORLD_SIZE"])
     L.seed_everything(1, verbose=False)
     trainer = L.Trainer(

@@ -89,6 +89,7 @@ class Host:
     """Its first process, with which all others end."""
     interface: str = "cable"
     environ: dict[str, str] = field(default_factory=dict)
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
     _count: int = 0
 
     def start(
@@ -109,6 +110,7 @@ class Host:
         out, err = (self.folder / f"{what}{self._count}" for what in ("out", "err"))
         with open(out, "w") as stdout, open(err, "w") as stderr:
             process = self._enter([str(part) for part in command], stdout, stderr, environ or {}, folder)
+        self.started.append(process)
         return Running(self, process, out, err)
 
     def python(
@@ -243,6 +245,8 @@ def two_hosts(folder: Path, names: tuple[str, str] = ("weaver-a", "weaver-b"), h
         for host in made:
             with contextlib.suppress(psutil.TimeoutExpired, psutil.NoSuchProcess):
                 host.init.wait(10)
+            for process in host.started:
+                process.wait(10)
 
 
 def _make(folder: Path, name: str, index: int, hosts: str, stdin: int) -> Host:

@@ -5,7 +5,7 @@ alike. ``on_rank_zero.py``, ``once_a_node.py`` and ``objects.py`` are for what h
 0, or one rank of each node, acts and the others learn what came of it; objects of ranks come to one rank or to all.
 These go through ``hosts.py``, and wait for no device. ``as_tensors.py`` and ``alike.py`` come before an exchange
 of tensors: what is exchanged, and whether it is alike. ``rendezvous.py`` is where the ranks meet at the start, and
-``waiting.py`` says for whom a rank waits; ``silence.py`` ends connections to machines that are gone. Imports only the
+``waiting.py`` says for whom a rank waits; ``network.py`` ends connections to machines that are gone. Imports only the
 foundation (errors, containers, tensor_pickle) and environments.
 """
 
@@ -20,11 +20,17 @@ from treadle_fabric.coordination.hosts import (
     wait_for_rank_zero,
     waits_in_vain,
 )
+from treadle_fabric.coordination.network import (
+    address_towards,
+    choose_interface,
+    end_connections_when_silent,
+    end_when_silent,
+    silence,
+)
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
 from treadle_fabric.coordination.on_rank_zero import on_rank_zero
 from treadle_fabric.coordination.once_a_node import on_every_rank, once_a_node
 from treadle_fabric.coordination.rendezvous import is_running, meet, new_group, this_machine
-from treadle_fabric.coordination.silence import end_connections_when_silent, end_when_silent, silence
 from treadle_fabric.coordination.step_clock import StepClock
 from treadle_fabric.coordination.stop_agreement import StopAgreement
 from treadle_fabric.coordination.waiting import WaitMessages, list_ranks, wait_with_messages
@@ -34,10 +40,12 @@ __all__ = [
     "StepClock",
     "StopAgreement",
     "WaitMessages",
+    "address_towards",
     "all_gather_objects",
     "as_tensors",
     "broadcast_object",
     "check_alike",
+    "choose_interface",
     "end_connections_when_silent",
     "end_when_silent",
     "gather_objects",

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from treadle_fabric.coordination.network import address_towards, end_connections_when_silent, list_addresses
 from treadle_fabric.coordination.waiting import list_ranks, messages_during, wait_with_messages
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException, RendezvousError, describe_error
@@ -61,8 +62,11 @@ def meet(
         )
     meeting = _Meeting(environment, rank, world_size, timeout or default_pg_timeout)
     store = meeting.store()
-    meeting.sign_in(store)
-    meeting.await_all(store)
+    try:
+        meeting.sign_in(store)
+        meeting.await_all(store)
+    except dist.DistNetworkError as error:
+        raise meeting.lost(error) from error
     if device is not None:
         meeting.claim_device(store, device)
     _meetings[meeting.place] += 1
@@ -134,11 +138,14 @@ class _Meeting:
                 f"({describe_error(error)}). If another run or a process of an earlier one has the port, end that, or "
                 "set MASTER_PORT to a free port, the same for all ranks."
             ) from error
+        if not self._hosts:
+            end_connections_when_silent(self._port)
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self._by_agent else "0"
         return dist.PrefixStore(f"treadle/meeting/{restart}.{_meetings[self.place]}", store)  # type: ignore[attr-defined]
 
     def sign_in(self, store: Any) -> None:
         """Leave word that this rank is here."""
+        self._compare_sizes(store)
         mine = f"{os.getpid()}|{this_machine()}|{socket.gethostname()}"
         before = _arrive(store, self._rank, self._world_size, mine)
         if before == mine or self._by_agent:  # an agent's store may keep what was before a restart
@@ -152,6 +159,19 @@ class _Meeting:
             )
         store.set(f"here/{self._rank}", mine)  # it was started again
 
+    def _compare_sizes(self, store: Any) -> None:
+        """Raise an error, on all ranks, where another one takes the run for one of another size."""
+        mine = f"{self._world_size}|rank {self._rank} on {socket.gethostname()}"
+        size, who = store.compare_set("size", "", mine).decode().split("|", 1)
+        if int(size) == self._world_size:
+            return
+        contradiction = (
+            f"{who} says that the run has {size} processes, and rank {self._rank} on {socket.gethostname()} that it "
+            f"has {self._world_size}. Use the same num_nodes and the same number of devices on each machine."
+        )
+        store.set("contradiction", contradiction)
+        raise MisconfigurationException(f"{contradiction} {self._environment.explain_ranks(self._world_size)}".rstrip())
+
     def await_all(self, store: Any) -> None:
         """Wait until all ranks have signed in."""
 
@@ -159,11 +179,38 @@ class _Meeting:
             missing = _missing(store, self._rank, self._world_size)
             unheard = self._unanswered() if missing and self._hosts else ""
             listens = f", where it listens, but the address does not answer ({unheard})" if unheard else ""
+            if missing and self._hosts and not unheard:
+                self._refuse_second_rank_zero()
             return missing and self._waits_for(missing, seconds, listens)
 
+        def all_came() -> bool:
+            if store.check(["all"]):
+                return True
+            if store.check(["contradiction"]):
+                raise MisconfigurationException(store.get("contradiction").decode())
+            return False
+
         every = max(0.05, self._world_size / _RANKS_PER_SECOND)
-        if not wait_with_messages(lambda: bool(store.check(["all"])), describe, self._timeout.total_seconds(), every):
+        if not wait_with_messages(all_came, describe, self._timeout.total_seconds(), every):
             raise self._too_late(list_ranks(_absent(store, self._world_size)))
+
+    def _refuse_second_rank_zero(self) -> None:
+        """Raise an error where the address leads to another rank 0 than this one, for which the other ranks came."""
+        if not address_towards(self._address, self._port):
+            return
+        try:
+            there = dist.TCPStore(self._address, self._port, None, False, timedelta(seconds=5), wait_for_workers=False)  # type: ignore[attr-defined]
+            key = f"treadle/meeting/0.{_meetings[self.place]}/here/0"
+            owner = there.get(key).decode() if there.check([key]) else ""
+        except RuntimeError:
+            return
+        pid, _, host = owner.split("|", 2) if owner else ("", "", "")
+        if owner and (pid, host) != (str(os.getpid()), socket.gethostname()):
+            raise MisconfigurationException(
+                f"{self._who} is there a second time: process {pid} on {host} has the rank already, at "
+                f"{self._address}:{self._port}. Only the machine that MASTER_ADDR names is node 0: give each machine a "
+                f"rank of its own (NODE_RANK, --node-rank). {self._environment.explain_ranks(self._world_size)}"
+            )
 
     def claim_device(self, store: Any, device: torch.device) -> None:
         """Refuse a GPU that another rank uses; each may call it number 0, where it sees no other."""
@@ -203,6 +250,13 @@ class _Meeting:
             ", which answers, but not as a rank does: another program may listen there",
         )
 
+    def lost(self, error: Exception) -> RendezvousError:
+        """The error for a store that goes while ranks meet there."""
+        return RendezvousError(
+            f"{self._who} has met rank 0 at {self._address}:{self._port}, which then ended, or its machine is gone "
+            f"({describe_error(error)}). See what rank 0 printed."
+        )
+
     def _unanswered(self) -> str:
         """Why the address does not answer; empty if it does."""
         try:
@@ -214,11 +268,17 @@ class _Meeting:
     def _waits_for(self, missing: str, seconds: float, address: str = "") -> str:
         where = f"{self._address}:{self._port}{address}"
         explained = self._environment.explain_ranks(self._world_size)
-        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained}".rstrip()
+        own = _own_addresses() if "does not answer (" in address else ""
+        return f"{self._who} has waited {seconds:.0f} s for {missing} at {where}. {explained} {own}".rstrip()
 
     def _too_late(self, missing: str, address: str = "") -> RendezvousError:
         waited = self._waits_for(missing, self._timeout.total_seconds(), address)
         return RendezvousError(f"{waited} The timeout is over.")
+
+
+def _own_addresses() -> str:
+    found = list_addresses()
+    return f"The addresses of this host are {found}." if found else ""
 
 
 def _arrive(store: Any, rank: int, world_size: int, mine: str) -> str:

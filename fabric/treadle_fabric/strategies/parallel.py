@@ -19,7 +19,7 @@ from torch.distributed.constants import default_pg_timeout
 from treadle_fabric.accelerators import Accelerator, with_index
 from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import one_or_several
-from treadle_fabric.coordination import broadcast_object, host_group, meet, reached_by, waits_in_vain
+from treadle_fabric.coordination import broadcast_object, choose_interface, host_group, meet, reached_by, waits_in_vain
 from treadle_fabric.environments import ClusterEnvironment, mark_rank_as_taken
 from treadle_fabric.errors import MisconfigurationException, near_names
 from treadle_fabric.failures import current_member, end_process, join_group, leave_group
@@ -233,6 +233,8 @@ class ParallelStrategy(Strategy):
         bound = self.root_device if here is not None and here.type == self.root_device.type else None
         exclusive = bound if "nccl" in self.process_group_backend else None
         store = meet(environment, rank, world_size, self._timeout, exclusive)
+        if self._num_nodes > 1:
+            choose_interface(store, self.node_rank, environment.main_address, environment.main_port)
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
         dist.init_process_group(

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any, NamedTuple
 
-from treadle_fabric.coordination import end_when_silent, silence
+from treadle_fabric.coordination import address_towards, end_when_silent, silence
 from treadle_fabric.failures import notes
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.report import claim_death
@@ -93,7 +93,7 @@ class Lines:
             return
         self._listener.setblocking(False)
         port = self._listener.getsockname()[1]
-        self._store.set(self._key, f"{port} {self._token} {_address_towards(*self._meeting)}")
+        self._store.set(self._key, f"{port} {self._token} {address_towards(*self._meeting)}")
 
     def _greet(self) -> None:
         """Accept those that call, and hear which rank each is."""
@@ -165,14 +165,3 @@ def _has_ended(line: socket.socket) -> bool | None:
     except OSError:
         return True
     return False
-
-
-def _address_towards(address: str, port: int) -> str:
-    """The address of this host on the way to another one; empty if that is this host, which others know by a name."""
-    with contextlib.suppress(OSError):
-        family, kind, _, _, there = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(there)
-            here: str = probe.getsockname()[0]
-            return "" if here == there[0] else here
-    return ""
