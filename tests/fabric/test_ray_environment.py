@@ -43,7 +43,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     context = SimpleNamespace(**{f"get_{name}": lambda name=name: getattr(place, name) for name in names})
     runtime = SimpleNamespace(get_accelerator_ids=lambda: place.ids)
     module("ray", get_runtime_context=lambda: runtime)
-    module("ray.train", get_context=lambda: context)
+    module("ray.train", get_context=lambda: context, WorkerGroupError=RuntimeError)
     module("ray.train.torch", get_device=lambda: torch.device(place.device))
     return place
 

@@ -177,9 +177,10 @@ class RayEnvironment(StartedEnvironment):
         context = _context()
         if context is None:
             raise MisconfigurationException(
-                "RayEnvironment() takes the ranks from Ray Train, and this process is no worker of Ray Train's. Use "
-                "Fabric or the Trainer in the function that ray.train.torch.TorchTrainer(...) runs, or, in actors of "
-                "your own, RayEnvironment(world_size=..., global_rank=..., main_address=..., main_port=...)."
+                "RayEnvironment() takes the ranks from Ray Train, and this process is no worker of Ray Train's "
+                "(of its second version, which RAY_TRAIN_V2_ENABLED=0 replaces by the first). Use Fabric or the "
+                "Trainer in the function that ray.train.torch.TorchTrainer(...) runs, or, in actors of your own, "
+                "RayEnvironment(world_size=..., global_rank=..., main_address=..., main_port=...)."
             )
         return _Place(
             world_size=context.get_world_size(),
@@ -231,9 +232,11 @@ def _check(
 
 
 def _context() -> Any:
-    """Ray Train's context of this process; None outside of its workers."""
+    """Ray Train's context of this process; None outside of its workers, and in the first version of Ray Train."""
     import ray.train  # an extra, and heavy
 
+    if not hasattr(ray.train, "WorkerGroupError"):  # in the first version each process has a context
+        return None
     try:
         context = ray.train.get_context()
         context.get_world_size()
