@@ -151,7 +151,7 @@ if __name__ == "__main__":
 
 def test_a_script_is_launched(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    run_as_program(str(tmp_path / "script.py"), timeout=300)
+    run_as_program(str(tmp_path / "script.py"), timeout=500)
 
 
 def in_processes_of_torch_xla(port: str) -> None:
