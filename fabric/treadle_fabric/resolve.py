@@ -138,7 +138,7 @@ def resolve(
         if interactive and devices == "auto" and len(chosen) > 1 and not environment.creates_processes_externally:
             notes.append(
                 f"In a notebook one of {len(chosen)} devices is used, because several need processes of their own. "
-                f"For all of them: devices={len(chosen)}, strategy='ddp_notebook'."
+                f"For all of them: {_in_notebook(hardware, len(chosen))}."
             )
             chosen = chosen[:1]
         several = len(chosen) * num_nodes > 1 or environment.started_processes() > 1
@@ -425,6 +425,13 @@ def _single(chosen: list[torch.device], devices: Any, num_nodes: int, strategy: 
     return chosen[:1]
 
 
+def _in_notebook(hardware: Accelerator, number: int) -> str:
+    """What runs several processes from a notebook."""
+    if hardware.has_own_strategies:
+        return f"a script, with devices={number}"
+    return f"devices={number}, strategy='ddp_notebook'"
+
+
 def _choose_launcher(start_method: str | None, environment: ClusterEnvironment) -> LauncherKind:
     if start_method is None:
         return "none"
@@ -449,7 +456,7 @@ def _check_processes(
     if interactive and num_processes > 1 and launcher in ("subprocess", "spawn", "forkserver"):
         raise MisconfigurationException(
             f"strategy={name!r} cannot start its {num_processes} processes from a notebook, which is no script. Use "
-            "strategy='ddp_notebook'."
+            f"{_in_notebook(hardware, num_processes)}."
         )
 
 

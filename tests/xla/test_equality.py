@@ -36,8 +36,11 @@ LAYOUTS: dict[str, tuple[int, Callable[[], Any]]] = {
     "fsdp2_full": (2, lambda: XLAFSDPStrategy(state_dict_type="full")),
 }
 ROWS = [
-    *((layout, "32-true", program) for layout in LAYOUTS for program in PROGRAMS),
-    *((layout, "bf16-true", program) for layout in ("auto", "xla2") for program in PROGRAMS),
+    *((layout, "32-true", program) for layout in ("auto", "xla2", "fsdp2") for program in PROGRAMS),
+    *((layout, "32-true", "trainer") for layout in ("xla1", "fsdp1", "fsdp2_policy", "fsdp2_full")),
+    ("fsdp2_recompute", "32-true", "fabric"),
+    ("auto", "bf16-true", "trainer"),
+    ("xla2", "bf16-true", "fabric"),
 ]
 TOLERANCES = {"32-true": (1e-5, 1e-5), "bf16-true": (5e-2, 0.1)}
 

@@ -65,7 +65,7 @@ class XLAAccelerator(Accelerator):
 
     @staticmethod
     def get_parallel_devices(devices: Devices) -> list[torch.device]:
-        """Return ``xla:0`` for each process, which sees its own device only; an index for one device in this process."""
+        """Return ``xla:0`` for each process, which sees its own device only, or a device of this process by index."""
         parsed = XLAAccelerator.parse_devices(devices)
         if isinstance(parsed, int):
             return [torch.device("xla", 0)] * parsed

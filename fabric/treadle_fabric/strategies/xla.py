@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -37,7 +36,7 @@ class XLAStrategy(SeveralXLAStrategy, WholeStateStrategy, NativeStepStrategy):
             Default: True.
         cluster_environment: Where ranks and addresses come from.
         timeout: How long a collective of the hosts waits for the slowest process.
-        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` (in notebooks) or ``"forkserver"``.
+        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         precision_plugin: The precision, under the name that strategies of a trainer have for it.
 
     Raises:
@@ -88,9 +87,6 @@ class XLAStrategy(SeveralXLAStrategy, WholeStateStrategy, NativeStepStrategy):
 
     def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
         return self._averaging.paused(module) if enabled else nullcontext()
-
-    def expect_backward(self, loss: Tensor) -> None:
-        """Nothing: gradients are averaged when a backward pass ends, wherever it began."""
 
     def after_optimizer_step(self, optimizer: Optimizer) -> None:
         run_recorded()

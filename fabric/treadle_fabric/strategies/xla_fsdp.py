@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.nn import Module
@@ -60,7 +59,7 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
             a machine's memory at a time and takes longer. Default: False.
         cluster_environment: Where ranks and addresses come from.
         timeout: How long a collective of the hosts waits for the slowest process.
-        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` (in notebooks) or ``"forkserver"``.
+        start_method: ``"popen"``, ``"spawn"``, ``"fork"`` or ``"forkserver"``.
         precision_plugin: The precision, under the name that strategies of a trainer have for it.
         **kwargs: For ``XlaFullyShardedDataParallel``, such as ``reshard_after_forward`` and ``compute_dtype``.
 
@@ -139,15 +138,10 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         exchange = self.exchange
         if exchange is None:
             raise MisconfigurationException("XLAFSDPStrategy shards a module after the launch: call fabric.launch().")
-        import torch_xla.runtime as xr  # an extra
-
         register_wrappers()
         if self.world_size > 1:
             copy_from_rank_zero(module, self.broadcast)
-        ordinals: list[Any] = [None] * self.world_size
-        dist.all_gather_object(ordinals, xr.global_ordinal())
-        order = ordinals if len({*ordinals}) == len(ordinals) else [*range(self.world_size)]
-        engine = shard(module, exchange, order, self._wrap, self._recompute, self._arguments)
+        engine = shard(module, exchange, self._order, self._wrap, self._recompute, self._arguments)
         with_whole_states(engine.module, self._hosts)
         self._averaging.watch(engine, lambda parameter: not is_part(parameter))
         return engine

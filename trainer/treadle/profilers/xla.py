@@ -51,11 +51,13 @@ class XLAProfiler(Profiler):
 
     def start(self, action_name: str) -> None:
         """Begin to mark an action."""
-        import torch_xla.debug.profiler as xp  # an extra
+        import torch_xla  # an extra
 
         if self.stage is None and not self._traces:
             self.begin()
-        self._running[action_name] = mark = xp.Trace(action_name, **({"_r": 1} if action_name.endswith(_STEPS) else {}))
+        step = {"_r": 1} if action_name.endswith(_STEPS) else {}
+        # Not a `Trace`: in its scope what is recorded cannot be run, and actions do that
+        self._running[action_name] = mark = torch_xla._XLAC.profiler.TraceMe(action_name, **step)
         mark.__enter__()
 
     def stop(self, action_name: str) -> None:

@@ -46,7 +46,17 @@ class Exchange(ABC):
 
 
 class OverDevices(Exchange):
-    """XLA's own collectives, which are part of what is recorded for the devices: no host waits."""
+    """XLA's own collectives, which are part of what is recorded for the devices: no host waits.
+
+    Args:
+        rank: This process.
+        size: The number of processes.
+        order: PJRT's number for the device of each process. Default: its rank.
+    """
+
+    def __init__(self, rank: int, size: int, order: Sequence[int] = ()) -> None:
+        super().__init__(rank, size)
+        self._order = list(order) if list(order) != list(range(size)) else []
 
     def takes(self, tensor: Tensor, op: Any = None) -> bool:
         """Whether the tensor is on a device, and its dtype and the ``torch.distributed.ReduceOp`` are there."""
@@ -66,7 +76,7 @@ class OverDevices(Exchange):
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         gathered: Tensor = _GatherOnDevices.apply(tensor)
-        return gathered
+        return gathered[self._order] if self._order else gathered
 
     def place_in(self, sharded: Any) -> None:
         """Nothing: these collectives are what the module uses."""
@@ -157,8 +167,14 @@ _REDUCTIONS: Final[dict[Any, str]] = {
 }
 
 
-def find_exchange(rank: int, size: int) -> Exchange:
-    """The exchange for this process: over the devices where PJRT connects those of all processes."""
+def find_exchange(rank: int, size: int, order: Sequence[int] = ()) -> Exchange:
+    """The exchange for this process: over the devices where PJRT connects those of all processes.
+
+    Args:
+        rank: This process.
+        size: The number of processes.
+        order: PJRT's number for the device of each process. Default: its rank.
+    """
     import torch_xla.runtime as xr  # an extra
 
-    return OverDevices(rank, size) if xr.world_size() == size > 1 else OverHosts(rank, size)
+    return OverDevices(rank, size, order) if xr.world_size() == size > 1 else OverHosts(rank, size)

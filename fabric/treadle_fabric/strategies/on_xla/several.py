@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from treadle_fabric.accelerators import Accelerator
@@ -68,6 +69,7 @@ class SeveralXLAStrategy(ParallelStrategy):
             precision_plugin,
         )
         self._exchange: Exchange | None = None
+        self._order: list[int] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_exchange": None}
@@ -85,4 +87,10 @@ class SeveralXLAStrategy(ParallelStrategy):
         begin_process(self.local_rank, self.num_processes)
 
     def process_is_ready(self) -> None:
-        self._exchange = find_exchange(self.global_rank, self.world_size)
+        import torch_xla.runtime as xr  # an extra
+
+        ordinals: list[Any] = [None] * self.world_size
+        dist.all_gather_object(ordinals, xr.global_ordinal())
+        ranks = [*range(self.world_size)]
+        self._order = ordinals if sorted(ordinals) == ranks else ranks  # of devices that PJRT does not connect
+        self._exchange = find_exchange(self.global_rank, self.world_size, self._order)
