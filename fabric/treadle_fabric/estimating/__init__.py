@@ -10,7 +10,19 @@ The package imports from all of the runtime but the command line.
 """
 
 from treadle_fabric.estimating.estimate import estimate, planned_nodes
+from treadle_fabric.estimating.ghost import without_memory
 from treadle_fabric.estimating.layouts import Layout, layouts
 from treadle_fabric.estimating.results import Estimate, Memory, Traffic, in_bytes, table
 
-__all__ = ["Estimate", "Layout", "Memory", "Traffic", "estimate", "in_bytes", "layouts", "planned_nodes", "table"]
+__all__ = [
+    "Estimate",
+    "Layout",
+    "Memory",
+    "Traffic",
+    "estimate",
+    "in_bytes",
+    "layouts",
+    "planned_nodes",
+    "table",
+    "without_memory",
+]

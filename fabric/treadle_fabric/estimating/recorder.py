@@ -64,7 +64,8 @@ class Recorder(TorchDispatchMode):
     asked for.
 
     Args:
-        fake: Do not run collectives of ``torch.distributed``, and take each value that is read from a tensor for one (False).
+        fake: Do not run collectives of ``torch.distributed``, and take each value that is read from a tensor for one
+            (``False``).
     """
 
     def __init__(self, fake: bool = True) -> None:
@@ -216,5 +217,3 @@ def _storages(tensor: Any) -> Iterable[Any]:
             yield from _storages(getattr(tensor, name))
     elif isinstance(tensor, Tensor):
         yield tensor.untyped_storage()
-
-
