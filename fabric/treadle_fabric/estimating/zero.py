@@ -39,7 +39,7 @@ def zero_of(name: str, strategy: Any) -> Zero | None:
             int(zero.get("stage", 0)),
             _is_given(zero.get("offload_optimizer")),
             _is_given(zero.get("offload_param")),
-            bucket if isinstance(bucket, int | float) else _BUCKET,
+            int(bucket) if isinstance(bucket, int | float) else _BUCKET,
         )
     if not name.startswith("deepspeed"):
         return None
@@ -71,7 +71,7 @@ def share_out(alone: Estimate, zero: Zero, name: str, world_size: int, num_nodes
     state = ceil(state / n) if zero.stage >= 1 else state
     gradients = ceil(memory.gradients / n) if zero.stage >= 2 else memory.gradients
     parameters = ceil(whole / n) if zero.stage == 3 else whole
-    bucket = min(int(zero.bucket) * width, whole)
+    bucket = min(zero.bucket * width, whole)
     communication = bucket if n > 1 else 0
     if zero.stage == 3:
         communication += min(2 * largest, whole)  # what is used, and what is fetched meanwhile

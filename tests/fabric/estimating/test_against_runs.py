@@ -13,7 +13,7 @@ from tests.processes import run_in_ranks
 from torch import nn
 
 from treadle_fabric import DDPStrategy, Fabric, FSDPStrategy, ModelParallelStrategy, estimate
-from treadle_fabric.estimating.estimate import _traffic
+from treadle_fabric.estimating.planned_step import _traffic
 from treadle_fabric.estimating.recorder import Recorder
 from treadle_fabric.estimating.step import Step
 

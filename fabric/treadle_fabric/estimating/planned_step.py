@@ -257,7 +257,8 @@ def _maker(given: Any, foreach: bool) -> Callable[[Module], list[Optimizer]]:
         elif given is not None:
             optimizers = optimizers_of(given(module.parameters()))
         elif callable(getattr(module, "configure_optimizers", None)):
-            optimizers = optimizers_of(module.configure_optimizers())
+            configure: Any = module.configure_optimizers
+            optimizers = optimizers_of(configure())
         else:
             raise MisconfigurationException(
                 f"{type(module).__name__} has no configure_optimizers: give optimizer=, such as torch.optim.AdamW."
