@@ -74,9 +74,10 @@ def _estimate(given: argparse.Namespace) -> int:
 
 def _rows(given: argparse.Namespace) -> list[tuple[Any, Any, str]]:
     """Each layout, its estimate or None, and why there is none."""
-    from treadle_fabric.estimating import layouts, planned_nodes  # heavy
+    from treadle_fabric.estimating import layouts, planned_nodes, without_memory  # heavy
 
-    sys.path.insert(0, os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     make = _found(given.model, "MODEL")
     arguments = _json("--init-args", given.init_args)
     batch = _found(given.batch, "--batch")
@@ -85,8 +86,12 @@ def _rows(given: argparse.Namespace) -> list[tuple[Any, Any, str]]:
     nodes = planned_nodes(given.num_nodes, given.devices)
     names = None if given.strategies is None else [name for name in given.strategies.split(",") if name]
     rows = []
-    for layout in layouts(make, given.devices, nodes, names):
-        module = functools.partial(make, **arguments) if isinstance(make, type) or not _is_module(make) else make
+    module = make if _is_module(make) else without_memory(functools.partial(make, **arguments))
+    if not _is_module(module):
+        raise MisconfigurationException(
+            f"MODEL={given.model!r} made {type(module).__name__}, which is no torch module."
+        )
+    for layout in layouts(module, given.devices, nodes, names):
         result, reason = _one(given, layout, nodes, module=module, optimizer=optimizer, batch=batch, loss=loss)
         rows.append((layout, result, reason))
     return rows

@@ -130,9 +130,10 @@ def make_work(tensors: list[Tensor]) -> Any:
 
 
 def _group_of(values: dict[str, Any]) -> Any:
-    group = values.get("process_group", values.get("group_name"))
+    group: Any = values.get("process_group", values.get("group_name"))
     if isinstance(group, str):
-        return dist.distributed_c10d._resolve_process_group(group)  # type: ignore[arg-type]
+        functions: Any = dist.distributed_c10d
+        return functions._resolve_process_group(group)
     if isinstance(group, dist.ProcessGroup):
         return group
     return torch._C._distributed_c10d.ProcessGroup.unbox(group)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["ghost_of", "made", "tensors_in"]
+__all__ = ["ghost_of", "made", "refused_values", "tensors_in", "without_memory"]
 
 _SILENCED = ("log", "log_dict")
 """Methods of a LightningModule that need a run, and that a step calls without using what they return."""
@@ -27,8 +27,8 @@ def ghost_of(value: Any, mode: Any, memo: dict[int, Any]) -> Any:
 
     Args:
         value: A module, an optimizer, a batch; on any device, the meta device too.
-        mode: The ``FakeTensorMode`` of the copies, which say that they are on the CPU; None: they are on the meta device,
-            where modules can be changed in place.
+        mode: The ``FakeTensorMode`` of the copies, which say that they are on the CPU; None: they are on the meta
+            device, where modules can be changed in place.
         memo: As for ``copy.deepcopy``: copies by the ids of the originals, which is filled.
 
     Raises:
@@ -56,17 +56,34 @@ def made(function: Any, mode: Any) -> Any:
     Raises:
         MisconfigurationException: The function needs the values of tensors.
     """
+    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode:
+        return function()
+
+
+@contextmanager
+def refused_values(what: str) -> Generator[None]:
+    """Say that something, which runs inside, needs the values of tensors.
+
+    Raises:
+        MisconfigurationException: Torch could not go on without the values.
+    """
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
     try:
-        with mode:
-            return function()
+        yield
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        name = getattr(function, "__qualname__", repr(function))
         raise MisconfigurationException(
-            f"{name}() reads the values of a tensor ({error.func}), and estimate() runs it with tensors that have none."
-            " Compute such numbers with Python or NumPy, or give what the function makes."
+            f"{what} reads the values of a tensor ({error.func}), and estimate() runs it with tensors that have none."
+            " Compute such numbers with Python or NumPy; instead of selecting by a mask, multiply by it or use"
+            " torch.where, for an estimate at least."
         ) from error
+
+
+def without_memory(function: Any) -> Any:
+    """Call a user's function once, with tensors that have no memory, for several estimates."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # for those who plan
+
+    return made(function, FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -56,7 +56,7 @@ class Peak:
     """What ran then."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that are alive, and counts collectives.
 
     A storage is what tensors have in common that are views of one another. It is alive from the operation that made
@@ -64,13 +64,14 @@ class Recorder(TorchDispatchMode):
     asked for.
 
     Args:
-        fake: Do not run collectives of ``torch.distributed``, and take each value that is read from a tensor for one (False).
+        fake: Do not run collectives of ``torch.distributed``, and take each value that is read from a tensor for one
+            (``False``).
     """
 
     def __init__(self, fake: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._fake = fake
-        self._numbers = WeakIdKeyDictionary()
+        self._numbers: Any = WeakIdKeyDictionary()
         self._sizes: dict[int, int] = {}  # of those that are alive
         self._labels: dict[int, str] = {}
         self._events: list[_Event] = []
@@ -93,11 +94,11 @@ class Recorder(TorchDispatchMode):
             return result
 
         self._patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._patches.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,7 +182,7 @@ class Recorder(TorchDispatchMode):
         return self._phases[bisect_right(self._phases, event, key=itemgetter(0)) - 1][1]
 
     def _note(self, storage: Any, label: str | None = None) -> int:
-        number = self._numbers.get(storage)
+        number: int | None = self._numbers.get(storage)
         size = storage.nbytes()
         if number is None:
             number = self._made = self._made + 1

@@ -48,7 +48,7 @@ class Step:
         self.optimizers = [FabricOptimizer(each, strategy) for each in stepped]
         own = self.module.module
         self._run = method_of(self.module, "training_step") if _learns(own) else self.module
-        self._arguments = _arguments_of(own.training_step if _learns(own) else own.forward)
+        self._arguments = _arguments_of(getattr(own, "training_step" if _learns(own) else "forward"))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -101,7 +101,8 @@ class Step:
         if self._loss is not None and not _learns(self.module.module):
             found = self._loss(output, batch)
         elif found is None:
-            found = sum(t.float().mean() for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad)
+            outputs = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            found = torch.stack([t.float().mean() for t in outputs]).sum() if outputs else None
         if not isinstance(found, Tensor) or not found.requires_grad or found.numel() != 1:
             raise MisconfigurationException(
                 f"The step returned {type(output).__name__}, and there is no loss in it that depends on parameters. Let"

@@ -94,7 +94,8 @@ def ghost_world(rank: int, world_size: int) -> Generator[None]:
         stack.callback(_end)
         # DDP compares shapes, and orders its buckets, in C++ and by the values of small tensors
         stack.enter_context(mock.patch("torch.nn.parallel.distributed._verify_param_shape_across_processes"))
-        stack.enter_context(mock.patch.object(dist.Reducer, "_rebuild_buckets", _rebuilder()))
+        reducer: Any = vars(dist)["Reducer"]
+        stack.enter_context(mock.patch.object(reducer, "_rebuild_buckets", _rebuilder(reducer)))
         stack.enter_context(_few_chunks())
         from torch.distributed.device_mesh import DeviceMesh  # heavy
 
@@ -110,17 +111,17 @@ def ghost_world(rank: int, world_size: int) -> Generator[None]:
         yield
 
 
-def _rebuilder() -> Callable[[Any], Any]:
-    rebuild = dist.Reducer._rebuild_buckets
+def _rebuilder(reducers: Any) -> Callable[[Any], Any]:
+    rebuild = reducers._rebuild_buckets
 
     def rebuild_buckets(reducer: Any) -> Any:
-        with _Indices():
+        with _Indices():  # type: ignore[no-untyped-call]
             return rebuild(reducer)
 
     return rebuild_buckets
 
 
-class _Indices(TorchDispatchMode):
+class _Indices(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets small tensors of integers have memory and values, among tensors that have none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

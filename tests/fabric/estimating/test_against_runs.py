@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.processes import run_in_ranks
 from torch import nn
 
-from tests.processes import run_in_ranks
 from treadle_fabric import DDPStrategy, Fabric, FSDPStrategy, ModelParallelStrategy, estimate
-from treadle_fabric.estimating.estimate import _traffic
+from treadle_fabric.estimating.planned_step import _traffic
 from treadle_fabric.estimating.recorder import Recorder
 from treadle_fabric.estimating.step import Step
 
@@ -149,5 +149,19 @@ def test_an_estimate_is_what_a_run_takes(layout: str, ranks: int, precision: str
     assert planned.traffic.keys() == real["traffic"].keys()
     for kind, payload in real["traffic"].items():
         assert planned.traffic[kind].payload == pytest.approx(payload, rel=0.05), kind
-    print("OFF", layout, ranks, precision, "activations", memory.activations, real["activations"], "peak", memory.peak, real["peak"], "traffic", {k: t.payload for k, t in planned.traffic.items()}, real["traffic"])
+    print(
+        "OFF",
+        layout,
+        ranks,
+        precision,
+        "activations",
+        memory.activations,
+        real["activations"],
+        "peak",
+        memory.peak,
+        real["peak"],
+        "traffic",
+        {k: t.payload for k, t in planned.traffic.items()},
+        real["traffic"],
+    )
     assert memory.activations == pytest.approx(real["activations"], rel=0.1)

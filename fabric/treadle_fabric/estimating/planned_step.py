@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from math import ceil
 from typing import Any
 
 import torch
-from torch.nn import Module
+from torch.nn import Module, ModuleList, Sequential
 from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import CPUAccelerator
 from treadle_fabric.checks import check_integer
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.estimating.collectives import KINDS, Call, wire_bytes
-from treadle_fabric.estimating.ghost import ghost_of, made, tensors_in
+from treadle_fabric.estimating.ghost import ghost_of, made, refused_values, tensors_in
 from treadle_fabric.estimating.recorder import Recorder
 from treadle_fabric.estimating.results import Estimate, Memory, Traffic
 from treadle_fabric.estimating.step import Loss, Step, optimizers_of
 from treadle_fabric.estimating.world import MAX_RANKS, PlannedEnvironment, ghost_world
+from treadle_fabric.estimating.zero import share_out, zero_of
 from treadle_fabric.precision import Precision, canonical_precision, make_precision
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
@@ -74,14 +75,43 @@ def estimate(
     if world_size > MAX_RANKS:
         raise MisconfigurationException(f"world_size={world_size}: at most {MAX_RANKS:,} ranks can be estimated.")
     nodes = planned_nodes(num_nodes, world_size)
-    chosen, name = _strategy(strategy)
-    if not chosen.uses_process_group and world_size > 1:
+    zero = zero_of(strategy if isinstance(strategy, str) else "", strategy)
+    chosen, name = _strategy("single_device" if zero is not None else strategy)
+    if zero is None and not chosen.uses_process_group and world_size > 1:
         raise MisconfigurationException(
             f"strategy={name!r} runs in one process, and world_size={world_size}. Give 'ddp' or 'fsdp', for example, or"
             " world_size=1."
         )
+    options: dict[str, Any] = {"loss": loss, "accumulate": accumulate, "foreach": foreach}
+    if zero is not None:
+        named = strategy if isinstance(strategy, str) else type(strategy).__name__
+        alone, largest = _estimated(module, optimizer, chosen, name, 1, 1, precision, batch, **options)
+        return share_out(alone, zero, named, world_size, nodes, largest)
+    return _estimated(module, optimizer, chosen, name, world_size, nodes, precision, batch, **options)[0]
+
+
+def _estimated(
+    module: Any,
+    optimizer: Any,
+    chosen: Strategy,
+    name: str,
+    world_size: int,
+    nodes: int,
+    precision: Any,
+    batch: Any,
+    *,
+    loss: Loss | None,
+    accumulate: int,
+    foreach: bool,
+) -> tuple[Estimate, int]:
+    """The estimate, and the bytes of the largest child of the largest list of children, or of the module."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # for those who plan
 
+    if chosen.runs_whole_batch:
+        raise MisconfigurationException(
+            f"{name} with a pipeline: its ranks have different parts of the model, and what each needs depends on what"
+            " the others send, which one rank alone cannot find out. Estimate a stage as a model of its own."
+        )
     mode: Any = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         stack.enter_context(ghost_world(0, world_size))
@@ -100,12 +130,14 @@ def estimate(
         own, given = _ghosts(whole, optimizer, bound.precision, mode)
         micro_batch = ghost_of(made(batch, mode) if callable(batch) else batch, mode, {})
         count = sum(p.numel() for p in own.parameters())
+        largest = max((_size(child) for child in _layers(own)), default=0)
         recorder = Recorder()
         stack.enter_context(mode)
         stack.enter_context(recorder)
-        step = Step(own, _maker(given, foreach), bound, loss)
-        sizes = _second_step(step, micro_batch, recorder, accumulate)
-        return Estimate(
+        with refused_values("The step"):
+            step = Step(own, _maker(given, foreach), bound, loss)
+            sizes = _second_step(step, micro_batch, recorder, accumulate)
+        result = Estimate(
             strategy=_described(name, bound),
             world_size=world_size,
             num_nodes=nodes,
@@ -115,6 +147,7 @@ def estimate(
             traffic=_traffic(recorder.calls, per_node),
             notes=_notes(recorder),
         )
+        return result, largest
 
 
 def _ghosts(module: Module, optimizer: Any, precision: Precision, mode: Any) -> tuple[Module, Any]:
@@ -170,9 +203,19 @@ def _notes(recorder: Recorder) -> tuple[str, ...]:
     if not recorder.values_read:
         return ()
     return (
-        f"{recorder.values_read} values were read from tensors, as by item(), and taken for 1, or False: a step that decides"
-        " by them may do something else.",
+        f"{recorder.values_read} values were read from tensors, as by item(), and taken for 1, or False: a step that"
+        " decides by them may do something else.",
     )
+
+
+def _layers(module: Module) -> Iterator[Module]:
+    """What is gathered at a time: the children, and those of lists of children."""
+    for child in module.children():
+        yield from (child.children() if isinstance(child, ModuleList | Sequential) else (child,))
+
+
+def _size(module: Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _described(name: str, strategy: Strategy) -> str:
@@ -214,7 +257,8 @@ def _maker(given: Any, foreach: bool) -> Callable[[Module], list[Optimizer]]:
         elif given is not None:
             optimizers = optimizers_of(given(module.parameters()))
         elif callable(getattr(module, "configure_optimizers", None)):
-            optimizers = optimizers_of(module.configure_optimizers())
+            configure: Any = module.configure_optimizers
+            optimizers = optimizers_of(configure())
         else:
             raise MisconfigurationException(
                 f"{type(module).__name__} has no configure_optimizers: give optimizer=, such as torch.optim.AdamW."
