@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from treadle_fabric.checks import require_package
@@ -277,6 +278,8 @@ def start(
             dist_init_required=False,
             config=config,
         )
+    # without ZeRO, DeepSpeed's own way to clip fails at parameters without dimensions
+    engine.clip_fp32_gradients = lambda: clip_grad_norm_(list(module.parameters()), engine.gradient_clipping())
     return ZeroEngine(engine, module)
 
 
