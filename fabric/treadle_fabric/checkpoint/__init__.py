@@ -6,7 +6,8 @@ folder and its manifest; ``torch_file.py`` writes and reads one file, ``distribu
 ``stored/`` reads it; ``reading.py`` reads the one or the other, and ``newest.py`` lists the checkpoints in a folder.
 ``per_rank.py`` marks values that each rank has of its own, and ``fingerprint.py`` tells whether ranks have the same
 tensor. ``values/`` makes values of any kind plain for a file, and turns them back; ``host/`` is about the memory of the
-host. ``export/`` makes files for other programs, and ``zero/`` reads the files of DeepSpeed. Imports only the foundation.
+host. ``export/`` makes files for other programs, and ``zero/`` reads the files of DeepSpeed, whose tensors ``kept.py``
+marks in a state. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
@@ -15,7 +16,8 @@ ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a h
 ``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
 ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
 rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind, and
-``pickled_in`` says which of them are pickled.
+``pickled_in`` says which of them are pickled. In
+``kept_by_engines`` a state is made for a save.
 """
 
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.checkpoint.host.checked import noting_checks, trusting
 from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
+from treadle_fabric.checkpoint.kept import kept_by_engines
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, remote_checkpoints_in, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
 from treadle_fabric.checkpoint.reading import check_share, lies_at, read_outline, read_quickly
@@ -72,6 +75,7 @@ __all__ = [
     "hidden_beside",
     "in_memory",
     "is_sharded_tensor",
+    "kept_by_engines",
     "known_classes",
     "lies_at",
     "link_folder",

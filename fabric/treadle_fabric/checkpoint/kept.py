@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Final, Protocol
 
 import torch
@@ -10,13 +12,33 @@ from torch import Tensor
 
 from treadle_fabric.errors import CheckpointError
 
-__all__ = ["EngineWriter", "KeptTensor"]
+__all__ = ["EngineWriter", "KeptTensor", "are_kept", "kept_by_engines"]
+
+_kept: ContextVar[bool] = ContextVar("treadle_kept_by_engines", default=False)
 
 _LOOKS: Final = frozenset(
     "size dim numel nelement element_size is_floating_point is_complex stride ndimension __len__ __repr__ "
     "__hash__ is_contiguous storage_offset is_conj is_neg".split()
 )
 """What looks at the form of a tensor only."""
+
+
+@contextmanager
+def kept_by_engines() -> Iterator[None]:
+    """A state that is made inside is saved at once: tensors that an engine writes itself are marked, and not gathered.
+
+    In the place of each is then a :class:`KeptTensor`, if checkpoints are folders.
+    """
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def are_kept() -> bool:
+    """Whether this is inside of :func:`kept_by_engines`."""
+    return _kept.get()
 
 
 class EngineWriter(Protocol):

@@ -15,7 +15,7 @@ from treadle_fabric.errors import not_yet
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin
+from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin, elements_here, elements_of, own_groups
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.sharding.norms import is_elsewhere, local_gradients, norms, total_norm
@@ -57,12 +57,15 @@ __all__ = [
     "WholeStateStrategy",
     "apply_tensor_parallel",
     "check_reduce_op",
+    "elements_here",
+    "elements_of",
     "is_elsewhere",
     "load_module_state",
     "local_attention",
     "local_gradients",
     "module_state",
     "norms",
+    "own_groups",
     "reduction_of",
     "sequence_attention",
     "sequence_offset",

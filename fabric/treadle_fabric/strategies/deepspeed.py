@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Final
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
@@ -24,6 +24,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision, needs_closure
 from treadle_fabric.precision.deepspeed import DeepSpeedPrecision
 from treadle_fabric.strategies.parallel import ParallelStrategy
+from treadle_fabric.strategies.parts import note_groups
 from treadle_fabric.strategies.unwrapping import user_module
 from treadle_fabric.strategies.zero.config import (
     Steps,
@@ -151,12 +152,6 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         engines = self._alive()
         return engines[-1].deepspeed if engines else None
 
-    @property
-    def optimizer_groups(self) -> Sequence[Sequence[Parameter]]:
-        engines = self._alive()
-        groups: Sequence[Sequence[Parameter]] = getattr(engines[-1], "groups", ()) if engines else ()
-        return groups
-
     def _alive(self) -> list[ZeroEngine]:
         return [engine for reference in self._engines if (engine := reference()) is not None]
 
@@ -200,7 +195,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         engine = self._start(module, optimizers[0] if optimizers else None, scheduler, self._config)
         stepped = engine.stepped
         stepped.zero_grad = functools.partial(_discard, weakref.ref(engine))
-        engine.__dict__["groups"] = given or [list(trained(user_module(module)))]
+        note_groups(stepped, given or [list(trained(user_module(module)))])
         return engine, [stepped], engine.deepspeed.lr_scheduler
 
     def _check_set_up(self, optimizers: list[Optimizer], scheduler: Any | None) -> None:

@@ -446,6 +446,14 @@ class Strategy(ABC):
             label: The same for this backward pass on every process, and for no other one.
         """
 
+    @property
+    def gradient_layout(self) -> str:
+        """How an engine keeps gradients between micro-batches; empty where they are in ``grad`` of the parameters.
+
+        What was accumulated in one layout is of use in no other.
+        """
+        return ""
+
     def engine_state(self) -> dict[str, Any]:
         """What the last module's engine keeps from one step to the next: a run resumed exactly needs it."""
         return {}

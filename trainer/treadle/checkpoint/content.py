@@ -12,7 +12,7 @@ from treadle.module.overriding import overrides
 from treadle.run.accumulation import Accumulation
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
-from treadle_fabric.checkpoint import Keeping, known_classes
+from treadle_fabric.checkpoint import Keeping, kept_by_engines, known_classes
 
 __all__ = ["dump_checkpoint", "keeping", "read_progress"]
 
@@ -29,11 +29,14 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         weights_only: leave out optimizers, schedulers and callbacks.
     """
     strategy, module, progress = run.fabric.strategy, run.module, run.progress
+    with kept_by_engines():
+        weights = strategy.get_module_state_dict(module)
+        training = [] if weights_only else [strategy.get_optimizer_state(o.optimizer) for o in run.optimizers]
     checkpoint: dict[str, Any] = {
         "epoch": progress.epoch,
         "global_step": progress.step,
         "pytorch-lightning_version": FORMAT,
-        "state_dict": strategy.get_module_state_dict(module),
+        "state_dict": weights,
         "loops": _loops(progress, automatic=module.automatic_optimization),
         "treadle": {"progress": {**dataclasses.asdict(progress), "phase": int(progress.phase)}},
     }
@@ -41,7 +44,7 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         checkpoint["treadle"]["changes"] = run.changes.state_dict(module, run.optimizers)
         states = {c.state_key: c.state_dict() for c in callbacks if overrides(c, "state_dict", Callback)}
         checkpoint["callbacks"] = {key: state for key, state in states.items() if state}
-        checkpoint["optimizer_states"] = [strategy.get_optimizer_state(o.optimizer) for o in run.optimizers]
+        checkpoint["optimizer_states"] = training
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.schedulers]
         if scaler := strategy.precision.state_dict():
             checkpoint[type(strategy.precision).__qualname__] = scaler

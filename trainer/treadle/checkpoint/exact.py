@@ -21,6 +21,7 @@ from treadle.run.accumulation import Accumulation, Place, decide
 from treadle.run.progress import FitProgress, Phase
 from treadle.run.run import ReadyRun, Run
 from treadle_fabric import (
+    CheckpointMismatchError,
     Fabric,
     Strategy,
     all_gather_objects,
@@ -83,12 +84,16 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         gradients = {n: gradient.detach() for n, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
+    if done and (layout := run.fabric.strategy.gradient_layout):
+        shared["accumulated"]["layout"] = layout
     if progress.epoch_ended:
         shared["unwritten"] = dict(run.unwritten)
     if fabric.strategy.shards_parameters:
         shared["gradients"] = gradients  # each rank holds a part of what is one gradient, averaged over the ranks
     else:
         mine["gradients"] = gradients
+    if fabric.world_size == 1 and (state := fabric.strategy.engine_state()):
+        mine["engine"] = state
     if fabric.world_size > 1:
         buffers = _buffers(module)
         prints = {name: fingerprint(buffer) for name, buffer in buffers.items()}
@@ -180,6 +185,7 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     if not ranks:
         return
     fabric, module = run.fabric, run.module
+    _check_layout(saved.get("accumulated", {}), fabric.strategy)
     metrics, progress = run.metric_objects[1], run.progress
     elsewhere, begins = not isinstance(ranks, PerRank), not progress.begun
     shares = fabric.strategy.data_parallel_size
@@ -224,6 +230,18 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     run.validated.update(mine["validated"])
     run.metrics.load_state_dict(mine["metrics"])
     set_rng_states(as_own_rng_states(mine["rng"], fabric.global_rank))
+
+
+def _check_layout(accumulated: dict[str, Any], strategy: Strategy) -> None:
+    """Refuse the gradients of a begun accumulation that an engine keeps in another way now."""
+    before, now = accumulated.get("layout", ""), strategy.gradient_layout
+    if accumulated.get("done") and before != now:
+        raise CheckpointMismatchError(
+            f"The checkpoint was saved after {accumulated['done']} of the {accumulated['window']} batches of an"
+            f" accumulation, with gradients as {before or 'the parameters have them'}, and this run keeps them as"
+            f" {now or 'the parameters have them'}. Go on in the same layout, or from a checkpoint that was saved where"
+            " the optimizer steps."
+        )
 
 
 def write_left(run: ReadyRun, saved: dict[str, Any]) -> bool:

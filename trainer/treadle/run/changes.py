@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from treadle.module.modes import restore_modes
 from treadle_fabric import FabricOptimizer, PossibleUserWarning, rank_zero_info, rank_zero_warn, with_plain_names
+from treadle_fabric.strategies import own_groups
 
 __all__ = ["ModelChanges", "group_names"]
 
@@ -67,7 +68,7 @@ class ModelChanges:
         new = {name: p for name, p in _parameters(module) if p.requires_grad and not self._trainable.get(name)}
         if not new or not optimizers:
             return
-        held = {id(p) for each in optimizers for group in each.param_groups for p in group["params"]}
+        held = {id(p) for each in optimizers for group in own_groups(each.optimizer) for p in group}
         names = [name for name, p in new.items() if id(p) not in held and name not in self._told]
         if names:
             self._told.update(names)
@@ -203,7 +204,7 @@ class ModelChanges:
 def group_names(module: nn.Module, optimizer: Optimizer) -> Groups:
     """Return, for each parameter group, the names of its parameters; empty for one that the module has not."""
     names = {id(p): name for name, p in _parameters(module)}
-    return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    return [[names.get(id(p), "") for p in group] for group in own_groups(optimizer)]
 
 
 def _parameters(module: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:

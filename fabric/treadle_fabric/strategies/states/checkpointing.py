@@ -23,6 +23,7 @@ from treadle_fabric.checkpoint import (
     files_mapped,
     in_memory,
     is_sharded_tensor,
+    kept_by_engines,
     noting_checks,
     pack,
     placed_like,
@@ -74,7 +75,8 @@ class CheckpointingStrategy(Strategy):
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)
-        content = self.as_stored({key: _plain(self, value, keeping is None) for key, value in state.items()})
+        with kept_by_engines():
+            content = self.as_stored({key: _plain(self, value, keeping is None) for key, value in state.items()})
         for key, keep in filters.items():
             content[key] = {name: value for name, value in content[key].items() if keep(name, value)}
 

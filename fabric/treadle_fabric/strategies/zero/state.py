@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import in_memory
 from treadle_fabric.checkpoint.distributed.split import map_leaves
-from treadle_fabric.checkpoint.kept import KeptTensor
+from treadle_fabric.checkpoint.kept import KeptTensor, are_kept
 from treadle_fabric.checkpoint.zero.ours import state_key, weight_key
 from treadle_fabric.errors import CheckpointMismatchError
+from treadle_fabric.strategies.parts import own_groups
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
 from treadle_fabric.strategies.unwrapping import (
@@ -67,10 +68,10 @@ class ZeroStateStrategy(CheckpointingStrategy):
         return True
 
     def get_module_state_dict(self, module: Module) -> dict[str, Any]:
-        """The state of the user's module; its parameters are in DeepSpeed's files if checkpoints are folders.
+        """The state of the user's module, with whole parameters on rank 0, and on the meta device on other ranks.
 
-        In the place of each is then a tensor without content; see :class:`KeptTensor`. Where checkpoints are files, the
-        parameters are whole on rank 0, and on the meta device on other ranks.
+        Every rank calls this. In a save to a folder, DeepSpeed's files have the parameters, and none is gathered; see
+        :func:`kept_by_engines`.
         """
         state, engine = module_state(module), self.engine
         if engine is None or not self._is_of(module) or not is_partitioned(engine):
@@ -121,7 +122,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
         states: dict[int, Any] = {}
         groups: list[dict[str, Any]] = []
         trains = trained(engine)
-        for group, parameters in zip(optimizer.param_groups, self._groups(), strict=True):
+        for group, parameters in zip(optimizer.param_groups, own_groups(optimizer), strict=True):
             first = sum(len(each["params"]) for each in groups)
             for key, parameter in enumerate(parameters, first):
                 if id(parameter) in trains and (scalars or flats):
@@ -145,7 +146,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
 
     def _load_parts(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         engine, groups = self.engine, state["param_groups"]
-        have = self._groups()
+        have = own_groups(optimizer)
         if [len(group["params"]) for group in groups] != list(map(len, have)):
             raise ValueError("loaded state dict contains parameter groups that do not match the optimizer's")
         for group, saved in zip(optimizer.param_groups, groups, strict=True):
@@ -163,7 +164,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
             engine.optimizer._link_all_hp_params()
 
     def as_stored(self, content: dict[str, Any]) -> dict[str, Any]:
-        if self.checkpoint_io.sharded:
+        if self.checkpoint_io.sharded and are_kept():
             return content
         engine = self.engine
         parts: dict[int, Held] = {}
@@ -183,6 +184,15 @@ class ZeroStateStrategy(CheckpointingStrategy):
 
         found: dict[str, Any] = map_leaves(content, gather, "")
         return found
+
+    @property
+    def gradient_layout(self) -> str:
+        engine = self.engine
+        if engine is None or not is_partitioned(engine):
+            return ""
+        offload = ", in memory of the host" if getattr(engine.optimizer, "cpu_offload", False) else ""
+        offload = ", in memory of the host" if getattr(engine.optimizer, "offload_optimizer", False) else offload
+        return f"ZeRO {engine.zero_optimization_stage()} on {self.world_size} processes{offload}"
 
     def engine_state(self) -> dict[str, Any]:
         """What DeepSpeed's engine keeps from one micro-batch to the next, on this rank."""
@@ -205,14 +215,6 @@ class ZeroStateStrategy(CheckpointingStrategy):
         if found is None:
             found = engine._treadle_writer = ZeroWriter(engine)
         return found
-
-    @property
-    @abstractmethod
-    def optimizer_groups(self) -> Sequence[Sequence[Parameter]]:
-        """The parameters of each group of the optimizer, as they were before the engine was made."""
-
-    def _groups(self) -> list[list[Parameter]]:
-        return [list(group) for group in self.optimizer_groups]
 
 
 def _numel(parameter: Any) -> int:
