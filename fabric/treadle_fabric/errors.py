@@ -56,7 +56,7 @@ __all__ = [
 
 P = ParamSpec("P")
 # How the names of Lightning's strategies and accelerators begin that Treadle is still to get.
-_STILL_TO_COME = ("deepspeed", "xla", "single_xla", "tpu")
+_STILL_TO_COME = ("xla", "single_xla", "tpu")
 
 
 class TreadleError(Exception):

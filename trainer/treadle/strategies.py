@@ -11,10 +11,11 @@ from treadle_fabric.strategies import (
 )
 
 if TYPE_CHECKING:
-    from treadle_fabric.strategies import FSDPStrategy, ModelParallelStrategy
+    from treadle_fabric.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 __all__ = [
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "ParallelStrategy",
@@ -25,8 +26,9 @@ __all__ = [
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"DeepSpeedStrategy"},
+        set(),
         otherwise=on_demand(
-            __name__, dict.fromkeys(("FSDPStrategy", "ModelParallelStrategy"), "treadle_fabric.strategies")
+            __name__,
+            dict.fromkeys(("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"), "treadle_fabric.strategies"),
         ),
     )

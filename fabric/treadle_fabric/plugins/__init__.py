@@ -7,6 +7,7 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import not_yet
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
+    DeepSpeedPrecision,
     DoublePrecision,
     Float8Precision,
     FSDPPrecision,
@@ -20,6 +21,7 @@ __all__ = [
     "BitsandbytesPrecision",
     "CheckpointIO",
     "ClusterEnvironment",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "FSDPPrecision",
     "Float8Precision",
@@ -34,7 +36,6 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "DeepSpeedPrecision",
             "XLACheckpointIO",
             "XLAPrecision",
         },

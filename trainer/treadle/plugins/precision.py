@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from treadle_fabric import not_yet
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
+    DeepSpeedPrecision,
     DoublePrecision,
     Float8Precision,
     FSDPPrecision,
@@ -16,6 +17,7 @@ from treadle_fabric.precision import (
 
 __all__ = [
     "BitsandbytesPrecision",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "FSDPPrecision",
     "Float8Precision",
@@ -28,5 +30,5 @@ __all__ = [
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"DeepSpeedPrecision", "XLAPrecision"},
+        {"XLAPrecision"},
     )

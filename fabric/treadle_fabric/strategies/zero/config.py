@@ -156,6 +156,7 @@ def config_of(given: Config | None, arguments: Mapping[str, Any], defaults: Mapp
             offload.setdefault("pin_memory", arguments["pin_memory"])
             if offload.get("device") == "nvme":
                 offload.setdefault("nvme_path", arguments["nvme_path"])
+    config.setdefault("zero_allow_untested_optimizer", arguments["zero_allow_untested_optimizer"])
     check_config(config)
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -59,7 +60,39 @@ def deepspeed_for(device: torch.device, level: int) -> Any:
         )
     with _without_compilation():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    _send_scalars()
     return deepspeed
+
+
+@functools.cache
+def _send_scalars() -> None:
+    """Let DeepSpeed send parameters without dimensions, too, from rank 0 to all.
+
+    It sends the bytes of a tensor, and torch gives no view of those of a tensor without dimensions.
+    """
+    engine: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    partition: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
+    send, share_out = engine._broadcast_model, partition._zero_init_param
+
+    def send_all(self: Any) -> None:
+        scalars = [p for p in self.module.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
+        for p in scalars:
+            dist.broadcast(p.data, 0)
+            p.ds_optim_param = True  # which DeepSpeed does not send
+        send(self)
+        for p in scalars:
+            del p.ds_optim_param
+
+    def share_out_all(self: Any, param: Any) -> None:
+        if param.ndim:
+            share_out(self, param)
+            return
+        self._convert_to_deepspeed_param(param)
+        group = self.get_partition_dp_group(param)
+        dist.broadcast(param.data, dist.get_global_rank(group, 0), group)
+        param.partition()
+
+    engine._broadcast_model, partition._zero_init_param = send_all, share_out_all
 
 
 @contextmanager
@@ -268,7 +301,7 @@ def start(
         local_rank: That of this process.
     """
     index = local_rank if device.index is None else device.index
-    with local_rank_told(local_rank), _scalars_sent(module):
+    with local_rank_told(local_rank):
         engine, *_ = deepspeed.initialize(
             args=_Arguments(index),
             model=module,
@@ -281,34 +314,6 @@ def start(
     # without ZeRO, DeepSpeed's own way to clip fails at parameters without dimensions
     engine.clip_fp32_gradients = lambda: clip_grad_norm_(list(module.parameters()), engine.gradient_clipping())
     return ZeroEngine(engine, module)
-
-
-@contextmanager
-def _scalars_sent(module: Module) -> Generator[None]:
-    """Let the engine send parameters without dimensions, too, from rank 0 to all; DeepSpeed looks at their bytes.
-
-    Those of a tensor without dimensions cannot be looked at.
-    """
-    scalars = [p for p in module.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
-    if not scalars:
-        yield
-        return
-    kind: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
-    send = kind._broadcast_model
-
-    def send_all(engine: Any) -> None:
-        for p in scalars:
-            dist.broadcast(p.data, 0)
-            p.ds_optim_param = True  # type: ignore[attr-defined] # which DeepSpeed does not send
-        send(engine)
-        for p in scalars:
-            del p.ds_optim_param
-
-    kind._broadcast_model = send_all
-    try:
-        yield
-    finally:
-        kind._broadcast_model = send
 
 
 def trained(module: Module) -> Iterator[Tensor]:
