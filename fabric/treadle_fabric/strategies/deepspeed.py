@@ -387,7 +387,8 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
             self._engine_of(module).join_forward(method)
 
     def finish_forward(self, module: Module, method: str) -> None:
-        self.join_forward(module, method)
+        if self.forward_is_collective and self._engine_of(module).ended_early:
+            self.join_forward(module, method)
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""

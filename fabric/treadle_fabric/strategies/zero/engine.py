@@ -146,6 +146,7 @@ class ZeroEngine(Module):
         zero = engine.optimizer
         fields["_zero"] = zero if hasattr(zero, "clear_backward_seen_flag") else None
         fields["_last"] = None  # the method of the last pass with a result, and what it was called with
+        fields["ended_early"] = False
         fields["_joined"] = None
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
 
@@ -153,8 +154,10 @@ class ZeroEngine(Module):
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         method = kwargs.pop(METHOD_KEYWORD, None)
         result = self.deepspeed(*args, **kwargs) if method is None else self._run(method, args, kwargs)
-        if result is not None:
-            self.__dict__["_last"] = method, args, kwargs
+        fields = self.__dict__
+        fields["ended_early"] = result is None and torch.is_grad_enabled()  # an evaluation step may return nothing
+        if not fields["ended_early"]:
+            fields["_last"] = method, args, kwargs
         return result
 
     def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
