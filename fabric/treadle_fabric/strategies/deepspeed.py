@@ -79,8 +79,8 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         allgather_bucket_size: Numbers that are gathered at a time.
         reduce_bucket_size: Numbers that are reduced at a time.
         zero_allow_untested_optimizer: Take any optimizer.
-        logging_batch_size_per_gpu: Samples of a process's batch, for DeepSpeed's reports. None and ``"auto"`` (default):
-            as in the first loader that is set up.
+        logging_batch_size_per_gpu: Samples of a process's batch, for DeepSpeed's reports. None and ``"auto"``, the
+            default: as in the first loader that is set up.
         config: DeepSpeed's config, a dict or the path of a JSON file, in the place of the arguments above; those that
             differ from their defaults are added. Default: the file that PL_DEEPSPEED_CONFIG_PATH names, if it is set.
         logging_level: From which level on DeepSpeed logs. Default: warnings.
