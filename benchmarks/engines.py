@@ -1,10 +1,11 @@
-"""What Fabric and the Trainer cost over an engine used by hand (part of ``make bench``): DDP and FSDP, two processes.
+"""What Fabric and the Trainer cost over an engine used by hand (part of ``make bench``): DDP, FSDP and DeepSpeed,
+two processes. DeepSpeed is skipped where it is not installed.
 
 A small GPT is trained by hand, with Fabric and with the Trainer in the same two processes, in blocks of a few steps
 that take turns, so that a busy moment of the machine hits all of them. Of each pair of neighbouring blocks the ratio of
 times is taken; the median over the pairs is printed, and must be at most 3 % over 1.
 
-    python benchmarks/engines.py [--pairs 20] [--steps 4] [--engines ddp fsdp] [--output FILE] [--check]
+    python benchmarks/engines.py [--pairs 20] [--steps 4] [--engines ddp fsdp deepspeed] [--output FILE] [--check]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import treadle as L
 from treadle_fabric import Fabric, find_free_port
-from treadle_fabric.strategies import DDPStrategy, FSDPStrategy
+from treadle_fabric.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
 MOST = 0.03
 VOCABULARY, WIDTH, LAYERS, LENGTH, BATCH = 256, 128, 4, 64, 8
@@ -101,22 +103,49 @@ def by_hand(engine: str) -> nn.Module:
     return fully_shard(model)
 
 
+def zero_by_hand(model: nn.Module) -> Any:
+    """DeepSpeed's engine, with ZeRO 2, set up as Fabric does."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": ZERO,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+ZERO = {"stage": 2, "overlap_comm": False}
+STRATEGIES: dict[str, Callable[[], Any]] = {
+    "ddp": DDPStrategy,
+    "fsdp": lambda: FSDPStrategy(policy={nn.TransformerEncoderLayer}),
+    "deepspeed": lambda: DeepSpeedStrategy(config={"zero_optimization": ZERO}),
+}
+
+
 def compare(engine: str, pairs: int, steps: int) -> dict[str, float]:
     """In each of two processes: time the blocks; returns the median ratios to the steps by hand, less 1."""
-    strategy = {"ddp": DDPStrategy, "fsdp": lambda: FSDPStrategy(policy={nn.TransformerEncoderLayer})}[engine]
+    strategy = STRATEGIES[engine]
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy())
     fabric.launch()
     torch.manual_seed(0)
     batches = [Tokens(BATCH).tokens[i * BATCH : (i + 1) * BATCH] for i in range(steps)]
-    raw = by_hand(engine)
-    plain = torch.optim.AdamW(raw.parameters(), lr=1e-3)
     ours = GPT()
     model, optimizer = fabric.setup(ours, torch.optim.AdamW(ours.parameters(), lr=1e-3))
+    raw = zero_by_hand(GPT()) if engine == "deepspeed" else by_hand(engine)
+    plain = torch.optim.AdamW(raw.parameters(), lr=1e-3) if engine != "deepspeed" else None
     loader = fabric.setup_dataloaders(DataLoader(Tokens(2 * BATCH * steps), batch_size=BATCH))
     times: dict[str, list[float]] = {BY_HAND: [], WITH_FABRIC: [], WITH_TRAINER: []}
 
     def hand() -> None:
         for batch in batches:
+            if plain is None:
+                raw.backward(loss_of(raw, batch))
+                raw.step()
+                continue
             plain.zero_grad()
             loss_of(raw, batch).backward()  # type: ignore[no-untyped-call]
             plain.step()
@@ -182,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20, help="pairs of blocks (default: 20)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a block (default: 4)")
-    parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
+    parser.add_argument("--engines", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--output", type=Path, help="a file for the numbers, as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a bar is missed")
     parser.add_argument("--rank", nargs=2, metavar=("RANK", "PORT"), help=argparse.SUPPRESS)
@@ -196,13 +225,16 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(compare(options.engines[0], options.pairs, options.steps)))
         return
+    if "deepspeed" in options.engines and find_spec("deepspeed") is None:
+        print("deepspeed: skipped, because DeepSpeed is not installed (pip install treadle[deepspeed])")
+        options.engines.remove("deepspeed")
     found = {engine: run(engine, options.pairs, options.steps) for engine in options.engines}
     missed = False
     for engine, costs in found.items():
         for name in (WITH_FABRIC, WITH_TRAINER):
             missed |= costs[name] > MOST
             print(
-                f"{engine:5} {name:8} {costs[name]:+.2%} of a step by hand of {costs[BY_HAND]:.1f} ms (bar: {MOST:.0%})"
+                f"{engine:9} {name:8} {costs[name]:+.2%} of a step by hand of {costs[BY_HAND]:.1f} ms (bar: {MOST:.0%})"
             )
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=1) + "\n")

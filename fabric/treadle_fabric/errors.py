@@ -58,7 +58,7 @@ __all__ = [
 
 P = ParamSpec("P")
 # How the names of Lightning's strategies and accelerators begin that Treadle is still to get.
-_STILL_TO_COME = ("deepspeed",)
+_STILL_TO_COME = ()
 
 
 class TreadleError(Exception):

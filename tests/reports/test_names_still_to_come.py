@@ -56,7 +56,6 @@ def test_what_a_module_has_can_be_imported_from_it(path: str) -> None:
 @pytest.mark.parametrize(
     "argument",
     [
-        {"strategy": "deepspeed_stage_3_offload"},
     ],
 )
 def test_engines_that_are_not_here_yet(argument: dict[str, Any]) -> None:

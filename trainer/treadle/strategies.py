@@ -12,6 +12,7 @@ from treadle_fabric.strategies import (
 
 if TYPE_CHECKING:
     from treadle_fabric.strategies import (
+        DeepSpeedStrategy,
         FSDPStrategy,
         ModelParallelStrategy,
         SingleDeviceXLAStrategy,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "ParallelStrategy",
@@ -34,11 +36,12 @@ __all__ = [
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"DeepSpeedStrategy"},
+        set(),
         otherwise=on_demand(
             __name__,
             dict.fromkeys(
                 (
+                    "DeepSpeedStrategy",
                     "FSDPStrategy",
                     "ModelParallelStrategy",
                     "SingleDeviceXLAStrategy",

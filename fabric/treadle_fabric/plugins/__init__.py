@@ -8,6 +8,7 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import not_yet
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
+    DeepSpeedPrecision,
     DoublePrecision,
     Float8Precision,
     FSDPPrecision,
@@ -25,6 +26,7 @@ __all__ = [
     "BitsandbytesPrecision",
     "CheckpointIO",
     "ClusterEnvironment",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "FSDPPrecision",
     "Float8Precision",
@@ -41,7 +43,6 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "DeepSpeedPrecision",
         },
         otherwise=on_demand(
             __name__,

@@ -44,7 +44,68 @@ __all__ = ["DeepSpeedStrategy"]
 
 
 class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
-    """TODO"""
+    """Optimizer state, gradients and parameters are shared out over the processes, by DeepSpeed's ZeRO.
+
+    DeepSpeed's engine runs the backward pass and the step. A model is set up together with its optimizer, or with none
+    where the config has one. Gradients accumulate until the optimizer steps, as under every other strategy; only a
+    config with ``gradient_accumulation_steps`` lets the engine count, in a hand-written loop, and then the loop steps
+    after every batch. The engine clips, by ``gradient_clipping`` of the config, or the Trainer's ``gradient_clip_val``.
+
+    Args:
+        accelerator: The hardware.
+        zero_optimization: Use ZeRO. Default: True.
+        stage: 1 shares out the optimizer state, 2 the gradients too, 3 the parameters too. Default: 2.
+        remote_device: Where parameters are made in stage 3: ``"cpu"`` or ``"nvme"``. Default: on the device.
+        offload_optimizer: Keep the optimizer state on ``offload_optimizer_device``.
+        offload_parameters: Keep parameters on ``offload_params_device``, in stage 3.
+        offload_params_device: ``"cpu"`` or ``"nvme"``.
+        nvme_path: The folder of a disk, for offloads to ``"nvme"``.
+        params_buffer_count: Buffers of the offload of parameters to a disk.
+        params_buffer_size: Numbers in each of them.
+        max_in_cpu: The numbers of parameters that stay on the host in an offload to a disk.
+        offload_optimizer_device: ``"cpu"`` or ``"nvme"``.
+        optimizer_buffer_count: Buffers of the offload of optimizer state to a disk.
+        block_size: Bytes of an access to a disk.
+        queue_depth: Accesses to a disk at a time.
+        single_submit: Submit the accesses to a disk one by one.
+        overlap_events: Submit accesses to a disk before earlier ones have ended.
+        thread_count: Threads for a disk.
+        pin_memory: Offload into page-locked memory.
+        sub_group_size: Numbers that stage 3 steps at a time.
+        contiguous_gradients: Copy gradients into one buffer as they come.
+        overlap_comm: Reduce gradients during the backward pass, in the stages 2 and 3.
+        allgather_partitions: Gather the parameters after a step by an all-gather.
+        reduce_scatter: Reduce gradients by a reduce-scatter.
+        allgather_bucket_size: Numbers that are gathered at a time.
+        reduce_bucket_size: Numbers that are reduced at a time.
+        zero_allow_untested_optimizer: Take any optimizer.
+        logging_batch_size_per_gpu: Samples of a process's batch, for DeepSpeed's reports. None and ``"auto"``, the
+            default: as in the first loader that is set up.
+        config: DeepSpeed's config, a dict or the path of a JSON file, in the place of the arguments above; those that
+            differ from their defaults are added. Default: the file that PL_DEEPSPEED_CONFIG_PATH names, if it is set.
+        logging_level: From which level on DeepSpeed logs. Default: warnings.
+        parallel_devices: The devices of this machine, one a process.
+        cluster_environment: Where ranks and addresses come from.
+        loss_scale: In float16; 0 (default): it is found during the run.
+        initial_scale_power: The power of 2 that the scale begins with.
+        loss_scale_window: The number of steps after which the scale grows.
+        hysteresis: The number of overflows after which it shrinks.
+        min_loss_scale: The smallest scale.
+        partition_activations: Share out the activations of DeepSpeed's checkpointed layers.
+        cpu_checkpointing: Keep these on the host.
+        contiguous_memory_optimization: Keep these in one piece of memory.
+        synchronize_checkpoint_boundary: Wait for the device at the boundary of each such layer.
+        load_full_weights: Load checkpoints of whole weights.
+        precision: Default: ``32-true``.
+        process_group_backend: Default: torch's for the device.
+        timeout: How long a collective waits for the slowest process.
+        exclude_frozen_parameters: Leave frozen parameters out of checkpoints.
+        precision_plugin: The precision, under the name that strategies of a trainer have for it.
+        checkpoint_io: Writes and reads checkpoints. Default: folders, to which every process writes its part.
+
+    Raises:
+        MisconfigurationException: Arguments and config contradict one another, or cannot work.
+    """
 
     requires_forward_redirect = True
     fixes_parameters = True
@@ -326,7 +387,8 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
             self._engine_of(module).join_forward(method)
 
     def finish_forward(self, module: Module, method: str) -> None:
-        self.join_forward(module, method)
+        if self.forward_is_collective and self._engine_of(module).ended_early:
+            self.join_forward(module, method)
 
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""

@@ -69,12 +69,7 @@ class Strategy(Capabilities, ABC):
         return self  # there is one process group and one device, however many copies of a model
 
     def bind(self, parts: Parts, num_nodes: int = 1) -> None:
-        """Fill in what the user did not give.
-
-        Args:
-            parts: Of the devices one for each process on this machine.
-            num_nodes: Machines.
-        """
+        """Fill in what the user did not give; of the devices there is one for each process on this machine."""
         self._accelerator = self._accelerator or parts.accelerator
         precision = self._precision or parts.precision
         self._precision = None if precision is None else self.precision_for(precision)
@@ -100,11 +95,7 @@ class Strategy(Capabilities, ABC):
         """Forget the devices and the environment that this strategy has. Default: it has none of its own."""
 
     def precision_for(self, precision: Precision) -> Precision:
-        """The precision as this strategy's engine carries it out. Default: as it is.
-
-        Raises:
-            MisconfigurationException: The engine cannot compute in it.
-        """
+        """The precision as the engine carries it out, or an error where it cannot. Default: as it is."""
         return precision
 
     @property
@@ -251,15 +242,9 @@ class Strategy(Capabilities, ABC):
     # Set-up
 
     def configure_steps(self, accumulate: int, clip_norm: float, clip_value: float) -> None:
-        """Learn how a trainer steps, before any process is started. Default: nothing.
+        """Learn how a trainer steps, before processes start: an engine may be configured otherwise. Default: nothing.
 
-        Args:
-            accumulate: The number of batches of an optimizer step, at first.
-            clip_norm: The largest norm of the gradients; 0: any.
-            clip_value: The largest entry of the gradients; 0: any.
-
-        Raises:
-            MisconfigurationException: The engine was configured to step otherwise.
+        Args: the number of batches of a step, at first; the largest norm and entry of gradients, where 0 is any.
         """
 
     @abstractmethod
@@ -386,9 +371,6 @@ class Strategy(Capabilities, ABC):
         """Take part in what is left of a pass of the user's ``method`` that ended early here, and goes on in others.
 
         A step may return before it has run the model, for a batch that is of no use. Default: others go on alone.
-
-        Args:
-            module: The engine, which has run a pass.
         """
 
     def join_backward(self, module: Module, label: str) -> None:
@@ -478,33 +460,22 @@ class Strategy(Capabilities, ABC):
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Stack every process's tensor: shape ``(world_size, *shape)``, or ``shape`` where there is only one process.
 
-        Args:
-            tensor: Of the same shape everywhere.
-            group: A process group. Default: all.
-            sync_grads: Let gradients flow back.
+        Shapes are the same everywhere. With ``sync_grads``, gradients flow back.
         """
 
     @abstractmethod
     def barrier(self, name: str | None = None) -> None:
-        """Wait until every process is here.
-
-        Args:
-            name: What is waited for, for an error.
-        """
+        """Wait until every process is here; ``name`` says, in an error, what is waited for."""
 
     @abstractmethod
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """The object that process ``src`` has.
-
-        Tensors that are not on the CPU there arrive on :attr:`root_device`; every other tensor on the CPU.
-        """
+        """The object that process ``src`` has: tensors on its CPU on this one's, others on :attr:`root_device`."""
 
     @abstractmethod
     def begin_vote(self, decision: bool) -> Callable[[], int]:
         """Begin to count the processes that decided for something; every process calls this.
 
-        Returns:
-            What waits for the votes of all processes, but for no device, and returns the number of those for it.
+        The result waits for the votes of all processes, but for no device, and returns the number of those for it.
         """
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

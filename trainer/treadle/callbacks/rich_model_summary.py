@@ -47,7 +47,7 @@ class RichModelSummary(ModelSummary):
         table = Table(**{"header_style": "bold magenta", **summarize_kwargs})
         columns = fit_columns(summary_data, console.width, between=3, around=4)  # the lines of rich's tables
         for heading, _ in columns:
-            numeric = heading in ("Params", "FLOPs", "In sizes", "Out sizes")
+            numeric = heading in ("Params", "Params per Device", "FLOPs", "In sizes", "Out sizes")
             table.add_column(heading, justify="right" if numeric else "left", style="dim" if heading == " " else None)
         for row in zip(*(cells for _, cells in columns), strict=True):
             table.add_row(*(Text(cell.rstrip()) for cell in row))

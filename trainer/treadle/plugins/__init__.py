@@ -7,6 +7,7 @@ from treadle_fabric import not_yet, on_demand
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
+    DeepSpeedPrecision,
     DoublePrecision,
     Float8Precision,
     FSDPPrecision,
@@ -24,6 +25,7 @@ __all__ = [
     "AsyncCheckpointIO",
     "BitsandbytesPrecision",
     "CheckpointIO",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "FSDPPrecision",
     "Float8Precision",
@@ -42,7 +44,6 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
         {
-            "DeepSpeedPrecision",
         },
         otherwise=on_demand(
             __name__,

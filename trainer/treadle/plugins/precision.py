@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from treadle_fabric import not_yet, on_demand
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
+    DeepSpeedPrecision,
     DoublePrecision,
     Float8Precision,
     FSDPPrecision,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BitsandbytesPrecision",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "FSDPPrecision",
     "Float8Precision",
@@ -32,6 +34,6 @@ __all__ = [
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = not_yet(
         __name__,
-        {"DeepSpeedPrecision"},
+        set(),
         otherwise=on_demand(__name__, {"XLAPrecision": "treadle_fabric.precision"}),
     )

@@ -156,6 +156,7 @@ def config_of(given: Config | None, arguments: Mapping[str, Any], defaults: Mapp
             offload.setdefault("pin_memory", arguments["pin_memory"])
             if offload.get("device") == "nvme":
                 offload.setdefault("nvme_path", arguments["nvme_path"])
+    config.setdefault("zero_allow_untested_optimizer", arguments["zero_allow_untested_optimizer"])
     check_config(config)
     return config
 
@@ -289,9 +290,9 @@ def check_steps(config: Mapping[str, Any], steps: Steps) -> None:
             f" gradient_accumulation_steps={said!r}. Leave it out of the config: the Trainer accumulates."
         )
     clip = config.get("gradient_clipping")
-    if clip not in (None, "auto", 0) and clip != steps.clip_norm:
+    if clip not in (None, "auto", steps.clip_norm) and steps.clip_norm:
         raise MisconfigurationException(
-            f"gradient_clip_val={steps.clip_norm or None!r}, and the DeepSpeed config has gradient_clipping={clip!r}."
+            f"gradient_clip_val={steps.clip_norm}, and the DeepSpeed config has gradient_clipping={clip!r}."
             " Leave one of them out, or make them equal."
         )
 

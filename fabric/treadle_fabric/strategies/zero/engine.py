@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from treadle_fabric.checks import require_package
@@ -58,7 +60,39 @@ def deepspeed_for(device: torch.device, level: int) -> Any:
         )
     with _without_compilation():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    _send_scalars()
     return deepspeed
+
+
+@functools.cache
+def _send_scalars() -> None:
+    """Let DeepSpeed send parameters without dimensions, too, from rank 0 to all.
+
+    It sends the bytes of a tensor, and torch gives no view of those of a tensor without dimensions.
+    """
+    engine: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    partition: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
+    send, share_out = engine._broadcast_model, partition._zero_init_param
+
+    def send_all(self: Any) -> None:
+        scalars = [p for p in self.module.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
+        for p in scalars:
+            dist.broadcast(p.data, 0)
+            p.ds_optim_param = True  # which DeepSpeed does not send
+        send(self)
+        for p in scalars:
+            del p.ds_optim_param
+
+    def share_out_all(self: Any, param: Any) -> None:
+        if param.ndim:
+            share_out(self, param)
+            return
+        self._convert_to_deepspeed_param(param)
+        group = self.get_partition_dp_group(param)
+        dist.broadcast(param.data, dist.get_global_rank(group, 0), group)
+        param.partition()
+
+    engine._broadcast_model, partition._zero_init_param = send_all, share_out_all
 
 
 @contextmanager
@@ -112,6 +146,7 @@ class ZeroEngine(Module):
         zero = engine.optimizer
         fields["_zero"] = zero if hasattr(zero, "clear_backward_seen_flag") else None
         fields["_last"] = None  # the method of the last pass with a result, and what it was called with
+        fields["ended_early"] = False
         fields["_joined"] = None
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
 
@@ -119,8 +154,10 @@ class ZeroEngine(Module):
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         method = kwargs.pop(METHOD_KEYWORD, None)
         result = self.deepspeed(*args, **kwargs) if method is None else self._run(method, args, kwargs)
-        if result is not None:
-            self.__dict__["_last"] = method, args, kwargs
+        fields = self.__dict__
+        fields["ended_early"] = result is None and torch.is_grad_enabled()  # an evaluation step may return nothing
+        if not fields["ended_early"]:
+            fields["_last"] = method, args, kwargs
         return result
 
     def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -267,7 +304,7 @@ def start(
         local_rank: That of this process.
     """
     index = local_rank if device.index is None else device.index
-    with local_rank_told(local_rank), _scalars_sent(module):
+    with local_rank_told(local_rank):
         engine, *_ = deepspeed.initialize(
             args=_Arguments(index),
             model=module,
@@ -277,35 +314,9 @@ def start(
             dist_init_required=False,
             config=config,
         )
+    # without ZeRO, DeepSpeed's own way to clip fails at parameters without dimensions
+    engine.clip_fp32_gradients = lambda: clip_grad_norm_(list(module.parameters()), engine.gradient_clipping())
     return ZeroEngine(engine, module)
-
-
-@contextmanager
-def _scalars_sent(module: Module) -> Generator[None]:
-    """Let the engine send parameters without dimensions, too, from rank 0 to all; DeepSpeed looks at their bytes.
-
-    Those of a tensor without dimensions cannot be looked at.
-    """
-    scalars = [p for p in module.parameters() if p.ndim == 0 and not hasattr(p, "ds_id")]
-    if not scalars:
-        yield
-        return
-    kind: Any = importlib.import_module("deepspeed.runtime.engine").DeepSpeedEngine
-    send = kind._broadcast_model
-
-    def send_all(engine: Any) -> None:
-        for p in scalars:
-            dist.broadcast(p.data, 0)
-            p.ds_optim_param = True  # type: ignore[attr-defined] # which DeepSpeed does not send
-        send(engine)
-        for p in scalars:
-            del p.ds_optim_param
-
-    kind._broadcast_model = send_all
-    try:
-        yield
-    finally:
-        kind._broadcast_model = send
 
 
 def trained(module: Module) -> Iterator[Tensor]:

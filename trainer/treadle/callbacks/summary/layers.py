@@ -17,8 +17,9 @@ from treadle.callbacks.summary.fitting import Column
 from treadle.callbacks.summary.formatting import Totals, format_summary, get_human_readable_count, not_counted
 from treadle.module.modes import module_modes, restore_modes
 from treadle_fabric import check_integer, isolate_rng, move_data_to_device, plain_name, with_plain_names
+from treadle_fabric.strategies import elements_here, elements_of
 
-__all__ = ["LayerSummary", "ModelSummary", "parse_batch_shape", "summarize"]
+__all__ = ["DeepSpeedSummary", "LayerSummary", "ModelSummary", "parse_batch_shape", "summarize"]
 
 _UNKNOWN = "?"
 
@@ -72,7 +73,12 @@ class LayerSummary:
     @property
     def num_parameters(self) -> int:
         """The elements of the parameters; each parameter counts once, an uninitialized (lazy) one not at all."""
-        return sum(p.numel() for p in self._module.parameters() if not is_lazy(p))
+        return sum(elements_of(p) for p in self._module.parameters() if not is_lazy(p))
+
+    @property
+    def num_parameters_here(self) -> int:
+        """The elements that this rank holds of the parameters, where they are shared out."""
+        return sum(elements_here(p) for p in self._module.parameters() if not is_lazy(p))
 
     @property
     def has_uninitialized(self) -> bool:
@@ -204,23 +210,23 @@ class ModelSummary:
     @property
     def total_parameters(self) -> int:
         """The elements of all parameters; a shared one counts once, an uninitialized one not at all."""
-        return sum(p.numel() for p in self._parameters())
+        return sum(map(elements_of, self._parameters()))
 
     @property
     def trainable_parameters(self) -> int:
         """The elements of those parameters that require a gradient."""
-        return sum(p.numel() for p in self._parameters() if p.requires_grad)
+        return sum(elements_of(p) for p in self._parameters() if p.requires_grad)
 
     @property
     def total_layer_params(self) -> int:
         """The elements of those parameters that belong to one of the layers shown."""
-        inside = {id(p): p.numel() for _, m in self.named_modules for p in m.parameters() if not is_lazy(p)}
+        inside = {id(p): elements_of(p) for _, m in self.named_modules for p in m.parameters() if not is_lazy(p)}
         return sum(inside.values())
 
     @property
     def model_size(self) -> float:
         """The megabytes (10^6 bytes) that the parameters take in their present dtypes."""
-        return sum(p.numel() * p.element_size() for p in self._parameters()) / 1e6
+        return sum(elements_of(p) * p.element_size() for p in self._parameters()) / 1e6
 
     @property
     def uninitialized_parameters(self) -> int:
@@ -261,6 +267,7 @@ class ModelSummary:
             ("Name", self.layer_names),
             ("Type", self.layer_types),
             ("Params", counts),
+            *self._counts_here(),
             ("Mode", ["train" if training else "eval" for training in self.training_modes]),
         ]
         if self.has_example:
@@ -277,12 +284,35 @@ class ModelSummary:
                 cells.append(known.get(heading, "n/a"))
         return table
 
+    def _counts_here(self) -> list[Column]:
+        """A column of what this rank holds, where an engine has shared parameters out."""
+        if not any(elements_here(p) != elements_of(p) for p in self._parameters()):
+            return []
+        held = [get_human_readable_count(layer.num_parameters_here) for layer in self._layers.values()]
+        return [("Params per Device", held)]
+
     def __str__(self) -> str:
         text = format_summary(self.columns(), self.totals())
         n = self.uninitialized_parameters
         return f"{text}\n{not_counted(n)}" if n else text
 
     __repr__ = __str__
+
+
+class DeepSpeedSummary(ModelSummary):
+    """The layers of a model of which DeepSpeed's ZeRO 3 has left each rank a part of the parameters.
+
+    :class:`ModelSummary` counts whole parameters, too, and has a column of what this rank holds.
+
+    Args:
+        model: the model.
+        max_depth: as of :class:`ModelSummary`.
+    """
+
+    @property
+    def parameters_per_layer(self) -> list[int]:
+        """The elements that this rank holds of the parameters of each layer."""
+        return [layer.num_parameters_here for layer in self._layers.values()]
 
 
 def _device_of(model: nn.Module) -> torch.device:
