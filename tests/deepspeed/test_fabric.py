@@ -49,9 +49,9 @@ def weights(model: Any) -> dict[str, Tensor]:
     parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not parameters:
         return {name: value.detach().clone() for name, value in module.state_dict().items()}
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters):
         named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
         return {name: value.detach().clone() for name, value in named.items()}
 
