@@ -16,7 +16,7 @@
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
     +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
-    +-- NotAvailableYetError             a name of Lightning that Treadle does not have yet (also an ImportError)
+    +-- LeftOutError             a name of Lightning that Treadle leaves out on purpose (also an ImportError)
 
 Every message says the value, the rule and the remedy.
 """
@@ -41,7 +41,7 @@ __all__ = [
     "MisconfigurationException",
     "MissingPackageError",
     "NonFiniteError",
-    "NotAvailableYetError",
+    "LeftOutError",
     "ProcessFailedError",
     "RendezvousError",
     "RequeueError",
@@ -51,14 +51,12 @@ __all__ = [
     "UnusedParametersError",
     "describe_error",
     "near_names",
-    "not_yet",
+    "left_out",
     "suggests_arguments",
     "unknown_name",
 ]
 
 P = ParamSpec("P")
-# How the names of Lightning's strategies and accelerators begin that Treadle is still to get.
-_STILL_TO_COME = ()
 
 
 class TreadleError(Exception):
@@ -147,42 +145,33 @@ class TrainingSpikeException(TreadleError, RuntimeError):
         )
 
 
-class NotAvailableYetError(TreadleError, ImportError):
-    """A name that Lightning has and Treadle is still to get, or leaves out."""
+class LeftOutError(TreadleError, ImportError):
+    """A name that Lightning has and Treadle leaves out on purpose."""
 
 
-def not_yet(
-    module: str,
-    names: Collection[str],
-    left_out: Mapping[str, str] | None = None,
-    otherwise: Callable[[str], Any] | None = None,
+def left_out(
+    module: str, names: Mapping[str, str], otherwise: Callable[[str], Any] | None = None
 ) -> Callable[[str], Any]:
-    """Make the ``__getattr__`` of a module in which some names of Lightning are still to come, or left out on purpose.
+    """Make the ``__getattr__`` of a module in which some names of Lightning are left out on purpose.
 
     The error says so where one of them is imported. Where it is looked up as an attribute, the error is an
     AttributeError with the same message, so that ``hasattr`` gives False.
 
     Args:
         module: The module's ``__name__``.
-        names: The names.
-        left_out: Names that are left out, and for each what to use instead, to follow a colon. Default: none.
+        names: The names, and for each what to use instead, to follow a colon.
         otherwise: Finds any other name. Default: there is none.
     """
 
     def missing(name: str) -> Any:
-        if name in names:
-            message = (
-                f"{module}.{name} is not available yet: docs/differences.md lists Lightning's names still to come."
-            )
-        elif left_out is not None and name in left_out:
-            message = f"{module}.{name} is left out on purpose: {left_out[name]}"
-        elif otherwise is not None:
-            return otherwise(name)
-        else:
+        if name not in names:
+            if otherwise is not None:
+                return otherwise(name)
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        message = f"{module}.{name} is left out on purpose: {names[name]}"
         caller = sys._getframe(1)
         importing = caller.f_code.co_code[caller.f_lasti] == opcode.opmap["IMPORT_FROM"]
-        raise NotAvailableYetError(message) if importing else AttributeError(message)
+        raise LeftOutError(message) if importing else AttributeError(message)
 
     return missing
 
@@ -205,10 +194,7 @@ def near_names(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def unknown_name(argument: str, value: Any, known: Iterable[str]) -> MisconfigurationException:
-    """Return the error for a name that an argument does not have, or does not have yet."""
-    if str(value).startswith(_STILL_TO_COME):
-        there = ", ".join(sorted(set(known)))
-        return MisconfigurationException(f"{argument}={value!r} is not available yet. There is: {there}.")
+    """Return the error for a name that an argument does not have."""
     return MisconfigurationException(f"{argument}={value!r} is unknown. {near_names(str(value), known)}")
 
 

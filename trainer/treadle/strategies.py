@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet, on_demand
+from treadle_fabric import on_demand
 from treadle_fabric.strategies import (
     DDPStrategy,
     ParallelStrategy,
@@ -34,21 +34,17 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
+    __getattr__ = on_demand(
         __name__,
-        set(),
-        otherwise=on_demand(
-            __name__,
-            dict.fromkeys(
-                (
-                    "DeepSpeedStrategy",
-                    "FSDPStrategy",
-                    "ModelParallelStrategy",
-                    "SingleDeviceXLAStrategy",
-                    "XLAFSDPStrategy",
-                    "XLAStrategy",
-                ),
-                "treadle_fabric.strategies",
+        dict.fromkeys(
+            (
+                "DeepSpeedStrategy",
+                "FSDPStrategy",
+                "ModelParallelStrategy",
+                "SingleDeviceXLAStrategy",
+                "XLAFSDPStrategy",
+                "XLAStrategy",
             ),
+            "treadle_fabric.strategies",
         ),
     )

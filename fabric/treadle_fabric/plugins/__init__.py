@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from treadle_fabric.checkpoint import CheckpointIO, TorchCheckpointIO
 from treadle_fabric.checks import on_demand
 from treadle_fabric.environments import ClusterEnvironment
-from treadle_fabric.errors import not_yet
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
     DeepSpeedPrecision,
@@ -40,12 +39,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
+    __getattr__ = on_demand(
         __name__,
-        {
-        },
-        otherwise=on_demand(
-            __name__,
-            {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
-        ),
+        {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
     )

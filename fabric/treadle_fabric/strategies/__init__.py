@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from treadle_fabric.checks import on_demand
-from treadle_fabric.errors import not_yet
+from treadle_fabric.errors import left_out
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.on_xla.parts import as_part, from_part
@@ -139,9 +139,8 @@ STRATEGY_REGISTRY.register(
 )
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
+    __getattr__ = left_out(
         __name__,
-        set(),
         {"DataParallelStrategy": "use strategy='ddp', which is faster on one machine, too."},
         otherwise=on_demand(  # most programs shard nothing
             __name__,

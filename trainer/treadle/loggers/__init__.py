@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet
+from treadle_fabric import left_out
 from treadle_fabric.loggers import (
     CometLogger,
     CSVLogger,
@@ -26,8 +26,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
+    __getattr__ = left_out(
         __name__,
-        set(),
-        left_out={"LitLogger": "the other loggers do the same, and a `Logger` of your own writes to any service."},
+        {"LitLogger": "the other loggers do the same, and a `Logger` of your own writes to any service."},
     )

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from treadle.run.layer_sync import LayerSync, TorchSyncBatchNorm
-from treadle_fabric import not_yet, on_demand
+from treadle_fabric import on_demand
 from treadle_fabric.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
@@ -41,12 +41,7 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
+    __getattr__ = on_demand(
         __name__,
-        {
-        },
-        otherwise=on_demand(
-            __name__,
-            {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
-        ),
+        {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
     )

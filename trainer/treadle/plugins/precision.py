@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from treadle_fabric import not_yet, on_demand
+from treadle_fabric import on_demand
 from treadle_fabric.precision import (
     BitsandbytesPrecision,
     DeepSpeedPrecision,
@@ -32,8 +32,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = not_yet(
-        __name__,
-        set(),
-        otherwise=on_demand(__name__, {"XLAPrecision": "treadle_fabric.precision"}),
-    )
+    __getattr__ = on_demand(__name__, {"XLAPrecision": "treadle_fabric.precision"})
