@@ -28,7 +28,7 @@ import functools
 import inspect
 import opcode
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec
 
 __all__ = [
@@ -38,10 +38,10 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
     "DeviceUnavailableError",
+    "LeftOutError",
     "MisconfigurationException",
     "MissingPackageError",
     "NonFiniteError",
-    "LeftOutError",
     "ProcessFailedError",
     "RendezvousError",
     "RequeueError",
@@ -50,8 +50,8 @@ __all__ = [
     "UnknownArgumentError",
     "UnusedParametersError",
     "describe_error",
-    "near_names",
     "left_out",
+    "near_names",
     "suggests_arguments",
     "unknown_name",
 ]
