@@ -178,7 +178,7 @@ def test_the_example(cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(sys, "argv", ["ray_train.py"])
     runpy.run_path(str(ROOT / "examples/clusters/ray_train.py"), run_name="__main__")
     found = re.search(r"epoch 4, step 80: val_loss ([\d.]+)", capsys.readouterr().out)
-    assert found is not None and float(found[1]) < 0.3
+    assert found is not None and float(found[1]) < 0.5  # from 0.69
 
 
 class Wrong(Callback):
