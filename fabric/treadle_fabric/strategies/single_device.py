@@ -59,7 +59,8 @@ class SingleDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
             self._device = devices[0]
 
     def forget_devices(self) -> None:
-        self._device, self._environment = torch.device("cpu"), None
+        self._device = torch.device("cpu")
+        self._accelerator = self._environment = None
 
     @property
     def root_device(self) -> torch.device:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -116,21 +115,8 @@ class Strategy(ABC):
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
         self.assign_devices(list(parts.devices), parts.environment, num_nodes)
 
-    def planned(self, parts: Parts, num_nodes: int = 1) -> Strategy:
-        """Return a copy of this strategy that is bound to other devices than its own, to plan a run elsewhere.
-
-        Args:
-            parts: As for :meth:`bind`. The copy keeps the precision that the user gave.
-            num_nodes: Machines.
-        """
-        other = copy.copy(self)
-        other._accelerator = other._checkpoint_io = None
-        other.forget_devices()
-        other.bind(parts, num_nodes)
-        return other
-
     def forget_devices(self) -> None:
-        """Forget the devices and the environment that this strategy has. Default: it has none of its own."""
+        """Forget accelerator, devices and environment, so that :meth:`bind` gives others. Default: there are none."""
 
     @property
     @abstractmethod
@@ -524,11 +510,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def barrier(self, name: str | None = None) -> None:
-        """Wait until every process is here.
-
-        Args:
-            name: What is waited for, for an error.
-        """
+        """Wait until every process is here; ``name`` is what is waited for, for an error."""
 
     @abstractmethod
     def broadcast(self, obj: Any, src: int = 0) -> Any:
