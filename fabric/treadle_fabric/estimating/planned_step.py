@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from math import ceil
@@ -124,7 +125,9 @@ def _estimated(
             None,
             environment,
         )
-        bound = chosen.planned(parts, nodes)
+        bound = copy.copy(chosen)  # of the user's object, which stays as it is
+        bound.forget_devices()
+        bound.bind(parts, nodes)
         _ = bound.device_mesh  # made of values, so not among tensors that have none
         whole = made(module, mode) if not isinstance(module, Module) else module
         own, given = _ghosts(whole, optimizer, bound.precision, mode)

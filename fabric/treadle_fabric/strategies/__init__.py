@@ -1,7 +1,7 @@
 """Strategies: how a model is placed on devices and processes, and the names they go by.
 
 Start with ``strategy.py``, the base class, and ``capabilities.py``, what strategies declare. ``parallel.py``,
-``one_device.py``, ``native_step.py`` and those in ``states/`` are bases for one subject each. The strategies are
+``native_step.py`` and those in ``states/`` are bases for one subject each. The strategies are
 ``single_device.py``, ``ddp.py``, ``fsdp.py``, ``model_parallel.py``, ``deepspeed.py``, ``single_xla.py``, ``xla.py``
 and ``xla_fsdp.py``; their parts are in ``data_parallel/``, ``sharding/``, ``parallelism/``, ``zero/`` and ``on_xla/``.
 ``registry.py`` has their names, ``reduction.py`` says what a reduction makes of each dtype, and ``unwrapping.py`` what

@@ -111,7 +111,7 @@ class ParallelStrategy(Strategy):
         self.check_processes(num_nodes * len(self._parallel_devices))
 
     def forget_devices(self) -> None:
-        self._parallel_devices = self._environment = None
+        self._accelerator = self._parallel_devices = self._environment = None
 
     def check_processes(self, number: int) -> None:
         """Refuse a number of processes that the strategy was not asked for, before they are started. Default: none.

@@ -61,7 +61,7 @@ class OneDeviceStrategy(WholeStateStrategy, NativeStepStrategy):
             self._device = devices[0]
 
     def forget_devices(self) -> None:
-        self._chosen, self._environment = False, None
+        self._chosen, self._accelerator, self._environment = False, None, None
 
     @property
     def root_device(self) -> torch.device:

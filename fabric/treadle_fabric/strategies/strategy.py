@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -78,21 +77,8 @@ class Strategy(Capabilities, ABC):
         self._checkpoint_io = self._checkpoint_io or parts.checkpoint_io
         self.assign_devices(list(parts.devices), parts.environment, num_nodes)
 
-    def planned(self, parts: Parts, num_nodes: int = 1) -> Strategy:
-        """Return a copy of this strategy that is bound to other devices than its own, to plan a run elsewhere.
-
-        Args:
-            parts: As for :meth:`bind`. The copy keeps the precision that the user gave.
-            num_nodes: Machines.
-        """
-        other = copy.copy(self)
-        other._accelerator = other._checkpoint_io = None
-        other.forget_devices()
-        other.bind(parts, num_nodes)
-        return other
-
     def forget_devices(self) -> None:
-        """Forget the devices and the environment that this strategy has. Default: it has none of its own."""
+        """Forget accelerator, devices and environment, so that :meth:`bind` gives others. Default: there are none."""
 
     def precision_for(self, precision: Precision) -> Precision:
         """The precision as the engine carries it out, or an error where it cannot. Default: as it is."""
