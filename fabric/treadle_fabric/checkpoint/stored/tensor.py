@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,22 @@ def tensors_on_demand() -> Iterator[None]:
 def stored_tensors() -> bool:
     """Whether this is inside of :func:`tensors_on_demand`."""
     return _on_demand.get()
+
+
+class Readable(Protocol):
+    """The content of a tensor that is read when it is used."""
+
+    entry: Mapping[str, Any]
+    """Its "shape"."""
+    dtype: torch.dtype
+    kept: Tensor | None
+    """What was read, once something refers to its memory or has written to it."""
+
+    def fill(self, target: Tensor, offsets: Sequence[int]) -> None:
+        """Copy the part that begins at ``offsets`` and has the shape of ``target``."""
+
+    def keep(self) -> Tensor:
+        """The whole content, which stays in memory."""
 
 
 class Content:
@@ -113,10 +129,10 @@ class StoredTensor(Tensor):
     tensor. ``region`` and ``fill`` read a part of it.
     """
 
-    _content: Content
+    _content: Readable
 
     @staticmethod
-    def __new__(cls, content: Content, requires_grad: bool = False) -> StoredTensor:
+    def __new__(cls, content: Readable, requires_grad: bool = False) -> StoredTensor:
         device = torch.device("cpu")
         found: Any = Tensor._make_wrapper_subclass(
             cls, content.entry["shape"], dtype=content.dtype, device=device, requires_grad=requires_grad
@@ -125,7 +141,7 @@ class StoredTensor(Tensor):
         made: StoredTensor = found
         return made
 
-    def __init__(self, content: Content, requires_grad: bool = False) -> None:
+    def __init__(self, content: Readable, requires_grad: bool = False) -> None:
         super().__init__()
 
     @classmethod

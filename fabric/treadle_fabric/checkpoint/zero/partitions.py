@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ class Partitions:
             for i, (name, shape) in enumerate(group.items()):
                 end = at + math.prod(shape)
                 self.weights[name] = _flat(parts, at, end, shape)
-                self.states[name] = _states(states, parts, lambda each, a=at, e=end, s=shape: _flat(each, a, e, s))
+                self.states[name] = _states(states, parts, functools.partial(_flat, start=at, end=end, shape=shape))
                 at = end + (paddings[g][i] if paddings else 0)
             self.groups.append(Group(_options(ranks[0]["base_optimizer_state"], g), list(group)))
 

@@ -24,7 +24,7 @@ class Held(NamedTuple):
     """Where in ``flat`` the part begins."""
     first: int
     """Where in the flattened parameter it begins."""
-    count: int
+    length: int
     """The elements of the parameter in it; behind them ``flat`` has padding."""
 
 
@@ -109,7 +109,7 @@ def put_part(held: Held, flat: Tensor, value: Tensor) -> None:
         value: Whole, of the parameter's shape.
     """
     source = in_memory(value).reshape(-1)
-    flat.data[held.start : held.start + held.count].copy_(source[held.first : held.first + held.count])
+    flat.data[held.start : held.start + held.length].copy_(source[held.first : held.first + held.length])
 
 
 def gathered(engine: Any, held: dict[int, Held], parameter: Any, key: str | None) -> Tensor:
@@ -126,7 +126,8 @@ def gathered(engine: Any, held: dict[int, Held], parameter: Any, key: str | None
     part = held.get(id(parameter))
     if id(parameter) not in trained(engine):
         if not hasattr(parameter, "ds_tensor"):
-            return parameter.detach().clone()
+            whole: Tensor = parameter.detach().clone()
+            return whole
         whole = torch.zeros(full_shape(parameter), dtype=parameter.dtype, device=parameter.ds_tensor.device)
         size = parameter.ds_tensor.numel()
         first = min(size * engine.optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
@@ -136,7 +137,7 @@ def gathered(engine: Any, held: dict[int, Held], parameter: Any, key: str | None
         whole = torch.zeros(full_shape(parameter), dtype=master_dtype(engine), device=engine.device)
         if part is not None:
             source = part.flat if key is None else base_optimizer(engine).state[part.flat][key]
-            piece = source.detach()[part.start : part.start + part.count]
-            whole.view(-1)[part.first : part.first + part.count].copy_(piece)
+            piece = source.detach()[part.start : part.start + part.length]
+            whole.view(-1)[part.first : part.first + part.length].copy_(piece)
     dist.all_reduce(whole)  # the parts of the ranks do not overlap
     return whole
