@@ -299,8 +299,8 @@ class Fabric:
         wrapped = self._wrap_module(engine, module)
         if not stepped:
             return wrapped if scheduler is None else (wrapped, scheduler)
-        optimizers = map(self._wrap_optimizer, stepped)
-        result = (wrapped, *(_like(counts, optimizers) if flat else optimizers))  # perhaps one that the engine made
+        made = map(self._wrap_optimizer, stepped)
+        result = (wrapped, *(_like(counts, made) if flat else made))  # perhaps one that the engine made
         return result if scheduler is None else (*result, scheduler)
 
     def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:

@@ -98,45 +98,37 @@ def _make(kind: str, **arguments: Any) -> Strategy:
     return strategy
 
 
-_fsdp = functools.partial(_make, "FSDPStrategy")
-STRATEGY_REGISTRY.register("fsdp", _fsdp, description="Fully sharded data parallelism")
-STRATEGY_REGISTRY.register(
-    "fsdp_cpu_offload", _fsdp, description="Fully sharded data parallelism, parts on the host", cpu_offload=True
-)
-STRATEGY_REGISTRY.register(
-    "single_xla", functools.partial(_make, "SingleDeviceXLAStrategy"), description="One process, one device of XLA"
-)
-STRATEGY_REGISTRY.register(
-    "xla", functools.partial(_make, "XLAStrategy"), description="Data parallelism on devices of XLA"
-)
-STRATEGY_REGISTRY.register(
-    "xla_fsdp",
-    functools.partial(_make, "XLAFSDPStrategy"),
-    description="Fully sharded data parallelism on devices of XLA",
-)
-
-_deepspeed = functools.partial(_make, "DeepSpeedStrategy")
-STRATEGY_REGISTRY.register("deepspeed", _deepspeed, description="ZeRO on DeepSpeed, as its config has it, or stage 2")
-for _stage in (1, 2, 3):
-    _offload = {"stage": _stage, "offload_optimizer": True, "offload_parameters": _stage == 3}
-    STRATEGY_REGISTRY.register(
-        f"deepspeed_stage_{_stage}", _deepspeed, description=f"Stage {_stage} of ZeRO on DeepSpeed", stage=_stage
-    )
-    STRATEGY_REGISTRY.register(
-        f"deepspeed_stage_{_stage}_offload",
-        _deepspeed,
-        description=f"Stage {_stage} of ZeRO on DeepSpeed, what is not computed with on the host",
-        **_offload,
-    )
-STRATEGY_REGISTRY.register(
-    "deepspeed_stage_3_offload_nvme",
-    _deepspeed,
-    description="Stage 3 of ZeRO on DeepSpeed, what is not computed with on a disk",
-    **_offload,
-    remote_device="nvme",
-    offload_params_device="nvme",
-    offload_optimizer_device="nvme",
-)
+_OFFLOADED: dict[str, Any] = {"offload_optimizer": True, "offload_parameters": True}
+_ON_DISK = {"remote_device": "nvme", "offload_params_device": "nvme", "offload_optimizer_device": "nvme"}
+_NAMES: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("fsdp", "FSDPStrategy", "Fully sharded data parallelism", {}),
+    ("fsdp_cpu_offload", "FSDPStrategy", "Fully sharded data parallelism, parts on the host", {"cpu_offload": True}),
+    ("single_xla", "SingleDeviceXLAStrategy", "One process, one device of XLA", {}),
+    ("xla", "XLAStrategy", "Data parallelism on devices of XLA", {}),
+    ("xla_fsdp", "XLAFSDPStrategy", "Fully sharded data parallelism on devices of XLA", {}),
+    ("deepspeed", "DeepSpeedStrategy", "ZeRO on DeepSpeed: stage 2, or what the config says", {}),
+    *(
+        (f"deepspeed_stage_{stage}", "DeepSpeedStrategy", f"Stage {stage} of ZeRO on DeepSpeed", {"stage": stage})
+        for stage in (1, 2, 3)
+    ),
+    *(
+        (
+            f"deepspeed_stage_{stage}_offload",
+            "DeepSpeedStrategy",
+            f"Stage {stage} of ZeRO on DeepSpeed, what is not computed with on the host",
+            {**_OFFLOADED, "offload_parameters": stage == 3, "stage": stage},
+        )
+        for stage in (1, 2, 3)
+    ),
+    (
+        "deepspeed_stage_3_offload_nvme",
+        "DeepSpeedStrategy",
+        "Stage 3 of ZeRO on DeepSpeed, what is not computed with on a disk",
+        {**_OFFLOADED, **_ON_DISK, "stage": 3},
+    ),
+]
+for _name, _kind, _description, _arguments in _NAMES:
+    STRATEGY_REGISTRY.register(_name, functools.partial(_make, _kind), description=_description, **_arguments)
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = left_out(

@@ -75,7 +75,7 @@ class OverDevices(Exchange):
         return reduced
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = _GatherOnDevices.apply(tensor)
+        gathered: Tensor = _GatherOnDevices.apply(tensor)  # type: ignore[no-untyped-call]
         return gathered[self._order] if self._order else gathered
 
     def place_in(self, sharded: Any) -> None:
