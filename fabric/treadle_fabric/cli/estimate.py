@@ -182,7 +182,7 @@ def _found(where: str, what: str) -> Any:
 def _optimizer(name: str | None, arguments: dict[str, Any]) -> Any:
     if name is None:
         return None
-    import torch
+    import torch  # heavy
 
     found = _found(name, "--optimizer") if ":" in name or "." in name else getattr(torch.optim, name, None)
     if not callable(found):
@@ -193,7 +193,7 @@ def _optimizer(name: str | None, arguments: dict[str, Any]) -> Any:
 
 
 def _is_module(value: Any) -> bool:
-    import torch
+    import torch  # heavy
 
     return isinstance(value, torch.nn.Module)
 

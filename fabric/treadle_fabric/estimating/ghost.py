@@ -67,7 +67,7 @@ def refused_values(what: str) -> Generator[None]:
     Raises:
         MisconfigurationException: Torch could not go on without the values.
     """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException  # heavy
 
     try:
         yield
