@@ -33,13 +33,13 @@ from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
 from treadle_fabric.checkpoint.host.checked import noting_checks, trusting
 from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
-from treadle_fabric.checkpoint.kept import kept_by_engines
 from treadle_fabric.checkpoint.newest import checkpoints_in, names_of, newest_good, remote_checkpoints_in, written_at
 from treadle_fabric.checkpoint.per_rank import PerRank, parts_on_demand
 from treadle_fabric.checkpoint.reading import check_share, lies_at, read_outline, read_quickly
 from treadle_fabric.checkpoint.stored.regions import fill, placed_like, region
 from treadle_fabric.checkpoint.stored.tensor import StoredTensor, in_memory, tensors_on_demand
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
+from treadle_fabric.checkpoint.values.kept import kept_by_engines
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
 from treadle_fabric.checkpoint.values.states import state_of

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from treadle_fabric.checkpoint.kept import KeptTensor
 from treadle_fabric.checkpoint.per_rank import PerRank
+from treadle_fabric.checkpoint.values.kept import KeptTensor
 
 __all__ = []
 _LARGE = 32 * 1024  # bytes; to write a smaller tensor by itself takes longer than to write its bytes

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from treadle_fabric.checkpoint.kept import KeptTensor
 from treadle_fabric.checkpoint.per_rank import PerRank
+from treadle_fabric.checkpoint.values.kept import KeptTensor
 from treadle_fabric.checkpoint.values.kinds import classes_beside, take_kind
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded
 from treadle_fabric.checkpoint.values.standard_kinds import NoPlainFormError

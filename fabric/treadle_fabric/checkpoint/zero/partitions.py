@@ -28,6 +28,7 @@ class Flat(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of its pieces."""
         return self.pieces[0].dtype if self.pieces else torch.float32
 
     def whole(self) -> Tensor:

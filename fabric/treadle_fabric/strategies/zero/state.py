@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from treadle_fabric.checkpoint import in_memory
 from treadle_fabric.checkpoint.distributed.split import map_leaves
-from treadle_fabric.checkpoint.kept import KeptTensor, are_kept
+from treadle_fabric.checkpoint.values.kept import KeptTensor, are_kept
 from treadle_fabric.checkpoint.zero.ours import state_key, weight_key
 from treadle_fabric.errors import CheckpointMismatchError
 from treadle_fabric.strategies.parts import own_groups
