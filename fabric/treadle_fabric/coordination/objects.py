@@ -190,7 +190,7 @@ def _body(packet: Tensor, receive: Callable[[Tensor], None]) -> bytearray:
     if head[6:] != _MARK:
         raise MisconfigurationException(
             "This rank waited for an object of another rank, and got something else: the ranks do not make the same"
-            " calls in the same order. Look for a call of all ranks that is under a condition that only some ranks meet."
+            " calls in the same order. Look for a call of all ranks under a condition that only some ranks meet."
         )
     body = bytearray(int.from_bytes(head[:6], "little"))
     whole = torch.frombuffer(body, dtype=torch.uint8)

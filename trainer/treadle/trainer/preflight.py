@@ -75,8 +75,8 @@ def check_same_call(fabric: Fabric, stage: str, datamodule: Any, ckpt_path: Any,
             " which rank 0 looks for all ranks." * (name == "ckpt_path")
         )
     if path is not None and (rank := first_different(fabric, path)) is not None:
-        other = fabric.broadcast(path, rank)
-        rank_zero_warn(f"ckpt_path is {path!r} on rank 0, but {other!r} on rank {rank}: all ranks start from rank 0's.")
+        there = fabric.broadcast(path, rank)
+        rank_zero_warn(f"ckpt_path is {path!r} on rank 0, but {there!r} on rank {rank}: all ranks start from rank 0's.")
 
 
 def check_model(model: Any, what: str) -> LightningModule:
