@@ -49,6 +49,7 @@ def tell(running: list[Running]) -> str:
         ("by hand", 2, "fabric-fsdp,trainer-ddp"),
         ("srun", 1, "trainer-ddp"),
         ("kubeflow", 1, "fabric-ddp"),
+        pytest.param("by hand", 1, "fabric-ddp,trainer-ddp", marks=pytest.mark.faults),
         pytest.param("by hand", 2, "fabric-ddp,trainer-fsdp", marks=pytest.mark.faults),
         pytest.param("by hand, each process", 2, "trainer-ddp", marks=pytest.mark.faults),
         pytest.param("treadle-fabric run", 2, "trainer-ddp", marks=pytest.mark.faults),

@@ -69,7 +69,8 @@ class SubprocessLauncher(Launcher):
         return False
 
     def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        if self._num_processes * self._num_nodes > 1:
+        # Where each machine has one process, there is none to start, and none to look after.
+        if self._num_processes > 1 or (self._num_nodes > 1 and _children is not None):
             self._start_processes()
         return call_guarded(function, *args, **kwargs)
 
