@@ -19,6 +19,7 @@ NOTE: Final = (
 )
 _BUCKET: Final = 500_000_000  # numbers: DeepSpeed's default of reduce_bucket_size
 _PERSISTENT: Final = 100_000  # numbers: DeepSpeed's default of stage3_param_persistence_threshold
+_REUSED: Final = 1_000_000_000  # numbers: DeepSpeed's default of stage3_max_reuse_distance
 _ALIGNMENT: Final = 2  # the stages 1 and 2 make the parts of a flat parameter a multiple of so many numbers
 _SINGLE: Final = 4  # bytes of a number of the copies that the optimizer steps, in every precision
 
@@ -33,6 +34,8 @@ class Zero(NamedTuple):
     """The numbers of the buffer in which gradients are reduced."""
     persistent: int = _PERSISTENT
     """Parameters of at most so many numbers stay gathered in stage 3."""
+    reused: int = _REUSED
+    """Parameters stay gathered in stage 3 that are used again after at most so many numbers of others."""
 
 
 class Sizes(NamedTuple):
@@ -66,6 +69,7 @@ def zero_of(strategy: Any) -> Zero | None:
         _is_given(zero.get("offload_param")),
         _number(zero.get("reduce_bucket_size"), _BUCKET),
         _number(zero.get("stage3_param_persistence_threshold"), _PERSISTENT),
+        _number(zero.get("stage3_max_reuse_distance"), _REUSED),
     )
 
 
@@ -97,7 +101,8 @@ def share_out(
     shares = _shares(zero, memory.optimizer_state, width, n, sizes)
     communication = zero.bucket * width if n > 1 and zero.stage else 0
     if zero.stage == 3:
-        communication += min(2 * sizes.largest, whole)  # what is used, and what is fetched meanwhile
+        used = 2 * sizes.largest  # what is used, and what is fetched meanwhile
+        communication += min(max(used, zero.reused // 2 * width), whole)  # the backward pass begins with the last
     # on one device the activations have gradients that are not reduced yet beside them
     parts = {
         "parameters": 0 if zero.offload_parameters else shares.parameters,
@@ -184,7 +189,8 @@ def _traffic(zero: Zero, width: int, ranks: int, num_nodes: int, sizes: Sizes) -
         fetched = sum(count for count in gathered if count > zero.persistent) * width
         kept = sum(count for count in gathered if count <= zero.persistent) * width
         reduced = sum(gathered[: len(sizes.trained)]) * width
-        messages = {"all_gather": (2 * fetched + kept, 2 * calls), "reduce_scatter": (reduced, calls)}
+        again = max(0, fetched - zero.reused // 2 * width)  # those that the backward pass comes to too late
+        messages = {"all_gather": (fetched + again + kept, 2 * calls), "reduce_scatter": (reduced, calls)}
     else:
         messages = {"all_reduce": (trained, calls)}
         if zero.stage:
