@@ -29,7 +29,7 @@ KEPT = 100  # numbers: the two matrices are larger
 def strategy(row: int) -> DeepSpeedStrategy:
     zero = {"stage": min(row, 3), "stage3_param_persistence_threshold": KEPT}
     if row == 4:
-        zero["stage3_max_reuse_distance"] = 0
+        zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     return DeepSpeedStrategy(stage=min(row, 3), reduce_bucket_size=5000, config={"zero_optimization": zero})
 
 

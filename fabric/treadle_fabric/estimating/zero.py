@@ -14,12 +14,13 @@ from treadle_fabric.precision.deepspeed import DeepSpeedPrecision
 __all__ = ["Sizes", "Zero", "precision_alone", "share_out", "zero_of"]
 
 NOTE: Final = (
-    "DeepSpeed: by the arithmetic of its ZeRO, from a step on one device: one parameter group, in the stages 1 and 2 with"
-    " one bucket of gradients; what it keeps for a short time is of the sizes of its config."
+    "DeepSpeed: by the arithmetic of its ZeRO, from a step on one device: one parameter group, in the stages 1 and 2"
+    " with one bucket of gradients; what it keeps for a short time is of the sizes of its config."
 )
 _BUCKET: Final = 500_000_000  # numbers: DeepSpeed's default of reduce_bucket_size
 _PERSISTENT: Final = 100_000  # numbers: DeepSpeed's default of stage3_param_persistence_threshold
 _REUSED: Final = 1_000_000_000  # numbers: DeepSpeed's default of stage3_max_reuse_distance
+_PREFETCHED: Final = 50_000_000  # numbers: DeepSpeed's default of stage3_prefetch_bucket_size
 _ALIGNMENT: Final = 2  # the stages 1 and 2 make the parts of a flat parameter a multiple of so many numbers
 _SINGLE: Final = 4  # bytes of a number of the copies that the optimizer steps, in every precision
 
@@ -69,7 +70,10 @@ def zero_of(strategy: Any) -> Zero | None:
         _is_given(zero.get("offload_param")),
         _number(zero.get("reduce_bucket_size"), _BUCKET),
         _number(zero.get("stage3_param_persistence_threshold"), _PERSISTENT),
-        _number(zero.get("stage3_max_reuse_distance"), _REUSED),
+        max(
+            _number(zero.get("stage3_max_reuse_distance"), _REUSED),
+            _number(zero.get("stage3_prefetch_bucket_size"), _PREFETCHED),
+        ),
     )
 
 

@@ -193,7 +193,8 @@ def _messages(events: list[tuple[str, Any]]) -> dict[str, int]:
 
     gathered, scattered = sizes("c10d::_allgather_base_", 0), sizes("c10d::_reduce_scatter_base_", 1)
     reduced = sizes("gloo:all_reduce", 0) - scattered  # gloo scatters what it has reduced everywhere
-    found = {"all_reduce": reduced, "all_gather": gathered, "reduce_scatter": scattered}
+    broadcast = sizes("gloo:broadcast", 0)
+    found = {"all_reduce": reduced, "all_gather": gathered, "reduce_scatter": scattered, "broadcast": broadcast}
     return {kind: size for kind, size in found.items() if size}
 
 

@@ -99,7 +99,7 @@ def test_offload_is_on_the_host() -> None:
     ids=["optimizer", "gradients", "parameters"],
 )
 def test_each_stage_of_zero_shares_out_more(stage: int, parts: tuple[int, ...]) -> None:
-    """In numbers, made equal for eight ranks; stage 2 has gradients of whole parameters, 3 keeps small ones gathered."""
+    """In numbers, made equal for eight ranks; stage 2 has whole gradients, 3 keeps small parameters gathered."""
     parameters, gradients, part = parts
     for precision, width in (("32-true", 4), ("bf16-mixed", 2)):
         found = estimate(Net(), torch.optim.Adam, f"deepspeed_stage_{stage}", 8, precision, BATCH)
