@@ -163,6 +163,7 @@ def _estimated(
         whole = made(module, mode) if not isinstance(module, Module) else module
         own, given, copy_of = _ghosts(whole, optimizer, bound.precision, mode)
         bound.move_references(copy_of)
+        del copy_of  # it would keep whole parameters alive that a strategy cuts up
         micro_batch = ghost_of(made(batch, mode) if callable(batch) else batch, mode, {})
         count = sum(p.numel() for p in own.parameters())
         whole_sizes = _sizes(own)
