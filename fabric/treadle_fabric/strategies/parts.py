@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,20 @@ from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.precision import Precision
 
-__all__ = ["METHOD_KEYWORD", "NoInit", "Parts", "Plugin", "elements_here", "elements_of", "note_groups", "own_groups"]
+__all__ = [
+    "METHOD_KEYWORD",
+    "NoInit",
+    "Parts",
+    "Plugin",
+    "as_part",
+    "elements_here",
+    "elements_of",
+    "from_part",
+    "is_part",
+    "note_groups",
+    "own_groups",
+    "whole_shape",
+]
 
 METHOD_KEYWORD = "treadle_method"
 """Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
@@ -79,3 +93,37 @@ def elements_here(parameter: Any) -> int:
     if part is None and hasattr(parameter, "to_local"):
         part = parameter.to_local()
     return int((parameter if part is None else part).numel())
+
+
+def is_part(parameter: Any) -> bool:
+    """Whether a parameter is what XLA's FSDP has left this process of it."""
+    return hasattr(parameter, "_orig_size")
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of the whole of a parameter that :func:`is_part`."""
+    shape: torch.Size = parameter._orig_size
+    return shape
+
+
+def as_part(parameter: Any, value: Tensor) -> Tensor:
+    """A gradient, say, of a parameter as checkpoints keep it: a DTensor on the host if this process has a part of it.
+
+    Args:
+        parameter: Of any strategy.
+        value: Of the shape that the parameter has here.
+    """
+    if not is_part(parameter) or value.shape != parameter.shape:
+        return value
+    from treadle_fabric.strategies.on_xla.parts import give_part  # for the few who use XLA
+
+    return give_part(parameter, value)
+
+
+def from_part(parameter: Any, value: Tensor) -> Tensor:
+    """The part of this process of what :func:`as_part` made, here or elsewhere; ``value`` if the parameter is whole."""
+    if not is_part(parameter) or value.shape != whole_shape(parameter):
+        return value
+    from treadle_fabric.strategies.on_xla.parts import take_part  # for the few who use XLA
+
+    return take_part(parameter, value)

@@ -21,7 +21,7 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
-from treadle_fabric.strategies.on_xla.parts import as_part, from_part, is_part, with_whole_states
+from treadle_fabric.strategies.on_xla.parts import with_whole_states
 from treadle_fabric.strategies.on_xla.several import SeveralXLAStrategy
 from treadle_fabric.strategies.on_xla.sharded import (
     XLAShardedEngine,
@@ -31,6 +31,7 @@ from treadle_fabric.strategies.on_xla.sharded import (
     shard,
 )
 from treadle_fabric.strategies.on_xla.tensors import copy_from_rank_zero, run_recorded
+from treadle_fabric.strategies.parts import as_part, from_part, is_part
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.sharded_state import gather_parts
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state

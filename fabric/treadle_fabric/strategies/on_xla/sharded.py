@@ -15,7 +15,7 @@ from torch.nn import Module
 from treadle_fabric.errors import MisconfigurationException, UnknownArgumentError, near_names
 from treadle_fabric.strategies.data_parallel.ddp_engine import MethodForward
 from treadle_fabric.strategies.on_xla.exchange import Exchange
-from treadle_fabric.strategies.on_xla.parts import is_part
+from treadle_fabric.strategies.parts import is_part
 from treadle_fabric.strategies.unwrapping import inside, plain_name
 
 __all__ = ["XLAShardedEngine", "check_arguments", "clip_parts", "register_wrappers", "shard"]
