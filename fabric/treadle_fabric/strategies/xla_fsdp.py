@@ -27,6 +27,7 @@ from treadle_fabric.strategies.on_xla.sharded import (
     XLAShardedEngine,
     check_arguments,
     clip_parts,
+    engine_around,
     register_wrappers,
     shard,
 )
@@ -139,11 +140,13 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         exchange = self.exchange
         if exchange is None:
             raise MisconfigurationException("XLAFSDPStrategy shards a module after the launch: call fabric.launch().")
-        register_wrappers()
-        if self.world_size > 1:
-            copy_from_rank_zero(module, self.broadcast)
-        engine = shard(module, exchange, self._order, self._wrap, self._recompute, self._arguments)
-        with_whole_states(engine.module, self._hosts)
+        engine = engine_around(module)
+        if engine is None:
+            register_wrappers()
+            if self.world_size > 1:
+                copy_from_rank_zero(module, self.broadcast)
+            engine = shard(module, exchange, self._order, self._wrap, self._recompute, self._arguments)
+            with_whole_states(engine.module, self._hosts)
         self._averaging.watch(engine, lambda parameter: not is_part(parameter))
         return engine
 
@@ -162,6 +165,11 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         if isinstance(module, XLAShardedEngine):
             with torch.no_grad():
                 module.join_forward()
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        if isinstance(module, XLAShardedEngine):
+            with torch.no_grad():
+                module.finish_forward()
 
     def clip_parts(
         self, parameters: Sequence[Tensor], max_norm: float, norm_type: float, strict: bool
