@@ -17,15 +17,14 @@ from treadle_fabric.checks import on_demand
 from treadle_fabric.errors import left_out
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
+from treadle_fabric.strategies.on_xla.stored import as_part, from_part
 from treadle_fabric.strategies.parallel import ParallelStrategy
 from treadle_fabric.strategies.parts import (
     METHOD_KEYWORD,
     Parts,
     Plugin,
-    as_part,
     elements_here,
     elements_of,
-    from_part,
     own_groups,
 )
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of

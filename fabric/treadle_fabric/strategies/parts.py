@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -23,10 +22,8 @@ __all__ = [
     "NoInit",
     "Parts",
     "Plugin",
-    "as_part",
     "elements_here",
     "elements_of",
-    "from_part",
     "is_part",
     "note_groups",
     "own_groups",
@@ -104,26 +101,3 @@ def whole_shape(parameter: Any) -> torch.Size:
     """The shape of the whole of a parameter that :func:`is_part`."""
     shape: torch.Size = parameter._orig_size
     return shape
-
-
-def as_part(parameter: Any, value: Tensor) -> Tensor:
-    """A gradient, say, of a parameter as checkpoints keep it: a DTensor on the host if this process has a part of it.
-
-    Args:
-        parameter: Of any strategy.
-        value: Of the shape that the parameter has here.
-    """
-    if not is_part(parameter) or value.shape != parameter.shape:
-        return value
-    from treadle_fabric.strategies.on_xla.parts import give_part  # for the few who use XLA
-
-    return give_part(parameter, value)
-
-
-def from_part(parameter: Any, value: Tensor) -> Tensor:
-    """The part of this process of what :func:`as_part` made, here or elsewhere; ``value`` if the parameter is whole."""
-    if not is_part(parameter) or value.shape != whole_shape(parameter):
-        return value
-    from treadle_fabric.strategies.on_xla.parts import take_part  # for the few who use XLA
-
-    return take_part(parameter, value)

@@ -31,8 +31,9 @@ from treadle_fabric.strategies.on_xla.sharded import (
     register_wrappers,
     shard,
 )
+from treadle_fabric.strategies.on_xla.stored import as_part, from_part
 from treadle_fabric.strategies.on_xla.tensors import copy_from_rank_zero, run_recorded
-from treadle_fabric.strategies.parts import as_part, from_part, is_part
+from treadle_fabric.strategies.parts import is_part
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.sharded_state import gather_parts
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
