@@ -25,6 +25,7 @@ ON_DEMAND = (
     "treadle_fabric.strategies",
 )
 RE_EXPORTED = {
+    "treadle.accelerators",
     "treadle.plugins",
     "treadle.plugins.environments",
     "treadle.plugins.io",
