@@ -13,6 +13,7 @@ from tests.architecture.sources import PACKAGES, files, tree, where
 UPWARDS = "treadle.contracts"
 # These import a part of theirs, which takes time or needs an extra, when one of its names is asked for.
 ON_DEMAND = (
+    "treadle_fabric.accelerators",
     "treadle_fabric.estimating",
     "treadle.callbacks",
     "treadle.cli",
