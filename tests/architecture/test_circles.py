@@ -17,6 +17,7 @@ ON_DEMAND = (
     "treadle.cli",
     "treadle.profilers",
     "treadle.searches",
+    "treadle_fabric.accelerators",
     "treadle_fabric.checkpoint",
     "treadle_fabric.environments",
     "treadle_fabric.estimating",
@@ -26,6 +27,7 @@ ON_DEMAND = (
     "treadle_fabric.strategies",
 )
 RE_EXPORTED = {
+    "treadle.accelerators",
     "treadle.plugins",
     "treadle.plugins.environments",
     "treadle.plugins.io",

@@ -137,9 +137,9 @@ class TestMPS:
 
 class TestRegistry:
     def test_order_is_the_preference(self) -> None:
-        assert list(ACCELERATOR_REGISTRY) == ["cuda", "mps", "cpu"]
+        assert list(ACCELERATOR_REGISTRY) == ["cuda", "mps", "tpu", "cpu"]
         assert ACCELERATOR_REGISTRY.get("cpu") is CPUAccelerator
-        assert ACCELERATOR_REGISTRY.available_accelerators() == {"cuda", "mps", "cpu"}
+        assert ACCELERATOR_REGISTRY.available_accelerators() == {"cuda", "mps", "tpu", "cpu"}
 
     def test_register(self) -> None:
         registry = AcceleratorRegistry()

@@ -9,6 +9,10 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _pjrt_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host plays the TPU; what torch-xla starts when it is imported would be lost in forks."""
+    """The host plays the TPU; what torch-xla starts when it is imported would be lost in forks.
+
+    Graphs run once or twice here: optimizing them takes three times the time of everything else.
+    """
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     assert "torch_xla" not in sys.modules

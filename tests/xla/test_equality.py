@@ -59,7 +59,7 @@ def run_all(folder: Path) -> None:
     precisions = {precision for _, precision, _ in ROWS}
     single = [(f"cpu-{p}-{name}", partial(PROGRAMS[name], "auto", 1, p)) for p in precisions for name in PROGRAMS]
     run_in_ranks(run_rows, single, folder, devices=1, timeout=300)
-    for processes in (1, 2):
+    for processes in (2, 1):
         rows = [
             ("-".join(row), partial(on_xla, row[2], LAYOUTS[row[0]][1], processes, row[1]))
             for row in ROWS

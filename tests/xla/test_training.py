@@ -98,6 +98,39 @@ def test_what_is_logged_stays_on_the_device(tmp_path: Path) -> None:
     run_in_ranks(count_transfers, tmp_path, devices=1, timeout=300)
 
 
+class Scheduled(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def count_graphs(folder: Path) -> None:
+    import torch_xla.debug.metrics as metrics
+
+    class Counts(L.Callback):
+        compiled: tuple[int, ...] = ()
+        ran: tuple[int, ...] = ()
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            compiled, ran = (metrics.metric_data(name) or (0,) for name in ("CompileTime", "ExecuteTime"))
+            self.compiled += (compiled[0],)
+            self.ran += (ran[0],)
+
+    counts: Any = Counts()
+    quiet: Any = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    quiet |= {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="tpu", max_epochs=1, callbacks=counts, limit_val_batches=0, **quiet)
+    trainer.fit(Scheduled(), loader(48))
+    assert counts.compiled[5] == counts.compiled[-1], f"steps are compiled anew: {counts.compiled}"
+    runs = [after - before for before, after in zip(counts.ran[5:-1:2], counts.ran[7::2], strict=True)]
+    assert set(runs) == {2}, f"a batch is a graph, and not {runs} graphs two batches"
+
+
+def test_the_graphs_of_a_loop_are_few(tmp_path: Path) -> None:
+    run_in_ranks(count_graphs, tmp_path, devices=1, timeout=300)
+
+
 def profile(folder: Path) -> None:
     fit(folder / "run", max_epochs=1, profiler=XLAProfiler(dirpath=folder / "trace"))
     assert [path for path in (folder / "trace").rglob("*") if path.name.endswith(".xplane.pb")]

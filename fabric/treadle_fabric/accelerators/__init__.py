@@ -6,6 +6,8 @@ memory ran out; every other file is one kind of hardware. Imports only the found
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from treadle_fabric.accelerators.accelerator import Accelerator, Devices, count_devices, with_index
 from treadle_fabric.accelerators.cpu import CPUAccelerator
 from treadle_fabric.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
@@ -19,7 +21,10 @@ from treadle_fabric.accelerators.memory import (
 )
 from treadle_fabric.accelerators.mps import MPSAccelerator
 from treadle_fabric.accelerators.registry import ACCELERATOR_REGISTRY, AcceleratorRegistry
-from treadle_fabric.accelerators.xla import XLAAccelerator
+from treadle_fabric.checks import on_demand
+
+if TYPE_CHECKING:
+    from treadle_fabric.accelerators.xla import XLAAccelerator
 
 __all__ = [
     "ACCELERATOR_REGISTRY",
@@ -40,3 +45,6 @@ __all__ = [
     "recursive_detach",
     "with_index",
 ]
+
+if not TYPE_CHECKING:  # which tell of any other name
+    __getattr__ = on_demand(__name__, {"XLAAccelerator": "treadle_fabric.accelerators.xla"})

@@ -17,9 +17,16 @@ from treadle_fabric.checks import on_demand
 from treadle_fabric.errors import left_out
 from treadle_fabric.strategies.ddp import DDPStrategy
 from treadle_fabric.strategies.native_step import NativeStepStrategy
-from treadle_fabric.strategies.on_xla.parts import as_part, from_part
+from treadle_fabric.strategies.on_xla.stored import as_part, from_part
 from treadle_fabric.strategies.parallel import ParallelStrategy
-from treadle_fabric.strategies.parts import METHOD_KEYWORD, Parts, Plugin, elements_here, elements_of, own_groups
+from treadle_fabric.strategies.parts import (
+    METHOD_KEYWORD,
+    Parts,
+    Plugin,
+    elements_here,
+    elements_of,
+    own_groups,
+)
 from treadle_fabric.strategies.reduction import check_reduce_op, reduction_of
 from treadle_fabric.strategies.registry import STRATEGY_REGISTRY, StrategyRegistry
 from treadle_fabric.strategies.sharding.norms import is_elsewhere, local_gradients, norms, total_norm

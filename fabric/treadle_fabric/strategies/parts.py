@@ -17,7 +17,18 @@ from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.precision import Precision
 
-__all__ = ["METHOD_KEYWORD", "NoInit", "Parts", "Plugin", "elements_here", "elements_of", "note_groups", "own_groups"]
+__all__ = [
+    "METHOD_KEYWORD",
+    "NoInit",
+    "Parts",
+    "Plugin",
+    "elements_here",
+    "elements_of",
+    "is_part",
+    "note_groups",
+    "own_groups",
+    "whole_shape",
+]
 
 METHOD_KEYWORD = "treadle_method"
 """Under a strategy that ``requires_forward_redirect``, the engine's forward takes this keyword: a method of the user's
@@ -79,3 +90,14 @@ def elements_here(parameter: Any) -> int:
     if part is None and hasattr(parameter, "to_local"):
         part = parameter.to_local()
     return int((parameter if part is None else part).numel())
+
+
+def is_part(parameter: Any) -> bool:
+    """Whether a parameter is what XLA's FSDP has left this process of it."""
+    return hasattr(parameter, "_orig_size")
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """The shape of the whole of a parameter that :func:`is_part`."""
+    shape: torch.Size = parameter._orig_size
+    return shape

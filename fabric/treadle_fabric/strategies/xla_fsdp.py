@@ -21,16 +21,19 @@ from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
 from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
-from treadle_fabric.strategies.on_xla.parts import as_part, from_part, is_part, with_whole_states
+from treadle_fabric.strategies.on_xla.parts import with_whole_states
 from treadle_fabric.strategies.on_xla.several import SeveralXLAStrategy
 from treadle_fabric.strategies.on_xla.sharded import (
     XLAShardedEngine,
     check_arguments,
     clip_parts,
+    engine_around,
     register_wrappers,
     shard,
 )
+from treadle_fabric.strategies.on_xla.stored import as_part, from_part
 from treadle_fabric.strategies.on_xla.tensors import copy_from_rank_zero, run_recorded
+from treadle_fabric.strategies.parts import is_part
 from treadle_fabric.strategies.states.checkpointing import CheckpointingStrategy
 from treadle_fabric.strategies.states.sharded_state import gather_parts
 from treadle_fabric.strategies.states.whole_state import complete_state, load_complete_state
@@ -138,11 +141,13 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         exchange = self.exchange
         if exchange is None:
             raise MisconfigurationException("XLAFSDPStrategy shards a module after the launch: call fabric.launch().")
-        register_wrappers()
-        if self.world_size > 1:
-            copy_from_rank_zero(module, self.broadcast)
-        engine = shard(module, exchange, self._order, self._wrap, self._recompute, self._arguments)
-        with_whole_states(engine.module, self._hosts)
+        engine = engine_around(module)
+        if engine is None:
+            register_wrappers()
+            if self.world_size > 1:
+                copy_from_rank_zero(module, self.broadcast)
+            engine = shard(module, exchange, self._order, self._wrap, self._recompute, self._arguments)
+            with_whole_states(engine.module, self._hosts)
         self._averaging.watch(engine, lambda parameter: not is_part(parameter))
         return engine
 
@@ -161,6 +166,11 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         if isinstance(module, XLAShardedEngine):
             with torch.no_grad():
                 module.join_forward()
+
+    def finish_forward(self, module: Module, method: str) -> None:
+        if isinstance(module, XLAShardedEngine):
+            with torch.no_grad():
+                module.finish_forward()
 
     def clip_parts(
         self, parameters: Sequence[Tensor], max_norm: float, norm_type: float, strict: bool

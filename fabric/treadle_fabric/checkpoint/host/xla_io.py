@@ -61,6 +61,9 @@ def on_host(data: Any) -> Any:
         return data
     import torch_xla  # an extra
 
+    # Everything that is recorded: run for some tensors alone, an operation in place would take the memory of others.
+    # Not `sync()`, which moves the random state on: a resumed run would draw other numbers than this one
+    torch_xla._XLAC._xla_sync_live_tensors("xla:0", [], True)
     tensors = [tensor.detach() for tensor in found.values()]
     torch_xla._XLAC._xla_sync_multi(tensors, devices=[], wait=True, sync_xla_data=True)
     copies = dict(zip(found, torch_xla._XLAC._xla_get_cpu_tensors(tensors), strict=True))

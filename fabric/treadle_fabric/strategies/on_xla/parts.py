@@ -14,19 +14,9 @@ from torch.nn import Module
 
 from treadle_fabric.checkpoint import fill
 from treadle_fabric.checkpoint.host.xla_io import on_host
+from treadle_fabric.strategies.parts import is_part, whole_shape
 
-__all__ = ["as_dtensor", "is_part", "local_part", "whole_shape", "with_whole_states"]
-
-
-def is_part(parameter: Any) -> bool:
-    """Whether a parameter is the part of this process."""
-    return hasattr(parameter, "_orig_size")
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole of a parameter of which this is the part of this process."""
-    shape: torch.Size = parameter._orig_size  # type: ignore[attr-defined]
-    return shape
+__all__ = ["as_dtensor", "give_part", "local_part", "take_part", "with_whole_states"]
 
 
 def as_dtensor(part: Tensor, shape: torch.Size, mesh: Any) -> Any:
@@ -61,23 +51,14 @@ def local_part(source: Tensor, part: Tensor, shape: torch.Size, mesh: Any) -> Te
     return padded
 
 
-def as_part(parameter: Any, value: Tensor) -> Tensor:
-    """A gradient, say, of a parameter as checkpoints keep it: a DTensor on the host if this process has a part of it.
-
-    Args:
-        parameter: Of any strategy.
-        value: Of the shape that the parameter has here.
-    """
-    if not is_part(parameter) or value.shape != parameter.shape:
-        return value
+def give_part(parameter: Any, value: Tensor) -> Tensor:
+    """The DTensor on the host of which this process has ``value``, on its device and of the parameter's shape here."""
     part: Tensor = as_dtensor(on_host([value.detach()])[0], whole_shape(parameter), parameter._treadle_hosts)
     return part
 
 
-def from_part(parameter: Any, value: Tensor) -> Tensor:
-    """The part of this process of what :func:`as_part` made, here or elsewhere; ``value`` if the parameter is whole."""
-    if not is_part(parameter) or value.shape != whole_shape(parameter):
-        return value
+def take_part(parameter: Any, value: Tensor) -> Tensor:
+    """The part of this process, on its device, of a tensor of the shape of the whole parameter."""
     own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")
     return local_part(value, own, whole_shape(parameter), parameter._treadle_hosts).to(parameter.device)
 
@@ -94,12 +75,12 @@ def with_whole_states(module: Module, mesh: Any) -> None:
         for name, parameter in module._parameters.items():
             if is_part(parameter) and prefix + name in state:
                 part = on_host([state[prefix + name].detach()])[0]
-                state[prefix + name] = as_dtensor(part, whole_shape(parameter), mesh)  # type: ignore[arg-type]
+                state[prefix + name] = as_dtensor(part, whole_shape(parameter), mesh)
 
     def take(module: Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, parameter in module._parameters.items():
             value = state.get(prefix + name)
-            if isinstance(value, Tensor) and is_part(parameter) and value.shape == whole_shape(parameter):  # type: ignore[arg-type]
+            if isinstance(value, Tensor) and is_part(parameter) and value.shape == whole_shape(parameter):
                 own = torch.empty(parameter.shape, dtype=value.dtype, device="meta")  # type: ignore[union-attr]
                 state[prefix + name] = local_part(value, own, value.shape, mesh)
 

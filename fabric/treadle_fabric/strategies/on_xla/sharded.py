@@ -15,10 +15,10 @@ from torch.nn import Module
 from treadle_fabric.errors import MisconfigurationException, UnknownArgumentError, near_names
 from treadle_fabric.strategies.data_parallel.ddp_engine import MethodForward
 from treadle_fabric.strategies.on_xla.exchange import Exchange
-from treadle_fabric.strategies.on_xla.parts import is_part
+from treadle_fabric.strategies.parts import is_part
 from treadle_fabric.strategies.unwrapping import inside, plain_name
 
-__all__ = ["XLAShardedEngine", "check_arguments", "clip_parts", "register_wrappers", "shard"]
+__all__ = ["XLAShardedEngine", "check_arguments", "clip_parts", "engine_around", "register_wrappers", "shard"]
 
 Policy = Collection[type[Module]] | Callable[..., bool]
 _OURS: Final = {
@@ -40,6 +40,10 @@ class XLAShardedEngine(Module):
         super().__init__()
         self.sharded = sharded
         self.__dict__["target"] = target  # past Module.__setattr__: it is inside already
+        self._gathered: list[Any] = []  # wrappers, by what they gathered in the present pass
+        self._sequence: list[Any] = []  # and in the longest one, which passes of other processes are like
+        for wrapper in _wrappers(sharded):
+            wrapper.register_forward_pre_hook(lambda wrapper, args: self._gathered.append(wrapper))
 
     @property
     def module(self) -> Module:
@@ -49,13 +53,23 @@ class XLAShardedEngine(Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
-        return self.sharded(*args, **kwargs)
+        self._gathered.clear()
+        output = self.sharded(*args, **kwargs)
+        if len(self._gathered) >= len(self._sequence):
+            self._sequence = [*self._gathered]
+        return output
 
     def join_forward(self) -> None:
         """Take part, with no batch, in a forward pass of other processes: gather all parameters, and free them."""
-        for wrapper in _wrappers(self.sharded):
+        self._gathered.clear()
+        self.finish_forward()
+
+    def finish_forward(self) -> None:
+        """Gather what the present pass has not gathered, because it ended early here, and free it."""
+        for wrapper in (self._sequence or _wrappers(self.sharded))[len(self._gathered) :]:
             wrapper._rebuild_full_params()
             wrapper._free_full_params()
+            self._gathered.append(wrapper)
 
 
 @inside.register
@@ -127,7 +141,15 @@ def shard(
     for wrapper in _wrappers(sharded):
         exchange.place_in(wrapper)
         _put_parts_into_modules(wrapper)
-    return XLAShardedEngine(sharded, target)
+    engine = XLAShardedEngine(sharded, target)
+    module.__dict__["_treadle_xla_engine"] = engine  # past Module.__setattr__: it contains the module
+    return engine
+
+
+def engine_around(module: Module) -> XLAShardedEngine | None:
+    """The engine of a module whose parameters were cut before, in an earlier stage; None if they are whole."""
+    engine: XLAShardedEngine | None = module.__dict__.get("_treadle_xla_engine")
+    return engine
 
 
 def _applies(policy: Policy, module: Module) -> bool:
