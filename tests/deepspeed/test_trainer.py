@@ -162,14 +162,14 @@ def test_a_rank_that_never_had_a_batch_says_so() -> None:
 
 
 class Idle(Net):
-    """Learns from the second batch only, and from that on one rank."""
+    """Learns from the first batch, on no rank from the second, and from the third on one rank."""
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         loss = self(batch).square().mean()
         weight = whole(self.trainer, self)["layers.0.weight"]
         if self.trainer.is_global_zero:
             self.seen.append(weight.sum().item())
-        return loss if batch_idx == 1 and self.trainer.global_rank == 0 else None
+        return loss if batch_idx == 0 or (batch_idx == 2 and self.trainer.is_global_zero) else None
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         pass
@@ -183,13 +183,12 @@ def test_a_step_that_no_rank_has_a_loss_for_changes_nothing(stage: int) -> None:
         config = {"zero_optimization": {"stage": stage}}
         trainer, module = trainer_of(DeepSpeedStrategy(config=config)), Idle()
         data = DataLoader(DATA[:6], batch_size=1)  # type: ignore[arg-type]
-        before = Net().state_dict()["layers.0.weight"].sum().item()
         trainer.fit(module, data)
         found = whole(trainer, module)["layers.0.weight"]
         if trainer.is_global_zero:
             first, second, third = module.seen
-            assert first == second == before
-            assert third == found.sum().item() != before
+            assert first != second
+            assert second == third != found.sum().item()
 
     run_in_ranks(fit)
 
@@ -283,7 +282,8 @@ def test_frozen_parameters_are_left_out_and_kept(stage: int, tmp_path: Path) -> 
     run_in_ranks(fit)
     with pytest.raises(RuntimeError, match=r"layers\.0\.weight"):
         Net.load_from_checkpoint(tmp_path / "x.ckpt")
-    Net.load_from_checkpoint(tmp_path / "x.ckpt", strict=False)
+    with pytest.warns(UserWarning, match=r"does not have layers\.0\.weight"):
+        Net.load_from_checkpoint(tmp_path / "x.ckpt", strict=False)
 
 
 def fit_at(processes: int, stage: int, path: Path, ckpt_path: Path | None, epochs: int) -> None:
@@ -317,7 +317,10 @@ def test_the_folders_of_model_checkpoint(stage: int, tmp_path: Path) -> None:
         fabric = Fabric(accelerator="cpu", devices=2, strategy=DeepSpeedStrategy(stage=stage))
         fabric.launch()
         engine, optimizer = fabric.setup(raw, raw.configure_optimizers())
-        fabric.load_raw(tmp_path / "last.ckpt", engine)
+        if fabric.is_global_zero:
+            torch.save(one.state_dict(), tmp_path / "raw.pt")
+        fabric.barrier()
+        fabric.load_raw(tmp_path / "raw.pt", engine)
         assert_same(fabric.strategy.get_module_state_dict(engine), one.state_dict())
 
     run_in_ranks(fit)

@@ -120,7 +120,7 @@ def local_rank_told(rank: int) -> Generator[None]:
         yield
     finally:
         if before is None:
-            del os.environ["LOCAL_RANK"]
+            os.environ.pop("LOCAL_RANK", None)
         else:
             os.environ["LOCAL_RANK"] = before
 
@@ -236,7 +236,10 @@ class ZeroEngine(Module):
     def join_backward(self) -> None:
         """Take part in a backward pass of other ranks, with gradients of zero."""
         output, self.__dict__["_joined"] = self._joined, None
-        parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not self._counts_passes:  # whole parameters: no pass is needed
+            parts = [p.reshape(-1)[:0] for p in trained(user_module(self.module))]
+        else:
+            parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not parts:
             self.join_forward("")
             output, self.__dict__["_joined"] = self._joined, None
