@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -62,6 +63,7 @@ def deepspeed_for(device: torch.device, level: int) -> Any:
     with _without_compilation():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     _send_scalars()
+    _tell_local_rank(device.index or 0)
     return deepspeed
 
 
@@ -94,6 +96,24 @@ def _send_scalars() -> None:
         param.partition()
 
     engine._broadcast_model, partition._zero_init_param = send_all, share_out_all
+
+
+@functools.cache
+def _tell_local_rank(rank: int) -> None:
+    """Let ZeRO 3 find the local rank also in a process that no launcher has started, and whose environment lacks it."""
+    for name in ("partition_parameters", "utils"):
+        module: Any = importlib.import_module(f"deepspeed.runtime.zero.{name}")
+        module.os = _WithLocalRank({"LOCAL_RANK": str(rank)})
+
+
+class _WithLocalRank:
+    """The module ``os``, with variables that the environment may lack."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.environ = ChainMap(os.environ, variables)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
 
 
 @contextmanager
