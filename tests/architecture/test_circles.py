@@ -13,13 +13,14 @@ from tests.architecture.sources import PACKAGES, files, tree, where
 UPWARDS = "treadle.contracts"
 # These import a part of theirs, which takes time or needs an extra, when one of its names is asked for.
 ON_DEMAND = (
-    "treadle_fabric.estimating",
     "treadle.callbacks",
     "treadle.cli",
     "treadle.profilers",
     "treadle.searches",
     "treadle_fabric.checkpoint",
     "treadle_fabric.environments",
+    "treadle_fabric.estimating",
+    "treadle_fabric.failures",
     "treadle_fabric.loggers",
     "treadle_fabric.precision",
     "treadle_fabric.strategies",

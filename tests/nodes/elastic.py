@@ -15,6 +15,8 @@ from treadle.callbacks import ModelCheckpoint
 
 WAITS_AT = 7
 """The step at which each process of the first start waits: in the second epoch, after some checkpoints."""
+ALONE_WAITS_AT = 9
+"""The step at which a process that is alone waits until its agent ends it, to start anew with two hosts."""
 
 
 class Waiting(Net):
@@ -25,6 +27,10 @@ class Waiting(Net):
         if step == WAITS_AT:
             (self.folder / f"waits-{self.trainer.world_size}-{self.trainer.global_rank}").touch()
             while not (self.folder / "go").exists():
+                time.sleep(0.05)
+        if step == ALONE_WAITS_AT and self.trainer.world_size == 1 and (self.folder / "comes-back").exists():
+            (self.folder / "waits-1-0").touch()
+            while True:  # until the grace period after SIGTERM ends
                 time.sleep(0.05)
         loss = super().training_step(batch, batch_idx)
         if self.trainer.global_rank == 0:

@@ -80,7 +80,7 @@ def test_two_sizes_of_a_run(cluster: Cluster) -> None:
 
 
 def test_a_node_rank_that_two_hosts_have(cluster: Cluster) -> None:
-    running = start(cluster, {}, {"NODE_RANK": "0"}, timeout=15)
+    running = start(cluster, {}, {"NODE_RANK": "0"}, timeout=8)
     assert cluster.wait(*running) == [1, 1], tell(running)
     assert "rank 0 (process" in running[1].complained, tell(running)
     assert "is there a second time" in running[1].complained, tell(running)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tests.nodes import elastic
-from tests.nodes.elastic import WAITS_AT
+from tests.nodes.elastic import ALONE_WAITS_AT, WAITS_AT
 from tests.nodes.hosts import Cluster, Host, Running
 from tests.nodes.test_training import alone
 from tests.nodes.training import BATCHES, EPOCHS
@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.nodes, pytest.mark.faults, pytest.mark.timeout(300)]
 PROGRAM = Path(elastic.__file__)
 # An agent that is started anew reads where rank 0 is from the store of this rendezvous; torch 2.13 writes that there
 # once in the life of an agent, unless it is told not to share the store with the workers.
-ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-# An agent that is gone is missed after 2 s, so that the tests need not wait for 15.
-RENDEZVOUS = "join_timeout=120,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2"
+ENVIRON = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TREADLE_SIGTERM_GRACE": "3"}
+# An agent that is gone is missed after 6 s, so that the tests need not wait for 15.
+RENDEZVOUS = "join_timeout=120,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=6"
 
 
 def agent(cluster: Cluster, host: Host, strategy: str, nodes: str) -> Running:
@@ -38,12 +38,15 @@ def workers(host: Host) -> list[str]:
     return [command for command in commands if str(PROGRAM) in command and "torch.distributed.run" not in command]
 
 
-def check(cluster: Cluster, alone: dict[str, list[float]], world: int, told: str) -> None:
+def check(cluster: Cluster, alone: dict[str, list[float]], sizes: dict[int, int], told: str) -> None:
+    """Check losses, and the number of processes from each of some steps on, up to the next one."""
     lines = [line.split() for line in (cluster.shared / "losses").read_text().splitlines()]
     last = {int(step): (float(loss), int(size)) for step, loss, size in lines}
     assert sorted(last) == list(range(EPOCHS * BATCHES)), told
     assert [loss for _, (loss, _) in sorted(last.items())] == pytest.approx(alone["trainer-auto"], rel=1e-4), told
-    assert {size for step, (_, size) in last.items() if step >= WAITS_AT} == {world}, told
+    for first, world in sizes.items():
+        until = min((step for step in sizes if step > first), default=EPOCHS * BATCHES)
+        assert {last[step][1] for step in range(first, until)} == {world}, told
     steps = [int(step) for step, _, _ in lines]
     assert steps.count(0) == 1, told  # it went on, and did not begin anew
     assert "host weaver-b with rank" in told, told
@@ -66,18 +69,20 @@ def test_a_host_comes_back(cluster: Cluster, alone: dict[str, list[float]], stra
     statuses = cluster.wait(first, third, timeout=120)
     told = "\n".join(map(str, (first, second, third)))
     assert statuses == [0, 0], told
-    check(cluster, alone, 2, told)
+    check(cluster, alone, {WAITS_AT: 2}, told)
     assert not cluster.left(), told
 
 
-def test_training_goes_on_without_a_host_that_does_not_come_back(
-    cluster: Cluster, alone: dict[str, list[float]]
-) -> None:
+def test_training_goes_on_without_a_host_and_with_it_again(cluster: Cluster, alone: dict[str, list[float]]) -> None:
     first, second = (agent(cluster, host, "ddp", "1:2") for host in cluster)
     wait_until(lambda: len(list(cluster.shared.glob("waits-2-*"))) == 2, 120)
+    (cluster.shared / "comes-back").touch()
     cluster.b.kill_all()
     (cluster.shared / "go").touch()
-    statuses = cluster.wait(first, timeout=120)
-    told = "\n".join(map(str, (first, second)))
-    assert statuses == [0], told
-    check(cluster, alone, 1, told)
+    wait_until(lambda: (cluster.shared / "waits-1-0").exists(), 120)
+    third = agent(cluster, cluster.b, "ddp", "1:2")
+    statuses = cluster.wait(first, third, timeout=120)
+    told = "\n".join(map(str, (first, second, third)))
+    assert statuses == [0, 0], told
+    # the last checkpoint of the one host is that before the step at which it waits
+    check(cluster, alone, {WAITS_AT: 1, ALONE_WAITS_AT - 1: 2}, told)

@@ -95,13 +95,6 @@ def test_two_trials_of_which_one_is_killed_and_goes_on(cluster: None, tmp_path: 
     assert best.config["own"]["lr"] == 0.05
 
 
-def test_a_trial_that_ray_stops_ends_in_order(cluster: None, tmp_path: Path) -> None:
-    results = tuner(trial, {"lr": 0.01}, tmp_path, stop={"training_iteration": 2}).fit()
-    assert not results.errors and results[0].metrics["training_iteration"] == 2
-    [status] = tmp_path.rglob("status")
-    assert status.read_text() == "success"
-
-
 def stopped_after(scheduler: Any, folder: Path, function: Any) -> dict[float, int]:
     """Search with two learning rates, one after the other; the iterations of each."""
     from ray import tune

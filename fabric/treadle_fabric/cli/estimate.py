@@ -91,18 +91,22 @@ def _rows(given: argparse.Namespace) -> list[tuple[Any, Any, str]]:
         raise MisconfigurationException(
             f"MODEL={given.model!r} made {type(module).__name__}, which is no torch module."
         )
+    known: dict[str, Any] = {}  # what several layouts share
     for layout in layouts(module, given.devices, nodes, names):
-        result, reason = _one(given, layout, nodes, module=module, optimizer=optimizer, batch=batch, loss=loss)
+        result, reason = _one(given, layout, nodes, known, module=module, optimizer=optimizer, batch=batch, loss=loss)
         rows.append((layout, result, reason))
     return rows
 
 
-def _one(given: argparse.Namespace, layout: Any, nodes: int, **arguments: Any) -> tuple[Any, str]:
-    from treadle_fabric.estimating import estimate  # heavy
+def _one(
+    given: argparse.Namespace, layout: Any, nodes: int, known: dict[str, Any], **arguments: Any
+) -> tuple[Any, str]:
+    from treadle_fabric.estimating import estimate_with  # heavy
 
     ranks = layout.ranks or given.devices
     try:
-        result = estimate(
+        result = estimate_with(
+            known,
             strategy=layout.make(),
             world_size=ranks,
             num_nodes=nodes if ranks == given.devices else 1,

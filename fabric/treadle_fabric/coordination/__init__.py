@@ -28,7 +28,7 @@ from treadle_fabric.coordination.network import (
     silence,
 )
 from treadle_fabric.coordination.objects import all_gather_objects, broadcast_object, gather_objects
-from treadle_fabric.coordination.on_rank_zero import on_rank_zero
+from treadle_fabric.coordination.on_rank_zero import first_different, on_rank_zero
 from treadle_fabric.coordination.once_a_node import on_every_rank, once_a_node
 from treadle_fabric.coordination.rendezvous import is_running, meet, new_group, this_machine
 from treadle_fabric.coordination.step_clock import StepClock
@@ -48,6 +48,7 @@ __all__ = [
     "choose_interface",
     "end_connections_when_silent",
     "end_when_silent",
+    "first_different",
     "gather_objects",
     "group_apart",
     "host_group",

@@ -18,6 +18,7 @@ from torch import Tensor
 from treadle_fabric import tensor_pickle
 from treadle_fabric.coordination.hosts import HostGroup, host_group
 from treadle_fabric.coordination.on_rank_zero import Ranked
+from treadle_fabric.errors import MisconfigurationException
 
 __all__ = ["all_gather_objects", "broadcast_object", "gather_objects"]
 
@@ -25,7 +26,8 @@ T = TypeVar("T")
 _LARGE = 64 * 1024  # bytes; to send a smaller tensor by itself takes longer than to send its bytes
 _CHUNK = 128 * 1024 * 1024  # bytes of a message at most
 _PACKET = 2048  # bytes of the first message, into which most objects fit
-_ROOM = _PACKET - 8  # beside the number of bytes of the body
+_ROOM = _PACKET - 8  # beside the number of bytes of the body, and a mark
+_MARK = b"Tr"  # after that number: what another collective sent has none
 
 
 def broadcast_object(strategy: Ranked, obj: T, src: int = 0, device: torch.device | None = None) -> T:
@@ -176,7 +178,7 @@ def _parcel(obj: Any) -> _Parcel:
 
 def _packet(body: bytearray) -> Tensor:
     packet = bytearray(_PACKET)
-    packet[:8] = len(body).to_bytes(8, "little")
+    packet[:8] = len(body).to_bytes(6, "little") + _MARK
     first = body[:_ROOM]
     packet[8 : 8 + len(first)] = first
     return torch.frombuffer(packet, dtype=torch.uint8)
@@ -184,7 +186,13 @@ def _packet(body: bytearray) -> Tensor:
 
 def _body(packet: Tensor, receive: Callable[[Tensor], None]) -> bytearray:
     """The body whose begin is in a packet; ``receive`` fills the rest, perhaps later."""
-    body = bytearray(int.from_bytes(packet[:8].tolist(), "little"))
+    head = bytes(packet[:8].tolist())
+    if head[6:] != _MARK:
+        raise MisconfigurationException(
+            "This rank waited for an object of another rank, and got something else: the ranks do not make the same"
+            " calls in the same order. Look for a call of all ranks under a condition that only some ranks meet."
+        )
+    body = bytearray(int.from_bytes(head[:6], "little"))
     whole = torch.frombuffer(body, dtype=torch.uint8)
     first = packet[8 : 8 + min(len(body), _ROOM)]
     whole[: len(first)] = first

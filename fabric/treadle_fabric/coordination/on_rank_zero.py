@@ -1,14 +1,15 @@
-"""An action of rank 0 alone, whose result or failure all ranks learn."""
+"""An action of rank 0 alone, whose result or failure all ranks learn; and whether the ranks have the same value."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from treadle_fabric.coordination.hosts import wait_for_rank_zero
+from treadle_fabric.coordination.hosts import host_group, wait_for_rank_zero
 from treadle_fabric.errors import CheckpointError, TreadleError, describe_error
 
-__all__ = ["Ranked", "Trouble", "attempt", "on_rank_zero"]
+__all__ = ["Ranked", "Trouble", "attempt", "first_different", "on_rank_zero"]
 
 T = TypeVar("T")
 
@@ -73,3 +74,23 @@ def _kind_elsewhere(error: Exception) -> type[TreadleError]:
     if isinstance(error, CheckpointError) and type(error).__module__ == CheckpointError.__module__:
         return type(error)
     return CheckpointError if isinstance(error, CheckpointError | OSError) else TreadleError
+
+
+def first_different(strategy: Ranked, value: object) -> int | None:
+    """Find the first rank whose value is another one than rank 0's; every rank calls this.
+
+    Args:
+        strategy: A strategy or a Fabric: whose ranks.
+        value: Numbers, strings and None, in tuples or dicts: what has the same ``repr`` wherever it is equal.
+
+    Returns:
+        On every rank the number of that rank; None where all ranks have the same value.
+    """
+    if strategy.world_size == 1:
+        return None
+    host, mark = host_group(), zlib.crc32(repr(value).encode())
+    highest, lowest = host.largest([mark, -mark])
+    if highest == -lowest:
+        return None
+    differs = strategy.broadcast(mark) != mark
+    return -host.largest([-strategy.global_rank if differs else -strategy.world_size])[0]

@@ -11,7 +11,7 @@ The package imports from all of the runtime but the command line.
 
 from treadle_fabric.estimating.ghost import without_memory
 from treadle_fabric.estimating.layouts import Layout, layouts
-from treadle_fabric.estimating.planned_step import estimate, planned_nodes
+from treadle_fabric.estimating.planned_step import estimate, estimate_with, planned_nodes
 from treadle_fabric.estimating.results import Estimate, Memory, Traffic, in_bytes, table
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Memory",
     "Traffic",
     "estimate",
+    "estimate_with",
     "in_bytes",
     "layouts",
     "planned_nodes",

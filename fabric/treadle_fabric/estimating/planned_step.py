@@ -9,6 +9,7 @@ from math import ceil
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Module, ModuleList, Sequential
 from torch.optim import Optimizer
 
@@ -21,11 +22,14 @@ from treadle_fabric.estimating.recorder import Recorder
 from treadle_fabric.estimating.results import Estimate, Memory, Traffic
 from treadle_fabric.estimating.step import Loss, Step, optimizers_of
 from treadle_fabric.estimating.world import MAX_RANKS, PlannedEnvironment, ghost_world
-from treadle_fabric.estimating.zero import share_out, zero_of
+from treadle_fabric.estimating.zero import Sizes, precision_alone, share_out, zero_of
 from treadle_fabric.precision import Precision, canonical_precision, make_precision
 from treadle_fabric.strategies import STRATEGY_REGISTRY, Parts, Strategy
 
-__all__ = ["estimate", "planned_nodes"]
+__all__ = ["Alone", "estimate", "estimate_with", "planned_nodes"]
+
+Alone = dict[str, tuple[Estimate, Sizes]]
+"""Estimates on one device by precision, of one module, optimizer and batch, which layouts by arithmetic share."""
 
 
 def estimate(
@@ -71,23 +75,50 @@ def estimate(
         MisconfigurationException: An argument is wrong; the step needs values of tensors; this process is in a process
             group; or the strategy cannot be estimated.
     """
+    options: dict[str, Any] = {"loss": loss, "accumulate": accumulate, "foreach": foreach}
+    return estimate_with({}, module, optimizer, strategy, world_size, precision, batch, num_nodes=num_nodes, **options)
+
+
+def estimate_with(
+    known: Alone,
+    module: Module | Callable[[], Module],
+    optimizer: Any,
+    strategy: str | Strategy,
+    world_size: int,
+    precision: str | int | Precision | None,
+    batch: Any,
+    *,
+    num_nodes: int | None,
+    accumulate: int = 1,
+    **options: Any,
+) -> Estimate:
+    """Do what :func:`estimate` does, and use what is known of the same module, optimizer and batch on one device.
+
+    Args:
+        known: What is known, which is added to.
+        module: As there, and the rest, too.
+    """
     world_size = check_integer("world_size", world_size, minimum=1)
     accumulate = check_integer("accumulate", accumulate, minimum=1)
     if world_size > MAX_RANKS:
         raise MisconfigurationException(f"world_size={world_size}: at most {MAX_RANKS:,} ranks can be estimated.")
     nodes = planned_nodes(num_nodes, world_size)
-    zero = zero_of(strategy if isinstance(strategy, str) else "", strategy)
-    chosen, name = _strategy("single_device" if zero is not None else strategy)
+    chosen, name = _strategy(strategy)
+    zero = zero_of(chosen)
     if zero is None and not chosen.uses_process_group and world_size > 1:
         raise MisconfigurationException(
             f"strategy={name!r} runs in one process, and world_size={world_size}. Give 'ddp' or 'fsdp', for example, or"
             " world_size=1."
         )
-    options: dict[str, Any] = {"loss": loss, "accumulate": accumulate, "foreach": foreach}
+    options = {"accumulate": accumulate, "loss": None, "foreach": True, **options}
     if zero is not None:
-        named = strategy if isinstance(strategy, str) else type(strategy).__name__
-        alone, largest = _estimated(module, optimizer, chosen, name, 1, 1, precision, batch, **options)
-        return share_out(alone, zero, named, world_size, nodes, largest)
+        said = canonical_precision(precision.precision if isinstance(precision, Precision) else precision)
+        own = precision_alone(said)
+        if own not in known:
+            one = STRATEGY_REGISTRY.get("single_device")
+            known[own] = _estimated(module, optimizer, one, name, 1, 1, own, batch, **options)
+        alone, sizes = known[own]
+        return share_out(alone, zero, name, said, world_size, nodes, sizes)
     return _estimated(module, optimizer, chosen, name, world_size, nodes, precision, batch, **options)[0]
 
 
@@ -104,8 +135,8 @@ def _estimated(
     loss: Loss | None,
     accumulate: int,
     foreach: bool,
-) -> tuple[Estimate, int]:
-    """The estimate, and the bytes of the largest child of the largest list of children, or of the module."""
+) -> tuple[Estimate, Sizes]:
+    """The estimate, and the sizes of the whole parameters."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # for those who plan
 
     if chosen.runs_whole_batch:
@@ -130,10 +161,11 @@ def _estimated(
         bound.bind(parts, nodes)
         _ = bound.device_mesh  # made of values, so not among tensors that have none
         whole = made(module, mode) if not isinstance(module, Module) else module
-        own, given = _ghosts(whole, optimizer, bound.precision, mode)
+        own, given, copy_of = _ghosts(whole, optimizer, bound.precision, mode)
+        bound.move_references(copy_of)
         micro_batch = ghost_of(made(batch, mode) if callable(batch) else batch, mode, {})
         count = sum(p.numel() for p in own.parameters())
-        largest = max((_size(child) for child in _layers(own)), default=0)
+        whole_sizes = _sizes(own)
         recorder = Recorder()
         stack.enter_context(mode)
         stack.enter_context(recorder)
@@ -150,18 +182,31 @@ def _estimated(
             traffic=_traffic(recorder.calls, per_node),
             notes=_notes(recorder),
         )
-        return result, largest
+        return result, whole_sizes
 
 
-def _ghosts(module: Module, optimizer: Any, precision: Precision, mode: Any) -> tuple[Module, Any]:
-    """Copies of a module, in its precision, and of its optimizer, if that is one already."""
-    memo: dict[int, Any] = {}
-    on_meta = ghost_of(module, None, memo)
-    stepped = ghost_of(optimizer, None, memo) if isinstance(optimizer, Optimizer) else optimizer
+def _ghosts(
+    module: Module, optimizer: Any, precision: Precision, mode: Any
+) -> tuple[Module, Any, Callable[[Any], Any]]:
+    """Copies of a module, in its precision, and of its optimizer, if that is one already; and what finds a copy."""
+    first: dict[int, Any] = {}
+    on_meta = ghost_of(module, None, first)
+    stepped = ghost_of(optimizer, None, first) if isinstance(optimizer, Optimizer) else optimizer
     converted = precision.convert_module(on_meta)
-    memo = {}
-    ghost = ghost_of(converted, mode, memo)
-    return ghost, ghost_of(stepped, mode, memo) if isinstance(optimizer, Optimizer) else optimizer
+    second: dict[int, Any] = {}
+    ghost = ghost_of(converted, mode, second)
+
+    def copy_of(given: Any) -> Any:
+        found = second.get(id(first.get(id(given))))
+        if found is None:
+            shape = f" of shape {tuple(given.shape)}" if isinstance(given, Tensor) else ""
+            raise MisconfigurationException(
+                f"The strategy was given a {type(given).__name__}{shape} that is not in the {type(module).__name__} to"
+                " be estimated. Give the module itself, of which it is a part, and no function that makes another one."
+            )
+        return found
+
+    return ghost, ghost_of(stepped, mode, second) if isinstance(optimizer, Optimizer) else optimizer, copy_of
 
 
 def _second_step(step: Step, batch: Any, recorder: Recorder, accumulate: int) -> dict[str, int]:
@@ -215,6 +260,11 @@ def _layers(module: Module) -> Iterator[Module]:
     """What is gathered at a time: the children, and those of lists of children."""
     for child in module.children():
         yield from (child.children() if isinstance(child, ModuleList | Sequential) else (child,))
+
+
+def _sizes(module: Module) -> Sizes:
+    trained, frozen = (tuple(p.numel() for p in module.parameters() if p.requires_grad is on) for on in (True, False))
+    return Sizes(trained, frozen, max((_size(child) for child in _layers(module)), default=0))
 
 
 def _size(module: Module) -> int:

@@ -43,8 +43,17 @@ class Step:
     ) -> None:
         self.strategy = strategy
         self._loss = loss
+        if _learns(module) and getattr(module, "automatic_optimization", True) is False:
+            raise MisconfigurationException(
+                f"{type(module).__name__} has automatic_optimization=False: its training_step runs backward passes and"
+                " steps itself, through a trainer that estimate() does not have. Estimate a module whose forward"
+                " returns the loss, with optimizer=."
+            )
         module.train()
         engine, stepped, _ = strategy.setup_module_and_optimizers(module, optimizers(module))
+        for group in (group for each in stepped for group in each.param_groups):
+            if len({hasattr(p, "to_local") for p in group["params"]}) > 1:  # torch steps these one after the other only
+                group["foreach"] = False
         self.module = FabricModule(engine, strategy, module)
         self.optimizers = [FabricOptimizer(each, strategy) for each in stepped]
         own = self.module.module

@@ -185,6 +185,10 @@ def _end() -> None:
 
     # what torch knows of operations on sharded tensors has meshes in it, of groups that are no more
     propagator: Any = DTensor._op_dispatcher.sharding_propagator
-    propagator.propagate_op_sharding.cache_clear()
+    cached = propagator.propagate_op_sharding
+    if hasattr(cached, "cache_clear"):
+        cached.cache_clear()
+    else:  # torch 2.9: a cache of each thread
+        cached.cache.cache_clear()
     clear: Any = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", lambda: None)
     clear()

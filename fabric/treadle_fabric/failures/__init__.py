@@ -67,10 +67,15 @@ What happens:
 Imports only the foundation, environments and coordination; launchers, strategies and the trainer import it.
 """
 
-from treadle_fabric.failures.hosts.group import join_group, leave_group
+from typing import TYPE_CHECKING
+
+from treadle_fabric.checks import on_demand
 from treadle_fabric.failures.membership import call_at_looks, claim_failure, current_member, end_run, first_failure
 from treadle_fabric.failures.notes import Failure
 from treadle_fabric.failures.process import end_process
+
+if TYPE_CHECKING:
+    from treadle_fabric.failures.hosts.group import join_group, leave_group
 
 __all__ = [
     "Failure",
@@ -83,3 +88,8 @@ __all__ = [
     "join_group",
     "leave_group",
 ]
+
+if not TYPE_CHECKING:  # for several processes only
+    __getattr__ = on_demand(
+        __name__, dict.fromkeys(("join_group", "leave_group"), "treadle_fabric.failures.hosts.group")
+    )

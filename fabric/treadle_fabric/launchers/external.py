@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.failures.board import Board
 from treadle_fabric.failures.folder_board import FolderBoard
-from treadle_fabric.failures.hosts.linked_board import LinkedBoard
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import call_guarded, current_member, join_launch
 from treadle_fabric.failures.process import end_process
@@ -69,6 +69,10 @@ def _join_launch_of_parent(environment: ClusterEnvironment) -> None:
         except ProcessLookupError:
             end_process(1)
         return  # a script that a launched process started: it only inherited the variable
-    shared = board if board.has_all_ranks else LinkedBoard(board)
+    shared: Board = board
+    if not board.has_all_ranks:
+        from treadle_fabric.failures.hosts.linked_board import LinkedBoard  # for several hosts only
+
+        shared = LinkedBoard(board)
     member = Member(shared, board.ranks[environment.local_rank()])
     join_launch(member, functools.partial(member.check_launcher, lambda: os.getppid() == board.launcher))

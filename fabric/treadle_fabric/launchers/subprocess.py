@@ -18,8 +18,8 @@ import torch.distributed
 from treadle_fabric.environments.environment import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.failures import grace, notes
+from treadle_fabric.failures.board import Board
 from treadle_fabric.failures.folder_board import FolderBoard
-from treadle_fabric.failures.hosts.linked_board import LinkedBoard
 from treadle_fabric.failures.member import Member
 from treadle_fabric.failures.membership import call_guarded, current_member, join_launch, leave_launch
 from treadle_fabric.failures.notes import Failure
@@ -69,7 +69,8 @@ class SubprocessLauncher(Launcher):
         return False
 
     def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        if self._num_processes * self._num_nodes > 1:
+        # Where each machine has one process, there is none to start, and none to look after.
+        if self._num_processes > 1 or (self._num_nodes > 1 and _children is not None):
             self._start_processes()
         return call_guarded(function, *args, **kwargs)
 
@@ -134,7 +135,11 @@ class _Children:
         variables = rank_variables(environment, num_processes, num_nodes)
         first = environment.node_rank() * num_processes
         folder = FolderBoard.create(range(first, first + num_processes), is_all=num_nodes == 1)
-        board = folder if num_nodes == 1 else LinkedBoard(folder)
+        board: Board = folder
+        if num_nodes > 1:
+            from treadle_fabric.failures.hosts.linked_board import LinkedBoard  # for several hosts only
+
+            board = LinkedBoard(folder)
         environ = {"OMP_NUM_THREADS": str(threads_per_process(num_processes)), **without_pytest(os.environ)}
         environ |= variables | {LAUNCH_DIR_VARIABLE: str(folder.directory)}
         processes: dict[int, subprocess.Popen[bytes]] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -111,6 +112,9 @@ class FSDPStrategy(ShardingStrategy):
             reshard_after_forward=reshard_after_forward,
             **kwargs,
         )
+
+    def move_references(self, copy_of: Callable[[Any], Any]) -> None:
+        self._options = replace(self._options, ignored=tuple(copy_of(each) for each in self._options.ignored))
 
     @property
     def offloads(self) -> bool:  # type: ignore[override]

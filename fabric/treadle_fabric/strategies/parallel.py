@@ -22,7 +22,7 @@ from treadle_fabric.checks import one_or_several
 from treadle_fabric.coordination import broadcast_object, choose_interface, host_group, meet, reached_by, waits_in_vain
 from treadle_fabric.environments import ClusterEnvironment, mark_rank_as_taken
 from treadle_fabric.errors import MisconfigurationException, near_names
-from treadle_fabric.failures import current_member, end_process, join_group, leave_group
+from treadle_fabric.failures import current_member, end_process
 from treadle_fabric.launchers import Launcher, make_launcher
 from treadle_fabric.precision import Precision
 from treadle_fabric.rank_zero import rank_zero_only
@@ -252,6 +252,8 @@ class ParallelStrategy(Strategy):
         atexit.register(_end_group, os.getpid())
 
     def _share_failures(self, environment: ClusterEnvironment) -> None:
+        from treadle_fabric.failures import join_group  # for several processes only
+
         join_group(
             self._num_nodes, self.local_rank, environment.collects_output, ends_itself=not environment.ends_processes
         )
@@ -361,6 +363,8 @@ def _destroy_group(pid: int) -> None:
         return
     member = current_member()
     failed = member is not None and (member.failed or member.board.final_failure() is not None)
+    from treadle_fabric.failures import leave_group  # for several processes only
+
     leave_group()  # also where the user destroyed the group: the others would take this rank for dead
     if not dist.is_initialized():
         return

@@ -80,6 +80,13 @@ class Strategy(Capabilities, ABC):
     def forget_devices(self) -> None:
         """Forget accelerator, devices and environment, so that :meth:`bind` gives others. Default: there are none."""
 
+    def move_references(self, copy_of: Callable[[Any], Any]) -> None:
+        """Refer to copies in the place of the modules and parameters that the strategy was given. Default: to none.
+
+        Args:
+            copy_of: Returns the copy of a module or parameter.
+        """
+
     def precision_for(self, precision: Precision) -> Precision:
         """The precision as the engine carries it out, or an error where it cannot. Default: as it is."""
         return precision

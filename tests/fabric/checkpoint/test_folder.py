@@ -46,7 +46,9 @@ def tree(path: Path) -> list[str]:
 
 @BOTH
 @pytest.mark.parametrize("ours", ["meta.pt", ".metadata", "whole"])
-@pytest.mark.parametrize("theirs", ["notes.txt", "thesis/chapter.txt", "__0_0.distcp/chapter.txt"])
+@pytest.mark.parametrize(
+    "theirs", ["notes.txt", "thesis/chapter.txt", "__0_0.distcp/chapter.txt", "checkpoint/rank_states.pt/chapter.txt"]
+)
 def test_a_folder_with_other_things_is_neither_replaced_nor_removed(
     theirs: str, ours: str, io: CheckpointIO, tmp_path: Path
 ) -> None:
@@ -56,7 +58,7 @@ def test_a_folder_with_other_things_is_neither_replaced_nor_removed(
     else:
         data.mkdir()
         (data / ours).write_bytes(b"x")
-    (data / theirs).parent.mkdir(exist_ok=True)
+    (data / theirs).parent.mkdir(parents=True, exist_ok=True)
     (data / theirs).write_text("x")
     SHARDED.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
     before = tree(tmp_path)

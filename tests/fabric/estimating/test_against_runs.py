@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -149,19 +150,68 @@ def test_an_estimate_is_what_a_run_takes(layout: str, ranks: int, precision: str
     assert planned.traffic.keys() == real["traffic"].keys()
     for kind, payload in real["traffic"].items():
         assert planned.traffic[kind].payload == pytest.approx(payload, rel=0.05), kind
-    print(
-        "OFF",
-        layout,
-        ranks,
-        precision,
-        "activations",
-        memory.activations,
-        real["activations"],
-        "peak",
-        memory.peak,
-        real["peak"],
-        "traffic",
-        {k: t.payload for k, t in planned.traffic.items()},
-        real["traffic"],
-    )
     assert memory.activations == pytest.approx(real["activations"], rel=0.1)
+
+
+def _profiled(layout: str, ranks: int, file: str) -> None:
+    """Run three steps by hand, and write what torch's profiler saw of the third."""
+    from torch.profiler import ProfilerActivity, profile
+
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy=LAYOUTS[layout]())
+    fabric.launch()
+    torch.manual_seed(0)
+    net = Net()
+    model: Any
+    model, optimizer = fabric.setup(net, torch.optim.AdamW(net.parameters(), lr=1e-3))
+    batch = _large_batch()
+
+    def train() -> None:
+        fabric.backward(model(*batch))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    train()
+    train()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as seen:
+        train()
+    if fabric.is_global_zero:
+        seen.export_chrome_trace(f"{file}.trace")
+        events = json.loads(Path(f"{file}.trace").read_text())["traceEvents"]
+        memory = sorted((each["ts"], each["args"]) for each in events if each["name"] == "[memory]")
+        most = max(values["Total Allocated"] for _, values in memory)
+        first = memory[0][1]
+        sent = _messages([(each.name, each.input_shapes) for each in seen.events()])
+        grown = most - (first["Total Allocated"] - first["Bytes"])
+        Path(file).write_text(json.dumps({"traffic": sent, "grown": grown}))
+
+
+def _messages(events: list[tuple[str, Any]]) -> dict[str, int]:
+    """The bytes of the collectives' messages, of numbers in single precision."""
+
+    def sizes(name: str, argument: int) -> int:
+        return sum(4 * prod(shapes[argument]) for each, shapes in events if each == name)
+
+    gathered, scattered = sizes("c10d::_allgather_base_", 0), sizes("c10d::_reduce_scatter_base_", 1)
+    reduced = sizes("gloo:all_reduce", 0) - scattered  # gloo scatters what it has reduced everywhere
+    broadcast = sizes("gloo:broadcast", 0)
+    found = {"all_reduce": reduced, "all_gather": gathered, "reduce_scatter": scattered, "broadcast": broadcast}
+    return {kind: size for kind, size in found.items() if size}
+
+
+def _large_batch() -> Any:
+    return torch.zeros(4096, 7), torch.zeros(4096, dtype=torch.long)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("layout", "ranks"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_torchs_profiler_sees_what_was_estimated(layout: str, ranks: int, tmp_path: Path) -> None:
+    """The memory that the allocator hands out, and the messages of the process group: no code of the estimate."""
+    run_in_ranks(_profiled, layout, ranks, str(tmp_path / "found"), devices=ranks)
+    real = json.loads((tmp_path / "found").read_text())
+    planned = estimate(
+        Net(), torch.optim.AdamW, LAYOUTS[layout](), ranks, None, _large_batch(), num_nodes=1, foreach=False
+    )
+    assert planned.traffic.keys() == real["traffic"].keys()
+    for kind, payload in real["traffic"].items():
+        assert planned.traffic[kind].payload == pytest.approx(payload, rel=0.05), kind
+    assert planned.memory.activations == pytest.approx(real["grown"], rel=0.05)

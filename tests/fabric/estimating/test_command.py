@@ -53,7 +53,7 @@ def test_json_and_a_device_that_is_too_small(model: str, capsys: pytest.CaptureF
     assert main(_arguments(model, "--strategies", "ddp,deepspeed_stage_2", "--memory", "1KiB", "--json")) == 1
     ddp, zero = json.loads(capsys.readouterr().out)
     assert ddp["fits"] is False and ddp["traffic"]["all_reduce"]["payload"] == ddp["memory"]["parameters"]
-    assert zero["memory"]["gradients"] * 4 == ddp["memory"]["gradients"]
+    assert zero["memory"]["gradients"] < ddp["memory"]["gradients"]
 
 
 @pytest.mark.parametrize(

@@ -93,16 +93,31 @@ def test_offload_is_on_the_host() -> None:
     assert memory.peak_parts.keys() == {"buffers", "inputs", "communication", "activations"}
 
 
-@pytest.mark.parametrize(("stage", "shared"), [(1, "optimizer_state"), (2, "gradients"), (3, "parameters")])
-def test_each_stage_of_zero_shares_out_more(stage: int, shared: str) -> None:
-    before = estimate(Net(), torch.optim.SGD, "ddp", 8, batch=BATCH).memory
-    found = estimate(Net(), torch.optim.Adam, f"deepspeed_stage_{stage}", 8, batch=BATCH)
-    if shared == "optimizer_state":
-        assert found.memory.gradients == before.gradients
-        assert found.memory.optimizer_state < before.parameters
-    else:
-        assert getattr(found.memory, shared) == -(-getattr(before, shared) // 8)
-    assert any("arithmetic" in note for note in found.notes)
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [(1, (224, NUMBERS, 28)), (2, (224, 128, 28)), (3, (27 + 216, 27, 27))],
+    ids=["optimizer", "gradients", "parameters"],
+)
+def test_each_stage_of_zero_shares_out_more(stage: int, parts: tuple[int, ...]) -> None:
+    """In numbers, made equal for eight ranks; stage 2 has whole gradients, 3 keeps small parameters gathered."""
+    parameters, gradients, part = parts
+    for precision, width in (("32-true", 4), ("bf16-mixed", 2)):
+        found = estimate(Net(), torch.optim.Adam, f"deepspeed_stage_{stage}", 8, precision, BATCH)
+        expected = (parameters * width, gradients * width, part * 3 * 4 + 4)
+        memory = found.memory
+        assert (memory.parameters, memory.gradients, memory.optimizer_state) == expected
+        assert found.precision == precision and any("arithmetic" in note for note in found.notes)
+
+
+def test_parameters_that_stay_whole() -> None:
+    module = Net()
+    first = module.layers[0]
+    for ignored, bytes_of_rank in (([first], 4 * (144 + 17)), ([first.weight], 4 * (128 + 21))):
+        strategy = FSDPStrategy(ignored_parameters=ignored)
+        assert estimate(module, torch.optim.SGD, strategy, 4, batch=BATCH).memory.parameters == bytes_of_rank
+        with pytest.raises(MisconfigurationException, match="that is not in the Net"):
+            estimate(Net(), torch.optim.SGD, strategy, 4, batch=BATCH)
+        assert strategy._options.ignored == tuple(ignored)
 
 
 def test_more_micro_batches_exchange_gradients_once() -> None:

@@ -19,6 +19,7 @@ from treadle.run.dispatch import check_hook_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import (
+    Fabric,
     MisconfigurationException,
     PossibleUserWarning,
     is_wrapped,
@@ -27,6 +28,7 @@ from treadle_fabric import (
     uncompiled,
     user_module,
 )
+from treadle_fabric.coordination import first_different
 from treadle_fabric.data import CombinedLoader, several_loaders
 from treadle_fabric.strategies import Strategy
 
@@ -51,6 +53,30 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     if loaders is not None and datamodule is not None:
         raise MisconfigurationException("Both dataloaders and a datamodule were passed: pass one of them.")
     return loaders, datamodule
+
+
+def check_same_call(fabric: Fabric, stage: str, datamodule: Any, ckpt_path: Any, *, auto_resume: bool) -> None:
+    """Raise, on every rank, if the ranks do not run the same stage with the same kind of arguments.
+
+    Of different checkpoints that are named, rank 0's counts.
+    """
+    name_of_data = None if datamodule is None else type(datamodule).__name__
+    call = {"stage": stage, "datamodule": name_of_data, "auto_resume": auto_resume}
+    rank = first_different(fabric, {**call, "ckpt_path": ckpt_path is not None})
+    path = None if ckpt_path is None else str(ckpt_path)
+    if rank is not None:
+        call["ckpt_path"] = path
+        first, other = fabric.broadcast(call), fabric.broadcast(call, rank)
+        name = next(name for name in ("stage", "datamodule", "ckpt_path", "auto_resume") if first[name] != other[name])
+        raise MisconfigurationException(
+            f"Rank 0 runs {first['stage']} with {name}={first[name]!r}, but rank {rank} runs {other['stage']} with"
+            f" {name}={other[name]!r}: every rank must make the same call. Pass the same on every rank."
+            + " To start from a checkpoint if there is one, use Trainer(auto_resume=True) or ckpt_path='last', with"
+            " which rank 0 looks for all ranks." * (name == "ckpt_path")
+        )
+    if path is not None and (rank := first_different(fabric, path)) is not None:
+        there = fabric.broadcast(path, rank)
+        rank_zero_warn(f"ckpt_path is {path!r} on rank 0, but {there!r} on rank {rank}: all ranks start from rank 0's.")
 
 
 def check_model(model: Any, what: str) -> LightningModule:

@@ -178,6 +178,8 @@ class Runner:
         """Call the hooks before and after a stage; see :class:`Session`. With ``alone`` no callback takes part."""
         trainer = self._trainer
         with session.flagged(self._settings, self._signals):
+            stage, auto_resume = str(self.state.fn), self._settings.auto_resume
+            preflight.check_same_call(self._fabric, stage, session.datamodule, source[0], auto_resume=auto_resume)
             results = session.attach(trainer)
             if not alone:
                 results.hook = "configure_callbacks"

@@ -105,7 +105,7 @@ def files_in(path: str | os.PathLike[str], *, folders: bool = False) -> Iterator
 
     Args:
         path: The folder.
-        folders: Give the names of all other folders in it, too.
+        folders: Give the names of all other folders, too, with a slash at the end, which no name of a file has.
     """
     with os.scandir(path) as entries:
         for entry in entries:
@@ -113,9 +113,13 @@ def files_in(path: str | os.PathLike[str], *, folders: bool = False) -> Iterator
                 yield entry.name
             elif entry.name == ENGINE_TAG:
                 with os.scandir(entry.path) as inner:
-                    yield from (f"{ENGINE_TAG}/{each.name}" for each in inner)
+                    for each in inner:
+                        if not each.is_dir(follow_symlinks=False):
+                            yield f"{ENGINE_TAG}/{each.name}"
+                        elif folders:
+                            yield f"{ENGINE_TAG}/{each.name}/"
             elif folders:
-                yield entry.name
+                yield f"{entry.name}/"
 
 
 def representative(path: str | os.PathLike[str]) -> str:

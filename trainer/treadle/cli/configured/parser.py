@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
+from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import class_from_function, register_type
 from torch import device
 from torch.optim import Optimizer
@@ -54,8 +54,6 @@ class LightningArgumentParser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # an abbreviation is more often a typing error
         kwargs.setdefault("dump_header", [f"treadle=={__version__}"])
         super().__init__(*args, description=description, env_prefix=env_prefix, default_env=default_env, **kwargs)
-        about = "Path to a configuration file in json or yaml format."
-        self.add_argument("-c", "--config", action=ActionConfigFile, help=about)
         self.callback_keys: list[str] = []
         """The keys of callbacks that have arguments of their own."""
         self._optimizers: dict[str, tuple[type | tuple[type, ...], str]] = {}

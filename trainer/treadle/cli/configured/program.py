@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile, Namespace  # type: ignore[attr-defined]
 from jsonargparse.typing import class_from_function
 from torch.optim import Optimizer
 
@@ -153,7 +153,11 @@ class LightningCLI:
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make one parser; ``kwargs`` are its arguments."""
-        return self.parser_class(**kwargs)
+        parser = self.parser_class(**kwargs)
+        about = "Path to a configuration file in json or yaml format."
+        # not of every parser: jsonargparse makes one for each class, which may have an argument of this name
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help=about)
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
