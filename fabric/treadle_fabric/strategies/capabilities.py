@@ -33,6 +33,10 @@ class Capabilities:
     """The engine clips gradients in its step, as it was configured."""
     owns_optimizer_step: ClassVar[bool] = False
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
+    brings_optimizer: bool = False
+    """The engine makes the optimizer, as its config says, and a scheduler perhaps: a module is set up without one."""
+    averages_weights: bool = True
+    """Each rank finds its part of the weights in the module's parameters, where callbacks average and exchange them."""
     allows_inference_mode: ClassVar[bool] = True
     """Evaluation may run under ``torch.inference_mode``; False where the engine keeps tensors of its forward."""
     pipeline_stages: int = 1

@@ -95,11 +95,12 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         cpu_checkpointing: Keep these on the host.
         contiguous_memory_optimization: Keep these in one piece of memory.
         synchronize_checkpoint_boundary: Wait for the device at the boundary of each such layer.
-        load_full_weights: Load checkpoints of whole weights.
+        load_full_weights: Has no effect: checkpoints of whole weights are loaded with and without it.
         precision: Default: ``32-true``.
         process_group_backend: Default: torch's for the device.
         timeout: How long a collective waits for the slowest process.
-        exclude_frozen_parameters: Leave frozen parameters out of checkpoints.
+        exclude_frozen_parameters: Leave frozen parameters out of checkpoints; those of the module are kept when one is
+            loaded.
         precision_plugin: The precision, under the name that strategies of a trainer have for it.
         checkpoint_io: Writes and reads checkpoints. Default: folders, to which every process writes its part.
 
@@ -183,8 +184,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         self._scaling = {name: given[name] for name in _SCALING}
         self._remote_device = remote_device
         self._logging_level = logging_level
-        self._load_full_weights = load_full_weights
-        self._exclude_frozen_parameters = exclude_frozen_parameters
+        self._leaves_frozen_out = exclude_frozen_parameters
         self._steps: Steps | None = None
         self._batch_size: int | None = None
         self._deepspeed: Any = None
@@ -212,6 +212,23 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         """DeepSpeed's engine that was set up last, or None."""
         engines = self._alive()
         return engines[-1].deepspeed if engines else None
+
+    @property
+    def model(self) -> Any:
+        """The same as :attr:`engine`."""
+        return self.engine
+
+    @property
+    def leaves_frozen_out(self) -> bool:
+        return self._leaves_frozen_out
+
+    @property
+    def averages_weights(self) -> bool:  # type: ignore[override]
+        return not self.zero_stage_3
+
+    @property
+    def brings_optimizer(self) -> bool:  # type: ignore[override]
+        return "optimizer" in self._config
 
     def _alive(self) -> list[ZeroEngine]:
         return [engine for reference in self._engines if (engine := reference()) is not None]
@@ -257,7 +274,10 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         stepped = engine.stepped
         stepped.zero_grad = functools.partial(_discard, weakref.ref(engine))
         note_groups(stepped, given or [list(trained(user_module(module)))])
-        return engine, [stepped], engine.deepspeed.lr_scheduler
+        made = engine.deepspeed.lr_scheduler
+        if self._steps is not None:
+            engine.deepspeed.lr_scheduler = None  # a trainer steps it, as any other
+        return engine, [stepped], made
 
     def _check_set_up(self, optimizers: list[Optimizer], scheduler: Any | None) -> None:
         """Refuse optimizers that DeepSpeed cannot step."""
@@ -291,6 +311,14 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
                 self._engines = [each for each in self._engines if each() is not known]
         self._deepspeed = deepspeed_for(self.root_device, self._logging_level)
         made = self._whole_config(config)
+        if (
+            made.get("fp16", {}).get("enabled")
+            and not self._deepspeed.accelerator.get_accelerator().is_fp16_supported()
+        ):
+            raise MisconfigurationException(
+                f"precision={self.precision.precision!r}, and DeepSpeed does not train in float16 on this"
+                f" {self.root_device.type!r} device. Use precision='bf16-mixed' or '32-true'."
+            )
         engine = start(self._deepspeed, module, optimizer, scheduler, made, self.root_device, self.local_rank)
         self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine
@@ -317,6 +345,10 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         )
         return context
 
+    def module_sharded_context(self) -> AbstractContextManager[Any]:
+        """The same as :meth:`engine_init_context`."""
+        return self.engine_init_context()
+
     def process_dataloader(self, dataloader: Any) -> Any:
         """Note the number of samples of a batch, which DeepSpeed's reports of the throughput need."""
         size = getattr(dataloader, "batch_size", None)
@@ -324,7 +356,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
             self._batch_size = size
         return dataloader
 
-    def configure_steps(self, accumulate: int, clip_norm: float, clip_value: float) -> None:
+    def configure_steps(self, accumulate: int, clip_norm: float | None, clip_value: float) -> None:
         if clip_value:
             raise MisconfigurationException(
                 f"gradient_clip_val={clip_value} with gradient_clip_algorithm='value', and DeepSpeed's engine clips by"
@@ -393,13 +425,15 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
     def join_backward(self, module: Module, label: str) -> None:
         """A backward pass with gradients of zero; how many processes have nothing is counted where they met."""
         engine = self._engine_of(module)
-        untouched = not engine.deepspeed._unmanaged_backward_count and stage_of(self._config) > 1
+        untouched = not engine.deepspeed._unmanaged_backward_count and engine.meets_in_backward
         key, store = f"treadle/idle/zero/{label}", dist.distributed_c10d._get_default_store()
         if untouched:
             store.add(key, 1)
         engine.join_backward()
-        if untouched and store.add(key, 0) == self.world_size:  # the gradients are reduced: every rank was counted
-            engine.discard()
+        if untouched:
+            self._deepspeed.accelerator.get_accelerator().synchronize()
+            if store.add(key, 0) == self.world_size:  # the gradients are reduced: every rank was counted
+                engine.discard()
 
 
 def _discard(reference: weakref.ref[ZeroEngine], set_to_none: bool = True) -> None:

@@ -234,10 +234,10 @@ class Strategy(Capabilities, ABC):
 
     # Set-up
 
-    def configure_steps(self, accumulate: int, clip_norm: float, clip_value: float) -> None:
+    def configure_steps(self, accumulate: int, clip_norm: float | None, clip_value: float) -> None:
         """Learn how a trainer steps, before processes start: an engine may be configured otherwise. Default: nothing.
 
-        Args: the number of batches of a step, at first; the largest norm and entry of gradients, where 0 is any.
+        Args: the number of batches of a step, at first; the largest norm and entry of gradients: 0 any, None unsaid.
         """
 
     @abstractmethod
@@ -247,6 +247,9 @@ class Strategy(Capabilities, ABC):
     @abstractmethod
     def module_to_device(self, module: Module) -> None:
         """Move a module's parameters and buffers to :attr:`root_device`."""
+
+    def take_over_weights(self, module: Module) -> None:
+        """Go on with the values that a module's parameters were given after its set-up. Default: nothing to do."""
 
     @abstractmethod
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:

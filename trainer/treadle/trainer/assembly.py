@@ -20,7 +20,7 @@ from treadle.loops.step.choose import choose_step
 from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
-from treadle.module import LightningModule
+from treadle.module import LightningModule, LRSchedulerConfig
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
@@ -71,9 +71,12 @@ def set_up(run: Run, settings: Settings) -> ReadyRun:
     transfer = run.timed(transfer, "batch_to_device", fabric.strategy)
     steps = StepCounter(run.progress, run.module)
     if run.state.fn is TrainerFn.FITTING and fabric.strategy.sets_up_jointly:
-        wrapped, *stepped = fabric.setup(run.module._runs, *_configure_optimizers(run))
+        made = fabric.setup(run.module._runs, *_configure_optimizers(run))
+        wrapped, *others = made if isinstance(made, tuple) else (made,)
+        stepped = [each.optimizer for each in others if isinstance(each, FabricOptimizer)]
+        run.schedulers.extend(LRSchedulerConfig(each, interval="step") for each in others[len(stepped) :])
         ready = run.ready(wrapped=wrapped, transfer=transfer, loss=loss, steps=steps)
-        _add_optimizers(ready, [each.optimizer for each in stepped])
+        _add_optimizers(ready, stepped)
         return ready
     return run.ready(wrapped=fabric.setup_module(run.module._runs), transfer=transfer, loss=loss, steps=steps)
 
@@ -109,6 +112,8 @@ def set_up_optimizers(run: ReadyRun) -> None:
 def _configure_optimizers(run: Run) -> list[Optimizer]:
     with run.changes.undone(run.module), explained_optimizers(run.module):
         returned = run.dispatch.run("configure_optimizers", run.module.configure_optimizers)
+    if returned is None and run.fabric.strategy.brings_optimizer:
+        return []
     optimizers, schedulers = parse_optimizers(returned, run.module)
     if len(optimizers) > 1 and run.module.automatic_optimization:
         check_together(optimizers, run.module, run.fabric.strategy)

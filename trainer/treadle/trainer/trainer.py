@@ -166,8 +166,8 @@ class Trainer:
             plugins=given["plugins"],
             loggers=self._loggers,
         )
-        clip, by_value = settings.gradient_clip_val or 0.0, settings.gradient_clip_algorithm == "value"
-        limits = (0.0, clip) if by_value else (clip, 0.0)
+        clip, by_value = settings.gradient_clip_val, settings.gradient_clip_algorithm == "value"
+        limits = (None, clip or 0.0) if by_value else (clip, 0.0)
         self.fabric.strategy.configure_steps(settings.accumulate_grad_batches, *limits)
         self.should_stop = False
         """Set it to True to stop after the current batch."""

@@ -56,6 +56,7 @@ _PLACES: Final[dict[str, tuple[str, ...]]] = {
 }
 """Where in the config each argument goes that is one entry of it."""
 _BLOCKS: Final = {"float16": "fp16", "bfloat16": "bf16", "float32": None}
+_SCHEDULERS: Final = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 _DEVICES: Final = ("cpu", "nvme", "none")
 
 
@@ -64,8 +65,8 @@ class Steps(NamedTuple):
 
     accumulate: int = 1
     """The number of batches of an optimizer step, at first."""
-    clip_norm: float = 0.0
-    """The largest norm of the gradients; 0: any."""
+    clip_norm: float | None = None
+    """The largest norm of the gradients; 0: any; None: the trainer does not say."""
 
 
 def read_config(config: Any, environ: Mapping[str, str] | None = None) -> Config | None:
@@ -230,6 +231,13 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
     if _enabled(config, "fp16") and _enabled(config, "bf16"):
         raise MisconfigurationException("The DeepSpeed config enables fp16 and bf16: enable one of them.")
+    scheduler = _at(config, ("scheduler", "type"))
+    if scheduler is not None and scheduler not in _SCHEDULERS:
+        raise MisconfigurationException(
+            f"The DeepSpeed config has scheduler.type={scheduler!r}, and an engine of DeepSpeed has"
+            f" {', '.join(_SCHEDULERS)}. {near_names(str(scheduler), _SCHEDULERS)} One of torch's schedulers goes with"
+            " an optimizer of your own: make both in the program, and leave them out of the config."
+        )
     for block, least, what in ((_OPTIMIZER, 1, "the optimizer state"), (_PARAMETERS, 3, "parameters")):
         device = _at(config, (_ZERO, block, "device"))
         if device in (None, "none"):
@@ -290,7 +298,7 @@ def check_steps(config: Mapping[str, Any], steps: Steps) -> None:
             f" gradient_accumulation_steps={said!r}. Leave it out of the config: the Trainer accumulates."
         )
     clip = config.get("gradient_clipping")
-    if clip not in (None, "auto", steps.clip_norm) and steps.clip_norm:
+    if clip not in (None, "auto", steps.clip_norm) and steps.clip_norm is not None:
         raise MisconfigurationException(
             f"gradient_clip_val={steps.clip_norm}, and the DeepSpeed config has gradient_clipping={clip!r}."
             " Leave one of them out, or make them equal."
@@ -351,7 +359,7 @@ def engine_config(
         if stage_of(made) < 2 and isinstance(made.get(_ZERO), dict):
             made[_ZERO]["overlap_comm"] = False  # gradients are reduced when the optimizer steps
     made["gradient_accumulation_steps"] = accumulate
-    if steps is not None and steps.clip_norm:
+    if steps is not None and steps.clip_norm is not None:
         made["gradient_clipping"] = steps.clip_norm
     if made.get("gradient_clipping") in (None, "auto"):
         made["gradient_clipping"] = 0.0  # DeepSpeed would clip at 1

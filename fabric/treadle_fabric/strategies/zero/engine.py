@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -22,6 +23,7 @@ from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
 from treadle_fabric.strategies.unwrapping import inside, user_module
+from treadle_fabric.strategies.zero.untouched import untouched
 
 __all__ = ["ZeroEngine", "deepspeed_for", "start"]
 
@@ -61,6 +63,7 @@ def deepspeed_for(device: torch.device, level: int) -> Any:
     with _without_compilation():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     _send_scalars()
+    _tell_local_rank(device.index or 0)
     return deepspeed
 
 
@@ -95,6 +98,24 @@ def _send_scalars() -> None:
     engine._broadcast_model, partition._zero_init_param = send_all, share_out_all
 
 
+@functools.cache
+def _tell_local_rank(rank: int) -> None:
+    """Let ZeRO 3 find the local rank also in a process that no launcher has started, and whose environment lacks it."""
+    for name in ("partition_parameters", "utils"):
+        module: Any = importlib.import_module(f"deepspeed.runtime.zero.{name}")
+        module.os = _WithLocalRank({"LOCAL_RANK": str(rank)})
+
+
+class _WithLocalRank:
+    """The module ``os``, with variables that the environment may lack."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.environ = ChainMap(os.environ, variables)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
 @contextmanager
 def _without_compilation() -> Generator[None]:
     """Let DeepSpeed not compile its reduction in shared memory, which only its inference uses.
@@ -119,7 +140,7 @@ def local_rank_told(rank: int) -> Generator[None]:
         yield
     finally:
         if before is None:
-            del os.environ["LOCAL_RANK"]
+            os.environ.pop("LOCAL_RANK", None)
         else:
             os.environ["LOCAL_RANK"] = before
 
@@ -145,9 +166,11 @@ class ZeroEngine(Module):
         fields["running"] = False  # a method of the module runs as the engine's forward
         zero = engine.optimizer
         fields["_zero"] = zero if hasattr(zero, "clear_backward_seen_flag") else None
-        fields["_last"] = None  # the method of the last pass with a result, and what it was called with
+        fields["_last"] = {}  # the last pass with a result of each method: the method, and what it was called with
+        fields["_idle"] = 0  # the backward passes since the last step that had nothing to differentiate
         fields["ended_early"] = False
         fields["_joined"] = None
+        fields["meets_in_backward"] = engine.zero_optimization_stage() > 1
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +180,7 @@ class ZeroEngine(Module):
         fields = self.__dict__
         fields["ended_early"] = result is None and torch.is_grad_enabled()  # an evaluation step may return nothing
         if not fields["ended_early"]:
-            fields["_last"] = method, args, kwargs
+            fields["_last"]["forward" if method is None else getattr(method, "__name__", "")] = method, args, kwargs
         return result
 
     def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -191,6 +214,8 @@ class ZeroEngine(Module):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Differentiate a loss; the other arguments are those of ``Tensor.backward``."""
         engine = self.deepspeed
+        if engine.basic_optimizer is None:
+            return  # nothing is trained
         if self._counts_passes:
             self._zero.clear_backward_seen_flag()  # or the next pass would take the place of the last one's gradients
         if self.running:  # DeepSpeed gets ready for a backward pass by the outputs of the forward, which is not over
@@ -206,22 +231,20 @@ class ZeroEngine(Module):
         Raises:
             MisconfigurationException: This rank had no batch yet.
         """
-        if self._last is None:
+        if not self._last:
             raise MisconfigurationException(
                 f"Rank {dist.get_rank()} has no batch at all, and other ranks have: ranks work together in each pass,"
                 " and this one does not know which parameters are used. Give every rank a batch at least."
             )
-        called, args, kwargs = self._last
         own = user_module(self.module)
-        buffers = {buffer: buffer.detach().clone() for buffer in own.buffers()}
+        called, args, kwargs = self._last.get(method) or next(reversed(self._last.values()))
+        if called is not None and method not in self._last and method:
+            called = getattr(own, method)  # with a batch of another step, as those of training and validation often are
         silent = {name: own.__dict__.get(name, _MISSING) for name in ("log", "log_dict") if hasattr(own, name)}
         own.__dict__.update(dict.fromkeys(silent, _say_nothing))
         try:
-            with torch.random.fork_rng():
+            with untouched(own), torch.random.fork_rng():
                 output = self.deepspeed(*args, **kwargs) if called is None else self._run(called, args, kwargs)
-            with torch.no_grad():
-                for buffer, value in buffers.items():
-                    buffer.copy_(value)
         finally:
             for name, value in silent.items():
                 if value is _MISSING:
@@ -233,19 +256,23 @@ class ZeroEngine(Module):
     def join_backward(self) -> None:
         """Take part in a backward pass of other ranks, with gradients of zero."""
         output, self.__dict__["_joined"] = self._joined, None
-        parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+        if not self._counts_passes:  # whole parameters: no pass is needed
+            parts = [p.reshape(-1)[:0] for p in trained(user_module(self.module))]
+        else:
+            parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not parts:
             self.join_forward("")
             output, self.__dict__["_joined"] = self._joined, None
             parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         self.backward(torch.stack([t.sum().float() * 0 for t in parts]).sum())
+        self.__dict__["_idle"] += 1
 
     def discard(self) -> None:
         """Forget the gradients of the backward passes since the last step."""
         engine, zero = self.deepspeed, self._zero
         if engine.managed_gradient_accumulation() or not engine._unmanaged_backward_count:
             return
-        engine._unmanaged_backward_count = 0
+        engine._unmanaged_backward_count = self.__dict__["_idle"] = 0
         if zero is None:
             engine.zero_grad()
             return
@@ -257,9 +284,42 @@ class ZeroEngine(Module):
 
     def step(self) -> None:
         """Step the optimizer with what the backward passes have left; without any, do nothing."""
-        engine = self.deepspeed
-        if engine.managed_gradient_accumulation() or engine._unmanaged_backward_count:
+        engine, fields = self.deepspeed, self.__dict__
+        if not (engine.managed_gradient_accumulation() or engine._unmanaged_backward_count):
+            return
+        idle, fields["_idle"] = fields["_idle"], 0
+        if idle and idle == engine._unmanaged_backward_count and not self.meets_in_backward:
+            with self._unless_all_are_idle():
+                engine.step()
+        else:
             engine.step()
+
+    @contextmanager
+    def _unless_all_are_idle(self) -> Generator[None]:
+        """Let the optimizer not step where no rank has gradients, in the stages 0 and 1.
+
+        There the ranks meet when the engine steps, which reduces the gradients: after that, all that have none are
+        counted.
+        """
+        engine, store = self.deepspeed, dist.distributed_c10d._get_default_store()
+        key, optimizer = f"treadle/idle/zero/step/{engine.global_steps}", engine.optimizer
+        store.add(key, 1)
+        fields, step = vars(optimizer), optimizer.step
+        before = fields.get("step", _MISSING)
+
+        def step_if_not_all(*args: Any, **kwargs: Any) -> Any:
+            get_accelerator().synchronize()
+            return None if store.add(key, 0) == dist.get_world_size() else step(*args, **kwargs)
+
+        get_accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator
+        fields["step"] = step_if_not_all
+        try:
+            yield
+        finally:
+            if before is _MISSING:
+                del fields["step"]
+            else:
+                fields["step"] = before
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -92,8 +92,8 @@ def put_weight(engine: Any, parameter: Any, value: Tensor) -> None:
     if not hasattr(parameter, "ds_tensor"):
         parameter.data.copy_(value)
         return
-    part, world = parameter.ds_tensor, engine.optimizer._get_param_partition_rank(parameter)
-    first = min(part.numel() * world, parameter.ds_numel)
+    part, rank = parameter.ds_tensor, torch.distributed.get_rank(parameter.ds_process_group)
+    first = min(part.numel() * rank, parameter.ds_numel)
     count = min(part.numel(), parameter.ds_numel - first)
     part.data.view(-1)[:count].copy_(value.reshape(-1)[first : first + count])
     if parameter.data.shape == value.shape and parameter.data.numel():  # kept whole on every rank

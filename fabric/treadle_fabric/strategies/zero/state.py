@@ -64,6 +64,11 @@ class ZeroStateStrategy(CheckpointingStrategy):
         """The ``DeepSpeedEngine`` that was set up last; ``None`` before."""
 
     @property
+    @abstractmethod
+    def leaves_frozen_out(self) -> bool:
+        """Whether checkpoints have no frozen parameters."""
+
+    @property
     def writes_folders(self) -> bool:
         return True
 
@@ -74,6 +79,9 @@ class ZeroStateStrategy(CheckpointingStrategy):
         :func:`kept_by_engines`.
         """
         state, engine = module_state(module), self.engine
+        if self.leaves_frozen_out:
+            for name in self._frozen(module):
+                state.pop(name, None)
         if engine is None or not self._is_of(module) or not is_partitioned(engine):
             return state
         own, writer, trains = user_module(module), self._writer(), trained(engine)
@@ -107,6 +115,8 @@ class ZeroStateStrategy(CheckpointingStrategy):
                         put_part(held, held.flat, whole)
                 if hasattr(parameter, "ds_tensor"):
                     state[name] = parameter.detach()  # of no element here: the rank has its part already
+            if self.leaves_frozen_out:
+                state = {**{name: parameters[name].detach() for name in self._frozen(module)}, **state}
             load_module_state(module, state, strict=strict)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -209,11 +219,25 @@ class ZeroStateStrategy(CheckpointingStrategy):
         """Whether a module is the one in the engine, or a wrapper of it."""
         return user_module(module) is user_module(self.engine.module) or user_module(module) is self.engine
 
+    def take_over_weights(self, module: Module) -> None:
+        """The optimizer steps copies of the parameters, which get their values."""
+        engine = self.engine
+        if engine is not None and self._is_of(module) and is_partitioned(engine):
+            with torch.no_grad():
+                for held in held_parts(engine):
+                    put_part(held, held.flat, held.parameter)
+
+    @staticmethod
+    def _frozen(module: Module) -> list[str]:
+        own = user_module(module)
+        named = with_plain_names(own, own.named_parameters(remove_duplicate=False))
+        return [name for name, parameter in named if not parameter.requires_grad]
+
     def _writer(self) -> ZeroWriter:
         engine = self.engine
         found: ZeroWriter | None = getattr(engine, "_treadle_writer", None)
         if found is None:
-            found = engine._treadle_writer = ZeroWriter(engine)
+            found = engine._treadle_writer = ZeroWriter(engine, self.leaves_frozen_out)
         return found
 
 

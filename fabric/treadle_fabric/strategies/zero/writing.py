@@ -23,10 +23,11 @@ class ZeroWriter:
 
     Args:
         engine: The ``DeepSpeedEngine``.
+        without_frozen: Whether frozen parameters are left out.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, without_frozen: bool = False) -> None:
+        self.engine, self._without_frozen = engine, without_frozen
 
     def write(self, destination: Destination) -> Files:
         """Write the files of this rank; every rank calls this."""
@@ -34,7 +35,9 @@ class ZeroWriter:
         before, engine.checkpoint_engine = engine.checkpoint_engine, keeper
         try:
             with tempfile.TemporaryDirectory() as elsewhere:  # for scripts that DeepSpeed adds, which are not kept
-                engine.save_checkpoint(elsewhere, tag=ENGINE_TAG, save_latest=False)
+                engine.save_checkpoint(
+                    elsewhere, tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=self._without_frozen
+                )
         finally:
             engine.checkpoint_engine = before
         if keeper.error is not None:

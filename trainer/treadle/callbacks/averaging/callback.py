@@ -52,6 +52,15 @@ class AveragingCallback(Callback):
         trainer.strategy.release_gathered()
         self._weights.update(pl_module)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy under which the module has no weights to average."""
+        if stage == "fit" and not trainer.strategy.averages_weights:
+            kind, strategy = type(self).__name__, type(trainer.strategy).__name__
+            raise MisconfigurationException(
+                f"{kind} averages the parameters of the module, and under {strategy} in stage 3 the module has none"
+                f" between its passes. Use stage 2, or FSDPStrategy; or leave out {kind}."
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the average of a checkpoint, or give the module back what an earlier fit trained."""
         trainer.strategy.release_gathered()
@@ -63,6 +72,7 @@ class AveragingCallback(Callback):
         elif self._weights.exchanged:
             if trainer.strategy.reduce_boolean_decision(self._weights.is_in(pl_module)):
                 self._restore(trainer, pl_module)
+                trainer.strategy.take_over_weights(pl_module)
             else:  # the program has given the module other weights since
                 self._weights.keep_weights()
         self.prepare(trainer, pl_module)
