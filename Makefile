@@ -109,7 +109,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 	$(PYTHON) -m venv .venv-deepspeed
 	.venv-deepspeed/bin/python $(INSTALL) torch numpy setuptools wheel ninja
 	.venv-deepspeed/bin/python $(INSTALL) --no-build-isolation deepspeed
-	.venv-deepspeed/bin/python $(INSTALL) -e '.[trainer,deepspeed]' pytest pytest-timeout
+	.venv-deepspeed/bin/python $(INSTALL) -e '.[trainer,deepspeed]' pytest pytest-timeout torchmetrics
 	touch $@
 
 # torch-xla and torchao go with an older torch than everything else.
