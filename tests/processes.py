@@ -84,6 +84,10 @@ def run_in_ranks(function: Callable[..., object], *arguments: Any, devices: int 
 
         try:
             wait_until(ended, timeout)
+        except TimeoutError as e:
+            output.seek(0)
+            e.add_note(f"Of {devices} ranks {len(running)} still run; they said: {output.read().decode()[-3000:]}")
+            raise
         finally:
             for pid in running:
                 os.kill(pid, signal.SIGKILL)

@@ -103,7 +103,8 @@ def test_what_a_run_adds() -> None:
         ({}, (1, 0.0, 0.5), "gradient_clip_algorithm='norm'"),
         ({"gradient_accumulation_steps": 4, "gradient_clipping": 0.5}, (4, 0.5, 0.0), None),
         ({"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}, (4, 0.5, 0.0), None),
-        ({"gradient_clipping": 0.5}, (1, 0.0, 0.0), None),
+        ({"gradient_clipping": 0.5}, (1, None, 0.0), None),
+        ({"gradient_clipping": 0.5}, (1, 0.0, 0.0), "gradient_clip_val=0.0.*gradient_clipping=0.5"),
     ],
 )
 def test_a_trainer_and_a_config_that_step_otherwise(config: Any, steps: Any, said: str | None) -> None:

@@ -235,6 +235,7 @@ def test_workers_started_by_spawn_call_methods_of_module_and_data_module(
 # ------------------------------------------------------------------------------------------------ every public class
 
 GIVEN: dict[str, Callable[[], Any]] = {
+    "Estimate": lambda: treadle_fabric.estimate(nn.Linear(4, 1), torch.optim.SGD, "auto", 1, batch=torch.ones(2, 4)),
     # the trainer's
     "Trainer": lambda: L.Trainer(accelerator="cpu", logger=False),
     "LightningModule": Net,

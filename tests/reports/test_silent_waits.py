@@ -384,8 +384,8 @@ def test_processes_that_each_see_one_gpu_use_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         "treadle_fabric.strategies.parallel.meet", lambda *args: met.append(args[1:]) or dist.HashStore()
     )
-    for name in ("join_group", "mark_rank_as_taken"):
-        monkeypatch.setattr(f"treadle_fabric.strategies.parallel.{name}", lambda *args, **kwargs: None)
+    monkeypatch.setattr("treadle_fabric.strategies.parallel.mark_rank_as_taken", lambda: None)
+    monkeypatch.setattr("treadle_fabric.failures.hosts.group.join_group", lambda *args, **kwargs: None)
     monkeypatch.setattr("treadle_fabric.strategies.parallel.host_group", lambda timeout: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: made.update(kwargs, backend=backend))
     strategy.setup_environment()

@@ -66,7 +66,10 @@ def end_connections_when_silent(port: int) -> None:
         with contextlib.suppress(OSError):
             connection = socket.socket(fileno=descriptor)
             try:
-                if connection.type == socket.SOCK_STREAM and connection.getpeername()[1] == port:
+                is_tcp = (
+                    connection.family in (socket.AF_INET, socket.AF_INET6) and connection.type == socket.SOCK_STREAM
+                )
+                if is_tcp and connection.getpeername()[1] == port:
                     end_when_silent(connection)
             finally:
                 connection.detach()  # the descriptor is its owner's
