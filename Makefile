@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test test-deepspeed test-faults test-nodes test-package test-ray test-remote test-xla lint format bench clean
+.PHONY: demo test test-deepspeed test-faults test-nodes test-nodes-faults test-package test-ray test-remote test-xla lint format bench clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -30,13 +30,17 @@ test: $(VENV)/.dev
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m faults
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "faults and not nodes"
 
-# Two hosts of namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise. The long
-# ones are among the tests of faults.
+# Two hosts of namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise.
 test-nodes: export OMP_NUM_THREADS = 1
 test-nodes: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "nodes and not faults" tests/nodes
+
+# The long ones: hosts are lost in all ways, for each way to start a run, and torchrun replaces them.
+test-nodes-faults: export OMP_NUM_THREADS = 1
+test-nodes-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "nodes and faults" tests/nodes
 
 # DeepSpeed on the CPU, which compiles an operator of its own at its first use.
 test-deepspeed: export OMP_NUM_THREADS = 1

@@ -146,6 +146,7 @@ def test_ranks_with_unequal_numbers_of_batches_evaluate_them_all(kind: type[Net]
         trainer.test(module, DataLoader(Uneven(1, 3)), verbose=False)
         assert len(module.seen) == (4, 3)[rank]
         predictions = trainer.predict(module, DataLoader(Uneven(2, 1)))
+        trainer.strategy.barrier()  # rank 0 has the store
         assert predictions is not None and len(predictions) == (2, 1)[rank]
 
     run_in_ranks(evaluate)

@@ -123,7 +123,8 @@ def test_a_group_is_bound_to_an_accelerator(
     monkeypatch.setattr(parallel, "meet", meet)
     monkeypatch.setattr(dist, "init_process_group", init)
     environment: Any = SimpleNamespace(
-        creates_processes_externally=True, started_nodes=lambda: None, global_rank=lambda: 0, local_rank=lambda: 0, node_rank=lambda: 0,
+        creates_processes_externally=True, started_nodes=lambda: None,
+        global_rank=lambda: 0, local_rank=lambda: 0, node_rank=lambda: 0,
         set_global_rank=lambda rank: None, set_world_size=lambda size: None, main_address="localhost", main_port=1,
     )  # fmt: skip
     for name in ("MASTER_ADDR", "MASTER_PORT"):

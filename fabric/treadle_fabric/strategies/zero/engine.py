@@ -172,14 +172,35 @@ class ZeroEngine(Module):
         fields["_joined"] = None
         fields["meets_in_backward"] = engine.zero_optimization_stage() > 1
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
+        fields["_ran"] = fields["_ran_at_most"] = 0  # layers with parameters, in this pass, and in the longest one
+        fields["_newest"] = None  # the output of the layer that ran last
+        if fields["_counts_passes"]:
+            for layer in user_module(module).modules():
+                if next(layer.parameters(recurse=False), None) is not None:
+                    layer.register_forward_hook(self._note_layer)
+
+    def _note_layer(self, layer: Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self.__dict__["_ran"] += 1
+            self.__dict__["_newest"] = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         method = kwargs.pop(METHOD_KEYWORD, None)
+        self.__dict__["_ran"] = 0
         result = self.deepspeed(*args, **kwargs) if method is None else self._run(method, args, kwargs)
         fields = self.__dict__
-        fields["ended_early"] = result is None and torch.is_grad_enabled()  # an evaluation step may return nothing
-        if not fields["ended_early"]:
+        no_result = result is None and torch.is_grad_enabled()  # an evaluation step may return nothing
+        fields["ended_early"] = no_result and not fields["_ran"]
+        fields["_ran_at_most"] = max(fields["_ran_at_most"], fields["_ran"])
+        if no_result and 0 < fields["_ran"] < fields["_ran_at_most"]:
+            raise MisconfigurationException(
+                f"A step returned None on rank {dist.get_rank()} after {fields['_ran']} of {fields['_ran_at_most']} "
+                "layers had run. In stage 3 ranks gather the parameters of each layer together: return None before the "
+                "model runs, or after all of it."
+            )
+        if not no_result:
+            fields["_newest"] = None
             fields["_last"]["forward" if method is None else getattr(method, "__name__", "")] = method, args, kwargs
         return result
 
@@ -260,6 +281,9 @@ class ZeroEngine(Module):
             parts = [p.reshape(-1)[:0] for p in trained(user_module(self.module))]
         else:
             parts = [t for t in leaves(output) if isinstance(t, Tensor) and t.requires_grad]
+            if not parts and self._ran:
+                parts = [t for t in leaves(self._newest) if isinstance(t, Tensor) and t.requires_grad]
+        self.__dict__["_newest"] = None
         if not parts:
             self.join_forward("")
             output, self.__dict__["_joined"] = self._joined, None
