@@ -60,9 +60,10 @@ test-package: $(VENV)/.dev
 	$(BIN)/python -m pytest -m package tests/package
 
 # Workers of Ray Train and searches with Ray Tune, which bring pandas and pyarrow along.
+RAY_TESTS ?= tests/ray
 test-ray: export OMP_NUM_THREADS = 1
 test-ray: .venv-ray/.done
-	.venv-ray/bin/python -m pytest -m ray tests/ray
+	.venv-ray/bin/python -m pytest -m ray $(RAY_TESTS)
 
 # Checkpoints on an S3 server (moto's), which is reached by HTTP.
 test-remote: export OMP_NUM_THREADS = 1
