@@ -42,7 +42,7 @@ from treadle_fabric.failures.folder_board import FolderBoard
 from treadle_fabric.failures.process import Process
 from treadle_fabric.launchers.supervisor import Supervisor
 from treadle_fabric.resolve import build, resolve
-from treadle_fabric.strategies import DDPStrategy
+from treadle_fabric.strategies import DDPStrategy, ParallelStrategy
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -385,7 +385,7 @@ def test_processes_that_each_see_one_gpu_use_it(monkeypatch: pytest.MonkeyPatch)
         "treadle_fabric.strategies.parallel.meet", lambda *args: met.append(args[1:]) or dist.HashStore()
     )
     monkeypatch.setattr("treadle_fabric.strategies.parallel.mark_rank_as_taken", lambda: None)
-    monkeypatch.setattr("treadle_fabric.failures.hosts.group.join_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ParallelStrategy, "_share_failures", lambda self, environment: None)
     monkeypatch.setattr("treadle_fabric.strategies.parallel.host_group", lambda timeout: None)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **kwargs: made.update(kwargs, backend=backend))
     strategy.setup_environment()
