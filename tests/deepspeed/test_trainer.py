@@ -194,6 +194,25 @@ def test_a_step_that_no_rank_has_a_loss_for_changes_nothing(stage: int) -> None:
     run_in_ranks(fit)
 
 
+class Early(Net):
+    """Has no loss for the second batch, after a part of the model has run."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            self.layers[0](batch)
+            return None
+        return self(batch).square().mean()
+
+
+def test_a_step_that_ends_between_layers_is_told() -> None:
+    def fit() -> None:
+        trainer, module = trainer_of(DeepSpeedStrategy(stage=3)), Early()
+        with pytest.raises(MisconfigurationException, match=r"returned None on rank \d after 1 of 2 layers"):
+            trainer.fit(module, loader(trainer), loader(trainer))
+
+    run_in_ranks(fit)
+
+
 class WithoutOptimizer(Net):
     """Leaves the optimizer to the config."""
 

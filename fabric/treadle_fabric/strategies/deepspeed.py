@@ -307,7 +307,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         own = user_module(module)
         for known in self._alive():
             if user_module(known) is own:
-                known.deepspeed.destroy()  # its hooks would reduce the gradients, too
+                known.end()  # its hooks would reduce the gradients, too
                 self._engines = [each for each in self._engines if each() is not known]
         self._deepspeed = deepspeed_for(self.root_device, self._logging_level)
         made = self._whole_config(config)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+import weakref
 from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -174,15 +175,25 @@ class ZeroEngine(Module):
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
         fields["_ran"] = fields["_ran_at_most"] = 0  # layers with parameters, in this pass, and in the longest one
         fields["_newest"] = None  # the output of the layer that ran last
-        if fields["_counts_passes"]:
-            for layer in user_module(module).modules():
-                if next(layer.parameters(recurse=False), None) is not None:
-                    layer.register_forward_hook(self._note_layer)
+        fields["_hooks"] = self._watch_layers() if fields["_counts_passes"] else []
 
-    def _note_layer(self, layer: Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
-            self.__dict__["_ran"] += 1
-            self.__dict__["_newest"] = output
+    def _watch_layers(self) -> list[Any]:
+        reference = weakref.ref(self)  # a copy of the module would take the engine along
+
+        def note(layer: Module, args: Any, output: Any) -> None:
+            engine = reference()
+            if engine is not None and torch.is_grad_enabled():
+                engine.__dict__["_ran"] += 1
+                engine.__dict__["_newest"] = output
+
+        layers = user_module(self.module).modules()
+        return [each.register_forward_hook(note) for each in layers if [*each.parameters(recurse=False)]]
+
+    def end(self) -> None:
+        """Take what DeepSpeed and this engine added to the module away: another engine is made for it."""
+        self.deepspeed.destroy()
+        for hook in self._hooks:
+            hook.remove()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
@@ -245,6 +256,7 @@ class ZeroEngine(Module):
             engine.scale(loss).backward(*args, **kwargs)
         else:
             engine.backward(loss, retain_graph=bool(kwargs.get("retain_graph")))
+        self.__dict__["_newest"] = None  # layers that were computed again in the backward pass
 
     def join_forward(self, method: str) -> None:
         """Take part in a pass of other ranks: run the last batch once more, which changes nothing here.
