@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator, with_index
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.checkpoint.host.xla_io import on_host
 from treadle_fabric.checks import require_package
 from treadle_fabric.precision import Precision
-from treadle_fabric.strategies.on_xla.tensors import on_host, run_recorded
+from treadle_fabric.strategies.on_xla.tensors import run_recorded
 from treadle_fabric.strategies.single_device import OneDeviceStrategy
 
 __all__ = ["SingleDeviceXLAStrategy"]

@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from treadle_fabric.accelerators import Accelerator
 from treadle_fabric.checkpoint import CheckpointIO
+from treadle_fabric.checkpoint.host.xla_io import on_host
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
-from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
 from treadle_fabric.strategies.on_xla.several import SeveralXLAStrategy
-from treadle_fabric.strategies.on_xla.tensors import copy_from_rank_zero, move_module, on_host, run_recorded
+from treadle_fabric.strategies.on_xla.tensors import copy_from_rank_zero, move_module, run_recorded
 from treadle_fabric.strategies.states.whole_state import WholeStateStrategy
 
 __all__ = ["XLAStrategy"]
@@ -67,13 +67,6 @@ class XLAStrategy(SeveralXLAStrategy, WholeStateStrategy, NativeStepStrategy):
             precision_plugin,
         )
         self._sync_module_states = sync_module_states
-        self._averaging = GradientAveraging(lambda: self.exchange)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_averaging": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _averaging=GradientAveraging(lambda: self.exchange))
 
     def setup_module(self, module: Module) -> Module:
         if self.world_size > 1:

@@ -20,7 +20,6 @@ from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.native_step import NativeStepStrategy
-from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
 from treadle_fabric.strategies.on_xla.parts import with_whole_states
 from treadle_fabric.strategies.on_xla.several import SeveralXLAStrategy
 from treadle_fabric.strategies.on_xla.sharded import (
@@ -114,13 +113,9 @@ class XLAFSDPStrategy(SeveralXLAStrategy, CheckpointingStrategy, NativeStepStrat
         self._state_dict_type, self._sequential_save = state_dict_type, sequential_save
         self._arguments = kwargs
         self._mesh: Any = None
-        self._averaging = GradientAveraging(lambda: self.exchange)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_mesh": None, "_averaging": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _averaging=GradientAveraging(lambda: self.exchange))
+        return {**super().__getstate__(), "_mesh": None}
 
     @property
     def writes_folders(self) -> bool:

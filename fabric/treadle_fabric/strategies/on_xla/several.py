@@ -14,6 +14,7 @@ from treadle_fabric.checkpoint import CheckpointIO
 from treadle_fabric.checks import require_package
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.precision import Precision
+from treadle_fabric.strategies.on_xla.averaging import GradientAveraging
 from treadle_fabric.strategies.on_xla.exchange import Exchange, OverDevices, find_exchange
 from treadle_fabric.strategies.on_xla.process import begin_process
 from treadle_fabric.strategies.parallel import DeviceExchange, ParallelStrategy
@@ -70,9 +71,13 @@ class SeveralXLAStrategy(ParallelStrategy):
         )
         self._exchange: Exchange | None = None
         self._order: list[int] = []
+        self._averaging = GradientAveraging(lambda: self.exchange)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_exchange": None}
+        return {**super().__getstate__(), "_exchange": None, "_averaging": None}  # of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _averaging=GradientAveraging(lambda: self.exchange))
 
     @property
     def exchange(self) -> Exchange | None:

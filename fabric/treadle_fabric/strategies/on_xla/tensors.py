@@ -11,7 +11,7 @@ from torch.nn import Module
 from treadle_fabric.checkpoint.host.xla_io import on_host
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["copy_from_rank_zero", "move_module", "on_host", "run_recorded"]
+__all__ = ["copy_from_rank_zero", "move_module", "run_recorded"]
 
 
 def move_module(module: Module, device: torch.device) -> None:
