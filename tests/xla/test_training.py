@@ -106,6 +106,7 @@ class Scheduled(Net):
 
 
 def count_graphs(folder: Path) -> None:
+    import torch_xla.core.xla_model as xm
     import torch_xla.debug.metrics as metrics
 
     class Counts(L.Callback):
@@ -113,6 +114,7 @@ def count_graphs(folder: Path) -> None:
         ran: tuple[int, ...] = ()
 
         def on_train_batch_end(self, *args: Any) -> None:
+            xm.wait_device_ops()  # a graph is counted when it has run
             compiled, ran = (metrics.metric_data(name) or (0,) for name in ("CompileTime", "ExecuteTime"))
             self.compiled += (compiled[0],)
             self.ran += (ran[0],)
