@@ -36,6 +36,7 @@ ZERO = [
     Layout("deepspeed3", 2, zero(3)),
     Layout("deepspeed2_offload", 2, zero(2, offload_optimizer=True)),
     Layout("deepspeed3_offload", 2, zero(3, offload_optimizer=True, offload_parameters=True)),
+    Layout("deepspeed0", 2, zero(0)),  # without ZeRO
 ]
 PLAIN = [layout for layout in LAYOUTS if layout.name in ("ddp2", "fsdp2")]
 

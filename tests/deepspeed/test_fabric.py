@@ -1,4 +1,4 @@
-"""DeepSpeed in hand-written loops: two processes train as one does.
+"""DeepSpeed in hand-written loops, beside the rows of ``test_equality.py``.
 
 Tests of ``treadle_fabric.strategies.deepspeed``, ``treadle_fabric.strategies.zero.engine``.
 """
@@ -12,29 +12,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, AdamW
-from torch.optim.lr_scheduler import StepLR
-from torch.utils.data import DataLoader
+from torch.optim import LBFGS, SGD
 
-from tests.equality.model import ACCUMULATE, BATCH, CLIP, Model, Tokens, parameter_groups
 from tests.processes import run_as_program, run_in_ranks
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.strategies import DeepSpeedStrategy
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.timeout(150)]
-
-STAGES: dict[str, dict[str, Any]] = {
-    "0": {"config": {"gradient_clipping": CLIP}},
-    "1": {"config": {"gradient_clipping": CLIP, "zero_optimization": {"stage": 1}}},
-    "2": {"config": {"gradient_clipping": CLIP, "zero_optimization": {"stage": 2}}},
-    "3": {"config": {"gradient_clipping": CLIP, "zero_optimization": {"stage": 3}}},
-    "2 offload": {"config": {"gradient_clipping": CLIP, "zero_optimization": {"stage": 2}}, "offload_optimizer": True},
-    "3 offload": {
-        "config": {"gradient_clipping": CLIP, "zero_optimization": {"stage": 3}},
-        "offload_optimizer": True,
-        "offload_parameters": True,
-    },
-}
 
 
 def fabric_of(strategy: Any = "auto", devices: int = 2, **arguments: Any) -> Fabric:
@@ -54,48 +38,6 @@ def weights(model: Any) -> dict[str, Tensor]:
     with deepspeed.zero.GatheredParameters(parameters):
         named = {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
         return {name: value.detach().clone() for name, value in named.items()}
-
-
-def train(strategy: Any, devices: int) -> dict[str, Any]:
-    """Tied weights, a frozen layer, a buffer and a scalar; accumulation, clipping, two groups and a scheduler."""
-    fabric = fabric_of(strategy, devices)
-    torch.manual_seed(0)
-    model: Any = Model()
-    optimizer: Any = AdamW(parameter_groups(model), lr=1e-2)
-    model, optimizer = fabric.setup(model, optimizer)
-    model.mark_forward_method("loss_of")
-    scheduler = StepLR(optimizer.optimizer, 2, gamma=0.5)
-    loader = fabric.setup_dataloaders(DataLoader(Tokens(), batch_size=BATCH // fabric.world_size))
-    losses = []
-    for i, batch in enumerate(loader):
-        steps = i % ACCUMULATE == ACCUMULATE - 1
-        with fabric.no_backward_sync(model, enabled=not steps):
-            loss = model.loss_of(batch)
-            fabric.backward(loss / ACCUMULATE)
-        if steps:
-            if not fabric.strategy.handles_gradient_clipping:
-                fabric.clip_gradients(model, optimizer, max_norm=CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        losses.append(fabric.all_reduce(loss.detach()).item())
-    return {"losses": losses, "weights": weights(model)}
-
-
-@pytest.fixture(scope="module")
-def of_one() -> dict[str, Any]:
-    return train("auto", 1)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_train_as_one_does(of_one: dict[str, Any], stage: str) -> None:
-    def compare() -> None:
-        found = train(DeepSpeedStrategy(**STAGES[stage]), 2)
-        assert found["losses"] == pytest.approx(of_one["losses"], abs=1e-5)
-        for name, value in of_one["weights"].items():
-            torch.testing.assert_close(found["weights"][name], value, atol=1e-5, rtol=0)
-
-    run_in_ranks(compare)
 
 
 def net() -> nn.Module:
