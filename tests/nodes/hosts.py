@@ -187,16 +187,6 @@ class Cluster:
         """Join the cable again."""
         self.b.run("ip", "link", "set", self.b.interface, "up")
 
-    def slow(self, milliseconds: int) -> bool:
-        """Delay every packet; False where this kernel cannot."""
-        delay = ("tc", "qdisc", "add", "dev", "cable", "root", "netem", "delay", f"{milliseconds}ms")
-        try:
-            for host in self:
-                host.run(*delay)
-        except AssertionError:
-            return False
-        return True
-
     def wait(self, *running: Running, timeout: float = 90) -> list[int]:
         """Wait for programs; returns their exit statuses. All that they print is in the error if one does not end."""
         until = time.monotonic() + timeout
