@@ -38,6 +38,7 @@ from treadle_fabric import (
     engine_of,
     method_of,
 )
+from treadle_fabric.strategies.unwrapping import inside, name_in, plain_name
 
 
 def two(function: Callable[..., Any], *args: Any, strategy: Any = "ddp_fork", **kwargs: Any) -> Any:
@@ -496,3 +497,23 @@ def test_the_end_waits_for_the_threads_of_the_backend(tmp_path: Path) -> None:
         [sys.executable, "late.py"], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=True
     )
     assert sorted(own_lines(done.stdout)) == ["rank 0 let go", "rank 1 let go"]
+
+
+class Around(nn.Module):
+    """A wrapper, as engines put around layers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.held = module
+
+
+inside.register(Around, lambda wrapper: wrapper.held)
+
+
+def test_names_in_wrappers_that_are_around_one_another() -> None:
+    module = nn.Sequential(Around(Around(nn.Linear(2, 1))))
+    there = {name for name, _ in module.named_parameters()}
+    assert there == {"0.held.held.weight", "0.held.held.bias"}
+    assert {plain_name(module, name) for name in there} == {"0.weight", "0.bias"}
+    for name in ("0.weight", "0.held.held.weight"):  # also where the name has them already
+        assert name_in(module, name) == "0.held.held.weight"

@@ -130,9 +130,12 @@ def name_in(module: Module, name: str) -> str:
     parts: list[str] = []
     owner: Any = module
     for part in name.split("."):
-        while (inner := _inner_name(owner)) is not None:
+        inner: str | None = None
+        while inner != part and (inner := _inner_name(owner)) is not None:
             parts.append(inner)
             owner = owner._modules[inner]
+        if inner == part:  # the name has the wrapper already
+            continue
         child = _child(owner, part)
         if part != _COMPILED or child is not None:
             parts.append(part)

@@ -141,6 +141,8 @@ def shard(
     for wrapper in _wrappers(sharded):
         exchange.place_in(wrapper)
         _put_parts_into_modules(wrapper)
+        _leave_out_of_states(wrapper, "_fsdp_wrapped_module")
+        _leave_out_of_states(wrapper._fsdp_wrapped_module, "_fpw_module")
     engine = XLAShardedEngine(sharded, target)
     module.__dict__["_treadle_xla_engine"] = engine  # past Module.__setattr__: it contains the module
     return engine
@@ -184,6 +186,28 @@ def _put_parts_into_modules(wrapper: Any) -> None:
         del wrapper._parameters[part._name]
     for _, _, owner, name, first, first_name in wrapper.shared_full_param_infos:
         owner._parameters[name] = first._parameters[first_name]
+
+
+def _leave_out_of_states(wrapper: Module, inner: str) -> None:
+    """Let state dicts have the names of the module inside of a wrapper; a wrapper's own hooks cannot be called twice.
+
+    Args:
+        wrapper: One of torch-xla's.
+        inner: The name under which it holds that module.
+    """
+
+    def give(wrapper: Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name in state if name.startswith(f"{prefix}{inner}.")]:
+            state[prefix + name.removeprefix(f"{prefix}{inner}.")] = state.pop(name)
+
+    def take(wrapper: Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in [name for name in state if name.startswith(prefix) and not name.startswith(f"{prefix}{inner}.")]:
+            state[f"{prefix}{inner}.{name.removeprefix(prefix)}"] = state.pop(name)
+
+    wrapper._state_dict_hooks.clear()
+    wrapper._load_state_dict_pre_hooks.clear()
+    wrapper.register_state_dict_post_hook(give)  # type: ignore[no-untyped-call]
+    wrapper.register_load_state_dict_pre_hook(take)  # type: ignore[no-untyped-call]
 
 
 def register_wrappers() -> None:
