@@ -1,0 +1,96 @@
+"""The table of names: where Treadle has what a module of Lightning has. It is data, in ``names.toml``."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from typing import Any, Final, NamedTuple
+
+__all__ = ["LIGHTNING", "PACKAGES", "LeftOut", "Table", "Target", "table"]
+
+LIGHTNING: Final = "2.6.6"  # the version that the table describes, and that programs are told
+
+PACKAGES: Final[Mapping[str, str]] = {
+    "lightning": "",
+    "pytorch_lightning": "pytorch",
+    "lightning_fabric": "fabric",
+}
+"""Lightning's top-level packages, and what each is in the table."""
+
+
+class Target(NamedTuple):
+    """Where Treadle has a name: an attribute of a module, or, with the name None, the module itself."""
+
+    module: str
+    name: str | None
+
+
+class LeftOut(NamedTuple):
+    """A name that Treadle does not have."""
+
+    remedy: str
+
+
+class Table:
+    """Lightning's modules and names, and Treadle's.
+
+    Args:
+        entries: The parsed content of ``names.toml``.
+    """
+
+    def __init__(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
+        self._entries = entries
+
+    def key(self, module: str) -> str | None:
+        """What the table calls a module: ``pytorch_lightning.callbacks`` is ``pytorch.callbacks``.
+
+        Returns:
+            None where the module is not one of Lightning's that the table knows.
+        """
+        package, _, rest = module.partition(".")
+        if package not in PACKAGES:
+            return None
+        key = ".".join(part for part in (PACKAGES[package], rest) if part)
+        return key if key in self._entries else None
+
+    def home(self, module: str) -> str | None:
+        """Return Treadle's module for a module of Lightning; None: Treadle has no such module, or the table does not."""
+        key = self.key(module)
+        return None if key is None else self._entries[key].get("home")
+
+    def find(self, module: str, name: str) -> Target | LeftOut | None:
+        """Find an attribute of a module of Lightning.
+
+        Args:
+            module: A dotted name, for example "pytorch_lightning.callbacks".
+            name: An attribute: a class, a function, a value or a submodule.
+
+        Returns:
+            Where Treadle has it, or that it is left out. None: the table does not know the name. An attribute of the
+            module's home is returned without a look at whether the home has it.
+        """
+        key = self.key(module)
+        if key is None:
+            return None
+        entry = self._entries[key]
+        if place := entry.get("names", {}).get(name):
+            home, _, attribute = place.partition(":")
+            return Target(home, attribute or None)
+        if remedy := entry.get("left_out", {}).get(name):
+            return LeftOut(remedy)
+        if self.key(f"{module}.{name}") is not None and (submodule := self.home(f"{module}.{name}")):
+            return Target(submodule, None)
+        return Target(entry["home"], name) if entry.get("home") else None
+
+    def modules(self) -> Iterator[str]:
+        """Yield what the table calls each module of Lightning."""
+        yield from self._entries
+
+
+@functools.cache
+def table() -> Table:
+    """Return the table of the installed package."""
+    with resources.files("treadle.compat").joinpath("names.toml").open("rb") as file:
+        return Table(tomllib.load(file))
