@@ -56,7 +56,7 @@ class Table:
         return key if key in self._entries else None
 
     def home(self, module: str) -> str | None:
-        """Return Treadle's module for a module of Lightning; None: Treadle has no such module, or the table does not."""
+        """Return the module of Treadle that has the names of one of Lightning's; None: there is none."""
         key = self.key(module)
         return None if key is None else self._entries[key].get("home")
 
