@@ -112,8 +112,8 @@ class RandomIterableDatasetWithLen(IterableDataset[Tensor]):
 class BoringModel(LightningModule):
     """One linear layer, random data, and a mean squared error: the skeleton of a bug report.
 
-    Override what the report is about. The steps return dictionaries: {"loss": ...}, {"x": ...} in validation, {"y": ...}
-    in test.
+    Override what the report is about. The steps return dictionaries: {"loss": ...} in training, {"x": ...} in
+    validation, {"y": ...} in test.
 
     Example::
 
@@ -129,7 +129,8 @@ class BoringModel(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the layer makes of a batch of shape (..., 32): shape (..., 2)."""
-        return self.layer(x)
+        predicted: Tensor = self.layer(x)
+        return predicted
 
     def loss(self, preds: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the mean squared error.

@@ -89,7 +89,7 @@ class SequenceSampler(Sampler[list[int]]):
 
 
 class LightningLSTM(LightningModule):
-    """A :class:`SimpleLSTM` that trains on :class:`~treadle.demos.transformer.WikiText2`, with truncated backpropagation.
+    """A :class:`SimpleLSTM` that trains on WikiText-2, with truncated backpropagation.
 
     Args:
         vocab_size: The number of words.

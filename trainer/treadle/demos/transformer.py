@@ -105,7 +105,8 @@ class PositionalEncoding(nn.Module):
         """Return the features of words, of shape (N, T, dim), with those of the position."""
         if self.pe is None or self.pe.device != x.device:
             self.pe = self._encodings(x.device)
-        return self.dropout(x + self.pe[:, x.size(1)])
+        encoded: Tensor = self.dropout(x + self.pe[:, x.size(1)])
+        return encoded
 
     def _encodings(self, device: torch.device) -> Tensor:
         encodings = torch.zeros(self.max_len, self.dim, device=device)
@@ -191,7 +192,8 @@ class LightningTransformer(LightningModule):
 
     def forward(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Return log-probabilities of shape (N * T, vocab_size)."""
-        return self.model(inputs, target)
+        words: Tensor = self.model(inputs, target)
+        return words
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the negative log-likelihood of the next words."""
