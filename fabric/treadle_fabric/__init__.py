@@ -93,6 +93,7 @@ from treadle_fabric.precision import (
 from treadle_fabric.randomness.seeds import reset_seed, seed_everything, worker_init_function
 from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
 from treadle_fabric.rank_zero import (
+    LightningDeprecationWarning,
     PossibleUserWarning,
     disable_possible_user_warnings,
     rank_prefixed_message,
@@ -187,6 +188,7 @@ __all__ = [
     "LSFEnvironment",
     "Launcher",
     "LeftOutError",
+    "LightningDeprecationWarning",
     "LightningEnvironment",
     "Logger",
     "MPIEnvironment",
