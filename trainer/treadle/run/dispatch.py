@@ -20,6 +20,7 @@ from treadle_fabric import (
     PossibleUserWarning,
     Strategy,
     one_or_several,
+    rank_zero_deprecation,
     rank_zero_info,
     rank_zero_warn,
 )
@@ -61,8 +62,13 @@ def check_hook_names(obj: object) -> None:
             continue
         for name in vars(cls):
             if name == "configure_sharded_model" and isinstance(obj, LightningModule):
-                raise MisconfigurationException(
-                    f"`{cls.__qualname__}.{name}` is never called: rename it to `configure_model`, which makes"
+                if type(obj).configure_model is not LightningModule.configure_model:
+                    raise MisconfigurationException(
+                        f"`{cls.__qualname__}.{name}` is never called, because there is a `configure_model`, its new"
+                        " name: remove it."
+                    )
+                rank_zero_deprecation(
+                    f"`{cls.__qualname__}.{name}` has another name now: rename it to `configure_model`, which makes"
                     " layers where they belong, sharded or not."
                 )
             if new := _RETIRED.get(name):

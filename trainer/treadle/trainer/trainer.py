@@ -186,7 +186,8 @@ class Trainer:
     ) -> None:
         """Train from the beginning, or go on from the checkpoint ``ckpt_path``.
 
-        Ctrl-C ends the fit without an error: the call returns, and :attr:`interrupted` is True.
+        Ctrl-C ends the fit in good order and raises ``SystemExit(1)``; in a notebook the call returns, and
+        :attr:`interrupted` is True.
 
         Args:
             model: the module, or ``torch.compile(module)``: its steps run compiled, and its hooks as they are.
