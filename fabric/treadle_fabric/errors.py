@@ -16,7 +16,7 @@
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
     +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
-    +-- LeftOutError             a name of Lightning that Treadle leaves out on purpose (also an ImportError)
+    +-- LeftOutError                     Treadle leaves out a name of Lightning on purpose (also a ModuleNotFoundError)
 
 Every message says the value, the rule and the remedy.
 """
@@ -145,8 +145,8 @@ class TrainingSpikeException(TreadleError, RuntimeError):
         )
 
 
-class LeftOutError(TreadleError, ImportError):
-    """A name that Lightning has and Treadle leaves out on purpose."""
+class LeftOutError(TreadleError, ModuleNotFoundError):
+    """A name or a module that Lightning has and Treadle leaves out on purpose."""
 
 
 def left_out(
