@@ -70,6 +70,7 @@ from treadle_fabric.errors import (
     TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
+    UnknownNameError,
     UnusedParametersError,
     describe_error,
     left_out,
@@ -134,6 +135,9 @@ if _collects:
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treadle_fabric import plugins as plugins
+    from treadle_fabric import utilities as utilities
+    from treadle_fabric import wrappers as wrappers
     from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.estimating import Estimate, estimate
@@ -218,6 +222,7 @@ __all__ = [
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
     "UnusedParametersError",
     "__version__",
     "all_gather_objects",
@@ -318,4 +323,5 @@ if not TYPE_CHECKING:
                 "treadle_fabric.strategies",
             ),
         },
+        submodules=("plugins", "utilities", "wrappers"),
     )
