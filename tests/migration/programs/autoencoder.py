@@ -51,7 +51,7 @@ class DigitsDataModule(pl.LightningDataModule):
 
     def _loader(self, dataset, shuffle: bool = False) -> DataLoader:
         return DataLoader(
-            dataset, self.hparams.batch_size, shuffle=shuffle, num_workers=self.hparams.num_workers, pin_memory=False
+            dataset, batch_size=self.hparams.batch_size, shuffle=shuffle, num_workers=self.hparams.num_workers
         )
 
 

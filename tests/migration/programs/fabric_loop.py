@@ -89,7 +89,9 @@ def main():
         fabric.barrier()
 
     with fabric.rank_zero_first():
-        rest = fabric.load("fabric.ckpt")
+        sizes = os.path.getsize("fabric.ckpt")
+    assert sizes > 0
+    rest = fabric.load("fabric.ckpt")
     scale = torch.tensor([fabric.global_rank + 1.0])
     write(
         {
