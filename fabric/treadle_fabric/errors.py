@@ -5,6 +5,9 @@
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
+    |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
+    |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
+    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -40,9 +43,12 @@ __all__ = [
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
     "NonFiniteError",
     "ProcessFailedError",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "TrainingSpikeException",
@@ -77,6 +83,18 @@ class UnknownArgumentError(MisconfigurationException, TypeError):
 
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
     """What was asked for needs a package that is not installed: one of an extra of Treadle."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A class defines a hook of Lightning 1 that is never called any more."""
+
+
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """A callback or a scheduler decides by a metric that nothing has logged."""
+
+
+class MissingLoaderError(MisconfigurationException, TypeError):
+    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):
