@@ -6,6 +6,9 @@
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
     |   +-- UnknownNameError             a registry has no entry of that name (also a KeyError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
+    |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
+    |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
+    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -41,9 +44,12 @@ __all__ = [
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
     "NonFiniteError",
     "ProcessFailedError",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "TrainingSpikeException",
@@ -86,6 +92,18 @@ class UnknownNameError(MisconfigurationException, KeyError):
 
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
     """What was asked for needs a package that is not installed: one of an extra of Treadle."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A class defines a hook of Lightning 1 that is never called any more."""
+
+
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """A callback or a scheduler decides by a metric that nothing has logged."""
+
+
+class MissingLoaderError(MisconfigurationException, TypeError):
+    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):

@@ -736,7 +736,9 @@ class Fabric:
             if callable(method):
                 method(*args, **kwargs)
             elif method is not None:
-                rank_zero_warn(f"{type(callback).__name__}.{hook_name} is not callable, and was skipped.")
+                rank_zero_warn(
+                    f"Skipping the callback `{type(callback).__name__}.{hook_name}` because it is not callable."
+                )
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Write a number, or a tensor with one element, to all loggers."""

@@ -130,9 +130,18 @@ def _module_from(
     with _lack_is_the_reason(hparams | kwargs):
         keys = load_module_state(module, state, strict=strict)
     if not strict:
-        for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
-            if names:
-                rank_zero_warn(f"{checkpoint_path} {kind} {', '.join(names)}.")
+        if keys.missing_keys:
+            rank_zero_warn(
+                f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}. They keep"
+                f" the values that the model was made with ({checkpoint_path})."
+            )
+        if keys.unexpected_keys:
+            rank_zero_warn(
+                f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}. They"
+                f" are not used ({checkpoint_path})."
+            )
+    if not state:
+        rank_zero_warn(f"The state dict in {str(checkpoint_path)!r} contains no parameters.")
     device = next((value.device for value in state.values() if isinstance(value, Tensor)), None)
     return module if device is None else module.to(device)
 
