@@ -4,6 +4,10 @@
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
+    |   +-- WrongTypeError               a value is of a type that cannot work there (also a TypeError)
+    |   +-- RetiredHookError             a hook of Lightning 1, which nobody calls (also a NotImplementedError)
+    |   +-- UnusableResultError          what the user's code gave cannot be used (also a RuntimeError)
+    |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
@@ -41,14 +45,18 @@ __all__ = [
     "LeftOutError",
     "MisconfigurationException",
     "MissingPackageError",
+    "NoModuleError",
     "NonFiniteError",
     "ProcessFailedError",
     "RendezvousError",
     "RequeueError",
+    "RetiredHookError",
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnusableResultError",
     "UnusedParametersError",
+    "WrongTypeError",
     "describe_error",
     "left_out",
     "near_names",
@@ -73,6 +81,22 @@ class DeviceUnavailableError(MisconfigurationException):
 
 class UnknownArgumentError(MisconfigurationException, TypeError):
     """A constructor was called with a name that none of its arguments has."""
+
+
+class WrongTypeError(MisconfigurationException, TypeError):
+    """A value is of a type that cannot work where it was given."""
+
+
+class RetiredHookError(MisconfigurationException, NotImplementedError):
+    """A class defines a hook of Lightning 1, which nobody calls."""
+
+
+class UnusableResultError(MisconfigurationException, RuntimeError):
+    """What the user's code gave during a run, a loss for example, cannot be used."""
+
+
+class NoModuleError(MisconfigurationException, AttributeError):
+    """A trainer was asked to save a module, and has none that was set up."""
 
 
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +24,7 @@ class FabricOptimizer:
         strategy: The strategy.
         before_step: Called with the user's optimizer before each step.
         after_step: The same after it.
+        methods: Further methods that the wrapper has, by name.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class FabricOptimizer:
         strategy: Strategy,
         before_step: Callable[[Optimizer], None] | None = None,
         after_step: Callable[[Optimizer], None] | None = None,
+        methods: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         fields = self.__dict__
         self.optimizer: Optimizer = optimizer
@@ -46,6 +48,7 @@ class FabricOptimizer:
         if strategy.plain_step and before_step is None and after_step is None:
             # A method, as learning-rate schedulers require, of an object whose attributes are quick to read
             fields["step"] = MethodType(_plain_step, SimpleNamespace(optimizer=optimizer))
+        fields.update(methods or {})
         self.__class__ = _also(type(self), cls)  # type: ignore[arg-type] # classes are hashable
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:

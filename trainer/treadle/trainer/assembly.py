@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from treadle.data.evaluation import EvaluationData
-from treadle.data.find import defines_loader, find_loaders
+from treadle.data.find import defines_loader, find_loaders, gives_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
@@ -33,7 +35,7 @@ from treadle.trainer.preflight import merged_hyperparameters
 from treadle.trainer.settings import Settings
 from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info, with_plain_names
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.precision import needs_closure
+from treadle_fabric.precision import needs_closure, takes_closure
 
 __all__: list[str] = []
 
@@ -136,16 +138,29 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
 
     preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
+    own = overrides(module, "optimizer_step", LightningModule)
     for optimizer in optimizers:
         steps.add(optimizer)
         hooks: tuple[Any, Any] = (None, None)  # the loop steps the plain optimizer
         if not module.automatic_optimization:
             hooks = prepare_step, steps.end
-        elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
+        elif own or needs_closure(optimizer) or takes_closure(optimizer):
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)
-        run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
+        methods = {"toggle_model": partial(_toggled, run, optimizer)}
+        run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks, methods=methods))
+
+
+@contextmanager
+def _toggled(run: ReadyRun, optimizer: Optimizer, sync_grad: bool = True) -> Generator[None]:
+    """While entered, only the parameters of ``optimizer`` require gradients; without ``sync_grad`` ranks do not share.
+
+    This is ``toggle_model`` of the optimizers that ``self.optimizers()`` returns.
+    """
+    no_sync = run.fabric.no_backward_sync(run.wrapped, enabled=not sync_grad)
+    with run.module.toggled_optimizer(optimizer), no_sync:
+        yield
 
 
 def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[..., Any]) -> tuple[Any, Any]:
@@ -166,7 +181,7 @@ def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[...,
 
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:
     """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
-    given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
+    given = val is not None or defines_loader(gives_loaders(run.module, run.datamodule), "val_dataloader")
     has_step = run.fabric.strategy.runs_whole_batch or overrides(run.module, "validation_step", LightningModule)
     return given and settings.limits["val"] != 0 and has_step
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from treadle.data.find import check_loader, defines_loader
+from treadle.data.find import check_loader, defines_loader, gives_loaders
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hparams import CLASS_PATH, MAKER
 from treadle.module.overriding import overrides
@@ -21,7 +21,9 @@ from treadle.trainer.settings import Settings
 from treadle_fabric import (
     Fabric,
     MisconfigurationException,
+    PathLike,
     PossibleUserWarning,
+    WrongTypeError,
     is_wrapped,
     rank_zero_info,
     rank_zero_warn,
@@ -53,6 +55,13 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     if loaders is not None and datamodule is not None:
         raise MisconfigurationException("Both dataloaders and a datamodule were passed: pass one of them.")
     return loaders, datamodule
+
+
+def check_alone(datamodule: Any, **loaders: Any) -> None:
+    """Refuse loaders beside a data module, which gives all loaders of a stage."""
+    for name, given in loaders.items():
+        if datamodule is not None and given is not None:
+            raise MisconfigurationException(f"Both {name} and a datamodule were passed: pass one of them.")
 
 
 def check_same_call(fabric: Fabric, stage: str, datamodule: Any, ckpt_path: Any, *, auto_resume: bool) -> None:
@@ -107,18 +116,27 @@ def check_model(model: Any, what: str) -> LightningModule:
         )
     else:
         hint = "derive from `treadle.LightningModule`."
-    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
+    raise WrongTypeError(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
 
 
 def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
     """Return the model that was passed, or the one of the last run."""
     if model is None:
         if last is None:
-            raise MisconfigurationException(
-                f"Trainer.{what} got no model, and this trainer has not run one before: pass it."
-            )
+            raise WrongTypeError(f"Trainer.{what} got no model, and this trainer has not run one before: pass it.")
         return last
     return check_model(model, what)
+
+
+def best_or_last(model: Any, ckpt_path: PathLike | None, callbacks: Sequence[Any]) -> PathLike | None:
+    """Return what an evaluation of the last run's module starts from: the best checkpoint, where there is one."""
+    if model is not None or ckpt_path is not None or not any(getattr(c, "best_model_path", "") for c in callbacks):
+        return ckpt_path
+    rank_zero_info(
+        "Without a model and a `ckpt_path`, the weights are those of the best checkpoint: pass the model to keep the"
+        " weights that it has."
+    )
+    return "best"
 
 
 def check_idle(state: TrainerState, fn: TrainerFn) -> None:
@@ -152,7 +170,7 @@ def _near_method(module: LightningModule, name: str) -> str:
 
 
 def _has_loader(name: str, given: Any, module: LightningModule, datamodule: LightningDataModule | None) -> bool:
-    return given is not None or any(o is not None and defines_loader(o, name) for o in (datamodule, module))
+    return given is not None or defines_loader(gives_loaders(module, datamodule), name)
 
 
 _GOT_OPTIMIZER_IDX = (
@@ -294,7 +312,9 @@ def check_predict(
     """Refuse a prediction without a step or batches."""
     if strategy.runs_whole_batch:
         _check_step(module, "predict_step", "predict", strategy)
-    elif not _has(module, "predict_step") and type(module).forward is torch.nn.Module.forward:
+    elif module.predict_step is None or not (
+        _has(module, "predict_step") or overrides(module, "forward", torch.nn.Module)
+    ):
         raise MisconfigurationException(
             f"{type(module).__qualname__} has neither `predict_step` nor `forward`, which predict needs: define one."
         )
