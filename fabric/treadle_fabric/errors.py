@@ -4,12 +4,17 @@
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
+    |   +-- ConflictError                two parts of a run contradict each other (also a RuntimeError)
+    |   +-- MissingArgumentError         a constructor needs an argument that nobody gave (also a TypeError)
+    |   +-- WrongTypeError               an argument is of a type that cannot work (also a TypeError)
+    |   +-- NoSuchNameError              an object has nothing of that name (also an AttributeError)
+    |   +-- NothingThereError            the first of none was asked for (also an IndexError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
     |   +-- CheckpointUnsafeError        would have to unpickle arbitrary objects
-    |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError)
+    |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError and a RuntimeError)
     +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
     +-- RendezvousError                  the processes of a run did not all meet in time (also a RuntimeError)
     +-- RequeueError                     the cluster did not queue the job again (also a RuntimeError)
@@ -37,11 +42,15 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
+    "ConflictError",
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
+    "MissingArgumentError",
     "MissingPackageError",
+    "NoSuchNameError",
     "NonFiniteError",
+    "NothingThereError",
     "ProcessFailedError",
     "RendezvousError",
     "RequeueError",
@@ -49,6 +58,7 @@ __all__ = [
     "TreadleError",
     "UnknownArgumentError",
     "UnusedParametersError",
+    "WrongTypeError",
     "describe_error",
     "left_out",
     "near_names",
@@ -75,6 +85,26 @@ class UnknownArgumentError(MisconfigurationException, TypeError):
     """A constructor was called with a name that none of its arguments has."""
 
 
+class ConflictError(MisconfigurationException, RuntimeError):
+    """Two parts of a run, a module and its data module for example, contradict each other."""
+
+
+class MissingArgumentError(MisconfigurationException, TypeError):
+    """A constructor needs an argument that neither the caller nor a checkpoint has."""
+
+
+class WrongTypeError(MisconfigurationException, TypeError):
+    """An argument is of a type with which the call cannot work."""
+
+
+class NoSuchNameError(MisconfigurationException, AttributeError):
+    """An object has no attribute or method of the name that was given."""
+
+
+class NothingThereError(MisconfigurationException, IndexError):
+    """The first of several objects was asked for, and there are none."""
+
+
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
     """What was asked for needs a package that is not installed: one of an extra of Treadle."""
 
@@ -95,8 +125,8 @@ class CheckpointUnsafeError(CheckpointError):
     """The file can only be read by running code that it brings along."""
 
 
-class CheckpointMismatchError(CheckpointError, KeyError):
-    """The checkpoint is whole, but its keys are not those of the state it is loaded into."""
+class CheckpointMismatchError(CheckpointError, KeyError, RuntimeError):
+    """The checkpoint is whole, but its keys or shapes are not those of the state it is loaded into."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError would print the repr

@@ -91,9 +91,22 @@ def test_torch_export_takes_modules_and_steps_that_log(attached: bool, tmp_path:
     assert torch.equal(step.module()(x), model.loss(x))
 
 
+@pytest.mark.parametrize("method", ["script", "trace"])
+def test_torchscript(method: str, tmp_path: Path) -> None:
+    model, x = Net(), torch.randn(2, 4)
+    model.example_input_array = None if method == "script" else x
+    compiled = model.to_torchscript(tmp_path / "net.pt", method)
+    assert model.training and model._trainer is None
+    for program in (compiled, torch.jit.load(tmp_path / "net.pt")):  # type: ignore[no-untyped-call]
+        assert torch.equal(program(x), model(x))
+    with pytest.raises(ValueError, match="'script' or 'trace'"):
+        model.to_torchscript(method="onnx")
+    model.example_input_array = None
+    with pytest.raises(ValueError, match="needs an input"):
+        model.to_torchscript(method="trace")
+
+
 def test_what_is_refused_names_what_takes_its_place(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="torch.export.export"):
-        Net().to_torchscript("net.pt", method="trace")
     with pytest.raises(MisconfigurationException, match="torch_tensorrt"):
         Net().to_tensorrt()
     with pytest.raises(MisconfigurationException, match="`configure_model`"):

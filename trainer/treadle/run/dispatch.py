@@ -16,6 +16,7 @@ from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
 from treadle.module.overriding import check_signature, overrides
 from treadle.profilers.profiler import Profiler, timed
 from treadle_fabric import (
+    ConflictError,
     MisconfigurationException,
     PossibleUserWarning,
     Strategy,
@@ -289,7 +290,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:
-                raise MisconfigurationException(
+                raise ConflictError(
                     f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
                     " could keep only one: give them different arguments, or override `state_key`."
                 )
