@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from treadle.metrics.reduction import REDUCTIONS, Reduced, Row, Told, reduce_over_ranks
+from treadle.metrics.reduction import Reduced, Row, Told, reduce_over_ranks, reduction_named
 from treadle_fabric import (
     Fabric,
     MisconfigurationException,
@@ -245,7 +245,8 @@ class Results:
             raise MisconfigurationException(
                 f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing: set one of them."
             )
-        if reduce_fx not in REDUCTIONS and not callable(reduce_fx):
+        reduction = reduction_named(reduce_fx)
+        if reduction is None and not callable(reduce_fx):
             raise MisconfigurationException(
                 f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a"
                 " callable."
@@ -254,7 +255,7 @@ class Results:
         key = (hook, name, None if several and not options.add_dataloader_idx else self.dataloader_idx)
         if key in self.slots and _same_code(self.slots[key].options, options):
             slot = self.slots[key]
-            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
+            slot.options, slot.reduce = options, reduction or reduce_fx  # type: ignore[assignment]
             return slot
         if key in self.slots:
             both = zip(LogOptions._fields, self.slots[key].options, options, strict=True)
@@ -435,7 +436,7 @@ def _same_code(one: LogOptions, other: LogOptions) -> bool:
     code = getattr(one.reduce_fx, "__code__", None)
     same = code is not None and code is getattr(other.reduce_fx, "__code__", None)
     same |= isinstance(one.reduce_fx, _Reduced)
-    same |= one.reduce_fx == REDUCTIONS.get(other.reduce_fx, other.reduce_fx)
+    same |= one.reduce_fx == (reduction_named(other.reduce_fx) or other.reduce_fx)
     return same and one._replace(reduce_fx=other.reduce_fx) == other
 
 

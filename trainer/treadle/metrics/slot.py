@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.options import LogOptions
-from treadle.metrics.reduction import REDUCTIONS, Reduction
+from treadle.metrics.reduction import Reduction, reduction_named
 from treadle.metrics.values import flatten_metrics, is_at_hand, scalar_on, vector_on
 
 __all__ = ["Slot"]
@@ -32,7 +32,7 @@ class Slot:
         self.options = options
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
         self.prog_bar, self.logger = options.prog_bar, options.logger is not False
-        self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options.reduce_fx, options.reduce_fx)  # type: ignore[arg-type]
+        self.reduce: Reduction | Callable[[Tensor], Any] = reduction_named(options.reduce_fx) or options.reduce_fx  # type: ignore[assignment]
         self.rank_zero_only = options.rank_zero_only
         self.metric: Any = None
         self.loader: int | None = None

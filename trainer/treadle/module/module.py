@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from treadle.metrics.sinks import NOT_LOGGING, MetricSink
+from treadle.metrics.sinks import NOT_LOGGING, MetricSink, log_in_fabric
 from treadle.metrics.values import flatten_metrics
 from treadle.module.export import (
     export_to_onnx,
@@ -22,8 +23,10 @@ from treadle.module.export import (
 )
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
+from treadle.module.in_fabric import TrainerInFabric, clip_in_fabric, steps_in_fabric
 from treadle.module.loading import class_only, load_module_from_checkpoint
-from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike, names_in
+from treadle.module.modes import as_moved
+from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -53,7 +56,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
-    """The entries of a checkpoint with hyper-parameters. ``"hparams_type"`` is Lightning's only."""
+    """Where a checkpoint has hyper-parameters, the argument that held them, and its type (in Lightning's only)."""
+    _moved: Tensor | None = None
     example_input_array: Any = None
     """An input of ``forward``, for the graph, the summary and exports."""
 
@@ -61,6 +65,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         super().__init__(*args, **kwargs)
         self._trainer: Trainer | None = None
         self._fabric: Fabric | None = None
+        self._fabric_optimizers: list[FabricOptimizer] = []  # those that `Fabric.setup` got with this module
         self._metrics: MetricSink = NOT_LOGGING
         self._toggled: dict[int, list[tuple[nn.Parameter, bool]]] = {}
         self._strict_loading: bool | None = None
@@ -70,11 +75,13 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer that runs this module; a RuntimeError where none does."""
+        """The trainer that runs this module; in a Fabric loop what Fabric has of one; else a RuntimeError."""
         if self._trainer is None:
+            if self._fabric is not None:
+                return TrainerInFabric(self._fabric)  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`: `self.trainer` is there inside "
-                "fit, validate, test and predict. In a Fabric loop use `self.fabric`."
+                "fit, validate, test and predict, and after `fabric.setup`."
             )
         return self._trainer
 
@@ -156,15 +163,22 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter or buffer; CPU where there is none."""
-        tensor: Tensor | None = next(self.parameters(), None)
-        tensor = tensor if tensor is not None else next(self.buffers(), None)
-        return tensor.device if tensor is not None else torch.device("cpu")
+        """The device of the first parameter or buffer; where there is none, that of the last ``to`` and the like."""
+        tensor = next(chain(self.parameters(), self.buffers()), self._moved)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter; torch's default dtype where there is none."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        """The dtype of the first floating-point parameter; where there is none, as for :attr:`device`."""
+        first = next((p for p in self.parameters() if p.is_floating_point()), self._moved)
+        return torch.get_default_dtype() if first is None else first.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """Move and convert, as every module; without parameters, an empty tensor takes their place."""
+        if next(self.parameters(), None) is None:
+            self.__dict__["_moved"] = as_moved(fn, self._moved)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def on_gpu(self) -> bool:
@@ -257,6 +271,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and hooks.
                 Default: True.
         """
+        if self._trainer is None and self._fabric is not None:
+            return steps_in_fabric(self, use_pl_optimizer)
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
 
@@ -328,7 +344,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         Raises:
             MisconfigurationException: the Trainer has another ``gradient_clip_val``, or the algorithm is unknown.
         """
-        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._trainer is None and self._fabric is not None:
+            clip_in_fabric(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:
         """While entered, measure an action with the Trainer's profiler; without a Trainer nothing happens.
@@ -341,13 +360,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
         mine = {p for group in optimizer.param_groups for p in group["params"]}
-        others = {
-            p
-            for other in self.trainer.optimizers
-            for group in other.param_groups
-            for p in group["params"]
-            if p not in mine
-        }
+        known = self._fabric_optimizers if self._trainer is None else self.trainer.optimizers
+        others = {p for other in known for group in other.param_groups for p in group["params"] if p not in mine}
         self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
         for p in others:
             p.requires_grad_(False)
@@ -412,23 +426,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             MisconfigurationException: nothing can be logged in this hook, the value is no scalar, or the name was
                 logged in this hook with other options.
         """
-        self._metrics.log(
-            self,
-            name,
-            value,
-            (
-                prog_bar,
-                logger,
-                on_step,
-                on_epoch,
-                reduce_fx,
-                enable_graph,
-                sync_dist,
-                add_dataloader_idx,
-                rank_zero_only,
-            ),
-            batch_size,
-        )
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
+        )  # fmt: skip
+        self._metrics.log(self, name, value, options, batch_size)
 
     def log_dict(
         self,
@@ -449,6 +450,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         options = (
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
         )  # fmt: skip
+        if self._metrics is NOT_LOGGING and self._trainer is None and self._fabric is not None:
+            log_in_fabric(self._fabric, dictionary, options)
+            return
         for name, value in flatten_metrics(dictionary):
             self._metrics.log(self, name, value, options, batch_size)
 
@@ -456,12 +460,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0 only, above the progress bar."""
-        if self._trainer is not None:
-            self._trainer.print(*args, **kwargs)
-        elif self._fabric is not None:
-            self._fabric.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)
+        runs = self._trainer or self._fabric
+        (runs.print if runs is not None else print)(*args, **kwargs)
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
         """Gather tensors of every rank: each ``(...)`` becomes ``(world_size, ...)``."""
@@ -523,7 +523,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 have the weights in the same file.
 
         Returns:
-            What :func:`torch.onnx.export` returns: a ``torch.onnx.ONNXProgram``.
+            A ``torch.onnx.ONNXProgram``.
 
         Raises:
             MisconfigurationException: There is no input.
@@ -534,14 +534,12 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @torch.no_grad()
     def to_torchscript(
         self,
-        file_path: str | Path | None = None,
+        file_path: PathLike | None = None,
         method: str | None = "script",
         example_inputs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Compile ``forward`` to TorchScript, in evaluation mode; afterwards every submodule has its mode again.
-
-        PyTorch has deprecated TorchScript: :func:`torch.export.export` takes its place.
+        """Compile ``forward`` to TorchScript, in evaluation mode; :func:`torch.export.export` takes its place.
 
         Args:
             file_path: The file or URL to write. Default: none.
@@ -575,9 +573,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             ir, **compile_kwargs: As for ``torch_tensorrt.compile``, which gives what is returned.
             output_format, retrace: As for ``torch_tensorrt.save``.
             default_device: The GPU that a module on another device is moved to.
-
-        Raises:
-            MisconfigurationException: There is no input, or no GPU.
         """
         return export_to_tensorrt(
             self, file_path, input_sample, ir, output_format, retrace, torch.device(default_device), **compile_kwargs
@@ -589,6 +584,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         fresh: dict[str, Any] = {
             "_trainer": None,
             "_fabric": None,
+            "_fabric_optimizers": [],
             "_metrics": NOT_LOGGING,
             "_toggled": {},
             "_compiled": None,
