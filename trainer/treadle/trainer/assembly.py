@@ -25,6 +25,7 @@ from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
 from treadle.run.layer_sync import LayerSync
+from treadle.run.optimizer import LightningOptimizer
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter
@@ -145,7 +146,7 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)
-        run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
+        run.optimizers.append(LightningOptimizer(optimizer, run, *hooks))
 
 
 def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[..., Any]) -> tuple[Any, Any]:
