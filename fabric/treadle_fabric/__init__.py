@@ -62,14 +62,18 @@ from treadle_fabric.errors import (
     DeviceUnavailableError,
     LeftOutError,
     MisconfigurationException,
+    MissingLoaderError,
+    MissingMetricError,
     MissingPackageError,
     NonFiniteError,
     ProcessFailedError,
+    RemovedHookError,
     RendezvousError,
     RequeueError,
     TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
+    UnknownNameError,
     UnusedParametersError,
     describe_error,
     left_out,
@@ -134,6 +138,9 @@ if _collects:
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treadle_fabric import plugins as plugins
+    from treadle_fabric import utilities as utilities
+    from treadle_fabric import wrappers as wrappers
     from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.estimating import Estimate, estimate
@@ -188,6 +195,8 @@ __all__ = [
     "MPIEnvironment",
     "MPSAccelerator",
     "MisconfigurationException",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
     "MixedPrecision",
     "ModelParallelStrategy",
@@ -200,6 +209,7 @@ __all__ = [
     "PrivateStream",
     "ProcessFailedError",
     "RayEnvironment",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "ResumableDataLoader",
@@ -218,6 +228,7 @@ __all__ = [
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
     "UnusedParametersError",
     "__version__",
     "all_gather_objects",
@@ -318,4 +329,5 @@ if not TYPE_CHECKING:
                 "treadle_fabric.strategies",
             ),
         },
+        submodules=("plugins", "utilities", "wrappers"),
     )

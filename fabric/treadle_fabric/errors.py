@@ -4,7 +4,11 @@
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
+    |   +-- UnknownNameError             a registry has no entry of that name (also a KeyError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
+    |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
+    |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
+    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -16,7 +20,7 @@
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
     +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
-    +-- LeftOutError             a name of Lightning that Treadle leaves out on purpose (also an ImportError)
+    +-- LeftOutError                     Treadle leaves out a name of Lightning on purpose (also a ModuleNotFoundError)
 
 Every message says the value, the rule and the remedy.
 """
@@ -40,14 +44,18 @@ __all__ = [
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
     "NonFiniteError",
     "ProcessFailedError",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
     "UnusedParametersError",
     "describe_error",
     "left_out",
@@ -75,8 +83,27 @@ class UnknownArgumentError(MisconfigurationException, TypeError):
     """A constructor was called with a name that none of its arguments has."""
 
 
+class UnknownNameError(MisconfigurationException, KeyError):
+    """A registry has no entry of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would print the repr
+
+
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
     """What was asked for needs a package that is not installed: one of an extra of Treadle."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A class defines a hook of Lightning 1 that is never called any more."""
+
+
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """A callback or a scheduler decides by a metric that nothing has logged."""
+
+
+class MissingLoaderError(MisconfigurationException, TypeError):
+    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):
@@ -145,8 +172,8 @@ class TrainingSpikeException(TreadleError, RuntimeError):
         )
 
 
-class LeftOutError(TreadleError, ImportError):
-    """A name that Lightning has and Treadle leaves out on purpose."""
+class LeftOutError(TreadleError, ModuleNotFoundError):
+    """A name or a module that Lightning has and Treadle leaves out on purpose."""
 
 
 def left_out(

@@ -108,7 +108,9 @@ if __name__ == "__main__":
     fitted = {name: float(value).hex() for name, value in sorted(trainer.callback_metrics.items())}
 
     (tested,) = trainer.test(ckpt_path="best", datamodule=data, weights_only=False)
-    again = AutoEncoder.load_from_checkpoint(best.best_model_path, encoder=encoder(config), noise=0.25, weights_only=False)
+    again = AutoEncoder.load_from_checkpoint(
+        best.best_model_path, encoder=encoder(config), noise=0.25, weights_only=False
+    )
     (reloaded,) = pl.Trainer(logger=False, enable_checkpointing=False).test(again, data, verbose=False)
     codes = pl.Trainer(logger=False).predict(again, datamodule=data)
     restored = DigitsDataModule.load_from_checkpoint("checkpoints/last.ckpt", batch_size=20, weights_only=False)

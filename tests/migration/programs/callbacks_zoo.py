@@ -1,4 +1,5 @@
 """Everything hangs on callbacks: the library's, and four of the author's own."""
+
 import json
 import os
 
@@ -56,7 +57,9 @@ class Net(L.LightningModule):
     def validation_step(self, batch, batch_idx):
         x, y = batch
         out = self(x)
-        self.log_dict({"val_loss": nn.functional.cross_entropy(out, y), "val_acc": (out.argmax(-1) == y).float().mean()})
+        self.log_dict(
+            {"val_loss": nn.functional.cross_entropy(out, y), "val_acc": (out.argmax(-1) == y).float().mean()}
+        )
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
@@ -128,7 +131,9 @@ def finetuning():
             *checkpoints,
             lr_monitor,
             stopping,
-            BackboneFinetuning(unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.2, backbone_initial_ratio_lr=0.2),
+            BackboneFinetuning(
+                unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 1.2, backbone_initial_ratio_lr=0.2
+            ),
             GradientAccumulationScheduler({0: 1, 2: 3}),
             SkipEveryTenth(),
             NoisyGradients(),
@@ -160,7 +165,11 @@ def stopped_within():
         max_epochs=5, min_epochs=1, callbacks=[recorder, StopAt(20)], logger=False, enable_checkpointing=False
     )
     trainer.fit(Net(), Digits())
-    return {"losses": recorder.losses, "validated": recorder.validated, "at": [trainer.current_epoch, trainer.global_step]}
+    return {
+        "losses": recorder.losses,
+        "validated": recorder.validated,
+        "at": [trainer.current_epoch, trainer.global_step],
+    }
 
 
 def averaging():

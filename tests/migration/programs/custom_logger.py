@@ -3,7 +3,7 @@
 import json
 import os
 from argparse import Namespace
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -25,16 +25,16 @@ class ListLogger(Logger):
         super().__init__()
         self._name = name
         self.rows: list = []
-        self.hparams: Dict[str, Any] = {}
+        self.hparams: dict[str, Any] = {}
         self.saves = 0
-        self.status: Optional[str] = None
+        self.status: str | None = None
 
     @property
     def name(self) -> str:
         return self._name
 
     @property
-    def version(self) -> Union[int, str]:
+    def version(self) -> int | str:
         return 0
 
     @property
@@ -43,11 +43,11 @@ class ListLogger(Logger):
         return self.rows
 
     @rank_zero_only
-    def log_hyperparams(self, params: Union[Dict[str, Any], Namespace], *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         self.hparams = _convert_params(params)
 
     @rank_zero_only
-    def log_metrics(self, metrics: Dict[str, float], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.experiment.append([step, {name: float(value).hex() for name, value in sorted(metrics.items())}])
 
     @rank_zero_only

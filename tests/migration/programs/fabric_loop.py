@@ -1,4 +1,5 @@
 """A hand-written loop over Fabric, with one process or two: `python fabric_loop.py --devices 2`."""
+
 import argparse
 import json
 import os
@@ -7,8 +8,8 @@ import torch
 import torchmetrics
 from lightning.fabric import Fabric, seed_everything
 from lightning.fabric.loggers import CSVLogger
-from lightning.fabric.utilities import rank_zero_only
 from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.utilities import rank_zero_only
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,7 +37,9 @@ def main():
     fabric = Fabric(
         accelerator="cpu",
         devices=options.devices,
-        strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False) if options.devices > 1 else "auto",
+        strategy=DDPStrategy(process_group_backend="gloo", find_unused_parameters=False)
+        if options.devices > 1
+        else "auto",
         precision="bf16-mixed",
         callbacks=[events],
         loggers=CSVLogger("logs", name="fabric"),

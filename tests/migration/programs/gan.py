@@ -1,4 +1,5 @@
 """Digits out of noise: generator and discriminator take turns."""
+
 import json
 import os
 from argparse import ArgumentParser
@@ -16,7 +17,11 @@ class Generator(nn.Module):
     def __init__(self, latent_dim):
         super().__init__()
         self.model = nn.Sequential(
-            nn.Linear(latent_dim, 32), nn.BatchNorm1d(32), nn.LeakyReLU(0.2, inplace=True), nn.Linear(32, 64), nn.Sigmoid()
+            nn.Linear(latent_dim, 32),
+            nn.BatchNorm1d(32),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Linear(32, 64),
+            nn.Sigmoid(),
         )
 
     def forward(self, z):
@@ -26,7 +31,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     def __init__(self):
         super().__init__()
-        self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(32, 1))
+        self.model = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 32), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(32, 1)
+        )
 
     def forward(self, image):
         return self.model(image)

@@ -1,9 +1,14 @@
 # a small GPT on Python's help texts: bf16, clipping, accumulation, warm-up by step
-import json, math, os  # noqa: E401
+import json
+import math
+import os
 from functools import partial
 from pydoc_data.topics import topics
 
-import lightning.pytorch as pl, torch, torch.nn as nn, torch.nn.functional as F  # noqa: E401
+import lightning.pytorch as pl
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from lightning.pytorch.utilities import grad_norm
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +22,7 @@ class Tokens(Dataset):
 
     def __getitem__(self, i):
         s = i * self.block
-        return self.ids[s:s + self.block], self.ids[s + 1:s + self.block + 1]
+        return self.ids[s : s + self.block], self.ids[s + 1 : s + self.block + 1]
 
 
 class Block(nn.Module):
@@ -44,7 +49,8 @@ def warmup_cosine(step, warmup, total):
 
 class GPT(pl.LightningModule):
     def __init__(self, vocab, block=32, dim=32, heads=4, depth=2, p=0.1, lr=1e-2, warmup=5):
-        super().__init__(); self.save_hyperparameters()  # noqa: E702
+        super().__init__()
+        self.save_hyperparameters()  # noqa: E702
         self.tok, self.pos = nn.Embedding(vocab, dim), nn.Parameter(torch.zeros(1, block, dim))
         self.blocks = nn.Sequential(*[Block(dim, heads, p) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
@@ -57,7 +63,7 @@ class GPT(pl.LightningModule):
             nn.init.normal_(module.weight, 0, 0.02)
 
     def forward(self, idx):
-        return self.head(self.norm(self.blocks(self.tok(idx) + self.pos[:, :idx.shape[1]])))
+        return self.head(self.norm(self.blocks(self.tok(idx) + self.pos[:, : idx.shape[1]])))
 
     def step(self, batch):
         logits = self(batch[0])
@@ -66,7 +72,8 @@ class GPT(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         loss, dtype = self.step(batch)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
-        self.record["losses"].append(loss.item().hex()); self.record["dtypes"].append(str(dtype))  # noqa: E702
+        self.record["losses"].append(loss.item().hex())
+        self.record["dtypes"].append(str(dtype))  # noqa: E702
         return loss
 
     def validation_step(self, batch, batch_idx):
@@ -82,13 +89,23 @@ class GPT(pl.LightningModule):
     def configure_optimizers(self):
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
-        opt = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                lr=self.hparams.lr, betas=(0.9, 0.95))
+        opt = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+            lr=self.hparams.lr,
+            betas=(0.9, 0.95),
+        )
         total = self.trainer.estimated_stepping_batches
         self.record["total"] = total
         lambdas = partial(warmup_cosine, warmup=self.hparams.warmup, total=total)
-        return {"optimizer": opt, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(opt, lambdas),
-                                                   "interval": "step", "frequency": 1, "name": "warmup"}}
+        return {
+            "optimizer": opt,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.LambdaLR(opt, lambdas),
+                "interval": "step",
+                "frequency": 1,
+                "name": "warmup",
+            },
+        }
 
 
 def main(batches, accumulate):
@@ -98,9 +115,18 @@ def main(batches, accumulate):
     ids = torch.tensor([chars.index(c) for c in text])
     cut = int(0.9 * len(ids))
     model = GPT(len(chars))
-    trainer = pl.Trainer(max_epochs=2, precision="bf16-mixed", gradient_clip_val=0.5, accumulate_grad_batches=accumulate,
-                         limit_train_batches=batches, val_check_interval=batches // 2, logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    trainer = pl.Trainer(
+        max_epochs=2,
+        precision="bf16-mixed",
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=accumulate,
+        limit_train_batches=batches,
+        val_check_interval=batches // 2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+    )
     trainer.fit(model, DataLoader(Tokens(ids[:cut], 32), 16, shuffle=True), DataLoader(Tokens(ids[cut:], 32), 16))
     model.record["metrics"] = {k: v.item().hex() for k, v in sorted(trainer.callback_metrics.items())}
     model.record["steps"] = trainer.global_step

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,17 @@ from torch.optim import Optimizer
 
 from treadle.metrics.sinks import NOT_LOGGING, MetricSink
 from treadle.metrics.values import flatten_metrics
-from treadle.module.export import export_to_onnx
+from treadle.module.export import (
+    export_to_onnx,
+    export_to_tensorrt,
+    export_to_torchscript,
+    keep_run_out_of_graphs,
+    leave_alone,
+)
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_module_from_checkpoint
-from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
+from treadle_fabric import Fabric, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
 if TYPE_CHECKING:
@@ -30,10 +35,6 @@ STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 OptimizerLRScheduler: TypeAlias = (
     Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
 )
-
-
-_OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
-    profile toggle_optimizer untoggle_optimizer""".split()
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -49,8 +50,12 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     automatic_optimization: bool = True
     """Whether the trainer steps the optimizer. Set it to False, in ``__init__`` or in the class, if ``training_step``
     steps the optimizer."""
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
+    """The entries of a checkpoint with hyper-parameters. ``"hparams_type"`` is Lightning's only."""
     example_input_array: Any = None
-    """An input of ``forward``, for the graph, the summary and the export to ONNX."""
+    """An input of ``forward``, for the graph, the summary and exports."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -105,7 +110,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def _run_as(self, model: nn.Module) -> None:
         """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
         if model is not self:
-            _keep_run_out_of_graphs()
+            keep_run_out_of_graphs(LightningModule)
         self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
 
     @property
@@ -222,6 +227,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def configure_model(self) -> None:
         """Create layers here, rather than in ``__init__``, when they should be made on their device or sharded."""
+        self.configure_sharded_model()
+
+    def configure_sharded_model(self) -> None:
+        """The old name of :meth:`configure_model`, which takes its place."""
 
     def train_dataloader(self) -> Any:
         """Return the training batches: an iterable, or a list, tuple or dict of iterables."""
@@ -522,28 +531,56 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """
         return export_to_onnx(self, file_path, input_sample, **kwargs)
 
-    def to_torchscript(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: PyTorch has deprecated TorchScript. :func:`torch.export.export` takes its place."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.to_torchscript: PyTorch has deprecated TorchScript, and it does not"
-            " compile what a LightningModule may hold. Use `torch.export.export(module.eval(), inputs)` with"
-            " `torch.export.save`, which AOTInductor compiles for C++; `to_onnx` for other programs; or `torch.jit`"
-            " yourself."
-        )
+    @torch.no_grad()
+    def to_torchscript(
+        self,
+        file_path: str | Path | None = None,
+        method: str | None = "script",
+        example_inputs: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compile ``forward`` to TorchScript, in evaluation mode; afterwards every submodule has its mode again.
 
-    def to_tensorrt(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the package of TensorRT compiles exported programs itself."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.to_tensorrt: torch-tensorrt takes what PyTorch exports, with no need of the"
-            " module's help. Use `torch_tensorrt.dynamo.compile(torch.export.export(module.eval(), inputs), inputs)`,"
-            " or TensorRT's own reader with the file of `to_onnx`."
-        )
+        PyTorch has deprecated TorchScript: :func:`torch.export.export` takes its place.
 
-    def configure_sharded_model(self) -> NoReturn:
-        """Refuse: the hook is called :meth:`configure_model`."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.configure_sharded_model is never called: `configure_model` makes layers where"
-            " they belong, sharded or not."
+        Args:
+            file_path: The file or URL to write. Default: none.
+            method: "script" or "trace".
+            example_inputs: An input of ``forward`` for "trace". Default: ``example_input_array``.
+            **kwargs: Passed to :func:`torch.jit.script` or :func:`torch.jit.trace`.
+
+        Returns:
+            The compiled module.
+
+        Raises:
+            MisconfigurationException: The method is unknown, or "trace" has no input.
+        """
+        return export_to_torchscript(self, file_path, method, example_inputs, **kwargs)
+
+    def to_tensorrt(
+        self,
+        file_path: Any = None,
+        input_sample: Any = None,
+        ir: Literal["default", "dynamo", "ts"] = "default",
+        output_format: Literal["exported_program", "torchscript"] = "exported_program",
+        retrace: bool = False,
+        default_device: str | torch.device = "cuda",
+        **compile_kwargs: Any,
+    ) -> Any:
+        """Compile ``forward`` with torch-tensorrt, in evaluation mode.
+
+        Args:
+            file_path: The file to write. Default: none.
+            input_sample: An input of ``forward``, or a list of them. Default: ``example_input_array``.
+            ir, **compile_kwargs: As for ``torch_tensorrt.compile``, which gives what is returned.
+            output_format, retrace: As for ``torch_tensorrt.save``.
+            default_device: The GPU that a module on another device is moved to.
+
+        Raises:
+            MisconfigurationException: There is no input, or no GPU.
+        """
+        return export_to_tensorrt(
+            self, file_path, input_sample, ir, output_format, retrace, torch.device(default_device), **compile_kwargs
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -559,11 +596,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         return {**state, **fresh}
 
 
-@functools.cache
-def _keep_run_out_of_graphs() -> None:
-    """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
-    for cls, name in [(FabricOptimizer, "step"), *((LightningModule, name) for name in _OF_THE_RUN)]:
-        setattr(cls, name, torch.compiler.disable(getattr(cls, name)))  # type: ignore[no-untyped-call]
+leave_alone(LightningModule)
 
 
 def _identity(optimizer: Optimizer) -> int:

@@ -23,7 +23,10 @@ from treadle_fabric import (
 )
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger
 
-__all__ = ["Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
+__all__ = ["NEVER", "Settings", "choose_callbacks", "choose_loggers", "resolve_settings"]
+
+NEVER = 1 << 62
+"""The ``log_every_n_steps`` that no run reaches."""
 
 
 @dataclass
@@ -86,7 +89,7 @@ def _barebones(given: dict[str, Any]) -> None:
     for name, allowed in expected.items():
         if given[name] not in allowed:
             raise MisconfigurationException(
-                f"barebones=True turns {name} off, but {name}={given[name]!r}: leave one out."
+                f"Trainer(barebones=True, {name}={given[name]!r}): barebones turns {name} off. Leave one of them out."
             )
     given.update(
         enable_checkpointing=False,
@@ -124,6 +127,16 @@ def _check_flags(given: dict[str, Any]) -> None:
         raise MisconfigurationException(f"deterministic={given['deterministic']!r} must be True, False or 'warn'.")
     if not isinstance(given["default_root_dir"], (str, os.PathLike, type(None))):
         raise MisconfigurationException(f"default_root_dir={given['default_root_dir']!r} must be a path, or None.")
+    if given["deterministic"] and given["benchmark"]:
+        rank_zero_warn(
+            "You passed `deterministic=True` and `benchmark=True`: the benchmark may choose other algorithms in each"
+            " run, and cuDNN is then not deterministic. Leave one of them out."
+        )
+    if given["detect_anomaly"]:
+        rank_zero_info(
+            "You have turned on `Trainer(detect_anomaly=True)`, which makes every step much slower: it is for"
+            " debugging."
+        )
     clip, algorithm = given["gradient_clip_val"], given["gradient_clip_algorithm"]
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip >= 0):
         raise MisconfigurationException(f"gradient_clip_val={clip!r} must be a number of at least 0.")
@@ -132,6 +145,20 @@ def _check_flags(given: dict[str, Any]) -> None:
             f"gradient_clip_algorithm={algorithm!r} must be 'norm' or 'value'."
             f" {near_names(str(algorithm), ['norm', 'value'])}"
         )
+
+
+_ONE = {"val_check_interval": ("validation runs after every batch", "validation runs at the end of each epoch")}
+"""What 1 and 1.0 mean for an argument, which is easily mistaken; else it is one batch, and all of them."""
+
+
+def _tell_of_one(given: dict[str, Any]) -> None:
+    """Say what was meant by an argument that counts batches as an int, and is a fraction as a float."""
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches",
+                 "overfit_batches", "val_check_interval"):  # fmt: skip
+        value = given[name]
+        if type(value) in (int, float) and value == 1:
+            meaning = _ONE.get(name, ("1 batch is used", "100% of the batches are used"))[isinstance(value, float)]
+            rank_zero_info(f"`Trainer({name}={value!r})` was configured so {meaning}.")
 
 
 def _overfit(given: dict[str, Any], limits: dict[str, int | float], overfit: int | float) -> None:
@@ -171,6 +198,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     check_limit(overfit, "overfit_batches")
     if overfit:
         _overfit(given, limits, overfit)
+    _tell_of_one(given)
     interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
     check_validation_arguments(interval, given["check_val_every_n_epoch"])
     sanity = (
@@ -199,7 +227,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         val_check_interval=interval,
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
         num_sanity_val_steps=sanity,
-        log_every_n_steps=log_every or (1 << 62),
+        log_every_n_steps=log_every or NEVER,
         accumulate_grad_batches=check_integer("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1),
         gradient_clip_algorithm=None if algorithm is None else str(algorithm).lower(),
         reload_dataloaders_every_n_epochs=check_integer(
@@ -286,7 +314,7 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     if settings.durations.max_time is not None:
         if any(isinstance(c, Timer) for c in found):
             rank_zero_info(
-                "max_time has no effect, because callbacks has a Timer, which decides: leave one of them out."
+                "`Trainer(max_time=...)` has no effect, callbacks list already contains a Timer: leave one of them out."
             )
         else:
             found.append(Timer(settings.durations.max_time))

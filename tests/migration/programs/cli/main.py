@@ -39,7 +39,10 @@ def main(args: ArgsType = None) -> None:
                 "model": type(cli.model).__name__,
                 "metrics": {name: value.item().hex() for name, value in sorted(cli.trainer.callback_metrics.items())},
                 "columns": dict(sorted(columns.items())),
-                "weights": torch.cat([p.detach().double().flatten() for p in cli.model.parameters()]).sum().item().hex(),
+                "weights": torch.cat([p.detach().double().flatten() for p in cli.model.parameters()])
+                .sum()
+                .item()
+                .hex(),
                 "config": os.path.exists(os.path.join(cli.trainer.log_dir, "config.yaml")),
                 "callbacks": sorted(type(callback).__name__ for callback in cli.trainer.callbacks),
                 "steps": cli.trainer.global_step,

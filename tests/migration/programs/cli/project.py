@@ -80,7 +80,9 @@ class Dense(Forecaster):
 class Convolution(Forecaster):
     def __init__(self, length: int = 16, channels: int = 8, **kwargs):
         super().__init__(**kwargs)
-        self.net = nn.Sequential(nn.Conv1d(1, channels, 5), nn.ReLU(), nn.Flatten(), nn.Linear(channels * (length - 4), 1))
+        self.net = nn.Sequential(
+            nn.Conv1d(1, channels, 5), nn.ReLU(), nn.Flatten(), nn.Linear(channels * (length - 4), 1)
+        )
 
     def forward(self, x):
         return self.net(x[:, None])

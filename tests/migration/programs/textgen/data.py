@@ -1,5 +1,4 @@
 from pydoc_data.topics import topics
-from typing import Optional
 
 import pytorch_lightning as pl
 import torch
@@ -33,7 +32,7 @@ class TextDataModule(pl.LightningDataModule):
     def vocabulary_size(self) -> int:
         return len(self.dataset.vocabulary)
 
-    def setup(self, stage: Optional[str] = None):
+    def setup(self, stage: str | None = None):
         held_out = len(self.dataset) // 5
         self.train, self.val = random_split(self.dataset, [len(self.dataset) - held_out, held_out])
 

@@ -1,4 +1,4 @@
-from typing import Any, Dict, List
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -15,17 +15,17 @@ class CharLM(pl.LightningModule):
         self.lstm = nn.LSTM(embedding, hidden, num_layers=2, dropout=0.1, batch_first=True)
         self.head = nn.Linear(hidden, vocabulary_size)
         self.criterion = nn.CrossEntropyLoss()
-        self.validation_step_outputs: List[Tensor] = []
-        self.history: List[Dict[str, Any]] = []
+        self.validation_step_outputs: list[Tensor] = []
+        self.history: list[dict[str, Any]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.lstm(self.embed(x))[0])
 
-    def _shared_step(self, batch: Dict[str, Tensor]) -> Tensor:
+    def _shared_step(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self(batch["input"])
         return self.criterion(logits.flatten(0, 1), batch["target"].flatten())
 
-    def training_step(self, batch: Dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
         loss = self._shared_step(batch)
         self.log("loss/train", loss)
         return {"loss": loss, "detached": loss.detach()}
@@ -33,7 +33,7 @@ class CharLM(pl.LightningModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
         self.history.append({"step": self.global_step, "loss": outputs["detached"].item().hex()})
 
-    def validation_step(self, batch: Dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> STEP_OUTPUT:
         loss = self._shared_step(batch)
         self.validation_step_outputs.append(loss)
         return loss
