@@ -5,6 +5,9 @@
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
     |   +-- UnknownNameError             a registry has no entry of that name (also a KeyError)
+    |   +-- WrongTypeError               a value is of a type that cannot work there (also a TypeError)
+    |   +-- UnusableResultError          what the user's code gave cannot be used (also a RuntimeError)
+    |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
     |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
@@ -47,6 +50,7 @@ __all__ = [
     "MissingLoaderError",
     "MissingMetricError",
     "MissingPackageError",
+    "NoModuleError",
     "NonFiniteError",
     "ProcessFailedError",
     "RemovedHookError",
@@ -56,7 +60,9 @@ __all__ = [
     "TreadleError",
     "UnknownArgumentError",
     "UnknownNameError",
+    "UnusableResultError",
     "UnusedParametersError",
+    "WrongTypeError",
     "describe_error",
     "left_out",
     "near_names",
@@ -88,6 +94,18 @@ class UnknownNameError(MisconfigurationException, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError would print the repr
+
+
+class WrongTypeError(MisconfigurationException, TypeError):
+    """A value is of a type that cannot work where it was given."""
+
+
+class UnusableResultError(MisconfigurationException, RuntimeError):
+    """What the user's code gave during a run, a loss for example, cannot be used."""
+
+
+class NoModuleError(MisconfigurationException, AttributeError):
+    """A trainer was asked to save a module, and has none that was set up."""
 
 
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):

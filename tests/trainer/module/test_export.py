@@ -20,6 +20,9 @@ from treadle import LightningModule
 from treadle_fabric import MisconfigurationException
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")  # `Scaled` has one in evaluation mode
+
+
 class Scaled(Net):
     """Takes a keyword argument, has a part in evaluation mode, and logs in forward."""
 

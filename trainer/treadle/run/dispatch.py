@@ -18,6 +18,7 @@ from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle_fabric import (
     MisconfigurationException,
     Strategy,
+    UnusableResultError,
     one_or_several,
     rank_zero_info,
     rank_zero_warn,
@@ -79,7 +80,7 @@ class Dispatch:
 
     Attributes:
         run: Calls a function (``configure_optimizers``, a dataloader method, ...) under the name of its hook; takes the
-            name, the function and its arguments.
+            name, the function and its arguments. None as the function is a method that is not there: nothing runs.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Dispatch:
                     check_signature(
                         method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
                     )
-                    late = callback.monitors and name in _AFTER_MODULE
+                    late = callback.__class__.monitors and name in _AFTER_MODULE
                     (last if late else first).append(self._timed(partial(method, trainer, module), name, callback))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
                 method = getattr(module, name)
@@ -196,12 +197,16 @@ class Dispatch:
     def _timed(self, method: Callable[..., Any], name: str, owner: object) -> Callable[..., Any]:
         return timed(self._profiler, action_of(owner, name), method) if self._profiler is not None else method
 
-    def _run_timed(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_timed(self, name: str, function: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(function, "__self__", None)
         known = isinstance(owner, (LightningModule, LightningDataModule, Callback)) or name.endswith("_dataloader")
-        return self._run(name, self._timed(function, name, owner) if known else function, *args, **kwargs)
+        if known and function is not None:
+            function = self._timed(function, name, owner)
+        return self._run(name, function, *args, **kwargs)
 
-    def _run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, name: str, function: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+        if function is None:  # a method that was set to None is not there
+            return None
         results = self.results
         before, results.hook = results.hook, name
         try:
@@ -227,8 +232,8 @@ def action_of(owner: object, name: str) -> str:
 
 def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
     """Add the callbacks of the module's ``configure_callbacks``, which replace others of their type."""
-    found = module.configure_callbacks()
-    extra = one_or_several(found)
+    defined = overrides(module, "configure_callbacks", LightningModule)
+    extra = one_or_several(module.configure_callbacks()) if defined else []
     check_callbacks(extra)
     kinds = {type(c) for c in extra}
     if names := sorted({type(c).__name__ for c in callbacks if type(c) in kinds}):
@@ -241,7 +246,7 @@ def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule)
 
 def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
     """Put tuner callbacks first and checkpoint callbacks last, and leave the others in the user's order."""
-    return sorted(callbacks, key=lambda c: c.call_order)
+    return sorted(callbacks, key=lambda c: c.__class__.call_order)  # a mock has these in the class that it mocks
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
@@ -258,12 +263,15 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:
-                raise MisconfigurationException(
+                raise UnusableResultError(
                     f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
                     " could keep only one: give them different arguments, or override `state_key`."
                 )
             seen = {**seen, key: callback}
-    if len(deciding := [type(callback).__qualname__ for callback in callbacks if callback.decides_weights]) > 1:
+    if (
+        len(deciding := [type(callback).__qualname__ for callback in callbacks if callback.__class__.decides_weights])
+        > 1
+    ):
         raise MisconfigurationException(
             f"The callbacks {' and '.join(deciding)} each decide which weights are evaluated and saved: keep one of"
             " them."

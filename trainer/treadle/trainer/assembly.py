@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from treadle.data.advice import advise
 from treadle.data.evaluation import EvaluationData
-from treadle.data.find import defines_loader, find_loaders
+from treadle.data.find import defines_loader, find_loaders, gives_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
@@ -44,7 +44,7 @@ from treadle_fabric import (
     with_plain_names,
 )
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.precision import needs_closure
+from treadle_fabric.precision import needs_closure, takes_closure
 
 __all__: list[str] = []
 
@@ -147,12 +147,13 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
 
     preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
+    own = overrides(module, "optimizer_step", LightningModule)
     for optimizer in optimizers:
         steps.add(optimizer)
         hooks: tuple[Any, Any] = (None, None)  # the loop steps the plain optimizer
         if not module.automatic_optimization:
             hooks = prepare_step, steps.end
-        elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
+        elif own or needs_closure(optimizer) or takes_closure(optimizer):
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)
@@ -185,7 +186,7 @@ def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[...,
 
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:
     """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
-    given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
+    given = val is not None or defines_loader(gives_loaders(run.module, run.datamodule), "val_dataloader")
     has_step = run.fabric.strategy.runs_whole_batch or overrides(run.module, "validation_step", LightningModule)
     return given and settings.limits["val"] != 0 and has_step
 
