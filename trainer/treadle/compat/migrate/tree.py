@@ -115,7 +115,8 @@ class Tree:
                 yield Outcome(path, findings=[finding], unread=True)
             else:
                 if done.text != text or done.findings:
-                    yield Outcome(path, text, done.text, done.findings)
+                    findings = _moved(text, done) if write else done.findings
+                    yield Outcome(path, text, done.text, findings)
 
     def _migrate(self, path: Path, text: str, known: dict[str, str]) -> Migrated:
         program = partial(migrate_source, known=known)
@@ -182,6 +183,17 @@ def _has_class(path: Path, content: bytes, classes: set[str]) -> bool:
         and path.suffix in _PYTHON
         and not classes.isdisjoint(re.findall(r"\w+", content.decode("latin-1")))
     )
+
+
+def _moved(before: str, done: Migrated) -> list[Finding]:
+    """Return what is left to do with the lines of the text that was written."""
+    lines = {}
+    if done.findings and done.text != before:
+        old, new = before.splitlines(), done.text.splitlines()
+        for _, start, end, to, until in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+            for line in range(start, end):
+                lines[line + 1] = max(min(to + line - start, until - 1), 0) + 1
+    return [finding._replace(line=lines.get(finding.line, finding.line)) for finding in done.findings]
 
 
 def _encoding(path: Path, content: bytes) -> str:

@@ -159,23 +159,26 @@ def _group(node: cst.ImportFrom, items: Sequence[_Item]) -> cst.BaseSmallStateme
     )
     if node.lpar is None or ("#" not in _code(node) and len(_code(short)) <= _LINE):
         return short
-    assert not isinstance(node.names, cst.ImportStar)
-    return short.with_changes(names=_in_lines(node.names, aliases), lpar=node.lpar, rpar=node.rpar)
+    return _in_lines(node, items, short.with_changes(names=aliases, lpar=node.lpar, rpar=node.rpar))
 
 
-def _in_lines(before: Sequence[cst.ImportAlias], aliases: Sequence[cst.ImportAlias]) -> list[cst.ImportAlias]:
-    """Give the last name the end that the statement's last name had, so that the parenthesis closes where it did."""
-    end = before[-1].comma
-    last = aliases[-1]
-    if last.evaluated_name == before[-1].evaluated_name or not isinstance(last.comma, cst.Comma):
-        return list(aliases)
-    after, there = last.comma.whitespace_after, end.whitespace_after if isinstance(end, cst.Comma) else None
-    if isinstance(after, cst.ParenthesizedWhitespace):
-        column = there.last_line if isinstance(there, cst.ParenthesizedWhitespace) else cst.SimpleWhitespace("")
-        comma = last.comma.with_changes(whitespace_after=after.with_changes(last_line=column))
-    else:
-        comma = end if isinstance(end, cst.Comma) else _NONE
-    return [*aliases[:-1], last.with_changes(comma=comma)]
+def _in_lines(node: cst.ImportFrom, items: Sequence[_Item], new: cst.ImportFrom) -> cst.ImportFrom:
+    """Let the parenthesis close as it did, after a name that was not the last one."""
+    assert not isinstance(node.names, cst.ImportStar) and not isinstance(new.names, cst.ImportStar)
+    last = new.names[-1]
+    if items[-1].alias is node.names[-1] or not isinstance(last.comma, cst.Comma) or new.rpar is None:
+        return new
+    after = last.comma.whitespace_after
+    if not isinstance(after, cst.ParenthesizedWhitespace):
+        return new.with_changes(names=[*new.names[:-1], last.with_changes(comma=_NONE)])
+    end = node.names[-1].comma
+    there = end.whitespace_after if isinstance(end, cst.Comma) else new.rpar.whitespace_before
+    column = there.last_line if isinstance(there, cst.ParenthesizedWhitespace) else cst.SimpleWhitespace("")
+    comma = last.comma.with_changes(whitespace_after=after.with_changes(last_line=column))
+    return new.with_changes(
+        names=[*new.names[:-1], last.with_changes(comma=comma)],
+        rpar=new.rpar.with_changes(whitespace_before=cst.SimpleWhitespace("")),
+    )
 
 
 def _from_alias(item: _Item) -> cst.ImportAlias:

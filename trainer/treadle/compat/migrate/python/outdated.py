@@ -40,8 +40,8 @@ def heirs(programs: Iterable[str], bases: frozenset[str]) -> dict[str, str]:
         except (SyntaxError, ValueError):
             continue
         imported = dict(pair for node in nodes for pair in _imported(node))
-        for node in nodes:
-            for base in node.bases if isinstance(node, ast.ClassDef) else ():
+        for node in (each for each in nodes if isinstance(each, ast.ClassDef)):
+            for base in node.bases:
                 first, _, rest = ast.unparse(base).partition("[")[0].partition(".")
                 origin = f"{imported.get(first, '')}.{rest}".strip(".").split(".")
                 if origin[0] in _ORIGINS and origin[-1] in bases:

@@ -60,15 +60,15 @@ class Rewriting(cst.CSTTransformer):
         if len(original_node.body) > 1 or only not in self._statements:
             self._remember(updated_node.body)
             return updated_node.with_changes(body=self._in_line(original_node.body, updated_node.body))
-        comments = [line.comment for line in (*updated_node.leading_lines, updated_node.trailing_whitespace)]
+        end = updated_node.trailing_whitespace
+        commented = bool(end.comment) or any(line.comment for line in updated_node.leading_lines)
         lines: list[cst.SimpleStatementLine] = []
         for new in self._statements[only]:
-            if self._remember([new]) or any(comments):
+            if self._remember([new]) or commented:
                 lines.append(cst.SimpleStatementLine([new]))
         if not lines:
             return cst.RemoveFromParent()
         first = lines[0].with_changes(leading_lines=updated_node.leading_lines)
-        end = updated_node.trailing_whitespace
         said = end.comment.value if end.comment else ""
         about_all = any(pragma in said for pragma in _PRAGMAS)
         lines = [line.with_changes(trailing_whitespace=end) if about_all else line for line in (first, *lines[1:])]
@@ -93,7 +93,9 @@ class Rewriting(cst.CSTTransformer):
             return True
         code = cst.Module([]).code_for_node(body[0])
         there = self._imported[-1]
-        return not (code in there or there.add(code))
+        before = code in there
+        there.add(code)
+        return not before
 
 
 _SEMICOLON = cst.Semicolon(whitespace_after=cst.SimpleWhitespace(" "))
