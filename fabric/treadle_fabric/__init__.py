@@ -70,6 +70,7 @@ from treadle_fabric.errors import (
     TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
+    UnknownNameError,
     UnusedParametersError,
     describe_error,
     left_out,
@@ -94,6 +95,7 @@ from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set
 from treadle_fabric.rank_zero import (
     PossibleUserWarning,
     disable_possible_user_warnings,
+    filter_warnings_as,
     rank_prefixed_message,
     rank_zero_debug,
     rank_zero_deprecation,
@@ -134,6 +136,9 @@ if _collects:
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treadle_fabric import plugins as plugins
+    from treadle_fabric import utilities as utilities
+    from treadle_fabric import wrappers as wrappers
     from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.estimating import Estimate, estimate
@@ -218,6 +223,7 @@ __all__ = [
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
     "UnusedParametersError",
     "__version__",
     "all_gather_objects",
@@ -236,6 +242,7 @@ __all__ = [
     "end_run",
     "engine_of",
     "estimate",
+    "filter_warnings_as",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -318,4 +325,5 @@ if not TYPE_CHECKING:
                 "treadle_fabric.strategies",
             ),
         },
+        submodules=("plugins", "utilities", "wrappers"),
     )

@@ -4,6 +4,7 @@
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
+    |   +-- UnknownNameError             a registry has no entry of that name (also a KeyError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
@@ -48,6 +49,7 @@ __all__ = [
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
     "UnusedParametersError",
     "describe_error",
     "left_out",
@@ -73,6 +75,13 @@ class DeviceUnavailableError(MisconfigurationException):
 
 class UnknownArgumentError(MisconfigurationException, TypeError):
     """A constructor was called with a name that none of its arguments has."""
+
+
+class UnknownNameError(MisconfigurationException, KeyError):
+    """A registry has no entry of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would print the repr
 
 
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):

@@ -228,6 +228,10 @@ class Fabric:
             self._strategy.leave_environment()
         return result
 
+    def _validate_launched(self) -> None:
+        """Refuse to go on before :meth:`launch` where there are processes to start; subclasses call it in methods."""
+        self._require_launch("A method that needs all processes")
+
     def _require_launch(self, what: str) -> None:
         if self._launched:
             return

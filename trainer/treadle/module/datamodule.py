@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -38,6 +38,10 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         ...         return DataLoader(self.val, batch_size=64)
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "datamodule_hparams_type"
+    """The entries of a checkpoint with hyper-parameters. ``"datamodule_hparams_type"`` is Lightning's only."""
     trainer: Trainer | None = None
     """The trainer of the current run; ``None`` before the first."""
     prepare_data_per_node: bool = True

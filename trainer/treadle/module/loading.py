@@ -58,8 +58,10 @@ else:
 __all__ = [
     "class_only",
     "instantiate",
+    "literal",
     "load_datamodule_from_checkpoint",
     "load_module_from_checkpoint",
+    "read_hparams_file",
     "saved_hyperparameters",
 ]
 
@@ -219,7 +221,7 @@ def _hparams_of(
     """The saved hyperparameters, the argument that held them all, and the object that was this argument."""
     name = checkpoint.get(f"{prefix}hparams_name")
     if hparams_file is not None:
-        return _read_hparams_file(str(hparams_file)), name, None
+        return read_hparams_file(str(hparams_file)), name, None
     hparams = checkpoint.get(f"{prefix}hyper_parameters") or {}
     hparams = vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams)
     return hparams, name, in_memory(checkpoint.get("treadle", {}).get(f"{prefix}hparams_object"))
@@ -302,7 +304,8 @@ def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any], whole: Any)
     return whole if isinstance(whole, NotLoaded) else AttributeDict(hparams)
 
 
-def _read_hparams_file(path: str) -> dict[str, Any]:
+def read_hparams_file(path: str) -> dict[str, Any]:
+    """Read a ``.yaml`` or ``.csv`` file with hyper-parameters."""
     kind = path.rpartition(".")[2].lower()
     if kind not in ("yaml", "yml", "csv"):
         raise MisconfigurationException(f"hparams_file={path!r} is neither .yaml nor .csv.")
@@ -312,7 +315,7 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
         text = file.read()
     if kind == "csv":
         rows = list(csv.DictReader(text.splitlines()))
-        return {row["key"]: _literal(row["value"]) for row in rows}
+        return {row["key"]: literal(row["value"]) for row in rows}
     try:  # our own files: one `key: <json>` a line. A YAML reader would take 1e-05 in them for a string.
         lines = (line.partition(":") for line in text.splitlines() if line.strip() and not line.startswith("#"))
         return {key.strip(): json.loads(value) for key, _, value in lines}
@@ -324,7 +327,8 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text) or {})
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """The value of a literal of Python; any other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -49,6 +49,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     automatic_optimization: bool = True
     """Whether the trainer steps the optimizer. Set it to False, in ``__init__`` or in the class, if ``training_step``
     steps the optimizer."""
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
+    """The entries of a checkpoint with hyper-parameters. ``"hparams_type"`` is Lightning's only."""
     example_input_array: Any = None
     """An input of ``forward``, for the graph, the summary and the export to ONNX."""
 

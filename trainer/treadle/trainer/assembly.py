@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -21,6 +23,7 @@ from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule, LRSchedulerConfig
+from treadle.module.optimizer import LightningOptimizer
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
@@ -145,7 +148,15 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)
-        run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
+        run.optimizers.append(LightningOptimizer(optimizer, run.fabric.strategy, *hooks, partial(_toggled, run)))
+
+
+@contextmanager
+def _toggled(run: ReadyRun, optimizer: Optimizer, sync_grad: bool) -> Generator[None]:
+    """A context in which only the parameters of an optimizer require gradients, and ranks exchange them, or do not."""
+    accumulates = not sync_grad and run.fabric.world_size > 1
+    with run.fabric.no_backward_sync(run.wrapped, enabled=accumulates), run.module.toggled_optimizer(optimizer):
+        yield
 
 
 def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[..., Any]) -> tuple[Any, Any]:
