@@ -84,7 +84,7 @@ class Recorder(Callback):
         return {"seen": len(self.losses)}
 
     def setup(self, trainer, pl_module, stage):
-        self.calls[f"setup {stage}"] = self.calls.get(f"setup {stage}", 0) + 1
+        self.calls["setup for fit"] = self.calls.get("setup for fit", 0) + (stage == "fit")
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
         self.calls["zero_grad"] = self.calls.get("zero_grad", 0) + 1
