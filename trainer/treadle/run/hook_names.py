@@ -101,7 +101,7 @@ def tell_of_near_names(*objects: object) -> None:
             if any(hasattr(kind, name) for kind in kinds) or hasattr(nn.Module, name):
                 continue
             hook, reason = _meant(name, kinds)
-            if hook and not any(overrides(obj, hook, kind) for kind in kinds):
+            if hook and (hook == name or not any(overrides(obj, hook, kind) for kind in kinds)):
                 rank_zero_warn(f"`{cls.__qualname__}.{name}` is never called{reason}", category=PossibleUserWarning)
 
 
