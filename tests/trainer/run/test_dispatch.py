@@ -140,7 +140,7 @@ def test_a_module_may_bring_callbacks_which_replace_those_of_their_class(
         run = fit(tmp_path, Model(), mine, others)
     assert (mine.starts, others.starts, theirs.starts) == (0, 1, 1)
     assert run.callbacks == [others, theirs, saves]
-    assert "configure_callbacks replaces callbacks of the Trainer: Counting" in caplog.text
+    assert "override existing callbacks passed to Trainer: Counting" in caplog.text
     assert saves.best_model_path
 
     class One(Net):
@@ -202,5 +202,6 @@ def test_a_transfer_hook_of_the_data_module_comes_before_the_modules(tmp_path: P
             seen.append("data")
             return batch + 1
 
-    trainer(tmp_path).fit(Model(), datamodule=Data())
+    with pytest.warns(UserWarning, match="in both `LightningModule` and `LightningDataModule`"):
+        trainer(tmp_path).fit(Model(), datamodule=Data())
     assert seen == ["data"]
