@@ -13,7 +13,7 @@ from torch import Tensor
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, decides_at_epoch_end, worst_value
 from treadle_fabric import (
-    MisconfigurationException,
+    UnusableResultError,
     check_integer,
     rank_prefixed_message,
     rank_zero_info,
@@ -144,7 +144,7 @@ class EarlyStopping(Callback):
         if current is None:
             if self._metric.overdue(trainer):
                 if self.strict:
-                    raise MisconfigurationException(
+                    raise UnusableResultError(
                         f"{self._metric.missing(metrics)} Log it, monitor another, or pass strict=False."
                     )
                 if self._metric.first_missing():
