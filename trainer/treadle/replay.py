@@ -107,7 +107,7 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
         bundle = unpack(bundle, "the replay file", classes=known_classes(cls))
         module = _make(cls, bundle)
         kind = bundle["device"]
-        here = kind in ACCELERATOR_REGISTRY and ACCELERATOR_REGISTRY[kind].is_available()
+        here = kind in ACCELERATOR_REGISTRY and ACCELERATOR_REGISTRY.class_of(kind).is_available()
         try:
             trainer = Trainer(
                 accelerator=kind if here else "cpu", devices=1, precision=bundle.get("precision"), logger=False,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -24,8 +24,10 @@ class FabricOptimizer:
         strategy: The strategy.
         before_step: Called with the user's optimizer before each step.
         after_step: The same after it.
-        methods: Further methods that the wrapper has, by name.
     """
+
+    _prefix: ClassVar[str] = "Fabric"
+    """What the class of the user's optimizer is called behind."""
 
     def __init__(
         self,
@@ -33,7 +35,6 @@ class FabricOptimizer:
         strategy: Strategy,
         before_step: Callable[[Optimizer], None] | None = None,
         after_step: Callable[[Optimizer], None] | None = None,
-        methods: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         fields = self.__dict__
         self.optimizer: Optimizer = optimizer
@@ -48,7 +49,6 @@ class FabricOptimizer:
         if strategy.plain_step and before_step is None and after_step is None:
             # A method, as learning-rate schedulers require, of an object whose attributes are quick to read
             fields["step"] = MethodType(_plain_step, SimpleNamespace(optimizer=optimizer))
-        fields.update(methods or {})
         self.__class__ = _also(type(self), cls)  # type: ignore[arg-type] # classes are hashable
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ class FabricOptimizer:
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
-        return f"Fabric{self.optimizer!r}"
+        return f"{self._prefix}{self.optimizer!r}"
 
     def __reduce__(self) -> Any:
         return FabricOptimizer, (self.optimizer, self._strategy)  # those who listen to the steps belong to a run
@@ -118,4 +118,5 @@ def _plain_step(self: Any, closure: Callable[[], Any] | None = None, **kwargs: A
 @functools.cache
 def _also(wrapper: type, cls: type) -> type:
     """A class that is both; ``step`` and what it needs come from the wrapper."""
-    return type(f"Fabric{cls.__name__}", (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})
+    name = f"{wrapper._prefix}{cls.__name__}"  # type: ignore[attr-defined]
+    return type(name, (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})

@@ -50,8 +50,8 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
             checkpoint[type(strategy.precision).__qualname__] = scaler
     for owner, prefix in ((module, ""), (run.datamodule, "datamodule_")):
         if owner is not None and owner.hparams:
-            checkpoint[f"{prefix}hparams_name"] = getattr(owner, "_hparams_name", "kwargs")
-            checkpoint[f"{prefix}hyper_parameters"] = dict(owner.hparams)
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = getattr(owner, "_hparams_name", "kwargs")
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = dict(owner.hparams)
             if (whole := owner.hparams_object) is not None:
                 checkpoint["treadle"][f"{prefix}hparams_object"] = whole
     if run.datamodule is not None and not weights_only and overrides(run.datamodule, "state_dict", LightningDataModule):

@@ -10,7 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.overriding import overrides
-from treadle_fabric import WrongTypeError, rank_zero_warn
+from treadle_fabric import WrongTypeError
 
 __all__ = ["check_loader", "find_loaders", "gives_loaders"]
 
@@ -49,11 +49,10 @@ def check_loader(loader: Any, name: str) -> None:
         )
 
 
-def sequential(loader: Any, name: str) -> Any:
+def sequential(loader: Any) -> Any:
     """The loader without shuffling, for overfitting on the same batches."""
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
         return loader
-    rank_zero_warn(f"`overfit_batches` turns off the shuffling of {name}, so that every epoch has the same batches.")
     other = copy.copy(loader)
     fields = other.__dict__
     fields["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]

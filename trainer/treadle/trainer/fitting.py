@@ -150,7 +150,7 @@ class Fitting:
             if before is not None and self.data is not None:
                 self.data.epochs.follow(before.epochs)
         self._ask_for_data()
-        if self.data is None:
+        if self.data is None or not self.data.num_batches:
             return None
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 

@@ -119,6 +119,12 @@ class Runner:
         return self.session.module if self.session is not None else None
 
     @property
+    def evaluates_trained(self) -> bool:
+        """Whether the module of the last run is the one that the last fit has trained."""
+        fit = self.fitting.run if self.fitting is not None else None
+        return fit is None or fit.module is self.module
+
+    @property
     def signals(self) -> Signals:
         """The signals that end a fit after the current batch."""
         return self._signals
@@ -250,10 +256,13 @@ class Runner:
             find = partial(self._find_late, session, ckpt_path)
             path = session.ckpt_path = on_rank_zero(strategy, find, "found no checkpoint to start from")
         if path is None and ckpt_path == "last":
-            rank_zero_warn("ckpt_path='last' found no checkpoint: training starts from the beginning.")
+            rank_zero_warn(
+                "ckpt_path='last' is set, but there is no last checkpoint available: training starts from the"
+                " beginning."
+            )
         checkpoint: dict[str, Any] | None = None
         if path is not None:
-            rank_zero_info(f"Restoring from {path}.")
+            rank_zero_info(f"Restoring states from the checkpoint path at {path}")
             checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
         late = strategy.restores_after_setup
         if checkpoint is not None and not late:
@@ -386,6 +395,11 @@ class Runner:
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self._trainer), self._started(session, source) as run:
             predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
+        if predictions and all(each is None for each in predictions):
+            rank_zero_warn(
+                "predict returned None for every batch: return the predictions from `predict_step`, or set"
+                " return_predictions=False."
+            )
         return predictions
 
     def stream(
@@ -478,7 +492,7 @@ class Runner:
         dispatch = Dispatch(trainer, other.module, trainer.callbacks, results)
         run = Run(
             self._fabric, other.module, other.datamodule, dispatch, self.state, session.metrics, results, [], progress,
-            list(other.modules),
+            list(other.modules), told=other.told,
         )  # fmt: skip
         session.run = ready = assembly.take_over(run, other, self._settings, alone=alone)
         return ready

@@ -30,10 +30,14 @@ from treadle_fabric import (
 )
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger
 
+NEVER = 1 << 62
+"""The ``log_every_n_steps`` that no run reaches."""
+
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
 __all__ = [
+    "NEVER",
     "Setting",
     "Settings",
     "StageFlag",
@@ -183,7 +187,7 @@ def _barebones(given: dict[str, Any]) -> None:
     for name, allowed in expected.items():
         if given[name] not in allowed:
             raise MisconfigurationException(
-                f"barebones=True turns {name} off, but {name}={given[name]!r}: leave one out."
+                f"Trainer(barebones=True, {name}={given[name]!r}): barebones turns {name} off. Leave one of them out."
             )
     given.update(
         enable_checkpointing=False,
@@ -221,6 +225,30 @@ def _check_flags(given: dict[str, Any]) -> None:
         raise MisconfigurationException(f"deterministic={given['deterministic']!r} must be True, False or 'warn'.")
     if not isinstance(given["default_root_dir"], (str, os.PathLike, type(None))):
         raise MisconfigurationException(f"default_root_dir={given['default_root_dir']!r} must be a path, or None.")
+    if given["deterministic"] and given["benchmark"]:
+        rank_zero_warn(
+            "You passed `deterministic=True` and `benchmark=True`: the benchmark may choose other algorithms in each"
+            " run, and cuDNN is then not deterministic. Leave one of them out."
+        )
+    if given["detect_anomaly"]:
+        rank_zero_info(
+            "You have turned on `Trainer(detect_anomaly=True)`, which makes every step much slower: it is for"
+            " debugging."
+        )
+
+
+_ONE = {"val_check_interval": ("validation runs after every batch", "validation runs at the end of each epoch")}
+"""What 1 and 1.0 mean for an argument, which is easily mistaken; else it is one batch, and all of them."""
+
+
+def _tell_of_one(given: dict[str, Any]) -> None:
+    """Say what was meant by an argument that counts batches as an int, and is a fraction as a float."""
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches",
+                 "overfit_batches", "val_check_interval"):  # fmt: skip
+        value = given[name]
+        if type(value) in (int, float) and value == 1:
+            meaning = _ONE.get(name, ("1 batch is used", "100% of the batches are used"))[isinstance(value, float)]
+            rank_zero_info(f"`Trainer({name}={value!r})` was configured so {meaning}.")
 
 
 def _overfit(given: dict[str, Any], limits: dict[str, int | float], overfit: int | float) -> None:
@@ -233,9 +261,6 @@ def _overfit(given: dict[str, Any], limits: dict[str, int | float], overfit: int
             limits[stage] = 0 if own == 0 else overfit
         else:
             limits[stage] = min(own, overfit)
-
-
-_NEVER = 1 << 62
 
 
 def _check_clip_value(value: Any, name: str = "gradient_clip_val") -> float | None:
@@ -274,7 +299,7 @@ _CHECKED: dict[str, Callable[[Any, str], Any]] = {
     "overfit_batches": _limit,
     "fast_dev_run": lambda value, name: int(value) if isinstance(value, bool) else _whole(0, 0)(value, name),
     "num_sanity_val_steps": _sanity_steps,
-    "log_every_n_steps": lambda value, name: _whole(50, 0)(value, name) or _NEVER,
+    "log_every_n_steps": lambda value, name: _whole(50, 0)(value, name) or NEVER,
     "reload_dataloaders_every_n_epochs": _whole(0, 0),
     "gradient_clip_val": _check_clip_value,
     "gradient_clip_algorithm": lambda value, name: _check_clip_algorithm(value),
@@ -300,6 +325,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
     limits = {stage: checked.pop(f"limit_{stage}_batches") for stage in ("train", "val", "test", "predict")}
     if overfit:
         _overfit(given, limits, overfit)
+    _tell_of_one(given)
     interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
     check_validation_arguments(interval, given["check_val_every_n_epoch"])
     max_epochs, max_steps = given["max_epochs"], given["max_steps"]
@@ -429,7 +455,7 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     if settings.durations.max_time is not None:
         if any(isinstance(c, Timer) for c in found):
             rank_zero_info(
-                "max_time has no effect, because callbacks has a Timer, which decides: leave one of them out."
+                "`Trainer(max_time=...)` has no effect, callbacks list already contains a Timer: leave one of them out."
             )
         else:
             found.append(Timer(settings.durations.max_time))

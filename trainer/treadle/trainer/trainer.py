@@ -177,6 +177,7 @@ class Trainer:
             plugins=given["plugins"],
             loggers=self._loggers,
         )
+        preflight.tell_of_devices(self.fabric.accelerator)
         self._configure_steps()
         self.should_stop = False
         """Set it to True to stop after the current batch."""
@@ -195,7 +196,8 @@ class Trainer:
     ) -> None:
         """Train from the beginning, or go on from the checkpoint ``ckpt_path``.
 
-        Ctrl-C ends the fit without an error: the call returns, and :attr:`interrupted` is True.
+        Ctrl-C ends the fit in good order and raises ``SystemExit(1)``; in a notebook the call returns, and
+        :attr:`interrupted` is True.
 
         Args:
             model: the module, or ``torch.compile(module)``: its steps run compiled, and its hooks as they are.
@@ -235,7 +237,7 @@ class Trainer:
 
         Args:
             model: the module; default: the one of the last run. Without ``ckpt_path`` it gets the weights of the best
-                checkpoint of this trainer's first :class:`ModelCheckpoint` that has one, and else keeps those it has.
+                checkpoint then, where a ModelCheckpoint has saved one, and a warning says so.
             dataloaders: an iterable of batches, a list of them, or a data module.
             ckpt_path: load these weights first: a path, "best" or "last".
             verbose: print the results.
@@ -288,19 +290,17 @@ class Trainer:
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._runner.module, "predict")
-        ckpt_path = preflight.best_or_last(model, ckpt_path, self.callbacks)
+        source = self._source(model, ckpt_path, weights_only, TrainerFn.PREDICTING)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule, self.strategy)
         preflight.check_return_predictions(return_predictions, self.strategy)
         if return_predictions == "stream":
             self.fabric.launch()
-            stream = self._runner.stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
+            stream = self._runner.stream(module, datamodule, dataloaders, source)
             next(stream, None)  # errors are raised here, not at the first batch; Ctrl-C leaves an empty stream
             return stream
         keep = return_predictions is not False
-        found = self._runner.launch(
-            self._runner.predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep
-        )
+        found = self._runner.launch(self._runner.predict, module, datamodule, dataloaders, source, keep)
         return cast("list[Any] | None", found)
 
     def save_checkpoint(
@@ -876,13 +876,19 @@ class Trainer:
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._runner.module, fn.value)
-        source = preflight.best_or_last(model, source[0], self.callbacks), source[1]
+        source = self._source(model, *source, fn)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule, self.strategy)
         result: list[dict[str, float]] = self._runner.launch(
             self._runner.evaluate, module, datamodule, fn, dataloaders, source, verbose
         )
         return result or []
+
+    def _source(self, model: Any, ckpt_path: PathLike | None, weights_only: bool | None, fn: TrainerFn) -> Source:
+        """Which weights an evaluation has: without a model and a checkpoint the best ones of the fit before."""
+        if model is None and ckpt_path is None and self._runner.evaluates_trained:
+            ckpt_path = preflight.best_checkpoint(self.callbacks, fn)
+        return ckpt_path, weights_only
 
     @property
     def _run(self) -> Run | None:
