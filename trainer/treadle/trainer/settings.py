@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
+from treadle.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, Timer
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks
@@ -344,7 +344,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
         accumulate_grad_batches=check_integer("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1),
         default_root_dir=os.fspath(given["default_root_dir"]) if given["default_root_dir"] is not None else os.getcwd(),
-        enable_checkpointing=given["enable_checkpointing"] is not False and not fast,
+        enable_checkpointing=given["enable_checkpointing"] is not False,
         enable_progress_bar=given["enable_progress_bar"] is not False,
         enable_model_summary=given["enable_model_summary"] is not False,
         **checked,
@@ -446,14 +446,12 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     flags = {Checkpoint: "enable_checkpointing", ProgressBar: "enable_progress_bar"}
     for kind, flag in flags.items():
         mine = [c for c in found if isinstance(c, kind)]
-        if mine and not getattr(settings, flag) and not (settings.fast_dev_run and kind is Checkpoint):
+        if mine and not getattr(settings, flag):
             raise MisconfigurationException(
                 f"{flag}=False, but callbacks has {type(mine[0]).__name__}: leave it out, or set {flag}=True."
             )
     if sum(isinstance(c, ProgressBar) for c in found) > 1:
         raise MisconfigurationException("callbacks has several progress bars; the terminal has room for one: keep one.")
-    if settings.fast_dev_run:
-        found = [c for c in found if not isinstance(c, (Checkpoint, EarlyStopping))]
     if settings.durations.max_time is not None:
         if any(isinstance(c, Timer) for c in found):
             rank_zero_info(
