@@ -408,7 +408,7 @@ BEFORE: list[Mistake] = [
     ("a misspelled interval", lambda: fit(scheduled(lambda o: {"scheduler": StepLR(o, 1), "interval": "steps"})),
      MisconfigurationException, ("interval='steps'", "'step'")),
     ("a scheduler of no optimizer", lambda: fit(scheduled(lambda o: StepLR(sgd(layer()), 1))),
-     MisconfigurationException, ("StepLR", "did not return")),
+     MisconfigurationException, ("StepLR", "wasn't returned")),
     ("a plateau of nothing", lambda: fit(scheduled(ReduceLROnPlateau)), MisconfigurationException,
      ("ReduceLROnPlateau", "'monitor'")),
     ("clipping in manual optimization", lambda: fit(module(automatic_optimization=False), gradient_clip_val=1),

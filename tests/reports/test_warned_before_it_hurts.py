@@ -204,7 +204,7 @@ ROWS = [
         lambda: advise(started_by("spawn")), lambda: advise(started_by("fork"))),
     Row("a stream with a length", UserWarning, ("`IterableDataset` has `__len__` defined", "get_worker_info"),
         lambda: advise(DataLoader(Stream(), num_workers=2)), lambda: advise(DataLoader(Endless(), num_workers=2))),
-    Row("a shuffled validation", PossibleUserWarning, ("'val_dataloader' has shuffling enabled", "Leave out"),
+    Row("a shuffled validation", PossibleUserWarning, ("`val_dataloader`'s sampler has shuffling enabled",),
         lambda: fit(val=batches(4, shuffle=True)), lambda: fit(train=batches(shuffle=True))),
     Row("a shuffle that overfits", UserWarning, ("requested to overfit but enabled train dataloader shuffling",),
         lambda: fit(train=batches(shuffle=True), overfit_batches=2), lambda: fit(overfit_batches=2)),

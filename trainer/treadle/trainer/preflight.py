@@ -234,13 +234,15 @@ def check_training(
     if not module.automatic_optimization:
         if settings.gradient_clip_val:
             raise MisconfigurationException(
-                f"gradient_clip_val={settings.gradient_clip_val} is for automatic optimization: call"
-                " `self.clip_gradients` in `training_step` instead."
+                "Automatic gradient clipping is not supported for manual optimization: remove"
+                f" `Trainer(gradient_clip_val={settings.gradient_clip_val})`, and call `self.clip_gradients` in"
+                " `training_step`."
             )
         if settings.accumulate_grad_batches != 1:
             raise MisconfigurationException(
-                f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
-                " in `training_step` instead."
+                "Automatic gradient accumulation is not supported for manual optimization: remove"
+                f" `Trainer(accumulate_grad_batches={settings.accumulate_grad_batches})`, and accumulate in"
+                " `training_step`."
             )
 
 
