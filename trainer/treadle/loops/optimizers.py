@@ -137,7 +137,7 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
         if owner is not None and id(owner) not in held:
             raise MisconfigurationException(
                 f"The scheduler {type(config.scheduler).__name__} is attached with an optimizer that wasn't returned"
-                " from `configure_optimizers`: return that optimizer too, or make the scheduler with one that is returned."
+                " from `configure_optimizers`: return that optimizer too, or make the scheduler with one that is."
             )
     return optimizers, configs
 
