@@ -29,9 +29,9 @@ from treadle_fabric import (
     DeviceUnavailableError,
     Fabric,
     MisconfigurationException,
-    MissingLoaderError,
     RemovedHookError,
     UnknownArgumentError,
+    WrongTypeError,
 )
 from treadle_fabric.precision import MixedPrecision
 from treadle_fabric.strategies import DDPStrategy
@@ -373,9 +373,9 @@ BEFORE: list[Mistake] = [
      MisconfigurationException, ("(x, y, z)", "(batch, batch_idx)")),
     ("a step without a batch", lambda: fit(module(training_step=lambda self: 0)), MisconfigurationException,
      ("takes no batch", "(self, batch, batch_idx)")),
-    ("no loader", lambda: T().fit(Counting()), MissingLoaderError,
+    ("no loader", lambda: T().fit(Counting()), WrongTypeError,
      ("fit has no batches", "train_dataloaders", "datamodule")),
-    ("nothing to test on", lambda: T().test(Counting()), MissingLoaderError, ("test has no batches",)),
+    ("nothing to test on", lambda: T().test(Counting()), WrongTypeError, ("test has no batches",)),
     ("nothing to predict with", lambda: T().predict(dataloaders=loader()), MisconfigurationException,
      ("predict got no model", "pass it")),
     ("a dataset", lambda: fit(None, Samples(4)), MisconfigurationException, ("Samples", "wrap it in a DataLoader")),

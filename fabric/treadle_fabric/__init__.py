@@ -59,13 +59,17 @@ from treadle_fabric.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointUnsafeError,
+    ConflictError,
     DeviceUnavailableError,
     LeftOutError,
     MisconfigurationException,
-    MissingLoaderError,
+    MissingArgumentError,
     MissingMetricError,
     MissingPackageError,
+    NoModuleError,
     NonFiniteError,
+    NoSuchNameError,
+    NothingThereError,
     ProcessFailedError,
     RemovedHookError,
     RendezvousError,
@@ -73,7 +77,10 @@ from treadle_fabric.errors import (
     TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
+    UnknownNameError,
+    UnusableResultError,
     UnusedParametersError,
+    WrongTypeError,
     describe_error,
     left_out,
     near_names,
@@ -97,6 +104,7 @@ from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set
 from treadle_fabric.rank_zero import (
     PossibleUserWarning,
     disable_possible_user_warnings,
+    filter_warnings_as,
     rank_prefixed_message,
     rank_zero_debug,
     rank_zero_deprecation,
@@ -137,6 +145,9 @@ if _collects:
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treadle_fabric import plugins as plugins
+    from treadle_fabric import utilities as utilities
+    from treadle_fabric import wrappers as wrappers
     from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.estimating import Estimate, estimate
@@ -167,6 +178,7 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
     "ClusterEnvironment",
+    "ConflictError",
     "DDPStrategy",
     "DeviceUnavailableError",
     "DistributedCheckpointIO",
@@ -191,12 +203,15 @@ __all__ = [
     "MPIEnvironment",
     "MPSAccelerator",
     "MisconfigurationException",
-    "MissingLoaderError",
+    "MissingArgumentError",
     "MissingMetricError",
     "MissingPackageError",
     "MixedPrecision",
     "ModelParallelStrategy",
+    "NoModuleError",
+    "NoSuchNameError",
     "NonFiniteError",
+    "NothingThereError",
     "ParallelStrategy",
     "PathLike",
     "Plan",
@@ -224,7 +239,10 @@ __all__ = [
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
+    "UnusableResultError",
     "UnusedParametersError",
+    "WrongTypeError",
     "__version__",
     "all_gather_objects",
     "apply_tensor_parallel",
@@ -242,6 +260,7 @@ __all__ = [
     "end_run",
     "engine_of",
     "estimate",
+    "filter_warnings_as",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",
@@ -324,4 +343,5 @@ if not TYPE_CHECKING:
                 "treadle_fabric.strategies",
             ),
         },
+        submodules=("plugins", "utilities", "wrappers"),
     )

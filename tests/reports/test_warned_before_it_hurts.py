@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import treadle as L
 from treadle.callbacks import BatchSizeFinder, LearningRateMonitor, ModelCheckpoint, Timer
 from treadle.data.advice import advise as advise_of_stage
-from treadle_fabric import MissingLoaderError, PossibleUserWarning, RemovedHookError
+from treadle_fabric import PossibleUserWarning, RemovedHookError, WrongTypeError
 from treadle_fabric.accelerators import CUDAAccelerator, MPSAccelerator
 from treadle_fabric.loggers import CSVLogger
 
@@ -442,7 +442,7 @@ def test_a_stage_without_its_step_or_its_batches_is_refused() -> None:
         remedy = rf"pass the dataloader to the `.{stage}\(\)` method .*OR implement `def {name}_dataloader\(self\):`"
         with pytest.raises(TypeError, match=remedy) as caught:
             getattr(run, stage)(Plain())
-        assert type(caught.value) is MissingLoaderError
+        assert type(caught.value) is WrongTypeError
     with pytest.raises(NotImplementedError, match="Support for `training_epoch_end` has been removed") as removed:
         fit(module(training_epoch_end=none))
     assert type(removed.value) is RemovedHookError

@@ -128,15 +128,16 @@ class EarlyStopping(Callback):
             return
         self._metric.validated = True
         if not decides_at_epoch_end(trainer, self._check_on_train_epoch_end):
-            self._check(trainer)
+            self._run_early_stopping_check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the metric, where the end of the training epoch decides."""
         self._metric.epoch_ended = True
         if decides_at_epoch_end(trainer, self._check_on_train_epoch_end):
-            self._check(trainer)
+            self._run_early_stopping_check(trainer)
 
-    def _check(self, trainer: Trainer) -> None:
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        """Check the metric now; a subclass may call this in hooks of its own."""
         if trainer.fast_dev_run:
             return
         metrics = trainer.callback_metrics

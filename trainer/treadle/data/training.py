@@ -92,6 +92,11 @@ class TrainingData:
         return self.epochs.loader
 
     @property
+    def shown(self) -> Any:
+        """The same in the structure in which the user gave several loaders."""
+        return self.loader if self.combined is None else self.combined.iterables
+
+    @property
     def stop(self) -> float:
         """The most batches that the epoch that is iterated can have."""
         return self._stop if self.epochs.end is None else self.epochs.end

@@ -59,6 +59,10 @@ class Parts(Protocol):
     def outdated(self) -> bool:
         """Whether the training loader is to be made anew, because what it depends on has changed."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether a setting was changed since the epoch loop was made."""
+
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
@@ -75,7 +79,7 @@ class Parts(Protocol):
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
 
     def remake(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch:
-        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+        """Make epoch loop and validation again, with the same loaders: listeners or settings have changed."""
 
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
@@ -129,6 +133,8 @@ class FitLoop:
         self._changed = False  # other listeners than when the epoch loop was made
         self._validation_s = math.inf  # how long the last validation took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
+        self.began = False
+        """Whether training has begun, after the sanity check."""
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
         """Lets several ranks stop after the same batch; None on one rank."""
@@ -139,7 +145,7 @@ class FitLoop:
         try:
             if not self._done():
                 self._sanity_check()
-            run.state.stage = RunningStage.TRAINING
+            run.state.stage, self.began = RunningStage.TRAINING, True
             self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
             with run.steps.counting():
                 self._train()
@@ -214,7 +220,7 @@ class FitLoop:
             self.epoch = renewed = self._parts.make_epoch(run, self)
             assert renewed is not None
             epoch = renewed
-        if dispatch.refresh("fit") or self._changed:
+        if dispatch.refresh("fit") or self._changed or self._parts.changed:
             self.epoch = epoch = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))
         return epoch

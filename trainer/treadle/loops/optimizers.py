@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from treadle.module import LightningModule, LRSchedulerConfig
@@ -18,6 +20,7 @@ from treadle_fabric import (
     MisconfigurationException,
     Strategy,
     TreadleError,
+    WrongTypeError,
     check_integer,
     is_several,
     near_names,
@@ -273,8 +276,14 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
         )
     scheduler = config.scheduler
     config.reduce_on_plateau = config.reduce_on_plateau or isinstance(scheduler, ReduceLROnPlateau)
-    if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-        if type(module).lr_scheduler_step is LightningModule.lr_scheduler_step:
+    if not isinstance(scheduler, (TorchScheduler, ReduceLROnPlateau)):
+        if not all(callable(getattr(scheduler, name, None)) for name in ("state_dict", "load_state_dict")):
+            raise WrongTypeError(
+                f"The scheduler {type(scheduler).__name__} has no `state_dict` and `load_state_dict`, with which a"
+                " checkpoint keeps it: define both."
+            )
+        steps_itself = module.lr_scheduler_step is None or overrides(module, "lr_scheduler_step", LightningModule)
+        if not steps_itself and not _steps_as_torch_does(scheduler):
             raise MisconfigurationException(
                 f"{type(scheduler).__name__} is no learning-rate scheduler as torch knows it (step, state_dict,"
                 " optimizer): override `lr_scheduler_step` to step it yourself."
@@ -291,6 +300,19 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
             " metric: return {'optimizer': ..., 'lr_scheduler': {'scheduler': ..., 'monitor': 'val_loss'}}."
         )
     return config
+
+
+def _steps_as_torch_does(scheduler: Any) -> bool:
+    """Whether a scheduler of another kind has what torch's have, and a ``step`` without arguments."""
+    if not isinstance(scheduler, LRScheduler):
+        return False
+    try:
+        inspect.signature(scheduler.step).bind()
+    except TypeError:
+        return False
+    except ValueError:  # there is no signature to look at
+        return True
+    return True
 
 
 def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:

@@ -35,7 +35,7 @@ class Schedulers:
         self._per_group = any(isinstance(config.scheduler, _PER_GROUP) for config in self.configs)
         self._progress, self._metrics, self._first_time = run.progress, run.metrics, run.first_time
         hook: Any = run.module.lr_scheduler_step
-        own = overrides(run.module, "lr_scheduler_step", LightningModule)
+        own = hook is None or overrides(run.module, "lr_scheduler_step", LightningModule)
         plain = run.timed(hook, "lr_scheduler_step", run.module)
         self._step = partial(run.dispatch.run, "lr_scheduler_step", hook) if own else plain
 

@@ -14,7 +14,13 @@ from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import MODULE_HOOKS, DataHooks
 from treadle.module.overriding import overrides
-from treadle_fabric import MisconfigurationException, PossibleUserWarning, RemovedHookError, rank_zero_warn
+from treadle_fabric import (
+    MisconfigurationException,
+    PossibleUserWarning,
+    RemovedHookError,
+    rank_zero_deprecation,
+    rank_zero_warn,
+)
 
 __all__ = ["refuse_removed_hooks", "tell_of_near_names"]
 
@@ -68,12 +74,17 @@ def refuse_removed_hooks(obj: object) -> None:
 
     Raises:
         RemovedHookError: a method is such a hook, which would never be called.
-        MisconfigurationException: the module has a `configure_sharded_model`.
+        MisconfigurationException: the module has a `configure_sharded_model` beside its new name.
     """
     for cls, name, _ in _methods(obj):
         if name == "configure_sharded_model" and isinstance(obj, LightningModule):
-            raise MisconfigurationException(
-                f"`{cls.__qualname__}.{name}` is never called: rename it to `configure_model`, which makes"
+            if type(obj).configure_model is not LightningModule.configure_model:
+                raise MisconfigurationException(
+                    f"`{cls.__qualname__}.{name}` is never called, because there is a `configure_model`, its new name:"
+                    " remove it."
+                )
+            rank_zero_deprecation(
+                f"`{cls.__qualname__}.{name}` has another name now: rename it to `configure_model`, which makes"
                 " layers where they belong, sharded or not."
             )
         if new := _REMOVED.get(name):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -10,7 +12,7 @@ from torch.optim import Optimizer
 
 from treadle.data.advice import advise
 from treadle.data.evaluation import EvaluationData
-from treadle.data.find import defines_loader, find_loaders
+from treadle.data.find import defines_loader, find_loaders, gives_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
@@ -22,6 +24,7 @@ from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule, LRSchedulerConfig
+from treadle.module.optimizer import LightningOptimizer
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
@@ -41,7 +44,7 @@ from treadle_fabric import (
     with_plain_names,
 )
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.precision import needs_closure
+from treadle_fabric.precision import needs_closure, takes_closure
 
 __all__: list[str] = []
 
@@ -144,16 +147,25 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
 
     preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
+    own = overrides(module, "optimizer_step", LightningModule)
     for optimizer in optimizers:
         steps.add(optimizer)
         hooks: tuple[Any, Any] = (None, None)  # the loop steps the plain optimizer
         if not module.automatic_optimization:
             hooks = prepare_step, steps.end
-        elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
+        elif own or needs_closure(optimizer) or takes_closure(optimizer):
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)
-        run.optimizers.append(FabricOptimizer(optimizer, run.fabric.strategy, *hooks))
+        run.optimizers.append(LightningOptimizer(optimizer, run.fabric.strategy, *hooks, partial(_toggled, run)))
+
+
+@contextmanager
+def _toggled(run: ReadyRun, optimizer: Optimizer, sync_grad: bool) -> Generator[None]:
+    """A context in which only the parameters of an optimizer require gradients, and ranks exchange them, or do not."""
+    accumulates = not sync_grad and run.fabric.world_size > 1
+    with run.fabric.no_backward_sync(run.wrapped, enabled=accumulates), run.module.toggled_optimizer(optimizer):
+        yield
 
 
 def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[..., Any]) -> tuple[Any, Any]:
@@ -174,7 +186,7 @@ def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[...,
 
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:
     """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
-    given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
+    given = val is not None or defines_loader(gives_loaders(run.module, run.datamodule), "val_dataloader")
     has_step = run.fabric.strategy.runs_whole_batch or overrides(run.module, "validation_step", LightningModule)
     return given and settings.limits["val"] != 0 and has_step
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from treadle.data.find import check_loader, defines_loader
+from treadle.data.find import check_loader, defines_loader, gives_loaders
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hparams import CLASS_PATH, MAKER
 from treadle.module.overriding import overrides
@@ -19,10 +19,11 @@ from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import (
+    ConflictError,
     Fabric,
     MisconfigurationException,
-    MissingLoaderError,
     PossibleUserWarning,
+    WrongTypeError,
     is_wrapped,
     rank_zero_info,
     rank_zero_warn,
@@ -55,6 +56,13 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     if loaders is not None and datamodule is not None:
         raise MisconfigurationException("Both dataloaders and a datamodule were passed: pass one of them.")
     return loaders, datamodule
+
+
+def check_alone(datamodule: Any, **loaders: Any) -> None:
+    """Refuse loaders beside a data module, which gives all loaders of a stage."""
+    for name, given in loaders.items():
+        if datamodule is not None and given is not None:
+            raise MisconfigurationException(f"Both {name} and a datamodule were passed: pass one of them.")
 
 
 def check_same_call(fabric: Fabric, stage: str, datamodule: Any, ckpt_path: Any, *, auto_resume: bool) -> None:
@@ -109,16 +117,14 @@ def check_model(model: Any, what: str) -> LightningModule:
         )
     else:
         hint = "derive from `treadle.LightningModule`."
-    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
+    raise WrongTypeError(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
 
 
 def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
     """Return the model that was passed, or the one of the last run."""
     if model is None:
         if last is None:
-            raise MisconfigurationException(
-                f"Trainer.{what} got no model, and this trainer has not run one before: pass it."
-            )
+            raise WrongTypeError(f"Trainer.{what} got no model, and this trainer has not run one before: pass it.")
         return last
     return check_model(model, what)
 
@@ -166,7 +172,7 @@ def _near_method(module: LightningModule, name: str) -> str:
 
 
 def _has_loader(name: str, given: Any, module: LightningModule, datamodule: LightningDataModule | None) -> bool:
-    return given is not None or any(o is not None and defines_loader(o, name) for o in (datamodule, module))
+    return given is not None or defines_loader(gives_loaders(module, datamodule), name)
 
 
 _GOT_OPTIMIZER_IDX = (
@@ -246,9 +252,9 @@ def check_training(
             )
 
 
-def _no_batches(stage: str, loader: str) -> MissingLoaderError:
+def _no_batches(stage: str, loader: str) -> WrongTypeError:
     argument = "train_dataloaders" if stage == "fit" else "dataloaders"
-    return MissingLoaderError(
+    return WrongTypeError(
         f"{stage} has no batches. Either pass the dataloader to the `.{stage}()` method ({argument}=..., or a"
         f" datamodule) OR implement `def {loader}(self):` in your LightningModule/LightningDataModule."
     )
@@ -342,11 +348,8 @@ def _tell_of_what_never_comes(
 
 def tell_of_devices(accelerator: Accelerator) -> None:
     """Say which devices there are and are used, and warn of a GPU or TPU that is not."""
-    there = [
-        kind
-        for name, kind in ACCELERATOR_REGISTRY.items()
-        if name in ("cuda", "mps", "tpu") and not kind.is_emulated() and kind.is_available()
-    ]
+    kinds = [ACCELERATOR_REGISTRY.class_of(name) for name in ("cuda", "mps", "tpu") if name in ACCELERATOR_REGISTRY]
+    there = [kind for kind in kinds if not kind.is_emulated() and kind.is_available()]
     gpu = next((f" ({kind.name()})" for kind in there if kind.name() != "tpu"), "")
     used = accelerator.name()
     rank_zero_info(f"GPU available: {bool(gpu)}{gpu}, used: {used in ('cuda', 'mps')}")
@@ -380,7 +383,9 @@ def check_predict(
     """Refuse a prediction without a step or batches."""
     if strategy.runs_whole_batch:
         _check_step(module, "predict_step", "predict", strategy)
-    elif not _has(module, "predict_step") and type(module).forward is torch.nn.Module.forward:
+    elif module.predict_step is None or not (
+        _has(module, "predict_step") or overrides(module, "forward", torch.nn.Module)
+    ):
         raise MisconfigurationException(
             f"`Trainer.predict` requires `forward` method to run, or a `predict_step`, and {type(module).__qualname__}"
             " has neither: define one."
@@ -430,7 +435,7 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
         other.pop(mark, None)
     for key in mine.keys() & other.keys():
         if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
-            raise MisconfigurationException(
+            raise ConflictError(
                 f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r}"
                 f" and {other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
             )

@@ -35,7 +35,7 @@ from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.searches import Snapshot
-from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
@@ -173,7 +173,7 @@ class Runner:
 
     def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
         preflight.check_idle(self.state, fn)
-        self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
+        self.state = TrainerState(TrainerStatus.RUNNING, fn, fn.stage)
         if fn is TrainerFn.FITTING:
             self.progress, self.fitting = self._fits.progress, None
         self.session = session = Session(self._fabric, module, datamodule, self.state)
@@ -377,7 +377,6 @@ class Runner:
             self._given = dataloaders
             data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
-            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation() or []]
         if verbose and self._fabric.is_global_zero:
             print_results(found, fn.value)
@@ -484,7 +483,8 @@ class Runner:
     def _begin_trial(self, other: ReadyRun, *, alone: bool = False) -> ReadyRun:
         """Begin to run batches with what another run has set up, with counters, metrics and listeners of its own."""
         trainer = self._trainer
-        self.state = TrainerState(fn=other.state.fn, status=TrainerStatus.RUNNING)
+        fn = other.state.fn
+        self.state = TrainerState(TrainerStatus.RUNNING, fn, None if fn is None else fn.stage)
         self.progress = progress = replace(other.progress)
         progress.begin_epoch()
         self.session = session = Session(self._fabric, other.module, other.datamodule, self.state)
@@ -529,18 +529,15 @@ class Runner:
         data = self.session.add_evaluation(run, LOADERS[fn], loaders, self._settings)
         inference = self._settings.inference_mode
         if fn is TrainerFn.PREDICTING:
-            self.state.stage = RunningStage.PREDICTING
             Prediction(run, data, inference_mode=inference, keep=False)()
         else:
             validating = fn is TrainerFn.VALIDATING
-            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             Evaluation(run, data, "validation" if validating else "test", inference_mode=inference)()
 
     def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
         ready = self._prepare(session, run, source)[0]
         self._given = dataloaders
         data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
-        self.state.stage = RunningStage.PREDICTING
         return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
 
 
