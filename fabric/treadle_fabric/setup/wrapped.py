@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from treadle_fabric.containers import entries, holds_state, map_leaves, update_entries
 from treadle_fabric.data.loader import WrappedLoader
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import WrongTypeError
 from treadle_fabric.setup.module import FabricModule, engine_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import has_state, left_out, state_of_loader
@@ -40,7 +40,7 @@ def given_engine(module: Any, what: str) -> Module:
     """Return the engine of a wrapped module; ``what`` names the caller, for the error."""
     wrapped = _set_up(module)
     if wrapped is None:
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"{what} needs the model that setup returned, and got {type(module).__name__}. "
             "Call model = fabric.setup(model) first."
         )

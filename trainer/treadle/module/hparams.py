@@ -75,8 +75,9 @@ class HyperparametersMixin:
         that is running; of two values for a name, that of the most derived class. A second call adds to the first.
 
         Args:
-            *args: Names of arguments; or one object (mapping, namespace or dataclass) that holds them all.
-            ignore: Names to leave out.
+            *args: Names of arguments; or one object (mapping, namespace or dataclass) that holds
+                them all; None is none.
+            ignore: Names to leave out, those that another class of the hierarchy has kept among them.
             frame: The frame of the ``__init__`` to read. Default: the caller's.
             logger: Whether the loggers get the hyperparameters too. Default: True.
 
@@ -88,7 +89,7 @@ class HyperparametersMixin:
             frame = current.f_back if current is not None else None
         given = _init_arguments(self, frame)
         ignored = _names(ignore)
-        objects = [arg for arg in args if not isinstance(arg, str)]
+        objects = [arg for arg in args if not isinstance(arg, str) and arg is not None]
         if len(objects) > 1:
             raise MisconfigurationException(
                 f"save_hyperparameters got {len(objects)} objects. Give names of arguments, or one mapping, namespace "
@@ -99,13 +100,14 @@ class HyperparametersMixin:
             self._hparams_name = _name_of(objects[0], given)
             self._hparams_whole = None if self._hparams_name is None else given[self._hparams_name]
         else:
-            for name in args:
+            names = [name for name in args if name is not None]
+            for name in names:
                 if name not in given:
                     raise MisconfigurationException(
                         f"save_hyperparameters({name!r}): {type(self).__name__}.__init__ has no argument of that name. "
                         + near_names(name, given)
                     )
-            found = {name: given[name] for name in args} if args else given
+            found = {name: given[name] for name in names} if args else given
             self._hparams_name, self._hparams_whole = "kwargs" if found else None, None
         found = {name: value for name, value in found.items() if name not in ignored}
         config = _config.get()
@@ -114,10 +116,12 @@ class HyperparametersMixin:
         for name, value in found.items():
             if isinstance(value, nn.Module):
                 rank_zero_warn(
-                    f"The hyperparameter {name!r} is an nn.Module: its weights are in the checkpoint's state_dict "
-                    f"already. Leave it out with self.save_hyperparameters(ignore=[{name!r}])."
+                    f"The hyperparameter {name!r} is an instance of `nn.Module` and is already saved during"
+                    f" checkpointing, in the state_dict. Leave it out with"
+                    f" self.save_hyperparameters(ignore=[{name!r}])."
                 )
         self.hparams.update(found)
+        self.remove_ignored_hparams(ignored)  # another class of the hierarchy may have kept them
         self._hparams_initial = _copied(self.hparams)
         self._log_hyperparams = logger
 
