@@ -41,9 +41,7 @@ TABLE = {
     "textgen": Program(("-m", "textgen")),
     "autoencoder": Program(("autoencoder.py",)),
     "cli": Program(("cli/main.py", "fit", "--config", "cli/config.yaml")),
-    "callbacks_zoo": Program(
-        ("callbacks_zoo.py",), {"averaging/(losses|validated|weights)": "averaged weights"}
-    ),
+    "callbacks_zoo": Program(("callbacks_zoo.py",), {"averaging/(losses|validated|weights)": "averaged weights"}),
     "manual_accumulation": Program(("manual_accumulation.py",), {"steps": "global step"}),
     "gan": Program(("gan.py",), {"global step": "global step"}),
     "fabric_loop": Program(("fabric_loop.py", "--shuffle")),
@@ -51,9 +49,7 @@ TABLE = {
     "custom_logger": Program(("custom_logger.py",)),
     "ddp_arguments": Program(("ddp_arguments.py",)),
     "ddp_arguments, own sampler": Program(("ddp_arguments.py", "--own-sampler")),
-    "transformer": Program(
-        ("transformer.py",), {"a shorter accumulation/": "the end of an epoch while accumulating"}
-    ),
+    "transformer": Program(("transformer.py",), {"a shorter accumulation/": "the end of an epoch while accumulating"}),
     "resuming": Program(("resuming.py",)),
 }
 WAYS = ("treadle run", "treadle migrate")
@@ -74,7 +70,9 @@ def run(command: tuple[str, ...], folder: Path, *paths: Path | str, programs: Pa
     environ["LOSSES"] = str(result)
     environ["PYTHONPATH"] = os.pathsep.join(map(str, [*paths, programs, os.environ.get("PYTHONPATH", "")])).rstrip(":")
     found = [str(programs / word) if (programs / word).is_file() else word for word in command]
-    done = subprocess.run([sys.executable, *found], cwd=folder, env=environ, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, *found], cwd=folder, env=environ, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, f"{command} in {folder}:\n{done.stderr[-3000:]}"
     return json.loads(result.read_text())
 
@@ -156,6 +154,8 @@ def test_a_run_goes_on_from_a_checkpoint_of_the_other_library(results: Any, tmp_
 
 
 def test_the_rows_that_predict_differences_are_there() -> None:
-    rows = [line.split("|")[1].strip() for line in (ROOT / "docs/differences.md").read_text().splitlines() if "|" in line]
+    rows = [
+        line.split("|")[1].strip() for line in (ROOT / "docs/differences.md").read_text().splitlines() if "|" in line
+    ]
     for program in TABLE.values():
         assert {*program.differs.values()} <= {*rows}
