@@ -47,8 +47,12 @@ TABLE = {
     "fabric_loop": Program(("fabric_loop.py", "--shuffle")),
     "fabric_loop, two processes": Program(("fabric_loop.py", "--devices", "2")),
     "custom_logger": Program(("custom_logger.py",)),
-    "ddp_arguments": Program(("ddp_arguments.py",)),
-    "ddp_arguments, own sampler": Program(("ddp_arguments.py", "--own-sampler")),
+    "ddp_arguments": Program(
+        ("ddp_arguments.py",), {"losses|gathered|metrics|saved": "the order of samples on several ranks"}
+    ),
+    "ddp_arguments, own sampler": Program(
+        ("ddp_arguments.py", "--own-sampler"), {"metrics/train_step": "logged values on several ranks"}
+    ),
     "transformer": Program(("transformer.py",), {"a shorter accumulation/": "the end of an epoch while accumulating"}),
     "resuming": Program(("resuming.py",)),
 }

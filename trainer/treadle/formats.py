@@ -45,10 +45,7 @@ def modernize(checkpoint: dict[str, Any]) -> dict[str, Any]:
     states: dict[str, Any] = {_name(key): state for key, state in (checkpoint.get("callbacks") or {}).items()}
     for key, (callback, name) in _OF_CALLBACKS.items():
         if key in checkpoint:
-            states[callback] = {"stopped_epoch": 0, "best_score": 0.0} if callback == "EarlyStopping" else {}
-    for key, (callback, name) in _OF_CALLBACKS.items():
-        if key in checkpoint:
-            states[callback][name] = checkpoint[key]
+            states.setdefault(callback, {})[name] = checkpoint[key]
     if states:
         new["callbacks"] = states
     loops = checkpoint.get("loops")

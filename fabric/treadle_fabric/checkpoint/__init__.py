@@ -16,7 +16,8 @@ ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a h
 ``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
 ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
 rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind,
-``pickled_in`` says which of them are pickled, ``find_moved`` has pickles find classes that were moved, and ``state_of`` gives the state of an object. In ``kept_by_engines`` a
+``pickled_in`` says which of them are pickled, ``find_moved`` has pickles find
+classes that were moved, and ``state_of`` gives the state of an object. In ``kept_by_engines`` a
 state is made for a save.
 """
 
