@@ -177,7 +177,9 @@ def test_processes_that_are_started_inherit_it() -> None:
     """Without an import of Lightning, which takes seconds."""
     replace_lightning()
     code = "import importlib.util as u, importlib.metadata as m; print(u.find_spec('lightning').origin, m.version('lightning'))"
-    said = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=30).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=30
+    ).stdout
     assert said.split() == [str(SHIM / "lightning/__init__.py"), "2.6.6"]
     replace_lightning()
     assert os.environ["PYTHONPATH"].count(str(SHIM)) == 1
