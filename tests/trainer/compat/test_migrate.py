@@ -326,9 +326,12 @@ LEFT = {
             def validation_epoch_end(self, outputs): self.trainer.progress_bar_dict
             def training_step(self, batch, batch_idx, optimizer_idx): self.hparams = batch
         class Net(Base):
-            def training_epoch_end(self, outputs): ...
+            def training_epoch_end(self, outputs): self.test_epoch_end(outputs)
+            def test_epoch_end(self, outputs): ...
+            def on_train_epoch_end(self): self.on_epoch_end()
+            def on_epoch_end(self): "the program's own"
         class Notes(Callback):
-            def on_epoch_end(self, trainer, pl_module): trainer.current_epoch, trainer.root_gpu
+            def on_batch_end(self, trainer, pl_module): trainer.current_epoch, trainer.root_gpu
         class Other(keras.Callback):
             def on_epoch_end(self, trainer): trainer.root_gpu
         """,
@@ -338,8 +341,9 @@ LEFT = {
             (6, "optimizer_idx", "automatic_optimization"),
             (6, "self.hparams = ", "save_hyperparameters"),
             (8, "def training_epoch_end", "on_train_epoch_end"),
-            (10, "def on_epoch_end", "on_train_epoch_end"),
-            (10, "trainer.root_gpu", "root_device"),
+            (9, "def test_epoch_end", "on_test_epoch_end"),
+            (13, "def on_batch_end", "on_train_batch_end"),
+            (13, "trainer.root_gpu", "root_device"),
         ],
     ),
     "what Lightning 1 had": (

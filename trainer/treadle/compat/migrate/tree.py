@@ -21,7 +21,7 @@ from treadle.compat.migrate.dependencies import dependencies
 from treadle.compat.migrate.findings import Finding, Migrated
 from treadle.compat.migrate.notebooks import migrate_notebook, programs
 from treadle.compat.migrate.older import older
-from treadle.compat.migrate.python.outdated import heirs
+from treadle.compat.migrate.python.outdated import Project, read_project
 from treadle.compat.migrate.python.source import migrate_source
 from treadle_fabric import MisconfigurationException
 
@@ -97,8 +97,8 @@ class Tree:
         Args:
             write: Whether to write the files that changed. Each appears whole or not at all.
         """
-        known = heirs(self._programs(), older().bases)
-        classes = set(known)
+        project = read_project(self._programs(), older())
+        classes = set(project.heirs)
         for path in self.files:
             try:
                 content = path.read_bytes()
@@ -106,7 +106,7 @@ class Tree:
                     continue
                 encoding = _encoding(path, content)
                 text = content.decode(encoding)
-                done = self._migrate(path, text, known)
+                done = self._migrate(path, text, project)
                 after = done.text.encode(encoding)
                 if write and after != content:
                     _replace(path, after)
@@ -118,8 +118,8 @@ class Tree:
                     findings = _moved(text, done) if write else done.findings
                     yield Outcome(path, content, after, findings)
 
-    def _migrate(self, path: Path, text: str, known: dict[str, str]) -> Migrated:
-        program = partial(migrate_source, known=known)
+    def _migrate(self, path: Path, text: str, project: Project) -> Migrated:
+        program = partial(migrate_source, project=project)
         if path.suffix == ".ipynb":
             return migrate_notebook(text, program)
         if path.suffix in _PYTHON or _is_script(path):
