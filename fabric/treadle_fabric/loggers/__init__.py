@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from treadle_fabric.checks import on_demand
 from treadle_fabric.loggers.csv import CSVLogger
-from treadle_fabric.loggers.logger import DummyLogger, Logger, rank_zero_experiment
+from treadle_fabric.loggers.logger import DummyExperiment, DummyLogger, Logger, rank_zero_experiment
 from treadle_fabric.loggers.scalars import to_numbers
 from treadle_fabric.loggers.tensorboard import TensorBoardLogger
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CSVLogger",
     "CometLogger",
+    "DummyExperiment",
     "DummyLogger",
     "Logger",
     "MLFlowLogger",

@@ -91,6 +91,7 @@ def test_torch_export_takes_modules_and_steps_that_log(attached: bool, tmp_path:
     assert torch.equal(step.module()(x), model.loss(x))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.load. is deprecated")
 @pytest.mark.parametrize("method", ["script", "trace"])
 def test_torchscript(method: str, tmp_path: Path) -> None:
     model, x = Net(), torch.randn(2, 4)

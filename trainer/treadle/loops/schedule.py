@@ -31,7 +31,7 @@ def resolve_durations(
     max_epochs: int | None, min_epochs: int | None, max_steps: int, min_steps: int | None, max_time: Any
 ) -> Durations:
     """Check the duration arguments and fill in the defaults: 1000 epochs where nothing bounds the run."""
-    time = parse_duration(max_time, "max_time")
+    time = parse_duration(max_time, "max_time", zero=True)
     if max_epochs is not None:
         max_epochs = check_integer("max_epochs", max_epochs, minimum=-1, meaning="-1 for no bound")
     max_steps = check_integer("max_steps", max_steps, minimum=-1, meaning="-1 for no bound")
