@@ -59,21 +59,26 @@ from treadle_fabric.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointUnsafeError,
-    ConflictError,
     DeviceUnavailableError,
     LeftOutError,
     MisconfigurationException,
     MissingArgumentError,
+    MissingLoaderError,
+    MissingMetricError,
     MissingPackageError,
+    NoModuleError,
     NonFiniteError,
     NoSuchNameError,
     NothingThereError,
     ProcessFailedError,
+    RemovedHookError,
     RendezvousError,
     RequeueError,
     TrainingSpikeException,
     TreadleError,
     UnknownArgumentError,
+    UnknownNameError,
+    UnusableResultError,
     UnusedParametersError,
     WrongTypeError,
     describe_error,
@@ -139,6 +144,9 @@ if _collects:
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from treadle_fabric import plugins as plugins
+    from treadle_fabric import utilities as utilities
+    from treadle_fabric import wrappers as wrappers
     from treadle_fabric.checkpoint import ExportingCheckpointIO
     from treadle_fabric.environments import RayEnvironment
     from treadle_fabric.estimating import Estimate, estimate
@@ -169,7 +177,6 @@ __all__ = [
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
     "ClusterEnvironment",
-    "ConflictError",
     "DDPStrategy",
     "DeviceUnavailableError",
     "DistributedCheckpointIO",
@@ -195,9 +202,12 @@ __all__ = [
     "MPSAccelerator",
     "MisconfigurationException",
     "MissingArgumentError",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
     "MixedPrecision",
     "ModelParallelStrategy",
+    "NoModuleError",
     "NoSuchNameError",
     "NonFiniteError",
     "NothingThereError",
@@ -209,6 +219,7 @@ __all__ = [
     "PrivateStream",
     "ProcessFailedError",
     "RayEnvironment",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "ResumableDataLoader",
@@ -227,6 +238,8 @@ __all__ = [
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
+    "UnusableResultError",
     "UnusedParametersError",
     "WrongTypeError",
     "__version__",
@@ -328,4 +341,5 @@ if not TYPE_CHECKING:
                 "treadle_fabric.strategies",
             ),
         },
+        submodules=("plugins", "utilities", "wrappers"),
     )

@@ -27,14 +27,19 @@ class AttributeDict(dict[str, Any]):
         self[key] = value
 
     def __delattr__(self, key: str) -> None:
-        try:
-            del self[key]
-        except KeyError as e:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {key!r}") from e
+        if key not in self:
+            raise _NoSuchAttribute(f"{type(self).__name__!r} object has no attribute {key!r}")
+        del self[key]
 
     def __repr__(self) -> str:
         if not self:
             return ""
-        names = [f'"{key}":' for key in self]
+        names = {f'"{key}":': value for key, value in self.items()}
         width = max(map(len, names))
-        return "\n".join(f"{name:<{width}} {value}" for name, value in zip(names, self.values()))
+        return "\n".join(f"{name:<{width}} {names[name]}" for name in sorted(names))
+
+
+class _NoSuchAttribute(AttributeError, KeyError):
+    """An attribute that is to be deleted is not there: an error of attributes, and of a dictionary's keys."""
+
+    __str__ = Exception.__str__  # KeyError would print the repr

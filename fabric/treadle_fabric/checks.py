@@ -6,13 +6,13 @@ import importlib.util
 import numbers
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, MappingView, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
-from treadle_fabric.errors import MisconfigurationException, MissingPackageError
+from treadle_fabric.errors import MisconfigurationException, MissingPackageError, UnusableResultError
 
 __all__ = [
     "check_flag",
@@ -110,14 +110,14 @@ def check_loss(loss: Tensor, what: str) -> None:
         what: whose loss, for the message, such as ``"`training_step` returned"``.
 
     Raises:
-        MisconfigurationException: the loss is not one number, or depends on no parameter that requires a gradient.
+        UnusableResultError: the loss is not one number, or depends on no parameter that requires a gradient.
     """
     if loss.numel() != 1:
-        raise MisconfigurationException(
+        raise UnusableResultError(
             f"{what} a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()` say."
         ) from None
     if not loss.requires_grad:
-        raise MisconfigurationException(
+        raise UnusableResultError(
             f"{what} a loss that does not depend on any parameter that requires a gradient: compute it from the model's"
             " output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
         ) from None
@@ -142,7 +142,9 @@ def require_package(package: str, wanted_by: str, extra: str, otherwise: str = "
         )
 
 
-def on_demand(module: str, homes: Mapping[str, str], package: str = "", extra: str = "") -> Callable[[str], Any]:
+def on_demand(
+    module: str, homes: Mapping[str, str], package: str = "", extra: str = "", submodules: Iterable[str] = ()
+) -> Callable[[str], Any]:
     """Make the ``__getattr__`` of a module that imports some of its names when they are first asked for.
 
     Type checkers get the same names from imports under ``TYPE_CHECKING``, ``import *`` gets them from ``__all__``, and
@@ -153,9 +155,14 @@ def on_demand(module: str, homes: Mapping[str, str], package: str = "", extra: s
         homes: For each name, the module that has it.
         package: An optional package that the names need. Default: none.
         extra: The extra of Treadle that the package belongs to.
+        submodules: Submodules of a package that are attributes without an import of their own, as in
+            ``treadle.utilities.types``.
     """
+    below = frozenset(submodules)
 
     def find(name: str) -> Any:
+        if name in below:
+            return importlib.import_module(f"{module}.{name}")
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         if package:
@@ -165,5 +172,5 @@ def on_demand(module: str, homes: Mapping[str, str], package: str = "", extra: s
         return value
 
     there = vars(sys.modules[module])
-    there["__dir__"] = lambda: sorted({*there, *homes})
+    there["__dir__"] = lambda: sorted({*there, *homes, *below})
     return find

@@ -4,12 +4,17 @@
     +-- MisconfigurationException        an argument or a combination that cannot work (also a ValueError)
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
-    |   +-- ConflictError                two parts of a run contradict each other (also a RuntimeError)
+    |   +-- UnknownNameError             a registry has no entry of that name (also a KeyError)
+    |   +-- WrongTypeError               a value is of a type that cannot work there (also a TypeError)
+    |   +-- UnusableResultError          what the user's code gave cannot be used (also a RuntimeError)
+    |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
     |   +-- MissingArgumentError         a constructor needs an argument that nobody gave (also a TypeError)
-    |   +-- WrongTypeError               an argument is of a type that cannot work (also a TypeError)
     |   +-- NoSuchNameError              an object has nothing of that name (also an AttributeError)
     |   +-- NothingThereError            the first of none was asked for (also an IndexError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
+    |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
+    |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
+    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -21,7 +26,7 @@
     +-- UnusedParametersError            parameters got no gradient under DDP (also a RuntimeError)
     +-- NonFiniteError                   a loss or gradients are NaN or infinite (also an ArithmeticError)
     +-- TrainingSpikeException           a loss jumped, and SpikeDetection ends the run (also a RuntimeError)
-    +-- LeftOutError             a name of Lightning that Treadle leaves out on purpose (also an ImportError)
+    +-- LeftOutError                     Treadle leaves out a name of Lightning on purpose (also a ModuleNotFoundError)
 
 Every message says the value, the rule and the remedy.
 """
@@ -42,21 +47,26 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
-    "ConflictError",
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
     "MissingArgumentError",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
+    "NoModuleError",
     "NoSuchNameError",
     "NonFiniteError",
     "NothingThereError",
     "ProcessFailedError",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
+    "UnknownNameError",
+    "UnusableResultError",
     "UnusedParametersError",
     "WrongTypeError",
     "describe_error",
@@ -85,16 +95,27 @@ class UnknownArgumentError(MisconfigurationException, TypeError):
     """A constructor was called with a name that none of its arguments has."""
 
 
-class ConflictError(MisconfigurationException, RuntimeError):
-    """Two parts of a run, a module and its data module for example, contradict each other."""
+class UnknownNameError(MisconfigurationException, KeyError):
+    """A registry has no entry of that name."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""  # KeyError would print the repr
+
+
+class WrongTypeError(MisconfigurationException, TypeError):
+    """A value is of a type that cannot work where it was given."""
+
+
+class UnusableResultError(MisconfigurationException, RuntimeError):
+    """What the user's code gave during a run, a loss for example, cannot be used."""
+
+
+class NoModuleError(MisconfigurationException, AttributeError):
+    """A trainer was asked to save a module, and has none that was set up."""
 
 
 class MissingArgumentError(MisconfigurationException, TypeError):
     """A constructor needs an argument that neither the caller nor a checkpoint has."""
-
-
-class WrongTypeError(MisconfigurationException, TypeError):
-    """An argument is of a type with which the call cannot work."""
 
 
 class NoSuchNameError(MisconfigurationException, AttributeError):
@@ -107,6 +128,18 @@ class NothingThereError(MisconfigurationException, IndexError):
 
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
     """What was asked for needs a package that is not installed: one of an extra of Treadle."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A class defines a hook of Lightning 1 that is never called any more."""
+
+
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """A callback or a scheduler decides by a metric that nothing has logged."""
+
+
+class MissingLoaderError(MisconfigurationException, TypeError):
+    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):
@@ -175,8 +208,8 @@ class TrainingSpikeException(TreadleError, RuntimeError):
         )
 
 
-class LeftOutError(TreadleError, ImportError):
-    """A name that Lightning has and Treadle leaves out on purpose."""
+class LeftOutError(TreadleError, ModuleNotFoundError):
+    """A name or a module that Lightning has and Treadle leaves out on purpose."""
 
 
 def left_out(

@@ -229,6 +229,10 @@ class Fabric:
             self._strategy.leave_environment()
         return result
 
+    def _validate_launched(self) -> None:
+        """Refuse to go on before :meth:`launch` where there are processes to start; subclasses call it in methods."""
+        self._require_launch("A method that needs all processes")
+
     def _require_launch(self, what: str) -> None:
         if self._launched:
             return
@@ -748,7 +752,9 @@ class Fabric:
             if callable(method):
                 method(*args, **_taken(method, kwargs))
             elif method is not None:
-                rank_zero_warn(f"{type(callback).__name__}.{hook_name} is not callable, and was skipped.")
+                rank_zero_warn(
+                    f"Skipping the callback `{type(callback).__name__}.{hook_name}` because it is not callable."
+                )
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Write a number, or a tensor with one element, to all loggers."""

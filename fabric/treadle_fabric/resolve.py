@@ -186,8 +186,13 @@ def build(plan: Plan) -> Strategy:
 
 def available_devices() -> dict[str, int]:
     """Count this machine's devices of each registered accelerator, in the order of preference."""
-    kinds = sorted(ACCELERATOR_REGISTRY.items(), key=lambda entry: entry[1].is_emulated())
+    kinds = sorted(_accelerators(), key=lambda entry: entry[1].is_emulated())
     return {name: kind.auto_device_count() if kind.is_available() else 0 for name, kind in kinds}
+
+
+def _accelerators() -> list[tuple[str, type[Accelerator]]]:
+    """The accelerators by name."""
+    return [(name, ACCELERATOR_REGISTRY.class_of(name)) for name in ACCELERATOR_REGISTRY]
 
 
 def _find_environment(own: Parts, given: Parts, environ: Mapping[str, str] | None) -> Detection:
@@ -316,7 +321,7 @@ def _choose_accelerator(
         given = own.devices[0] if own.devices else environment.assigned_device()
         name = there[0] if given is None else _accelerator_of(given.type)
     elif accelerator == "gpu":
-        gpus = [name for name in there if ACCELERATOR_REGISTRY[name].is_gpu]
+        gpus = [name for name in there if ACCELERATOR_REGISTRY.class_of(name).is_gpu]
         if not gpus:
             raise DeviceUnavailableError(f"accelerator='gpu', but this machine has none. There is: {', '.join(there)}.")
         name = gpus[0]
@@ -326,16 +331,16 @@ def _choose_accelerator(
         names = ["auto", "gpu", *ACCELERATOR_REGISTRY]
         raise unknown_name("accelerator", accelerator, names)
     if available.get(name, 1) == 0:
-        ACCELERATOR_REGISTRY[name].check_installed()
+        ACCELERATOR_REGISTRY.class_of(name).check_installed()
         raise DeviceUnavailableError(
             f"accelerator={accelerator!r}, but this machine has no {name} device. There is: {', '.join(there)}."
         )
-    return ACCELERATOR_REGISTRY[name]()
+    return ACCELERATOR_REGISTRY.get(name)
 
 
 def _accelerator_of(device_type: str) -> str:
     """The name of the accelerator whose devices have a type of torch's."""
-    names = (name for name, kind in ACCELERATOR_REGISTRY.items() if kind.device_type == device_type)
+    names = (name for name, kind in _accelerators() if kind.device_type == device_type)
     return next(names, device_type)
 
 

@@ -18,10 +18,12 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 @functools.cache
 def files() -> dict[str, Path]:
-    """Dotted module name -> file, for every module of both packages."""
+    """Dotted module name -> file, for every module of both packages; the shim's are packages of their own."""
     found = {}
     for package, folder in PACKAGES.items():
         for file in sorted(folder.rglob("*.py")):
+            if "shim" in file.parts:
+                continue
             parts = file.relative_to(folder).with_suffix("").parts
             found[".".join((package, *parts)).removesuffix(".__init__")] = file
     return found

@@ -18,6 +18,7 @@ ALLOWED = {
     "Callback.state_key": "the class name, unless arguments tell two callbacks of one class apart",
     "WeightAveraging.should_update": "the rule by which users choose when to average, as the exponential average does",
     "ModelSummary.summarize": "what users override to render the table their way, as the Rich one does",
+    "BoringModel.training_step": "the model of bug reports, of which users override what a report is about",
 }
 CONSTRUCTION = {*dir(object), "__post_init__"}
 

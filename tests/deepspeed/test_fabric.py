@@ -6,6 +6,7 @@ Tests of ``treadle_fabric.strategies.deepspeed``, ``treadle_fabric.strategies.ze
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,22 @@ def test_a_rank_without_a_batch_takes_part_with_nothing(stage: int) -> None:
             torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0)
 
     run_in_ranks(uneven)
+
+
+def test_the_number_of_the_device_is_the_runs_own_whatever_the_environment_says() -> None:
+    """DeepSpeed reads LOCAL_RANK for it, which the environment need not have."""
+
+    def loop() -> None:
+        fabric = fabric_of(DeepSpeedStrategy(stage=3))
+        os.environ.pop("LOCAL_RANK", None)
+        module = net()
+        model, optimizer = fabric.setup(module, SGD(module.parameters(), lr=0.1))
+        fabric.backward(model(batches(1)[0]).square().mean())
+        optimizer.step()
+        assert model.forward_module.local_rank == fabric.local_rank
+        assert "LOCAL_RANK" not in os.environ
+
+    run_in_ranks(loop)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

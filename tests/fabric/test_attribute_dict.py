@@ -24,8 +24,9 @@ def test_a_missing_attribute_is_named() -> None:
     state = AttributeDict()
     with pytest.raises(AttributeError, match="'AttributeDict' object has no attribute 'lr'"):
         state.lr
-    with pytest.raises(AttributeError, match="'lr'"):
-        del state.lr
+    for error in (AttributeError, KeyError):
+        with pytest.raises(error, match="^'AttributeDict' object has no attribute 'lr'$"):
+            del state.lr
     assert not hasattr(state, "lr")
 
 
@@ -38,5 +39,5 @@ def test_it_is_copied_and_pickled_whole() -> None:
 
 
 def test_it_prints_as_a_table() -> None:
-    assert repr(AttributeDict(x=1, name="y")) == '"x":    1\n"name": y'
+    assert repr(AttributeDict(x=1, name="y")) == '"name": y\n"x":    1'
     assert repr(AttributeDict()) == ""

@@ -59,7 +59,7 @@ def test_the_sdist_has_what_the_tree_has(wheel: Path, tmp_path: Path) -> None:
 
 
 def source(top: Path) -> list[Path]:
-    return [file for file in top.rglob("*") if file.suffix == ".py" or file.name == "py.typed"]
+    return [file for file in top.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
 
 
 def test_the_quick_start_of_the_readme(programs: Path, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_what_ended_training_is_a_sentence(
             run.fit(Net(), loader())
         except (MemoryError, ValueError) as raised:
             assert raised is error
+        except SystemExit:
+            assert error is None
     how = {
         None: "Ctrl-C ended training.",
         MemoryError: "An error ended training: MemoryError.",

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from treadle_fabric import on_demand
+from treadle_fabric.accelerators import ACCELERATOR_REGISTRY as AcceleratorRegistry
 from treadle_fabric.accelerators import (
     Accelerator,
     CPUAccelerator,
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accelerator",
+    "AcceleratorRegistry",
     "CPUAccelerator",
     "CUDAAccelerator",
     "MPSAccelerator",

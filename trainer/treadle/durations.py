@@ -13,16 +13,11 @@ __all__ = ["parse_duration"]
 _UNITS = {"weeks", "days", "hours", "minutes", "seconds"}
 
 
-def parse_duration(value: Any, name: str, *, zero: bool = False) -> timedelta | None:
+def parse_duration(value: Any, name: str) -> timedelta | None:
     """Parse a duration: "DD:HH:MM:SS", a timedelta, or a dict of timedelta arguments; None stays None.
 
-    Args:
-        value: the argument's value.
-        name: the argument's name, for errors.
-        zero: whether it may be zero.
-
     Raises:
-        MisconfigurationException: the value is none of these, is negative, or is zero where it may not be.
+        MisconfigurationException: the value is none of these.
     """
     if value is None:
         return None
@@ -41,6 +36,4 @@ def parse_duration(value: Any, name: str, *, zero: bool = False) -> timedelta | 
             f"{name}={value!r} is not a duration: give 'DD:HH:MM:SS', a timedelta, or a dict with keys of"
             f" {sorted(_UNITS)}."
         )
-    if duration < timedelta(0) or not (duration or zero):
-        raise MisconfigurationException(f"{name}={value!r} must be longer than zero{' or zero' if zero else ''}.")
     return duration

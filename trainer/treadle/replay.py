@@ -107,13 +107,13 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
         bundle = unpack(bundle, "the replay file", classes=known_classes(cls))
         module = _make(cls, bundle)
         kind = bundle["device"]
-        here = kind in ACCELERATOR_REGISTRY and ACCELERATOR_REGISTRY[kind].is_available()
+        here = kind in ACCELERATOR_REGISTRY and ACCELERATOR_REGISTRY.class_of(kind).is_available()
         try:
             trainer = Trainer(
                 accelerator=kind if here else "cpu", devices=1, precision=bundle.get("precision"), logger=False,
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
-            state = TrainerState(TrainerFn.FITTING, RunningStage.TRAINING)
+            state = TrainerState(fn=TrainerFn.FITTING, stage=RunningStage.TRAINING)
             progress = FitProgress(epoch=bundle["epoch"], batch=bundle["batch_idx"], step=bundle["step"])
             trainer.take_outcome(module, state, progress, Metrics(), should_stop=False)
             module.attach(trainer, NOWHERE)

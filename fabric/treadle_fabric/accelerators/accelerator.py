@@ -95,7 +95,7 @@ class Accelerator(ABC):
     @classmethod
     def register_accelerators(cls, accelerator_registry: Any) -> None:
         """Register this class under its :meth:`name`."""
-        accelerator_registry.register(cls.name(), cls)
+        accelerator_registry.register(cls.name(), cls, description=cls.__name__)
 
 
 def count_devices(kind: str) -> int:

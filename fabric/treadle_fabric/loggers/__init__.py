@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from treadle_fabric.checks import on_demand
 from treadle_fabric.loggers.csv import CSVLogger
+from treadle_fabric.loggers.hyperparameters import to_yaml
 from treadle_fabric.loggers.logger import DummyExperiment, DummyLogger, Logger, rank_zero_experiment
 from treadle_fabric.loggers.scalars import to_numbers
 from treadle_fabric.loggers.tensorboard import TensorBoardLogger
@@ -34,6 +35,7 @@ __all__ = [
     "WandbLogger",
     "rank_zero_experiment",
     "to_numbers",
+    "to_yaml",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name

@@ -29,7 +29,7 @@ class Logger(ABC):
     own_media: ClassVar[tuple[str, ...]] = ()
     """The packages whose images ``log_image`` passes on as they are."""
 
-    _save_dir: str | None = None
+    _folder_of_all: str | None = None
     _prefix: str = ""  # put before every name, with the separator between them
     LOGGER_JOIN_CHAR: ClassVar[str] = "/"
     """The separator between the prefix of a logger and the name of a metric."""
@@ -57,7 +57,7 @@ class Logger(ABC):
     @property
     def save_dir(self) -> str | None:
         """The folder above all experiments, under the name that the trainer's users know. Default: ``root_dir``."""
-        return self.root_dir if self._save_dir is None else self._save_dir
+        return self.root_dir if self._folder_of_all is None else self._folder_of_all
 
     @property
     def runs_dir(self) -> str | None:

@@ -53,7 +53,7 @@ class RunFolder:
                 f"root_dir={os.fspath(root_dir)!r} and save_dir={os.fspath(save_dir)!r} are two values for the folder. "
                 "Give one."
             )
-        self.called_root = save_dir is None
+        self.called_root = root_dir is not None
         """Whether the user calls the folder above all experiments ``root_dir``."""
         self.elsewhere: str | None = None
         """Where a subclass of the user's wants the run."""
@@ -213,7 +213,7 @@ class FolderLogger(Logger):
         self._experiment: Any = None  # writes the files; made when first needed, never pickled
         self._resumed: dict[str, Any] | None = None  # the state of the run that goes on, until that is written to
         self._begun = False  # whether values were logged to the run
-        self._save_dir = folder.root
+        self._folder_of_all = folder.root
 
     @property
     def name(self) -> str:

@@ -64,7 +64,8 @@ class FabricModule(Module):
         self.__dict__[_RUN] = _bind(parts, "forward", cast_output=True)
         declared = getattr(type(parts.module), "forward_methods", ())  # a module may have something else by this name
         for name in declared if isinstance(declared, tuple) else ():
-            self.mark_forward_method(name)
+            if getattr(parts.module, name, None) is not None:  # a method that was set to None is not there
+                self.mark_forward_method(name)
 
     @property
     def module(self) -> Module:

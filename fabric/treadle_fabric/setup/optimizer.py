@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import MethodType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
@@ -25,6 +25,9 @@ class FabricOptimizer:
         before_step: Called with the user's optimizer before each step.
         after_step: The same after it.
     """
+
+    _prefix: ClassVar[str] = "Fabric"
+    """What the class of the user's optimizer is called behind."""
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class FabricOptimizer:
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
-        return f"Fabric{self.optimizer!r}"
+        return f"{self._prefix}{self.optimizer!r}"
 
     def __reduce__(self) -> Any:
         return FabricOptimizer, (self.optimizer, self._strategy)  # those who listen to the steps belong to a run
@@ -115,4 +118,5 @@ def _plain_step(self: Any, closure: Callable[[], Any] | None = None, **kwargs: A
 @functools.cache
 def _also(wrapper: type, cls: type) -> type:
     """A class that is both; ``step`` and what it needs come from the wrapper."""
-    return type(f"Fabric{cls.__name__}", (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})
+    name = f"{wrapper._prefix}{cls.__name__}"  # type: ignore[attr-defined]
+    return type(name, (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})

@@ -100,8 +100,8 @@ for _strategy in (SingleDeviceStrategy, DDPStrategy):
     _strategy.register_strategies(STRATEGY_REGISTRY)
 
 
-def _make(kind: str, **arguments: Any) -> Strategy:
-    strategy: Strategy = getattr(sys.modules[__name__], kind)(**arguments)  # which is imported on demand
+def _find(kind: str) -> type[Strategy]:
+    strategy: type[Strategy] = getattr(sys.modules[__name__], kind)  # which is imported on demand
     return strategy
 
 
@@ -123,7 +123,7 @@ _NAMES: list[tuple[str, str, str, dict[str, Any]]] = [
             f"deepspeed_stage_{stage}_offload",
             "DeepSpeedStrategy",
             f"Stage {stage} of ZeRO on DeepSpeed, what is not computed with on the host",
-            {**_OFFLOADED, "offload_parameters": stage == 3, "stage": stage},
+            {"stage": stage, **(_OFFLOADED if stage == 3 else {"offload_optimizer": True})},
         )
         for stage in (1, 2, 3)
     ),
@@ -135,7 +135,7 @@ _NAMES: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
 ]
 for _name, _kind, _description, _arguments in _NAMES:
-    STRATEGY_REGISTRY.register(_name, functools.partial(_make, _kind), description=_description, **_arguments)
+    STRATEGY_REGISTRY.register_on_demand(_name, functools.partial(_find, _kind), _description, **_arguments)
 
 if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = left_out(

@@ -309,7 +309,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
             if user_module(known) is own:
                 known.end()  # its hooks would reduce the gradients, too
                 self._engines = [each for each in self._engines if each() is not known]
-        self._deepspeed = deepspeed_for(self.root_device, self._logging_level)
+        self._deepspeed = deepspeed_for(self.root_device, self.local_rank, self._logging_level)
         made = self._whole_config(config)
         if (
             made.get("fp16", {}).get("enabled")
@@ -319,7 +319,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
                 f"precision={self.precision.precision!r}, and DeepSpeed does not train in float16 on this"
                 f" {self.root_device.type!r} device. Use precision='bf16-mixed' or '32-true'."
             )
-        engine = start(self._deepspeed, module, optimizer, scheduler, made, self.root_device, self.local_rank)
+        engine = start(self._deepspeed, module, optimizer, scheduler, made)
         self._engines = [*(known for known in self._engines if known() is not None), weakref.ref(engine)]
         return engine
 
@@ -338,7 +338,7 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         """In stage 3, share the parameters out as soon as each layer is made."""
         if not self.zero_stage_3:
             return nullcontext()
-        deepspeed = deepspeed_for(self.root_device, self._logging_level)
+        deepspeed = deepspeed_for(self.root_device, self.local_rank, self._logging_level)
         remote = None if self._remote_device == "none" else self._remote_device
         context: AbstractContextManager[Any] = deepspeed.zero.Init(
             remote_device=remote, config_dict_or_path=self._whole_config(self._config), enabled=True

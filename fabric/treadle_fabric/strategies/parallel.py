@@ -30,7 +30,7 @@ from treadle_fabric.strategies.parts import Parts
 from treadle_fabric.strategies.reduction import reduction_of
 from treadle_fabric.strategies.strategy import Strategy
 
-__all__ = ["ParallelStrategy"]
+__all__ = ["ParallelStrategy", "gather_tensor"]
 
 _START_METHODS = ("popen", "spawn", "fork", "forkserver")
 
@@ -302,10 +302,7 @@ class ParallelStrategy(Strategy):
         exchange = self.device_exchange
         if exchange is not None and group is None and exchange.takes(tensor):
             return exchange.all_gather(tensor if sync_grads else tensor.detach())
-        source = self._on_device(tensor, group).contiguous()
-        gather: Any = _Gather.apply if sync_grads else _gather
-        gathered: Tensor = gather(source if sync_grads else source.detach(), group)
-        return gathered.to(tensor.device)
+        return gather_tensor(self._on_device(tensor, group), group, sync_grads).to(tensor.device)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait on the host, and not behind what the devices have yet to do."""
@@ -326,6 +323,13 @@ _SENT = frozenset(
      torch.float64, torch.complex64, torch.complex128}
 )  # fmt: skip
 """What every backend sends as it is; of other dtypes the bytes are sent."""
+
+
+def gather_tensor(tensor: Tensor, group: Any | None, sync_grads: bool = False) -> Tensor:
+    """Gather a tensor of all ranks, with a new first dimension; ``sync_grads`` takes gradients back through it."""
+    source = tensor.contiguous()
+    gathered: Tensor = _Gather.apply(source, group) if sync_grads else _gather(source.detach(), group)  # type: ignore[no-untyped-call]
+    return gathered
 
 
 def _gather(tensor: Tensor, group: Any | None) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.summary.formatting import Totals, format_summary, not_counted
+from treadle.callbacks.summary.formatting import Totals, format_summary
 from treadle.callbacks.summary.layers import ModelSummary as Summary
-from treadle_fabric import check_integer, rank_zero_info
+from treadle_fabric import check_integer, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -45,7 +45,11 @@ class ModelSummary(Callback):
         parameters, trainable, size, modes, flops = summary.totals()
         self.summarize(summary.columns(), parameters, trainable, size, modes, flops, **self._summarize_kwargs)
         if n := summary.uninitialized_parameters:
-            rank_zero_info(not_counted(n))
+            rank_zero_warn(
+                f"The total number of parameters detected may be inaccurate because the model contains {n} instances of"
+                " `UninitializedParameter`, whose shape comes from the first batch. Set `self.example_input_array` to"
+                " have them counted."
+            )
 
     @staticmethod
     def summarize(

@@ -52,7 +52,7 @@ class Timer(Callback):
         super().__init__()
         if interval not in tuple(Interval):
             raise MisconfigurationException(f"Timer(interval={interval!r}): it must be 'step' or 'epoch'.")
-        parsed = parse_duration(duration, "Timer(duration)", zero=True)
+        parsed = parse_duration(duration, "Timer(duration)")
         self._duration = None if parsed is None else parsed.total_seconds()
         self._interval = Interval(interval)
         self._verbose = verbose

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from treadle.cli.checkpoint import add_checkpoint_commands
 from treadle.cli.plot import add_plot_command
 from treadle.cli.replay import add_replay_command
+from treadle.cli.run import add_run_command
 from treadle_fabric import TreadleError
 
 __all__ = ["main"]
@@ -21,11 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: The arguments after the command's name. Default: those of the process.
     """
-    parser = argparse.ArgumentParser("treadle", description="Tools for what Treadle's runs leave behind.")
+    parser = argparse.ArgumentParser(
+        "treadle", description="Programs of Lightning on Treadle, and tools for what runs leave behind."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_checkpoint_commands(commands)
     add_plot_command(commands)
     add_replay_command(commands)
+    add_run_command(commands)
     given = parser.parse_args(arguments)
     try:
         status: int = given.run(given)

@@ -42,6 +42,11 @@ class Table:
 
     def __init__(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         self._entries = entries
+        inside: dict[str, set[str]] = {}
+        for key in (key for key, entry in entries.items() if key and "instead" not in entry):
+            package, _, name = key.rpartition(".")
+            inside.setdefault(package, set()).add(name)
+        self._submodules = {package: frozenset(names) for package, names in inside.items()}
 
     def key(self, module: str) -> str | None:
         """What the table calls a module: ``pytorch_lightning.callbacks`` is ``pytorch.callbacks``.
@@ -59,6 +64,30 @@ class Table:
         """Return the module of Treadle that has the names of one of Lightning's; None: there is none."""
         key = self.key(module)
         return None if key is None else self._entries[key].get("home")
+
+    def instead(self, module: str) -> str | None:
+        """Return what to use instead of a module that Treadle does not have; None: it has the module."""
+        key = self.key(module)
+        return None if key is None else self._entries[key].get("instead")
+
+    def names(self, module: str) -> Mapping[str, str]:
+        """Return the names of a module of Lightning that Treadle has elsewhere than in the module's home."""
+        names: Mapping[str, str] = self._entry(module).get("names", {})
+        return names
+
+    def left_out(self, module: str) -> Mapping[str, str]:
+        """Return the names of a module of Lightning that Treadle does not have, and what to use instead of each."""
+        left_out: Mapping[str, str] = self._entry(module).get("left_out", {})
+        return left_out
+
+    def submodules(self, module: str) -> frozenset[str]:
+        """Return the names, in a module of Lightning, of the modules in it that Treadle has."""
+        key = self.key(module)
+        return frozenset() if key is None else self._submodules.get(key, frozenset())
+
+    def _entry(self, module: str) -> Mapping[str, Any]:
+        key = self.key(module)
+        return {} if key is None else self._entries[key]
 
     def find(self, module: str, name: str) -> Target | LeftOut | None:
         """Find an attribute of a module of Lightning.

@@ -21,6 +21,11 @@ def has_exact_length(loader: Any) -> bool:
     return isinstance(loader, (list, tuple))
 
 
+def is_empty(loader: Any) -> str:
+    """The beginning of a message about a loader that says that it has no batches."""
+    return f"Total length of `{type(loader).__name__}` across ranks is zero ({describe(loader)})"
+
+
 def describe(loader: Any) -> str:
     """The kind and size of a loader, for messages."""
     if isinstance(loader, DataLoader):

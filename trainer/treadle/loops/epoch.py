@@ -224,7 +224,7 @@ class TrainingEpoch:
         if 0 < self._step.idle == batches and self._run.first_time("idle"):
             where = " on rank 0" if self._run.fabric.world_size > 1 else ""  # each rank counts its own
             rank_zero_warn(
-                f"`training_step` had no loss for any of the {batches} batches of epoch"
+                f"`training_step` returned `None`, or no loss, for all {batches} batches of epoch"
                 f" {self._run.progress.epoch}{where}, so that nothing was learned from them: return the loss."
             )
 

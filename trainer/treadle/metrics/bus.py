@@ -20,6 +20,7 @@ from treadle_fabric import (
     compute_alone,
     forget_computed,
     infer_batch_size,
+    rank_zero_warn,
     with_plain_names,
 )
 
@@ -73,6 +74,7 @@ class Results:
         self.callbacks: Sequence[Any] = ()
         self.idle: set[int | None] = set()
         """The loaders of which this rank had no batch; None where there is one loader."""
+        self._told: set[str] = set()  # names that were asked to go to loggers, where there are none
 
     def belongs_to(self, module: LightningModule, callbacks: Sequence[Any] = ()) -> None:
         """Set the module whose values are logged here, and the callbacks, which may log through it."""
@@ -90,6 +92,12 @@ class Results:
                 for key, item in flatten_metrics(value, f"{name}/"):
                     self.log(module, key, item, options, batch_size)
                 return
+            if options[1] and name not in self._told and not module.trainer.loggers:  # asked for, not the default
+                self._told.add(name)
+                rank_zero_warn(
+                    f"You called `self.log({name!r}, ..., logger=True)` but have no logger configured: pass one to the"
+                    " Trainer, or leave out `logger=True`."
+                )
             slot = self._new_slot(name, LogOptions(*options))
         if isinstance(value, Tensor):
             if type(value) is not Tensor:

@@ -40,8 +40,8 @@ class _NotLogging:
         if module.fabric is None or module._trainer is not None:
             where = "without a Trainer or a Fabric" if module._trainer is None else "outside a run of its Trainer"
             rank_zero_warn(
-                f"`self.log({name!r}, ...)` was called {where}; the value is dropped. Log in a hook of a run, or after"
-                " `fabric.setup(module)`."
+                f"You are trying to `self.log({name!r}, ...)` {where}: the `self.trainer` reference is not registered,"
+                " and the value is dropped. Log in a hook of a run, or after `fabric.setup(module)`."
             )
         else:
             log_in_fabric(module.fabric, {name: value}, options)

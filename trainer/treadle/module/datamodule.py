@@ -40,14 +40,14 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         ...         return DataLoader(self.val, batch_size=64)
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "datamodule_hparams_type"
+    """The entries of a checkpoint with hyper-parameters. ``"datamodule_hparams_type"`` is Lightning's only."""
     trainer: Trainer | None = None
     """The trainer of the current run; ``None`` before the first."""
     name: str | None = None
     """A name of the data, for the user's own purposes."""
-    CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "datamodule_hyper_parameters"
-    CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "datamodule_hparams_name"
-    CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "datamodule_hparams_type"
-    """As in :class:`treadle.LightningModule`."""
     allow_zero_length_dataloader_with_multiple_devices: bool = False
     """Not needed: on several ranks, a rank without a batch is all right. Lightning refuses it unless this is True."""
     prepare_data_per_node: bool = True

@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["MODULE_HOOKS", "DataHooks", "ModuleHooks", "hook_arguments"]
+__all__ = ["MODULE_HOOKS", "CheckpointHooks", "DataHooks", "ModuleHooks", "hook_arguments"]
 
 _STAGE_HOOKS: Final = ("setup", "teardown")
 
@@ -107,7 +107,21 @@ class DataHooks:
         return batch
 
 
-class ModuleHooks(DataHooks, nn.Module):
+class CheckpointHooks:
+    """The hooks of a checkpoint, which modules have."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called before a checkpoint is written; add to it or change it in place.
+
+        Values of any kind may be added. Modules, functions and other objects that need a pickle come back only from a
+        load with ``weights_only=False``, and the first save says so.
+        """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called after a checkpoint was read, before weights are restored."""
+
+
+class ModuleHooks(DataHooks, CheckpointHooks, nn.Module):
     """The hooks of a :class:`~treadle.LightningModule`, in the order of a run."""
 
     def on_fit_start(self) -> None:
@@ -230,16 +244,6 @@ class ModuleHooks(DataHooks, nn.Module):
 
     def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Called when a prediction batch has ended; ``outputs`` is what ``predict_step`` returned."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called before a checkpoint is written; add to it or change it in place.
-
-        Values of any kind may be added. Modules, functions and other objects that need a pickle come back only from a
-        load with ``weights_only=False``, and the first save says so.
-        """
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Called after a checkpoint was read, before weights are restored."""
 
 
 def hook_arguments(declared_by: type, passed_before: int) -> dict[str, tuple[str, ...]]:

@@ -116,8 +116,9 @@ class HyperparametersMixin:
         for name, value in found.items():
             if isinstance(value, nn.Module):
                 rank_zero_warn(
-                    f"The hyperparameter {name!r} is an nn.Module: its weights are in the checkpoint's state_dict "
-                    f"already. Leave it out with self.save_hyperparameters(ignore=[{name!r}])."
+                    f"The hyperparameter {name!r} is an instance of `nn.Module` and is already saved during"
+                    f" checkpointing, in the state_dict. Leave it out with"
+                    f" self.save_hyperparameters(ignore=[{name!r}])."
                 )
         self.hparams.update(found)
         self.remove_ignored_hparams(ignored)  # another class of the hierarchy may have kept them

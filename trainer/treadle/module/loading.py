@@ -59,8 +59,10 @@ else:
 __all__ = [
     "class_only",
     "instantiate",
+    "literal",
     "load_datamodule_from_checkpoint",
     "load_module_from_checkpoint",
+    "read_hparams_file",
     "saved_hyperparameters",
 ]
 
@@ -129,9 +131,18 @@ def _module_from(
     with _lack_is_the_reason(hparams | kwargs):
         keys = load_module_state(module, state, strict=strict)
     if not strict:
-        for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
-            if names:
-                rank_zero_warn(f"{checkpoint_path} {kind} {', '.join(names)}.")
+        if keys.missing_keys:
+            rank_zero_warn(
+                f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}. They keep"
+                f" the values that the model was made with ({checkpoint_path})."
+            )
+        if keys.unexpected_keys:
+            rank_zero_warn(
+                f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}. They"
+                f" are not used ({checkpoint_path})."
+            )
+    if not state:
+        rank_zero_warn(f"The state dict in {str(checkpoint_path)!r} contains no parameters.")
     device = next((value.device for value in state.values() if isinstance(value, Tensor)), None)
     return module if device is None else module.to(device)
 
@@ -230,7 +241,7 @@ def _hparams_of(
     """The saved hyperparameters, the argument that held them all, and the object that was this argument."""
     name = checkpoint.get(f"{prefix}hparams_name")
     if hparams_file is not None:
-        return _read_hparams_file(str(hparams_file)), name, None
+        return read_hparams_file(str(hparams_file)), name, None
     hparams = checkpoint.get(f"{prefix}hyper_parameters") or {}
     hparams = vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams)
     return hparams, name, in_memory(checkpoint.get("treadle", {}).get(f"{prefix}hparams_object"))
@@ -316,7 +327,8 @@ def _as_declared(cls: type[Any], name: str, hparams: dict[str, Any], whole: Any)
     return whole if isinstance(whole, NotLoaded) else AttributeDict(hparams)
 
 
-def _read_hparams_file(path: str) -> dict[str, Any]:
+def read_hparams_file(path: str) -> dict[str, Any]:
+    """Read a ``.yaml`` or ``.csv`` file with hyper-parameters."""
     kind = path.rpartition(".")[2].lower()
     if kind not in ("yaml", "yml", "csv"):
         raise MisconfigurationException(f"hparams_file={path!r} is neither .yaml nor .csv.")
@@ -326,7 +338,7 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
         text = file.read()
     if kind == "csv":
         rows = list(csv.DictReader(text.splitlines()))
-        return {row["key"]: _literal(row["value"]) for row in rows}
+        return {row["key"]: literal(row["value"]) for row in rows}
     try:  # our own files: one `key: <json>` a line. A YAML reader would take 1e-05 in them for a string.
         lines = (line.partition(":") for line in text.splitlines() if line.strip() and not line.startswith("#"))
         return {key.strip(): json.loads(value) for key, _, value in lines}
@@ -338,7 +350,8 @@ def _read_hparams_file(path: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text) or {})
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """The value of a literal of Python; any other text as it is."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,19 @@ from torch.optim import Optimizer
 
 from treadle.metrics.sinks import NOT_LOGGING, MetricSink, log_in_fabric
 from treadle.metrics.values import flatten_metrics
-from treadle.module.export import export_to_onnx, export_to_torchscript
+from treadle.module.export import (
+    export_to_onnx,
+    export_to_tensorrt,
+    export_to_torchscript,
+    keep_run_out_of_graphs,
+    leave_alone,
+)
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
-from treadle.module.in_fabric import TrainerInFabric, clip_in_fabric, steps_in_fabric
+from treadle.module.in_fabric import TrainerInFabric
 from treadle.module.loading import class_only, load_module_from_checkpoint
 from treadle.module.modes import as_moved
+from treadle.module.optimizer import toggle, untoggle
 from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
@@ -33,10 +39,6 @@ STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 OptimizerLRScheduler: TypeAlias = (
     Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
 )
-
-
-_OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
-    profile toggle_optimizer untoggle_optimizer""".split()
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -53,12 +55,12 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     """Whether the trainer steps the optimizer. Set it to False, in ``__init__`` or in the class, if ``training_step``
     steps the optimizer."""
     _moved: Tensor | None = None
-    example_input_array: Any = None
-    """An input of ``forward``, for the graph, the summary and the export to ONNX."""
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
-    """Where a checkpoint has hyper-parameters, the argument that held them, and its type (in Lightning's only)."""
+    """The entries of a checkpoint with hyper-parameters. ``"hparams_type"`` is Lightning's only."""
+    example_input_array: Any = None
+    """An input of ``forward``, for the graph, the summary and exports."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -75,9 +77,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @property
     def trainer(self) -> Trainer:
         """The trainer that runs this module; in a Fabric loop what Fabric has of one; else a RuntimeError."""
+        if self._trainer is None and self._fabric is not None:
+            return TrainerInFabric(self, self._fabric)  # type: ignore[return-value]
         if self._trainer is None:
-            if self._fabric is not None:
-                return TrainerInFabric(self._fabric)  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`: `self.trainer` is there inside "
                 "fit, validate, test and predict, and after `fabric.setup`."
@@ -116,7 +118,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def _run_as(self, model: nn.Module) -> None:
         """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
         if model is not self:
-            _keep_run_out_of_graphs()
+            keep_run_out_of_graphs(LightningModule)
         self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
 
     @property
@@ -240,6 +242,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def configure_model(self) -> None:
         """Create layers here, rather than in ``__init__``, when they should be made on their device or sharded."""
+        self.configure_sharded_model()
+
+    def configure_sharded_model(self) -> None:
+        """The old name of :meth:`configure_model`, which takes its place."""
 
     def train_dataloader(self) -> Any:
         """Return the training batches: an iterable, or a list, tuple or dict of iterables."""
@@ -266,8 +272,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and hooks.
                 Default: True.
         """
-        if self._trainer is None and self._fabric is not None:
-            return steps_in_fabric(self, use_pl_optimizer)
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
 
@@ -339,10 +343,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         Raises:
             MisconfigurationException: the Trainer has another ``gradient_clip_val``, or the algorithm is unknown.
         """
-        if self._trainer is None and self._fabric is not None:
-            clip_in_fabric(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:
         """While entered, measure an action with the Trainer's profiler; without a Trainer nothing happens.
@@ -354,19 +355,11 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
-        mine = {p for group in optimizer.param_groups for p in group["params"]}
-        known = self._fabric_optimizers if self._trainer is None else self.trainer.optimizers
-        others = {p for other in known for group in other.param_groups for p in group["params"] if p not in mine}
-        self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
-        for p in others:
-            p.requires_grad_(False)
-        self.trainer.strategy.after_trainable_change()
+        toggle(self, optimizer)
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Put back what :meth:`toggle_optimizer` changed."""
-        for p, required in self._toggled.pop(_identity(optimizer), []):
-            p.requires_grad_(required)
-        self.trainer.strategy.after_trainable_change()
+        untoggle(self, optimizer)
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:
@@ -542,59 +535,60 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @torch.no_grad()
     def to_torchscript(
         self,
-        file_path: PathLike | None = None,
+        file_path: str | Path | None = None,
         method: str | None = "script",
         example_inputs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Compile to TorchScript, which PyTorch has deprecated: for new programs see :func:`torch.export.export`.
+        """Compile ``forward`` to TorchScript, in evaluation mode; afterwards every submodule has its mode again.
+
+        PyTorch has deprecated TorchScript: :func:`torch.export.export` takes its place.
 
         Args:
-            file_path: The file to write. Default: none.
-            method: "script" compiles ``forward`` and what it calls; "trace" records one call of ``forward``.
-            example_inputs: For "trace": an input of ``forward``, or a tuple. Default: ``example_input_array``.
+            file_path: The file or URL to write. Default: none.
+            method: "script" or "trace".
+            example_inputs: An input of ``forward`` for "trace". Default: ``example_input_array``.
             **kwargs: Passed to :func:`torch.jit.script` or :func:`torch.jit.trace`.
+
+        Returns:
+            The compiled module.
 
         Raises:
             MisconfigurationException: The method is unknown, or "trace" has no input.
         """
-        return export_to_torchscript(LightningModule, self, file_path, method, example_inputs, **kwargs)
+        return export_to_torchscript(self, file_path, method, example_inputs, **kwargs)
 
-    def to_tensorrt(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the package of TensorRT compiles exported programs itself."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.to_tensorrt: torch-tensorrt takes what PyTorch exports, with no need of the"
-            " module's help. Use `torch_tensorrt.dynamo.compile(torch.export.export(module.eval(), inputs), inputs)`,"
-            " or TensorRT's own reader with the file of `to_onnx`."
-        )
+    def to_tensorrt(
+        self,
+        file_path: Any = None,
+        input_sample: Any = None,
+        ir: Literal["default", "dynamo", "ts"] = "default",
+        output_format: Literal["exported_program", "torchscript"] = "exported_program",
+        retrace: bool = False,
+        default_device: str | torch.device = "cuda",
+        **compile_kwargs: Any,
+    ) -> Any:
+        """Compile ``forward`` with torch-tensorrt, in evaluation mode.
 
-    def configure_sharded_model(self) -> NoReturn:
-        """Refuse: the hook is called :meth:`configure_model`."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.configure_sharded_model is never called: `configure_model` makes layers where"
-            " they belong, sharded or not."
+        Args:
+            file_path: The file to write. Default: none.
+            input_sample: An input of ``forward``, or a list of them. Default: ``example_input_array``.
+            ir, **compile_kwargs: As for ``torch_tensorrt.compile``, which gives what is returned.
+            output_format, retrace: As for ``torch_tensorrt.save``.
+            default_device: The GPU that a module on another device is moved to.
+
+        Raises:
+            MisconfigurationException: There is no input, or no GPU.
+        """
+        return export_to_tensorrt(
+            self, file_path, input_sample, ir, output_format, retrace, torch.device(default_device), **compile_kwargs
         )
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         # a copy of the model is not a copy of its run
-        fresh: dict[str, Any] = {
-            "_trainer": None,
-            "_fabric": None,
-            "_fabric_optimizers": [],
-            "_metrics": NOT_LOGGING,
-            "_toggled": {},
-            "_compiled": None,
-        }
-        return {**state, **fresh}
+        nothing = dict.fromkeys(("_trainer", "_fabric", "_compiled"))
+        return {**state, **nothing, "_fabric_optimizers": [], "_metrics": NOT_LOGGING, "_toggled": {}}
 
 
-@functools.cache
-def _keep_run_out_of_graphs() -> None:
-    """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
-    for cls, name in [(FabricOptimizer, "step"), *((LightningModule, name) for name in _OF_THE_RUN)]:
-        setattr(cls, name, torch.compiler.disable(getattr(cls, name)))  # type: ignore[no-untyped-call]
-
-
-def _identity(optimizer: Optimizer) -> int:
-    return id(getattr(optimizer, "optimizer", optimizer))
+leave_alone(LightningModule)

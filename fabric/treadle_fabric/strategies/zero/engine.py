@@ -38,11 +38,12 @@ def require_deepspeed() -> None:
     require_package("deepspeed", "DeepSpeedStrategy", "deepspeed")
 
 
-def deepspeed_for(device: torch.device, level: int) -> Any:
+def deepspeed_for(device: torch.device, local_rank: int, level: int) -> Any:
     """Import DeepSpeed, for an accelerator, and let it use the process group that is there.
 
     Args:
         device: That of this process.
+        local_rank: That of this process, which is the number of a device without one of its own.
         level: From which level on DeepSpeed logs.
 
     Raises:
@@ -64,7 +65,7 @@ def deepspeed_for(device: torch.device, level: int) -> Any:
     with _without_compilation():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     _send_scalars()
-    _tell_local_rank(device.index or 0)
+    _tell_device(local_rank if device.index is None else device.index)
     return deepspeed
 
 
@@ -99,19 +100,21 @@ def _send_scalars() -> None:
     engine._broadcast_model, partition._zero_init_param = send_all, share_out_all
 
 
-@functools.cache
-def _tell_local_rank(rank: int) -> None:
-    """Let ZeRO 3 find the local rank also in a process that no launcher has started, and whose environment lacks it."""
-    for name in ("partition_parameters", "utils"):
-        module: Any = importlib.import_module(f"deepspeed.runtime.zero.{name}")
-        module.os = _WithLocalRank({"LOCAL_RANK": str(rank)})
+def _tell_device(number: int) -> None:
+    """Let DeepSpeed use one device, whatever started the process, and whichever of the devices the run has.
+
+    DeepSpeed takes the local rank for the number of the device, and reads it in the environment.
+    """
+    for name in ("engine", "zero.partition_parameters", "zero.utils"):
+        module: Any = importlib.import_module(f"deepspeed.runtime.{name}")
+        module.os = _WithVariables({"LOCAL_RANK": str(number), "OMPI_COMM_WORLD_LOCAL_RANK": str(number)})
 
 
-class _WithLocalRank:
-    """The module ``os``, with variables that the environment may lack."""
+class _WithVariables:
+    """The module ``os``, with some variables that win over the environment's."""
 
     def __init__(self, variables: dict[str, str]) -> None:
-        self.environ = ChainMap(os.environ, variables)
+        self.environ = ChainMap(variables, os.environ)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
@@ -130,20 +133,6 @@ def _without_compilation() -> Generator[None]:
         yield
     finally:
         backend.build_shm_op = before
-
-
-@contextmanager
-def local_rank_told(rank: int) -> Generator[None]:
-    """Tell DeepSpeed the local rank as its launcher does, by a variable of the environment."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(rank)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("LOCAL_RANK", None)
-        else:
-            os.environ["LOCAL_RANK"] = before
 
 
 class ZeroEngine(Module):
@@ -385,8 +374,6 @@ def start(
     optimizer: Optimizer | None,
     scheduler: Any | None,
     config: dict[str, Any],
-    device: torch.device,
-    local_rank: int,
 ) -> ZeroEngine:
     """Make the engine of a module.
 
@@ -396,20 +383,15 @@ def start(
         optimizer: Of its parameters; None: that of the config, if there is one.
         scheduler: A learning-rate scheduler that the engine steps; None: that of the config, if there is one.
         config: Whole.
-        device: That of this process.
-        local_rank: That of this process.
     """
-    index = local_rank if device.index is None else device.index
-    with local_rank_told(local_rank):
-        engine, *_ = deepspeed.initialize(
-            args=_Arguments(index),
-            model=module,
-            optimizer=optimizer,
-            model_parameters=list(trained(module)) if optimizer is None else None,
-            lr_scheduler=scheduler,
-            dist_init_required=False,
-            config=config,
-        )
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        model_parameters=list(trained(module)) if optimizer is None else None,
+        lr_scheduler=scheduler,
+        dist_init_required=False,
+        config=config,
+    )
     # without ZeRO, DeepSpeed's own way to clip fails at parameters without dimensions
     engine.clip_fp32_gradients = lambda: clip_grad_norm_(list(module.parameters()), engine.gradient_clipping())
     return ZeroEngine(engine, module)
@@ -418,10 +400,3 @@ def start(
 def trained(module: Module) -> Iterator[Tensor]:
     """The parameters that require a gradient."""
     return (p for p in module.parameters() if p.requires_grad)
-
-
-class _Arguments:
-    """What DeepSpeed takes for a command line: the number of the device."""
-
-    def __init__(self, device_rank: int) -> None:
-        self.device_rank = device_rank

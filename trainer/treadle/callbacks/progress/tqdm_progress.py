@@ -204,9 +204,7 @@ class TQDMProgressBar(TimedProgressBar):
         MisconfigurationException: ``refresh_rate`` is no integer or negative.
     """
 
-    BAR_FORMAT: ClassVar[str] = (
-        "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
-    )
+    BAR_FORMAT: ClassVar[str] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
     """The parts of a bar, as tqdm's ``bar_format``; a subclass may set others. Without that, tqdm chooses them."""
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
@@ -247,32 +245,32 @@ class TQDMProgressBar(TimedProgressBar):
         """The tqdm bar of training."""
         return self._line("train")
 
+    @train_progress_bar.setter
+    def train_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line("train", bar)
+
     @property
     def val_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of validation, or of the sanity check while that runs."""
         return self._line(self._val_stage)
+
+    @val_progress_bar.setter
+    def val_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line(self._val_stage, bar)
 
     @property
     def test_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of testing."""
         return self._line("test")
 
+    @test_progress_bar.setter
+    def test_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line("test", bar)
+
     @property
     def predict_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of prediction."""
         return self._line("predict")
-
-    @train_progress_bar.setter
-    def train_progress_bar(self, bar: tqdm[Any]) -> None:
-        self._set_line("train", bar)
-
-    @val_progress_bar.setter
-    def val_progress_bar(self, bar: tqdm[Any]) -> None:
-        self._set_line(self._val_stage, bar)
-
-    @test_progress_bar.setter
-    def test_progress_bar(self, bar: tqdm[Any]) -> None:
-        self._set_line("test", bar)
 
     @predict_progress_bar.setter
     def predict_progress_bar(self, bar: tqdm[Any]) -> None:

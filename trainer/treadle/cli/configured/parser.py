@@ -11,13 +11,13 @@ from torch import device
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from treadle import __version__, callbacks, loggers
+from treadle import callbacks, loggers
 from treadle.callbacks import Callback
 from treadle.cli.configured.explain import explain
 from treadle.cli.configured.types import LRSchedulerTypeTuple, ReduceLROnPlateau
 from treadle.module import LightningDataModule, LightningModule
 from treadle.trainer import Trainer
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, __version__
 
 __all__ = ["AUTOMATIC", "LightningArgumentParser", "class_paths"]
 

@@ -1,8 +1,12 @@
-"""Strategies, where users of a trainer look for them."""
+"""Strategies, where users of a trainer look for them.
+
+Every name is a re-export of ``treadle_fabric.strategies``; ``StrategyRegistry`` has the names of strategies.
+"""
 
 from typing import TYPE_CHECKING
 
 from treadle_fabric import on_demand
+from treadle_fabric.strategies import STRATEGY_REGISTRY as StrategyRegistry
 from treadle_fabric.strategies import (
     DDPStrategy,
     ParallelStrategy,
@@ -29,6 +33,7 @@ __all__ = [
     "SingleDeviceStrategy",
     "SingleDeviceXLAStrategy",
     "Strategy",
+    "StrategyRegistry",
     "XLAFSDPStrategy",
     "XLAStrategy",
 ]
@@ -46,5 +51,16 @@ if not TYPE_CHECKING:  # which tell of any other name
                 "XLAStrategy",
             ),
             "treadle_fabric.strategies",
+        ),
+        submodules=(
+            "ddp",
+            "deepspeed",
+            "fsdp",
+            "model_parallel",
+            "parallel",
+            "single_device",
+            "single_xla",
+            "strategy",
+            "xla",
         ),
     )

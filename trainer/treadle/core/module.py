@@ -1,0 +1,5 @@
+"""The module, where users of a trainer look for it."""
+
+from treadle.module.module import LightningModule
+
+__all__ = ["LightningModule"]
