@@ -10,6 +10,7 @@
     |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
     |   +-- MissingArgumentError         a constructor needs an argument that nobody gave (also a TypeError)
     |   +-- NoSuchNameError              an object has nothing of that name (also an AttributeError)
+    |   +-- NotLaunchedError             processes work together that nobody started (also a RuntimeError)
     |   +-- NothingThereError            the first of none was asked for (also an IndexError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
@@ -57,6 +58,7 @@ __all__ = [
     "NoModuleError",
     "NoSuchNameError",
     "NonFiniteError",
+    "NotLaunchedError",
     "NothingThereError",
     "ProcessFailedError",
     "RemovedHookError",
@@ -120,6 +122,10 @@ class MissingArgumentError(MisconfigurationException, TypeError):
 
 class NoSuchNameError(MisconfigurationException, AttributeError):
     """An object has no attribute or method of the name that was given."""
+
+
+class NotLaunchedError(MisconfigurationException, RuntimeError):
+    """A method in which all processes take part was called before these were started."""
 
 
 class NothingThereError(MisconfigurationException, IndexError):
