@@ -105,6 +105,7 @@ from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set
 from treadle_fabric.rank_zero import (
     PossibleUserWarning,
     disable_possible_user_warnings,
+    filter_warnings_as,
     rank_prefixed_message,
     rank_zero_debug,
     rank_zero_deprecation,
@@ -261,6 +262,7 @@ __all__ = [
     "end_run",
     "engine_of",
     "estimate",
+    "filter_warnings_as",
     "find_free_port",
     "find_usable_cuda_devices",
     "first_failure",

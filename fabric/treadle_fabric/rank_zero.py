@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import warnings
 from itertools import count
@@ -23,6 +24,7 @@ __all__ = [
     "PossibleUserWarning",
     "WarningCache",
     "disable_possible_user_warnings",
+    "filter_warnings_as",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",
@@ -50,6 +52,29 @@ def disable_possible_user_warnings(module: str = "") -> None:
             in all.
     """
     warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)
+
+
+_filtered_as: list[str] = []
+
+
+def filter_warnings_as(*modules: str) -> None:
+    """Let filters that ignore warnings of these modules hold for the warnings of Treadle, too.
+
+    A warning of Treadle is otherwise one of the user's module that led to it.
+    """
+    _filtered_as.extend(modules)
+
+
+def _is_ignored(message: str, category: type[Warning]) -> bool:
+    """Whether the filter that decides on a warning is one for the modules of :func:`filter_warnings_as`."""
+    for action, text, kind, module, _ in warnings.filters:
+        if not issubclass(category, kind) or not (text is None or re.match(text, message)):
+            continue
+        if module is None:
+            return False  # a filter for all modules, which `warnings.warn` finds itself
+        if any(re.match(module, name) for name in _filtered_as):
+            return action == "ignore"
+    return False
 
 
 def _rank_from_environment() -> int:
@@ -89,6 +114,8 @@ if getattr(rank_zero_only, "rank", None) is None:
 
 def warn_user(message: str | Warning, category: type[Warning] = UserWarning) -> None:
     """Issue a warning that points to the line of the user's code that led to it."""
+    if _filtered_as and _is_ignored(str(message), type(message) if isinstance(message, Warning) else category):
+        return
     for stacklevel in count(2):
         try:
             module = str(sys._getframe(stacklevel - 1).f_globals.get("__name__", ""))

@@ -225,7 +225,8 @@ def test_validation_runs_when_it_should_and_restores_every_mode(tmp_path: Path) 
         def on_train_start(self) -> None:
             self.frozen.eval()
 
-    trainer(tmp_path, max_epochs=2, val_check_interval=2).fit(Frozen(), loader(10), loader(4))
+    with pytest.warns(UserWarning, match=r"Found 1 module\(s\) in eval mode at the start of training.*: frozen"):
+        trainer(tmp_path, max_epochs=2, val_check_interval=2).fit(Frozen(), loader(10), loader(4))
     assert seen == [(0, 2), (0, 4), (1, 7), (1, 9)]
 
 
@@ -280,7 +281,7 @@ def test_the_shuffle_is_off_when_overfitting(tmp_path: Path) -> None:
             seen.extend(batch[:, 0].tolist())
             return self.loss(batch)
 
-    with pytest.warns(UserWarning, match="turns off the shuffling"):
+    with pytest.warns(UserWarning, match="requested to overfit but enabled train dataloader shuffling"):
         trainer(tmp_path, overfit_batches=2, max_epochs=2).fit(Watching(), loader(8, shuffle=True))
     assert seen == [0, 1, 2, 3] * 2
 

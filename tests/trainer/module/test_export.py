@@ -95,7 +95,6 @@ def test_torch_export_takes_modules_and_steps_that_log(attached: bool, tmp_path:
     assert torch.equal(step.module()(x), model.loss(x))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit")  # torch says that it is deprecated
 @pytest.mark.parametrize("method", ["script", "trace"])
 @pytest.mark.parametrize("attached", [False, True])
 def test_torchscript_computes_what_the_module_does_in_evaluation_mode(
@@ -115,7 +114,9 @@ def test_torchscript_computes_what_the_module_does_in_evaluation_mode(
     compiled = model.to_torchscript(tmp_path / "net.pt", method)
     assert model.training and model.dropout.training and not model.frozen.training
     assert isinstance(compiled, torch.jit.ScriptModule)
-    for found in (compiled, torch.jit.load(str(tmp_path / "net.pt"))):
+    with pytest.warns(DeprecationWarning, match="torch.jit.load"):
+        loaded = torch.jit.load(tmp_path / "net.pt")
+    for found in (compiled, loaded):
         assert torch.equal(found(x), model.eval()(x))
 
 

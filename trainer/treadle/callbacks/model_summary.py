@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.summary.formatting import Totals, format_summary
 from treadle.callbacks.summary.layers import ModelSummary as Summary
-from treadle_fabric import check_integer, rank_zero_info, rank_zero_warn
+from treadle_fabric import check_integer, rank_zero_info
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -44,12 +44,6 @@ class ModelSummary(Callback):
         # one by one, so that a command line takes for arguments of this class only what it has beyond these
         parameters, trainable, size, modes, flops = summary.totals()
         self.summarize(summary.columns(), parameters, trainable, size, modes, flops, **self._summarize_kwargs)
-        if n := summary.uninitialized_parameters:
-            rank_zero_warn(
-                f"The total number of parameters detected may be inaccurate because the model contains {n} instances of"
-                " `UninitializedParameter`, whose shape comes from the first batch. Set `self.example_input_array` to"
-                " have them counted."
-            )
 
     @staticmethod
     def summarize(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from treadle.cli.checkpoint import add_checkpoint_commands
+from treadle.cli.migrate import add_migrate_command
 from treadle.cli.plot import add_plot_command
 from treadle.cli.replay import add_replay_command
 from treadle.cli.run import add_run_command
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_checkpoint_commands(commands)
+    add_migrate_command(commands)
     add_plot_command(commands)
     add_replay_command(commands)
     add_run_command(commands)

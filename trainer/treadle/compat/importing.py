@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from treadle.compat.messages import govern_messages
 from treadle.compat.table import LIGHTNING, PACKAGES, LeftOut, Target, table
 from treadle_fabric import LeftOutError, MisconfigurationException, left_out
 
@@ -43,7 +44,8 @@ def replace_lightning() -> None:
             )
     if _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
-        _put_first(SHIM)
+        govern_messages()
+    _put_first(SHIM)
     for name in there:
         if not isinstance(sys.modules[name], _Module):
             del sys.modules[name]
@@ -93,11 +95,15 @@ class _Loader(importlib.abc.Loader):
             importlib.import_module(table().home(module.__name__) or "treadle")
 
 
+_replaced: dict[tuple[str, str], Any] = {}  # what attributes of Treadle were that programs have set
+
+
 class _Module(ModuleType):
     """A module of Lightning: each of its attributes is looked up in Treadle when it is asked for.
 
     It keeps nothing itself, so what a program sets on it, ``monkeypatch`` for example, is set in the module of Treadle
-    that has the name, and is seen by the code there and under all other names.
+    that has the name, and is seen by the code there and under all other names. Such an attribute, when deleted, is
+    what it was before, as of a module whose attributes ``__getattr__`` finds.
     """
 
     def __init__(self, name: str) -> None:
@@ -105,16 +111,21 @@ class _Module(ModuleType):
         vars(self)["__getattr__"] = left_out(name, table().left_out(name), functools.partial(_look_up, self))
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__version__":
+            return  # which the import system sets to the module of that name
         place = None if _of_import_system(self, name) else _place(self, name)
         if place is None:
             super().__setattr__(name, value)
         else:
+            _replaced.setdefault((place[0].__name__, place[1]), getattr(*place))
             setattr(*place, value)
 
     def __delattr__(self, name: str) -> None:
         place = None if name in vars(self) else _place(self, name)
         if place is None:
             super().__delattr__(name)
+        elif (key := (place[0].__name__, place[1])) in _replaced:
+            setattr(*place, _replaced.pop(key))
         else:
             delattr(*place)
 
@@ -165,8 +176,7 @@ def _find(module: str, name: str) -> Target | LeftOut | None:
 def _public(module: ModuleType) -> list[str]:
     """The names that ``import *`` takes from a module of Lightning."""
     known = table()
-    names = {name for name in known.names(module.__name__) if not name.startswith("_")}
+    names = set(known.names(module.__name__))
     if (home := known.home(module.__name__)) is not None:
-        there = importlib.import_module(home)
-        names |= set(getattr(there, "__all__", ())) - set(known.left_out(module.__name__))
-    return sorted(names)
+        names.update(getattr(importlib.import_module(home), "__all__", ()))
+    return sorted(name for name in names if not name.startswith("_") and name not in known.left_out(module.__name__))

@@ -51,7 +51,10 @@ class TrainingData:
         loader, parts = self._share_out(parts)
         length = sized_len(loader)
         if length == 0 and fabric.world_size == 1:
-            rank_zero_warn(f"{is_empty(parts[0])}: nothing is trained. Give it more samples, or drop_last=False.")
+            rank_zero_warn(
+                f"{is_empty(parts[0])}: nothing is trained. Give it more samples, a smaller batch_size, or"
+                " drop_last=False."
+            )
         elif length == 0:
             raise MisconfigurationException(
                 f"train_dataloaders is empty: {describe(parts[0])} gives no batch on rank {fabric.global_rank}."

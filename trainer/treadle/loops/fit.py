@@ -104,7 +104,7 @@ def _tell_of_evaluation_mode(module: LightningModule) -> None:
         rank_zero_warn(
             f"Found {len(names)} module(s) in eval mode at the start of training, which stay so, so that their dropout"
             f" and batch norm do not train: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Call `train()`"
-            " before fit if that is not meant; freeze them (`requires_grad_(False)`) if it is.",
+            " before fit if that is not meant.",
             category=PossibleUserWarning,
         )
 

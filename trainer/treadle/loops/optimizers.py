@@ -211,8 +211,8 @@ def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
 def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     if "optimizer" not in entry:
         raise MisconfigurationException(
-            "configure_optimizers returned a dict without the key 'optimizer': add it."
-            + _hint_of(set(entry) - _OPTIMIZER_KEYS, ["optimizer"])
+            f"configure_optimizers returned a dict without the key 'optimizer', with {', '.join(map(repr, entry))}: add"
+            f" it.{_hint_of(set(entry) - _OPTIMIZER_KEYS, ['optimizer'])}"
         )
     _tell_of_keys("optimizer configuration", set(entry) - _OPTIMIZER_KEYS, _OPTIMIZER_KEYS)
     found = entry.get("lr_scheduler")
@@ -253,7 +253,8 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
     unknown = set(given) - _KEYS
     if "scheduler" not in given:
         raise MisconfigurationException(
-            "A scheduler configuration has no key 'scheduler': add it." + _hint_of(unknown, ["scheduler"])
+            f"A scheduler configuration has no key 'scheduler', and {', '.join(map(repr, given))}: add it."
+            f"{_hint_of(unknown, ['scheduler'])}"
         )
     _tell_of_keys("lr scheduler dict", unknown, _KEYS)
     if not module.automatic_optimization and (idle := sorted(given.keys() & _IDLE_BY_HAND)):

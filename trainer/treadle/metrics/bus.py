@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from treadle.contracts import LightningModule
 from treadle.metrics.options import GivenOptions, LogOptions, read_options
 from treadle.metrics.slot import Slot, stack
-from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, step_value, whole
+from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, scalar_on, step_value, whole
 
 __all__ = ["Results"]
 
@@ -308,9 +308,14 @@ class Results:
                 out.update(entries)
                 if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
                     weight = samples if slot.reduce == "mean" else 1.0
-                    rows += [(name, slot.reduce, value * weight if weight else 0.0, weight) for name, value in entries]
+                    for name, value in entries:
+                        exact = scalar_on(value if weight else 0.0, torch.float64, self._fabric.device)
+                        rows.append((name, slot.reduce, exact * weight, weight))
         if distributed:
-            out.update(reduce_over_ranks(self._fabric, rows).values)
+            for name, value in reduce_over_ranks(self._fabric, rows).values.items():
+                mine = out.get(name)
+                single = isinstance(mine, Tensor) and mine.dtype != torch.float64
+                out[name] = value.to(torch.float32) if single else value
         return out
 
     def _samples(self) -> float:
@@ -338,7 +343,7 @@ class Results:
                 elif callable(slot.reduce):
                     rows.append((name, "gather", slot.values, 0.0))
                 else:
-                    rows.append((name, slot.reduce, 0.0 if slot.total is None else slot.total, slot.weight))
+                    rows.append((name, slot.reduce, slot.sum, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows, self._tell) if distributed else Reduced()
         values = dict(reduced.values)
         slots.update(self._of_others(reduced, {row[0] for row in rows}))
@@ -355,8 +360,8 @@ class Results:
                 value = slot.compute()
             if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.reshape(())
-                if value.dtype == torch.float64 and slot.metric is None:
-                    value = value.to(torch.get_default_dtype())
+                if slot.metric is None:
+                    value = value.to(slot.dtype)
             found.append((slot, value))
         return found
 

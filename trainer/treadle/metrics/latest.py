@@ -149,4 +149,11 @@ class CallbackMetrics(dict[str, Tensor]):
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: v if isinstance(v, Tensor) else torch.tensor(float(v), device="cpu") for n, v in values.items()}
+    """Return the values as tensors, of torch's default dtype where they are of 16 bits or whole numbers."""
+    wide, default = (torch.float32, torch.float64), torch.get_default_dtype()
+    return {
+        name: (value if value.dtype in wide else value.to(default))
+        if isinstance(value, Tensor)
+        else torch.tensor(float(value), device="cpu")
+        for name, value in values.items()
+    }

@@ -98,7 +98,8 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
         totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
         match how:
             case "mean":
-                out[name] = totals.sum() / weights.sum()
+                rounded = totals.sum().to(total.dtype if isinstance(total, Tensor) else torch.float32)
+                out[name] = rounded / weights.sum()
             case "sum":
                 out[name] = totals.sum()
             case "count":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -48,18 +49,18 @@ def export_to_torchscript(
     """Compile the ``forward`` of a module; see :meth:`LightningModule.to_torchscript`."""
     if method not in ("script", "trace"):
         raise MisconfigurationException(f"to_torchscript(method={method!r}): `method` is 'script' or 'trace'.")
-    if method == "trace":
-        sample = _input_of(module, example_inputs, "to_torchscript(method='trace')", "example_inputs")
-        with _compiling(module):
-            compiled = torch.jit.trace(module, sample, **kwargs)  # type: ignore[no-untyped-call]
-    else:
-        with _compiling(module):
-            compiled = torch.jit.script(module, **kwargs)
-    if file_path is not None:
-        import fsspec  # heavy
+    traced = method == "trace"
+    sample = _input_of(module, example_inputs, "to_torchscript(method='trace')", "example_inputs") if traced else None
+    with _compiling(module), warnings.catch_warnings():
+        # the caller has chosen what PyTorch calls deprecated
+        warnings.filterwarnings("ignore", "`torch.jit.*deprecated", DeprecationWarning)
+        compile_: Any = partial(torch.jit.trace, example_inputs=sample) if traced else torch.jit.script
+        compiled = compile_(module, **kwargs)
+        if file_path is not None:
+            import fsspec  # heavy
 
-        with fsspec.open(str(file_path), "wb") as file:
-            torch.jit.save(compiled, file)
+            with fsspec.open(str(file_path), "wb") as file:
+                torch.jit.save(compiled, file)
     return compiled
 
 
@@ -129,7 +130,7 @@ def leave_alone(cls: Any) -> None:
     cls.__jit_ignored_attributes__ = [*properties, *cls.__annotations__]
 
 
-@functools.cache
+@cache
 def keep_run_out_of_graphs(cls: type[nn.Module]) -> None:
     """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
     for owner, name in [(FabricOptimizer, "step"), *((cls, name) for name in _OF_THE_RUN)]:

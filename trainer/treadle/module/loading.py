@@ -141,7 +141,7 @@ def _module_from(
                 f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}. They"
                 f" are not used ({checkpoint_path})."
             )
-    if not state:
+    if not state and module.state_dict():
         rank_zero_warn(f"The state dict in {str(checkpoint_path)!r} contains no parameters.")
     device = next((value.device for value in state.values() if isinstance(value, Tensor)), None)
     return module if device is None else module.to(device)

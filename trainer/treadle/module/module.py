@@ -54,11 +54,11 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     automatic_optimization: bool = True
     """Whether the trainer steps the optimizer. Set it to False, in ``__init__`` or in the class, if ``training_step``
     steps the optimizer."""
-    _moved: Tensor | None = None
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
-    """The entries of a checkpoint with hyper-parameters. ``"hparams_type"`` is Lightning's only."""
+    """Where a checkpoint has hyper-parameters, the argument that held them, and its type (in Lightning's only)."""
+    _moved: Tensor | None = None
     example_input_array: Any = None
     """An input of ``forward``, for the graph, the summary and exports."""
 
@@ -414,23 +414,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             MisconfigurationException: nothing can be logged in this hook, the value is no scalar, or the name was
                 logged in this hook with other options.
         """
-        self._metrics.log(
-            self,
-            name,
-            value,
-            (
-                prog_bar,
-                logger,
-                on_step,
-                on_epoch,
-                reduce_fx,
-                enable_graph,
-                sync_dist,
-                add_dataloader_idx,
-                rank_zero_only,
-            ),
-            batch_size,
-        )
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
+        )  # fmt: skip
+        self._metrics.log(self, name, value, options, batch_size)
 
     def log_dict(
         self,
@@ -524,7 +511,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 have the weights in the same file.
 
         Returns:
-            What :func:`torch.onnx.export` returns: a ``torch.onnx.ONNXProgram``.
+            A ``torch.onnx.ONNXProgram``.
 
         Raises:
             MisconfigurationException: There is no input.
@@ -535,14 +522,12 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @torch.no_grad()
     def to_torchscript(
         self,
-        file_path: str | Path | None = None,
+        file_path: PathLike | None = None,
         method: str | None = "script",
         example_inputs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Compile ``forward`` to TorchScript, in evaluation mode; afterwards every submodule has its mode again.
-
-        PyTorch has deprecated TorchScript: :func:`torch.export.export` takes its place.
+        """Compile ``forward`` to TorchScript, in evaluation mode; :func:`torch.export.export` takes its place.
 
         Args:
             file_path: The file or URL to write. Default: none.
@@ -576,9 +561,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             ir, **compile_kwargs: As for ``torch_tensorrt.compile``, which gives what is returned.
             output_format, retrace: As for ``torch_tensorrt.save``.
             default_device: The GPU that a module on another device is moved to.
-
-        Raises:
-            MisconfigurationException: There is no input, or no GPU.
         """
         return export_to_tensorrt(
             self, file_path, input_sample, ir, output_format, retrace, torch.device(default_device), **compile_kwargs

@@ -12,7 +12,7 @@ from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.metrics.bus import Results
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
-from treadle.module.overriding import check_signature, overrides
+from treadle.module.overriding import by_name, check_signature, overrides, without_last
 from treadle.profilers.profiler import Profiler, timed
 from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle_fabric import (
@@ -123,7 +123,8 @@ class Dispatch:
         self._table.clear()
         self._fill(reorder_callbacks(callbacks))
         for callback in added:
-            self.run("setup", callback.setup, self._trainer, self._module, stage)
+            if callback.setup is not None:
+                self.run("setup", by_name(callback.setup, 2, "stage"), self._trainer, self._module, stage)
             if (state := self._states.pop(callback.state_key, None)) is not None:
                 callback.load_state_dict(state)
         return True
@@ -158,15 +159,12 @@ class Dispatch:
             last: list[Callable[..., Any]] = []
             for callback in callbacks if name in CALLBACK_HOOKS else ():
                 if overrides(callback, name, Callback):
-                    method = getattr(callback, name)
-                    check_signature(
-                        method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
-                    )
+                    arguments = ("trainer", "pl_module", *CALLBACK_HOOKS[name])
+                    method = _callable(getattr(callback, name), name, arguments, type(callback).__qualname__)
                     late = callback.__class__.monitors and name in _AFTER_MODULE
                     (last if late else first).append(self._timed(partial(method, trainer, module), name, callback))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
-                method = getattr(module, name)
-                check_signature(method, name, MODULE_HOOKS[name], type(module).__qualname__)
+                method = _callable(getattr(module, name), name, MODULE_HOOKS[name], type(module).__qualname__)
                 first.append(self._timed(method, name, module))
             if name == "on_train_epoch_end":
                 self._table[MONITORS] = tuple(last)
@@ -213,6 +211,19 @@ class Dispatch:
             return function(*args, **kwargs)
         finally:
             results.hook = before
+
+
+def _callable(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> Callable[..., Any]:
+    """Return a user's hook as a function of exactly ``arguments``.
+
+    A stage is given by name; a hook of an evaluation's batches may leave out ``dataloader_idx``.
+    """
+    if name in ("setup", "teardown"):
+        method = by_name(method, len(arguments) - 1, "stage")
+    if arguments[-1:] == ("dataloader_idx",) and (shorter := without_last(method, arguments)) is not None:
+        return shorter
+    check_signature(method, name, arguments, owner)
+    return method
 
 
 def action_of(owner: object, name: str) -> str:

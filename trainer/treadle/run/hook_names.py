@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator, Mapping
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, Final
 
 from torch import nn
@@ -47,7 +47,7 @@ _FORMER: Final = {
 """Hooks that Lightning had before 2.0, and passes over, with the method that takes their work."""
 _SAME_WORD: Final = {
     "val": "validation", "valid": "validation", "validate": "validation", "training": "train", "testing": "test",
-    "prediction": "predict", "predicting": "predict", "optim": "optimizer",
+    "prediction": "predict", "predicting": "predict", "optim": "optimizer", "begin": "start",
 }  # fmt: skip
 _STEPS: Final = ("training_step", "validation_step", "test_step", "predict_step")
 _CONFIGURES: Final = (
@@ -105,14 +105,14 @@ def tell_of_near_names(*objects: object) -> None:
         if obj is None or (ref is not None and ref() is obj):
             continue
         _told[id(obj)] = weakref.ref(obj, partial(_forget, id(obj)))
-        kinds = [kind for kind in _CALLED if isinstance(obj, kind)]
+        kinds = tuple(kind for kind in _CALLED if isinstance(obj, kind))
         for cls, name, method in _methods(obj):
             if not kinds or name.startswith("_") or not inspect.isroutine(method):
                 continue
             if any(hasattr(kind, name) for kind in kinds) or hasattr(nn.Module, name):
                 continue
             hook, reason = _meant(name, kinds)
-            if hook and not any(overrides(obj, hook, kind) for kind in kinds):
+            if hook and (hook == name or not any(overrides(obj, hook, kind) for kind in kinds)):
                 rank_zero_warn(f"`{cls.__qualname__}.{name}` is never called{reason}", category=PossibleUserWarning)
 
 
@@ -127,7 +127,8 @@ def _methods(obj: object) -> Iterator[tuple[type, str, Any]]:
             yield from ((cls, name, found) for name, found in vars(cls).items())
 
 
-def _meant(name: str, kinds: list[type]) -> tuple[str, str]:
+@lru_cache(4096)
+def _meant(name: str, kinds: tuple[type, ...]) -> tuple[str, str]:
     """The hook that a method may be meant for, and how the warning ends; empty where there is none."""
     called = [hook for kind in kinds for hook in _CALLED[kind]]
     others = [kind for kind in _CALLED if name.startswith("on_") and name in _CALLED[kind]]
@@ -142,29 +143,28 @@ def _meant(name: str, kinds: list[type]) -> tuple[str, str]:
 
 def _nearest(name: str, hooks: tuple[str, ...]) -> str:
     """The hook that a name is nearly: the same words in another form, or one letter beside."""
-    words = _words(name)
-    joined = "".join(words)
+    forms, words = _forms(name), name.lower().strip("_").split("_")
     for hook, known in _known(hooks):
-        if joined == "".join(known):
+        if known & forms:
             return hook
-    for hook, known in _known(hooks):
-        if len(known) != len(words):
-            continue
-        unlike = [(a, b) for a, b in zip(words, known, strict=True) if a != b]
-        if len(unlike) == 1 and _one_edit(*unlike[0]):
+    for hook in hooks:
+        pairs = zip(words, hook.split("_"), strict=False)
+        unlike = [(one, other) for one, other in pairs if one != other]
+        if len(words) == hook.count("_") + 1 and len(unlike) == 1 and _one_edit(*unlike[0]):
             return hook
     return ""
 
 
 @cache
-def _known(hooks: tuple[str, ...]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return tuple((hook, _words(hook)) for hook in hooks)
+def _known(hooks: tuple[str, ...]) -> tuple[tuple[str, set[str]], ...]:
+    return tuple((hook, _forms(hook)) for hook in hooks)
 
 
-def _words(name: str) -> tuple[str, ...]:
-    """The words of a name, with synonyms and plurals made one."""
-    words = [_SAME_WORD.get(word, word) for word in name.lower().split("_") if word]
-    return tuple(word[:-1] if len(word) > 3 and word.endswith("s") else word for word in words)
+def _forms(name: str) -> set[str]:
+    """The letters of a name, as they are, and with synonyms and plurals made one."""
+    words = name.lower().split("_")
+    same = [_SAME_WORD.get(word, word) for word in words]
+    return {"".join(words), "".join(word[:-1] if len(word) > 3 and word.endswith("s") else word for word in same)}
 
 
 def _one_edit(one: str, other: str) -> bool:

@@ -16,6 +16,7 @@ from treadle.loops.inference import replace_inference_tensors
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
+from treadle.module.overriding import takes_names
 from treadle.profilers import Profiler
 from treadle.run.dispatch import Dispatch
 from treadle.run.progress import FitProgress
@@ -126,7 +127,7 @@ class Session:
                 dispatch.run("prepare_data", owner.prepare_data)
         patient_barrier("prepare_data")
         if self.datamodule is not None:
-            dispatch.run("setup", self.datamodule.setup, fn.value)
+            self._run_stage_hook(dispatch, "setup", fn.value)
         dispatch.call("setup", fn.value)
         with self._fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
@@ -138,6 +139,12 @@ class Session:
             assembly.sync_layers(module, settings.layer_sync, self._fabric.accelerator)
             self._undo.append(partial(settings.layer_sync.revert, module))
         return run
+
+    def _run_stage_hook(self, dispatch: Dispatch, name: str, stage: str) -> None:
+        """Call ``setup`` or ``teardown`` of the data module."""
+        method = getattr(self.datamodule, name)
+        named = takes_names(method, 0, "stage")
+        dispatch.run(name, method, *(() if named else (stage,)), **({"stage": stage} if named else {}))
 
     def _begin_profiling(self, profiler: Profiler) -> Profiler | None:
         """Begin to measure; returns the profiler, None where it measures nothing."""
@@ -184,7 +191,7 @@ class Session:
         if fn is TrainerFn.FITTING:
             run.dispatch.call("on_fit_end")
         if run.datamodule is not None:
-            run.dispatch.run("teardown", run.datamodule.teardown, fn.value)
+            self._run_stage_hook(run.dispatch, "teardown", fn.value)
         run.dispatch.call("teardown", fn.value)
         for logger in run.loggers:
             logger.finalize("success")

@@ -1,0 +1,60 @@
+"""One program, rewritten."""
+
+from __future__ import annotations
+
+import libcst as cst
+from libcst.metadata import MetadataWrapper, ScopeProvider
+
+from treadle.compat.migrate.findings import Migrated
+from treadle.compat.migrate.names import names
+from treadle.compat.migrate.older import older
+from treadle.compat.migrate.python.bindings import Bindings
+from treadle.compat.migrate.python.imports import Imports
+from treadle.compat.migrate.python.outdated import Heirs, Outdated, heirs
+from treadle.compat.migrate.python.rewriting import Rewriting
+from treadle.compat.migrate.python.uses import Uses
+from treadle_fabric import MisconfigurationException
+
+__all__ = ["migrate_source"]
+
+
+def migrate_source(text: str, known: Heirs | None = None) -> Migrated:
+    """Rewrite a program for Lightning as one for Treadle.
+
+    Args:
+        text: The program. Its line endings stay.
+        known: The classes of the whole project that derive from Lightning's. Default: those of this program.
+
+    Returns:
+        The program for Treadle, and what is left to do. A program for Treadle comes back as it is.
+
+    Raises:
+        MisconfigurationException: The text is not a program in Python.
+    """
+    try:
+        wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
+    except cst.ParserSyntaxError as e:
+        raise MisconfigurationException(f"Line {e.raw_line} is no Python: {e.message}") from None
+    bindings = Bindings(names())
+    wrapper.visit(bindings)
+    bindings.decide_names()
+    uses = Uses(bindings)
+    wrapper.visit(uses)
+    outdated = Outdated(bindings, older(), heirs([text], older().bases) if known is None else known)
+    wrapper.visit(outdated)
+    imports = Imports(bindings, _free(wrapper) if bindings.stars else frozenset())
+    findings = sorted({*imports.findings, *uses.findings, *outdated.findings})
+    if not imports.replaced and not uses.replaced:
+        return Migrated(text, findings)
+    return Migrated(wrapper.module.visit(Rewriting(imports.replaced, uses.replaced)).code, findings)
+
+
+def _free(wrapper: MetadataWrapper) -> frozenset[str]:
+    """Return the names that a program uses and nothing in it binds."""
+    scopes = {scope for scope in wrapper.resolve(ScopeProvider).values() if scope is not None}
+    return frozenset(
+        node.value
+        for scope in scopes
+        for each in scope.accesses
+        if isinstance(node := each.node, cst.Name) and not each.referents
+    )
