@@ -91,8 +91,8 @@ class TrainingEpoch:
             begin_batch(batch)
             if on_batch_start:
                 results.hook = "on_train_batch_start"
-                replies = [listener(batch, batch_idx) for listener in on_batch_start]
-                if replies[-1] == -1 and may_skip:  # the module comes after the callbacks
+                # the module comes after the callbacks
+                if [listener(batch, batch_idx) for listener in on_batch_start][-1] == -1 and may_skip:
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
             if divides:
