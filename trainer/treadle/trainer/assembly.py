@@ -252,7 +252,7 @@ def make_epoch(
     if run.loggers and few and run.first_time("few step values"):
         rank_zero_warn(
             f"The number of training batches ({data.num_batches}) is smaller than the logging interval"
-            f" (log_every_n_steps={every}), so that values of steps are not logged in every epoch. Set a lower"
+            f" Trainer(log_every_n_steps={every}), so that values of steps are not logged in every epoch. Set a lower"
             " `log_every_n_steps` to see more of them.",
             category=PossibleUserWarning,
         )
