@@ -63,7 +63,6 @@ from treadle_fabric.errors import (
     LeftOutError,
     MisconfigurationException,
     MissingArgumentError,
-    MissingLoaderError,
     MissingMetricError,
     MissingPackageError,
     NoModuleError,
@@ -103,6 +102,7 @@ from treadle_fabric.precision import (
 from treadle_fabric.randomness.seeds import reset_seed, seed_everything, worker_init_function
 from treadle_fabric.randomness.state import collect_rng_states, isolate_rng, set_rng_states
 from treadle_fabric.rank_zero import (
+    LightningDeprecationWarning,
     PossibleUserWarning,
     disable_possible_user_warnings,
     filter_warnings_as,
@@ -198,13 +198,13 @@ __all__ = [
     "LSFEnvironment",
     "Launcher",
     "LeftOutError",
+    "LightningDeprecationWarning",
     "LightningEnvironment",
     "Logger",
     "MPIEnvironment",
     "MPSAccelerator",
     "MisconfigurationException",
     "MissingArgumentError",
-    "MissingLoaderError",
     "MissingMetricError",
     "MissingPackageError",
     "MixedPrecision",

@@ -15,7 +15,6 @@
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
     |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
-    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -52,7 +51,6 @@ __all__ = [
     "LeftOutError",
     "MisconfigurationException",
     "MissingArgumentError",
-    "MissingLoaderError",
     "MissingMetricError",
     "MissingPackageError",
     "NoModuleError",
@@ -142,10 +140,6 @@ class RemovedHookError(MisconfigurationException, NotImplementedError):
 
 class MissingMetricError(MisconfigurationException, RuntimeError):
     """A callback or a scheduler decides by a metric that nothing has logged."""
-
-
-class MissingLoaderError(MisconfigurationException, TypeError):
-    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):

@@ -41,6 +41,7 @@ from treadle_fabric.setup.checks import (
     check_optimizer,
     check_ownership,
     check_replaced,
+    tell_of_devices,
 )
 from treadle_fabric.setup.metrics import gather_metrics
 from treadle_fabric.setup.module import FabricModule
@@ -406,6 +407,7 @@ class Fabric:
                     "module.to_empty(device=...), and an initialization or a checkpoint."
                 )
         elif move_to_device:
+            tell_of_devices(module)
             self._strategy.module_to_device(module)
         return module
 

@@ -55,7 +55,7 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     Raises:
         MisconfigurationException: The base class is not known, or does not have the method.
     """
-    if instance is None:
+    if getattr(instance, method_name, None) is None:
         return False
     bases = (LightningModule, LightningDataModule, Callback)
     parent = parent or next((base for base in bases if isinstance(instance, base)), None)
