@@ -1,5 +1,10 @@
 """The types of what a module's methods return, where users of a trainer look for them."""
 
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from torch.nn.parallel import DistributedDataParallel
+
 from treadle.module import LRSchedulerConfig
 from treadle.module.returned import (
     EVAL_DATALOADERS,
@@ -18,12 +23,20 @@ __all__ = [
     "EVAL_DATALOADERS",
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
+    "DistributedDataParallel",
     "LRSchedulerConfig",
     "LRSchedulerConfigType",
     "LRSchedulerPLType",
+    "LRSchedulerType",
     "LRSchedulerTypeTuple",
     "LRSchedulerTypeUnion",
     "OptimizerConfig",
     "OptimizerLRScheduler",
     "OptimizerLRSchedulerConfig",
 ]
+
+_NUMBER: TypeAlias = int | float
+_METRIC: TypeAlias = Any  # a tensor, a number or an object of torchmetrics, which need not be installed
+_EVALUATE_OUTPUT: TypeAlias = list[Mapping[str, float]]
+_PREDICT_OUTPUT: TypeAlias = list[Any] | list[list[Any]]
+LRSchedulerType: TypeAlias = type[LRSchedulerTypeUnion]
