@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from treadle_fabric.errors import MisconfigurationException, MissingPackageError
+from treadle_fabric.errors import MisconfigurationException, MissingPackageError, UnusableResultError
 
 __all__ = [
     "check_flag",
@@ -110,14 +110,14 @@ def check_loss(loss: Tensor, what: str) -> None:
         what: whose loss, for the message, such as ``"`training_step` returned"``.
 
     Raises:
-        MisconfigurationException: the loss is not one number, or depends on no parameter that requires a gradient.
+        UnusableResultError: the loss is not one number, or depends on no parameter that requires a gradient.
     """
     if loss.numel() != 1:
-        raise MisconfigurationException(
+        raise UnusableResultError(
             f"{what} a loss of shape {tuple(loss.shape)}; it is one number: reduce it, with `.mean()` say."
         ) from None
     if not loss.requires_grad:
-        raise MisconfigurationException(
+        raise UnusableResultError(
             f"{what} a loss that does not depend on any parameter that requires a gradient: compute it from the model's"
             " output without `.detach()`, `.item()` or `torch.no_grad()`, and freeze not everything."
         ) from None

@@ -5,12 +5,22 @@
     |   +-- DeviceUnavailableError       a device was asked for that is not there
     |   +-- UnknownArgumentError         a constructor has no argument of that name (also a TypeError)
     |   +-- UnknownNameError             a registry has no entry of that name (also a KeyError)
+    |   +-- WrongTypeError               a value is of a type that cannot work there (also a TypeError)
+    |   +-- UnusableResultError          what the user's code gave cannot be used (also a RuntimeError)
+    |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
+    |   +-- ConflictError                two parts of a run contradict each other (also a RuntimeError)
+    |   +-- MissingArgumentError         a constructor needs an argument that nobody gave (also a TypeError)
+    |   +-- NoSuchNameError              an object has nothing of that name (also an AttributeError)
+    |   +-- NothingThereError            the first of none was asked for (also an IndexError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
+    |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
+    |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
+    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
     |   +-- CheckpointUnsafeError        would have to unpickle arbitrary objects
-    |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError)
+    |   +-- CheckpointMismatchError      whole, but not for this state (also a KeyError and a RuntimeError)
     +-- ProcessFailedError               another process of the run ended with an error (also a RuntimeError)
     +-- RendezvousError                  the processes of a run did not all meet in time (also a RuntimeError)
     +-- RequeueError                     the cluster did not queue the job again (also a RuntimeError)
@@ -38,19 +48,29 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
+    "ConflictError",
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
+    "MissingArgumentError",
+    "MissingLoaderError",
+    "MissingMetricError",
     "MissingPackageError",
+    "NoModuleError",
+    "NoSuchNameError",
     "NonFiniteError",
+    "NothingThereError",
     "ProcessFailedError",
+    "RemovedHookError",
     "RendezvousError",
     "RequeueError",
     "TrainingSpikeException",
     "TreadleError",
     "UnknownArgumentError",
     "UnknownNameError",
+    "UnusableResultError",
     "UnusedParametersError",
+    "WrongTypeError",
     "describe_error",
     "left_out",
     "near_names",
@@ -84,8 +104,48 @@ class UnknownNameError(MisconfigurationException, KeyError):
         return str(self.args[0]) if self.args else ""  # KeyError would print the repr
 
 
+class WrongTypeError(MisconfigurationException, TypeError):
+    """A value is of a type that cannot work where it was given."""
+
+
+class UnusableResultError(MisconfigurationException, RuntimeError):
+    """What the user's code gave during a run, a loss for example, cannot be used."""
+
+
+class NoModuleError(MisconfigurationException, AttributeError):
+    """A trainer was asked to save a module, and has none that was set up."""
+
+
+class ConflictError(MisconfigurationException, RuntimeError):
+    """Two parts of a run, a module and its data module for example, contradict each other."""
+
+
+class MissingArgumentError(MisconfigurationException, TypeError):
+    """A constructor needs an argument that neither the caller nor a checkpoint has."""
+
+
+class NoSuchNameError(MisconfigurationException, AttributeError):
+    """An object has no attribute or method of the name that was given."""
+
+
+class NothingThereError(MisconfigurationException, IndexError):
+    """The first of several objects was asked for, and there are none."""
+
+
 class MissingPackageError(MisconfigurationException, ModuleNotFoundError):
     """What was asked for needs a package that is not installed: one of an extra of Treadle."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A class defines a hook of Lightning 1 that is never called any more."""
+
+
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """A callback or a scheduler decides by a metric that nothing has logged."""
+
+
+class MissingLoaderError(MisconfigurationException, TypeError):
+    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):
@@ -104,8 +164,8 @@ class CheckpointUnsafeError(CheckpointError):
     """The file can only be read by running code that it brings along."""
 
 
-class CheckpointMismatchError(CheckpointError, KeyError):
-    """The checkpoint is whole, but its keys are not those of the state it is loaded into."""
+class CheckpointMismatchError(CheckpointError, KeyError, RuntimeError):
+    """The checkpoint is whole, but its keys or shapes are not those of the state it is loaded into."""
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError would print the repr

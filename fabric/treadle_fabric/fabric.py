@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,9 +22,9 @@ from treadle_fabric.checks import check_loss, is_several, one_or_several
 from treadle_fabric.coordination import as_tensors, check_alike, patient_barrier
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.data.several import several_loaders
-from treadle_fabric.errors import MisconfigurationException, suggests_arguments
+from treadle_fabric.errors import MisconfigurationException, NothingThereError, WrongTypeError, suggests_arguments
 from treadle_fabric.failures import call_at_looks
-from treadle_fabric.loggers import Logger
+from treadle_fabric.loggers import Logger, to_numbers
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.resolve import build, launched_by_run, resolve
@@ -40,7 +41,7 @@ from treadle_fabric.setup.module import FabricModule
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import left_out, without_stateless
 from treadle_fabric.setup.whole_batch import evaluate_batch, predict_batch, run_batch
-from treadle_fabric.setup.wrapped import given_engine, given_module, put_back, unwrap
+from treadle_fabric.setup.wrapped import given_engine, given_module, is_wrapped, put_back, unwrap
 from treadle_fabric.strategies import Plugin, Strategy, check_reduce_op, reduction_of, user_module, with_plain_names
 from treadle_fabric.types import PathLike
 
@@ -172,10 +173,10 @@ class Fabric:
         """The first logger.
 
         Raises:
-            MisconfigurationException: There is no logger.
+            NothingThereError: There is no logger.
         """
         if not self._loggers:
-            raise MisconfigurationException("There is no logger. Pass one: Fabric(loggers=CSVLogger('logs')).")
+            raise NothingThereError("There is no logger. Pass one: Fabric(loggers=CSVLogger('logs')).")
         return self._loggers[0]
 
     # Start-up
@@ -196,7 +197,7 @@ class Fabric:
             MisconfigurationException: The strategy needs a function and got none, or ``function`` is not callable.
         """
         if not callable(function):
-            raise MisconfigurationException(
+            raise WrongTypeError(
                 f"launch({function!r}): this must be a function that takes the Fabric object first, or left out."
             )
         if not self._launched and function is _nothing and self._strategy.launches_function:
@@ -271,7 +272,12 @@ class Fabric:
     # Set-up
 
     def setup(
-        self, module: Module, *optimizers: Optimizer, scheduler: Any | None = None, move_to_device: bool = True
+        self,
+        module: Module,
+        *optimizers: Optimizer,
+        scheduler: Any | None = None,
+        move_to_device: bool = True,
+        _reapply_compile: bool = True,
     ) -> Any:
         """Prepare a model and its optimizers.
 
@@ -280,6 +286,7 @@ class Fabric:
             *optimizers: Optimizers of its parameters, or lists of some.
             scheduler: A learning-rate scheduler, for strategies that step it themselves.
             move_to_device: Move the model to :attr:`device`. Default: True.
+            _reapply_compile: Not used; accepted as Lightning's. A compiled model is run compiled, whatever wraps it.
 
         Returns:
             The wrapped model. With optimizers, a tuple: the wrapped model, the wrapped optimizers (a list for a list
@@ -305,9 +312,12 @@ class Fabric:
             return wrapped if scheduler is None else (wrapped, scheduler)
         made = map(self._wrap_optimizer, stepped)
         result = (wrapped, *(_like(counts, made) if flat else made))  # perhaps one that the engine made
+        if _takes_fabric(type(wrapped.module)):
+            steps = [each for given in result[1:] for each in (given if isinstance(given, list) else [given])]
+            wrapped.module.__dict__["_fabric_optimizers"] = steps  # for its `optimizers`
         return result if scheduler is None else (*result, scheduler)
 
-    def setup_module(self, module: Module, move_to_device: bool = True) -> FabricModule:
+    def setup_module(self, module: Module, move_to_device: bool = True, _reapply_compile: bool = True) -> FabricModule:
         """Prepare a model as :meth:`setup` does, without optimizers; these go to :meth:`setup_optimizers`."""
         self._require_launch("setup_module")
         check_module(module)
@@ -504,7 +514,7 @@ class Fabric:
         """Clip gradients, after unscaling them where the precision scales.
 
         Args:
-            module: The model.
+            module: The model, as :meth:`setup` returned it or as it was before.
             optimizer: The optimizer whose parameters' gradients are clipped.
             clip_val: Clamp each entry to ``[-clip_val, clip_val]``.
             max_norm: Scale all gradients so that their joint norm is at most this.
@@ -522,13 +532,15 @@ class Fabric:
                 f"clip_gradients(clip_val={clip_val!r}, max_norm={max_norm!r}): give exactly one of the two."
             )
         limit = clip_val if max_norm is None else max_norm
+        if isinstance(limit, Tensor) and limit.numel() == 1:
+            limit = limit.item()
         if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit >= 0:
             name = "clip_val" if max_norm is None else "max_norm"
             raise MisconfigurationException(f"clip_gradients({name}={limit!r}): must be a number of at least 0.")
-        engine = given_engine(module, "clip_gradients")
+        engine = given_engine(module, "clip_gradients") if is_wrapped(module) else module
         inner = optimizer.optimizer if isinstance(optimizer, FabricOptimizer) else optimizer
         if max_norm is not None:
-            return self._strategy.clip_gradients_norm(engine, inner, max_norm, norm_type, error_if_nonfinite)
+            return self._strategy.clip_gradients_norm(engine, inner, limit, norm_type, error_if_nonfinite)
         self._strategy.clip_gradients_value(engine, inner, limit)
         return None
 
@@ -698,15 +710,16 @@ class Fabric:
             weights_only: ``False`` lets the file run code of its own; only for files you trust. Default: ``True``.
 
         Returns:
-            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None``. In the place of
-            a value that needs a pickle is, unless ``weights_only=False``, an object whose use raises an error.
+            The entries of the file that ``state`` does not name; all entries if ``state`` is ``None`` or empty. In
+            the place of a value that needs a pickle is, unless ``weights_only=False``, an object whose use raises an
+            error.
 
         Raises:
             CheckpointError: The file is missing, damaged or unsafe, or does not fit ``state``.
         """
         self._require_launch("load")
         wanted = without_stateless(state)
-        unwrapped = unwrap(wanted) if wanted or not state else None
+        unwrapped = None if isinstance(wanted, Mapping) and not wanted else unwrap(wanted)
         remainder = self._strategy.load_checkpoint(path, unwrapped, strict=strict, weights_only=weights_only)
         self._strategy.barrier()
         if isinstance(state, dict) and unwrapped is not None and unwrapped is not state:
@@ -730,22 +743,46 @@ class Fabric:
     # Callbacks and loggers
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method with these arguments on every callback that has the method, in their order."""
+        """Call a method with these arguments on every callback that has the method, in their order.
+
+        Of the keywords, each callback gets those that its method takes.
+        """
         for callback in tuple(self._callbacks):
             method = getattr(callback, hook_name, None)
             if callable(method):
-                method(*args, **kwargs)
+                method(*args, **_taken(method, kwargs))
             elif method is not None:
-                rank_zero_warn(f"{type(callback).__name__}.{hook_name} is not callable, and was skipped.")
+                rank_zero_warn(
+                    f"Skipping the callback `{type(callback).__name__}.{hook_name}` because it is not callable."
+                )
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Write a number, or a tensor with one element, to all loggers."""
         self.log_dict({name: value}, step)
 
     def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write several values, by name, to all loggers."""
+        """Write several values, by name, to all loggers; they get tensors as numbers.
+
+        Raises:
+            MisconfigurationException: A tensor has more or less than one element.
+        """
+        numbers = to_numbers(metrics) if self._loggers else {}
         for logger in self._loggers:
-            logger.log_metrics(metrics=metrics, step=step)
+            logger.log_metrics(metrics=numbers, step=step)
+
+
+def _taken(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Those of some keywords that a method takes."""
+    if not keywords:
+        return keywords
+    try:
+        parameters = inspect.signature(method).parameters
+    except (TypeError, ValueError):  # written in C
+        return keywords
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return keywords
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: value for name, value in keywords.items() if name in parameters and parameters[name].kind in named}
 
 
 def _launching(run: Callable[..., Any]) -> Callable[..., Any]:

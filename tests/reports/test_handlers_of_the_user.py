@@ -158,7 +158,7 @@ def test_an_interrupt_by_the_handler_ends_the_run_as_ctrl_c_does() -> None:
 
     handler = Handles(then=interrupt)
     run, status = fit(Signalled())
-    assert (status, run.interrupted, run.received_sigterm, len(handler.calls)) == (0, True, True, 1)
+    assert (status, run.interrupted, run.received_sigterm, len(handler.calls)) == (1, True, True, 1)
 
 
 def test_where_nothing_is_saved_it_is_called_where_the_run_ends() -> None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -223,7 +225,8 @@ def test_validation_runs_when_it_should_and_restores_every_mode(tmp_path: Path) 
         def on_train_start(self) -> None:
             self.frozen.eval()
 
-    trainer(tmp_path, max_epochs=2, val_check_interval=2).fit(Frozen(), loader(10), loader(4))
+    with pytest.warns(UserWarning, match=r"Found 1 module\(s\) in eval mode at the start of training.*: frozen"):
+        trainer(tmp_path, max_epochs=2, val_check_interval=2).fit(Frozen(), loader(10), loader(4))
     assert seen == [(0, 2), (0, 4), (1, 7), (1, 9)]
 
 
@@ -278,7 +281,7 @@ def test_the_shuffle_is_off_when_overfitting(tmp_path: Path) -> None:
             seen.extend(batch[:, 0].tolist())
             return self.loss(batch)
 
-    with pytest.warns(UserWarning, match="turns off the shuffling"):
+    with pytest.warns(UserWarning, match="requested to overfit but enabled train dataloader shuffling"):
         trainer(tmp_path, overfit_batches=2, max_epochs=2).fit(Watching(), loader(8, shuffle=True))
     assert seen == [0, 1, 2, 3] * 2
 
@@ -488,7 +491,9 @@ def test_an_interrupt_ends_the_run_with_its_state(tmp_path: Path) -> None:
             heard.append(type(exception))
 
     run = trainer(tmp_path, callbacks=Listening(), max_epochs=3, logger=True)
-    run.fit(Interrupted(), loader(8))
+    with pytest.raises(SystemExit) as ended:
+        run.fit(Interrupted(), loader(8))
+    assert ended.value.code == 1
     assert run.interrupted
     assert run.global_step == 2
     assert heard == [KeyboardInterrupt]
@@ -498,7 +503,11 @@ def test_an_interrupt_ends_the_run_with_its_state(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "predict", "stream"])
 @pytest.mark.parametrize("hook", ["configure_callbacks", "prepare_data", "setup", "configure_model", "teardown"])
-def test_an_interrupt_around_the_batches_ends_the_run_without_an_error(tmp_path: Path, stage: str, hook: str) -> None:
+@pytest.mark.parametrize("prompt", [False, True])
+def test_an_interrupt_around_the_batches_ends_the_run_in_good_order(
+    tmp_path: Path, stage: str, hook: str, prompt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the program, too, but for one that a person types."""
     reached: list[str] = []
 
     def interrupt(*args: Any, **kwargs: Any) -> list[Any]:
@@ -511,14 +520,17 @@ def test_an_interrupt_around_the_batches_ends_the_run_without_an_error(tmp_path:
 
     module = type("Interrupted", (Net,), {hook: interrupt})()
     run = trainer(tmp_path, callbacks=Marking())
-    if stage == "fit":
-        assert run.fit(module, loader(8)) is None
-    elif stage == "validate":
-        assert bool(run.validate(module, loader(8), verbose=False)) == (hook == "teardown")
-    elif stage == "predict":
-        assert bool(run.predict(module, loader(8))) == (hook == "teardown")
-    else:
-        list(run.predict(module, loader(8), return_predictions="stream"))
+    if prompt:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with nullcontext() if prompt else pytest.raises(SystemExit):
+        if stage == "fit":
+            assert run.fit(module, loader(8)) is None
+        elif stage == "validate":
+            assert bool(run.validate(module, loader(8), verbose=False)) == (hook == "teardown")
+        elif stage == "predict":
+            assert bool(run.predict(module, loader(8))) == (hook == "teardown")
+        else:
+            list(run.predict(module, loader(8), return_predictions="stream"))
     assert run.interrupted
     assert reached == ["the end"] * (hook == "teardown")
     run.fit(Net(), loader(4))  # and the trainer can be used again

@@ -17,7 +17,7 @@ def parse_duration(value: Any, name: str) -> timedelta | None:
     """Parse a duration: "DD:HH:MM:SS", a timedelta, or a dict of timedelta arguments; None stays None.
 
     Raises:
-        MisconfigurationException: the value is none of these, or not positive.
+        MisconfigurationException: the value is none of these.
     """
     if value is None:
         return None
@@ -36,6 +36,4 @@ def parse_duration(value: Any, name: str) -> timedelta | None:
             f"{name}={value!r} is not a duration: give 'DD:HH:MM:SS', a timedelta, or a dict with keys of"
             f" {sorted(_UNITS)}."
         )
-    if duration.total_seconds() <= 0:
-        raise MisconfigurationException(f"{name}={value!r} must be longer than zero.")
     return duration

@@ -113,7 +113,7 @@ def run_bundle(bundle: dict[str, Any], where: str | None) -> Replay:
                 accelerator=kind if here else "cpu", devices=1, precision=bundle.get("precision"), logger=False,
                 enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
-            state = TrainerState(TrainerFn.FITTING, RunningStage.TRAINING)
+            state = TrainerState(fn=TrainerFn.FITTING, stage=RunningStage.TRAINING)
             progress = FitProgress(epoch=bundle["epoch"], batch=bundle["batch_idx"], step=bundle["step"])
             trainer.take_outcome(module, state, progress, Metrics(), should_stop=False)
             module.attach(trainer, NOWHERE)

@@ -17,6 +17,11 @@ class TrainerFn(StrEnum):
     TESTING = "test"
     PREDICTING = "predict"
 
+    @property
+    def stage(self) -> RunningStage:
+        """The stage of the method's own batches."""
+        return RunningStage.TRAINING if self is TrainerFn.FITTING else RunningStage(self.value)
+
 
 class RunningStage(StrEnum):
     """What is running now; validation inside fit is ``VALIDATING``."""
@@ -26,6 +31,16 @@ class RunningStage(StrEnum):
     VALIDATING = "validate"
     TESTING = "test"
     PREDICTING = "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether batches are evaluated: by a validation, a test or the sanity check."""
+        return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
+
+    @property
+    def dataloader_prefix(self) -> str:
+        """The beginning of the name of the stage's dataloader method: "train", "val", "test" or "predict"."""
+        return "val" if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING) else self.value
 
 
 class TrainerStatus(StrEnum):
@@ -37,15 +52,30 @@ class TrainerStatus(StrEnum):
     INTERRUPTED = "interrupted"
     """Ctrl-C, a signal or an error ended the run."""
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a run has ended, in whatever way."""
+        return self in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
+
 
 @dataclass(slots=True)
 class TrainerState:
     """What the trainer is doing."""
 
+    status: TrainerStatus = TrainerStatus.INITIALIZING
     fn: TrainerFn | None = None
     stage: RunningStage | None = None
-    status: TrainerStatus = TrainerStatus.INITIALIZING
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last run came to its end."""
+        return self.status is TrainerStatus.FINISHED
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the last run has ended, in whatever way."""
+        return self.status.stopped
 
     def __reduce__(self) -> tuple[Any, ...]:  # what runs here does not run in a copy
         status = TrainerStatus.INTERRUPTED if self.status is TrainerStatus.RUNNING else self.status
-        return TrainerState, (self.fn, None, status)
+        return TrainerState, (status, self.fn, None)

@@ -246,8 +246,9 @@ def _warn_of_srun(environ: Mapping[str, str]) -> str:
     nodes = environ.get(_first(_NODES, environ) or "", "1").strip()
     more = "" if nodes == "1" else f" The job has {nodes} nodes, and only the first one works."
     return (
-        "srun is on the PATH, and did not start this process: SLURM's tasks are not its ranks, and Treadle starts the "
-        f"processes of devices= on this machine.{more} For one process a task, start the script with `srun python ...`."
+        "The `srun` command is available on your system but is not used: SLURM's tasks are not the ranks, and Treadle"
+        f" starts the processes of devices= on this machine.{more} For one process a task, start the script with"
+        " `srun python ...`."
     )
 
 

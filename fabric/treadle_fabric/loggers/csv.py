@@ -252,8 +252,9 @@ class ExperimentWriter:
         aside = self._folder.set_aside(self.METRICS)
         if aside is not None:
             rank_zero_warn(
-                f"{self.metrics_file_path!r} is there already, from an earlier run: it is now called {aside!r}. "
-                "Leave out `version` to give each run a folder of its own."
+                f"Experiment logs directory {os.path.dirname(self.metrics_file_path)} exists and is not empty: the"
+                f" {self.METRICS} of an earlier run in it is now called {aside!r}. Leave out `version` to give each run"
+                " a folder of its own."
             )
         return path
 

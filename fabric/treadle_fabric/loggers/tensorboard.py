@@ -218,8 +218,8 @@ class TensorBoardLogger(FolderLogger):
             input_array = getattr(model, "example_input_array", None)
         if input_array is None:
             rank_zero_warn(
-                "The graph was not logged: neither `input_array` nor `model.example_input_array` says what the model "
-                "takes. Set `self.example_input_array` in the model."
+                "Could not log computational graph to TensorBoard: The `model.example_input_array` attribute is not"
+                " set, and no `input_array` was given. Set `self.example_input_array` in the model."
             )
             return
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -233,7 +233,8 @@ class TensorBoardLogger(FolderLogger):
                 self._graph_logged = True
         except Exception as e:
             rank_zero_warn(
-                f"The graph of {type(model).__qualname__} was not logged, it cannot be traced: {describe_error(e)}"
+                f"Could not log computational graph to TensorBoard: {type(model).__qualname__} cannot be traced:"
+                f" {describe_error(e)}"
             )
         finally:
             for module, training in modes.items():

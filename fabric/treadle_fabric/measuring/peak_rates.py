@@ -141,7 +141,7 @@ def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int |
     chip = _chip(name)
     if chip not in PEAK_RATES:
         rank_zero_warn(
-            f"How many operations a second {name!r} can do is not known, so that no share of them (MFU) is computed:"
+            f"FLOPs not found for {name!r}: its peak rate is not known, so that no share of it (MFU) is computed:"
             " pass `available_flops` with the number in its data sheet."
         )
         return None
@@ -151,8 +151,8 @@ def get_available_flops(device: torch.device, dtype: torch.dtype | str) -> int |
         kind = "tf32"
     if kind not in rates:
         rank_zero_warn(
-            f"The data sheet of {name!r} has no rate for {kind}, so that no share of it (MFU) is computed. It has"
-            f" rates for {', '.join(rates)}: compute in one of these, or pass `available_flops`."
+            f"{name!r} does not support {dtype}: its data sheet has no rate for it, so that no share (MFU) is computed."
+            f" It has rates for {', '.join(rates)}: compute in one of these, or pass `available_flops`."
         )
         return None
     return int(rates[kind])

@@ -15,7 +15,7 @@ from treadle_fabric.precision.autocast import MixedPrecision
 from treadle_fabric.precision.double import DoublePrecision
 from treadle_fabric.precision.half import HalfPrecision
 from treadle_fabric.precision.names import canonical_precision, make_precision, refuse_device
-from treadle_fabric.precision.precision import Precision, needs_closure
+from treadle_fabric.precision.precision import Precision, needs_closure, takes_closure
 
 if TYPE_CHECKING:
     from treadle_fabric.precision.bitsandbytes import BitsandbytesPrecision
@@ -40,6 +40,7 @@ __all__ = [
     "make_precision",
     "needs_closure",
     "refuse_device",
+    "takes_closure",
 ]
 
 if not TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import inspect
 import weakref
 from collections import deque
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["Precision", "cast_floating", "cast_module", "default_dtype", "half_init", "needs_closure"]
+__all__ = ["Precision", "cast_floating", "cast_module", "default_dtype", "half_init", "needs_closure", "takes_closure"]
 
 
 class Precision:
@@ -389,6 +390,16 @@ def needs_closure(optimizer: Optimizer) -> bool:
             if closure is not None and closure.default is inspect.Parameter.empty:
                 return True
     return False
+
+
+def takes_closure(optimizer: Optimizer) -> bool:
+    """Return whether ``step`` of the optimizer's class, if that is not torch's, uses the closure that it may get."""
+    step = inspect.unwrap(type(optimizer).step)
+    code = getattr(step, "__code__", None)
+    if code is None or step.__module__.partition(".")[0] == "torch" or "closure" not in code.co_varnames:
+        return False
+    loads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD"))
+    return any(loaded == "closure" or (isinstance(loaded, tuple) and "closure" in loaded) for loaded in loads)
 
 
 def _is_real_floating(tensor: Tensor) -> bool:

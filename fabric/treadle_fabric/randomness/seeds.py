@@ -56,7 +56,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     if seed is None:
         source, number = "PL_GLOBAL_SEED", global_seed()
         if verbose and "PL_GLOBAL_SEED" not in os.environ:
-            rank_zero_warn("No seed was given and PL_GLOBAL_SEED is not set: the seed is 0.")
+            rank_zero_warn("No seed found, seed set to 0: none was given, and PL_GLOBAL_SEED is not set.")
     else:
         source, number = "seed", _integer("seed", seed)
     if not 0 <= number <= _MAX_SEED:

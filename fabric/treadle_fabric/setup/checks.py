@@ -10,7 +10,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, WrongTypeError
 from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies.unwrapping import user_module
 
@@ -20,7 +20,7 @@ __all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "
 def check_module(module: Any) -> None:
     """Refuse an object that is no module, and a module that is set up already."""
     if not isinstance(module, Module):
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"The model is of type {type(module).__name__}, and must be a torch.nn.Module. Optimizers come after it: "
             "fabric.setup(model, optimizer)."
         )
@@ -51,7 +51,7 @@ def check_optimizer(optimizer: Any) -> None:
             f"{type(optimizer).__name__} is set up already. Set up each optimizer once, and use what setup returned."
         )
     if not isinstance(optimizer, Optimizer):
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"An optimizer is of type {type(optimizer).__name__}, and must be a torch.optim.Optimizer. Give several "
             "one by one: fabric.setup(model, optimizer_1, optimizer_2)."
         )
@@ -62,12 +62,12 @@ def check_loader(loader: Any) -> None:
     if is_wrapped(loader):
         raise MisconfigurationException("A loader is set up already. Set up each once, and use what setup returned.")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"A loader is of type {type(loader).__name__}, which cannot be iterated. Give a DataLoader, or any "
             "iterable of batches."
         )
     if isinstance(loader, Dataset) and not isinstance(loader, Iterable):
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"A loader is of type {type(loader).__name__}, a Dataset, whose items are samples and not batches. Give "
             f"DataLoader({type(loader).__name__.lower()}, batch_size=...)."
         )

@@ -159,7 +159,10 @@ def _gather(metric: Any, strategy: Strategy, dist_sync_fn: Any = None, process_g
         by_share.setdefault(part.share, part)
     parts = [by_share[share] for share in sorted(by_share)]
     if all(part.untouched for part in parts):
-        rank_zero_warn(f"{type(metric).__name__} is computed, and no rank has updated it: its states are empty.")
+        rank_zero_warn(
+            f"The ``compute`` method of metric {type(metric).__name__} was called before the ``update`` method on any"
+            " rank: its states are empty."
+        )
     for name, reduction in reductions.items():
         setattr(metric, name, _reduced(metric, name, reduction, parts))
 

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Module, Parameter, Sequential
 
 from treadle_fabric.containers import leaves
-from treadle_fabric.errors import MisconfigurationException, near_names
+from treadle_fabric.errors import MisconfigurationException, NoSuchNameError, WrongTypeError, near_names
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
 from treadle_fabric.strategies.unwrapping import compiled_like, inside, layers_of, names_in, plain_name, user_module
 
@@ -64,7 +64,8 @@ class FabricModule(Module):
         self.__dict__[_RUN] = _bind(parts, "forward", cast_output=True)
         declared = getattr(type(parts.module), "forward_methods", ())  # a module may have something else by this name
         for name in declared if isinstance(declared, tuple) else ():
-            self.mark_forward_method(name)
+            if getattr(parts.module, name, None) is not None:  # a method that was set to None is not there
+                self.mark_forward_method(name)
 
     @property
     def module(self) -> Module:
@@ -85,15 +86,18 @@ class FabricModule(Module):
             method: A method of the module, or its name.
 
         Raises:
-            MisconfigurationException: The module has no such method.
+            NoSuchNameError: The module has no such method.
+            WrongTypeError: ``method`` is neither a method nor a name.
         """
         parts = self.__parts
+        if not isinstance(method, str) and not callable(method):
+            raise WrongTypeError(f"mark_forward_method({method!r}): give a method of the module, or its name.")
         name = method if isinstance(method, str) else getattr(method, "__name__", repr(method))
         if name == "forward":
             raise MisconfigurationException("'forward' needs no mark: calling the module runs it.")
         if not callable(getattr(parts.module, name, None)):
             own = [n for n in dir(type(parts.module)) if not n.startswith("_") and not hasattr(Module, n)]
-            raise MisconfigurationException(
+            raise NoSuchNameError(
                 f"{type(parts.module).__name__} has no method {name!r} to mark. {near_names(name, own)}"
             )
         parts.marked.add(name)

@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 
 from treadle_fabric.containers import entries, holds_state, map_leaves, update_entries
 from treadle_fabric.data.loader import WrappedLoader
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import WrongTypeError
 from treadle_fabric.setup.module import FabricModule, engine_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import has_state, left_out, state_of_loader
 from treadle_fabric.strategies.unwrapping import layers_of
 
-__all__ = ["given_engine", "given_module", "is_wrapped", "put_back", "unwrap"]
+__all__ = ["given_engine", "given_module", "is_wrapped", "put_back", "unwrap", "unwrap_objects"]
 
 
 def is_wrapped(obj: object) -> bool:
@@ -40,7 +40,7 @@ def given_engine(module: Any, what: str) -> Module:
     """Return the engine of a wrapped module; ``what`` names the caller, for the error."""
     wrapped = _set_up(module)
     if wrapped is None:
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"{what} needs the model that setup returned, and got {type(module).__name__}. "
             "Call model = fabric.setup(model) first."
         )
@@ -81,3 +81,14 @@ def _merged(old: Any, new: Any) -> Any:
         return old
     held, found = entries(old), entries(new)
     return update_entries(old, {key: _merged(value, found[key]) for key, value in held.items() if key in found})
+
+
+def unwrap_objects(collection: Any) -> Any:
+    """Replace what ``setup`` and ``setup_dataloaders`` returned by engines, optimizers and loaders, in containers."""
+    return map_leaves(collection, _inside, is_wrapped)
+
+
+def _inside(wrapper: Any) -> Any:
+    if isinstance(wrapper, WrappedLoader):
+        return wrapper.dataloader
+    return wrapper.optimizer if isinstance(wrapper, FabricOptimizer) else engine_of(given_module(wrapper))

@@ -452,6 +452,10 @@ class Strategy(Capabilities, ABC):
             in its own dtype.
         """
 
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """:meth:`all_reduce` under the name that a Trainer's strategies have; what is no tensor stays as it is."""
+        return self.all_reduce(tensor, group, reduce_op) if isinstance(tensor, Tensor) else tensor
+
     @abstractmethod
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
         """Stack every process's tensor: shape ``(world_size, *shape)``, or ``shape`` where there is only one process.

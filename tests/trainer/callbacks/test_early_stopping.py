@@ -113,7 +113,7 @@ def test_a_metric_that_nobody_logs() -> None:
     trainer = trainer_with(EarlyStopping("val_los"), num_sanity_val_steps=0)
     with pytest.raises(MisconfigurationException, match=r"'val_los'.*Did you mean 'val_loss'"):
         trainer.fit(Scripted([1]), loader(), loader(1))
-    with pytest.warns(UserWarning, match="Early stopping does nothing"):
+    with pytest.warns(RuntimeWarning, match="Early stopping does nothing"):
         lax = fit(EarlyStopping("nope", strict=False), script=[1], max_epochs=2)
     assert lax.current_epoch == 2
 

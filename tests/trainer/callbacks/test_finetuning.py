@@ -216,7 +216,7 @@ def test_helpers() -> None:
     assert norm.training and norm.track_running_stats and len(list(BaseFinetuning.filter_params(model))) == 6
     BaseFinetuning.freeze_module(linear)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match="2 of the 2 parameters to unfreeze are in a parameter group"):
+    with pytest.warns(UserWarning, match="Of the 2 parameters to unfreeze, 2 already exist within another group"):
         BaseFinetuning.unfreeze_and_add_param_group(linear, optimizer)
     assert len(optimizer.param_groups) == 1
     optimizer = torch.optim.SGD(last.parameters(), 0.1)

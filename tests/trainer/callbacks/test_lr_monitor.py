@@ -158,7 +158,7 @@ def test_two_schedulers_of_one_name_are_refused() -> None:
 
 def test_it_needs_a_logger() -> None:
     trainer = trainer_with(LearningRateMonitor())
-    with pytest.raises(MisconfigurationException, match="has none"):
+    with pytest.raises(MisconfigurationException, match="has no logger"):
         trainer.fit(TrainOnly(), loader())
     assert trainer.global_step == 0
 

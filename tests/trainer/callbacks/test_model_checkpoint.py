@@ -346,7 +346,7 @@ def test_a_metric_that_nobody_logs_stops_the_run_with_the_state_saved() -> None:
     assert trainer.global_step == 4
     assert files("c") == ["epoch=0-step=4.ckpt"]
     again = trainer_with(max_epochs=2)
-    with pytest.warns(UserWarning, match="callbacks that this Trainer does not have"):
+    with pytest.warns(UserWarning, match="please add the following callbacks"):
         again.fit(Scripted([1]), loader(), loader(1), ckpt_path="c/epoch=0-step=4.ckpt")
     assert again.global_step == 8
 

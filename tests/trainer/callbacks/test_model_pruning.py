@@ -211,7 +211,8 @@ def test_after_an_error_the_module_fits_its_checkpoints() -> None:
     fit(whole, pruning())
     trainer = trainer_with(pruning(), Fails(), SavesAt("on_train_batch_end", 6, "at.ckpt"), num_sanity_val_steps=0)
     torch.manual_seed(3)
-    trainer.fit(model, batches(), batches(1))
+    with pytest.raises(SystemExit):
+        trainer.fit(model, batches(), batches(1))
     assert trainer.interrupted and model.zeros()
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Fails)]
     trainer.validate(model, batches(1), ckpt_path="at.ckpt", verbose=False)

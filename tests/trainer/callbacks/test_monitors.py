@@ -98,7 +98,7 @@ def test_stats_of_the_cpu_beside_those_of_a_device(tmp_path: Path, cpu_stats: bo
 
 
 def test_what_the_monitors_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(L.MisconfigurationException, match="DeviceStatsMonitor writes to loggers"):
+    with pytest.raises(L.MisconfigurationException, match="Cannot use `DeviceStatsMonitor`"):
         trainer(tmp_path, callbacks=DeviceStatsMonitor()).fit(Quiet(), loader(2))
     with pytest.warns(UserWarning, match="ThroughputMonitor writes to loggers"):
         trainer(tmp_path, callbacks=ThroughputMonitor(len)).fit(Quiet(), loader(2))

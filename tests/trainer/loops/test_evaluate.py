@@ -114,7 +114,7 @@ def test_an_iterator_without_a_length_is_read_to_its_end(tmp_path: Path) -> None
 
 
 def test_an_empty_loader_is_reported_and_gives_nothing(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="val_dataloaders: loader 1 is empty .*0 samples"):
+    with pytest.warns(UserWarning, match="Total length .*0 samples.*loader 1 of val_dataloaders"):
         found = trainer(tmp_path).validate(Watching(), [loader(2), loader(0)], verbose=False)
     assert found == [{"mean/dataloader_idx_0": 0.5}, {}]
 

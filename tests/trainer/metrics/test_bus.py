@@ -695,7 +695,7 @@ def test_children_log_through_the_module(fit: Any) -> None:
 
 
 def test_outside_a_trainer_a_value_is_dropped_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"`self.log\('x', ...\)` was called without a Trainer"):
+    with pytest.warns(UserWarning, match=r"`self.log\('x', ...\)` without a Trainer"):
         Net().log("x", 1.0)
 
 

@@ -128,19 +128,16 @@ def test_from_datasets_can_go_to_another_process() -> None:
 
 def test_str_lists_datasets_and_sizes() -> None:
     datamodule = Sized(n=6)
-    assert "train: not available yet (AttributeError" in str(datamodule)
+    assert str(datamodule).splitlines()[0] == "{Train dataloader: None}"
     datamodule.setup("fit")
     assert str(datamodule).splitlines() == [
-        "Sized",
-        "  train: TensorDataset, 6 samples",
-        "  val: 0: TensorDataset, 4 samples; 1: Stream, unknown size",
-        "  test: none",
-        "  predict: none",
+        "{Train dataloader: size=6}",
+        "{Validation dataloader: 1. size=4 ; 2. size=NA}",
+        "{Test dataloader: None}",
+        "{Predict dataloader: None}",
     ]
     named: dict[str, Dataset[Any]] = {"a": dataset(2), "b": dataset(3)}
-    assert "train: a: TensorDataset, 2 samples; b: TensorDataset, 3 samples" in str(
-        LightningDataModule.from_datasets(named)
-    )
+    assert "{Train dataloader: a. size=2 ; b. size=3}" in str(LightningDataModule.from_datasets(named))
 
 
 def checkpoint(path: Path, **extra: Any) -> Path:

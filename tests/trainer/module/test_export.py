@@ -1,4 +1,4 @@
-"""Modules as programs of other libraries: ONNX, torch.export, and what is refused.
+"""Modules as programs of other libraries: ONNX, TorchScript, TensorRT and torch.export.
 
 Tests of ``treadle.module.export``.
 """
@@ -6,7 +6,9 @@ Tests of ``treadle.module.export``.
 from __future__ import annotations
 
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from treadle import LightningModule
 from treadle_fabric import MisconfigurationException
+
+pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")  # `Scaled` has one in evaluation mode
 
 
 class Scaled(Net):
@@ -91,17 +95,60 @@ def test_torch_export_takes_modules_and_steps_that_log(attached: bool, tmp_path:
     assert torch.equal(step.module()(x), model.loss(x))
 
 
-def test_what_is_refused_names_what_takes_its_place(tmp_path: Path) -> None:
-    with pytest.raises(MisconfigurationException, match="torch.export.export"):
-        Net().to_torchscript("net.pt", method="trace")
-    with pytest.raises(MisconfigurationException, match="torch_tensorrt"):
-        Net().to_tensorrt()
-    with pytest.raises(MisconfigurationException, match="`configure_model`"):
-        Net().configure_sharded_model()
+@pytest.mark.parametrize("method", ["script", "trace"])
+@pytest.mark.parametrize("attached", [False, True])
+def test_torchscript_computes_what_the_module_does_in_evaluation_mode(
+    method: str, attached: bool, tmp_path: Path
+) -> None:
+    class Plain(Scaled):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            return self.layer(self.dropout(self.frozen(x)))
 
+    model, x = Plain(), torch.randn(2, 4)
+    model.save_hyperparameters({"width": 4})
+    if attached:
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, loader())
+    model.train()
+    model.frozen.eval()
+    model.example_input_array = torch.randn(3, 4)
+    compiled = model.to_torchscript(tmp_path / "net.pt", method)
+    assert model.training and model.dropout.training and not model.frozen.training
+    assert isinstance(compiled, torch.jit.ScriptModule)
+    with pytest.warns(DeprecationWarning, match="torch.jit.load"):
+        loaded = torch.jit.load(tmp_path / "net.pt")
+    for found in (compiled, loaded):
+        assert torch.equal(found(x), model.eval()(x))
+
+
+def test_torchscript_names_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="'script' or 'trace'"):
+        Net().to_torchscript(method="torch")
+    with pytest.raises(ValueError, match="example_input_array"):
+        Net().to_torchscript(method="trace")
+
+
+def test_tensorrt_needs_its_package_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"pip install treadle\[tensorrt\]"):
+        Net().to_tensorrt("net.ep", torch.randn(2, 4))
+    package: Any = ModuleType("torch_tensorrt")  # which compiles for CUDA devices only
+    package.__spec__ = ModuleSpec("torch_tensorrt", None)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", package)
+    with pytest.raises(MisconfigurationException, match="CUDA"):
+        Net().to_tensorrt("net.ep", torch.randn(2, 4), default_device="cpu")
+
+
+def test_the_old_name_of_configure_model_is_called_and_told(tmp_path: Path) -> None:
     class Old(Net):
-        def configure_sharded_model(self) -> None:  # type: ignore[override]
+        def configure_sharded_model(self) -> None:
+            self.added = nn.Linear(2, 2)
+
+    with pytest.warns(DeprecationWarning, match=r"Old\.configure_sharded_model.*`configure_model`"):
+        trainer(tmp_path, max_steps=1).fit(model := Old(), loader())
+    assert "added.weight" in model.state_dict()
+
+    class Both(Old):
+        def configure_model(self) -> None:
             pass
 
-    with pytest.raises(MisconfigurationException, match=r"Old\.configure_sharded_model.*`configure_model`"):
-        trainer(tmp_path).fit(Old(), loader())
+    with pytest.raises(MisconfigurationException, match=r"configure_sharded_model.*never called"):
+        trainer(tmp_path).fit(Both(), loader())

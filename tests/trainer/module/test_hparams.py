@@ -186,7 +186,7 @@ def test_unknown_name() -> None:
         Misspelled(0.1)
 
 
-@pytest.mark.parametrize("value", [3, 0.5, None])
+@pytest.mark.parametrize("value", [3, 0.5, ()])
 def test_an_object_without_names(value: Any) -> None:
     with pytest.raises(MisconfigurationException, match="holds no named values"):
         One(value)

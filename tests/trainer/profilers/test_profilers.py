@@ -259,7 +259,8 @@ def test_a_run_that_ends_early_is_reported_too(tmp_path: Path, kind: Any) -> Non
         run.fit(Failing(ZeroDivisionError("on purpose")), loader())
     assert (tmp_path / "fit-x.txt").read_text().startswith("FIT Profiler Report")
     (tmp_path / "fit-x.txt").unlink()
-    run.fit(Failing(None), loader())
+    with pytest.raises(SystemExit):
+        run.fit(Failing(None), loader())
     assert run.interrupted and (tmp_path / "fit-x.txt").exists()
     run.fit(Net(), loader())  # what was left open by the error is forgotten
     assert "training_step" in (tmp_path / "fit-x.txt").read_text()

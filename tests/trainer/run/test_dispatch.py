@@ -140,7 +140,7 @@ def test_a_module_may_bring_callbacks_which_replace_those_of_their_class(
         run = fit(tmp_path, Model(), mine, others)
     assert (mine.starts, others.starts, theirs.starts) == (0, 1, 1)
     assert run.callbacks == [others, theirs, saves]
-    assert "configure_callbacks replaces callbacks of the Trainer: Counting" in caplog.text
+    assert "override existing callbacks passed to Trainer: Counting" in caplog.text
     assert saves.best_model_path
 
     class One(Net):
@@ -151,12 +151,19 @@ def test_a_module_may_bring_callbacks_which_replace_those_of_their_class(
     assert theirs.starts == 2
 
 
-def test_minus_one_from_any_listener_ends_the_epoch(tmp_path: Path) -> None:
+def test_minus_one_from_the_module_ends_the_epoch_and_not_from_a_callback(tmp_path: Path) -> None:
     class Model(Net):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
             return -1 if batch_idx == 2 else None
 
+    class Replies(L.Callback):
+        def on_train_batch_start(self, *args: Any) -> Any:
+            return -1
+
     assert fit(tmp_path, Model(), max_epochs=2).global_step == 4
+    whole = fit(tmp_path, Net(), max_epochs=2).global_step
+    assert fit(tmp_path, Net(), Replies(), max_epochs=2).global_step == whole > 4
+    assert fit(tmp_path, Model(), Replies(), max_epochs=2).global_step == 4
 
 
 def test_hooks_are_looked_up_again_in_every_run(tmp_path: Path) -> None:
@@ -195,5 +202,6 @@ def test_a_transfer_hook_of_the_data_module_comes_before_the_modules(tmp_path: P
             seen.append("data")
             return batch + 1
 
-    trainer(tmp_path).fit(Model(), datamodule=Data())
+    with pytest.warns(UserWarning, match="in both `LightningModule` and `LightningDataModule`"):
+        trainer(tmp_path).fit(Model(), datamodule=Data())
     assert seen == ["data"]

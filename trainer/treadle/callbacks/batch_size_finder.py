@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from treadle.callbacks.callback import Callback
 from treadle.searches import BatchSizeSearch, Found
 from treadle.stages import TrainerFn
-from treadle_fabric import rank_zero_info
+from treadle_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -63,7 +63,7 @@ class BatchSizeFinder(Callback):
     def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search now, in a running stage, and set the size."""
         if trainer.fast_dev_run:
-            rank_zero_info("BatchSizeFinder: fast_dev_run leaves out the search for a batch size.")
+            rank_zero_warn("Skipping batch size scaler since `fast_dev_run` is enabled: the batch size stays.")
             return
         if self._found.is_taken(trainer.current_epoch):
             return

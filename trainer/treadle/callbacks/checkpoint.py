@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 from treadle.callbacks.callback import Callback
-from treadle.stages import RunningStage
 from treadle_fabric import CheckpointError, describe_error, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ class Checkpoint(Callback):
 
 def has_trained(trainer: Trainer) -> bool:
     """Tell whether a fit has come to its first batch: before that, the state is only what the fit began with."""
-    training = trainer.state.fn == "fit" and trainer.state.stage not in (None, RunningStage.SANITY_CHECKING)
+    training = trainer.state.fn == "fit" and trainer.state.stage is not None and trainer.fit_loop.began
     return training and (trainer.fit_progress.begun or trainer.fit_progress.batches > 0)
 
 

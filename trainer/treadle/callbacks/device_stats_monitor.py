@@ -40,8 +40,8 @@ class DeviceStatsMonitor(Callback):
         """Refuse a fit without loggers, and a missing psutil."""
         if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
             raise MisconfigurationException(
-                "DeviceStatsMonitor writes to loggers, and the trainer has none: pass `Trainer(logger=True)`, or leave"
-                " the callback out."
+                "Cannot use `DeviceStatsMonitor` callback with `Trainer(logger=False)`, because it writes to loggers:"
+                " pass `Trainer(logger=True)`, or leave the callback out."
             )
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if self._cpu_stats or (self._cpu_stats is None and on_cpu):

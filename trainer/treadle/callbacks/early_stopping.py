@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from treadle.callbacks.callback import Callback
 from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric, decides_at_epoch_end, worst_value
 from treadle_fabric import (
-    MisconfigurationException,
+    MissingMetricError,
     check_integer,
     rank_prefixed_message,
     rank_zero_info,
@@ -128,15 +128,16 @@ class EarlyStopping(Callback):
             return
         self._metric.validated = True
         if not decides_at_epoch_end(trainer, self._check_on_train_epoch_end):
-            self._check(trainer)
+            self._run_early_stopping_check(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the metric, where the end of the training epoch decides."""
         self._metric.epoch_ended = True
         if decides_at_epoch_end(trainer, self._check_on_train_epoch_end):
-            self._check(trainer)
+            self._run_early_stopping_check(trainer)
 
-    def _check(self, trainer: Trainer) -> None:
+    def _run_early_stopping_check(self, trainer: Trainer) -> None:
+        """Check the metric now; a subclass may call this in hooks of its own."""
         if trainer.fast_dev_run:
             return
         metrics = trainer.callback_metrics
@@ -144,11 +145,14 @@ class EarlyStopping(Callback):
         if current is None:
             if self._metric.overdue(trainer):
                 if self.strict:
-                    raise MisconfigurationException(
-                        f"{self._metric.missing(metrics)} Log it, monitor another, or pass strict=False."
+                    raise MissingMetricError(
+                        f"{_missing(self._metric, metrics)} Log it, monitor another, or pass strict=False."
                     )
                 if self._metric.first_missing():
-                    rank_zero_warn(f"{self._metric.missing(metrics)} Early stopping does nothing without it.")
+                    rank_zero_warn(
+                        f"{_missing(self._metric, metrics)} Early stopping does nothing without it.",
+                        category=RuntimeWarning,
+                    )
             return
         reason, message = self._judge(current)
         if reason:
@@ -218,3 +222,7 @@ class EarlyStopping(Callback):
         self.patience = state_dict["patience"]
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
+
+
+def _missing(metric: MonitoredMetric, metrics: Mapping[str, Any]) -> str:
+    return f"Early stopping conditioned on metric `{metric.name}` which is not available: {metric.unlogged(metrics)}"

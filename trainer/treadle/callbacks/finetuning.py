@@ -129,9 +129,9 @@ class BaseFinetuning(Callback):
         new = [p for p in params if id(p) not in held]
         if len(new) < len(params):
             rank_zero_warn(
-                f"{len(params) - len(new)} of the {len(params)} parameters to unfreeze are in a parameter group of the"
-                " optimizer already, and stay there with its learning rate. Let `configure_optimizers` take only those"
-                " that require gradients: `filter(lambda p: p.requires_grad, self.parameters())`."
+                f"Of the {len(params)} parameters to unfreeze, {len(params) - len(new)} already exist within another"
+                " group of this optimizer, and stay there with its learning rate. Let `configure_optimizers` take those"
+                " only that require gradients: `filter(lambda p: p.requires_grad, self.parameters())`."
             )
         return new
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from treadle.callbacks.callback import Callback
 from treadle.searches import Found, LRFinder, LRSearch
 from treadle.searches.learning_rate import go_on_with
-from treadle_fabric import rank_zero_info
+from treadle_fabric import rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -76,7 +76,7 @@ class LearningRateFinder(Callback):
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the test now, in a running fit, and set the rate."""
         if trainer.fast_dev_run:
-            rank_zero_info("LearningRateFinder: fast_dev_run leaves out the search for a learning rate.")
+            rank_zero_warn("Skipping learning rate finder since `fast_dev_run` is enabled: the learning rate stays.")
             return
         if self._found.is_taken(trainer.current_epoch):
             return

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
 from treadle.metrics.values import to_floats
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
@@ -60,14 +60,19 @@ class LearningRateMonitor(Callback):
         """Refuse a trainer without loggers."""
         if stage == "fit" and not trainer.loggers and not trainer.fast_dev_run:
             raise MisconfigurationException(
-                "LearningRateMonitor writes to loggers, and the trainer has none: pass `Trainer(logger=True)`, or "
-                "leave the callback out."
+                "Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger: pass"
+                " `Trainer(logger=True)`, or leave the callback out."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find out the names under which the rates are logged."""
         sources = self._sources(trainer)
         self.lr_sch_names = [name for name, _, _ in sources]
+        if self.log_momentum and any(not _has_momentum(optimizer) for _, optimizer, _ in sources):
+            rank_zero_warn(
+                "You have set log_momentum=True, but some optimizers do not have momentum: for these 0 is logged.",
+                category=RuntimeWarning,
+            )
         names = [key for name, optimizer, _ in sources for key in _group_names(name, optimizer)]
         self.lrs = {name: [] for name in names}
         self.last_momentum_values = {f"{name}-momentum": None for name in names}
@@ -150,3 +155,7 @@ def _group_names(name: str, optimizer: Optimizer) -> list[str]:
             f"LearningRateMonitor: two parameter groups are called {twice[0]!r}; give each a 'name' of its own."
         )
     return names
+
+
+def _has_momentum(optimizer: Optimizer) -> bool:
+    return any(name in group for group in optimizer.param_groups for name in ("momentum", "betas"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
@@ -20,6 +20,7 @@ from treadle.callbacks.checkpoints.triggers import SaveTriggers
 from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric
 from treadle_fabric import (
     MisconfigurationException,
+    MissingMetricError,
     PathLike,
     check_integer,
     describe_error,
@@ -266,7 +267,7 @@ class ModelCheckpoint(Checkpoint):
             if self._pending:
                 metrics = _metrics_of(trainer)
                 path = self._save_unranked(trainer, metrics)
-                rank_zero_warn(f"{self._metric.missing(metrics)} The final state was saved, unranked, as {path!r}.")
+                rank_zero_warn(f"{_missing(self._metric, metrics)} The final state was saved, unranked, as {path!r}.")
             self._settle(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -391,9 +392,9 @@ class ModelCheckpoint(Checkpoint):
             self._pending = True
             return
         path = self._save_unranked(trainer, metrics)
-        raise MisconfigurationException(
-            f"{self._metric.missing(metrics)} Log it with `self.log({self.monitor!r}, value)` or monitor another. The "
-            f"state was saved as {path!r}; training can go on from there with `fit(..., ckpt_path=...)`."
+        raise MissingMetricError(
+            f"{_missing(self._metric, metrics)} Log it with `self.log({self.monitor!r}, value)` or monitor another."
+            f" The state was saved as {path!r}; training can go on from there with `fit(..., ckpt_path=...)`."
         )
 
     def _save_unranked(self, trainer: Trainer, metrics: dict[str, Any]) -> str:
@@ -526,7 +527,11 @@ class ModelCheckpoint(Checkpoint):
             self._pending, self._restored = state_dict.get("pending", False), True
             return
         rank_zero_warn(
-            f"The checkpoint was written for the folder {folder!r}, this run writes to {self.dirpath!r}: the ranking "
-            "starts anew, and only `best_model_path` is taken over."
+            f"The dirpath has changed from {folder!r} to {self.dirpath!r} since the checkpoint was written: the"
+            " ranking starts anew, and only `best_model_path` is taken over."
         )
         self.best_model_path = state_dict.get("best_model_path", self.best_model_path)
+
+
+def _missing(metric: MonitoredMetric, metrics: Mapping[str, Any]) -> str:
+    return f"{metric.owner} could not find the monitored key in the returned metrics: {metric.unlogged(metrics)}"

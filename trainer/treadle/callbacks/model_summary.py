@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
-from treadle.callbacks.summary.formatting import Totals, format_summary, not_counted
+from treadle.callbacks.summary.formatting import Totals, format_summary
 from treadle.callbacks.summary.layers import ModelSummary as Summary
 from treadle_fabric import check_integer, rank_zero_info
 
@@ -44,8 +44,6 @@ class ModelSummary(Callback):
         # one by one, so that a command line takes for arguments of this class only what it has beyond these
         parameters, trainable, size, modes, flops = summary.totals()
         self.summarize(summary.columns(), parameters, trainable, size, modes, flops, **self._summarize_kwargs)
-        if n := summary.uninitialized_parameters:
-            rank_zero_info(not_counted(n))
 
     @staticmethod
     def summarize(

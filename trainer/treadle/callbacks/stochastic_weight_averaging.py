@@ -168,7 +168,7 @@ class StochasticWeightAveraging(AveragingCallback):
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         if names := [type(config.scheduler).__name__ for config in configs]:
-            rank_zero_info(f"StochasticWeightAveraging: SWALR replaces {' and '.join(names)} from now on.")
+            rank_zero_info(f"Swapping scheduler {' and '.join(f'`{n}`' for n in names)} for `SWALR`, for SWA.")
         lrs: Any = self._swa_lrs  # one for each group is fine, too
         scheduler = SWALR(optimizer, lrs, self._annealing_epochs, self._annealing_strategy)
         configs[:] = [LRSchedulerConfig(scheduler)]

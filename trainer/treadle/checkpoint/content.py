@@ -37,7 +37,7 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         "global_step": progress.step,
         "pytorch-lightning_version": FORMAT,
         "state_dict": weights,
-        "loops": _loops(progress, automatic=module.automatic_optimization),
+        "loops": loops_state(progress, automatic=module.automatic_optimization),
         "treadle": {"progress": {**dataclasses.asdict(progress), "phase": int(progress.phase)}},
     }
     if not weights_only:
@@ -58,7 +58,7 @@ def dump_checkpoint(run: ReadyRun, callbacks: Sequence[Callback], *, weights_onl
         if state := run.datamodule.state_dict():
             checkpoint[type(run.datamodule).__qualname__] = state
     for callback in callbacks:
-        if callback.decides_weights or not weights_only:
+        if callback.__class__.decides_weights or not weights_only:
             run.dispatch.run("on_save_checkpoint", callback.on_save_checkpoint, module._trainer, module, checkpoint)
     run.dispatch.run("on_save_checkpoint", module.on_save_checkpoint, checkpoint)
     return checkpoint
@@ -76,8 +76,8 @@ def _counts(total: int, current: int, *, keys: Sequence[str] = ("ready", "starte
     return {"total": dict.fromkeys(keys, total), "current": dict.fromkeys(keys, current)}
 
 
-def _loops(p: FitProgress, *, automatic: bool) -> dict[str, Any]:
-    """The progress in Lightning's structure."""
+def loops_state(p: FitProgress, *, automatic: bool) -> dict[str, Any]:
+    """Return the progress in Lightning's structure."""
     two = ("ready", "completed")
     steps = _counts(p.optimizer_steps, p.step_in_epoch, keys=two)
     none = _counts(0, 0, keys=two)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.options import read_options
-from treadle.metrics.reduction import REDUCTIONS
+from treadle.metrics.reduction import reduction_named
 from treadle_fabric import rank_zero_warn
 from treadle_fabric.randomness import rng_states_of
 
@@ -114,7 +114,7 @@ def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _reduction(entry: Mapping[str, Any]) -> str | None:
-    return REDUCTIONS.get(read_options(entry["options"]).reduce_fx)
+    return reduction_named(read_options(entry["options"]).reduce_fx)
 
 
 def _merged_total(how: str | None, one: Any, other: Any) -> Any:

@@ -64,7 +64,8 @@ def find_checkpoint(
             )
         if len(found) > 1:
             rank_zero_warn(
-                f"Several ModelCheckpoints have a best checkpoint; ckpt_path='best' means the first: {found[0]}."
+                "ckpt_path='best' with a Trainer configured with multiple `ModelCheckpoint` callbacks means the best"
+                f" checkpoint of the first: {found[0]}. Pass the path of another, if that is meant."
             )
         return str(found[0])
     if ckpt_path == "last":

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from treadle.data.find import check_loader, first_loader, sequential
-from treadle.data.lengths import describe, has_exact_length, unlimited
+from treadle.data.lengths import has_exact_length, is_empty, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, rank_zero_warn
@@ -84,14 +84,14 @@ class EvaluationData:
             for loader in found:
                 check_loader(loader, name)
             if self._overfit:
-                found = [sequential(loader, "the validation loader") for loader in found]
+                found = [sequential(loader) for loader in found]
             turns = name.startswith("predict")  # the outputs of whole batches are put in order again
             self.loaders = [share(p, whole_batches=turns) for p in found]
         self.num_batches: list[float] = []
         for i, loader in enumerate(self.loaders):
             length = sized_len(loader)
             if length == 0 and fabric.world_size == 1:
-                rank_zero_warn(f"{name}: loader {i} is empty ({describe(loader)}); nothing is evaluated on it.")
+                rank_zero_warn(f"{is_empty(loader)}: nothing is evaluated on loader {i} of {name}.")
             self.num_batches.append(limit_batches(length, self._limit, f"limit_{name.split('_')[0]}_batches"))
 
     def is_shared(self, loader_idx: int) -> bool:

@@ -10,24 +10,27 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.overriding import overrides
-from treadle_fabric import MisconfigurationException, rank_zero_warn
+from treadle_fabric import WrongTypeError
 
-__all__ = ["check_loader", "find_loaders"]
+__all__ = ["check_loader", "find_loaders", "gives_loaders"]
 
 
 def find_loaders(given: Any, name: str, module: LightningModule, datamodule: LightningDataModule | None) -> Any:
-    """The loaders of a stage: the argument, else the data module's, else the module's; None where there are none."""
+    """The loaders of a stage: the argument, else those of :func:`gives_loaders`; None where there are none."""
     if given is not None:
         return given
-    for owner in (datamodule, module):
-        if owner is not None and defines_loader(owner, name):
-            found = getattr(owner, name)()
-            if found is None and name == "train_dataloader":
-                raise MisconfigurationException(
-                    f"`{type(owner).__qualname__}.{name}` returned None: return an iterable of batches."
-                )
-            return found
-    return None
+    owner = gives_loaders(module, datamodule)
+    if not defines_loader(owner, name):
+        return None
+    found = getattr(owner, name)()
+    if found is None and name == "train_dataloader":
+        raise WrongTypeError(f"`{type(owner).__qualname__}.{name}` returned None: return an iterable of batches.")
+    return found
+
+
+def gives_loaders(module: LightningModule, datamodule: LightningDataModule | None) -> Any:
+    """The object whose dataloader methods a run asks: the data module where there is one, and else the module."""
+    return module if datamodule is None else datamodule
 
 
 def defines_loader(owner: Any, name: str) -> bool:
@@ -38,19 +41,18 @@ def defines_loader(owner: Any, name: str) -> bool:
 def check_loader(loader: Any, name: str) -> None:
     """Refuse a dataset without a loader, and anything that cannot be iterated."""
     if isinstance(loader, Dataset) and not isinstance(loader, (Iterator, IterableDataset)):
-        raise MisconfigurationException(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
+        raise WrongTypeError(f"{name} got a Dataset ({type(loader).__name__}): wrap it in a DataLoader.")
     if isinstance(loader, (str, bytes)) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"{name} got {type(loader).__name__}, which cannot be iterated: pass a DataLoader or any iterable of"
             " batches."
         )
 
 
-def sequential(loader: Any, name: str) -> Any:
+def sequential(loader: Any) -> Any:
     """The loader without shuffling, for overfitting on the same batches."""
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, RandomSampler):
         return loader
-    rank_zero_warn(f"`overfit_batches` turns off the shuffling of {name}, so that every epoch has the same batches.")
     other = copy.copy(loader)
     fields = other.__dict__
     fields["sampler"] = SequentialSampler(loader.dataset)  # type: ignore[arg-type]

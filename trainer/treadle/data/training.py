@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from treadle.data.find import check_loader, first_loader, sequential
-from treadle.data.lengths import describe, has_exact_length, unlimited
+from treadle.data.lengths import describe, has_exact_length, is_empty, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
 from treadle_fabric import Fabric, MisconfigurationException, all_gather_objects, rank_zero_warn
@@ -45,12 +45,17 @@ class TrainingData:
         for part in parts:
             check_loader(part, "train_dataloaders")
         if overfit:
-            parts = [sequential(part, "the training loader") for part in parts]
+            parts = [sequential(part) for part in parts]
         self._fabric, self._inject = fabric, inject
         self.combined = combined
         loader, parts = self._share_out(parts)
         length = sized_len(loader)
-        if length == 0:
+        if length == 0 and fabric.world_size == 1:
+            rank_zero_warn(
+                f"{is_empty(parts[0])}: nothing is trained. Give it more samples, a smaller batch_size, or"
+                " drop_last=False."
+            )
+        elif length == 0:
             raise MisconfigurationException(
                 f"train_dataloaders is empty: {describe(parts[0])} gives no batch on rank {fabric.global_rank}."
                 " Give it more samples, a smaller batch_size, or drop_last=False."
@@ -85,6 +90,11 @@ class TrainingData:
     def loader(self) -> Any:
         """This rank's share of the loader."""
         return self.epochs.loader
+
+    @property
+    def shown(self) -> Any:
+        """The same in the structure in which the user gave several loaders."""
+        return self.loader if self.combined is None else self.combined.iterables
 
     @property
     def stop(self) -> float:

@@ -11,7 +11,7 @@ from treadle.data.lookahead import Transfer
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import DataHooks
 from treadle.module.overriding import check_signature, overrides
-from treadle_fabric import batch_mover, move_data_to_device
+from treadle_fabric import batch_mover, move_data_to_device, rank_zero_warn
 
 __all__ = ["make_transfer"]
 
@@ -39,6 +39,7 @@ def make_transfer(
                 )
                 check_signature(chosen[name], name, arguments, type(owner).__qualname__)
                 break
+    _tell_of_owners(chosen, module, datamodule)
     if not chosen:
         mover = batch_mover(device)
         return lambda batch, dataloader_idx: mover(batch)
@@ -58,6 +59,18 @@ def make_transfer(
         return batch
 
     return transfer
+
+
+def _tell_of_owners(
+    chosen: dict[str, Callable[..., Any]], module: LightningModule, datamodule: LightningDataModule | None
+) -> None:
+    """Say whose hook runs where module and data module each could have it."""
+    for name in chosen if datamodule is not None else ():
+        if overrides(module, name, DataHooks) and overrides(datamodule, name, DataHooks):
+            rank_zero_warn(
+                f"You have overridden `{name}` in both `LightningModule` and `LightningDataModule`: that of"
+                f" {type(datamodule).__qualname__} runs. Remove one of them."
+            )
 
 
 def stay(batch: Any, dataloader_idx: int) -> Any:

@@ -16,6 +16,8 @@ from treadle.loops.schedulers import Schedulers
 from treadle.loops.step.automatic import AutomaticStep
 from treadle.loops.step.manual import ManualStep
 from treadle.loops.stopping import Controls, Stops
+from treadle.module.hooks import ModuleHooks
+from treadle.module.overriding import overrides
 from treadle.profilers.profiler import timed_iteration
 from treadle.run.accumulation import Accumulation
 from treadle.run.progress import Phase
@@ -81,6 +83,7 @@ class TrainingEpoch:
         begin_batch, (train, train_and_step) = results.begin_batch, self._trains
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
+        may_skip = overrides(run.module, "on_train_batch_start", ModuleHooks)
         progress.stepped = False
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
@@ -88,7 +91,8 @@ class TrainingEpoch:
             begin_batch(batch)
             if on_batch_start:
                 results.hook = "on_train_batch_start"
-                if -1 in [listener(batch, batch_idx) for listener in on_batch_start]:
+                replies = [listener(batch, batch_idx) for listener in on_batch_start]
+                if replies[-1] == -1 and may_skip:  # the module comes after the callbacks
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
             if divides:
@@ -224,7 +228,7 @@ class TrainingEpoch:
         if 0 < self._step.idle == batches and self._run.first_time("idle"):
             where = " on rank 0" if self._run.fabric.world_size > 1 else ""  # each rank counts its own
             rank_zero_warn(
-                f"`training_step` had no loss for any of the {batches} batches of epoch"
+                f"`training_step` returned `None`, or no loss, for all {batches} batches of epoch"
                 f" {self._run.progress.epoch}{where}, so that nothing was learned from them: return the loss."
             )
 

@@ -40,6 +40,7 @@ _MAY_SAVE = [
     "on_exception",
 ]
 """The hooks in which a callback or a module may save while a validation runs."""
+_NO_BATCHES = "No training batches"
 _SHORT_S = 1.0
 
 
@@ -58,6 +59,10 @@ class Parts(Protocol):
     def outdated(self) -> bool:
         """Whether the training loader is to be made anew, because what it depends on has changed."""
 
+    @property
+    def changed(self) -> bool:
+        """Whether a setting was changed since the epoch loop was made."""
+
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
 
@@ -74,25 +79,33 @@ class Parts(Protocol):
         """Keep the state of a stop in the middle of an epoch, where a later fit goes on."""
 
     def remake(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch:
-        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+        """Make epoch loop and validation again, with the same loaders: listeners or settings have changed."""
 
     def restore(self, run: ReadyRun, /) -> None:
         """Restore, once, the state that a resumed run had at its checkpoint; the random state comes last."""
 
 
 def _tell_of_evaluation_mode(module: LightningModule) -> None:
-    """Submodules stay in the modes that the user gave them, which for a pretrained model may not be meant."""
-    names = [name for name, m in with_plain_names(module, module.named_modules()) if not m.training]
-    if not module.training:
+    """Submodules stay in the modes that the user gave them, which for a pretrained model may not be meant.
+
+    What is frozen as well, with all that is in it, is meant to stay as it is.
+    """
+    frozen: tuple[str, ...] = ()
+    names = []
+    for name, child in with_plain_names(module, module.named_modules()):
+        if child.training or name.startswith(frozen):
+            continue
+        parameters = [p.requires_grad for p in child.parameters()]
+        if parameters and not any(parameters):
+            frozen += (f"{name}." if name else "",)
+        else:
+            names.append(name or type(module).__qualname__)
+    if names:
         rank_zero_warn(
-            f"{type(module).__qualname__} is in evaluation mode when training begins, and stays so: dropout and batch"
-            " norm do not train. Call its `train()` before fit if that is not meant.",
+            f"Found {len(names)} module(s) in eval mode at the start of training, which stay so, so that their dropout"
+            f" and batch norm do not train: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. Call `train()`"
+            " before fit if that is not meant.",
             category=PossibleUserWarning,
-        )
-    elif names:
-        rank_zero_info(
-            f"{len(names)} submodules are in evaluation mode when training begins, and stay so: {', '.join(names[:5])}"
-            + (", ..." if len(names) > 5 else ".")
         )
 
 
@@ -120,6 +133,8 @@ class FitLoop:
         self._changed = False  # other listeners than when the epoch loop was made
         self._validation_s = math.inf  # how long the last validation took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
+        self.began = False
+        """Whether training has begun, after the sanity check."""
         self.epoch: TrainingEpoch | None = None
         self.agreement: StopAgreement | None = None
         """Lets several ranks stop after the same batch; None on one rank."""
@@ -130,7 +145,7 @@ class FitLoop:
         try:
             if not self._done():
                 self._sanity_check()
-            run.state.stage = RunningStage.TRAINING
+            run.state.stage, self.began = RunningStage.TRAINING, True
             self.agreement = StopAgreement() if run.fabric.world_size > 1 else None
             with run.steps.counting():
                 self._train()
@@ -150,7 +165,7 @@ class FitLoop:
         self.epoch = epoch = None if reason else self._parts.make_epoch(run, self)
         if epoch is None:
             self._parts.nothing_left(run)
-            rank_zero_info(f"`Trainer.fit` has nothing to train: {reason or 'there are no batches'}.")
+            rank_zero_info(f"`Trainer.fit` stopped: {reason or _NO_BATCHES}.")
             if progress.batches and not self._controls.should_stop:
                 rank_zero_warn(
                     "This fit goes on from the last one or from a checkpoint, and nothing is left to do: to train on,"
@@ -166,8 +181,11 @@ class FitLoop:
             while not (reason := self._done()):
                 if not first and self._reload_every and progress.epoch % self._reload_every == 0:
                     epoch.close()
-                    self.epoch = epoch = self._parts.make_epoch(run, self)
-                    assert epoch is not None
+                    self.epoch = renewed = self._parts.make_epoch(run, self)
+                    if renewed is None:
+                        reason = _NO_BATCHES
+                        break
+                    epoch = renewed
                 first = False
                 epoch = self._begin_epoch(epoch)
                 with explained_steps(run.module):
@@ -202,7 +220,7 @@ class FitLoop:
             self.epoch = renewed = self._parts.make_epoch(run, self)
             assert renewed is not None
             epoch = renewed
-        if dispatch.refresh("fit") or self._changed:
+        if dispatch.refresh("fit") or self._changed or self._parts.changed:
             self.epoch = epoch = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))
         return epoch
@@ -279,8 +297,8 @@ class FitLoop:
         if not enough and not self._told_min:
             self._told_min = True
             rank_zero_info(
-                f"A stop was asked for, but min_epochs={d.min_epochs} or min_steps={d.min_steps} is not reached:"
-                " going on."
+                f"Trainer was signaled to stop but the required `min_epochs={d.min_epochs}` or"
+                f" `min_steps={d.min_steps}` has not been met: training goes on until then."
             )
         return enough
 
@@ -290,7 +308,7 @@ class FitLoop:
         if progress.phase is not Phase.BETWEEN:  # resumed in the end of a batch, and the epoch's end follows
             return ""
         if d.max_steps != -1 and progress.step >= d.max_steps:
-            return f"max_steps={d.max_steps} reached"
+            return f"`max_steps={d.max_steps}` reached"
         if d.max_epochs is not None and -1 < d.max_epochs <= progress.epoch:
-            return f"max_epochs={d.max_epochs} reached"
-        return "a stop was asked for" if self._controls.should_stop and self.may_stop() else ""
+            return f"`max_epochs={d.max_epochs}` reached"
+        return "`trainer.should_stop` was set" if self._controls.should_stop and self.may_stop() else ""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+import inspect
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler as TorchScheduler
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from treadle.module import LightningModule, LRSchedulerConfig
 from treadle.module.overriding import overrides
@@ -18,6 +20,7 @@ from treadle_fabric import (
     MisconfigurationException,
     Strategy,
     TreadleError,
+    WrongTypeError,
     check_integer,
     is_several,
     near_names,
@@ -34,6 +37,9 @@ _SHAPES = (
     "'lr_scheduler', a list of such dicts, or None"
 )
 _KEYS = {"scheduler", "name", "interval", "frequency", "reduce_on_plateau", "monitor", "strict"}
+_OPTIMIZER_KEYS = {"optimizer", "lr_scheduler", "monitor"}
+_IDLE_BY_HAND = {"reduce_on_plateau", "monitor", "strict"}
+"""Keys of a scheduler without an effect where the module steps it; by ``interval`` its rate is logged all the same."""
 
 
 @contextmanager
@@ -116,7 +122,8 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
     """
     if returned is None:
         rank_zero_warn(
-            f"`{type(module).__qualname__}.configure_optimizers` returned None: this fit will run without an optimizer."
+            f"`{type(module).__qualname__}.configure_optimizers` returned `None`: this fit will run with no optimizer."
+            " Return one, unless nothing is to be trained."
         )
         return [], []
     optimizers, schedulers = _unpack(returned)
@@ -202,13 +209,12 @@ def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    unknown = set(entry) - {"optimizer", "lr_scheduler", "monitor"}
-    if unknown:
-        name = min(unknown)
-        hint = near_names(name, ["optimizer", "lr_scheduler", "monitor"])
-        raise MisconfigurationException(f"configure_optimizers returned a dict with the unknown key {name!r}. {hint}")
     if "optimizer" not in entry:
-        raise MisconfigurationException("configure_optimizers returned a dict without the key 'optimizer': add it.")
+        raise MisconfigurationException(
+            f"configure_optimizers returned a dict without the key 'optimizer', with {', '.join(map(repr, entry))}: add"
+            f" it.{_hint_of(set(entry) - _OPTIMIZER_KEYS, ['optimizer'])}"
+        )
+    _tell_of_keys("optimizer configuration", set(entry) - _OPTIMIZER_KEYS, _OPTIMIZER_KEYS)
     found = entry.get("lr_scheduler")
     if found is None:
         return [entry["optimizer"]], []
@@ -225,21 +231,56 @@ def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     return [entry["optimizer"]], schedulers
 
 
+def _tell_of_keys(what: str, unknown: set[Any], known: set[str]) -> None:
+    """Warn of keys that nothing reads."""
+    if unknown:
+        names = sorted(map(str, unknown))
+        rank_zero_warn(
+            f"Found unsupported keys in the {what}: {', '.join(map(repr, names))}; they have no effect."
+            f"{_hint_of(unknown, known)} Leave them out of what `configure_optimizers` returns.",
+            category=RuntimeWarning,
+        )
+
+
+def _hint_of(unknown: set[Any], known: Iterable[str]) -> str:
+    """A sentence about misspelled keys, where the known ones are near; else nothing."""
+    hints = [hint for name in sorted(map(str, unknown)) if (hint := near_names(name, known)).startswith("Did")]
+    return "".join(f" {hint}" for hint in hints)
+
+
 def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
     given = dict(entry) if isinstance(entry, Mapping) else {"scheduler": entry}
     unknown = set(given) - _KEYS
-    if unknown:
-        name = min(unknown)
-        raise MisconfigurationException(
-            f"A scheduler configuration has the unknown key {name!r}. {near_names(name, _KEYS)}"
-        )
     if "scheduler" not in given:
-        raise MisconfigurationException("A scheduler configuration has no key 'scheduler': add it.")
-    config = LRSchedulerConfig(**given)
+        raise MisconfigurationException(
+            f"A scheduler configuration has no key 'scheduler', and {', '.join(map(repr, given))}: add it."
+            f"{_hint_of(unknown, ['scheduler'])}"
+        )
+    _tell_of_keys("lr scheduler dict", unknown, _KEYS)
+    if not module.automatic_optimization and (idle := sorted(given.keys() & _IDLE_BY_HAND)):
+        rank_zero_warn(
+            f"The lr scheduler dict contains the key(s) {idle}, but the keys will be ignored in manual optimization:"
+            " call `self.lr_schedulers().step()` in the module, and leave them out.",
+            category=RuntimeWarning,
+        )
+        given = {key: value for key, value in given.items() if key not in _IDLE_BY_HAND}
+    config = LRSchedulerConfig(**{key: value for key, value in given.items() if key in _KEYS})
+    if isinstance(config.scheduler, OneCycleLR) and config.interval == "epoch" and isinstance(entry, Mapping):
+        rank_zero_warn(
+            "A `OneCycleLR` scheduler is using 'interval': 'epoch', so that it takes one of its total_steps an epoch."
+            " Set 'interval': 'step' if it is to step after every batch.",
+            category=RuntimeWarning,
+        )
     scheduler = config.scheduler
     config.reduce_on_plateau = config.reduce_on_plateau or isinstance(scheduler, ReduceLROnPlateau)
-    if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)):
-        if type(module).lr_scheduler_step is LightningModule.lr_scheduler_step:
+    if not isinstance(scheduler, (TorchScheduler, ReduceLROnPlateau)):
+        if not all(callable(getattr(scheduler, name, None)) for name in ("state_dict", "load_state_dict")):
+            raise WrongTypeError(
+                f"The scheduler {type(scheduler).__name__} has no `state_dict` and `load_state_dict`, with which a"
+                " checkpoint keeps it: define both."
+            )
+        steps_itself = module.lr_scheduler_step is None or overrides(module, "lr_scheduler_step", LightningModule)
+        if not steps_itself and not _steps_as_torch_does(scheduler):
             raise MisconfigurationException(
                 f"{type(scheduler).__name__} is no learning-rate scheduler as torch knows it (step, state_dict,"
                 " optimizer): override `lr_scheduler_step` to step it yourself."
@@ -256,6 +297,19 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
             "{'optimizer': ..., 'lr_scheduler': {'scheduler': ..., 'monitor': 'val_loss'}}."
         )
     return config
+
+
+def _steps_as_torch_does(scheduler: Any) -> bool:
+    """Whether a scheduler of another kind has what torch's have, and a ``step`` without arguments."""
+    if not isinstance(scheduler, LRScheduler):
+        return False
+    try:
+        inspect.signature(scheduler.step).bind()
+    except TypeError:
+        return False
+    except ValueError:  # there is no signature to look at
+        return True
+    return True
 
 
 def _check_parameters(optimizer: Optimizer, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from treadle.durations import parse_duration
-from treadle_fabric import MisconfigurationException, check_integer
+from treadle_fabric import MisconfigurationException, check_integer, rank_zero_warn
 
 __all__ = ["Durations", "ValidationSchedule", "change_durations", "resolve_durations", "total_steps"]
 
@@ -41,9 +41,9 @@ def resolve_durations(
     if max_epochs is None:
         max_epochs = 1000 if assumed else -1
     if min_epochs is not None and max_epochs != -1 and min_epochs > max_epochs:
-        raise MisconfigurationException(f"min_epochs={min_epochs} is more than max_epochs={max_epochs}: lower it.")
+        rank_zero_warn(f"min_epochs={min_epochs} is more than max_epochs={max_epochs}, where training ends: lower it.")
     if min_steps is not None and max_steps != -1 and min_steps > max_steps:
-        raise MisconfigurationException(f"min_steps={min_steps} is more than max_steps={max_steps}: lower it.")
+        rank_zero_warn(f"min_steps={min_steps} is more than max_steps={max_steps}, where training ends: lower it.")
     return Durations(max_epochs, max_steps, min_epochs, min_steps, time, assumed)
 
 

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import CyclicLR, LambdaLR, MultiplicativeLR
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.run.run import Run
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_info, rank_zero_warn
+from treadle_fabric import MisconfigurationException, MissingMetricError, near_names, rank_zero_info, rank_zero_warn
 
 __all__ = ["Schedulers"]
 
@@ -35,7 +35,7 @@ class Schedulers:
         self._per_group = any(isinstance(config.scheduler, _PER_GROUP) for config in self.configs)
         self._progress, self._metrics, self._first_time = run.progress, run.metrics, run.first_time
         hook: Any = run.module.lr_scheduler_step
-        own = overrides(run.module, "lr_scheduler_step", LightningModule)
+        own = hook is None or overrides(run.module, "lr_scheduler_step", LightningModule)
         plain = run.timed(hook, "lr_scheduler_step", run.module)
         self._step = partial(run.dispatch.run, "lr_scheduler_step", hook) if own else plain
 
@@ -63,13 +63,13 @@ class Schedulers:
                     continue
                 if value is None:
                     message = (
-                        f"The scheduler {type(config.scheduler).__name__} monitors {config.monitor!r}, which nobody"
-                        f" logged. {near_names(config.monitor, found)}"
+                        f"{type(config.scheduler).__name__} conditioned on metric {config.monitor} which is not"
+                        f" available: nobody logged {config.monitor!r}. {near_names(config.monitor, found)}"
                     )
                     if config.strict:
-                        raise MisconfigurationException(f"{message} Log it, or set 'strict': False.")
+                        raise MissingMetricError(f"{message} Log it, or set 'strict': False.")
                     if self._first_time(f"no {config.monitor} to step by"):
-                        rank_zero_warn(f"{message} The step is skipped.")
+                        rank_zero_warn(f"{message} The step is skipped.", category=RuntimeWarning)
                     continue
             if self._per_group and isinstance(config.scheduler, _PER_GROUP):
                 _check_groups(config.scheduler)

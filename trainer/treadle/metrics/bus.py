@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from treadle.metrics.reduction import REDUCTIONS, Reduced, Row, Told, reduce_over_ranks
+from treadle.metrics.reduction import Reduced, Row, Told, reduce_over_ranks, reduction_named
 from treadle_fabric import (
     Fabric,
     MisconfigurationException,
     compute_alone,
     forget_computed,
     infer_batch_size,
+    rank_zero_warn,
     with_plain_names,
 )
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from treadle.contracts import LightningModule
 from treadle.metrics.options import GivenOptions, LogOptions, read_options
 from treadle.metrics.slot import Slot, stack
-from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, step_value, whole
+from treadle.metrics.values import flatten_metrics, is_metric, metrics_by_path, scalar_on, step_value, whole
 
 __all__ = ["Results"]
 
@@ -73,6 +74,7 @@ class Results:
         self.callbacks: Sequence[Any] = ()
         self.idle: set[int | None] = set()
         """The loaders of which this rank had no batch; None where there is one loader."""
+        self._told: set[str] = set()  # names that were asked to go to loggers, where there are none
 
     def belongs_to(self, module: LightningModule, callbacks: Sequence[Any] = ()) -> None:
         """Set the module whose values are logged here, and the callbacks, which may log through it."""
@@ -90,6 +92,12 @@ class Results:
                 for key, item in flatten_metrics(value, f"{name}/"):
                     self.log(module, key, item, options, batch_size)
                 return
+            if options[1] and name not in self._told and not module.trainer.loggers:  # asked for, not the default
+                self._told.add(name)
+                rank_zero_warn(
+                    f"You called `self.log({name!r}, ..., logger=True)` but have no logger configured: pass one to the"
+                    " Trainer, or leave out `logger=True`."
+                )
             slot = self._new_slot(name, LogOptions(*options))
         if isinstance(value, Tensor):
             if type(value) is not Tensor:
@@ -237,7 +245,8 @@ class Results:
             raise MisconfigurationException(
                 f"`self.log({name!r}, on_step=False, on_epoch=False)` logs nothing: set one of them."
             )
-        if reduce_fx not in REDUCTIONS and not callable(reduce_fx):
+        reduction = reduction_named(reduce_fx)
+        if reduction is None and not callable(reduce_fx):
             raise MisconfigurationException(
                 f"`self.log({name!r}, reduce_fx={reduce_fx!r})`: reduce_fx is 'mean', 'min', 'max', 'sum' or a"
                 " callable."
@@ -246,7 +255,7 @@ class Results:
         key = (hook, name, None if several and not options.add_dataloader_idx else self.dataloader_idx)
         if key in self.slots and _same_code(self.slots[key].options, options):
             slot = self.slots[key]
-            slot.options, slot.reduce = options, REDUCTIONS.get(reduce_fx, reduce_fx)  # type: ignore[arg-type]
+            slot.options, slot.reduce = options, reduction or reduce_fx  # type: ignore[assignment]
             return slot
         if key in self.slots:
             both = zip(LogOptions._fields, self.slots[key].options, options, strict=True)
@@ -299,9 +308,14 @@ class Results:
                 out.update(entries)
                 if distributed and not slot.rank_zero_only and slot.metric is None and not callable(slot.reduce):
                     weight = samples if slot.reduce == "mean" else 1.0
-                    rows += [(name, slot.reduce, value * weight if weight else 0.0, weight) for name, value in entries]
+                    for name, value in entries:
+                        exact = scalar_on(value if weight else 0.0, torch.float64, self._fabric.device)
+                        rows.append((name, slot.reduce, exact * weight, weight))
         if distributed:
-            out.update(reduce_over_ranks(self._fabric, rows).values)
+            for name, value in reduce_over_ranks(self._fabric, rows).values.items():
+                mine = out.get(name)
+                single = isinstance(mine, Tensor) and mine.dtype != torch.float64
+                out[name] = value.to(torch.float32) if single else value
         return out
 
     def _samples(self) -> float:
@@ -329,7 +343,7 @@ class Results:
                 elif callable(slot.reduce):
                     rows.append((name, "gather", slot.values, 0.0))
                 else:
-                    rows.append((name, slot.reduce, 0.0 if slot.total is None else slot.total, slot.weight))
+                    rows.append((name, slot.reduce, slot.sum, slot.weight))
         reduced = reduce_over_ranks(self._fabric, rows, self._tell) if distributed else Reduced()
         values = dict(reduced.values)
         slots.update(self._of_others(reduced, {row[0] for row in rows}))
@@ -346,8 +360,8 @@ class Results:
                 value = slot.compute()
             if isinstance(value, Tensor) and value.numel() == 1:
                 value = value.reshape(())
-                if value.dtype == torch.float64 and slot.metric is None:
-                    value = value.to(torch.get_default_dtype())
+                if slot.metric is None:
+                    value = value.to(slot.dtype)
             found.append((slot, value))
         return found
 
@@ -427,7 +441,7 @@ def _same_code(one: LogOptions, other: LogOptions) -> bool:
     code = getattr(one.reduce_fx, "__code__", None)
     same = code is not None and code is getattr(other.reduce_fx, "__code__", None)
     same |= isinstance(one.reduce_fx, _Reduced)
-    same |= one.reduce_fx == REDUCTIONS.get(other.reduce_fx, other.reduce_fx)
+    same |= one.reduce_fx == (reduction_named(other.reduce_fx) or other.reduce_fx)
     return same and one._replace(reduce_fx=other.reduce_fx) == other
 
 

@@ -31,7 +31,8 @@ class Metrics:
     @property
     def callback(self) -> dict[str, Tensor]:
         """Name -> scalar tensor, the newest value of everything logged."""
-        return _tensors({**self._callback, **self.active.latest("callback")} if self.active else self._callback)
+        found = {**self._callback, **self.active.latest("callback")} if self.active else self._callback
+        return CallbackMetrics(_tensors(found), self._callback)
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -122,5 +123,37 @@ class Metrics:
         return logged, [{**per_loader.get(i, {}), **shared} for i in range(loaders)]
 
 
+class CallbackMetrics(dict[str, Tensor]):
+    """The metrics for callbacks. A program may add some: callbacks then see them until a run logs the name.
+
+    Args:
+        found: names and values.
+        kept: where what is added is kept.
+    """
+
+    def __init__(self, found: Mapping[str, Tensor], kept: dict[str, Any]) -> None:
+        super().__init__(found)
+        self._kept = kept
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._kept[name] = value
+        super().__setitem__(name, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add several metrics, as a dictionary's method does."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy is a plain dictionary
+        return dict, (dict(self),)
+
+
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {n: v if isinstance(v, Tensor) else torch.tensor(float(v), device="cpu") for n, v in values.items()}
+    """Return the values as tensors, of torch's default dtype where they are of 16 bits or whole numbers."""
+    wide, default = (torch.float32, torch.float64), torch.get_default_dtype()
+    return {
+        name: (value if value.dtype in wide else value.to(default))
+        if isinstance(value, Tensor)
+        else torch.tensor(float(value), device="cpu")
+        for name, value in values.items()
+    }

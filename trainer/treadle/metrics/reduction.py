@@ -13,14 +13,21 @@ from treadle.metrics.values import scalar_on, to_floats, vector_on
 from treadle_fabric import Fabric, all_gather_objects, rank_zero_warn
 from treadle_fabric.data import one_of_each
 
-__all__ = ["REDUCTIONS", "Reduced", "Reduction", "Row", "Told", "reduce_over_ranks"]
+__all__ = ["Reduced", "Reduction", "Row", "Told", "reduce_over_ranks", "reduction_named"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
 Row: TypeAlias = tuple[str, Reduction | Literal["gather", "count"], Any, float]
-REDUCTIONS: Final[dict[Any, Reduction]] = {
+_REDUCTIONS: Final[dict[Any, Reduction]] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
     "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
 }  # fmt: skip
+
+
+def reduction_named(reduce_fx: Any) -> Reduction | None:
+    """The reduction that an argument of ``self.log`` names, in any case of letters; None for other arguments."""
+    return _REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx)
+
+
 _PACKET: Final = 131  # doubles in the packed collective: three of the head and 64 pairs; more slots need a second one
 _HEAD: Final = 3  # a checksum of the names, their number, and what the rank has of the samples
 
@@ -91,7 +98,8 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
         totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
         match how:
             case "mean":
-                out[name] = totals.sum() / weights.sum()
+                rounded = totals.sum().to(total.dtype if isinstance(total, Tensor) else torch.float32)
+                out[name] = rounded / weights.sum()
             case "sum":
                 out[name] = totals.sum()
             case "count":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -9,12 +10,17 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.options import LogOptions
-from treadle.metrics.reduction import REDUCTIONS, Reduction
+from treadle.metrics.reduction import Reduction, reduction_named
 from treadle.metrics.values import flatten_metrics, is_at_hand, scalar_on, vector_on
 
 __all__ = ["Slot"]
 _ON_TENSORS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
 _ON_NUMBERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"sum": sum, "min": min, "max": max}
+_ROUNDED: Final[dict[torch.dtype, Callable[[float], float]]] = {
+    torch.float32: lambda number: ctypes.c_float(number).value,
+    torch.float64: float,
+}
+"""Rounds a double to the dtype."""
 _FOLD_EVERY: Final = 256  # pending values are summed in one operation, this many at a time
 
 
@@ -22,7 +28,7 @@ class Slot:
     """One logged name in one hook (and loader): its latest value, and what its epoch value is made of."""
 
     __slots__ = (
-        "closed", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step",
+        "closed", "dtype", "forked", "fresh", "has_value", "loader", "logger", "metric", "name", "on_epoch", "on_step",
         "options", "pending", "prog_bar", "rank_zero_only", "reduce", "suffix", "total", "value", "values",
         "weight", "weights",
     )  # fmt: skip
@@ -32,8 +38,10 @@ class Slot:
         self.options = options
         self.on_step, self.on_epoch, self.forked = on_step, on_epoch, on_step and on_epoch
         self.prog_bar, self.logger = options.prog_bar, options.logger is not False
-        self.reduce: Reduction | Callable[[Tensor], Any] = REDUCTIONS.get(options.reduce_fx, options.reduce_fx)  # type: ignore[arg-type]
+        self.reduce: Reduction | Callable[[Tensor], Any] = reduction_named(options.reduce_fx) or options.reduce_fx  # type: ignore[assignment]
         self.rank_zero_only = options.rank_zero_only
+        self.dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        """Of the epoch's value: 16 bits would lose digits, and their sums overflow."""
         self.metric: Any = None
         self.loader: int | None = None
         self.reset()
@@ -65,40 +73,54 @@ class Slot:
             self.fold()
 
     def fold(self) -> None:
-        """Reduce the pending values in one operation, without waiting for the device."""
+        """Reduce the pending values, without waiting for the device."""
         if not self.pending:
             return
         values, weights = self.pending, self.weights
         self.pending, self.weights = [], []
+        dtypes = {v.dtype for v in values if isinstance(v, Tensor)}
+        if torch.float64 in dtypes:
+            self.dtype = torch.float64
         if callable(self.reduce):
             self.values += values
             return
-        among = any(isinstance(v, Tensor) for v in values)
-        part = self._of_tensors(values, weights) if among else self._of_numbers(values, weights)
-        if self.total is None:
-            self.total = part
-        elif self.reduce in ("min", "max"):
-            pair = stack([self.total, part])
-            self.total = _ON_TENSORS[self.reduce](pair)
+        if self.reduce in ("min", "max"):
+            self._keep_extreme(_ON_TENSORS[self.reduce](stack(values)) if dtypes else _ON_NUMBERS[self.reduce](values))
+        elif all(map(is_at_hand, [*values, self.total])):
+            self._add_up(values, weights if self.reduce == "mean" else None)
         else:
-            self.total = self.total + part
+            self._add_stacked(values, weights)
         self.weight += sum(weights)
 
-    def _of_numbers(self, values: list[Any], weights: list[float]) -> Any:
-        if self.reduce == "mean":
-            return sum(v * w for v, w in zip(values, weights, strict=True))
-        return _ON_NUMBERS[self.reduce](values)  # type: ignore[index]
+    def _keep_extreme(self, part: Any) -> None:
+        self.total = part if self.total is None else _ON_TENSORS[self.reduce](stack([self.total, part]))  # type: ignore[index]
 
-    def _of_tensors(self, values: list[Any], weights: list[float]) -> Tensor:
-        """Reduce values among which are tensors; the result is a tensor, whichever kind of value came last."""
-        if self.reduce in ("mean", "sum") and all(map(is_at_hand, values)):
-            numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
-            return torch.tensor(float(self._of_numbers(numbers, weights)), dtype=torch.float64, device="cpu")
+    def _add_up(self, values: list[Any], weights: list[float] | None) -> None:
+        """Add values of the host to the total, one after the other and each sum rounded, as a sum of tensors is.
+
+        Single precision is rounded by hand: the sum of two of its numbers in double precision, rounded once more, is
+        the sum that single precision has.
+        """
+        numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
+        if weights is None and all(isinstance(n, int) for n in numbers):
+            self.total = (0 if self.total is None else self.total) + sum(numbers)
+            return
+        rounded = _ROUNDED[self.dtype]
+        total = 0.0 if self.total is None else float(self.total)
+        for number, weight in zip(numbers, [1.0] * len(numbers) if weights is None else weights):
+            total = rounded(total + rounded(rounded(number) * weight))
+        self.total = torch.tensor(total, dtype=self.dtype, device="cpu")
+
+    def _add_stacked(self, values: list[Any], weights: list[float]) -> None:
+        """Add values of a device to the total in a few operations, in double precision where the device has it."""
         stacked = stack(values)
-        if self.reduce == "mean":
-            alike = weights.count(weights[0]) == len(weights)  # several weights would have to be sent to the device
-            return stacked.sum() * weights[0] if alike else stacked @ vector_on(weights, stacked.dtype, stacked.device)
-        return _ON_TENSORS[self.reduce](stacked)  # type: ignore[index]
+        if self.reduce != "mean":
+            part = stacked.sum()
+        elif weights.count(weights[0]) == len(weights):  # several weights would have to be sent to the device
+            part = stacked.sum() * weights[0]
+        else:
+            part = stacked @ vector_on(weights, stacked.dtype, stacked.device)
+        self.total = part if self.total is None else self.total + part
 
     def compute(self) -> Any:
         """Return the epoch's value on this rank."""
@@ -110,6 +132,12 @@ class Slot:
         if self.total is None:  # a mean over no samples
             return float("nan")
         return self.total / self.weight if self.reduce == "mean" else self.total
+
+    @property
+    def sum(self) -> Any:
+        """The total so far, of what is folded, in the dtype of the epoch's value; 0 where there is none."""
+        total: Any = 0.0 if self.total is None else self.total
+        return total.to(self.dtype) if isinstance(total, Tensor) and self.reduce in ("mean", "sum") else total
 
 
 def stack(values: list[Any]) -> Tensor:

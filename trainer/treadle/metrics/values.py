@@ -52,7 +52,8 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def is_metric(value: Any) -> bool:
     """Return whether a value is a torchmetrics object, or behaves like one."""
-    return callable(getattr(value, "compute", None)) and callable(getattr(value, "reset", None))
+    kind = value if isinstance(value, Module) else type(value)  # a mock has any attribute, and its class has not
+    return callable(getattr(kind, "compute", None)) and callable(getattr(kind, "reset", None))
 
 
 def step_value(metric: Any, compute: Callable[[Any], Any]) -> Any:
@@ -90,7 +91,7 @@ def _held(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield a value, or what the containers in it hold, with a name for each; long containers hold samples instead."""
     if name in ("_modules", "_parameters", "_buffers"):
         return
-    if hasattr(value, "compute_groups"):
+    if hasattr(type(value), "compute_groups"):  # an object of another kind, a mock say, may have any attribute
         for key, each in value.items(keep_base=True, copy_state=False):
             yield from _held(f"{name}.{key}", each, depth)
     elif isinstance(value, Module):

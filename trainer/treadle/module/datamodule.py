@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from treadle.module.hooks import DataHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.loading import class_only, load_datamodule_from_checkpoint
-from treadle_fabric import MisconfigurationException, PathLike, describe_error, is_list
+from treadle_fabric import MisconfigurationException, PathLike, is_list
 from treadle_fabric.data import sized_len
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["LightningDataModule"]
 
 D = TypeVar("D", bound="LightningDataModule")
+_TITLES = ("Train", "Validation", "Test", "Predict")
 _LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader")
 
 
@@ -44,8 +46,15 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
     """The entries of a checkpoint with hyper-parameters. ``"datamodule_hparams_type"`` is Lightning's only."""
     trainer: Trainer | None = None
     """The trainer of the current run; ``None`` before the first."""
+    name: str | None = None
+    """A name of the data, for the user's own purposes."""
+    allow_zero_length_dataloader_with_multiple_devices: bool = False
+    """Not needed: on several ranks, a rank without a batch is all right. Lightning refuses it unless this is True."""
     prepare_data_per_node: bool = True
     """Whether :meth:`prepare_data` runs once on every node; False: once in all, for nodes that share a file system."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()  # further classes of a data module; the arguments are those of subclasses that pass them on
 
     def __getstate__(self) -> dict[str, Any]:
         # workers that are spawned get a copy where `collate_fn` is a method, and a copy is not a copy of the run
@@ -77,7 +86,7 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
     def on_exception(self, exception: BaseException) -> None:
         """Called when the run ends with an exception, KeyboardInterrupt included."""
 
-    @class_only
+    @classmethod
     def from_datasets(
         cls: type[D],
         train_dataset: Dataset[Any] | Iterable[Dataset[Any]] | Mapping[str, Dataset[Any]] | None = None,
@@ -99,7 +108,7 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
             num_workers: Loading processes per loader, passed to ``__init__`` likewise. Default: 0.
             **datamodule_kwargs: Arguments of ``__init__``.
         """
-        takes = {} if cls.__init__ is object.__init__ else inspect.signature(cls.__init__).parameters
+        takes = {} if cls.__init__ is LightningDataModule.__init__ else inspect.signature(cls.__init__).parameters
         any_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
         sizes = {"batch_size": batch_size, "num_workers": num_workers}
         datamodule = cls(**{name: n for name, n in sizes.items() if any_name or name in takes}, **datamodule_kwargs)
@@ -138,8 +147,8 @@ class LightningDataModule(HyperparametersMixin, DataHooks):
         )
 
     def __str__(self) -> str:
-        lines = (f"  {name.removesuffix('_dataloader')}: {_describe(getattr(self, name))}" for name in _LOADERS)
-        return "\n".join((type(self).__name__, *lines))
+        lines = (f"{{{title} dataloader: {_describe(getattr(self, name))}}}" for title, name in zip(_TITLES, _LOADERS))
+        return os.linesep.join(lines)
 
 
 def _missing(datamodule: LightningDataModule, name: str) -> MisconfigurationException:
@@ -166,20 +175,23 @@ def _make_loaders(datasets: Any, *, shuffle: bool, batch_size: int, num_workers:
 
 
 def _describe(make_loaders: Any) -> str:
+    """The sizes of the datasets: ``size=64``, or ``1. size=64 ; 2. size=NA``; None where there is none."""
     try:
         loaders = make_loaders()
-    except MisconfigurationException:
-        return "none"
-    except Exception as error:  # str() must not fail because setup() has not run yet
-        return f"not available yet ({describe_error(error)})"
-    return _describe_loaders(loaders)
-
-
-def _describe_loaders(loaders: Any) -> str:
+    except Exception:  # str() must not fail because setup() has not run yet
+        return "None"
     if isinstance(loaders, Mapping):
-        return "; ".join(f"{name}: {_describe_loaders(loader)}" for name, loader in loaders.items())
-    if is_list(loaders):
-        return "; ".join(f"{i}: {_describe_loaders(loader)}" for i, loader in enumerate(loaders)) or "none"
-    dataset = getattr(loaders, "dataset", loaders)
-    size = sized_len(dataset)
-    return f"{type(dataset).__name__}, {'unknown size' if size is None else f'{size} samples'}"
+        named: Iterable[tuple[Any, Any]] = loaders.items()
+    elif is_list(loaders):
+        named = enumerate(loaders, start=1)
+    else:
+        return "None" if loaders is None else _size(loaders)
+    return " ; ".join(f"{name}. {_size(loader)}" for name, loader in named) or "None"
+
+
+def _size(loader: Any) -> str:
+    if isinstance(loader, Mapping) or is_list(loader):
+        inner = loader.values() if isinstance(loader, Mapping) else loader
+        return f"({', '.join(map(_size, inner))})"
+    size = sized_len(getattr(loader, "dataset", loader))
+    return f"size={'NA' if size is None else size}"

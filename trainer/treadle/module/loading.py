@@ -22,6 +22,7 @@ from treadle_fabric import (
     CheckpointMismatchError,
     CheckpointUnsafeError,
     MisconfigurationException,
+    MissingArgumentError,
     PathLike,
     load_module_state,
     near_names,
@@ -126,15 +127,34 @@ def _module_from(
             + near_names("state_dict", checkpoint)
         )
     state = checkpoint["state_dict"]
-    strict = module.strict_loading if strict is None else strict
+    strict = _strictness(module, strict)
     with _lack_is_the_reason(hparams | kwargs):
         keys = load_module_state(module, state, strict=strict)
     if not strict:
-        for kind, names in (("does not have", keys.missing_keys), ("has the unused keys", keys.unexpected_keys)):
-            if names:
-                rank_zero_warn(f"{checkpoint_path} {kind} {', '.join(names)}.")
+        if keys.missing_keys:
+            rank_zero_warn(
+                f"Found keys that are in the model state dict but not in the checkpoint: {keys.missing_keys}. They keep"
+                f" the values that the model was made with ({checkpoint_path})."
+            )
+        if keys.unexpected_keys:
+            rank_zero_warn(
+                f"Found keys that are not in the model state dict but in the checkpoint: {keys.unexpected_keys}. They"
+                f" are not used ({checkpoint_path})."
+            )
+    if not state and module.state_dict():
+        rank_zero_warn(f"The state dict in {str(checkpoint_path)!r} contains no parameters.")
     device = next((value.device for value in state.values() if isinstance(value, Tensor)), None)
     return module if device is None else module.to(device)
+
+
+def _strictness(module: LightningModule, strict: bool | None) -> bool:
+    own = module._strict_loading
+    if strict is not None and own is not None and strict is not own:
+        raise MisconfigurationException(
+            f"load_from_checkpoint(strict={strict}), and {type(module).__name__} sets strict_loading={own}: leave out"
+            " one, or give both the same value."
+        )
+    return module.strict_loading if strict is None else strict
 
 
 def load_datamodule_from_checkpoint(
@@ -235,11 +255,11 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: 
         hparams: The saved hyperparameters.
         name: The argument that held them all; "kwargs" or None: each was an argument.
         whole: The object that was this argument, where it was saved.
-        kwargs: Arguments that replace saved ones.
+        kwargs: Arguments that replace saved ones; those that ``__init__`` does not take are left out, with a warning.
 
     Raises:
         CheckpointUnsafeError: A saved argument that was not loaded is needed; the message says what to do.
-        MisconfigurationException: ``__init__`` needs arguments that are not there, or takes no such argument.
+        MissingArgumentError: ``__init__`` needs arguments that are not there.
     """
     if is_maker(hparams.get(MAKER)):
         with _lack_is_the_reason(hparams | kwargs):
@@ -256,10 +276,13 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: 
     else:
         unknown = [key for key in kwargs if key not in parameters and not any_name]
         if unknown:
-            raise MisconfigurationException(
-                f"{cls.__name__}.__init__ takes no argument {unknown[0]!r}. {near_names(unknown[0], parameters)}"
+            known = [key for key in parameters if key not in ("args", "kwargs")]
+            rank_zero_warn(
+                f"{cls.__name__}.__init__ takes no argument {unknown[0]!r}, and load_from_checkpoint does not use it. "
+                + near_names(unknown[0], known)
             )
-        arguments = {key: value for key, value in hparams.items() if any_name or key in parameters} | kwargs
+        given = hparams | kwargs
+        arguments = {key: value for key, value in given.items() if any_name or key in parameters}
     missing = [
         key
         for key, parameter in parameters.items()
@@ -269,7 +292,7 @@ def instantiate(cls: type[T], hparams: dict[str, Any], name: str | None, whole: 
     ]
     if missing:
         example = ", ".join(f"{key}=..." for key in missing)
-        raise MisconfigurationException(
+        raise MissingArgumentError(
             f"{cls.__name__}.__init__ needs {', '.join(missing)}, which the checkpoint does not hold. Pass "
             f"load_from_checkpoint(path, {example}), or call self.save_hyperparameters() in __init__ before saving."
         )

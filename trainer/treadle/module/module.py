@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from treadle.metrics.sinks import NOT_LOGGING, MetricSink
+from treadle.metrics.sinks import NOT_LOGGING, MetricSink, log_in_fabric
 from treadle.metrics.values import flatten_metrics
-from treadle.module.export import export_to_onnx
+from treadle.module.export import (
+    export_to_onnx,
+    export_to_tensorrt,
+    export_to_torchscript,
+    keep_run_out_of_graphs,
+    leave_alone,
+)
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
+from treadle.module.in_fabric import TrainerInFabric, clip_in_fabric, steps_in_fabric
 from treadle.module.loading import class_only, load_module_from_checkpoint
+from treadle.module.modes import as_moved
 from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
@@ -30,10 +38,6 @@ STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 OptimizerLRScheduler: TypeAlias = (
     Any  # an Optimizer, lists of them, two lists, a dict or dicts with "lr_scheduler"; None
 )
-
-
-_OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
-    profile toggle_optimizer untoggle_optimizer""".split()
 
 
 class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
@@ -52,14 +56,16 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     CHECKPOINT_HYPER_PARAMS_KEY: ClassVar[str] = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME: ClassVar[str] = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE: ClassVar[str] = "hparams_type"
-    """The entries of a checkpoint with hyper-parameters. ``"hparams_type"`` is Lightning's only."""
+    """Where a checkpoint has hyper-parameters, the argument that held them, and its type (in Lightning's only)."""
+    _moved: Tensor | None = None
     example_input_array: Any = None
-    """An input of ``forward``, for the graph, the summary and the export to ONNX."""
+    """An input of ``forward``, for the graph, the summary and exports."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._trainer: Trainer | None = None
         self._fabric: Fabric | None = None
+        self._fabric_optimizers: list[FabricOptimizer] = []  # those that `Fabric.setup` got with this module
         self._metrics: MetricSink = NOT_LOGGING
         self._toggled: dict[int, list[tuple[nn.Parameter, bool]]] = {}
         self._strict_loading: bool | None = None
@@ -69,11 +75,13 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer that runs this module; a RuntimeError where none does."""
+        """The trainer that runs this module; in a Fabric loop what Fabric has of one; else a RuntimeError."""
         if self._trainer is None:
+            if self._fabric is not None:
+                return TrainerInFabric(self._fabric)  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`: `self.trainer` is there inside "
-                "fit, validate, test and predict. In a Fabric loop use `self.fabric`."
+                "fit, validate, test and predict, and after `fabric.setup`."
             )
         return self._trainer
 
@@ -109,7 +117,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def _run_as(self, model: nn.Module) -> None:
         """Set what runs the steps: this module, or its compiled form; the trainer calls this for the given model."""
         if model is not self:
-            _keep_run_out_of_graphs()
+            keep_run_out_of_graphs(LightningModule)
         self.__dict__["_compiled"] = None if model is self else model  # no submodule: it holds this module
 
     @property
@@ -155,15 +163,22 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the first parameter or buffer; CPU where there is none."""
-        tensor: Tensor | None = next(self.parameters(), None)
-        tensor = tensor if tensor is not None else next(self.buffers(), None)
-        return tensor.device if tensor is not None else torch.device("cpu")
+        """The device of the first parameter or buffer; where there is none, that of the last ``to`` and the like."""
+        tensor = next(chain(self.parameters(), self.buffers()), self._moved)
+        return torch.device("cpu") if tensor is None else tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the first floating-point parameter; torch's default dtype where there is none."""
-        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.get_default_dtype())
+        """The dtype of the first floating-point parameter; where there is none, as for :attr:`device`."""
+        first = next((p for p in self.parameters() if p.is_floating_point()), self._moved)
+        return torch.get_default_dtype() if first is None else first.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """Move and convert, as every module; without parameters, an empty tensor takes their place."""
+        if next(self.parameters(), None) is None:
+            self.__dict__["_moved"] = as_moved(fn, self._moved)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def on_gpu(self) -> bool:
@@ -226,6 +241,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def configure_model(self) -> None:
         """Create layers here, rather than in ``__init__``, when they should be made on their device or sharded."""
+        self.configure_sharded_model()
+
+    def configure_sharded_model(self) -> None:
+        """The old name of :meth:`configure_model`, which takes its place."""
 
     def train_dataloader(self) -> Any:
         """Return the training batches: an iterable, or a list, tuple or dict of iterables."""
@@ -252,6 +271,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and hooks.
                 Default: True.
         """
+        if self._trainer is None and self._fabric is not None:
+            return steps_in_fabric(self, use_pl_optimizer)
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
 
@@ -323,7 +344,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         Raises:
             MisconfigurationException: the Trainer has another ``gradient_clip_val``, or the algorithm is unknown.
         """
-        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._trainer is None and self._fabric is not None:
+            clip_in_fabric(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:
         """While entered, measure an action with the Trainer's profiler; without a Trainer nothing happens.
@@ -336,13 +360,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
         mine = {p for group in optimizer.param_groups for p in group["params"]}
-        others = {
-            p
-            for other in self.trainer.optimizers
-            for group in other.param_groups
-            for p in group["params"]
-            if p not in mine
-        }
+        known = self._fabric_optimizers if self._trainer is None else self.trainer.optimizers
+        others = {p for other in known for group in other.param_groups for p in group["params"] if p not in mine}
         self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
         for p in others:
             p.requires_grad_(False)
@@ -407,23 +426,10 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             MisconfigurationException: nothing can be logged in this hook, the value is no scalar, or the name was
                 logged in this hook with other options.
         """
-        self._metrics.log(
-            self,
-            name,
-            value,
-            (
-                prog_bar,
-                logger,
-                on_step,
-                on_epoch,
-                reduce_fx,
-                enable_graph,
-                sync_dist,
-                add_dataloader_idx,
-                rank_zero_only,
-            ),
-            batch_size,
-        )
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
+        )  # fmt: skip
+        self._metrics.log(self, name, value, options, batch_size)
 
     def log_dict(
         self,
@@ -444,6 +450,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         options = (
             prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, add_dataloader_idx, rank_zero_only,
         )  # fmt: skip
+        if self._metrics is NOT_LOGGING and self._trainer is None and self._fabric is not None:
+            log_in_fabric(self._fabric, dictionary, options)
+            return
         for name, value in flatten_metrics(dictionary):
             self._metrics.log(self, name, value, options, batch_size)
 
@@ -451,12 +460,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0 only, above the progress bar."""
-        if self._trainer is not None:
-            self._trainer.print(*args, **kwargs)
-        elif self._fabric is not None:
-            self._fabric.print(*args, **kwargs)
-        else:
-            print(*args, **kwargs)
+        runs = self._trainer or self._fabric
+        (runs.print if runs is not None else print)(*args, **kwargs)
 
     def all_gather(self, data: Any, group: Any | None = None, sync_grads: bool = False) -> Any:
         """Gather tensors of every rank: each ``(...)`` becomes ``(world_size, ...)``."""
@@ -518,7 +523,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
                 have the weights in the same file.
 
         Returns:
-            What :func:`torch.onnx.export` returns: a ``torch.onnx.ONNXProgram``.
+            A ``torch.onnx.ONNXProgram``.
 
         Raises:
             MisconfigurationException: There is no input.
@@ -526,28 +531,51 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         """
         return export_to_onnx(self, file_path, input_sample, **kwargs)
 
-    def to_torchscript(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: PyTorch has deprecated TorchScript. :func:`torch.export.export` takes its place."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.to_torchscript: PyTorch has deprecated TorchScript, and it does not"
-            " compile what a LightningModule may hold. Use `torch.export.export(module.eval(), inputs)` with"
-            " `torch.export.save`, which AOTInductor compiles for C++; `to_onnx` for other programs; or `torch.jit`"
-            " yourself."
-        )
+    @torch.no_grad()
+    def to_torchscript(
+        self,
+        file_path: PathLike | None = None,
+        method: str | None = "script",
+        example_inputs: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Compile ``forward`` to TorchScript, in evaluation mode; :func:`torch.export.export` takes its place.
 
-    def to_tensorrt(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: the package of TensorRT compiles exported programs itself."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.to_tensorrt: torch-tensorrt takes what PyTorch exports, with no need of the"
-            " module's help. Use `torch_tensorrt.dynamo.compile(torch.export.export(module.eval(), inputs), inputs)`,"
-            " or TensorRT's own reader with the file of `to_onnx`."
-        )
+        Args:
+            file_path: The file or URL to write. Default: none.
+            method: "script" or "trace".
+            example_inputs: An input of ``forward`` for "trace". Default: ``example_input_array``.
+            **kwargs: Passed to :func:`torch.jit.script` or :func:`torch.jit.trace`.
 
-    def configure_sharded_model(self) -> NoReturn:
-        """Refuse: the hook is called :meth:`configure_model`."""
-        raise MisconfigurationException(
-            f"{type(self).__qualname__}.configure_sharded_model is never called: `configure_model` makes layers where"
-            " they belong, sharded or not."
+        Returns:
+            The compiled module.
+
+        Raises:
+            MisconfigurationException: The method is unknown, or "trace" has no input.
+        """
+        return export_to_torchscript(self, file_path, method, example_inputs, **kwargs)
+
+    def to_tensorrt(
+        self,
+        file_path: Any = None,
+        input_sample: Any = None,
+        ir: Literal["default", "dynamo", "ts"] = "default",
+        output_format: Literal["exported_program", "torchscript"] = "exported_program",
+        retrace: bool = False,
+        default_device: str | torch.device = "cuda",
+        **compile_kwargs: Any,
+    ) -> Any:
+        """Compile ``forward`` with torch-tensorrt, in evaluation mode.
+
+        Args:
+            file_path: The file to write. Default: none.
+            input_sample: An input of ``forward``, or a list of them. Default: ``example_input_array``.
+            ir, **compile_kwargs: As for ``torch_tensorrt.compile``, which gives what is returned.
+            output_format, retrace: As for ``torch_tensorrt.save``.
+            default_device: The GPU that a module on another device is moved to.
+        """
+        return export_to_tensorrt(
+            self, file_path, input_sample, ir, output_format, retrace, torch.device(default_device), **compile_kwargs
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -556,6 +584,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         fresh: dict[str, Any] = {
             "_trainer": None,
             "_fabric": None,
+            "_fabric_optimizers": [],
             "_metrics": NOT_LOGGING,
             "_toggled": {},
             "_compiled": None,
@@ -563,11 +592,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         return {**state, **fresh}
 
 
-@functools.cache
-def _keep_run_out_of_graphs() -> None:
-    """Let compiled steps call the run as it is: traced, ``log`` is compiled anew each time, as what it keeps grows."""
-    for cls, name in [(FabricOptimizer, "step"), *((LightningModule, name) for name in _OF_THE_RUN)]:
-        setattr(cls, name, torch.compiler.disable(getattr(cls, name)))  # type: ignore[no-untyped-call]
+leave_alone(LightningModule)
 
 
 def _identity(optimizer: Optimizer) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -13,11 +12,12 @@ from treadle.callbacks.callback import CALLBACK_HOOKS, Callback
 from treadle.metrics.bus import Results
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hooks import MODULE_HOOKS, ModuleHooks
-from treadle.module.overriding import check_signature, overrides
+from treadle.module.overriding import by_name, check_signature, overrides, without_last
 from treadle.profilers.profiler import Profiler, timed
+from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle_fabric import (
+    ConflictError,
     MisconfigurationException,
-    PossibleUserWarning,
     Strategy,
     one_or_several,
     rank_zero_info,
@@ -27,7 +27,7 @@ from treadle_fabric import (
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Dispatch", "action_of", "check_hook_names", "is_overridden"]
+__all__ = ["Dispatch", "action_of", "is_overridden"]
 
 Listeners = tuple[Callable[..., Any], ...]
 Signature = tuple[list[int], dict[tuple[int, str], Any]]
@@ -42,41 +42,6 @@ MONITORS: Final = "on_train_epoch_end of monitoring callbacks"
 """Monitoring callbacks get on_train_epoch_end in a call of their own, after the module has logged in that hook."""
 _AFTER_MODULE: Final = frozenset({"on_train_batch_end", "on_validation_end", "on_train_epoch_end"})
 """Hooks in which monitoring callbacks come after the module, so that their checkpoints have the whole hook's work."""
-_RETIRED: Final = {
-    "training_epoch_end": "on_train_epoch_end",
-    "validation_epoch_end": "on_validation_epoch_end",
-    "test_epoch_end": "on_test_epoch_end",
-}
-"""Hooks that Lightning had before 2.0."""
-
-
-def check_hook_names(obj: object) -> None:
-    """Warn of methods of a module or a callback that look like hooks and would never be called.
-
-    Raises:
-        MisconfigurationException: a method is a hook of Lightning 1.x, which would never be called.
-    """
-    for cls in type(obj).__mro__:
-        if cls.__module__.partition(".")[0] in ("treadle", "treadle_fabric", "torch"):
-            continue
-        for name in vars(cls):
-            if name == "configure_sharded_model" and isinstance(obj, LightningModule):
-                raise MisconfigurationException(
-                    f"`{cls.__qualname__}.{name}` is never called: rename it to `configure_model`, which makes"
-                    " layers where they belong, sharded or not."
-                )
-            if new := _RETIRED.get(name):
-                raise MisconfigurationException(
-                    f"`{cls.__qualname__}.{name}` is never called: collect the outputs of the steps yourself, and"
-                    f" define `{new}(self)`, which replaces it."
-                )
-            if name.startswith("on_") and not hasattr(ModuleHooks, name) and not hasattr(Callback, name):
-                near = difflib.get_close_matches(name, [*MODULE_HOOKS, *CALLBACK_HOOKS], n=1, cutoff=0.88)
-                if near:
-                    rank_zero_warn(
-                        f"`{cls.__qualname__}.{name}` is never called. Did you mean {near[0]!r}?",
-                        category=PossibleUserWarning,
-                    )
 
 
 def is_overridden(method_name: str, instance: object | None = None, parent: type | None = None) -> bool:
@@ -115,7 +80,7 @@ class Dispatch:
 
     Attributes:
         run: Calls a function (``configure_optimizers``, a dataloader method, ...) under the name of its hook; takes the
-            name, the function and its arguments.
+            name, the function and its arguments. None as the function is a method that is not there: nothing runs.
     """
 
     def __init__(
@@ -158,7 +123,8 @@ class Dispatch:
         self._table.clear()
         self._fill(reorder_callbacks(callbacks))
         for callback in added:
-            self.run("setup", callback.setup, self._trainer, self._module, stage)
+            if callback.setup is not None:
+                self.run("setup", by_name(callback.setup, 2, "stage"), self._trainer, self._module, stage)
             if (state := self._states.pop(callback.state_key, None)) is not None:
                 callback.load_state_dict(state)
         return True
@@ -171,8 +137,9 @@ class Dispatch:
         """Warn of the states that no callback has taken; the first epoch begins."""
         if self._states:
             rank_zero_warn(
-                "The checkpoint has the states of callbacks that this Trainer does not have:"
-                f" {sorted(self._states)}. Add them to go on as before."
+                "With `ckpt_path`, callbacks used to create the checkpoint need to be provided during `Trainer`"
+                " instantiation, because their states are in it. To go on as before, please add the following"
+                f" callbacks: {sorted(self._states)}."
             )
             self._states = {}
 
@@ -192,15 +159,12 @@ class Dispatch:
             last: list[Callable[..., Any]] = []
             for callback in callbacks if name in CALLBACK_HOOKS else ():
                 if overrides(callback, name, Callback):
-                    method = getattr(callback, name)
-                    check_signature(
-                        method, name, ("trainer", "pl_module", *CALLBACK_HOOKS[name]), type(callback).__qualname__
-                    )
-                    late = callback.monitors and name in _AFTER_MODULE
+                    arguments = ("trainer", "pl_module", *CALLBACK_HOOKS[name])
+                    method = _callable(getattr(callback, name), name, arguments, type(callback).__qualname__)
+                    late = callback.__class__.monitors and name in _AFTER_MODULE
                     (last if late else first).append(self._timed(partial(method, trainer, module), name, callback))
             if name in MODULE_HOOKS and overrides(module, name, ModuleHooks):
-                method = getattr(module, name)
-                check_signature(method, name, MODULE_HOOKS[name], type(module).__qualname__)
+                method = _callable(getattr(module, name), name, MODULE_HOOKS[name], type(module).__qualname__)
                 first.append(self._timed(method, name, module))
             if name == "on_train_epoch_end":
                 self._table[MONITORS] = tuple(last)
@@ -231,18 +195,35 @@ class Dispatch:
     def _timed(self, method: Callable[..., Any], name: str, owner: object) -> Callable[..., Any]:
         return timed(self._profiler, action_of(owner, name), method) if self._profiler is not None else method
 
-    def _run_timed(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_timed(self, name: str, function: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(function, "__self__", None)
         known = isinstance(owner, (LightningModule, LightningDataModule, Callback)) or name.endswith("_dataloader")
-        return self._run(name, self._timed(function, name, owner) if known else function, *args, **kwargs)
+        if known and function is not None:
+            function = self._timed(function, name, owner)
+        return self._run(name, function, *args, **kwargs)
 
-    def _run(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, name: str, function: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+        if function is None:  # a method that was set to None is not there
+            return None
         results = self.results
         before, results.hook = results.hook, name
         try:
             return function(*args, **kwargs)
         finally:
             results.hook = before
+
+
+def _callable(method: Callable[..., Any], name: str, arguments: Sequence[str], owner: str) -> Callable[..., Any]:
+    """Return a user's hook as a function of exactly ``arguments``.
+
+    A stage is given by name; a hook of an evaluation's batches may leave out ``dataloader_idx``.
+    """
+    if name in ("setup", "teardown"):
+        method = by_name(method, len(arguments) - 1, "stage")
+    if arguments[-1:] == ("dataloader_idx",) and (shorter := without_last(method, arguments)) is not None:
+        return shorter
+    check_signature(method, name, arguments, owner)
+    return method
 
 
 def action_of(owner: object, name: str) -> str:
@@ -262,18 +243,21 @@ def action_of(owner: object, name: str) -> str:
 
 def with_model_callbacks(callbacks: Sequence[Callback], module: LightningModule) -> list[Callback]:
     """Add the callbacks of the module's ``configure_callbacks``, which replace others of their type."""
-    found = module.configure_callbacks()
-    extra = one_or_several(found)
+    defined = overrides(module, "configure_callbacks", LightningModule)
+    extra = one_or_several(module.configure_callbacks()) if defined else []
     check_callbacks(extra)
     kinds = {type(c) for c in extra}
     if names := sorted({type(c).__name__ for c in callbacks if type(c) in kinds}):
-        rank_zero_info(f"The model's configure_callbacks replaces callbacks of the Trainer: {', '.join(names)}.")
+        rank_zero_info(
+            "The callbacks that `LightningModule.configure_callbacks` returned override existing callbacks passed to"
+            f" Trainer: {', '.join(names)}"
+        )
     return reorder_callbacks([*(c for c in callbacks if type(c) not in kinds), *extra])
 
 
 def reorder_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
     """Put tuner callbacks first and checkpoint callbacks last, and leave the others in the user's order."""
-    return sorted(callbacks, key=lambda c: c.call_order)
+    return sorted(callbacks, key=lambda c: c.__class__.call_order)  # a mock has these in the class that it mocks
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
@@ -285,16 +269,20 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
                 f"callbacks has {callback!r} of type {type(callback).__name__}; a callback derives from"
                 " `treadle.Callback`" + (": pass an instance, not the class." if isinstance(callback, type) else ".")
             )
-        check_hook_names(callback)
+        refuse_removed_hooks(callback)
+        tell_of_near_names(callback)
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:
-                raise MisconfigurationException(
+                raise ConflictError(
                     f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
                     " could keep only one: give them different arguments, or override `state_key`."
                 )
             seen = {**seen, key: callback}
-    if len(deciding := [type(callback).__qualname__ for callback in callbacks if callback.decides_weights]) > 1:
+    if (
+        len(deciding := [type(callback).__qualname__ for callback in callbacks if callback.__class__.decides_weights])
+        > 1
+    ):
         raise MisconfigurationException(
             f"The callbacks {' and '.join(deciding)} each decide which weights are evaluated and saved: keep one of"
             " them."

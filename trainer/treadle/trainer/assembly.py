@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from treadle.data.advice import advise
 from treadle.data.evaluation import EvaluationData
-from treadle.data.find import defines_loader, find_loaders
+from treadle.data.find import defines_loader, find_loaders, gives_loaders
 from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
@@ -23,20 +24,27 @@ from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule, LRSchedulerConfig
-from treadle.module.optimizer import LightningOptimizer
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
 from treadle.run.layer_sync import LayerSync
+from treadle.run.optimizer import LightningOptimizer
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter
 from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
-from treadle.trainer.settings import Settings
-from treadle_fabric import FabricOptimizer, MisconfigurationException, is_list, rank_zero_info, with_plain_names
+from treadle.trainer.settings import NEVER, Settings
+from treadle_fabric import (
+    FabricOptimizer,
+    MisconfigurationException,
+    PossibleUserWarning,
+    is_list,
+    rank_zero_warn,
+    with_plain_names,
+)
 from treadle_fabric.accelerators import Accelerator
-from treadle_fabric.precision import needs_closure
+from treadle_fabric.precision import needs_closure, takes_closure
 
 __all__: list[str] = []
 
@@ -139,12 +147,13 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
 
     preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
+    own = overrides(module, "optimizer_step", LightningModule)
     for optimizer in optimizers:
         steps.add(optimizer)
         hooks: tuple[Any, Any] = (None, None)  # the loop steps the plain optimizer
         if not module.automatic_optimization:
             hooks = prepare_step, steps.end
-        elif needs_closure(optimizer) or overrides(module, "optimizer_step", LightningModule):
+        elif own or needs_closure(optimizer) or takes_closure(optimizer):
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)
@@ -177,7 +186,7 @@ def _timed_hooks(run: ReadyRun, before: Callable[..., Any], after: Callable[...,
 
 def may_validate(run: Run, settings: Settings, val: Any) -> bool:
     """Return whether a fit validates, as far as that is known before its validation loaders are asked for."""
-    given = val is not None or any(o and defines_loader(o, "val_dataloader") for o in (run.datamodule, run.module))
+    given = val is not None or defines_loader(gives_loaders(run.module, run.datamodule), "val_dataloader")
     has_step = run.fabric.strategy.runs_whole_batch or overrides(run.module, "validation_step", LightningModule)
     return given and settings.limits["val"] != 0 and has_step
 
@@ -190,6 +199,7 @@ def validation_loaders(run: Run, val: Any) -> Any:
 
 def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> EvaluationData:
     """Share out the loaders of "val", "test" or "predict" over the ranks, and limit their batches."""
+    _advise_once(run, settings, loaders, stage)
     return EvaluationData(
         loaders,
         run.fabric,
@@ -200,11 +210,20 @@ def evaluation_data(run: Run, settings: Settings, loaders: Any, stage: str) -> E
     )
 
 
+def _advise_once(run: Run, settings: Settings, loaders: Any, stage: str) -> None:
+    """Tell, the first time that the loaders of a stage are made, what may not be meant about them."""
+    if settings.limits[stage] and run.first_time(f"{stage} loaders"):
+        overfit = bool(settings.overfit_batches) and stage in ("train", "val")
+        processes = max(1, run.fabric.world_size // run.fabric.strategy.num_nodes)
+        advise(loaders, stage, processes=processes, overfit=overfit)
+
+
 def training_data(run: Run, settings: Settings, train: Any) -> TrainingData | None:
     """Find the training loader, share it out over the ranks, and limit its batches; None for a limit of 0."""
     if settings.limits["train"] == 0:
         return None
     loader = run.dispatch.run("train_dataloader", find_loaders, train, "train_dataloader", run.module, run.datamodule)
+    _advise_once(run, settings, loader, "train")
     return TrainingData(
         loader,
         run.fabric,
@@ -229,11 +248,13 @@ def make_epoch(
             settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
         )
     every = settings.log_every_n_steps
-    few = data.num_batches < every and data.num_batches * max(settings.durations.max_epochs, 1) >= 1
+    few = data.num_batches < every < NEVER and not settings.fast_dev_run
     if run.loggers and few and run.first_time("few step values"):
-        rank_zero_info(
-            f"An epoch has {data.num_batches} batches, and values of steps are logged every {every} steps: lower"
-            " `log_every_n_steps` to see more of them."
+        rank_zero_warn(
+            f"The number of training batches ({data.num_batches}) is smaller than the logging interval"
+            f" (log_every_n_steps={every}), so that values of steps are not logged in every epoch. Set a lower"
+            " `log_every_n_steps` to see more of them.",
+            category=PossibleUserWarning,
         )
     clipping = Clipping(run, settings.gradient_clip_val, settings.gradient_clip_algorithm)
     return TrainingEpoch(

@@ -64,6 +64,7 @@ class Fitting:
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
+        self._settings_made = 0  # the changes of settings that the epoch loop knows
         self._stopped: Continuation | None = None  # at the last stop in mid-epoch
         self._ended_at: Continuation | None = None  # that stop, where the fit ended there
 
@@ -150,13 +151,20 @@ class Fitting:
             if before is not None and self.data is not None:
                 self.data.epochs.follow(before.epochs)
         self._ask_for_data()
-        if self.data is None:
+        if self.data is None or not self.data.num_batches:
             return None
+        self._settings_made = self._settings.changes
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
+    @property
+    def changed(self) -> bool:
+        """Whether a setting was changed since the epoch loop was made."""
+        return self._settings_made != self._settings.changes
+
     def remake(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch:
-        """Make epoch loop and validation again, with the same loaders, because their listeners have changed."""
+        """Make epoch loop and validation again, with the same loaders: listeners or settings have changed."""
         assert self.data is not None
+        self._settings_made = self._settings.changes
         if self._validation is not None:
             self._validation = self._evaluation(run, self._validation.data)
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)

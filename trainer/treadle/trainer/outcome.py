@@ -111,6 +111,6 @@ def _adopt(trainer: Trainer, module: LightningModule, outcome: Outcome) -> None:
 def raise_asked_for(callbacks: Iterable[Callback]) -> None:
     """Raise, once, what a callback asked for in the process that called the trainer; see ``raised_after_fit``."""
     for callback in callbacks:
-        if (error := callback.raised_after_fit) is not None:
+        if isinstance(error := callback.raised_after_fit, BaseException):
             callback.raised_after_fit = None
             raise error

@@ -5,29 +5,33 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from treadle.data.find import check_loader, defines_loader
+from treadle.data.find import check_loader, defines_loader, gives_loaders
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.hparams import CLASS_PATH, MAKER
 from treadle.module.overriding import overrides
-from treadle.run.dispatch import check_hook_names
+from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import (
+    ConflictError,
     Fabric,
     MisconfigurationException,
+    MissingLoaderError,
     PossibleUserWarning,
+    WrongTypeError,
     is_wrapped,
     rank_zero_info,
     rank_zero_warn,
     uncompiled,
     user_module,
 )
+from treadle_fabric.accelerators import ACCELERATOR_REGISTRY, Accelerator
 from treadle_fabric.coordination import first_different
 from treadle_fabric.data import CombinedLoader, several_loaders
 from treadle_fabric.strategies import Strategy
@@ -53,6 +57,13 @@ def split_datamodule(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
     if loaders is not None and datamodule is not None:
         raise MisconfigurationException("Both dataloaders and a datamodule were passed: pass one of them.")
     return loaders, datamodule
+
+
+def check_alone(datamodule: Any, **loaders: Any) -> None:
+    """Refuse loaders beside a data module, which gives all loaders of a stage."""
+    for name, given in loaders.items():
+        if datamodule is not None and given is not None:
+            raise MisconfigurationException(f"Both {name} and a datamodule were passed: pass one of them.")
 
 
 def check_same_call(fabric: Fabric, stage: str, datamodule: Any, ckpt_path: Any, *, auto_resume: bool) -> None:
@@ -91,7 +102,7 @@ def check_model(model: Any, what: str) -> LightningModule:
             raise MisconfigurationException(
                 f"{type(module).__qualname__}.__init__ does not call `super().__init__()`: call it first."
             )
-        check_hook_names(module)
+        refuse_removed_hooks(module)
         module._run_as(model)
         return module
     if isinstance(model, type):
@@ -107,18 +118,28 @@ def check_model(model: Any, what: str) -> LightningModule:
         )
     else:
         hint = "derive from `treadle.LightningModule`."
-    raise MisconfigurationException(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
+    raise WrongTypeError(f"Trainer.{what} got a model of type {type(module).__name__}; {hint}")
 
 
 def model_or_last(model: Any, last: LightningModule | None, what: str) -> LightningModule:
     """Return the model that was passed, or the one of the last run."""
     if model is None:
         if last is None:
-            raise MisconfigurationException(
-                f"Trainer.{what} got no model, and this trainer has not run one before: pass it."
-            )
+            raise WrongTypeError(f"Trainer.{what} got no model, and this trainer has not run one before: pass it.")
         return last
     return check_model(model, what)
+
+
+def best_checkpoint(callbacks: Sequence[Any], fn: TrainerFn) -> str | None:
+    """Return which checkpoint is evaluated where neither a model nor a checkpoint was passed, and say so."""
+    if not any(getattr(callback, "best_model_path", "") for callback in callbacks):
+        return None
+    rank_zero_warn(
+        f"`.{fn.value}(ckpt_path=None)` was called without a model, so that the best checkpoint of the `fit` before is"
+        f" loaded: the same as {fn.value}(ckpt_path='best'). Pass that, 'last', a path, or the model with the weights"
+        " that it has."
+    )
+    return "best"
 
 
 def check_idle(state: TrainerState, fn: TrainerFn) -> None:
@@ -152,7 +173,7 @@ def _near_method(module: LightningModule, name: str) -> str:
 
 
 def _has_loader(name: str, given: Any, module: LightningModule, datamodule: LightningDataModule | None) -> bool:
-    return given is not None or any(o is not None and defines_loader(o, name) for o in (datamodule, module))
+    return given is not None or defines_loader(gives_loaders(module, datamodule), name)
 
 
 _GOT_OPTIMIZER_IDX = (
@@ -185,7 +206,7 @@ def _check_step(module: LightningModule, step: str, needs: str, strategy: Strate
     if not strategy.runs_whole_batch:
         if not _has(module, step):
             raise MisconfigurationException(
-                f"{name} has no `{step}`, which {needs} needs: define it.{_near_method(module, step)}"
+                f"No `{step}()` method defined to run `Trainer.{needs}`: {name} needs one.{_near_method(module, step)}"
             )
         return
     for method in ("pipeline_stages", "loss"):
@@ -209,14 +230,14 @@ def check_training(
     _check_step(module, "training_step", "fit", strategy)
     if not _has(module, "configure_optimizers"):
         near = _near_method(module, "configure_optimizers")
-        raise MisconfigurationException(f"{name} has no `configure_optimizers`, which fit needs: define it.{near}")
+        raise MisconfigurationException(
+            f"No `configure_optimizers()` method defined to run `Trainer.fit`: {name} needs one.{near}"
+        )
     if strategy.runs_whole_batch:
         _check_whole_batches(module, strategy)
     _refuse_optimizer_idx(module)
     if not _has_loader("train_dataloader", train, module, datamodule):
-        raise MisconfigurationException(
-            "fit has no training batches: pass `train_dataloaders`, a `datamodule`, or define `train_dataloader`."
-        )
+        raise _no_batches("fit", "train_dataloader")
     if not module.automatic_optimization:
         if settings.gradient_clip_val:
             raise MisconfigurationException(
@@ -228,6 +249,14 @@ def check_training(
                 f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
                 " in `training_step` instead."
             )
+
+
+def _no_batches(stage: str, loader: str) -> MissingLoaderError:
+    argument = "train_dataloaders" if stage == "fit" else "dataloaders"
+    return MissingLoaderError(
+        f"{stage} has no batches. Either pass the dataloader to the `.{stage}()` method ({argument}=..., or a"
+        f" datamodule) OR implement `def {loader}(self):` in your LightningModule/LightningDataModule."
+    )
 
 
 def _check_whole_batches(module: LightningModule, strategy: Strategy) -> None:
@@ -254,22 +283,60 @@ def check_fit(
 ) -> None:
     """Refuse a fit that cannot work, before it starts, and tell of what may not be meant."""
     check_training(module, settings, train, datamodule, strategy)
-    name, has_val = type(module).__qualname__, _has_loader("val_dataloader", val, module, datamodule)
-    if has_val and not _has(module, "validation_step") and not strategy.runs_whole_batch:
-        rank_zero_warn(
-            f"There are validation batches, but {name} has no `validation_step`: fit will not validate."
-            + _near_method(module, "validation_step"),
-            category=PossibleUserWarning,
-        )
-    elif not has_val and _has(module, "validation_step"):
-        rank_zero_info(
-            f"{name} has a `validation_step`, but there are no validation batches: fit will not validate. Pass "
-            "`val_dataloaders`."
-        )
+    tell_of_near_names(module, datamodule)
+    _tell_of_validation(module, settings, _has_loader("val_dataloader", val, module, datamodule), strategy)
+    _tell_of_clipping(module, settings)
     if settings.durations.max_epochs_assumed:
         rank_zero_warn(
             f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
             " train without end.",
+            category=PossibleUserWarning,
+        )
+
+
+def _tell_of_validation(module: LightningModule, settings: Settings, has_val: bool, strategy: Strategy) -> None:
+    """Warn of a fit that has one of the two things that validation needs."""
+    has_step = _has(module, "validation_step")
+    if strategy.runs_whole_batch or not settings.limits["val"] or has_val == has_step:
+        return
+    if has_val:
+        rank_zero_warn(
+            "You passed in a `val_dataloader` but have no `validation_step`, so that fit does not validate. Define it"
+            f" in {type(module).__qualname__}, or set limit_val_batches=0.{_near_method(module, 'validation_step')}"
+        )
+    else:
+        rank_zero_warn(
+            "You defined a `validation_step` but have no `val_dataloader`, so that fit does not validate. Pass"
+            " `val_dataloaders`, or set limit_val_batches=0.",
+            category=PossibleUserWarning,
+        )
+
+
+def _tell_of_clipping(module: LightningModule, settings: Settings) -> None:
+    algorithm = settings.gradient_clip_algorithm
+    clips = settings.gradient_clip_val or not module.automatic_optimization
+    if algorithm is not None and not clips and not _has(module, "configure_gradient_clipping"):
+        rank_zero_warn(
+            f"gradient_clip_algorithm={algorithm!r} has no effect without a gradient_clip_val: set one, or leave the"
+            " algorithm out.",
+            category=PossibleUserWarning,
+        )
+
+
+def tell_of_devices(accelerator: Accelerator) -> None:
+    """Say which devices there are and are used, and warn of a GPU or TPU that is not."""
+    kinds = [ACCELERATOR_REGISTRY.class_of(name) for name in ("cuda", "mps", "tpu") if name in ACCELERATOR_REGISTRY]
+    there = [kind for kind in kinds if not kind.is_emulated() and kind.is_available()]
+    gpu = next((f" ({kind.name()})" for kind in there if kind.name() != "tpu"), "")
+    used = accelerator.name()
+    rank_zero_info(f"GPU available: {bool(gpu)}{gpu}, used: {used in ('cuda', 'mps')}")
+    if any(isinstance(accelerator, kind) for kind in there):
+        return
+    for kind in there:
+        what, name = ("TPU", "tpu") if kind.name() == "tpu" else ("GPU", "gpu")
+        rank_zero_warn(
+            f"{what} available but not used: this run is on accelerator={used!r}. Trainer(accelerator={name!r}) uses"
+            " it.",
             category=PossibleUserWarning,
         )
 
@@ -282,10 +349,9 @@ def check_evaluation(
         ("validation_step", "val_dataloader") if fn is TrainerFn.VALIDATING else ("test_step", "test_dataloader")
     )
     _check_step(module, step, fn.value, strategy)
+    tell_of_near_names(module, datamodule)
     if not _has_loader(loader, given, module, datamodule):
-        raise MisconfigurationException(
-            f"{fn.value} has no batches: pass `dataloaders`, a `datamodule`, or define `{loader}`."
-        )
+        raise _no_batches(fn.value, loader)
 
 
 def check_predict(
@@ -294,14 +360,16 @@ def check_predict(
     """Refuse a prediction without a step or batches."""
     if strategy.runs_whole_batch:
         _check_step(module, "predict_step", "predict", strategy)
-    elif not _has(module, "predict_step") and type(module).forward is torch.nn.Module.forward:
+    elif module.predict_step is None or not (
+        _has(module, "predict_step") or overrides(module, "forward", torch.nn.Module)
+    ):
         raise MisconfigurationException(
-            f"{type(module).__qualname__} has neither `predict_step` nor `forward`, which predict needs: define one."
+            f"`Trainer.predict` requires `forward` method to run, or a `predict_step`, and {type(module).__qualname__}"
+            " has neither: define one."
         )
+    tell_of_near_names(module, datamodule)
     if not _has_loader("predict_dataloader", given, module, datamodule):
-        raise MisconfigurationException(
-            "predict has no batches: pass `dataloaders`, a `datamodule`, or define `predict_dataloader`."
-        )
+        raise _no_batches("predict", "predict_dataloader")
 
 
 def check_stage(
@@ -344,7 +412,7 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
         other.pop(mark, None)
     for key in mine.keys() & other.keys():
         if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
-            raise MisconfigurationException(
+            raise ConflictError(
                 f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r}"
                 f" and {other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
             )

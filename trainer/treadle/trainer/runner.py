@@ -35,7 +35,7 @@ from treadle.run.progress import FitProgress
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals, SIGTERMException, during_a_save
 from treadle.searches import Snapshot
-from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import assembly, preflight
 from treadle.trainer.continuation import Continuation, Fits
 from treadle.trainer.fitting import Fitting
@@ -119,6 +119,12 @@ class Runner:
         return self.session.module if self.session is not None else None
 
     @property
+    def evaluates_trained(self) -> bool:
+        """Whether the module of the last run is the one that the last fit has trained."""
+        fit = self.fitting.run if self.fitting is not None else None
+        return fit is None or fit.module is self.module
+
+    @property
     def signals(self) -> Signals:
         """The signals that end a fit after the current batch."""
         return self._signals
@@ -167,7 +173,7 @@ class Runner:
 
     def _open(self, fn: TrainerFn, module: LightningModule, datamodule: LightningDataModule | None) -> Session:
         preflight.check_idle(self.state, fn)
-        self.state = TrainerState(fn=fn, status=TrainerStatus.RUNNING)
+        self.state = TrainerState(TrainerStatus.RUNNING, fn, fn.stage)
         if fn is TrainerFn.FITTING:
             self.progress, self.fitting = self._fits.progress, None
         self.session = session = Session(self._fabric, module, datamodule, self.state)
@@ -250,10 +256,13 @@ class Runner:
             find = partial(self._find_late, session, ckpt_path)
             path = session.ckpt_path = on_rank_zero(strategy, find, "found no checkpoint to start from")
         if path is None and ckpt_path == "last":
-            rank_zero_warn("ckpt_path='last' found no checkpoint: training starts from the beginning.")
+            rank_zero_warn(
+                "ckpt_path='last' is set, but there is no last checkpoint available: training starts from the"
+                " beginning."
+            )
         checkpoint: dict[str, Any] | None = None
         if path is not None:
-            rank_zero_info(f"Restoring from {path}.")
+            rank_zero_info(f"Restoring states from the checkpoint path at {path}")
             checkpoint = read_checkpoint(run, path, weights_only, training=fitting)
         late = strategy.restores_after_setup
         if checkpoint is not None and not late:
@@ -368,7 +377,6 @@ class Runner:
             self._given = dataloaders
             data = session.add_evaluation(ready, stage, dataloaders, self._settings)
             evaluation = Evaluation(ready, data, name, inference_mode=self._settings.inference_mode)
-            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             found = [to_floats(metrics) for metrics in evaluation() or []]
         if verbose and self._fabric.is_global_zero:
             print_results(found, fn.value)
@@ -387,6 +395,11 @@ class Runner:
         session = self._open(TrainerFn.PREDICTING, module, datamodule)
         with session.guarded(self._trainer), self._started(session, source) as run:
             predictions = self._prediction(session, run, dataloaders, source, keep=keep)()
+        if predictions and all(each is None for each in predictions):
+            rank_zero_warn(
+                "predict returned None for every batch: return the predictions from `predict_step`, or set"
+                " return_predictions=False."
+            )
         return predictions
 
     def stream(
@@ -470,7 +483,8 @@ class Runner:
     def _begin_trial(self, other: ReadyRun, *, alone: bool = False) -> ReadyRun:
         """Begin to run batches with what another run has set up, with counters, metrics and listeners of its own."""
         trainer = self._trainer
-        self.state = TrainerState(fn=other.state.fn, status=TrainerStatus.RUNNING)
+        fn = other.state.fn
+        self.state = TrainerState(TrainerStatus.RUNNING, fn, None if fn is None else fn.stage)
         self.progress = progress = replace(other.progress)
         progress.begin_epoch()
         self.session = session = Session(self._fabric, other.module, other.datamodule, self.state)
@@ -478,7 +492,7 @@ class Runner:
         dispatch = Dispatch(trainer, other.module, trainer.callbacks, results)
         run = Run(
             self._fabric, other.module, other.datamodule, dispatch, self.state, session.metrics, results, [], progress,
-            list(other.modules),
+            list(other.modules), told=other.told,
         )  # fmt: skip
         session.run = ready = assembly.take_over(run, other, self._settings, alone=alone)
         return ready
@@ -515,18 +529,15 @@ class Runner:
         data = self.session.add_evaluation(run, LOADERS[fn], loaders, self._settings)
         inference = self._settings.inference_mode
         if fn is TrainerFn.PREDICTING:
-            self.state.stage = RunningStage.PREDICTING
             Prediction(run, data, inference_mode=inference, keep=False)()
         else:
             validating = fn is TrainerFn.VALIDATING
-            self.state.stage = RunningStage.VALIDATING if validating else RunningStage.TESTING
             Evaluation(run, data, "validation" if validating else "test", inference_mode=inference)()
 
     def _prediction(self, session: Session, run: Run, dataloaders: Any, source: Source, *, keep: bool) -> Prediction:
         ready = self._prepare(session, run, source)[0]
         self._given = dataloaders
         data = session.add_evaluation(ready, "predict", dataloaders, self._settings)
-        self.state.stage = RunningStage.PREDICTING
         return Prediction(ready, data, inference_mode=self._settings.inference_mode, keep=keep)
 
 

@@ -16,6 +16,7 @@ from treadle.loops.inference import replace_inference_tensors
 from treadle.metrics.bus import Results
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule
+from treadle.module.overriding import takes_names
 from treadle.profilers import Profiler
 from treadle.run.dispatch import Dispatch
 from treadle.run.progress import FitProgress
@@ -27,6 +28,7 @@ from treadle.trainer.settings import Settings
 from treadle_fabric import Fabric, RequeueError, claim_failure, rank_zero_info, rank_zero_warn
 from treadle_fabric.coordination import patient_barrier
 from treadle_fabric.environments import requeue
+from treadle_fabric.launchers import in_notebook
 
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
@@ -125,7 +127,7 @@ class Session:
                 dispatch.run("prepare_data", owner.prepare_data)
         patient_barrier("prepare_data")
         if self.datamodule is not None:
-            dispatch.run("setup", self.datamodule.setup, fn.value)
+            self._run_stage_hook(dispatch, "setup", fn.value)
         dispatch.call("setup", fn.value)
         with self._fabric.init_module():
             dispatch.run("configure_model", module.configure_model)
@@ -137,6 +139,12 @@ class Session:
             assembly.sync_layers(module, settings.layer_sync, self._fabric.accelerator)
             self._undo.append(partial(settings.layer_sync.revert, module))
         return run
+
+    def _run_stage_hook(self, dispatch: Dispatch, name: str, stage: str) -> None:
+        """Call ``setup`` or ``teardown`` of the data module."""
+        method = getattr(self.datamodule, name)
+        named = takes_names(method, 0, "stage")
+        dispatch.run(name, method, *(() if named else (stage,)), **({"stage": stage} if named else {}))
 
     def _begin_profiling(self, profiler: Profiler) -> Profiler | None:
         """Begin to measure; returns the profiler, None where it measures nothing."""
@@ -183,7 +191,7 @@ class Session:
         if fn is TrainerFn.FITTING:
             run.dispatch.call("on_fit_end")
         if run.datamodule is not None:
-            run.dispatch.run("teardown", run.datamodule.teardown, fn.value)
+            self._run_stage_hook(run.dispatch, "teardown", fn.value)
         run.dispatch.call("teardown", fn.value)
         for logger in run.loggers:
             logger.finalize("success")
@@ -195,7 +203,8 @@ class Session:
     def guarded(self, trainer: Trainer, *, raises_interrupt: bool = False) -> Generator[None]:
         """Report an error to other ranks, hooks and loggers, and detach the module in any case.
 
-        Ctrl-C ends the run without an error. What a user's handler of a signal raised is reported as an error is.
+        Ctrl-C ends the run and the program, in a notebook the run only. What a user's handler of a signal raised is
+        reported as an error is.
 
         Args:
             trainer: The trainer.
@@ -219,7 +228,10 @@ class Session:
                     self._queue_again(end.job)
             if not interrupted or raises_interrupt:
                 raise
-            self._tell_of_interrupt()
+            goes_on = in_notebook()  # where the program that goes on is a person
+            self._tell_of_interrupt(goes_on)
+            if not goes_on:
+                raise SystemExit(1) from None
         finally:
             self._end_profiling()
             self.state.stage = None
@@ -244,13 +256,18 @@ class Session:
                 rank_zero_warn(f"{error}")
         meet(self._fabric.strategy)  # who started the ranks may end this one after the first
 
-    def _tell_of_interrupt(self) -> None:
+    def _tell_of_interrupt(self, goes_on: bool) -> None:
+        alone = self._fabric.world_size == 1
         rank_zero_info(
-            "Interrupted: the run has ended, and its state is intact. Your script goes on; `trainer.interrupted` is"
-            " True."
-            if self._fabric.world_size == 1
-            else "Interrupted: the run has ended. Your script goes on; `trainer.interrupted` is True. The ranks may"
-            " be at different batches, so do not save now; SIGTERM saves, and ends all ranks after the same batch."
+            "Interrupted: the run has ended"
+            + (", and its state is intact." if alone else ".")
+            + (" `trainer.interrupted` is True." if goes_on else " The program ends with status 1.")
+            + (
+                ""
+                if alone
+                else " The ranks may be at different batches, so do not save now; SIGTERM saves, and ends all ranks"
+                " after the same batch."
+            )
         )
 
     def _failed(self, error: BaseException, trainer: Trainer) -> None:

@@ -27,13 +27,23 @@ from treadle.run.run import ReadyRun, Run
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer import preflight
 from treadle.trainer.runner import Runner, Source
-from treadle.trainer.settings import Settings, choose_callbacks, choose_loggers, resolve_settings
+from treadle.trainer.settings import (
+    Setting,
+    Settings,
+    StageFlag,
+    checked_loggers,
+    choose_callbacks,
+    choose_loggers,
+    reads_environment,
+    resolve_settings,
+)
 from treadle.trainer.trials import Trials, trial_settings
-from treadle.trainer.view import FitLoopView
+from treadle.trainer.view import EvaluationLoopView, FitLoopView
 from treadle_fabric import (
     Fabric,
     FabricOptimizer,
     MisconfigurationException,
+    NoModuleError,
     PathLike,
     check_integer,
     suggests_arguments,
@@ -102,6 +112,7 @@ class Trainer:
         MisconfigurationException: an argument is wrong; nothing has been started then.
     """
 
+    @reads_environment
     @suggests_arguments
     def __init__(
         self,
@@ -166,9 +177,8 @@ class Trainer:
             plugins=given["plugins"],
             loggers=self._loggers,
         )
-        clip, by_value = settings.gradient_clip_val, settings.gradient_clip_algorithm == "value"
-        limits = (None, clip or 0.0) if by_value else (clip, 0.0)
-        self.fabric.strategy.configure_steps(settings.accumulate_grad_batches, *limits)
+        preflight.tell_of_devices(self.fabric.accelerator)
+        self._configure_steps()
         self.should_stop = False
         """Set it to True to stop after the current batch."""
         self._runner = Runner(self, settings)
@@ -186,7 +196,8 @@ class Trainer:
     ) -> None:
         """Train from the beginning, or go on from the checkpoint ``ckpt_path``.
 
-        Ctrl-C ends the fit without an error: the call returns, and :attr:`interrupted` is True.
+        Ctrl-C ends the fit in good order and raises ``SystemExit(1)``; in a notebook the call returns, and
+        :attr:`interrupted` is True.
 
         Args:
             model: the module, or ``torch.compile(module)``: its steps run compiled, and its hooks as they are.
@@ -202,6 +213,7 @@ class Trainer:
             CheckpointError: the checkpoint is missing, damaged or does not fit.
         """
         train_dataloaders, datamodule = preflight.split_datamodule(train_dataloaders, datamodule)
+        preflight.check_alone(datamodule, val_dataloaders=val_dataloaders)
         model = preflight.check_model(model, "fit")
         preflight.check_loaders(train_dataloaders=train_dataloaders, val_dataloaders=val_dataloaders)
         preflight.check_fit(model, self._settings, train_dataloaders, val_dataloaders, datamodule, self.strategy)
@@ -224,7 +236,8 @@ class Trainer:
         """Evaluate on the validation set.
 
         Args:
-            model: the module; default: the one of the last run, with the weights it has now.
+            model: the module; default: the one of the last run. Without ``ckpt_path`` it gets the weights of the best
+                checkpoint then, where a ModelCheckpoint has saved one, and a warning says so.
             dataloaders: an iterable of batches, a list of them, or a data module.
             ckpt_path: load these weights first: a path, "best" or "last".
             verbose: print the results.
@@ -260,7 +273,7 @@ class Trainer:
         """Run ``predict_step`` over the loaders.
 
         Args:
-            model: the module; default: the one of the last run.
+            model: the module; default: the one of the last run, as for :meth:`validate`.
             dataloaders: an iterable of batches, a list of them, or a data module.
             datamodule: gives the loaders instead.
             return_predictions: keep what the steps return. Default: True. "stream": return an iterator that predicts
@@ -277,18 +290,17 @@ class Trainer:
         """
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._runner.module, "predict")
+        source = self._source(model, ckpt_path, weights_only, TrainerFn.PREDICTING)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_predict(module, dataloaders, datamodule, self.strategy)
         preflight.check_return_predictions(return_predictions, self.strategy)
         if return_predictions == "stream":
             self.fabric.launch()
-            stream = self._runner.stream(module, datamodule, dataloaders, (ckpt_path, weights_only))
+            stream = self._runner.stream(module, datamodule, dataloaders, source)
             next(stream, None)  # errors are raised here, not at the first batch; Ctrl-C leaves an empty stream
             return stream
         keep = return_predictions is not False
-        found = self._runner.launch(
-            self._runner.predict, module, datamodule, dataloaders, (ckpt_path, weights_only), keep
-        )
+        found = self._runner.launch(self._runner.predict, module, datamodule, dataloaders, source, keep)
         return cast("list[Any] | None", found)
 
     def save_checkpoint(
@@ -302,10 +314,13 @@ class Trainer:
             storage_options: passed to the checkpoint IO.
 
         Raises:
-            MisconfigurationException: there is no module that was set up.
+            NoModuleError: there is no module that was set up.
             CheckpointError: the file cannot be written.
         """
-        self._ready_run("save_checkpoint", "in or after fit, validate or test")
+        if not isinstance(self._run, ReadyRun):
+            raise NoModuleError(
+                "save_checkpoint needs a module that was set up: call it in or after fit, validate, test or predict."
+            )
         self._runner.save(filepath, weights_only=bool(weights_only), storage_options=storage_options)
 
     # ------------------------------------------------------------------------------------------------ searches
@@ -366,13 +381,8 @@ class Trainer:
 
     @property
     def lightning_module(self) -> LightningModule:
-        """The module of the current or last run."""
-        module = self._runner.module
-        if module is None:
-            raise MisconfigurationException(
-                "The trainer has no module yet: it gets one with fit, validate, test or predict."
-            )
-        return module
+        """The module of the current or last run; None before the first."""
+        return cast("LightningModule", self._runner.module)  # for type checkers, as hooks and programs read it
 
     @property
     def datamodule(self) -> LightningDataModule | None:
@@ -381,9 +391,9 @@ class Trainer:
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The module as the strategy wrapped it, under DDP for example; before its set-up, the plain module."""
+        """What runs the module: under DDP, for example, DDP's object; the module itself where nothing wraps it."""
         run = self._run
-        return run.wrapped if isinstance(run, ReadyRun) else self._runner.module
+        return run.engine if isinstance(run, ReadyRun) else self._runner.module
 
     @property
     def strategy(self) -> Strategy:
@@ -434,13 +444,21 @@ class Trainer:
 
     @property
     def loggers(self) -> list[Logger]:
-        """The loggers; a list that may be changed between runs."""
+        """The loggers; they may be set, and the list may be changed, between runs."""
         return self._loggers
+
+    @loggers.setter
+    def loggers(self, loggers: Iterable[Logger] | None) -> None:
+        self._loggers[:] = checked_loggers(loggers)
 
     @property
     def logger(self) -> Logger | None:
-        """The first logger, or None."""
+        """The first logger, or None. Setting it replaces all loggers."""
         return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Logger | None) -> None:
+        self.loggers = [] if logger is None else [logger]
 
     # ------------------------------------------------------------------------------------------------ processes
 
@@ -547,35 +565,20 @@ class Trainer:
         """How far fit has come."""
         return self._runner.progress
 
-    @property
-    def training(self) -> bool:
-        """Whether fit is training now, and not validating."""
-        return self.state.stage is RunningStage.TRAINING
+    training = StageFlag(RunningStage.TRAINING, "Whether fit is training now, and not validating.")
 
-    @property
-    def validating(self) -> bool:
-        """Whether validation runs, inside fit or by ``validate``."""
-        return self.state.stage is RunningStage.VALIDATING
+    validating = StageFlag(RunningStage.VALIDATING, "Whether validation runs, inside fit or by ``validate``.")
 
-    @property
-    def testing(self) -> bool:
-        """Whether testing runs."""
-        return self.state.stage is RunningStage.TESTING
+    testing = StageFlag(RunningStage.TESTING, "Whether testing runs.")
 
-    @property
-    def predicting(self) -> bool:
-        """Whether prediction runs."""
-        return self.state.stage is RunningStage.PREDICTING
+    predicting = StageFlag(RunningStage.PREDICTING, "Whether prediction runs.")
 
-    @property
-    def sanity_checking(self) -> bool:
-        """Whether the sanity check runs."""
-        return self.state.stage is RunningStage.SANITY_CHECKING
+    sanity_checking = StageFlag(RunningStage.SANITY_CHECKING, "Whether the sanity check runs.")
 
     @property
     def evaluating(self) -> bool:
-        """Whether validation or testing runs."""
-        return self.validating or self.testing
+        """Whether batches are evaluated: by a validation, a test or the sanity check."""
+        return self.state.stage is not None and self.state.stage.evaluating
 
     @property
     def interrupted(self) -> bool:
@@ -608,16 +611,28 @@ class Trainer:
         return FitLoopView(self, self._runner.fitting)
 
     @property
+    def validate_loop(self) -> EvaluationLoopView:
+        """What ``validate`` runs over."""
+        return EvaluationLoopView(self, "val")
+
+    @property
+    def test_loop(self) -> EvaluationLoopView:
+        """What ``test`` runs over."""
+        return EvaluationLoopView(self, "test")
+
+    @property
+    def predict_loop(self) -> EvaluationLoopView:
+        """What ``predict`` runs over."""
+        return EvaluationLoopView(self, "predict")
+
+    @property
     def current_epoch(self) -> int:
         """The number of completed epochs, which inside an epoch is its number from 0."""
         return self.fit_progress.epoch
 
     # ------------------------------------------------------------------------------------------------ settings
 
-    @property
-    def fast_dev_run(self) -> int:
-        """The number of batches of a trial run; 0 without ``fast_dev_run``."""
-        return self._settings.fast_dev_run
+    fast_dev_run = Setting[int]("The number of batches of a trial run; 0 without ``fast_dev_run``.")
 
     @property
     def on_save_error(self) -> str:
@@ -665,65 +680,27 @@ class Trainer:
         if self._runner.fitting is not None:
             self._runner.fitting.bound_steps()
 
-    @property
-    def log_every_n_steps(self) -> int:
-        """The steps between two writes of step values to the loggers."""
-        return self._settings.log_every_n_steps
-
-    @property
-    def limit_train_batches(self) -> int | float:
-        """The limit on training batches."""
-        return self._settings.limits["train"]
-
-    @property
-    def limit_val_batches(self) -> int | float:
-        """The limit on validation batches."""
-        return self._settings.limits["val"]
-
-    @property
-    def limit_test_batches(self) -> int | float:
-        """The limit on test batches."""
-        return self._settings.limits["test"]
-
-    @property
-    def limit_predict_batches(self) -> int | float:
-        """The limit on batches to predict."""
-        return self._settings.limits["predict"]
-
-    @property
-    def overfit_batches(self) -> int | float:
-        """The number or fraction of batches to overfit on; 0.0 (the default): none."""
-        return self._settings.overfit_batches
-
-    @property
-    def val_check_interval(self) -> Any:
-        """``val_check_interval`` as given: batches, a fraction of an epoch, or a duration."""
-        return self._settings.val_check_interval
+    log_every_n_steps = Setting[int]("The steps between two writes of step values to the loggers.")
+    limit_train_batches = Setting[int | float]("The limit on training batches.")
+    limit_val_batches = Setting[int | float]("The limit on validation batches.")
+    limit_test_batches = Setting[int | float]("The limit on test batches.")
+    limit_predict_batches = Setting[int | float]("The limit on batches to predict.")
+    overfit_batches = Setting[int | float]("The number or fraction of batches to overfit on; 0.0 (the default): none.")
+    val_check_interval = Setting[Any](
+        "``val_check_interval`` as given: batches, a fraction of an epoch, or a duration."
+    )
+    check_val_every_n_epoch = Setting[int | None]("The epochs between two validations.")
+    num_sanity_val_steps = Setting[int | float]("The batches of the sanity check; infinity for all.")
+    gradient_clip_val = Setting[float | None]("The largest gradient norm or value; None clips nothing.")
+    gradient_clip_algorithm = Setting[str | None]('What ``gradient_clip_val`` limits: "norm" or "value".')
+    reload_dataloaders_every_n_epochs = Setting[int]("The epochs after which fit asks for its loaders anew; 0: never.")
+    enable_autolog_hparams = Setting[bool]("Whether fit logs hyper-parameters when it starts.")
+    barebones = Setting[bool]("Whether everything is off that costs time.")
 
     @property
     def val_check_batch(self) -> float:
         """The batches between two validations; infinity where epochs or time decide."""
         return self._runner.fitting.val_check_batch if self._runner.fitting is not None else math.inf
-
-    @property
-    def check_val_every_n_epoch(self) -> int | None:
-        """The epochs between two validations."""
-        return self._settings.check_val_every_n_epoch
-
-    @property
-    def num_sanity_val_steps(self) -> int:
-        """The batches of the sanity check; -1 for all."""
-        return self._settings.num_sanity_val_steps
-
-    @property
-    def gradient_clip_val(self) -> float | None:
-        """The largest gradient norm or value; None clips nothing."""
-        return self._settings.gradient_clip_val
-
-    @property
-    def gradient_clip_algorithm(self) -> str | None:
-        """What ``gradient_clip_val`` limits: "norm" or "value"."""
-        return self._settings.gradient_clip_algorithm
 
     @property
     def accumulate_grad_batches(self) -> int:
@@ -738,9 +715,9 @@ class Trainer:
 
     @property
     def train_dataloader(self) -> Any:
-        """The training loader of the current or last fit, as this rank iterates it."""
+        """The training loader of the current or last fit, as this rank iterates it; several as they were given."""
         data = self._runner.fitting.data if self._runner.fitting is not None else None
-        return data.loader if data is not None else None
+        return data.shown if data is not None else None
 
     def _loaders(self, stage: str) -> Any:
         data = self._runner.session.evaluations.get(stage) if self._runner.session is not None else None
@@ -881,6 +858,13 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ internals
 
+    def _configure_steps(self) -> None:
+        """Tell the strategy what its engine may have to do itself."""
+        settings = self._settings
+        clip, by_value = settings.gradient_clip_val, settings.gradient_clip_algorithm == "value"
+        limits = (None, clip or 0.0) if by_value else (clip, 0.0)
+        self.fabric.strategy.configure_steps(settings.accumulate_grad_batches, *limits)
+
     def _evaluate(
         self,
         fn: TrainerFn,
@@ -892,12 +876,19 @@ class Trainer:
     ) -> list[dict[str, float]]:
         dataloaders, datamodule = preflight.split_datamodule(dataloaders, datamodule)
         module = preflight.model_or_last(model, self._runner.module, fn.value)
+        source = self._source(model, *source, fn)
         preflight.check_loaders(dataloaders=dataloaders)
         preflight.check_evaluation(module, fn, dataloaders, datamodule, self.strategy)
         result: list[dict[str, float]] = self._runner.launch(
             self._runner.evaluate, module, datamodule, fn, dataloaders, source, verbose
         )
         return result or []
+
+    def _source(self, model: Any, ckpt_path: PathLike | None, weights_only: bool | None, fn: TrainerFn) -> Source:
+        """Which weights an evaluation has: without a model and a checkpoint the best ones of the fit before."""
+        if model is None and ckpt_path is None and self._runner.evaluates_trained:
+            ckpt_path = preflight.best_checkpoint(self.callbacks, fn)
+        return ckpt_path, weights_only
 
     @property
     def _run(self) -> Run | None:

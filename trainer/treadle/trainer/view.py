@@ -1,9 +1,11 @@
-"""``trainer.fit_loop``: the counters and bounds of a fit under the names that programs for Lightning read."""
+"""``trainer.fit_loop`` and the other loops: counters and bounds under the names that programs for Lightning read."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from treadle.checkpoint.content import loops_state
 from treadle.run.progress import FitProgress, Phase
 from treadle.stages import RunningStage
 from treadle.trainer.fitting import Fitting
@@ -11,7 +13,7 @@ from treadle.trainer.fitting import Fitting
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Counts", "EpochLoopView", "FitLoopView", "Progress"]
+__all__ = ["Counts", "EpochLoopView", "EvaluationLoopView", "FitLoopView", "Progress"]
 
 
 class Counts(NamedTuple):
@@ -34,12 +36,26 @@ class Progress(NamedTuple):
 class _Bounds:
     """The bounds of a fit. Setting one is the same as setting it on the trainer; nothing else can be set."""
 
-    __slots__ = ("_trainer", "restarting")
+    __slots__ = ("_fitting", "_trainer")
 
-    def __init__(self, trainer: Trainer, restarting: bool) -> None:
-        self._trainer = trainer
-        self.restarting = restarting
+    def __init__(self, trainer: Trainer, fitting: Fitting | None) -> None:
+        self._trainer, self._fitting = trainer, fitting
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer."""
+        return self._trainer
+
+    @property
+    def restarting(self) -> bool:
         """Whether the state of a checkpoint, or of a stop in mid-epoch, is still to be restored."""
+        return self._fitting is not None and self._fitting.restoring
+
+    @property
+    def began(self) -> bool:
+        """Whether training has begun, after the sanity check."""
+        loop = self._fitting.loop if self._fitting is not None else None
+        return loop is not None and loop.began
 
     @property
     def max_steps(self) -> int:
@@ -76,7 +92,7 @@ class _Bounds:
 
     @property
     def _in_epoch(self) -> bool:
-        return self._trainer.state.stage is RunningStage.TRAINING
+        return self._trainer.state.stage is RunningStage.TRAINING and self.began
 
     @property
     def _batches(self) -> Progress:
@@ -98,15 +114,86 @@ class EpochLoopView(_Bounds):
         """The batches: ready and started count the current batch, completed does not."""
         return self._batches
 
+    @property
+    def scheduler_progress(self) -> Progress:
+        """The steps of the learning-rate schedulers."""
+        p: FitProgress = self._trainer.fit_progress
+        return _counted(p.scheduler_steps, p.scheduler_steps_in_epoch)
+
+    @property
+    def automatic_optimization(self) -> Any:
+        """Has ``optim_progress``: the steps of the optimizers, and how often gradients were emptied for them."""
+        p: FitProgress = self._trainer.fit_progress
+        steps = _counted(p.optimizer_steps, p.step_in_epoch)
+        optimizer = SimpleNamespace(step=steps, zero_grad=steps)
+        return SimpleNamespace(optim_progress=SimpleNamespace(optimizer=optimizer, optimizer_steps=p.optimizer_steps))
+
+    @property
+    def manual_optimization(self) -> Any:
+        """Has ``optim_step_progress``: the steps of the optimizers."""
+        return SimpleNamespace(optim_step_progress=self.automatic_optimization.optim_progress.optimizer.step)
+
+    @property
+    def val_loop(self) -> EvaluationLoopView:
+        """The validation within the fit."""
+        return EvaluationLoopView(self._trainer, "val")
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        return self._trainer.fit_progress.logging_step
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, steps: int) -> None:
+        self._trainer.fit_progress.logging_step = steps
+
+
+def _counted(total: int, current: int) -> Progress:
+    return Progress(Counts(total, total, total, total), Counts(current, current, current, current))
+
+
+class EvaluationLoopView:
+    """``trainer.validate_loop``, ``trainer.test_loop``, ``trainer.predict_loop``: the loaders of an evaluation.
+
+    Args:
+        trainer: the trainer.
+        stage: "val", "test" or "predict".
+    """
+
+    __slots__ = ("_stage", "_trainer")
+
+    def __init__(self, trainer: Trainer, stage: str) -> None:
+        self._trainer, self._stage = trainer, stage
+
+    @property
+    def trainer(self) -> Trainer:
+        """The trainer."""
+        return self._trainer
+
+    @property
+    def max_batches(self) -> list[float]:
+        """The batches of each loader."""
+        return self._trainer._num_batches(self._stage)
+
+    @property
+    def num_dataloaders(self) -> int:
+        """The number of loaders."""
+        return len(self.max_batches)
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to do: no loader has a batch that the limits allow."""
+        return not sum(self.max_batches)
+
+    @property
+    def inference_mode(self) -> bool:
+        """Whether batches run under ``torch.inference_mode``."""
+        return self._trainer._settings.inference_mode
+
 
 class FitLoopView(_Bounds):
     """``trainer.fit_loop``: the epochs of a fit."""
 
-    __slots__ = ("_fitting",)
-
-    def __init__(self, trainer: Trainer, fitting: Fitting | None) -> None:
-        super().__init__(trainer, fitting is not None and fitting.restoring)
-        self._fitting = fitting
+    __slots__ = ()
 
     @property
     def max_epochs(self) -> int | None:
@@ -148,4 +235,32 @@ class FitLoopView(_Bounds):
     @property
     def epoch_loop(self) -> EpochLoopView:
         """The batches of the fit."""
-        return EpochLoopView(self._trainer, self.restarting)
+        return EpochLoopView(self._trainer, self._fitting)
+
+    @property
+    def max_batches(self) -> float:
+        """The training batches of an epoch; infinity where that is not known."""
+        return self._trainer.num_training_batches
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train: an upper bound is reached, or a stop was asked for."""
+        trainer = self._trainer
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        ended = epochs is not None and -1 < epochs <= trainer.current_epoch
+        return ended or -1 < steps <= trainer.global_step or trainer.should_stop or not self.max_batches
+
+    skip = done
+    """Whether the fit would end at once."""
+
+    def setup_data(self) -> None:
+        """Ask for the training loader now, where that was not done yet: ``trainer.train_dataloader`` then is it."""
+        if self._fitting is not None:
+            self._fitting.estimated_steps()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters, as a checkpoint has them under "loops"."""
+        module = self._trainer.lightning_module
+        automatic = module is None or module.automatic_optimization
+        found: dict[str, Any] = loops_state(self._trainer.fit_progress, automatic=automatic)["fit_loop"]
+        return found

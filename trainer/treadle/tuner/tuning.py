@@ -10,7 +10,7 @@ from treadle.searches import BatchSizeSearch, LRFinder, LRSearch
 from treadle.stages import TrainerFn
 from treadle.trainer import Trainer
 from treadle.trainer.preflight import check_model, split_datamodule
-from treadle_fabric import MisconfigurationException, near_names, rank_zero_info
+from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
 
 __all__ = ["Tuner"]
 
@@ -96,7 +96,7 @@ class Tuner:
         given = _loaders(method, train_dataloaders, val_dataloaders, dataloaders)
         self._refuse_callback(LearningRateFinder)
         if self._trainer.fast_dev_run:
-            rank_zero_info("lr_find: fast_dev_run leaves out the search for a learning rate.")
+            rank_zero_warn("Skipping learning rate finder since `fast_dev_run` is enabled: the learning rate stays.")
             return None
         module = check_model(model, "fit")
         search.attribute(module)
@@ -152,7 +152,7 @@ class Tuner:
         fn, given = _method(method), _loaders(method, train_dataloaders, val_dataloaders, dataloaders)
         self._refuse_callback(BatchSizeFinder)
         if self._trainer.fast_dev_run:
-            rank_zero_info("scale_batch_size: fast_dev_run leaves out the search for a batch size.")
+            rank_zero_warn("Skipping batch size scaler since `fast_dev_run` is enabled: the batch size stays.")
             return None
         given, datamodule = split_datamodule(given, datamodule)
         search.check_loaders(given if val_dataloaders is None else val_dataloaders)

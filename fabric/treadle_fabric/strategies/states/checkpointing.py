@@ -35,7 +35,13 @@ from treadle_fabric.checkpoint import (
 )
 from treadle_fabric.containers import entries, holds_state, leaves, update_entries, with_entries
 from treadle_fabric.coordination import gather_objects, on_every_rank, on_rank_zero, once_a_node
-from treadle_fabric.errors import CheckpointError, CheckpointMismatchError, MisconfigurationException, near_names
+from treadle_fabric.errors import (
+    CheckpointError,
+    CheckpointMismatchError,
+    MisconfigurationException,
+    WrongTypeError,
+    near_names,
+)
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
 from treadle_fabric.strategies.unwrapping import user_module
@@ -240,7 +246,7 @@ def _check_state(path: Any, state: Any) -> None:
     if not isinstance(path, str) and not hasattr(path, "__fspath__"):
         raise MisconfigurationException(f"path={path!r} is no path. Give a string or a pathlib.Path.")
     if not isinstance(state, Mapping):
-        raise MisconfigurationException(
+        raise WrongTypeError(
             f"state is {_kind(state)}, and must be a dict: each key names a part, such as "
             "state={'model': model, 'optimizer': optimizer, 'step': step}."
         )
@@ -251,14 +257,12 @@ def _check_state(path: Any, state: Any) -> None:
 
 def _check_filters(state: Mapping[str, Any], filters: Mapping[str, Filter]) -> None:
     if not isinstance(filters, Mapping):
-        raise MisconfigurationException(
-            f"filter is {_kind(filters)}, and must be a dict from keys of state to functions."
-        )
+        raise WrongTypeError(f"filter is {_kind(filters)}, and must be a dict from keys of state to functions.")
     for key, keep in filters.items():
         if key not in state:
             raise MisconfigurationException(f"filter has the key {key!r}, and state has not. {near_names(key, state)}")
         if not callable(keep):
-            raise MisconfigurationException(
+            raise WrongTypeError(
                 f"filter[{key!r}] is {_kind(keep)}, and must be a function of a name and a value that returns a bool."
             )
         if not (isinstance(state[key], Mapping) or callable(getattr(state[key], "state_dict", None))):

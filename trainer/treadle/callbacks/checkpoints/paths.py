@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from treadle_fabric import CheckpointError, CheckpointIO, Logger, PossibleUserWarning, rank_zero_warn
+from treadle_fabric import CheckpointError, CheckpointIO, Logger, rank_zero_warn
 from treadle_fabric.checkpoint import lies_at
 
 __all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "run_folder", "warn_if_in_use"]
@@ -48,8 +48,8 @@ def warn_if_in_use(folder: str, resumed: str) -> None:
         return
     if not (resumed and Path(folder) in Path(absolute(resumed)).parents):
         rank_zero_warn(
-            f"The checkpoint folder {folder} is not empty: files of another run may lie there.",
-            category=PossibleUserWarning,
+            f"Checkpoint directory {folder} exists and is not empty: files of another run may lie there. Give each run"
+            " a `dirpath` of its own, or leave it out."
         )
 
 

@@ -90,7 +90,11 @@ class MonitoredMetric:
 
     def missing(self, metrics: Mapping[str, Any]) -> str:
         """Return the message for a metric that was not logged."""
-        return f"{self.owner}: nothing has logged {self.name!r}. {near_names(self.name, metrics)}"
+        return f"{self.owner}: {self.unlogged(metrics)}"
+
+    def unlogged(self, metrics: Mapping[str, Any]) -> str:
+        """Return the end of such a message, with similar names."""
+        return f"nothing has logged {self.name!r}. {near_names(self.name, metrics)}"
 
     def after_sanity_check(self, logged: Mapping[str, Any]) -> None:
         """Warn, before training, of a name that looks like a misspelling of one that validation logged."""

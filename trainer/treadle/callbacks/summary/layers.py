@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from treadle.callbacks.summary.fitting import Column
 from treadle.callbacks.summary.formatting import Totals, format_summary, get_human_readable_count, not_counted
 from treadle.module.modes import module_modes, restore_modes
-from treadle_fabric import check_integer, isolate_rng, move_data_to_device, plain_name, with_plain_names
+from treadle_fabric import check_integer, isolate_rng, move_data_to_device, plain_name, rank_zero_warn, with_plain_names
 from treadle_fabric.strategies import elements_here, elements_of
 
 __all__ = ["DeepSpeedSummary", "LayerSummary", "ModelSummary", "parse_batch_shape", "summarize"]
@@ -209,7 +209,13 @@ class ModelSummary:
 
     @property
     def total_parameters(self) -> int:
-        """The elements of all parameters; a shared one counts once, an uninitialized one not at all."""
+        """The elements of all parameters; a shared one counts once, an uninitialized one not at all, with a warning."""
+        if n := self.uninitialized_parameters:
+            rank_zero_warn(
+                "The total number of parameters detected may be inaccurate because the model contains"
+                f" {n} `UninitializedParameter`s, whose shape comes from the first batch. Set"
+                " `self.example_input_array` to have them counted."
+            )
         return sum(map(elements_of, self._parameters()))
 
     @property

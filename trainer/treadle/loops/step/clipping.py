@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from treadle.module import LightningModule
-from treadle.module.overriding import overrides
+from treadle.module.overriding import by_name, overrides
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
 
@@ -47,12 +47,12 @@ class Clipping:
         self._strategy, self._engine = run.fabric.strategy, run.engine
         self._value, self._algorithm = value, algorithm
         self._dispatch = run.dispatch
-        self._hook = (
-            module.configure_gradient_clipping
-            if overrides(module, "configure_gradient_clipping", LightningModule)
+        self._hook, self._clip = (
+            by_name(getattr(module, name), 1, "gradient_clip_val", "gradient_clip_algorithm")
+            if overrides(module, name, LightningModule)
             else None
+            for name in ("configure_gradient_clipping", "clip_gradients")
         )
-        self._clip = module.clip_gradients if overrides(module, "clip_gradients", LightningModule) else None
         self.active = bool(value) or self._hook is not None or self._clip is not None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.run.run import ReadyRun
 from treadle_fabric import FabricOptimizer, MisconfigurationException
-from treadle_fabric.precision import needs_closure
+from treadle_fabric.precision import needs_closure, takes_closure
 
 __all__ = ["NoOptimizerStep", "SingleOptimizerStep"]
 
@@ -56,21 +57,24 @@ class SingleOptimizerStep(AutomaticStep):
         self._shows, self._show = self._preparation.shows, self._preparation.show
         self._optimizer_step = step_of(run, optimizer)
         self._needs_loss = needs_closure(optimizer)
+        self._kept: list[tuple[Any, int]] = []  # the earlier batches of an accumulation, where the loss is needed anew
+        if self._needs_loss:
+            self.accumulate = self._accumulate_and_keep
         if strategy.handles_gradient_accumulation:
             self.accumulate = self._accumulate_in_engine
         own = overrides(run.module, "optimizer_step", LightningModule)
         # The action includes forward and backward, as the closure of an `optimizer_step` does
         plain = run.timed(self._step, "optimizer_step", run.module)
-        self.step = self._step_with_closure if own or self._needs_loss else plain
-
-    def _check(self, accumulate: int) -> None:
-        if accumulate > 1 and self._needs_loss:
-            raise MisconfigurationException(
-                f"accumulate_grad_batches={accumulate}, but {type(self._optimizer).__name__} evaluates the loss several"
-                " times a step, of one batch only: use larger batches, or an optimizer without a closure."
-            )
+        takes = takes_closure(optimizer) and not strategy.handles_gradient_accumulation
+        self._must_evaluate = takes and not own
+        self.step = self._step_with_closure if own or takes or self._needs_loss else plain
 
     def _step_all(self) -> None:
+        if self._kept:
+            (*earlier, (batch, batch_idx)), self._kept = self._kept, []
+            self._kept = earlier
+            self._step_with_closure(batch, batch_idx, len(earlier) + 1, len(earlier), anew=True)
+            return
         self._preparation.show(self._optimizer)
         expected = self._progress.optimizer_steps + 1
         self._optimizer_step()
@@ -95,14 +99,40 @@ class SingleOptimizerStep(AutomaticStep):
             self._optimizer.zero_grad()
         return outputs
 
-    def _step_with_closure(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
-        """The optimizer runs the forward and backward itself, perhaps several times."""
-        outputs = None
+    def _accumulate_and_keep(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
+        if not done:
+            self._kept.clear()
+        self._kept.append((batch, batch_idx))
+        return self._accumulate(batch, batch_idx, window, done)
+
+    def _again(self, earlier: Sequence[tuple[Any, int]], window: float, done: float) -> Tensor | float:
+        """Evaluate the earlier batches of an accumulation anew; returns their part of the mean loss."""
+        if done and not earlier and not self._needs_loss:
+            raise MisconfigurationException(
+                f"{type(self._optimizer).__name__} evaluates the loss several times a step, and an accumulation has"
+                " several batches: declare `def step(self, closure)`, without a default value, so that these batches"
+                " are kept, or set accumulate_grad_batches=1."
+            )
+        total: Tensor | float = 0.0
+        for i, (batch, batch_idx) in enumerate(earlier):
+            with self._no_sync():
+                loss = self._gradients.of(batch, batch_idx, window, i)[1]
+            total = total if loss is None else total + loss.detach() / window
+        return total
+
+    def _step_with_closure(self, batch: Any, batch_idx: int, window: float, done: float, *, anew: bool = False) -> Any:
+        """The optimizer runs the forward and backward itself, perhaps several times.
+
+        The gradients of an accumulation's earlier batches are there for the first time, unless it is to begin ``anew``.
+        """
+        outputs, evaluated, earlier = None, False, tuple(self._kept)
 
         def closure() -> Tensor | None:
-            nonlocal outputs
+            nonlocal outputs, evaluated
             with torch.enable_grad():
-                outputs, loss = self._gradients.of(batch, batch_idx, window, done)
+                rest = self._again(earlier, window, done) if evaluated or anew else 0.0
+                first, evaluated = not evaluated and not anew, True
+                outputs, loss = self._gradients.of(batch, batch_idx, window, done if first else len(earlier))
                 if self._loss.prepare(self._optimizers, window, done + 1):
                     if self._shows:
                         self._show(self._optimizer)
@@ -116,9 +146,15 @@ class SingleOptimizerStep(AutomaticStep):
                     " step, and needs one for every batch: leave such batches out of the loader, or use an optimizer"
                     " without a closure."
                 )
-            return loss / window if loss is not None and window > 1 else loss
+            return loss / window + rest if loss is not None and window > 1 else loss
 
         hook, epoch = self._run.module.optimizer_step, self._progress.epoch
         self._steps.add(self._optimizer)
         self._run.dispatch.run("optimizer_step", hook, epoch, batch_idx, self._wrapped_optimizer, closure)
+        self._kept.clear()
+        if self._must_evaluate and not evaluated:
+            raise MisconfigurationException(
+                f"{type(self._optimizer).__name__}.step got a closure that runs `training_step` and backward, and did"
+                " not call it: call it in every step, or override `optimizer_step` in the module."
+            )
         return outputs

@@ -15,7 +15,7 @@ from torch import Tensor
 from treadle.loops.step.zero_grad import make_zero_grad
 from treadle.metrics.bus import Results
 from treadle.metrics.options import GivenOptions, LogOptions
-from treadle.metrics.reduction import REDUCTIONS
+from treadle.metrics.reduction import reduction_named
 from treadle.metrics.values import flatten_metrics
 from treadle.run.run import ReadyRun
 from treadle_fabric import infer_batch_size
@@ -170,7 +170,7 @@ class _Logged:
             for key, item in flatten_metrics(value, f"{name}/"):
                 self.log(module, key, item, options, batch_size)
             return
-        reduction = REDUCTIONS.get(options[4])
+        reduction = reduction_named(options[4])
         number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         if not number or reduction not in ("mean", "sum"):
             self._results.log(module, name, value, options, batch_size)
