@@ -1,6 +1,5 @@
 """The types of what a module's methods return, where users of a trainer look for them."""
 
-from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from torch.nn.parallel import DistributedDataParallel
@@ -37,6 +36,4 @@ __all__ = [
 
 _NUMBER: TypeAlias = int | float
 _METRIC: TypeAlias = Any  # a tensor, a number or an object of torchmetrics, which need not be installed
-_EVALUATE_OUTPUT: TypeAlias = list[Mapping[str, float]]
-_PREDICT_OUTPUT: TypeAlias = list[Any] | list[list[Any]]
 LRSchedulerType: TypeAlias = type[LRSchedulerTypeUnion]
