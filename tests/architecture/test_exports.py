@@ -93,9 +93,11 @@ def test_public_functions_and_classes_have_docstrings() -> None:
 
 
 def documented(cls: type, name: str, attribute: Any) -> bool:
-    """By its own docstring or by that of a base class, whose contract it fulfils."""
+    """By its own docstring or by that of a base class, whose contract it fulfils, or by another package's manual."""
     return bool(inspect.getdoc(attribute)) or any(
-        inspect.getdoc(vars(base)[name]) for base in cls.__mro__[1:] if name in vars(base)
+        inspect.getdoc(vars(base)[name]) or base.__module__.partition(".")[0] not in PACKAGES
+        for base in cls.__mro__[1:]
+        if name in vars(base)
     )
 
 

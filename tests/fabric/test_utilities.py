@@ -84,10 +84,13 @@ def test_what_is_overridden() -> None:
     class Module(L.LightningModule):
         def training_step(self, batch: Any, batch_idx: int) -> None: ...
 
+        def extra(self) -> None: ...
+
     assert is_overridden("training_step", Module()) and not is_overridden("validation_step", Module())
     assert not is_overridden("training_step") and is_overridden("forward", nn.Linear(1, 1), nn.Module)
+    assert not is_overridden("training_steps", Module())  # as in Lightning: the object has no such method either
     with pytest.raises(MisconfigurationException, match="has no such method"):
-        is_overridden("training_steps", Module())
+        is_overridden("extra", Module())
     with pytest.raises(MisconfigurationException, match="no LightningModule"):
         is_overridden("forward", nn.Linear(1, 1))
 

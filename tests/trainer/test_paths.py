@@ -20,12 +20,13 @@ from treadle import LightningDataModule, LightningModule, Trainer
 from treadle.core import saving
 from treadle.core.hooks import CheckpointHooks, DataHooks, ModelHooks
 from treadle.core.mixins import HyperparametersMixin
-from treadle.core.optimizer import LightningOptimizer, do_nothing_closure
+from treadle.core.optimizer import LightningOptimizer, _init_optimizers_and_lr_schedulers, do_nothing_closure
 from treadle.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from treadle.utilities import parsing, testing
 from treadle.utilities.data import extract_batch_size
 from treadle.utilities.model_helpers import is_overridden
 from treadle.utilities.signature_utils import is_param_in_hook_signature
+from treadle.utilities.types import LRSchedulerConfig
 from treadle_fabric import MisconfigurationException
 
 HOMES = """
@@ -84,9 +85,12 @@ def test_a_path_leads_to_the_same_object_as_its_home(row: str) -> None:
     strategies strategies.ddp tuner utilities utilities.types utilities.parsing
     utilities.model_summary.model_summary""".split(),
 )
-def test_packages_are_attributes(path: str) -> None:
+def test_packages_are_attributes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = treadle
     for name in path.split("."):
+        assert name in dir(found)
+        if hasattr(found, "__getattr__"):  # as if nobody had imported the submodule yet
+            monkeypatch.delitem(vars(found), name, raising=False)
         found = getattr(found, name)
     assert found is importlib.import_module(f"treadle.{path}")
 
@@ -240,6 +244,11 @@ def test_an_optimizer_toggles_the_model(tmp_path: Path) -> None:
     alone.step(do_nothing_closure)
     with pytest.raises(MisconfigurationException, match="of a running fit"), alone.toggle_model():
         pass
+
+
+def test_optimizers_and_schedulers_of_a_module() -> None:
+    (sgd,), (config,) = _init_optimizers_and_lr_schedulers(BoringModel())
+    assert type(sgd) is torch.optim.SGD and type(config) is LRSchedulerConfig and config.interval == "epoch"
 
 
 def test_the_keys_of_hyperparameters_in_a_checkpoint(tmp_path: Path) -> None:

@@ -42,8 +42,11 @@ FLOAT16_EPSILON = torch.finfo(torch.float16).eps
 FLOAT32_EPSILON = torch.finfo(torch.float32).eps
 FLOAT64_EPSILON = torch.finfo(torch.float64).eps
 LIGHTNING_LOGO = f"Treadle, by the names of Lightning {LIGHTNING}"
+# of annotations
 _OUT_DICT = dict[str, Tensor]
-_PRECISION_INPUT = _DEVICES = Any  # of annotations
+_PRECISION_INPUT = str | int
+_EVALUATE_OUTPUT = list[Mapping[str, float]]
+_PREDICT_OUTPUT = list[Any] | list[list[Any]]
 _KINETO_AVAILABLE = torch.profiler.kineto_available()
 warning_cache = WarningCache()
 _logger = logging.getLogger("treadle_fabric")

@@ -26,6 +26,7 @@ class Found(NamedTuple):
 
     @property
     def dotted(self) -> str:
+        """The whole name."""
         return ".".join((self.module, *self.attributes))
 
 

@@ -63,6 +63,7 @@ class Outcome:
 
     @property
     def changed(self) -> bool:
+        """Whether the file is another one for Treadle."""
         return self.before != self.after
 
     def diff(self) -> bytes:
