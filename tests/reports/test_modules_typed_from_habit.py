@@ -6,6 +6,8 @@ Tests of ``treadle.module``, ``treadle.callbacks``, ``treadle.loggers`` and ``tr
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -353,3 +355,41 @@ def test_hooks_of_callbacks_are_called_with_the_trainer_alone(tmp_path: Path) ->
 
     trainer(tmp_path, callbacks=[Rates(), Time()], logger=CSVLogger(tmp_path)).fit(Net(), batches())
     assert heard == ["time", "rates"]
+
+
+POSITIONS = """
+    callbacks BackboneFinetuning unfreeze_backbone_at_epoch lambda_func backbone_initial_ratio_lr backbone_initial_lr
+    callbacks BatchSizeFinder mode steps_per_trial init_val max_trials batch_arg_name margin max_val
+    callbacks EarlyStopping monitor min_delta patience verbose mode strict check_finite stopping_threshold
+    callbacks EMAWeightAveraging device use_buffers decay update_every_n_steps update_starting_at_step
+    callbacks LambdaCallback setup teardown on_fit_start on_fit_end on_sanity_check_start on_sanity_check_end
+    callbacks LearningRateFinder min_lr max_lr num_training_steps mode early_stop_threshold update_attr attr_name
+    callbacks LearningRateMonitor logging_interval log_momentum log_weight_decay
+    callbacks ModelCheckpoint dirpath filename monitor verbose save_last save_top_k save_on_exception save_weights_only
+    callbacks ModelPruning pruning_fn parameters_to_prune parameter_names use_global_unstructured amount
+    callbacks ModelSummary max_depth
+    callbacks OnExceptionCheckpoint dirpath filename
+    callbacks RichProgressBar refresh_rate leave theme console_kwargs
+    callbacks SpikeDetection mode window warmup atol rtol exclude_batches_path finite_only
+    callbacks StochasticWeightAveraging swa_lrs swa_epoch_start annealing_epochs annealing_strategy avg_fn device
+    callbacks ThroughputMonitor batch_size_fn length_fn
+    callbacks Timer duration interval verbose
+    callbacks TQDMProgressBar refresh_rate process_position leave
+    loggers CSVLogger save_dir name version prefix flush_logs_every_n_steps
+    loggers MLFlowLogger experiment_name run_name tracking_uri tags save_dir log_model prefix artifact_location run_id
+    loggers TensorBoardLogger save_dir name version log_graph default_hp_metric prefix sub_dir
+    loggers WandbLogger name save_dir version offline dir id anonymous project log_model experiment prefix
+    profilers AdvancedProfiler dirpath filename line_count_restriction dump_stats
+    profilers PyTorchProfiler dirpath filename group_by_input_shapes emit_nvtx export_to_chrome row_limit sort_by_key
+    profilers SimpleProfiler dirpath filename extended
+    profilers XLAProfiler port
+    utilities.model_summary ModelSummary model max_depth
+"""
+
+
+@pytest.mark.parametrize("row", POSITIONS.strip().splitlines(), ids=lambda row: str(row.split()[1]))
+def test_arguments_are_where_lightning_has_them(row: str) -> None:
+    module, name, *expected = row.split()
+    cls = getattr(importlib.import_module(f"treadle.{module}"), name)
+    given = [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert given[: len(expected)] == expected
