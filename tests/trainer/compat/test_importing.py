@@ -28,7 +28,7 @@ import treadle_fabric
 from treadle import MisconfigurationException
 from treadle.compat import SHIM, replace_lightning
 from treadle.utilities import rank_zero_info, rank_zero_warn
-from treadle_fabric import LeftOutError
+from treadle_fabric import LeftOutError, MissingPackageError
 
 pytestmark = [pytest.mark.apart, pytest.mark.timeout(60)]
 
@@ -139,6 +139,17 @@ def test_what_is_inside_of_lightning_can_be_imported_and_not_used() -> None:
     assert not isinstance(1, load("lightning.pytorch.loggers").LitLogger)
     with pytest.raises(LeftOutError, match="_CheckpointConnector is left out on purpose: use trainer.save_checkpoint"):
         connector(None)
+
+
+def test_names_that_need_a_package_are_imported_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries import LightningCLI, and only those who run a command line have jsonargparse."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    cli = load("lightning.pytorch.cli")
+    made = cli.instantiate_class((), {"class_path": "collections.Counter", "init_args": {"a": 2}})
+    assert made["a"] == 2
+    with pytest.raises(MissingPackageError, match="jsonargparse"):
+        cli.LightningCLI()
 
 
 def test_an_attribute_that_is_left_out_is_not_there() -> None:
