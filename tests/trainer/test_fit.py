@@ -3,7 +3,7 @@
 Tests of ``treadle.loops.fit``, ``treadle.loops.epoch``, ``treadle.loops.stopping``, ``treadle.loops.schedulers``,
 ``treadle.loops.step.automatic``, ``treadle.loops.step.gradients``, ``treadle.loops.step.preparation``,
 ``treadle.loops.step.backward``, ``treadle.loops.step.clipping``, ``treadle.loops.step.manual``,
-``treadle.module.step_arguments``, ``treadle.trainer.trainer``, ``treadle.trainer.session``,
+``treadle.module.steps.arguments``, ``treadle.trainer.trainer``, ``treadle.trainer.session``,
 ``treadle.trainer.fitting``, ``treadle.trainer.assembly``, ``treadle.data.find``, ``treadle.data.transfer``,
 ``treadle.run.run``.
 """
@@ -143,8 +143,31 @@ def test_lbfgs_evaluates_the_loss_several_times_a_step(tmp_path: Path) -> None:
         optimizer.step(closure)
     assert model.evaluations > 2
     assert same(model, plain)
-    with pytest.raises(L.MisconfigurationException, match="accumulate_grad_batches=2, but LBFGS"):
-        trainer(tmp_path, accumulate_grad_batches=2).fit(model, loader(4))
+
+
+def test_lbfgs_evaluates_all_batches_of_an_accumulation(tmp_path: Path) -> None:
+    class Quasi(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    model, plain = Quasi(), Net()
+    run = trainer(tmp_path, accumulate_grad_batches=2)
+    run.fit(model, loader(10))  # the third accumulation has one batch
+    optimizer, batches = torch.optim.LBFGS(plain.parameters(), lr=0.1, max_iter=4), [*loader(10)]
+    for window in (batches[:2], batches[2:4], batches[4:]):
+
+        def closure(window: list[Tensor] = window) -> Tensor:
+            optimizer.zero_grad()
+            total = torch.zeros(())
+            for batch in window:
+                loss = plain.loss(batch) / len(window)
+                loss.backward()
+                total = total + loss.detach()
+            return total
+
+        optimizer.step(closure)
+    assert run.global_step == 3
+    assert same(model, plain)
 
 
 @pytest.mark.parametrize(

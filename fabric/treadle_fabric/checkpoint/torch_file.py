@@ -33,6 +33,7 @@ from treadle_fabric.checkpoint.folder.remote import put, refuse_foreign_remote, 
 from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.host.mapping import active_maps, mappable
 from treadle_fabric.checkpoint.seal import seal
+from treadle_fabric.checkpoint.values.moved import PICKLE
 from treadle_fabric.checks import require_package
 from treadle_fabric.errors import (
     CheckpointCorruptError,
@@ -268,8 +269,9 @@ def neighbours(fs: Any | None, where: str) -> str:
 
 def _load(file: IO[bytes], target: Any, safe: bool) -> dict[str, Any]:
     file.seek(0)
+    how = {"map_location": target, "weights_only": safe, "pickle_module": None if safe else PICKLE}
     with numpy_allowed():
-        state: dict[str, Any] = torch.load(file, map_location=target, weights_only=safe, mmap=False)
+        state: dict[str, Any] = torch.load(file, mmap=False, **how)
     return state
 
 
@@ -280,8 +282,9 @@ def _load_mapped(file: IO[bytes], where: str, target: Any, safe: bool) -> dict[s
     private: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if options not in (None, mmap.MAP_PRIVATE):  # what is written to a tensor would be written to the file
         private = torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
+    how = {"map_location": target, "weights_only": safe, "pickle_module": None if safe else PICKLE}
     with private, numpy_allowed():
-        state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=True)
+        state: dict[str, Any] = torch.load(source, mmap=True, **how)
     return state
 
 
@@ -293,7 +296,8 @@ def _load_error(error: Exception, file: IO[bytes], path: PathLike, is_zip: bool,
             return CheckpointUnsafeError(
                 f"{str(path)!r} was not loaded: it holds {listed}, and only tensors and plain containers are loaded "
                 "without being asked, because anything else can run code. If you trust its author, either allow "
-                f"those by name with `torch.serialization.add_safe_globals([{last}])`, or pass `weights_only=False`."
+                f"those by name with `torch.serialization.add_safe_globals([{last}])`, or pass `weights_only=False`, "
+                "or have `treadle checkpoint convert` make a file of it that always loads."
             )
         if is_zip:
             return CheckpointUnsafeError(

@@ -50,7 +50,7 @@ def warmup_cosine(step, warmup, total):
 class GPT(pl.LightningModule):
     def __init__(self, vocab, block=32, dim=32, heads=4, depth=2, p=0.1, lr=1e-2, warmup=5):
         super().__init__()
-        self.save_hyperparameters()  # noqa: E702
+        self.save_hyperparameters()
         self.tok, self.pos = nn.Embedding(vocab, dim), nn.Parameter(torch.zeros(1, block, dim))
         self.blocks = nn.Sequential(*[Block(dim, heads, p) for _ in range(depth)])
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
@@ -73,7 +73,7 @@ class GPT(pl.LightningModule):
         loss, dtype = self.step(batch)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=True)
         self.record["losses"].append(loss.item().hex())
-        self.record["dtypes"].append(str(dtype))  # noqa: E702
+        self.record["dtypes"].append(str(dtype))
         return loss
 
     def validation_step(self, batch, batch_idx):

@@ -102,17 +102,37 @@ class Foreign(Net):
         (lambda m: {"lr_scheduler": None}, "without the key 'optimizer'"),
         (lambda m: "adam", "it may return"),
         (lambda m: [sgd(m), 3], "it may return"),
-        (lambda m: with_scheduler(m, interval="steps"), "'step' or 'epoch'"),
+        (lambda m: with_scheduler(m, interval="steps"), 'must be "step" or "epoch"'),
         (lambda m: with_scheduler(m, frequency=0), "at least 1"),
-        (lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": ReduceLROnPlateau(o)}, "needs the name of a metric"),
-        (lambda m: ([sgd(m)], [StepLR(sgd(m), 1)]), "belongs to an optimizer"),
-        (lambda m: ([sgd(m)], ["warmup"]), "no learning-rate scheduler"),
+        (
+            lambda m: {"optimizer": (o := sgd(m)), "lr_scheduler": ReduceLROnPlateau(o)},
+            "must include a monitor",
+        ),
+        (lambda m: ([sgd(m)], [StepLR(sgd(m), 1)]), "is attached with an optimizer"),
+        (lambda m: ([sgd(m)], ["warmup"]), "has no `state_dict`"),
+        (lambda m: ([sgd(m)], [ByEpoch(m)]), "no learning-rate scheduler"),
         (lambda m: SGD(Net().parameters(), lr=0.1), "not this"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path, shape: Any, message: str) -> None:
     with pytest.raises(L.MisconfigurationException, match=message):
         trainer(tmp_path).fit(Shaped(shape), loader())
+
+
+class ByEpoch:
+    """A scheduler as timm has them: ``step`` asks for the epoch."""
+
+    def __init__(self, module: Any) -> None:
+        self.optimizer = sgd(module)
+
+    def step(self, epoch: int, metric: Any = None) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
 
 
 class Counting(StepLR):

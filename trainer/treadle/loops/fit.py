@@ -60,8 +60,8 @@ class Parts(Protocol):
         """Whether the training loader is to be made anew, because what it depends on has changed."""
 
     @property
-    def changed(self) -> bool:
-        """Whether a setting was changed since the epoch loop was made."""
+    def changes(self) -> int:
+        """How often a setting was changed."""
 
     def make_epoch(self, run: ReadyRun, loop: FitLoop, /) -> TrainingEpoch | None:
         """Make the epoch loop; None without batches. From the second call on, the training loader is a new one."""
@@ -130,6 +130,7 @@ class FitLoop:
         self._run, self._parts, self._controls, self._reload_every = run, parts, controls, reload_every
         self._clock, self._validated_at = StepClock(run.fabric), time.monotonic()
         self._told_min = False
+        self._changes = parts.changes  # of settings, which the epoch loop knows
         self._changed = False  # other listeners than when the epoch loop was made
         self._validation_s = math.inf  # how long the last validation took
         self._may_save_in_validation = any(map(run.dispatch.listeners, _MAY_SAVE))
@@ -220,7 +221,8 @@ class FitLoop:
             self.epoch = renewed = self._parts.make_epoch(run, self)
             assert renewed is not None
             epoch = renewed
-        if dispatch.refresh("fit") or self._changed or self._parts.changed:
+        if dispatch.refresh("fit") or self._changed or self._changes != self._parts.changes:
+            self._changes = self._parts.changes
             self.epoch = epoch = self._parts.remake(run, self)
             self._may_save_in_validation = any(map(dispatch.listeners, _MAY_SAVE))
         return epoch

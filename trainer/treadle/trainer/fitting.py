@@ -21,7 +21,7 @@ from treadle.trainer import assembly
 from treadle.trainer.continuation import Continuation
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
-from treadle_fabric import isolate_rng
+from treadle_fabric import isolate_rng, rank_zero_info
 from treadle_fabric.randomness import own_rng_states
 
 __all__ = ["Fitting"]
@@ -64,7 +64,6 @@ class Fitting:
         self.data: TrainingData | None = None
         """The training batches; None before they are asked for, and where there are none."""
         self.loop: FitLoop | None = None
-        self._settings_made = 0  # the changes of settings that the epoch loop knows
         self._stopped: Continuation | None = None  # at the last stop in mid-epoch
         self._ended_at: Continuation | None = None  # that stop, where the fit ended there
 
@@ -116,6 +115,8 @@ class Fitting:
 
     def estimated_steps(self) -> float:
         """Compute the optimizer steps of the whole fit; asks for the training loader if that was not done yet."""
+        if not self._data_asked:
+            rank_zero_info("Loading `train_dataloader` to estimate number of stepping batches.")
         self._ask_for_data()
         batches = self.data.num_batches if self.data is not None else 0
         return total_steps(self._settings.durations, batches, self._controls.accumulate_grad_batches)
@@ -153,18 +154,16 @@ class Fitting:
         self._ask_for_data()
         if self.data is None or not self.data.num_batches:
             return None
-        self._settings_made = self._settings.changes
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)
 
     @property
-    def changed(self) -> bool:
-        """Whether a setting was changed since the epoch loop was made."""
-        return self._settings_made != self._settings.changes
+    def changes(self) -> int:
+        """How often a setting was changed."""
+        return self._settings.changes
 
     def remake(self, run: ReadyRun, loop: FitLoop) -> TrainingEpoch:
         """Make epoch loop and validation again, with the same loaders: listeners or settings have changed."""
         assert self.data is not None
-        self._settings_made = self._settings.changes
         if self._validation is not None:
             self._validation = self._evaluation(run, self._validation.data)
         return assembly.make_epoch(run, self._settings, self.data, loop, self._controls, self._signals)

@@ -335,7 +335,7 @@ class Runner:
             return end.announced and bool(job) and not self._signals.answered
 
         requeues = on_rank_zero(strategy, is_to_requeue, "could not say whether the job is queued again")
-        if not requeues and not self._settings.enable_checkpointing:
+        if not requeues and (not self._settings.enable_checkpointing or self._settings.fast_dev_run):
             return
         find_place = partial(claim_requeue_path if requeues else partial(preempted_path, trainer.callbacks), root)
         with tolerated(trainer, always=True):

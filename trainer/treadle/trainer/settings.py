@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from treadle.callbacks import Callback, Checkpoint, EarlyStopping, ModelCheckpoint, ModelSummary, ProgressBar, Timer
+from treadle.callbacks import Callback, Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar, Timer
 from treadle.callbacks.progress import default_progress_bar
 from treadle.loops.schedule import Durations, check_limit, check_validation_arguments, resolve_durations
 from treadle.run.dispatch import check_callbacks, reorder_callbacks
@@ -189,6 +189,9 @@ def _barebones(given: dict[str, Any]) -> None:
             raise MisconfigurationException(
                 f"Trainer(barebones=True, {name}={given[name]!r}): barebones turns {name} off. Leave one of them out."
             )
+    rank_zero_info(
+        f"You are running in `Trainer(barebones=True)` mode, to measure speed. It turns off: {', '.join(expected)}."
+    )
     given.update(
         enable_checkpointing=False,
         logger=False,
@@ -334,7 +337,8 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         checked.update(num_sanity_val_steps=0, log_every_n_steps=1)
         limits = {stage: fast if limits[stage] else limits[stage] for stage in limits}  # 0 is "leave it out"
         rank_zero_info(
-            f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; nothing is logged, no checkpoints."
+            f"Running in `fast_dev_run` mode: {fast} batch{'es' if fast > 1 else ''} of everything; nothing is logged,"
+            " no checkpoints."
         )
     return Settings(
         durations=resolve_durations(max_epochs, given["min_epochs"], max_steps, given["min_steps"], given["max_time"]),
@@ -344,7 +348,7 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
         accumulate_grad_batches=check_integer("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1),
         default_root_dir=os.fspath(given["default_root_dir"]) if given["default_root_dir"] is not None else os.getcwd(),
-        enable_checkpointing=given["enable_checkpointing"] is not False and not fast,
+        enable_checkpointing=given["enable_checkpointing"] is not False,
         enable_progress_bar=given["enable_progress_bar"] is not False,
         enable_model_summary=given["enable_model_summary"] is not False,
         **checked,
@@ -446,14 +450,12 @@ def choose_callbacks(callbacks: Any, settings: Settings) -> list[Callback]:
     flags = {Checkpoint: "enable_checkpointing", ProgressBar: "enable_progress_bar"}
     for kind, flag in flags.items():
         mine = [c for c in found if isinstance(c, kind)]
-        if mine and not getattr(settings, flag) and not (settings.fast_dev_run and kind is Checkpoint):
+        if mine and not getattr(settings, flag):
             raise MisconfigurationException(
                 f"{flag}=False, but callbacks has {type(mine[0]).__name__}: leave it out, or set {flag}=True."
             )
     if sum(isinstance(c, ProgressBar) for c in found) > 1:
         raise MisconfigurationException("callbacks has several progress bars; the terminal has room for one: keep one.")
-    if settings.fast_dev_run:
-        found = [c for c in found if not isinstance(c, (Checkpoint, EarlyStopping))]
     if settings.durations.max_time is not None:
         if any(isinstance(c, Timer) for c in found):
             rank_zero_info(
