@@ -13,9 +13,12 @@ import logging
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
+import textwrap
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -211,3 +214,32 @@ def test_a_lightning_that_is_there_already_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lightning", json)
     with pytest.raises(MisconfigurationException, match="lightning is imported already, from .*json.*treadle run"):
         replace_lightning()
+
+
+def test_a_program_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    program = """
+        import lightning as L, pytorch_lightning, torch, treadle
+        from lightning.pytorch.callbacks.early_stopping import EarlyStopping
+        from torch.utils.data import DataLoader, TensorDataset
+
+        class Net(L.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+            def training_step(self, batch, batch_idx):
+                loss = self.layer(batch[0]).square().mean()
+                self.log("loss", loss)
+                return loss
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        stop = EarlyStopping("loss", check_on_train_epoch_end=True)
+        trainer = L.Trainer(max_epochs=2, callbacks=stop, logger=False, enable_checkpointing=False)
+        trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4))
+        assert isinstance(trainer, treadle.Trainer) and pytorch_lightning.Trainer is L.Trainer
+        print("steps", trainer.global_step)
+    """
+    Path("program.py").write_text(textwrap.dedent(program))
+    replace_lightning()
+    runpy.run_path("program.py", run_name="__main__")
+    assert "steps 4\n" in capsys.readouterr().out
