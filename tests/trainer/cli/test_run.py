@@ -91,31 +91,3 @@ def test_processes_of_the_program_have_treadle_for_lightning() -> None:
     status, said = run("program.py")
     origin = SHIM / "pytorch_lightning/__init__.py"
     assert (status, said) == (0, "".join(f"{kind} {origin} 2.6.6\n" for kind in ("here", "spawn", "subprocess")))
-
-
-def test_a_program_of_lightning_trains() -> None:
-    program = """
-        import lightning as L, pytorch_lightning, torch, treadle
-        from lightning.pytorch.callbacks.early_stopping import EarlyStopping
-        from torch.utils.data import DataLoader, TensorDataset
-
-        class Net(L.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.layer = torch.nn.Linear(4, 1)
-            def training_step(self, batch, batch_idx):
-                loss = self.layer(batch[0]).square().mean()
-                self.log("loss", loss)
-                return loss
-            def configure_optimizers(self):
-                return torch.optim.SGD(self.parameters(), lr=0.1)
-
-        stop = EarlyStopping("loss", check_on_train_epoch_end=True)
-        trainer = L.Trainer(max_epochs=2, callbacks=stop, logger=False, enable_checkpointing=False)
-        trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4))
-        assert isinstance(trainer, treadle.Trainer) and pytorch_lightning.Trainer is L.Trainer
-        print("steps", trainer.global_step)
-    """
-    Path("program.py").write_text(textwrap.dedent(program))
-    status, said = run("program.py")
-    assert status == 0 and "steps 4\n" in said, said

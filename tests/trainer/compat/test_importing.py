@@ -13,9 +13,12 @@ import logging
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
+import textwrap
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,7 +31,7 @@ import treadle_fabric
 from treadle import MisconfigurationException
 from treadle.compat import SHIM, replace_lightning
 from treadle.utilities import rank_zero_info, rank_zero_warn
-from treadle_fabric import LeftOutError
+from treadle_fabric import LeftOutError, MissingPackageError
 
 pytestmark = [pytest.mark.apart, pytest.mark.timeout(60)]
 
@@ -141,6 +144,17 @@ def test_what_is_inside_of_lightning_can_be_imported_and_not_used() -> None:
         connector(None)
 
 
+def test_names_that_need_a_package_are_imported_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries import LightningCLI, and only those who run a command line have jsonargparse."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    cli = load("lightning.pytorch.cli")
+    made = cli.instantiate_class((), {"class_path": "collections.Counter", "init_args": {"a": 2}})
+    assert made["a"] == 2
+    with pytest.raises(MissingPackageError, match="jsonargparse"):
+        cli.LightningCLI()
+
+
 def test_an_attribute_that_is_left_out_is_not_there() -> None:
     loggers = load("pytorch_lightning.loggers")
     assert not hasattr(loggers, "TestTubeLogger")
@@ -200,3 +214,32 @@ def test_a_lightning_that_is_there_already_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lightning", json)
     with pytest.raises(MisconfigurationException, match="lightning is imported already, from .*json.*treadle run"):
         replace_lightning()
+
+
+def test_a_program_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    program = """
+        import lightning as L, pytorch_lightning, torch, treadle
+        from lightning.pytorch.callbacks.early_stopping import EarlyStopping
+        from torch.utils.data import DataLoader, TensorDataset
+
+        class Net(L.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+            def training_step(self, batch, batch_idx):
+                loss = self.layer(batch[0]).square().mean()
+                self.log("loss", loss)
+                return loss
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        stop = EarlyStopping("loss", check_on_train_epoch_end=True)
+        trainer = L.Trainer(max_epochs=2, callbacks=stop, logger=False, enable_checkpointing=False)
+        trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4))
+        assert isinstance(trainer, treadle.Trainer) and pytorch_lightning.Trainer is L.Trainer
+        print("steps", trainer.global_step)
+    """
+    Path("program.py").write_text(textwrap.dedent(program))
+    replace_lightning()
+    runpy.run_path("program.py", run_name="__main__")
+    assert "steps 4\n" in capsys.readouterr().out

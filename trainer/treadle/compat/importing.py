@@ -17,7 +17,7 @@ from treadle.compat.absent import stand_in
 from treadle.compat.messages import govern_messages
 from treadle.compat.migrate.older import older
 from treadle.compat.table import LIGHTNING, PACKAGES, LeftOut, Target, table
-from treadle_fabric import LeftOutError, MisconfigurationException, left_out
+from treadle_fabric import LeftOutError, MisconfigurationException, MissingPackageError, left_out
 
 __all__ = ["SHIM", "replace_lightning"]
 
@@ -150,7 +150,11 @@ def _look_up(module: ModuleType, name: str) -> Any:
         return _public(module)
     if name == "__version__" and table().key(module.__name__) in PACKAGES.values():
         return LIGHTNING
-    if (place := _place(module, name)) is not None:
+    try:
+        place = _place(module, name)
+    except MissingPackageError as e:  # as with Lightning, importing the name needs no package of others
+        return stand_in(name, e)
+    if place is not None:
         return getattr(*place)
     found = _find(module.__name__, name)
     if isinstance(found, LeftOut):
@@ -189,7 +193,7 @@ def _place(module: ModuleType, name: str) -> tuple[ModuleType, str] | None:
 @functools.cache
 def _absent(key: str, name: str, remedy: str) -> Any:
     """What stands for a name of what is inside of Lightning only; the same in all packages."""
-    return stand_in(name, f"lightning.{key}.{name} is left out on purpose: {remedy}")
+    return stand_in(name, LeftOutError(f"lightning.{key}.{name} is left out on purpose: {remedy}"))
 
 
 @functools.cache
