@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: demo test test-deepspeed test-faults test-nodes test-nodes-faults test-package test-ray test-remote test-xla lint format bench clean
+.PHONY: demo test test-deepspeed test-faults test-lightning test-nodes test-nodes-faults test-package test-ray test-remote test-xla lint format bench clean
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALL := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 # The tests that have no target of their own.
-COMMON := not deepspeed and not faults and not nodes and not package and not ray and not remote and not xla
+COMMON := not deepspeed and not faults and not lightning and not nodes and not package and not ray and not remote and not xla
 
 # Another project's source roots or virtual environment must not leak in; the installed package is what is tested.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
@@ -31,6 +31,11 @@ test: $(VENV)/.dev
 test-faults: export OMP_NUM_THREADS = 1
 test-faults: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "faults and not nodes"
+
+# Programs written for Lightning, with Lightning itself, by `treadle run`, and after `treadle migrate`.
+test-lightning: export OMP_NUM_THREADS = 1
+test-lightning: .venv-bench/.done
+	.venv-bench/bin/python -m pytest -n 2 --dist loadgroup -m lightning tests/migration
 
 # Two hosts of namespaces, joined by a cable of the kernel's. Needs root on Linux; skipped with a word otherwise.
 test-nodes: export OMP_NUM_THREADS = 1
@@ -105,7 +110,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt $(VENV)/.made
 .venv-bench/.done: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Treadle needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python $(INSTALL) -e '.[demo]' lightning==2.6.6 accelerate==1.15.0
+	.venv-bench/bin/python $(INSTALL) -e '.[cli,demo]' lightning==2.6.6 accelerate==1.15.0 \
+		pytest pytest-timeout pytest-xdist torchmetrics
 	touch $@
 
 # DeepSpeed's build looks for the torch that is installed.

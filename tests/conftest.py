@@ -43,6 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "gpu": "" if torch.cuda.is_available() else "no CUDA device",
         "deepspeed": "" if find_spec("deepspeed") else "DeepSpeed is not installed; `make test-deepspeed` installs it",
+        "lightning": "" if find_spec("lightning") else "Lightning is not installed; `make test-lightning` installs it",
         "nodes": "" if has_hosts() else "makes hosts of namespaces, which needs root on Linux, iproute2 and util-linux",
         "ray": "" if find_spec("ray") else "Ray is not installed; `make test-ray` installs it",
         "remote": "" if find_spec("moto") and find_spec("s3fs") else "no S3 server here; `make test-remote` has one",

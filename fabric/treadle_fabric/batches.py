@@ -13,8 +13,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from treadle_fabric.containers import children, map_leaves
+from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["batch_mover", "infer_batch_size", "map_tensors", "move_data_to_device"]
+__all__ = [
+    "batch_mover",
+    "convert_tensors_to_scalars",
+    "convert_to_tensors",
+    "infer_batch_size",
+    "map_tensors",
+    "move_data_to_device",
+]
 
 _COPIED_AT_ONCE = frozenset({"cpu", "mps"})
 """Types of devices to which no copy is queued: the host may read, or change, what is copied too early."""
@@ -208,3 +216,45 @@ def _public(item: Any) -> list[Any]:
     if callable(keys) and hasattr(type(item), "__getitem__"):
         return [item[key] for key in keys()]
     return [value for name, value in getattr(item, "__dict__", {}).items() if not name.startswith("_")]
+
+
+def convert_to_tensors(data: Any, device: torch.device | str | int) -> Any:
+    """Make tensors of the numbers and arrays in nested containers, and move all tensors to a device.
+
+    Args:
+        data: Numbers, truth values, NumPy arrays and tensors, in containers. Anything else is left as it is.
+        device: The device of the tensors.
+    """
+    dtypes = ((bool, torch.uint8), (int, torch.int), (float, torch.float))
+    for kind, dtype in dtypes:  # bool first, which is an int
+
+        def made(value: Any, kind: type = kind, dtype: torch.dtype = dtype) -> Any:
+            return torch.tensor(value, dtype=dtype, device=device) if type(value) is kind else value
+
+        data = map_tensors(data, made, leaf=kind)
+    arrays = map_tensors(data, torch.from_numpy, leaf=_arrays())
+    return move_data_to_device(arrays, device)
+
+
+def _arrays() -> Any:
+    from numpy import ndarray  # torch has not imported NumPy
+
+    return ndarray
+
+
+def convert_tensors_to_scalars(data: Any) -> Any:
+    """Make Python numbers of the tensors with one element in nested containers.
+
+    Raises:
+        MisconfigurationException: A tensor has another number of elements.
+    """
+
+    def number(tensor: Tensor) -> Any:
+        if tensor.numel() != 1:
+            raise MisconfigurationException(
+                f"A tensor of shape {tuple(tensor.shape)} does not contain a single element, so it is no number: reduce"
+                " the tensor, with `.mean()` say."
+            )
+        return tensor.item()
+
+    return map_tensors(data, number)

@@ -8,14 +8,13 @@
     |   +-- WrongTypeError               a value is of a type that cannot work there (also a TypeError)
     |   +-- UnusableResultError          what the user's code gave cannot be used (also a RuntimeError)
     |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
-    |   +-- ConflictError                two parts of a run contradict each other (also a RuntimeError)
     |   +-- MissingArgumentError         a constructor needs an argument that nobody gave (also a TypeError)
     |   +-- NoSuchNameError              an object has nothing of that name (also an AttributeError)
+    |   +-- NotLaunchedError             processes work together that nobody started (also a RuntimeError)
     |   +-- NothingThereError            the first of none was asked for (also an IndexError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
     |   +-- RemovedHookError             a hook of Lightning 1 that is gone (also a NotImplementedError)
-    |   +-- MissingLoaderError           a stage has no batches (also a TypeError)
     +-- CheckpointError                  reading or writing a checkpoint failed
     |   +-- CheckpointNotFoundError      nothing lies at the path (also a FileNotFoundError)
     |   +-- CheckpointCorruptError       truncated, damaged, or another program's file
@@ -48,17 +47,16 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
-    "ConflictError",
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
     "MissingArgumentError",
-    "MissingLoaderError",
     "MissingMetricError",
     "MissingPackageError",
     "NoModuleError",
     "NoSuchNameError",
     "NonFiniteError",
+    "NotLaunchedError",
     "NothingThereError",
     "ProcessFailedError",
     "RemovedHookError",
@@ -116,16 +114,16 @@ class NoModuleError(MisconfigurationException, AttributeError):
     """A trainer was asked to save a module, and has none that was set up."""
 
 
-class ConflictError(MisconfigurationException, RuntimeError):
-    """Two parts of a run, a module and its data module for example, contradict each other."""
-
-
 class MissingArgumentError(MisconfigurationException, TypeError):
     """A constructor needs an argument that neither the caller nor a checkpoint has."""
 
 
 class NoSuchNameError(MisconfigurationException, AttributeError):
     """An object has no attribute or method of the name that was given."""
+
+
+class NotLaunchedError(MisconfigurationException, RuntimeError):
+    """A method in which all processes take part was called before these were started."""
 
 
 class NothingThereError(MisconfigurationException, IndexError):
@@ -142,10 +140,6 @@ class RemovedHookError(MisconfigurationException, NotImplementedError):
 
 class MissingMetricError(MisconfigurationException, RuntimeError):
     """A callback or a scheduler decides by a metric that nothing has logged."""
-
-
-class MissingLoaderError(MisconfigurationException, TypeError):
-    """A stage has no batches: no loader was passed, and no method gives one."""
 
 
 class CheckpointError(TreadleError):

@@ -21,10 +21,12 @@ from lightning_utilities.core.rank_zero import (
 )
 
 __all__ = [
+    "LightningDeprecationWarning",
     "PossibleUserWarning",
     "WarningCache",
     "disable_possible_user_warnings",
     "filter_warnings_as",
+    "rank_in_environment",
     "rank_prefixed_message",
     "rank_zero_debug",
     "rank_zero_deprecation",
@@ -54,6 +56,10 @@ def disable_possible_user_warnings(module: str = "") -> None:
     warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)
 
 
+class LightningDeprecationWarning(DeprecationWarning):
+    """A warning of what a later version will not have."""
+
+
 _filtered_as: list[str] = []
 
 
@@ -77,12 +83,13 @@ def _is_ignored(message: str, category: type[Warning]) -> bool:
     return False
 
 
-def _rank_from_environment() -> int:
+def rank_in_environment() -> int | None:
+    """Read the rank from the environment variables of launchers and clusters; None where there is none."""
     for name in _RANK_VARIABLES:
         value = os.environ.get(name, "")
         if value.isdecimal():
             return int(value)
-    return 0
+    return None
 
 
 class _Console(logging.Handler):
@@ -109,7 +116,7 @@ if os.environ.get("POSSIBLE_USER_WARNINGS", "").lower() in ("0", "off"):
 
 # Lightning shares this function object: a rank that Lightning has set is right here, too
 if getattr(rank_zero_only, "rank", None) is None:
-    rank_zero_only.rank = _rank_from_environment()  # type: ignore[attr-defined]
+    rank_zero_only.rank = rank_in_environment() or 0  # type: ignore[attr-defined]
 
 
 def warn_user(message: str | Warning, category: type[Warning] = UserWarning) -> None:

@@ -13,10 +13,13 @@ from tests.architecture.sources import PACKAGES, files, tree, where
 UPWARDS = "treadle.contracts"
 # These import a part of theirs, which takes time or needs an extra, when one of its names is asked for.
 ON_DEMAND = (
+    "treadle",
     "treadle.callbacks",
     "treadle.cli",
     "treadle.profilers",
     "treadle.searches",
+    "treadle.utilities",
+    "treadle_fabric",
     "treadle_fabric.accelerators",
     "treadle_fabric.checkpoint",
     "treadle_fabric.environments",
@@ -25,6 +28,7 @@ ON_DEMAND = (
     "treadle_fabric.loggers",
     "treadle_fabric.precision",
     "treadle_fabric.strategies",
+    "treadle_fabric.utilities",
 )
 RE_EXPORTED = {
     "treadle.accelerators",
@@ -36,6 +40,8 @@ RE_EXPORTED = {
     "treadle_fabric",
     "treadle_fabric.plugins",
     "treadle_fabric.plugins.environments",
+    "treadle_fabric.plugins.io",
+    "treadle_fabric.plugins.precision",
 }  # which have such names from one of these packages
 
 

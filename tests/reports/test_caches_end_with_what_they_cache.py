@@ -245,7 +245,7 @@ class LateGroup(L.LightningModule):
         return None
 
 
-@pytest.mark.filterwarnings("ignore:.*this fit will run without an optimizer")
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
 def test_an_optimizer_counts_from_the_step_at_which_it_got_parameters(tmp_path: Path) -> None:
     module = LateGroup()
     trainer(tmp_path, max_epochs=1).fit(module, DataLoader([X] * 4))

@@ -50,6 +50,8 @@ HYDRA = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALNRANKS": "2", "MPI_LOCALRAN
 PODS = {**MEETING, "WORLD_SIZE": "2", "RANK": "1"}
 HAND = {**MEETING, "NODE_RANK": "1"}
 
+NOT_USED = "The `srun` command is available on your system but is not used"
+
 
 def plan(environ: dict[str, str], **asked: Any) -> Any:
     asked = {"devices": 2, "num_nodes": 2, **asked}
@@ -199,7 +201,11 @@ def test_srun_that_was_at_hand_and_not_used(tmp_path: Path) -> None:
     (tmp_path / "scontrol").rename(tmp_path / "srun")
     environ = {**BATCH, "PATH": str(tmp_path)}
     (warning,) = plan(environ, num_nodes=1).warnings
-    assert "srun is on the PATH" in warning and "`srun python ...`" in warning and "nodes" not in warning.split(":")[0]
+    assert (
+        "The `srun` command is available on your system but is not used" in warning
+        and "`srun python ...`" in warning
+        and "nodes" not in warning.split(":")[0]
+    )
     (warning,) = plan({**environ, "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, num_nodes=1).warnings
     assert "has 2 nodes, and only the first one works" in warning
     for none in ({"PATH": "/nowhere"}, {"SLURM_JOB_NAME": "bash"}, {"SLURM_JOB_NAME": "interactive"}):
@@ -230,13 +236,13 @@ def test_a_warning_is_given_once_by_fabric_and_trainer_and_printed_by_the_comman
     (tmp_path / "scontrol").rename(tmp_path / "srun")
     for name, value in {**BATCH, "PATH": f"{tmp_path}:{os.environ['PATH']}"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.warns(PossibleUserWarning, match="srun is on the PATH"):
+    with pytest.warns(PossibleUserWarning, match=NOT_USED):
         L.Fabric(accelerator="cpu")
-    with pytest.warns(PossibleUserWarning, match="srun is on the PATH") as told:
+    with pytest.warns(PossibleUserWarning, match=NOT_USED) as told:
         L.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     assert len(told) == 1
     assert main(["environment"]) == 0
-    assert "Warnings:\n  1: srun is on the PATH" in capsys.readouterr().out
+    assert f"Warnings:\n  1: {NOT_USED}" in capsys.readouterr().out
 
 
 def test_pods_that_would_train_alone() -> None:

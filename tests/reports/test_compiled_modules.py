@@ -330,7 +330,8 @@ def test_a_compiled_module_is_trained(tmp_path: Path) -> None:
     predicted: Any = run.predict(model, loader())
     assert counting.graphs > before
     assert torch.equal(torch.cat(predicted), torch.cat(other.predict(plain, loader())))  # type: ignore[arg-type]
-    run.validate(dataloaders=loader(), verbose=False)
+    with pytest.warns(UserWarning, match="was called without a model"):
+        run.validate(dataloaders=loader(), verbose=False)
 
     before = counting.graphs
     trainer(tmp_path).fit(module, loader())

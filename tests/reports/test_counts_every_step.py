@@ -23,7 +23,7 @@ from torch.optim import SGD, Optimizer
 import treadle as L
 from treadle.callbacks import ModelCheckpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*configure_optimizers` returned None")
+pytestmark = pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
 
 
 class Manual(Net):
@@ -391,8 +391,8 @@ def test_an_epoch_of_manual_optimization_without_a_step_is_told_once(tmp_path: P
 def test_an_epoch_with_a_step_is_not_told(tmp_path: Path, at: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trainer(tmp_path, max_epochs=2).fit(Manual(at), loader())
-        trainer(tmp_path, max_epochs=2, limit_train_batches=0).fit(Manual("never"), loader())
+        trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(Manual(at), loader())
+        trainer(tmp_path, max_epochs=2, limit_val_batches=0, limit_train_batches=0).fit(Manual("never"), loader())
 
 
 def test_a_module_without_optimizers_is_not_told(tmp_path: Path) -> None:

@@ -444,9 +444,9 @@ def test_what_is_missing_is_told_as_before(tmp_path: Path) -> None:
         quick(tmp_path, ckpt_path=tmp_path / "missing.ckpt")
     with pytest.raises(L.MisconfigurationException, match="ckpt_path='best' needs"):
         quick(tmp_path, ckpt_path="best")
-    with pytest.warns(UserWarning, match="found no checkpoint") as told:
+    with pytest.warns(UserWarning, match="no last checkpoint available") as told:
         quick(tmp_path, 1, ckpt_path="last")
-    assert len([each for each in told if "found no checkpoint" in str(each.message)]) == 1
+    assert len([each for each in told if "no last checkpoint available" in str(each.message)]) == 1
 
 
 def test_processes_that_are_forked_leave_the_run_to_the_trainer(tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def test_an_optimizer_that_needs_a_closure_says_how_to_get_one(tmp_path: Path) -
 
 def test_a_lazy_layer_trains_or_is_named(tmp_path: Path) -> None:
     model = Lazy()
-    trainer(tmp_path, enable_model_summary=True).fit(model, loader())
+    with pytest.warns(UserWarning, match="the model contains 2 `UninitializedParameter`s"):
+        trainer(tmp_path, enable_model_summary=True).fit(model, loader())
     assert model.layer.weight.shape == (2, 4)
     with pytest.raises(MisconfigurationException, match=r"shape of layer.weight, layer.bias.*`configure_model`"):
         trainer(tmp_path).fit(Lazy(torch.optim.Adagrad), loader())

@@ -359,7 +359,7 @@ def test_a_strategy_may_declare_that_it_cannot_bear_inference_mode(tmp_path: Pat
         run = trainer(tmp_path, strategy=strategy)
         run.validate(Watching(), loader(2), verbose=False)
         run.test(Watching(), loader(2), verbose=False)
-        run.predict(Watching(), loader(2))
+        run.predict(Watching(), loader(2), return_predictions=False)
         run.fit(Watching(), loader(2), loader(2))
     assert seen == [*[False] * 5, *[True] * 3, False, False], "validations of fit need no inference mode"
 

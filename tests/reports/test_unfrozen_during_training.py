@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)], said
 
 
-@pytest.mark.filterwarnings("ignore:`training_step` had no loss")
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("case", CASES)
 def test_the_ranks_train_what_one_process_trains(ranks: Any, tmp_path: Path, case: str) -> None:
     zero, one = (found[case] for found in ranks[0])
@@ -277,7 +278,7 @@ def test_a_layer_without_an_optimizer_is_told_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hook", ["__init__", "setup", "on_fit_start", "on_train_epoch_start"])
-def test_submodules_stay_in_evaluation_mode(tmp_path: Path, hook: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_submodules_stay_in_evaluation_mode(tmp_path: Path, hook: str) -> None:
     seen: set[tuple[bool, bool]] = set()
 
     class Partly(Two):
@@ -294,16 +295,17 @@ def test_submodules_stay_in_evaluation_mode(tmp_path: Path, hook: str, caplog: p
         self.below.eval()
 
     setattr(Partly, hook, evaluate)
-    with caplog.at_level("INFO"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         trainer(tmp_path, max_epochs=2).fit(Partly(), loader(), loader())
     assert seen == {(True, False)}
-    told = "1 submodules are in evaluation mode when training begins, and stay so: below." in caplog.text
-    assert told is (hook != "on_train_epoch_start")
+    found = [each for each in told if "Found 1 module(s) in eval mode at the start of training" in str(each.message)]
+    assert len(found) == (hook != "on_train_epoch_start")
 
 
 def test_a_model_in_evaluation_mode_is_told_of(tmp_path: Path) -> None:
     model = Two()
-    with pytest.warns(UserWarning, match="Two is in evaluation mode when training begins, and stays so"):
+    with pytest.warns(UserWarning, match=r"Found 3 module\(s\) in eval mode at the start of training.*: Two, "):
         trainer(tmp_path).fit(model.eval(), loader())
     assert not model.training
 

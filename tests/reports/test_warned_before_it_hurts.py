@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import treadle as L
 from treadle.callbacks import BatchSizeFinder, LearningRateMonitor, ModelCheckpoint, Timer
 from treadle.data.advice import advise as advise_of_stage
-from treadle_fabric import MissingLoaderError, PossibleUserWarning, RemovedHookError
+from treadle_fabric import PossibleUserWarning, RemovedHookError, WrongTypeError
 from treadle_fabric.accelerators import CUDAAccelerator, MPSAccelerator
 from treadle_fabric.loggers import CSVLogger
 
@@ -204,7 +204,7 @@ ROWS = [
         lambda: advise(started_by("spawn")), lambda: advise(started_by("fork"))),
     Row("a stream with a length", UserWarning, ("`IterableDataset` has `__len__` defined", "get_worker_info"),
         lambda: advise(DataLoader(Stream(), num_workers=2)), lambda: advise(DataLoader(Endless(), num_workers=2))),
-    Row("a shuffled validation", PossibleUserWarning, ("'val_dataloader' has shuffling enabled", "Leave out"),
+    Row("a shuffled validation", PossibleUserWarning, ("`val_dataloader`'s sampler has shuffling enabled",),
         lambda: fit(val=batches(4, shuffle=True)), lambda: fit(train=batches(shuffle=True))),
     Row("a shuffle that overfits", UserWarning, ("requested to overfit but enabled train dataloader shuffling",),
         lambda: fit(train=batches(shuffle=True), overfit_batches=2), lambda: fit(overfit_batches=2)),
@@ -242,6 +242,11 @@ ROWS = [
     Row("a minimum above the maximum", UserWarning, ("min_epochs=3 is more than max_epochs=2", "lower it"),
         lambda: trainer(Path.cwd(), min_epochs=3, max_epochs=2),
         lambda: trainer(Path.cwd(), min_epochs=2, max_epochs=2)),
+    Row("validations that never come", PossibleUserWarning, ("check_val_every_n_epoch=3 is more than max_epochs=2",),
+        lambda: fit(check_val_every_n_epoch=3, max_epochs=2), lambda: fit(check_val_every_n_epoch=2, max_epochs=2)),
+    Row("reloads that never come", PossibleUserWarning, ("reload_dataloaders_every_n_epochs=1 has no effect", "define"),
+        lambda: fit(reload_dataloaders_every_n_epochs=1),
+        lambda: trainer(Path.cwd(), reload_dataloaders_every_n_epochs=1).fit(Plain(), datamodule=Data())),
     Row("two limits of the same batches", UserWarning, ("overfit_batches=2 decides", "limit_train_batches=0.5"),
         lambda: trainer(Path.cwd(), overfit_batches=2, limit_train_batches=0.5),
         lambda: trainer(Path.cwd(), overfit_batches=2, limit_train_batches=1)),
@@ -387,12 +392,27 @@ def test_a_gpu_that_is_not_used_is_told(
 # What is said of a run, and what is refused
 
 
+def test_a_gpu_whose_tensor_cores_are_idle_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, found in {"set_device": None, "get_device_capability": (9, 0), "get_device_name": "H200"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, found=found: found)
+    with caplog.at_level(logging.INFO):
+        for precision in ("high", "highest", "highest"):
+            monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
+            CUDAAccelerator().setup_device(torch.device("cuda", int(precision == "highest")))
+    assert caplog.text.count("('H200') that has Tensor Cores") == 1
+
+
 def test_what_the_trainer_says_of_itself(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         fit(limit_train_batches=1, val_check_interval=1.0, detect_anomaly=True, max_time="00:00:01:00",
             callbacks=Timer("00:00:01:00"))  # fmt: skip
         fit(train=[], limit_train_batches=0)
         fit(module(on_train_batch_end=lambda s, *_: setattr(s.trainer, "should_stop", True)), min_steps=2)
+        fit(fast_dev_run=2)
+        trainer(Path.cwd(), barebones=True, log_every_n_steps=0)
+        fit(optimizing(lambda s: s.trainer.estimated_stepping_batches and SGD(s.parameters(), 0.1)))
         L.seed_everything(3)
     for words in (
         "`Trainer(limit_train_batches=1)` was configured so 1 batch is used.",
@@ -402,6 +422,9 @@ def test_what_the_trainer_says_of_itself(caplog: pytest.LogCaptureFixture) -> No
         "`Trainer.fit` stopped: `max_epochs=1` reached.",
         "`Trainer.fit` stopped: No training batches.",
         "`min_epochs=None` or `min_steps=2` has not been met",
+        "Running in `fast_dev_run` mode: 2 batches",
+        "`Trainer(barebones=True)` mode",
+        "Loading `train_dataloader` to estimate number of stepping batches.",
         "Seed set to 3",
     ):
         assert words in caplog.text, words
@@ -419,7 +442,7 @@ def test_a_stage_without_its_step_or_its_batches_is_refused() -> None:
         remedy = rf"pass the dataloader to the `.{stage}\(\)` method .*OR implement `def {name}_dataloader\(self\):`"
         with pytest.raises(TypeError, match=remedy) as caught:
             getattr(run, stage)(Plain())
-        assert type(caught.value) is MissingLoaderError
+        assert type(caught.value) is WrongTypeError
     with pytest.raises(NotImplementedError, match="Support for `training_epoch_end` has been removed") as removed:
         fit(module(training_epoch_end=none))
     assert type(removed.value) is RemovedHookError

@@ -161,7 +161,7 @@ def test_best_and_last(tmp_path: Path) -> None:
     for word, near in (("bestt", "best"), ("lst", "last"), ("LAST", "last")):
         with pytest.raises(L.MisconfigurationException, match=f"Did you mean '{near}'"):
             trainer(tmp_path).validate(model, loader(2), ckpt_path=word)
-    with pytest.warns(UserWarning, match="found no checkpoint"):
+    with pytest.warns(UserWarning, match="no last checkpoint available"):
         trainer(tmp_path / "empty").fit(Net(), loader(2), ckpt_path="last")
 
 

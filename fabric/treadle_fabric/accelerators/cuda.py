@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
 from treadle_fabric.accelerators.accelerator import Accelerator, Devices, parse_indices
 from treadle_fabric.errors import DeviceUnavailableError
+from treadle_fabric.rank_zero import rank_zero_info
 
 __all__ = ["CUDAAccelerator", "find_usable_cuda_devices"]
 
@@ -42,6 +44,7 @@ class CUDAAccelerator(Accelerator):
         if device.type != "cuda":
             raise DeviceUnavailableError(f"{device} is no CUDA device. Use torch.device('cuda', index).")
         torch.cuda.set_device(device)
+        _tell_of_tensor_cores(device)
 
     def teardown(self) -> None:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -85,3 +88,13 @@ def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
             "busy. Ask for fewer, or for -1."
         )
     return usable
+
+
+@cache
+def _tell_of_tensor_cores(device: torch.device) -> None:
+    """Say, once a device, that products of float32 matrices could use the tensor cores that the device has."""
+    if torch.cuda.get_device_capability(device) >= (8, 0) and torch.get_float32_matmul_precision() == "highest":
+        rank_zero_info(
+            f"You are using a CUDA device ({torch.cuda.get_device_name(device)!r}) that has Tensor Cores, and products"
+            " of float32 matrices do not use them: `torch.set_float32_matmul_precision('high')` is faster, less exact."
+        )

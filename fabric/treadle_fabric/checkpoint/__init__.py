@@ -16,7 +16,8 @@ ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a h
 ``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
 ``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
 rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind,
-``pickled_in`` says which of them are pickled, and ``state_of`` gives the state of an object. In ``kept_by_engines`` a
+``pickled_in`` says which of them are pickled, ``find_moved`` has pickles find
+classes that were moved, and ``state_of`` gives the state of an object. In ``kept_by_engines`` a
 state is made for a save.
 """
 
@@ -40,6 +41,7 @@ from treadle_fabric.checkpoint.stored.regions import fill, placed_like, region
 from treadle_fabric.checkpoint.stored.tensor import StoredTensor, in_memory, tensors_on_demand
 from treadle_fabric.checkpoint.torch_io import TorchCheckpointIO
 from treadle_fabric.checkpoint.values.kept import kept_by_engines
+from treadle_fabric.checkpoint.values.moved import PICKLE, Absent, absent, absent_allowed, find_moved
 from treadle_fabric.checkpoint.values.not_loaded import NotLoaded, error_of
 from treadle_fabric.checkpoint.values.packing import Keeping, pack
 from treadle_fabric.checkpoint.values.states import state_of
@@ -55,6 +57,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAME_BYTES",
+    "PICKLE",
+    "Absent",
     "AsyncCheckpointIO",
     "CheckpointIO",
     "DistributedCheckpointIO",
@@ -66,6 +70,8 @@ __all__ = [
     "StoredTensor",
     "TorchCheckpointIO",
     "XLACheckpointIO",
+    "absent",
+    "absent_allowed",
     "check_share",
     "checkpoints_in",
     "classes_in_state",
@@ -74,6 +80,7 @@ __all__ = [
     "error_of",
     "files_mapped",
     "fill",
+    "find_moved",
     "fingerprint",
     "hidden_beside",
     "in_memory",

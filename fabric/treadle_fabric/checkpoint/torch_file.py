@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import io
 import mmap
 import os
 import pickle
 from collections.abc import Iterator
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Final
 
 import torch
 
@@ -31,6 +33,7 @@ from treadle_fabric.checkpoint.folder.remote import put, refuse_foreign_remote, 
 from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.host.mapping import active_maps, mappable
 from treadle_fabric.checkpoint.seal import seal
+from treadle_fabric.checkpoint.values.moved import PICKLE
 from treadle_fabric.checks import require_package
 from treadle_fabric.errors import (
     CheckpointCorruptError,
@@ -41,7 +44,19 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.types import PathLike
 
-__all__ = ["file_system", "get_filesystem", "load_file", "neighbours", "reason_of", "save_file", "why_not_written"]
+__all__ = [
+    "file_system",
+    "get_filesystem",
+    "is_folder",
+    "is_local",
+    "is_object_store",
+    "load_file",
+    "load_plain",
+    "neighbours",
+    "reason_of",
+    "save_file",
+    "why_not_written",
+]
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space, or save elsewhere.",
@@ -254,8 +269,9 @@ def neighbours(fs: Any | None, where: str) -> str:
 
 def _load(file: IO[bytes], target: Any, safe: bool) -> dict[str, Any]:
     file.seek(0)
+    how = {"map_location": target, "weights_only": safe, "pickle_module": None if safe else PICKLE}
     with numpy_allowed():
-        state: dict[str, Any] = torch.load(file, map_location=target, weights_only=safe, mmap=False)
+        state: dict[str, Any] = torch.load(file, mmap=False, **how)
     return state
 
 
@@ -266,8 +282,9 @@ def _load_mapped(file: IO[bytes], where: str, target: Any, safe: bool) -> dict[s
     private: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if options not in (None, mmap.MAP_PRIVATE):  # what is written to a tensor would be written to the file
         private = torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE)
+    how = {"map_location": target, "weights_only": safe, "pickle_module": None if safe else PICKLE}
     with private, numpy_allowed():
-        state: dict[str, Any] = torch.load(source, map_location=target, weights_only=safe, mmap=True)
+        state: dict[str, Any] = torch.load(source, mmap=True, **how)
     return state
 
 
@@ -279,7 +296,8 @@ def _load_error(error: Exception, file: IO[bytes], path: PathLike, is_zip: bool,
             return CheckpointUnsafeError(
                 f"{str(path)!r} was not loaded: it holds {listed}, and only tensors and plain containers are loaded "
                 "without being asked, because anything else can run code. If you trust its author, either allow "
-                f"those by name with `torch.serialization.add_safe_globals([{last}])`, or pass `weights_only=False`."
+                f"those by name with `torch.serialization.add_safe_globals([{last}])`, or pass `weights_only=False`, "
+                "or have `treadle checkpoint convert` make a file of it that always loads."
             )
         if is_zip:
             return CheckpointUnsafeError(
@@ -298,3 +316,44 @@ def _load_error(error: Exception, file: IO[bytes], path: PathLike, is_zip: bool,
         )
     reason = reason_of(error)
     return CheckpointError(f"The checkpoint {str(path)!r} is whole, but could not be restored. {reason}.")
+
+
+_OBJECT_STORES: Final = {"gcsfs": "GCSFileSystem", "s3fs": "S3FileSystem", "adlfs": "AzureBlobFileSystem"}
+
+
+def load_plain(path_or_url: PathLike | IO[bytes], map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """Read what ``torch.save`` wrote to a path, a URL or an open file.
+
+    Args:
+        path_or_url: Where it is.
+        map_location: As for ``torch.load``.
+        weights_only: False also unpickles objects, for files that you trust. Default: tensors and plain containers.
+    """
+    safe = weights_only is None or weights_only
+    if not isinstance(path_or_url, (str, Path)):
+        return torch.load(path_or_url, map_location=map_location, weights_only=safe)
+    fs, where = file_system(path_or_url)
+    if fs is None:
+        return torch.load(where, map_location=map_location, weights_only=safe)
+    return torch.load(io.BytesIO(fs.cat_file(where)), map_location=map_location, weights_only=safe)
+
+
+def is_object_store(fs: Any) -> bool:
+    """Whether a file system of fsspec is a store of objects, which has no folders."""
+    return any(
+        importlib.util.find_spec(package) is not None
+        and isinstance(fs, getattr(importlib.import_module(package), name))
+        for package, name in _OBJECT_STORES.items()
+    )
+
+
+def is_folder(fs: Any, path: PathLike, strict: bool = False) -> bool:
+    """Whether a path is a folder; in a store of objects every path may be one, unless ``strict``."""
+    if is_object_store(fs) and not strict:
+        return True
+    return bool(fs.isdir(path))
+
+
+def is_local(path: PathLike) -> bool:
+    """Whether a path is on this machine's file system: it has no protocol, or the protocol "file"."""
+    return "://" not in str(path) or str(path).lower().startswith("file://")

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from treadle_fabric.checks import check_integer
 from treadle_fabric.randomness import is_generator, worker_init_function
 
 __all__ = [
+    "DatasetOfSampler",
+    "DistributedSamplerWrapper",
     "RecordedSampler",
+    "has_iterable_dataset",
     "has_len",
     "innermost_sampler",
     "is_indexed",
@@ -204,3 +207,61 @@ def sized_len(loader: Any) -> int | None:
 def has_len(loader: Any) -> bool:
     """Whether the number of batches of a loader is known."""
     return sized_len(loader) is not None
+
+
+def has_iterable_dataset(dataloader: object) -> bool:
+    """Whether the dataset of a loader is an ``IterableDataset``."""
+    return isinstance(getattr(dataloader, "dataset", None), IterableDataset)
+
+
+class DatasetOfSampler(Dataset[Any]):
+    """What a sampler yields, as a dataset. It is drawn once for each :meth:`reset`.
+
+    Args:
+        sampler: A sampler, or a batch sampler, with a length.
+    """
+
+    def __init__(self, sampler: Iterable[Any]) -> None:
+        if not hasattr(sampler, "__len__"):
+            raise TypeError(
+                f"{type(sampler).__name__} has no length, and ranks share out what has one: define __len__."
+            )
+        self._sampler: Any = sampler
+        self._drawn: list[Any] | None = None
+
+    def __getitem__(self, index: int) -> Any:
+        if self._drawn is None:
+            self._drawn = list(self._sampler)
+        return self._drawn[index]
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def reset(self) -> None:
+        """Draw anew."""
+        self._drawn = list(self._sampler)
+
+
+class DistributedSamplerWrapper(DistributedSampler[Any]):
+    """Shares out over the ranks what any sampler yields.
+
+    Args:
+        sampler: A sampler, or a batch sampler, with a length.
+        *args: As for ``torch.utils.data.DistributedSampler``.
+        **kwargs: As for ``torch.utils.data.DistributedSampler``.
+    """
+
+    def __init__(self, sampler: Iterable[Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(DatasetOfSampler(sampler), *args, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        drawn: Any = self.dataset
+        drawn.reset()
+        return (drawn[index] for index in super().__iter__())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler inside the epoch, too."""
+        super().set_epoch(epoch)
+        inside = getattr(self.dataset, "_sampler", None)
+        if callable(setter := getattr(inside, "set_epoch", None)):
+            setter(epoch)

@@ -44,11 +44,15 @@ class Launcher(ABC):
 
 def threads_per_process(num_processes: int) -> int:
     """An even share of the cores for each process, at least 1."""
+    return max(1, usable_cores() // max(1, num_processes))
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
     try:
-        cores = len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
-        cores = os.cpu_count() or 1
-    return max(1, cores // max(1, num_processes))
+        return os.cpu_count() or 1
 
 
 def limit_threads(num_processes: int) -> None:

@@ -42,5 +42,5 @@ if not TYPE_CHECKING:  # which tell of any other name
     __getattr__ = on_demand(
         __name__,
         {"XLACheckpointIO": "treadle_fabric.checkpoint", "XLAPrecision": "treadle_fabric.precision"},
-        submodules=("environments", "io", "precision"),
+        submodules=("collectives", "environments", "io", "precision"),
     )

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from treadle_fabric.errors import MisconfigurationException, WrongTypeError
+from treadle_fabric.rank_zero import PossibleUserWarning, rank_zero_warn
 from treadle_fabric.setup.wrapped import is_wrapped
 from treadle_fabric.strategies.unwrapping import user_module
 
-__all__ = ["check_loader", "check_loggers", "check_module", "check_optimizer", "check_ownership", "check_replaced"]
+__all__ = [
+    "check_loader",
+    "check_loggers",
+    "check_module",
+    "check_optimizer",
+    "check_ownership",
+    "check_replaced",
+    "tell_of_devices",
+]
 
 
 def check_module(module: Any) -> None:
@@ -120,6 +130,20 @@ def check_replaced(module: Module, before: Iterable[Tensor], optimizers: Iterabl
                 " fabric.setup_module(model), then make the optimizer of what is trained in it, and give that to"
                 " fabric.setup_optimizers."
             )
+
+
+def tell_of_devices(module: Module) -> None:
+    """Warn where a module that is to move to one device is spread over several: the user may have placed its parts."""
+    first: dict[torch.device, str] = {}
+    for name, parameter in module.named_parameters():
+        first.setdefault(parameter.device, name)
+    if len(first) > 1:
+        places = " and ".join(f"{name!r} on {device}" for device, name in first.items())
+        rank_zero_warn(
+            f"{type(user_module(module)).__qualname__} has parameters on different devices ({places}), and all move to"
+            " one now. To leave them where they are: `fabric.setup(..., move_to_device=False)`.",
+            category=PossibleUserWarning,
+        )
 
 
 def _labelled(optimizer: Optimizer) -> list[tuple[str, Tensor]]:

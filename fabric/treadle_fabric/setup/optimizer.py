@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import MethodType, SimpleNamespace
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from treadle_fabric.batches import map_tensors, move_data_to_device
 from treadle_fabric.strategies import Strategy
 
-__all__ = ["FabricOptimizer"]
+__all__ = ["FabricOptimizer", "optimizer_to_device", "optimizers_to_device"]
 
 
 class FabricOptimizer:
@@ -120,3 +123,25 @@ def _also(wrapper: type, cls: type) -> type:
     """A class that is both; ``step`` and what it needs come from the wrapper."""
     name = f"{wrapper._prefix}{cls.__name__}"  # type: ignore[attr-defined]
     return type(name, (wrapper, cls), {"__doc__": wrapper.__doc__, "__module__": wrapper.__module__})
+
+
+def optimizers_to_device(optimizers: Iterable[Optimizer], device: torch.device | str | int) -> None:
+    """Move the state of several optimizers to a device, in place."""
+    for optimizer in optimizers:
+        optimizer_to_device(optimizer, device)
+
+
+def optimizer_to_device(optimizer: Optimizer, device: torch.device | str | int) -> None:
+    """Move the state of an optimizer to a device, in place; counts of steps stay on the CPU, as torch has them."""
+
+    def moved(name: str, value: Any) -> Any:
+        if name == "step":
+            return value
+        return (
+            move_data_to_device(value, device)
+            if isinstance(value, Tensor)
+            else map_tensors(value, lambda tensor: tensor.to(device))
+        )
+
+    for parameter, state in optimizer.state.items():
+        optimizer.state[parameter] = {name: moved(name, value) for name, value in state.items()}

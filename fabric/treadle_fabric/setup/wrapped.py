@@ -15,7 +15,7 @@ from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.setup.stateless import has_state, left_out, state_of_loader
 from treadle_fabric.strategies.unwrapping import layers_of
 
-__all__ = ["given_engine", "given_module", "is_wrapped", "put_back", "unwrap"]
+__all__ = ["given_engine", "given_module", "is_wrapped", "put_back", "unwrap", "unwrap_objects"]
 
 
 def is_wrapped(obj: object) -> bool:
@@ -81,3 +81,14 @@ def _merged(old: Any, new: Any) -> Any:
         return old
     held, found = entries(old), entries(new)
     return update_entries(old, {key: _merged(value, found[key]) for key, value in held.items() if key in found})
+
+
+def unwrap_objects(collection: Any) -> Any:
+    """Replace what ``setup`` and ``setup_dataloaders`` returned by engines, optimizers and loaders, in containers."""
+    return map_leaves(collection, _inside, is_wrapped)
+
+
+def _inside(wrapper: Any) -> Any:
+    if isinstance(wrapper, WrappedLoader):
+        return wrapper.dataloader
+    return wrapper.optimizer if isinstance(wrapper, FabricOptimizer) else engine_of(given_module(wrapper))

@@ -1,37 +1,7 @@
 """Modules that know their device and dtype, where users of Lightning Fabric look for them."""
 
-from __future__ import annotations
+from treadle_fabric.setup import device_aware
 
-from collections.abc import Callable
-from typing import Any
+__all__: list[str] = []
 
-import torch
-from torch import Tensor
-from torch.nn import Module
-
-__all__ = ["_DeviceDtypeModuleMixin"]
-
-
-class _DeviceDtypeModuleMixin(Module):
-    """A module with the attributes ``device`` and ``dtype``, also where the module has no parameters.
-
-    They are those that ``to``, ``cuda``, ``half`` and the like gave last, to this module or to one around it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._follows = torch.empty(0)  # no buffer: no part of the state dict
-
-    @property
-    def device(self) -> torch.device:
-        """The device."""
-        return self._follows.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of floating-point parameters."""
-        return self._follows.dtype
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        self._follows = fn(self._follows)
-        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+_DeviceDtypeModuleMixin = device_aware.DeviceDtypeModuleMixin

@@ -1,47 +1,10 @@
 """Modules without values, where users of Lightning Fabric look for what makes them."""
 
-from __future__ import annotations
+from treadle_fabric.strategies import without_values
 
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
-from typing import Any
+__all__: list[str] = []
 
-import torch
-from torch.nn import Module
-from torch.optim import Optimizer
-
-from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.strategies.parts import NoInit
-
-__all__ = ["_EmptyInit", "_has_meta_device_parameters_or_buffers", "_materialize", "_materialize_meta_tensors"]
-
-
-def _EmptyInit(enabled: bool = True) -> AbstractContextManager[Any]:
-    """A context in which modules get memory, and no values: ``torch.nn.init`` does nothing."""
-    return NoInit() if enabled else nullcontext()
-
-
-def _has_meta_device_parameters_or_buffers(obj: Module | Optimizer, recurse: bool = True) -> bool:
-    """Whether a tensor of a module, or a parameter of an optimizer, is on the meta device."""
-    if isinstance(obj, Optimizer):
-        return any(p.is_meta for group in obj.param_groups for p in group["params"])
-    return any(tensor.is_meta for tensor in chain(obj.parameters(recurse), obj.buffers(recurse)))
-
-
-def _materialize(module: Module, device: torch.device | str | int) -> None:
-    """Give the tensors of a module itself, without its children, memory on a device and first values."""
-    reset = getattr(module, "reset_parameters", None)
-    if not callable(reset):
-        raise MisconfigurationException(
-            f"{type(module).__name__} was made on the meta device and has no method `reset_parameters`, which would"
-            " give its parameters values: define the method, or make the module on the device."
-        )
-    module.to_empty(device=device, recurse=False)
-    reset()
-
-
-def _materialize_meta_tensors(module: Module, device: torch.device | str | int) -> None:
-    """Give all tensors of a module that are on the meta device memory on a device, and first values."""
-    for each in module.modules():
-        if _has_meta_device_parameters_or_buffers(each, recurse=False):
-            _materialize(each, device)
+_EmptyInit = without_values.empty_init
+_has_meta_device_parameters_or_buffers = without_values.has_meta_tensors
+_materialize = without_values.materialize_one
+_materialize_meta_tensors = without_values.materialize_all

@@ -1,98 +1,13 @@
 """Hyper-parameters and metrics on their way to a logger, where users of Lightning Fabric look for them."""
 
-from __future__ import annotations
+from treadle_fabric.loggers import hyperparameters
 
-import contextlib
-import dataclasses
-import inspect
-import json
-from argparse import Namespace
-from collections.abc import Mapping
-from typing import Any
+__all__: list[str] = []
 
-from torch import Tensor
-
-__all__ = [
-    "_add_prefix",
-    "_convert_json_serializable",
-    "_convert_params",
-    "_flatten_dict",
-    "_is_json_serializable",
-    "_sanitize_callable_params",
-    "_sanitize_params",
-]
-
-
-def _convert_params(params: Any) -> Any:
-    """Turn a ``Namespace`` into a dictionary, and None into an empty one; anything else is returned as it is."""
-    if params is None:
-        return {}
-    return vars(params) if isinstance(params, Namespace) else params
-
-
-def _sanitize_callable_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Replace functions without arguments by what they return, and other functions and classes by their names."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, type):
-            return value.__name__
-        if not callable(value):
-            return value
-        with contextlib.suppress(Exception):  # of the user's function
-            inspect.signature(value).bind()
-            if not callable(returned := value()):
-                return returned
-        return getattr(value, "__name__", type(value).__name__)
-
-    return {name: plain(value) for name, value in params.items()}
-
-
-def _flatten_dict(params: Any, delimiter: str = "/", parent_key: str = "") -> dict[str, Any]:
-    """Give the entries of nested mappings, namespaces and dataclasses joined names.
-
-    Example:
-        >>> _flatten_dict({"a": {"b": 1}})
-        {'a/b': 1}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        name = f"{parent_key}{delimiter}{key}" if parent_key else str(key)
-        if isinstance(value, Namespace):
-            value = vars(value)
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = dataclasses.asdict(value)
-        if isinstance(value, Mapping):
-            flat.update(_flatten_dict(value, delimiter, name))
-        else:
-            flat[name] = value
-    return flat
-
-
-def _sanitize_params(params: dict[str, Any]) -> dict[str, Any]:
-    """Turn NumPy's scalars into Python's, and what is no number, truth value, string or tensor into a string."""
-
-    def plain(value: Any) -> Any:
-        if getattr(value, "shape", None) == () and hasattr(value, "item") and not isinstance(value, Tensor):
-            value = value.item()
-        return value if isinstance(value, bool | int | float | str | Tensor) else str(value)
-
-    return {name: plain(value) for name, value in params.items()}
-
-
-def _convert_json_serializable(params: dict[str, Any]) -> dict[str, Any]:
-    """Turn values that JSON does not have into strings."""
-    return {name: value if _is_json_serializable(value) else str(value) for name, value in params.items()}
-
-
-def _is_json_serializable(value: Any) -> bool:
-    """Whether JSON has a value."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError, OverflowError):
-        return False
-    return True
-
-
-def _add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mapping[str, Any]:
-    """Put a prefix before the names of metrics; an empty prefix changes nothing."""
-    return {f"{prefix}{separator}{name}": value for name, value in metrics.items()} if prefix else metrics
+_convert_params = hyperparameters.from_namespace
+_sanitize_callable_params = hyperparameters.call_functions
+_flatten_dict = hyperparameters.join_names
+_sanitize_params = hyperparameters.to_scalars
+_convert_json_serializable = hyperparameters.to_json_values
+_is_json_serializable = hyperparameters.is_json
+_add_prefix = hyperparameters.add_prefix

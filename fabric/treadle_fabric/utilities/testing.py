@@ -1,73 +1,7 @@
-"""Why a test cannot run on this machine, where tests that were written for Lightning Fabric look for it."""
+"""Why a test cannot run here, where tests that were written for Lightning Fabric look for it."""
 
-from __future__ import annotations
+from treadle_fabric.accelerators import requirements
 
-import os
-import platform
-import sys
-from typing import Any
+__all__: list[str] = []
 
-import torch
-from lightning_utilities.core.imports import RequirementCache
-from packaging.version import Version
-
-from treadle_fabric.accelerators import CUDAAccelerator, MPSAccelerator, XLAAccelerator
-
-__all__ = ["_runif_reasons"]
-
-
-def _runif_reasons(
-    *,
-    min_cuda_gpus: int = 0,
-    min_torch: str | None = None,
-    max_torch: str | None = None,
-    min_python: str | None = None,
-    bf16_cuda: bool = False,
-    tpu: bool = False,
-    mps: bool | None = None,
-    skip_windows: bool = False,
-    standalone: bool = False,
-    deepspeed: bool = False,
-    dynamo: bool = False,
-    linux_only: bool = False,
-) -> tuple[list[str], dict[str, bool]]:
-    """Say what a test needs that is not here.
-
-    Args:
-        min_cuda_gpus: The number of CUDA devices.
-        min_torch: The oldest version of PyTorch.
-        max_torch: The first version of PyTorch that is too new.
-        min_python: The oldest version of Python.
-        bf16_cuda: CUDA devices that compute in bfloat16.
-        tpu: A TPU.
-        mps: An Apple GPU; False: none.
-        skip_windows: Not on Windows.
-        standalone: A process of its own, as ``PL_RUN_STANDALONE_TESTS=1`` says.
-        deepspeed: The package DeepSpeed.
-        dynamo: ``torch.compile`` works here.
-        linux_only: Linux.
-
-    Returns:
-        What is missing, and the marks of the test for pytest.
-    """
-    torch_version, windows = Version(Version(torch.__version__).base_version), sys.platform == "win32"
-    gpus_run = os.environ.get("PL_RUN_CUDA_TESTS", "1") != "0"
-    missing: dict[str, bool] = {
-        f"GPUs>={min_cuda_gpus}": min_cuda_gpus > 0 and (not gpus_run or torch.cuda.device_count() < min_cuda_gpus),
-        f"torch>={min_torch}, {torch.__version__} installed": min_torch is not None
-        and torch_version < Version(min_torch),
-        f"torch<{max_torch}, {torch.__version__} installed": max_torch is not None
-        and torch_version >= Version(max_torch),
-        f"python>={min_python}": min_python is not None and Version(platform.python_version()) < Version(min_python),
-        "CUDA device bf16": bf16_cuda and not (CUDAAccelerator.is_available() and torch.cuda.is_bf16_supported()),
-        "unimplemented on Windows": skip_windows and windows,
-        "TPU": tpu and not XLAAccelerator.is_available(),
-        "MPS": mps is True and not MPSAccelerator.is_available(),
-        "not MPS": mps is False and MPSAccelerator.is_available(),
-        "Standalone execution": standalone and os.environ.get("PL_RUN_STANDALONE_TESTS", "0") != "1",
-        "Deepspeed": deepspeed and not RequirementCache("deepspeed"),
-        "torch.compile": dynamo and windows,
-        "only Linux": linux_only and platform.system() != "Linux",
-    }
-    marks: dict[str, Any] = {"min_cuda_gpus": min_cuda_gpus > 0, "tpu": tpu, "standalone": standalone}
-    return [reason for reason, applies in missing.items() if applies], {k: True for k, v in marks.items() if v}
+_runif_reasons = requirements.missing_here

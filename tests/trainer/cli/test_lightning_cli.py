@@ -139,7 +139,7 @@ def test_a_function_makes_the_module_and_the_trainer() -> None:
     def train(epochs: int = 5) -> L.Trainer:
         return L.Trainer(max_epochs=epochs, **{k: v for k, v in QUIET["trainer"].items() if k != "max_epochs"})
 
-    with pytest.warns(UserWarning, match="takes no callbacks, so these do nothing: SaveConfigCallback"):
+    with pytest.warns(UserWarning, match="not expose the `callbacks` argument, so these do nothing: SaveConfig"):
         made = cli("--model.width=2", model=make, trainer_class=train, trainer_defaults=None)
     assert type(made.model) is Net and made.model.hparams.hidden == 2 and made.trainer.max_epochs == 5
 
@@ -379,7 +379,7 @@ def test_plateau_schedulers_know_their_metric() -> None:
 
 
 def test_the_optimizer_of_the_command_line_replaces_the_modules() -> None:
-    with pytest.warns(UserWarning, match="WithOptimizer.configure_optimizers is not called"):
+    with pytest.warns(UserWarning, match="`WithOptimizer.configure_optimizers` will be overridden"):
         made = cli("--optimizer=Adam", model=WithOptimizer)
     assert isinstance(made.model.configure_optimizers(), torch.optim.Adam)
 

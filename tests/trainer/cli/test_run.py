@@ -78,7 +78,8 @@ def test_processes_of_the_program_have_treadle_for_lightning() -> None:
         import importlib.metadata, importlib.util, multiprocessing, subprocess, sys
 
         def tell(kind):
-            print(kind, importlib.util.find_spec("pytorch_lightning").origin, importlib.metadata.version("lightning"), flush=True)
+            origin = importlib.util.find_spec("pytorch_lightning").origin
+            print(kind, origin, importlib.metadata.version("lightning"), flush=True)
 
         if __name__ == "__main__":
             tell("here")
@@ -110,7 +111,7 @@ def test_a_program_of_lightning_trains() -> None:
                 return torch.optim.SGD(self.parameters(), lr=0.1)
 
         stop = EarlyStopping("loss", check_on_train_epoch_end=True)
-        trainer = L.Trainer(max_epochs=2, callbacks=stop, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        trainer = L.Trainer(max_epochs=2, callbacks=stop, logger=False, enable_checkpointing=False)
         trainer.fit(Net(), DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=4))
         assert isinstance(trainer, treadle.Trainer) and pytorch_lightning.Trainer is L.Trainer
         print("steps", trainer.global_step)

@@ -27,6 +27,7 @@ import treadle_fabric
 from treadle import MisconfigurationException
 from treadle.compat import SHIM, replace_lightning
 from treadle.utilities import rank_zero_info, rank_zero_warn
+from treadle_fabric import LeftOutError
 
 pytestmark = [pytest.mark.apart, pytest.mark.timeout(60)]
 
@@ -116,14 +117,11 @@ def test_pickles_that_name_lightnings_modules_load() -> None:
         ("from pytorch_lightning.utilities.cli import LightningCLI", "pytorch_lightning.cli"),
         ("from pytorch_lightning.utilities import cli", "pytorch_lightning.cli"),
         ("from pytorch_lightning.plugins import DDPPlugin", "strategies.DDPStrategy"),
-        ("import pytorch_lightning.loggers.base", "loggers.Logger"),
+        ("import pytorch_lightning.loggers.base", "loggers.logger"),
         ("from pytorch_lightning.loggers import TestTubeLogger", "TensorBoardLogger"),
-        ("from lightning.pytorch.loggers import LitLogger", "writes to any service"),
-        ("from lightning.pytorch.loops import _FitLoop", "on_train_epoch_start"),
-        (
-            "from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector",
-            "save_checkpoint",
-        ),
+        ("from lightning.pytorch.loops import FitLoop", "on_train_epoch_start"),
+        ("from lightning.fabric.strategies import DataParallelStrategy", "strategy='ddp'"),
+        ("import lightning.pytorch.serve", "to_onnx"),
     ],
 )
 def test_what_is_not_there_says_what_to_use(statement: str, remedy: str) -> None:
@@ -131,6 +129,15 @@ def test_what_is_not_there_says_what_to_use(statement: str, remedy: str) -> None
     with pytest.raises(ImportError, match="left out on purpose") as error:
         exec(statement)
     assert remedy in str(error.value)
+
+
+def test_what_is_inside_of_lightning_can_be_imported_and_not_used() -> None:
+    """For libraries that name such a thing in an annotation, or use it in one case of many."""
+    connector = load("lightning.pytorch.trainer.connectors.checkpoint_connector")._CheckpointConnector
+    assert connector is load("pytorch_lightning.trainer.connectors.checkpoint_connector")._CheckpointConnector
+    assert not isinstance(1, load("lightning.pytorch.loggers").LitLogger)
+    with pytest.raises(LeftOutError, match="_CheckpointConnector is left out on purpose: use trainer.save_checkpoint"):
+        connector(None)
 
 
 def test_an_attribute_that_is_left_out_is_not_there() -> None:
@@ -176,7 +183,8 @@ def test_filters_of_lightnings_warnings_hold(module: str) -> None:
 def test_processes_that_are_started_inherit_it() -> None:
     """Without an import of Lightning, which takes seconds."""
     replace_lightning()
-    code = "import importlib.util as u, importlib.metadata as m; print(u.find_spec('lightning').origin, m.version('lightning'))"
+    code = "import importlib.util as u; print(u.find_spec('lightning').origin)"
+    code += "\nimport importlib.metadata as m; print(m.version('lightning'))"
     said = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, timeout=30
     ).stdout

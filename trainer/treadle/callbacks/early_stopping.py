@@ -217,9 +217,9 @@ class EarlyStopping(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the best score, the number of checks since, and the patience."""
         self.wait_count = state_dict["wait_count"]
-        self.stopped_epoch = state_dict["stopped_epoch"]
-        self.best_score = torch.as_tensor(state_dict["best_score"], device="cpu")
-        self.patience = state_dict["patience"]
+        self.stopped_epoch = state_dict.get("stopped_epoch", 0)
+        self.best_score = torch.as_tensor(state_dict.get("best_score", self.best_score), device="cpu")
+        self.patience = state_dict.get("patience", self.patience)
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
 

@@ -65,7 +65,7 @@ class GradientAccumulationScheduler(Callback):
                 "both set the number of batches: keep one of them."
             )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
         """Set the number of batches of the epoch."""
         self._in_charge = True
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from treadle.callbacks.callback import Callback
 from treadle.checkpoint.content import keeping, read_progress
 from treadle.checkpoint.exact import keep_own_part
+from treadle.formats import SCALERS, modernize
 from treadle.run.changes import group_names
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
@@ -33,6 +34,7 @@ def read_checkpoint(run: Run, path: str, weights_only: bool | None, *, training:
     with parts_on_demand(), tensors_on_demand(), run.maps.reading():
         checkpoint = strategy.load_checkpoint(path, weights_only=weights_only, classes=classes)
         checkpoint = {key: value if key in _PLACED else in_memory(value) for key, value in checkpoint.items()}
+        checkpoint = modernize(checkpoint)
         if training and "treadle" in checkpoint:
             checkpoint["treadle"] = keep_own_part(checkpoint["treadle"], strategy)
     return checkpoint
@@ -85,10 +87,13 @@ def restore_weights(
     datamodule = run.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
-    states = checkpoint.get("callbacks", {})
+    states = dict(checkpoint.get("callbacks", {}))
+    for callback in callbacks:  # the class was the key in Lightning 1, and the only one
+        if (state := states.get(type(callback).__qualname__)) is not None:
+            states.setdefault(callback.state_key, state)
     for callback in callbacks:
         run.dispatch.run("on_load_checkpoint", callback.on_load_checkpoint, trainer, module, checkpoint)
-    known = {callback.state_key for callback in callbacks}
+    known = {key for callback in callbacks for key in (callback.state_key, type(callback).__qualname__)}
     run.dispatch.keep_states({key: state for key, state in states.items() if key not in known})
     for callback in callbacks:
         if callback.state_key in states:
@@ -125,7 +130,7 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
     for config, state in zip(run.schedulers, checkpoint.get("lr_schedulers", []), strict=True):
         config.scheduler.load_state_dict(state)
     precision = run.fabric.strategy.precision
-    for key in (type(precision).__qualname__, "MixedPrecision", "AMPGradScalerPlugin"):
+    for key in (type(precision).__qualname__, *SCALERS):
         if key in checkpoint:
             precision.load_state_dict(checkpoint[key])
             break

@@ -1,4 +1,7 @@
-"""``treadle checkpoint verify|inspect|diff|prune``, for files and folders. Nothing that they hold is ever run."""
+"""``treadle checkpoint verify|inspect|diff|prune|convert``, for files and folders.
+
+Only ``convert`` runs code that a file holds, which is what it is for.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from treadle.cli.convert import add_convert_command
 from treadle_fabric import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from treadle_fabric.checkpoint import (
     TorchCheckpointIO,
@@ -57,6 +61,7 @@ def add_checkpoint_commands(commands: Any) -> None:
     prune.add_argument("--keep", type=_positive, required=True, metavar="N", help="how many of them stay, from 1")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     prune.set_defaults(run=_prune)
+    add_convert_command(actions)
 
 
 def _positive(text: str) -> int:

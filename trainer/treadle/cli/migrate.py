@@ -38,7 +38,8 @@ def _command(given: argparse.Namespace) -> int:
         unread += outcome.unread
         left += len(outcome.findings)
         if given.dry_run:
-            print(outcome.diff(), end="")
+            sys.stdout.flush()
+            sys.stdout.buffer.write(outcome.diff())
         for line, what, remedy in outcome.findings:
             print(f"{outcome.path}:{line}: {what}: {remedy}", file=sys.stderr if given.dry_run else sys.stdout)
     did = "would be rewritten" if given.dry_run else "rewritten"

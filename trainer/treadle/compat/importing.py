@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from treadle.compat.absent import stand_in
 from treadle.compat.messages import govern_messages
 from treadle.compat.table import LIGHTNING, PACKAGES, LeftOut, Target, table
 from treadle_fabric import LeftOutError, MisconfigurationException, left_out
@@ -108,7 +109,9 @@ class _Module(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name, f"Treadle, by the names of {name} {LIGHTNING}.")
-        vars(self)["__getattr__"] = left_out(name, table().left_out(name), functools.partial(_look_up, self))
+        inside = table().inside(name)
+        missing = {each: remedy for each, remedy in table().left_out(name).items() if each not in inside}
+        vars(self)["__getattr__"] = left_out(name, missing, functools.partial(_look_up, self))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "__version__":
@@ -147,7 +150,9 @@ def _look_up(module: ModuleType, name: str) -> Any:
     if (place := _place(module, name)) is not None:
         return getattr(*place)
     found = _find(module.__name__, name)
-    if name in table().names(module.__name__) and isinstance(found, Target):
+    if isinstance(found, LeftOut):
+        return _absent(str(table().key(module.__name__)), name, found.remedy)
+    if name in table().names(module.__name__) and found is not None:
         return importlib.import_module(found.module)
     if name in table().submodules(module.__name__):  # as attributes, too, of a package that alone was imported
         return importlib.import_module(f"{module.__name__}.{name}")
@@ -166,6 +171,12 @@ def _place(module: ModuleType, name: str) -> tuple[ModuleType, str] | None:
     if isinstance(there, ModuleType) and there.__name__.startswith(home.__name__):
         return None  # a part of Treadle that is called like this by chance
     return home, found.name
+
+
+@functools.cache
+def _absent(key: str, name: str, remedy: str) -> Any:
+    """What stands for a name of what is inside of Lightning only; the same in all packages."""
+    return stand_in(name, f"lightning.{key}.{name} is left out on purpose: {remedy}")
 
 
 @functools.cache

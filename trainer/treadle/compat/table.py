@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, NamedTuple
 
@@ -18,6 +18,9 @@ PACKAGES: Final[Mapping[str, str]] = {
     "lightning_fabric": "fabric",
 }
 """Lightning's top-level packages, and what each is in the table."""
+
+
+_INSIDE = "it is a part of how Lightning works inside, and Treadle works in another way."
 
 
 class Target(NamedTuple):
@@ -43,7 +46,7 @@ class Table:
     def __init__(self, entries: Mapping[str, Mapping[str, Any]]) -> None:
         self._entries = entries
         inside: dict[str, set[str]] = {}
-        for key in (key for key, entry in entries.items() if key and "instead" not in entry):
+        for key in (key for key, entry in entries.items() if key and not _is_left_out(entry)):
             package, _, name = key.rpartition(".")
             inside.setdefault(package, set()).add(name)
         self._submodules = {package: frozenset(names) for package, names in inside.items()}
@@ -67,8 +70,8 @@ class Table:
 
     def instead(self, module: str) -> str | None:
         """Return what to use instead of a module that Treadle does not have; None: it has the module."""
-        key = self.key(module)
-        return None if key is None else self._entries[key].get("instead")
+        entry = self._entry(module)
+        return entry.get("instead") if _is_left_out(entry) else None
 
     def names(self, module: str) -> Mapping[str, str]:
         """Return the names of a module of Lightning that Treadle has elsewhere than in the module's home."""
@@ -77,13 +80,26 @@ class Table:
 
     def left_out(self, module: str) -> Mapping[str, str]:
         """Return the names of a module of Lightning that Treadle does not have, and what to use instead of each."""
-        left_out: Mapping[str, str] = self._entry(module).get("left_out", {})
-        return left_out
+        entry = self._entry(module)
+        return {**dict.fromkeys(self.inside(module), self._remedy(module)), **entry.get("left_out", {})}
+
+    def inside(self, module: str) -> Sequence[str]:
+        """Return those of :meth:`left_out` that are inside of Lightning only, and are imported for annotations."""
+        inside: Sequence[str] = self._entry(module).get("inside", ())
+        return inside
 
     def submodules(self, module: str) -> frozenset[str]:
         """Return the names, in a module of Lightning, of the modules in it that Treadle has."""
         key = self.key(module)
         return frozenset() if key is None else self._submodules.get(key, frozenset())
+
+    def _remedy(self, module: str) -> str:
+        """What to use instead of what is inside of a module only."""
+        while module:
+            if remedy := self._entry(module).get("instead"):
+                return str(remedy)
+            module = module.rpartition(".")[0]
+        return _INSIDE
 
     def _entry(self, module: str) -> Mapping[str, Any]:
         key = self.key(module)
@@ -107,7 +123,7 @@ class Table:
         if place := entry.get("names", {}).get(name):
             home, _, attribute = place.partition(":")
             return Target(home, attribute or None)
-        if remedy := entry.get("left_out", {}).get(name):
+        if remedy := self.left_out(module).get(name):
             return LeftOut(remedy)
         if self.key(f"{module}.{name}") is not None and (submodule := self.home(f"{module}.{name}")):
             return Target(submodule, None)
@@ -116,6 +132,11 @@ class Table:
     def modules(self) -> Iterator[str]:
         """Yield what the table calls each module of Lightning."""
         yield from self._entries
+
+
+def _is_left_out(entry: Mapping[str, Any]) -> bool:
+    """Whether Treadle does not have a module."""
+    return entry.keys() == {"instead"}
 
 
 @functools.cache

@@ -84,8 +84,8 @@ def _of_shuffling(stage: str, name: str, *, overfit: bool) -> Iterator[tuple[str
         )
     elif stage != "train":
         yield (
-            f"The sampler of your '{name}' has shuffling enabled, so that batches differ from one evaluation to the"
-            " next. Leave out `shuffle=True` there.",
+            f"Your `{name}`'s sampler has shuffling enabled, so that batches differ from one evaluation to the next."
+            " Leave out `shuffle=True` there.",
             PossibleUserWarning,
         )
 

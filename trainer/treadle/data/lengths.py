@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from treadle_fabric import MisconfigurationException, infer_batch_size
+
 __all__ = []
 
 
@@ -35,3 +37,17 @@ def describe(loader: Any) -> str:
             size = "?"
         return f"a DataLoader of {size} samples, batch_size={loader.batch_size}, drop_last={loader.drop_last}"
     return f"a {type(loader).__name__}"
+
+
+def extract_batch_size(batch: Any) -> int:
+    """Return the number of samples of a batch.
+
+    Raises:
+        MisconfigurationException: Nothing in the batch tells the number.
+    """
+    size = infer_batch_size(batch)
+    if size is None:
+        raise MisconfigurationException(
+            f"A batch of type {type(batch).__name__} has no tensor that tells its size: pass `batch_size=` to self.log."
+        )
+    return size

@@ -139,8 +139,8 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
         owner = getattr(config.scheduler, "optimizer", None)
         if owner is not None and id(owner) not in held:
             raise MisconfigurationException(
-                f"The scheduler {type(config.scheduler).__name__} belongs to an optimizer that configure_optimizers did"
-                " not return: return that optimizer too, or make the scheduler with one that is returned."
+                f"The scheduler {type(config.scheduler).__name__} is attached with an optimizer that wasn't returned"
+                " from `configure_optimizers`: return that optimizer too, or make the scheduler with one that is."
             )
     return optimizers, configs
 
@@ -205,7 +205,10 @@ def _unpack(returned: Any) -> tuple[list[Any], list[Any]]:
         return [o for os, _ in pairs for o in os], [s for _, ss in pairs for s in ss]
     if found and all(isinstance(item, Optimizer) for item in found):
         return found, []
-    raise MisconfigurationException(f"configure_optimizers returned {returned!r:.200}; it may return {_SHAPES}.")
+    raise MisconfigurationException(
+        f"Unknown configuration for model optimizers: configure_optimizers returned {returned!r:.200}; it may return"
+        f" {_SHAPES}."
+    )
 
 
 def _from_dict(entry: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -253,7 +256,7 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
     unknown = set(given) - _KEYS
     if "scheduler" not in given:
         raise MisconfigurationException(
-            f"A scheduler configuration has no key 'scheduler', and {', '.join(map(repr, given))}: add it."
+            f'The lr scheduler dict must have the key "scheduler", and has {", ".join(map(repr, given))}: add it.'
             f"{_hint_of(unknown, ['scheduler'])}"
         )
     _tell_of_keys("lr scheduler dict", unknown, _KEYS)
@@ -287,14 +290,14 @@ def _scheduler(entry: Any, module: LightningModule) -> LRSchedulerConfig:
             )
     if config.interval not in ("step", "epoch"):
         raise MisconfigurationException(
-            f"A scheduler has interval={config.interval!r}: it is 'step' or 'epoch'."
+            f'The "interval" key in lr scheduler dict must be "step" or "epoch", and interval={config.interval!r}.'
             f" {near_names(str(config.interval), ['step', 'epoch'])}"
         )
     config.frequency = check_integer("frequency of a scheduler", config.frequency, minimum=1)
     if config.reduce_on_plateau and config.monitor is None and module.automatic_optimization:
         raise MisconfigurationException(
-            "ReduceLROnPlateau needs the name of a metric: return "
-            "{'optimizer': ..., 'lr_scheduler': {'scheduler': ..., 'monitor': 'val_loss'}}."
+            "`configure_optimizers` must include a monitor when a `ReduceLROnPlateau` scheduler is used, the name of a"
+            " metric: return {'optimizer': ..., 'lr_scheduler': {'scheduler': ..., 'monitor': 'val_loss'}}."
         )
     return config
 

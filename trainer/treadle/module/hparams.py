@@ -8,16 +8,26 @@ import dataclasses
 import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from treadle_fabric import AttributeDict, MisconfigurationException, near_names, rank_zero_warn
+from treadle_fabric import AttributeDict, MisconfigurationException, is_picklable, near_names, rank_zero_warn
 
-__all__ = ["CLASS_PATH", "MAKER", "HyperparametersMixin", "made_from_config"]
+__all__ = [
+    "CLASS_PATH",
+    "MAKER",
+    "HyperparametersMixin",
+    "clean_namespace",
+    "collect_init_args",
+    "get_init_args",
+    "made_from_config",
+    "parse_class_init_keys",
+    "save_hyperparameters",
+]
 
 MAKER = "_instantiator"
 """The hyperparameter that names the function which makes an object of the others."""
@@ -253,3 +263,82 @@ def _copied(hparams: AttributeDict) -> AttributeDict:
         except Exception:  # open files, locks and the like cannot be copied
             copied[name] = value
     return copied
+
+
+def clean_namespace(hparams: MutableMapping[str, Any]) -> None:
+    """Remove what cannot be pickled from a dictionary, in place."""
+    for name in [name for name, value in hparams.items() if not is_picklable(value)]:
+        del hparams[name]
+
+
+def parse_class_init_keys(cls: type) -> tuple[str, str | None, str | None]:
+    """Return the names of ``self``, ``*args`` and ``**kwargs`` in the constructor of a class."""
+    parameters = [*inspect.signature(cls.__init__).parameters.values()]  # type: ignore[misc]
+
+    def name_of(kind: Any) -> str | None:
+        return next((each.name for each in parameters if each.kind is kind), None)
+
+    return parameters[0].name, name_of(inspect.Parameter.VAR_POSITIONAL), name_of(inspect.Parameter.VAR_KEYWORD)
+
+
+def get_init_args(frame: FrameType) -> dict[str, Any]:
+    """Return the arguments of an ``__init__`` that is running, those of ``**kwargs`` by their own names.
+
+    Args:
+        frame: The frame of the ``__init__``, as ``inspect.currentframe()`` gives it there.
+
+    Returns:
+        Nothing for the frame of another function.
+    """
+    return _arguments(frame)[1]
+
+
+def _arguments(frame: FrameType) -> tuple[Any, dict[str, Any]]:
+    """The object that is being made, and the arguments; neither for the frame of another function."""
+    if frame.f_code.co_name != "__init__":
+        return None, {}
+    named, _, keywords, values = inspect.getargvalues(frame)
+    if not named:
+        return None, {}
+    return values.get(named[0]), {
+        **{name: values[name] for name in named[1:] if name in values},
+        **(values.get(keywords, {}) if keywords is not None else {}),
+    }
+
+
+def collect_init_args(
+    frame: FrameType, path_args: list[dict[str, Any]], inside: bool = False, classes: tuple[type, ...] = ()
+) -> list[dict[str, Any]]:
+    """Return the arguments of each ``__init__`` that is running for one object, that of the base class first.
+
+    Args:
+        frame: The frame of the innermost ``__init__``.
+        path_args: What was collected before.
+        inside: Whether the frame is below an ``__init__`` of the object.
+        classes: Only objects of these classes count.
+    """
+    found, current = list(path_args), frame
+    while current is not None and current.f_back is not None:
+        made, arguments = _arguments(current)
+        if made is not None and (not classes or isinstance(made, classes)):
+            found.append(arguments)
+            inside = True
+        elif inside:
+            break
+        current = current.f_back
+    return found
+
+
+def save_hyperparameters(
+    obj: Any, *args: Any, ignore: str | Iterable[str] | None = None, frame: FrameType | None = None
+) -> None:
+    """Call ``obj.save_hyperparameters``.
+
+    Args:
+        obj: A module, a data module, or any object with a ``HyperparametersMixin``.
+        *args: As for the method.
+        ignore: As for the method.
+        frame: The frame of the ``__init__`` to read. Default: the caller's.
+    """
+    here = inspect.currentframe()
+    obj.save_hyperparameters(*args, ignore=ignore, frame=frame or (here.f_back if here is not None else None))

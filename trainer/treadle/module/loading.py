@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import importlib
 import inspect
 import json
 from argparse import Namespace
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, get_type_hints
 import torch
 from torch import Tensor
 
+from treadle.formats import modernize
 from treadle.module.configured import instantiate_module, is_maker, refuse_imports
 from treadle.module.hparams import MAKER, with_values
 from treadle_fabric import (
@@ -31,10 +33,13 @@ from treadle_fabric import (
 )
 from treadle_fabric.accelerators import count_devices
 from treadle_fabric.checkpoint import (
+    PICKLE,
     NotLoaded,
     TorchCheckpointIO,
+    absent,
     error_of,
     files_mapped,
+    find_moved,
     in_memory,
     known_classes,
     tensors_on_demand,
@@ -206,6 +211,26 @@ def saved_hyperparameters(checkpoint_path: PathLike) -> dict[str, Any]:
     return hparams
 
 
+def _of_lightning(module: str, name: str) -> Any:
+    """Find what a pickle calls by a name of Lightning's; a class that Treadle does not have keeps nothing."""
+    if module.partition(".")[0] not in ("lightning", "lightning_fabric", "pytorch_lightning"):
+        return None
+    from treadle.compat.table import Target, table  # read only where a pickle asks
+
+    found = table().find(module, name)
+    places = [(found.module, found.name)] if isinstance(found, Target) else []
+    places += [
+        (place, name) for place in ("treadle.callbacks", "treadle", "treadle_fabric")
+    ]  # for paths of Lightning 1
+    for place, attribute in places:
+        if attribute and (value := getattr(importlib.import_module(place), attribute, None)) is not None:
+            return value
+    return absent(module, name)
+
+
+find_moved(_of_lightning)
+
+
 def _refuse(name: str) -> Any:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{name} makes a new object. Call it on the class, and use what it returns.")
@@ -219,13 +244,16 @@ def _read(cls: type[Any], path: PathLike | IO[bytes], map_location: Any, weights
         with tensors_on_demand():
             checkpoint: Any = TorchCheckpointIO().load_checkpoint(path, location, weights_only)
     else:
-        checkpoint = torch.load(path, map_location=location, weights_only=weights_only is not False)
+        safe = weights_only is not False
+        checkpoint = torch.load(path, map_location=location, weights_only=safe, pickle_module=None if safe else PICKLE)
     if not isinstance(checkpoint, dict):
         raise CheckpointMismatchError(
             f"{path} holds a {type(checkpoint).__name__}, not the dictionary of a checkpoint."
         )
     classes = known_classes(cls)
-    content = unpack(checkpoint, str(path), weights_only=weights_only, map_location=location, classes=classes)
+    content = modernize(
+        unpack(checkpoint, str(path), weights_only=weights_only, map_location=location, classes=classes)
+    )
     return {key: value if key in _STORED else in_memory(value) for key, value in content.items()}
 
 

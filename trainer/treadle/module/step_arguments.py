@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from treadle_fabric import MisconfigurationException
 
-__all__ = ["EVALUATION_ARGUMENTS", "TRAINING_ARGUMENTS", "bind_step"]
+__all__ = ["EVALUATION_ARGUMENTS", "TRAINING_ARGUMENTS", "bind_step", "is_param_in_hook_signature"]
 
 TRAINING_ARGUMENTS: Final = ("batch", "batch_idx")
 EVALUATION_ARGUMENTS: Final = ("batch", "batch_idx", "dataloader_idx")
@@ -65,3 +65,23 @@ def _count(step: Callable[..., Any], given: tuple[str, ...]) -> tuple[int, bool]
     if not positional:
         raise MisconfigurationException(f"`{name}` takes no batch: define `{name}(self, {', '.join(given[:2])})`.")
     return min(len(known), len(given)), False
+
+
+def is_param_in_hook_signature(
+    hook_fx: Callable[..., Any], param: str, explicit: bool = False, min_args: int | None = None
+) -> bool:
+    """Return whether a hook takes an argument.
+
+    Args:
+        hook_fx: A method; its first argument is ``self``.
+        param: The name of the argument.
+        explicit: Whether ``*args`` does not count, which takes any.
+        min_args: A number of arguments that is taken for it whatever their names are.
+    """
+    spec = inspect.getfullargspec(inspect.unwrap(hook_fx))
+    arguments = spec.args[1:]
+    return (
+        param in arguments
+        or (not explicit and spec.varargs is not None)
+        or (min_args is not None and len(arguments) >= min_args)
+    )

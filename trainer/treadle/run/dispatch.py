@@ -16,9 +16,9 @@ from treadle.module.overriding import by_name, check_signature, overrides, witho
 from treadle.profilers.profiler import Profiler, timed
 from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle_fabric import (
-    ConflictError,
     MisconfigurationException,
     Strategy,
+    UnusableResultError,
     one_or_several,
     rank_zero_info,
     rank_zero_warn,
@@ -55,7 +55,7 @@ def is_overridden(method_name: str, instance: object | None = None, parent: type
     Raises:
         MisconfigurationException: The base class is not known, or does not have the method.
     """
-    if instance is None:
+    if getattr(instance, method_name, None) is None:
         return False
     bases = (LightningModule, LightningDataModule, Callback)
     parent = parent or next((base for base in bases if isinstance(instance, base)), None)
@@ -274,7 +274,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:
-                raise ConflictError(
+                raise UnusableResultError(
                     f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
                     " could keep only one: give them different arguments, or override `state_key`."
                 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from treadle_fabric import MisconfigurationException, near_names
 
-__all__ = ["Attribute", "find_attribute"]
+__all__ = ["Attribute", "find_attribute", "lightning_getattr", "lightning_hasattr", "lightning_setattr"]
 
 
 class Attribute:
@@ -74,3 +74,44 @@ def _plain_names(owner: Any) -> list[str]:
 def _hparams(owner: Any) -> MutableMapping[str, Any]:
     found: MutableMapping[str, Any] | None = vars(owner).get("_hparams")  # to ask for `hparams` would make some
     return {} if found is None else found
+
+
+def _found(model: Any, attribute: str) -> Attribute:
+    """Where a module, its hyper-parameters or its data module have an attribute.
+
+    Raises:
+        AttributeError: None of them has it.
+    """
+    trainer = getattr(model, "_trainer", None)
+    try:
+        return find_attribute([attribute], [model, getattr(trainer, "datamodule", None)], "")
+    except MisconfigurationException:
+        raise AttributeError(
+            f"{attribute} is an attribute neither of {type(model).__name__}, nor of its hparams, nor of a data module."
+        ) from None
+
+
+def lightning_hasattr(model: Any, attribute: str) -> bool:
+    """Whether a module, its hyper-parameters or its data module have an attribute."""
+    try:
+        return bool(_found(model, attribute))
+    except AttributeError:
+        return False
+
+
+def lightning_getattr(model: Any, attribute: str) -> Any:
+    """Return an attribute of a module, of its hyper-parameters or of its data module.
+
+    Raises:
+        AttributeError: None of them has it.
+    """
+    return _found(model, attribute).get()
+
+
+def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
+    """Set an attribute wherever a module, its hyper-parameters and its data module have it.
+
+    Raises:
+        AttributeError: None of them has it.
+    """
+    _found(model, attribute).set(value)

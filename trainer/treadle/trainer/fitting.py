@@ -21,7 +21,7 @@ from treadle.trainer import assembly
 from treadle.trainer.continuation import Continuation
 from treadle.trainer.session import Session
 from treadle.trainer.settings import Settings
-from treadle_fabric import isolate_rng
+from treadle_fabric import isolate_rng, rank_zero_info
 from treadle_fabric.randomness import own_rng_states
 
 __all__ = ["Fitting"]
@@ -115,6 +115,8 @@ class Fitting:
 
     def estimated_steps(self) -> float:
         """Compute the optimizer steps of the whole fit; asks for the training loader if that was not done yet."""
+        if not self._data_asked:
+            rank_zero_info("Loading `train_dataloader` to estimate number of stepping batches.")
         self._ask_for_data()
         batches = self.data.num_batches if self.data is not None else 0
         return total_steps(self._settings.durations, batches, self._controls.accumulate_grad_batches)

@@ -19,11 +19,10 @@ from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import (
-    ConflictError,
     Fabric,
     MisconfigurationException,
-    MissingLoaderError,
     PossibleUserWarning,
+    UnusableResultError,
     WrongTypeError,
     is_wrapped,
     rank_zero_info,
@@ -241,19 +240,21 @@ def check_training(
     if not module.automatic_optimization:
         if settings.gradient_clip_val:
             raise MisconfigurationException(
-                f"gradient_clip_val={settings.gradient_clip_val} is for automatic optimization: call"
-                " `self.clip_gradients` in `training_step` instead."
+                "Automatic gradient clipping is not supported for manual optimization: remove"
+                f" `Trainer(gradient_clip_val={settings.gradient_clip_val})`, and call `self.clip_gradients` in"
+                " `training_step`."
             )
         if settings.accumulate_grad_batches != 1:
             raise MisconfigurationException(
-                f"accumulate_grad_batches={settings.accumulate_grad_batches} is for automatic optimization: accumulate"
-                " in `training_step` instead."
+                "Automatic gradient accumulation is not supported for manual optimization: remove"
+                f" `Trainer(accumulate_grad_batches={settings.accumulate_grad_batches})`, and accumulate in"
+                " `training_step`."
             )
 
 
-def _no_batches(stage: str, loader: str) -> MissingLoaderError:
+def _no_batches(stage: str, loader: str) -> WrongTypeError:
     argument = "train_dataloaders" if stage == "fit" else "dataloaders"
-    return MissingLoaderError(
+    return WrongTypeError(
         f"{stage} has no batches. Either pass the dataloader to the `.{stage}()` method ({argument}=..., or a"
         f" datamodule) OR implement `def {loader}(self):` in your LightningModule/LightningDataModule."
     )
@@ -286,6 +287,7 @@ def check_fit(
     tell_of_near_names(module, datamodule)
     _tell_of_validation(module, settings, _has_loader("val_dataloader", val, module, datamodule), strategy)
     _tell_of_clipping(module, settings)
+    _tell_of_what_never_comes(module, settings, train, val, datamodule)
     if settings.durations.max_epochs_assumed:
         rank_zero_warn(
             f"`max_epochs` was not set: training for {settings.durations.max_epochs} epochs. Set `max_epochs=-1` to"
@@ -319,6 +321,27 @@ def _tell_of_clipping(module: LightningModule, settings: Settings) -> None:
         rank_zero_warn(
             f"gradient_clip_algorithm={algorithm!r} has no effect without a gradient_clip_val: set one, or leave the"
             " algorithm out.",
+            category=PossibleUserWarning,
+        )
+
+
+def _tell_of_what_never_comes(
+    module: LightningModule, settings: Settings, train: Any, val: Any, datamodule: LightningDataModule | None
+) -> None:
+    """Warn of validations and of reloads that the arguments put off for ever."""
+    every, epochs = settings.check_val_every_n_epoch, settings.durations.max_epochs
+    has_val = _has_loader("val_dataloader", val, module, datamodule)
+    if every is not None and 0 < epochs < every and has_val and settings.limits["val"] and not settings.fast_dev_run:
+        rank_zero_warn(
+            f"check_val_every_n_epoch={every} is more than max_epochs={epochs}, so that fit does not validate: lower"
+            " it.",
+            category=PossibleUserWarning,
+        )
+    reloads = settings.reload_dataloaders_every_n_epochs
+    if reloads and train is not None and (val is not None or not has_val):
+        rank_zero_warn(
+            f"reload_dataloaders_every_n_epochs={reloads} has no effect on loaders that are passed to fit: define"
+            " `train_dataloader` in the module or a data module, or leave it out.",
             category=PossibleUserWarning,
         )
 
@@ -412,7 +435,7 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
         other.pop(mark, None)
     for key in mine.keys() & other.keys():
         if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
-            raise ConflictError(
+            raise UnusableResultError(
                 f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r}"
                 f" and {other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
             )

@@ -189,6 +189,9 @@ def _barebones(given: dict[str, Any]) -> None:
             raise MisconfigurationException(
                 f"Trainer(barebones=True, {name}={given[name]!r}): barebones turns {name} off. Leave one of them out."
             )
+    rank_zero_info(
+        f"You are running in `Trainer(barebones=True)` mode, to measure speed. It turns off: {', '.join(expected)}."
+    )
     given.update(
         enable_checkpointing=False,
         logger=False,
@@ -334,7 +337,8 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         checked.update(num_sanity_val_steps=0, log_every_n_steps=1)
         limits = {stage: fast if limits[stage] else limits[stage] for stage in limits}  # 0 is "leave it out"
         rank_zero_info(
-            f"fast_dev_run: {fast} batch{'es' if fast > 1 else ''} of everything; nothing is logged, no checkpoints."
+            f"Running in `fast_dev_run` mode: {fast} batch{'es' if fast > 1 else ''} of everything; nothing is logged,"
+            " no checkpoints."
         )
     return Settings(
         durations=resolve_durations(max_epochs, given["min_epochs"], max_steps, given["min_steps"], given["max_time"]),

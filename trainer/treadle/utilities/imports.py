@@ -1,14 +1,12 @@
 """Versions and packages that are here, where users of a trainer look for them."""
 
-from __future__ import annotations
+import sys
 
 from lightning_utilities.core.imports import RequirementCache, compare_version, package_available
 
-from treadle_fabric.utilities import imports as _fabric
-
 __all__ = ["RequirementCache", "compare_version", "package_available"]
 
-_IS_WINDOWS = _fabric._IS_WINDOWS
+_IS_WINDOWS = sys.platform == "win32"
 _PYTHON_GREATER_EQUAL_3_11_0 = True
 _TORCH_GREATER_EQUAL_2_6 = _TORCH_GREATER_EQUAL_2_8 = True  # Treadle needs torch 2.9
 _TORCH_EQUAL_2_8 = RequirementCache("torch>=2.8.0,<2.9.0")

@@ -1,6 +1,10 @@
 """What only rank 0 does, where users of a trainer look for it."""
 
+import lightning_utilities.core.rank_zero as rank_zero_module
+from lightning_utilities.core.rank_zero import WarningCache
+
 from treadle_fabric import (
+    LightningDeprecationWarning,
     rank_prefixed_message,
     rank_zero_debug,
     rank_zero_deprecation,
@@ -8,7 +12,6 @@ from treadle_fabric import (
     rank_zero_only,
     rank_zero_warn,
 )
-from treadle_fabric.utilities.rank_zero import LightningDeprecationWarning, WarningCache, rank_zero_module
 
 __all__ = [
     "LightningDeprecationWarning",

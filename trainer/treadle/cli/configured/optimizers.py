@@ -55,8 +55,8 @@ def add_configure_optimizers(
         )
     if overrides(module, "configure_optimizers", LightningModule):
         rank_zero_warn(
-            f"{name}.configure_optimizers is not called: the optimizer of the command line or the config takes its "
-            "place. Leave one of them out."
+            f"`{name}.configure_optimizers` will be overridden by `LightningCLI.configure_optimizers`, because the"
+            " command line or the config has an optimizer. Leave one of them out."
         )
     make_optimizer = _maker(optimizer, OptimizerCallable)
     make_scheduler = None if lr_scheduler is None else _maker(lr_scheduler, LRSchedulerCallable)

@@ -225,7 +225,8 @@ class LightningCLI:
         """
         if args is not None and len(sys.argv) > 1:
             rank_zero_warn(
-                f"LightningCLI got args={args!r}, so the arguments of the command line are not read: {sys.argv[1:]}."
+                f"LightningCLI's args parameter is {args!r}, so the arguments of the command line are not read:"
+                f" {sys.argv[1:]}. Leave one of them out."
             )
         if isinstance(args, (dict, Namespace)):
             self.config = parser.parse_object(args)
@@ -348,7 +349,10 @@ class LightningCLI:
             arguments["callbacks"] = callbacks
         elif callbacks:
             names = ", ".join(type(callback).__name__ for callback in callbacks)
-            rank_zero_warn(f"{self.trainer_class} takes no callbacks, so these do nothing: {names}.")
+            rank_zero_warn(
+                f"The `{getattr(self.trainer_class, '__qualname__', self.trainer_class)}` class does not expose the"
+                f" `callbacks` argument, so these do nothing: {names}."
+            )
         return self.trainer_class(**arguments)
 
     def after_instantiate_classes(self) -> None:

@@ -21,7 +21,7 @@ from treadle.compat.migrate.dependencies import dependencies
 from treadle.compat.migrate.findings import Finding, Migrated
 from treadle.compat.migrate.notebooks import migrate_notebook, programs
 from treadle.compat.migrate.older import older
-from treadle.compat.migrate.python.outdated import heirs
+from treadle.compat.migrate.python.outdated import Project, read_project
 from treadle.compat.migrate.python.source import migrate_source
 from treadle_fabric import MisconfigurationException
 
@@ -49,15 +49,15 @@ class Outcome:
 
     Args:
         path: The file.
-        before: Its text.
-        after: Its text for Treadle.
+        before: Its content.
+        after: Its content for Treadle.
         findings: What is left to do in it.
         unread: Whether it was left alone, because it could not be read or written.
     """
 
     path: Path
-    before: str = ""
-    after: str = ""
+    before: bytes = b""
+    after: bytes = b""
     findings: list[Finding] = field(default_factory=list)
     unread: bool = False
 
@@ -65,13 +65,12 @@ class Outcome:
     def changed(self) -> bool:
         return self.before != self.after
 
-    def diff(self) -> str:
-        """Return what changed, as a unified diff."""
-        name = self.path.as_posix().lstrip("/")
-        lines = difflib.unified_diff(
-            self.before.splitlines(keepends=True), self.after.splitlines(keepends=True), f"a/{name}", f"b/{name}"
-        )
-        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+    def diff(self) -> bytes:
+        """Return what changed, as a unified diff in the encoding of the file."""
+        name = self.path.as_posix().lstrip("/").encode()
+        old, new = (re.findall(rb"[^\n]*\n|[^\n]+", content) for content in (self.before, self.after))
+        lines = difflib.diff_bytes(difflib.unified_diff, old, new, b"a/" + name, b"b/" + name)
+        return b"".join(line if line.endswith(b"\n") else line + b"\n\\ No newline at end of file\n" for line in lines)
 
 
 class Tree:
@@ -98,8 +97,8 @@ class Tree:
         Args:
             write: Whether to write the files that changed. Each appears whole or not at all.
         """
-        known = heirs(self._programs(), older().bases)
-        classes = set(known)
+        project = read_project(self._programs(), older())
+        classes = set(project.heirs)
         for path in self.files:
             try:
                 content = path.read_bytes()
@@ -107,26 +106,29 @@ class Tree:
                     continue
                 encoding = _encoding(path, content)
                 text = content.decode(encoding)
-                done = self._migrate(path, text, known)
-                if write and done.text != text:
-                    _replace(path, done.text.encode(encoding))
+                done = self._migrate(path, text, project)
+                after = done.text.encode(encoding)
+                if write and after != content:
+                    _replace(path, after)
             except (OSError, UnicodeError, SyntaxError, MisconfigurationException) as e:
                 finding = Finding(1, "this file", f"It is left as it is. {e}")
                 yield Outcome(path, findings=[finding], unread=True)
             else:
-                if done.text != text or done.findings:
+                if after != content or done.findings:
                     findings = _moved(text, done) if write else done.findings
-                    yield Outcome(path, text, done.text, findings)
+                    yield Outcome(path, content, after, findings)
 
-    def _migrate(self, path: Path, text: str, known: dict[str, str]) -> Migrated:
-        program = partial(migrate_source, known=known)
+    def _migrate(self, path: Path, text: str, project: Project) -> Migrated:
+        program = partial(migrate_source, project=project)
         if path.suffix == ".ipynb":
             return migrate_notebook(text, program)
         if path.suffix in _PYTHON or _is_script(path):
             done = program(text)
         else:
             done = _CONFIGS.get(path.suffix, lambda same: Migrated(same, []))(text)
-        return Migrated(done.text, sorted({*done.findings, *dependencies(path, text)}))
+        needed = dependencies(path, text)
+        lines = {each.line for each in needed}
+        return Migrated(done.text, sorted([*needed, *(each for each in done.findings if each.line not in lines)]))
 
     def _programs(self) -> Iterator[str]:
         for path in self.files:
@@ -189,7 +191,7 @@ def _moved(before: str, done: Migrated) -> list[Finding]:
     """Return what is left to do with the lines of the text that was written."""
     lines = {}
     if done.findings and done.text != before:
-        old, new = before.splitlines(), done.text.splitlines()
+        old, new = before.split("\n"), done.text.split("\n")
         for _, start, end, to, until in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
             for line in range(start, end):
                 lines[line + 1] = max(min(to + line - start, until - 1), 0) + 1

@@ -157,9 +157,18 @@ def _group(node: cst.ImportFrom, items: Sequence[_Item]) -> cst.BaseSmallStateme
         lpar=None,
         rpar=None,
     )
-    if node.lpar is None or ("#" not in _code(node) and len(_code(short)) <= _LINE):
+    if node.lpar is None or node.rpar is None or not (_comments(node, items) or len(_code(short)) > _LINE):
         return short
     return _in_lines(node, items, short.with_changes(names=aliases, lpar=node.lpar, rpar=node.rpar))
+
+
+def _comments(node: cst.ImportFrom, items: Sequence[_Item]) -> bool:
+    """Whether there are comments in parentheses that go with some of a statement's names."""
+    assert not isinstance(node.names, cst.ImportStar) and node.lpar is not None and node.rpar is not None
+    there: list[cst.CSTNode] = [item.alias for item in items]
+    there += [node.lpar] if items[0].alias is node.names[0] else []
+    there += [node.rpar] if items[-1].alias is node.names[-1] else []
+    return any("#" in _code(each) for each in there)
 
 
 def _in_lines(node: cst.ImportFrom, items: Sequence[_Item], new: cst.ImportFrom) -> cst.ImportFrom:

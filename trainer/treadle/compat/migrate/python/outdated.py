@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 import libcst as cst
 from libcst.metadata import PositionProvider, Scope, ScopeProvider
@@ -15,25 +15,29 @@ from treadle.compat.migrate.older import Older
 from treadle.compat.migrate.python.bindings import Bindings, dotted
 from treadle.compat.table import PACKAGES
 
-__all__ = ["Heirs", "Outdated", "heirs"]
-
-_ORIGINS: Final = frozenset((*PACKAGES, "treadle", "treadle_fabric"))
-Heirs = Mapping[str, str]  # for the name of a class, which class of Lightning it derives from
+__all__ = ["Outdated", "Project", "read_project"]
 
 _HPARAMS: Final = "write `self.save_hyperparameters(...)`: what it is given is found in self.hparams"
+_ORIGINS: Final = frozenset((*PACKAGES, "treadle", "treadle_fabric"))
 
 
-def heirs(programs: Iterable[str], bases: frozenset[str]) -> dict[str, str]:
-    """Find the classes of several programs that derive from Lightning's.
-
-    Classes of different files are told by their names alone.
+class Project(NamedTuple):
+    """What is known of all programs of a project, by the names of classes and methods alone.
 
     Args:
-        programs: The texts. One that is no Python has none.
-        bases: The names of Lightning's classes.
+        heirs: For each class that derives from one of Lightning's, that one's name.
+        called: Methods that classes call themselves, so that their names say nothing of Lightning 1.
     """
+
+    heirs: Mapping[str, str]
+    called: frozenset[str]
+
+
+def read_project(programs: Iterable[str], older: Older) -> Project:
+    """Read the programs of a project. One that is no Python has nothing to tell."""
     above: dict[str, list[str]] = {}
     found: dict[str, str] = {}
+    called: set[str] = set()
     for program in programs:
         try:
             nodes = list(ast.walk(ast.parse(program)))
@@ -44,14 +48,25 @@ def heirs(programs: Iterable[str], bases: frozenset[str]) -> dict[str, str]:
             for base in node.bases:
                 first, _, rest = ast.unparse(base).partition("[")[0].partition(".")
                 origin = f"{imported.get(first, '')}.{rest}".strip(".").split(".")
-                if origin[0] in _ORIGINS and origin[-1] in bases:
+                if origin[0] in _ORIGINS and origin[-1] in older.bases:
                     found[node.name] = origin[-1]
                 above.setdefault(node.name, []).append((rest or first).rpartition(".")[2])
+            called.update(name for name in _called(node, older))
     while new := {
         name: found[base] for name, names in above.items() if name not in found for base in names if base in found
     }:
         found |= new
-    return found
+    return Project(found, frozenset(called))
+
+
+def _called(node: ast.ClassDef, older: Older) -> Iterator[str]:
+    """Yield what the methods of a class call of ``self``, those apart that only Lightning 1 called."""
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and not any(older.method(base, method.name) for base in older.bases):
+            for each in ast.walk(method):
+                match each:
+                    case ast.Call(func=ast.Attribute(value=ast.Name(id="self"), attr=name)):
+                        yield name
 
 
 def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
@@ -71,17 +86,18 @@ class Outdated(cst.CSTVisitor):
     Args:
         bindings: What the program's imports bind.
         older: What Lightning 1 had.
-        heirs: The classes of the whole project that derive from Lightning's.
+        project: What is known of all programs of the project.
     """
 
     METADATA_DEPENDENCIES = (ScopeProvider, PositionProvider)
 
-    def __init__(self, bindings: Bindings, older: Older, heirs: Heirs) -> None:
+    def __init__(self, bindings: Bindings, older: Older, project: Project) -> None:
         super().__init__()
         self.findings: list[Finding] = []
         self._bindings = bindings
         self._older = older
-        self._heirs = dict(heirs)
+        self._heirs = dict(project.heirs)
+        self._called = project.called
         self._classes: list[str] = []  # of each class around, what it derives from
         self._own: list[set[str]] = []  # what each class around defines, or assigns to itself
         self._trainers: set[str] = set()  # variables that Trainer(...) gave
@@ -127,7 +143,7 @@ class Outdated(cst.CSTVisitor):
         if not self._classes or not (base := self._classes[-1]) or len(self._parameters) > 1:
             return
         method = node.name.value
-        if remedy := self._older.method(base, method):
+        if method not in self._called and (remedy := self._older.method(base, method)):
             self._list(node.name, f"`def {method}`", remedy)
         for name in names:
             if remedy := self._older.parameter(base, method, name):

@@ -10,7 +10,7 @@ from treadle.compat.migrate.names import names
 from treadle.compat.migrate.older import older
 from treadle.compat.migrate.python.bindings import Bindings
 from treadle.compat.migrate.python.imports import Imports
-from treadle.compat.migrate.python.outdated import Heirs, Outdated, heirs
+from treadle.compat.migrate.python.outdated import Outdated, Project, read_project
 from treadle.compat.migrate.python.rewriting import Rewriting
 from treadle.compat.migrate.python.uses import Uses
 from treadle_fabric import MisconfigurationException
@@ -18,12 +18,12 @@ from treadle_fabric import MisconfigurationException
 __all__ = ["migrate_source"]
 
 
-def migrate_source(text: str, known: Heirs | None = None) -> Migrated:
+def migrate_source(text: str, project: Project | None = None) -> Migrated:
     """Rewrite a program for Lightning as one for Treadle.
 
     Args:
         text: The program. Its line endings stay.
-        known: The classes of the whole project that derive from Lightning's. Default: those of this program.
+        project: What is known of all programs of the project. Default: what is known of this one.
 
     Returns:
         The program for Treadle, and what is left to do. A program for Treadle comes back as it is.
@@ -40,7 +40,7 @@ def migrate_source(text: str, known: Heirs | None = None) -> Migrated:
     bindings.decide_names()
     uses = Uses(bindings)
     wrapper.visit(uses)
-    outdated = Outdated(bindings, older(), heirs([text], older().bases) if known is None else known)
+    outdated = Outdated(bindings, older(), read_project([text], older()) if project is None else project)
     wrapper.visit(outdated)
     imports = Imports(bindings, _free(wrapper) if bindings.stars else frozenset())
     findings = sorted({*imports.findings, *uses.findings, *outdated.findings})
