@@ -26,7 +26,6 @@ from treadle.module.hparams import HyperparametersMixin
 from treadle.module.in_fabric import TrainerInFabric
 from treadle.module.loading import class_only, load_module_from_checkpoint
 from treadle.module.modes import as_moved
-from treadle.module.optimizer import toggle, untoggle
 from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
@@ -355,11 +354,19 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
-        toggle(self, optimizer)
+        mine = {p for group in optimizer.param_groups for p in group["params"]}
+        known = [group for each in self.trainer.optimizers for group in each.param_groups]
+        others = {p for group in known for p in group["params"] if p not in mine}
+        self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
+        for p in others:
+            p.requires_grad_(False)
+        self.trainer.strategy.after_trainable_change()
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Put back what :meth:`toggle_optimizer` changed."""
-        untoggle(self, optimizer)
+        for p, required in self._toggled.pop(_identity(optimizer), []):
+            p.requires_grad_(required)
+        self.trainer.strategy.after_trainable_change()
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:
@@ -574,3 +581,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
 
 leave_alone(LightningModule)
+
+
+def _identity(optimizer: Optimizer) -> int:
+    return id(getattr(optimizer, "optimizer", optimizer))

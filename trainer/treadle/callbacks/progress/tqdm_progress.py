@@ -226,11 +226,10 @@ class TQDMProgressBar(TimedProgressBar):
 
     def _line(self, stage: Stage) -> tqdm[Any]:
         if isinstance(self._display, _TqdmDisplay):
-            line = self._display.get(stage)
-        elif (found := self._lines.get(stage)) is not None:
-            line = found
-        else:  # in a log file: it accepts every call, and draws nothing
-            line = self._lines[stage] = getattr(self, f"init_{stage}_tqdm")()
+            return self._display.get(stage)
+        if stage not in self._lines:  # in a log file: it accepts every call, and draws nothing
+            self._lines[stage] = getattr(self, f"init_{stage}_tqdm")()
+        line = self._lines[stage]
         if (bar := self._last.get(stage)) is not None:
             line.n, line.total = bar.n, bar.total
         return line
