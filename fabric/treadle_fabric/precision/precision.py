@@ -387,7 +387,8 @@ def needs_closure(optimizer: Optimizer) -> bool:
     for one in (optimizer, getattr(optimizer, "optimizer", None)):
         if isinstance(one, Optimizer):
             closure = inspect.signature(type(one).step).parameters.get("closure")
-            if closure is not None and closure.default is inspect.Parameter.empty:
+            required = closure is not None and closure.default is inspect.Parameter.empty
+            if required and closure.kind is not inspect.Parameter.VAR_POSITIONAL:
                 return True
     return False
 
