@@ -225,15 +225,15 @@ class TimedProgressBar(ProgressBar, ABC):
         """Leave the terminal as it was before the run, so that the traceback can be printed."""
         self._shutdown()
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Show the bar of the sanity check."""
         self._push_loaders("sanity", temporary=True)
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Take the bar of the sanity check away."""
         self._pop()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Show the bar of the epoch, in place of the previous bar unless that one is to stay."""
         if self._bars:
             self._complete(close=self._leave)
@@ -255,7 +255,7 @@ class TimedProgressBar(ProgressBar, ABC):
         """Show the full count while other code that ends the epoch runs."""
         self._settle()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule | None = None) -> None:
+    def on_train_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Leave the last bar as it is."""
         self._pop()
 
