@@ -387,6 +387,31 @@ def test_an_optimizer_that_uses_a_closure_gets_one(tmp_path: Path) -> None:
         trainer(tmp_path, accumulate_grad_batches=2).fit(module, loader(4))
 
 
+def test_optimizers_may_be_set_in_a_fit(tmp_path: Path) -> None:
+    class Setting(Net):
+        def on_fit_start(self) -> None:
+            self.trainer.optimizers = [SGD(self.parameters(), lr=0.5)]
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch:
+                self.trainer.optimizers = SGD(self.parameters(), lr=0.0)
+
+        def on_train_epoch_end(self) -> None:
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+            weights.append(self.layer.weight.detach().clone())
+
+    rates: list[float] = []
+    weights: list[Tensor] = []
+    run, plain = trainer(tmp_path, max_epochs=2), trainer(tmp_path)
+    run.fit(Setting(), loader(4))
+    plain.fit(once := Net(lr=0.5), loader(4))
+    assert rates == [0.5, 0.0] and run.global_step == 4
+    assert torch.equal(weights[0], once.layer.weight) and torch.equal(*weights)
+    run.save_checkpoint(tmp_path / "set.ckpt")
+    with pytest.raises(MisconfigurationException, match="can be set in a fit"):
+        trainer(tmp_path).optimizers = []
+
+
 def test_an_optimizer_toggles_its_part_of_the_model(tmp_path: Path) -> None:
     required: list[bool] = []
 

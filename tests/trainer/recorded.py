@@ -22,9 +22,9 @@ STEPPING = """optimizer_step optimizer_zero_grad backward configure_gradient_cli
 
 
 class RecordedSGD(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:  # with an argument `closure`, it would always get one
         with call("optimizer", "step"):
-            return super().step(closure)
+            return super().step(*args, **kwargs)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         with call("optimizer", "zero_grad"):

@@ -387,7 +387,9 @@ def needs_closure(optimizer: Optimizer) -> bool:
     for one in (optimizer, getattr(optimizer, "optimizer", None)):
         if isinstance(one, Optimizer):
             closure = inspect.signature(type(one).step).parameters.get("closure")
-            if closure is not None and closure.default is inspect.Parameter.empty:
+            if closure is None or closure.kind is closure.VAR_POSITIONAL:
+                continue
+            if closure.default is closure.empty:
                 return True
     return False
 

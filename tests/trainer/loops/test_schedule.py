@@ -26,7 +26,7 @@ def test_durations_are_read(given: Any, seconds: int) -> None:
     assert parse_duration(given, "max_time") == timedelta(seconds=seconds)
 
 
-@pytest.mark.parametrize("given", ["5", "1:2:3", "00:00:00:00", {"ours": 1}, {}, 5, timedelta(0), "aa:00:00:01"])
+@pytest.mark.parametrize("given", ["5", "1:2:3", {"ours": 1}, {}, 5, "aa:00:00:01"])
 def test_what_is_no_duration_is_refused(given: Any) -> None:
     with pytest.raises(L.MisconfigurationException, match="max_time"):
         parse_duration(given, "max_time")

@@ -30,7 +30,14 @@ from treadle_fabric import (
 )
 from treadle_fabric.precision import needs_closure
 
-__all__ = ["check_disjoint", "check_together", "explained_optimizers", "explained_steps", "parse_optimizers"]
+__all__ = [
+    "check_disjoint",
+    "check_optimizers",
+    "check_together",
+    "explained_optimizers",
+    "explained_steps",
+    "parse_optimizers",
+]
 
 _SHAPES = (
     "an optimizer, a list of optimizers, a list of optimizers and a list of schedulers, a dict with 'optimizer' and "
@@ -127,12 +134,7 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
         )
         return [], []
     optimizers, schedulers = _unpack(returned)
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise MisconfigurationException(
-                f"configure_optimizers returned {type(optimizer).__name__} as an optimizer; it may return {_SHAPES}."
-            )
-        _check_parameters(optimizer, module)
+    check_optimizers(optimizers, module)
     configs = [_scheduler(s, module) for s in schedulers]
     held = {id(getattr(o, "optimizer", o)) for o in optimizers}
     for config in configs:
@@ -143,6 +145,16 @@ def parse_optimizers(returned: Any, module: LightningModule) -> tuple[list[Optim
                 " from `configure_optimizers`: return that optimizer too, or make the scheduler with one that is."
             )
     return optimizers, configs
+
+
+def check_optimizers(optimizers: Sequence[Any], module: LightningModule) -> None:
+    """Refuse what is no optimizer, and an optimizer of parameters that the module does not have."""
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise MisconfigurationException(
+                f"configure_optimizers returned {type(optimizer).__name__} as an optimizer; it may return {_SHAPES}."
+            )
+        _check_parameters(optimizer, module)
 
 
 def check_together(optimizers: Sequence[Optimizer], module: LightningModule, strategy: Strategy) -> None:

@@ -144,8 +144,8 @@ class CallbackMetrics(dict[str, Tensor]):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy is a plain dictionary
-        return dict, (dict(self),)
+    def __reduce__(self) -> tuple[Any, ...]:  # what is added to a copy stays there
+        return CallbackMetrics, (dict(self), {})
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:

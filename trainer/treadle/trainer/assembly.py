@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from treadle.data.training import TrainingData
 from treadle.data.transfer import make_transfer
 from treadle.loops.epoch import TrainingEpoch
 from treadle.loops.fit import FitLoop
-from treadle.loops.optimizers import check_together, explained_optimizers, parse_optimizers
+from treadle.loops.optimizers import check_optimizers, check_together, explained_optimizers, parse_optimizers
 from treadle.loops.schedule import ValidationSchedule
 from treadle.loops.step.choose import choose_step
 from treadle.loops.step.clipping import Clipping
@@ -118,6 +118,17 @@ def set_up_optimizers(run: ReadyRun) -> None:
     strategy = run.fabric.strategy
     if not strategy.sets_up_jointly:
         _add_optimizers(run, [strategy.setup_optimizer(optimizer) for optimizer in _configure_optimizers(run)])
+
+
+def replace_optimizers(run: ReadyRun, optimizers: Sequence[Any]) -> None:
+    """Let the run have other optimizers; each may be in the wrapper of a run."""
+    plain = [each.optimizer if isinstance(each, FabricOptimizer) else each for each in optimizers]
+    check_optimizers(plain, run.module)
+    if len(plain) > 1 and run.module.automatic_optimization:
+        check_together(plain, run.module, run.fabric.strategy)
+    run.changes.note_groups(run.module, plain)
+    run.optimizers.clear()
+    _add_optimizers(run, [run.fabric.strategy.setup_optimizer(optimizer) for optimizer in plain])
 
 
 def _configure_optimizers(run: Run) -> list[Optimizer]:

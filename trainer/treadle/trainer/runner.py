@@ -480,6 +480,21 @@ class Runner:
                 data.renew(run.dispatch.run(name, find_loaders, None, name, run.module, run.datamodule))
         return False
 
+    def replace_optimizers(self, optimizers: Sequence[Any]) -> None:
+        """Let a fit go on with other optimizers.
+
+        Raises:
+            MisconfigurationException: no fit has made its optimizers, or the strategy's engine has them.
+        """
+        run = self.trained
+        if not isinstance(run, ReadyRun) or self.fitting is None or self._fabric.strategy.sets_up_jointly:
+            raise MisconfigurationException(
+                "trainer.optimizers can be set in a fit, in `on_fit_start` or later, and not under a strategy whose"
+                " engine has the optimizers: return them from `configure_optimizers`."
+            )
+        assembly.replace_optimizers(run, optimizers)
+        self._settings.changes += 1  # so that the loop is made anew before the next epoch
+
     def _begin_trial(self, other: ReadyRun, *, alone: bool = False) -> ReadyRun:
         """Begin to run batches with what another run has set up, with counters, metrics and listeners of its own."""
         trainer = self._trainer

@@ -46,6 +46,7 @@ from treadle_fabric import (
     NoModuleError,
     PathLike,
     check_integer,
+    one_or_several,
     suggests_arguments,
 )
 from treadle_fabric.accelerators import Accelerator
@@ -422,15 +423,16 @@ class Trainer:
 
     @property
     def optimizers(self) -> list[Optimizer]:
-        """The torch optimizers of the current fit, or of the last one while its module is evaluated."""
+        """The torch optimizers of the current fit, or of the last one while its module is evaluated.
+
+        Others may be set in a fit: they step from the next epoch on, or from the first one in hooks before it. The
+        schedulers stay those of the former optimizers.
+        """
         return [o.optimizer for o in self.wrapped_optimizers]
 
     @optimizers.setter
     def optimizers(self, optimizers: Any) -> None:
-        raise MisconfigurationException(
-            "trainer.optimizers cannot be replaced: schedulers and checkpoints belong to the optimizers that"
-            " configure_optimizers made. Change their param_groups, or call their add_param_group."
-        )
+        self._runner.replace_optimizers(one_or_several(optimizers))
 
     @property
     def wrapped_optimizers(self) -> list[FabricOptimizer]:

@@ -140,7 +140,8 @@ class EpochLoopView(_Bounds):
 
     @property
     def _batches_that_stepped(self) -> int:
-        return self._trainer.fit_progress.logging_step
+        p: FitProgress = self._trainer.fit_progress
+        return p.logging_step - int(p.phase is Phase.BATCH_END and p.stepping)  # counted once the hooks have run
 
     @_batches_that_stepped.setter
     def _batches_that_stepped(self, steps: int) -> None:
