@@ -406,7 +406,7 @@ def resume_in_mid_epoch(tmp_path: Path) -> None:
     saving = [ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1), RecordedCallback()]
     fit(tmp_path, callbacks=saving, enable_checkpointing=True)
     forget()
-    with pytest.warns(UserWarning, match="states of callbacks"):
+    with pytest.warns(UserWarning, match="please add the following callbacks"):
         fit(tmp_path, ckpt_path=tmp_path / "step=1.ckpt")
 
 

@@ -301,7 +301,7 @@ def test_a_fit_without_optimizers_looks_at_losses(tmp_path: Path, automatic: boo
         def configure_optimizers(self) -> Any:
             return None
 
-    with pytest.warns(UserWarning, match="without an optimizer"):
+    with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
         message = raised(tmp_path, Own(), batches(BAD))
     assert "The loss is inf at epoch 0, batch_idx 3, global_step 0." in message
     assert message.endswith("on_nonfinite='warn' would go on.")
