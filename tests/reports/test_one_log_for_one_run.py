@@ -425,7 +425,7 @@ def test_a_checkpoint_without_the_loggers_begins_a_new_version(tmp_path: Path) -
     assert trainer.log_dir == str(tmp_path / "lightning_logs/version_1")
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing is left to do")
+@pytest.mark.filterwarnings("ignore:.*(nothing is left to do|was called without a model)")
 def test_a_finished_run_that_is_started_again_keeps_its_log(tmp_path: Path) -> None:
     def run() -> None:
         trainer = quick(tmp_path, loggers=both(tmp_path), callbacks=ModelCheckpoint(), auto_resume=True)

@@ -338,7 +338,7 @@ def test_manual_optimization_is_looked_at_before_each_step(tmp_path: Path) -> No
     model, without, data = Manual(), Manual(), batches(BAD)
     with pytest.warns(UserWarning) as told:
         run = fit(tmp_path, model, data, "skip")
-    assert "The step is skipped" in str(told[0].message)
+    assert any("The step is skipped" in str(each.message) for each in told)
     fit(tmp_path, without, data[:BAD] + data[BAD + 1 :], None)
     assert run.global_step == BATCHES - 1
     assert weights(model) == weights(without)
