@@ -56,7 +56,7 @@ def train(*arguments: str) -> None:
 def test_the_script_trains_and_goes_on() -> None:
     assert "trained to step 128 on 1 processes" in run_in_ranks(train, "--epochs=2", devices=1)
     said = run_in_ranks(train, "--epochs=3", devices=1)
-    assert "Restoring from" in said and "trained to step 192 on 1 processes" in said
+    assert "Restoring states from" in said and "trained to step 192 on 1 processes" in said
 
 
 @pytest.mark.filterwarnings("ignore")

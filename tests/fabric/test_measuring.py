@@ -118,9 +118,9 @@ def test_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         torch.set_float32_matmul_precision(precision)
     for other in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA Z1"):
-        with pytest.warns(UserWarning, match=f"{other}' can do is not known.*pass `available_flops`"):
+        with pytest.warns(UserWarning, match=f"{other}': its peak rate is not known.*pass `available_flops`"):
             assert rate(other, torch.bfloat16) is None
-    with pytest.warns(UserWarning, match="'Tesla T4' has no rate for bfloat16"):
+    with pytest.warns(UserWarning, match="'Tesla T4' does not support torch.bfloat16"):
         assert rate("Tesla T4", torch.bfloat16) is None
     for kind, expected_rate in (("v5litepod-8", 197), ("v3-8", 61.5), ("v6e-8", 918), ("v4-16", 275)):
         monkeypatch.setenv("TPU_ACCELERATOR_TYPE", kind)

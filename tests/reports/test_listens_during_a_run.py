@@ -208,7 +208,7 @@ def test_a_late_callback_has_its_state_where_the_run_goes_on(tmp_path: Path) -> 
         run.save_checkpoint(tmp_path / "one.ckpt")
         counts.append(late.batches)
     assert counts == [4, 12]
-    with pytest.warns(UserWarning, match="the states of callbacks that this Trainer does not have"):
+    with pytest.warns(UserWarning, match="please add the following callbacks"):
         trainer(tmp_path, max_epochs=4).fit(Net(), loader(8, 2), ckpt_path=tmp_path / "one.ckpt")
 
 

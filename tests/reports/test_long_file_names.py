@@ -83,7 +83,7 @@ def killed_after_one(rename: Callable[..., None]) -> Callable[..., None]:
     return once
 
 
-@pytest.mark.filterwarnings("ignore:The checkpoint folder")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("save_last", [True, "link"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_saves_links_and_counts_versions(way: str, save_last: Any) -> None:

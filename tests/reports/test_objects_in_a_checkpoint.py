@@ -384,7 +384,7 @@ def go(module: Killed, way: str, **kwargs: Any) -> L.Trainer:
 
 
 @quiet()
-@pytest.mark.filterwarnings("ignore:The checkpoint folder")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_killed_run_goes_on_with_its_objects(way: str) -> None:
     with pytest.raises(AssertionError):  # it was killed

@@ -169,7 +169,7 @@ def test_the_log_equals_that_of_a_run_that_was_never_killed(seed: int, tmp_path:
             assert scalars(folder / "tb/version_0", purge=purge) == shown, again
 
 
-@pytest.mark.filterwarnings("ignore:.*(nothing is left to do|found no checkpoint)")
+@pytest.mark.filterwarnings("ignore:.*(nothing is left to do|no last checkpoint available)")
 @pytest.mark.parametrize("seed", range(5))
 def test_the_log_is_one_however_often_the_run_is_killed(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
@@ -314,7 +314,7 @@ def test_an_hpc_checkpoint_goes_on_in_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [{"ckpt_path": "last"}, {"auto_resume": True}], ids=["last", "auto"])
-@pytest.mark.filterwarnings("ignore:.*found no checkpoint")
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint available")
 def test_a_version_that_the_user_named_goes_on_from_its_own_checkpoints(how: dict[str, Any], tmp_path: Path) -> None:
     for version in ("a", "b"):
         first = quick(tmp_path, 3, loggers=CSVLogger(tmp_path, version=version), **how)
@@ -325,7 +325,7 @@ def test_a_version_that_the_user_named_goes_on_from_its_own_checkpoints(how: dic
     assert steps_in(tmp_path / "lightning_logs/b") == [0, 1, 2]
 
 
-@pytest.mark.filterwarnings("ignore:.*The checkpoint was written for the folder")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_another_order_and_number_of_loggers_finds_each_run(tmp_path: Path) -> None:
     def make(*which: str) -> list[Any]:
         kinds = {
@@ -343,7 +343,7 @@ def test_another_order_and_number_of_loggers_finds_each_run(tmp_path: Path) -> N
     assert [step for step, _ in scalars(tmp_path / "tb/lightning_logs/version_0")["at_end"]] == [4, 9]
 
 
-@pytest.mark.filterwarnings("ignore:.*The checkpoint was written for the folder")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_a_run_whose_folder_was_moved_goes_on_and_another_root_begins_a_run(tmp_path: Path) -> None:
     quick(tmp_path / "a", 3, loggers=both(tmp_path / "a"))
     os.rename(tmp_path / "a", tmp_path / "b")
@@ -364,7 +364,7 @@ def parent(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "parent.json").read_text()))
 
 
-@pytest.mark.filterwarnings("ignore:.*The checkpoint was written for the folder")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_any_other_checkpoint_begins_a_branch_and_the_parent_is_untouched(tmp_path: Path) -> None:
     quick(tmp_path, loggers=both(tmp_path), callbacks=ModelCheckpoint(save_top_k=-1, every_n_train_steps=2))
     version = tmp_path / "csv/version_0"
@@ -390,7 +390,7 @@ def test_any_other_checkpoint_begins_a_branch_and_the_parent_is_untouched(tmp_pa
     assert [steps_in(tmp_path / f"csv/version_{n}")[0] for n in (0, 1, 2, 3)] == [0, 3, 3, 9]
 
 
-@pytest.mark.filterwarnings("ignore:.*The checkpoint was written for the folder")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_best_is_a_branch_also_for_the_trainer_that_saved(tmp_path: Path) -> None:
     saver = ModelCheckpoint(monitor="val_epoch", mode="max")
     trainer = quick(tmp_path, callbacks=saver)
@@ -420,12 +420,12 @@ def test_a_checkpoint_without_the_loggers_begins_a_new_version(tmp_path: Path) -
     del content["treadle"]["loggers"]
     path.unlink()
     torch.save(content, path)
-    with pytest.warns(UserWarning, match="The checkpoint was written for the folder"):
+    with pytest.warns(UserWarning, match="The dirpath has changed from"):
         trainer = quick(tmp_path, ckpt_path="last")
     assert trainer.log_dir == str(tmp_path / "lightning_logs/version_1")
 
 
-@pytest.mark.filterwarnings("ignore:.*nothing is left to do")
+@pytest.mark.filterwarnings("ignore:.*(nothing is left to do|was called without a model)")
 def test_a_finished_run_that_is_started_again_keeps_its_log(tmp_path: Path) -> None:
     def run() -> None:
         trainer = quick(tmp_path, loggers=both(tmp_path), callbacks=ModelCheckpoint(), auto_resume=True)

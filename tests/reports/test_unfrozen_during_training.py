@@ -291,20 +291,20 @@ def test_submodules_stay_in_evaluation_mode(tmp_path: Path, hook: str) -> None:
 
     def evaluate(self: Any, *args: Any) -> None:
         if hook == "__init__":
-            Two.__init__(self)
+            Two.__init__(self, "")
         self.below.eval()
 
     setattr(Partly, hook, evaluate)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        trainer(tmp_path, max_epochs=2).fit(Partly(), loader(), loader())
+        trainer(tmp_path, max_epochs=2).fit(Partly(""), loader(), loader())
     assert seen == {(True, False)}
     found = [each for each in told if "Found 1 module(s) in eval mode at the start of training" in str(each.message)]
     assert len(found) == (hook != "on_train_epoch_start")
 
 
 def test_a_model_in_evaluation_mode_is_told_of(tmp_path: Path) -> None:
-    model = Two()
+    model = Two("")
     with pytest.warns(UserWarning, match=r"Found 3 module\(s\) in eval mode at the start of training.*: Two, "):
         trainer(tmp_path).fit(model.eval(), loader())
     assert not model.training

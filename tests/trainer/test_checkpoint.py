@@ -24,7 +24,9 @@ from treadle_fabric import (
 )
 
 # these tests resume into other folders on purpose
-pytestmark = pytest.mark.filterwarnings("ignore:The checkpoint .*folder:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(The dirpath has changed|Checkpoint directory .* is not empty):UserWarning"
+)
 
 LIGHTNING = Path(__file__).parent.parent / "data" / "lightning-2.6.6.ckpt"
 """Saved by Lightning 2.6.6 after one epoch of `Resumable` on `loader(10)`, validated on `loader(4)`."""

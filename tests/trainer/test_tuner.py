@@ -331,8 +331,10 @@ def test_wrong_arguments_are_refused_before_any_work() -> None:
         with pytest.raises(MisconfigurationException, match=message):
             call()
     assert module.calls == 0
-    assert Tuner(trainer(fast_dev_run=True)).lr_find(module) is None
-    assert Tuner(trainer(fast_dev_run=True)).scale_batch_size(module) is None
+    with pytest.warns(UserWarning, match="Skipping learning rate finder since `fast_dev_run` is enabled"):
+        assert Tuner(trainer(fast_dev_run=True)).lr_find(module) is None
+    with pytest.warns(UserWarning, match="Skipping batch size scaler since `fast_dev_run` is enabled"):
+        assert Tuner(trainer(fast_dev_run=True)).scale_batch_size(module) is None
 
 
 def test_what_makes_a_search_useless_is_told() -> None:

@@ -85,7 +85,7 @@ def test_launched_processes_find_the_seed_in_the_environment() -> None:
 
 
 def test_without_any_seed_it_is_zero_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.warns(UserWarning, match="No seed was given"):
+    with pytest.warns(UserWarning, match="No seed found, seed set to 0"):
         assert seed_everything() == 0
     assert "Seed set to 0" in caplog.text
 

@@ -12,7 +12,7 @@ from tests.fixtures import runs
 
 pytestmark = [
     pytest.mark.timeout(110),
-    pytest.mark.filterwarnings("ignore:The checkpoint folder .* is not empty"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),
 ]
 
 TRAINER = {name: run for name, run in runs.RUNS.items() if run.kind != "fabric"}

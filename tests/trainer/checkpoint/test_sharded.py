@@ -22,8 +22,8 @@ from treadle.cli.main import main
 from treadle_fabric import CheckpointCorruptError, DistributedCheckpointIO
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The checkpoint was written for the folder"),
-    pytest.mark.filterwarnings("ignore:The checkpoint folder .* is not empty"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty"),
 ]
 
 
@@ -135,7 +135,7 @@ def test_two_processes_save_and_one_goes_on(tmp_path: Path) -> None:
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp", "manifest.json", "meta.pt"} | parts
     assert Path("c/last.ckpt/__1_0.distcp").stat().st_size > 1000
     saver = ModelCheckpoint("d", "{step}", "score", every_n_train_steps=1)
-    with pytest.warns(UserWarning, match="was written for the folder"):
+    with pytest.warns(UserWarning, match="The dirpath has changed from"):
         one = fit(tmp_path, saver, "c/last.ckpt")
     assert one.global_step == 12 and one.current_epoch == 3
 

@@ -301,7 +301,7 @@ def test_a_fit_without_optimizers_looks_at_losses(tmp_path: Path, automatic: boo
         def configure_optimizers(self) -> Any:
             return None
 
-    with pytest.warns(UserWarning, match="without an optimizer"):
+    with pytest.warns(UserWarning, match="this fit will run with no optimizer"):
         message = raised(tmp_path, Own(), batches(BAD))
     assert "The loss is inf at epoch 0, batch_idx 3, global_step 0." in message
     assert message.endswith("on_nonfinite='warn' would go on.")
@@ -338,7 +338,7 @@ def test_manual_optimization_is_looked_at_before_each_step(tmp_path: Path) -> No
     model, without, data = Manual(), Manual(), batches(BAD)
     with pytest.warns(UserWarning) as told:
         run = fit(tmp_path, model, data, "skip")
-    assert "The step is skipped" in str(told[0].message)
+    assert any("The step is skipped" in str(each.message) for each in told)
     fit(tmp_path, without, data[:BAD] + data[BAD + 1 :], None)
     assert run.global_step == BATCHES - 1
     assert weights(model) == weights(without)
