@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 from tests.processes import ROOT
 
-pytestmark = [pytest.mark.lightning, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lightning, pytest.mark.timeout(400)]
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -41,7 +41,7 @@ TABLE = {
     "textgen": Program(("-m", "textgen")),
     "autoencoder": Program(("autoencoder.py",)),
     "cli": Program(("cli/main.py", "fit", "--config", "cli/config.yaml")),
-    "callbacks_zoo": Program(("callbacks_zoo.py",), {"averaging/(losses|validated|weights)": "averaged weights"}),
+    "callbacks_zoo": Program(("callbacks_zoo.py",), {"averaging/": "averaged weights"}),
     "manual_accumulation": Program(("manual_accumulation.py",), {"steps": "global step"}),
     "gan": Program(("gan.py",), {"global step": "global step"}),
     "fabric_loop": Program(("fabric_loop.py", "--shuffle")),

@@ -83,8 +83,7 @@ class TrainingEpoch:
         begin_batch, (train, train_and_step) = results.begin_batch, self._trains
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
-        may_skip = overrides(run.module, "on_train_batch_start", ModuleHooks)
-        progress.stepped = False
+        progress.stepped, may_skip = False, overrides(run.module, "on_train_batch_start", ModuleHooks)
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
