@@ -125,7 +125,7 @@ def check(name: str, lightning: Any, treadle: Any, predicted: Mapping[str, str])
         assert any(re.match(pattern, path) for path, *_ in found), f"{name} does not differ in {pattern!r}: {row!r}"
 
 
-@pytest.mark.parametrize(("name", "way"), cases())
+@pytest.mark.parametrize(("name", "way"), [*cases()])
 def test_a_program_has_the_losses_of_lightning(
     name: str, way: str, results: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
