@@ -8,9 +8,9 @@
     |   +-- WrongTypeError               a value is of a type that cannot work there (also a TypeError)
     |   +-- UnusableResultError          what the user's code gave cannot be used (also a RuntimeError)
     |   +-- NoModuleError                a trainer that has no module yet was asked to save it (also an AttributeError)
-    |   +-- ConflictError                two parts of a run contradict each other (also a RuntimeError)
     |   +-- MissingArgumentError         a constructor needs an argument that nobody gave (also a TypeError)
     |   +-- NoSuchNameError              an object has nothing of that name (also an AttributeError)
+    |   +-- NotLaunchedError             processes work together that nobody started (also a RuntimeError)
     |   +-- NothingThereError            the first of none was asked for (also an IndexError)
     |   +-- MissingPackageError          an extra is not installed (also a ModuleNotFoundError)
     |   +-- MissingMetricError           nothing logs what decides something (also a RuntimeError)
@@ -47,7 +47,6 @@ __all__ = [
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "CheckpointUnsafeError",
-    "ConflictError",
     "DeviceUnavailableError",
     "LeftOutError",
     "MisconfigurationException",
@@ -57,6 +56,7 @@ __all__ = [
     "NoModuleError",
     "NoSuchNameError",
     "NonFiniteError",
+    "NotLaunchedError",
     "NothingThereError",
     "ProcessFailedError",
     "RemovedHookError",
@@ -114,16 +114,16 @@ class NoModuleError(MisconfigurationException, AttributeError):
     """A trainer was asked to save a module, and has none that was set up."""
 
 
-class ConflictError(MisconfigurationException, RuntimeError):
-    """Two parts of a run, a module and its data module for example, contradict each other."""
-
-
 class MissingArgumentError(MisconfigurationException, TypeError):
     """A constructor needs an argument that neither the caller nor a checkpoint has."""
 
 
 class NoSuchNameError(MisconfigurationException, AttributeError):
     """An object has no attribute or method of the name that was given."""
+
+
+class NotLaunchedError(MisconfigurationException, RuntimeError):
+    """A method in which all processes take part was called before these were started."""
 
 
 class NothingThereError(MisconfigurationException, IndexError):

@@ -22,7 +22,13 @@ from treadle_fabric.checks import check_loss, is_several, one_or_several
 from treadle_fabric.coordination import as_tensors, check_alike, patient_barrier
 from treadle_fabric.data.resumable import wrap_loader
 from treadle_fabric.data.several import several_loaders
-from treadle_fabric.errors import MisconfigurationException, NothingThereError, WrongTypeError, suggests_arguments
+from treadle_fabric.errors import (
+    MisconfigurationException,
+    NothingThereError,
+    NotLaunchedError,
+    WrongTypeError,
+    suggests_arguments,
+)
 from treadle_fabric.failures import call_at_looks
 from treadle_fabric.loggers import Logger, to_numbers
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
@@ -202,7 +208,7 @@ class Fabric:
                 f"launch({function!r}): this must be a function that takes the Fabric object first, or left out."
             )
         if not self._launched and function is _nothing and self._strategy.launches_function:
-            raise MisconfigurationException(
+            raise WrongTypeError(
                 "This strategy runs a function in new processes, so launch() needs one: fabric.launch(train), where "
                 "train(fabric) contains the loop. Or use strategy='ddp', which runs the script again."
             )
@@ -241,7 +247,7 @@ class Fabric:
             self._launch(_nothing, self)  # `treadle-fabric run` has started the processes
             return
         if self._strategy.launcher is not None:
-            raise MisconfigurationException(
+            raise NotLaunchedError(
                 f"{what} was called before launch(), and there are {self._strategy.world_size} processes to start. "
                 "Call fabric.launch() once, before anything that the processes do together."
             )

@@ -64,11 +64,13 @@ def test_versions_count_up_from_what_is_there(kind: FileLogger, tmp_path: Path) 
     first = kind(tmp_path)
     assert (first.name, first.version) == ("lightning_logs", 0)
     assert first.log_dir == str(tmp_path / "lightning_logs" / "version_0")
-    assert first.root_dir == first.save_dir == str(tmp_path)
+    assert first.save_dir == str(tmp_path) and first.root_dir == str(tmp_path / "lightning_logs")
+    assert kind(root_dir=tmp_path).root_dir == str(tmp_path)
     first.log_metrics({"a": 1})
     first.finalize("success")
     (tmp_path / "lightning_logs" / "version_7").mkdir()
     (tmp_path / "lightning_logs" / "version_x").mkdir()
+    (tmp_path / "lightning_logs" / "version_9").touch()
     assert kind(tmp_path).version == 8
     assert first.version == 0
 
@@ -97,9 +99,9 @@ def test_name_and_version_make_the_folder(kind: FileLogger, name: Any, version: 
 def test_both_vocabularies_name_one_folder(kind: FileLogger, tmp_path: Path) -> None:
     assert kind(save_dir=tmp_path).log_dir == kind(root_dir=tmp_path).log_dir
     assert kind(root_dir=tmp_path, save_dir=str(tmp_path)).root_dir == str(tmp_path)
-    with pytest.raises(MisconfigurationException, match=r"root_dir='a'.*save_dir='b'"):
-        kind("a", save_dir="b")
-    with pytest.raises(MisconfigurationException, match="needs a folder"):
+    with pytest.raises(MisconfigurationException, match=r"root_dir='b'.*save_dir='a'"):
+        kind("a", root_dir="b")
+    with pytest.raises(TypeError, match="needs a folder"):
         kind()
 
 

@@ -1,7 +1,7 @@
 """Helpers at the paths where users of Lightning look for them, in both packages.
 
 Tests of ``treadle_fabric.utilities``, ``treadle.utilities``, ``treadle_fabric.accelerators.memory`` and
-``treadle.module.returned``.
+``treadle.module.steps.returned``.
 """
 
 from __future__ import annotations

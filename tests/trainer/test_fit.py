@@ -3,7 +3,7 @@
 Tests of ``treadle.loops.fit``, ``treadle.loops.epoch``, ``treadle.loops.stopping``, ``treadle.loops.schedulers``,
 ``treadle.loops.step.automatic``, ``treadle.loops.step.gradients``, ``treadle.loops.step.preparation``,
 ``treadle.loops.step.backward``, ``treadle.loops.step.clipping``, ``treadle.loops.step.manual``,
-``treadle.module.step_arguments``, ``treadle.trainer.trainer``, ``treadle.trainer.session``,
+``treadle.module.steps.arguments``, ``treadle.trainer.trainer``, ``treadle.trainer.session``,
 ``treadle.trainer.fitting``, ``treadle.trainer.assembly``, ``treadle.data.find``, ``treadle.data.transfer``,
 ``treadle.run.run``.
 """

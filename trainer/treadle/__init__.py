@@ -42,9 +42,7 @@ __all__ = [
     "seed_everything",
 ]
 
-if (
-    not TYPE_CHECKING
-):  # the packages of re-exports, which are attributes as they are with `import lightning.pytorch as pl`
+if not TYPE_CHECKING:  # the packages of re-exports, which are attributes as with `import lightning.pytorch as pl`
     __getattr__ = on_demand(
         __name__,
         {"cli_lightning_logo": "treadle.demos.logo"},

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from treadle_fabric.checks import on_demand
 from treadle_fabric.loggers.csv import CSVLogger
 from treadle_fabric.loggers.hyperparameters import to_yaml
-from treadle_fabric.loggers.logger import DummyLogger, Logger, rank_zero_experiment
+from treadle_fabric.loggers.logger import DummyExperiment, DummyLogger, Logger, rank_zero_experiment
 from treadle_fabric.loggers.scalars import to_numbers
 from treadle_fabric.loggers.tensorboard import TensorBoardLogger
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CSVLogger",
     "CometLogger",
+    "DummyExperiment",
     "DummyLogger",
     "Logger",
     "MLFlowLogger",

@@ -26,40 +26,41 @@ __all__ = ["CSVLogger", "ExperimentWriter"]
 
 
 class CSVLogger(FolderLogger):
-    """Writes ``metrics.csv`` and ``hparams.yaml`` into ``root_dir/name/version_n``.
+    """Writes ``metrics.csv`` and ``hparams.yaml`` into ``save_dir/name/version_n``.
 
     Values logged at the same step share a row. If an earlier run left a ``metrics.csv`` in the folder, that file is
     renamed first, with a warning; a run that goes on (:meth:`resume`) goes on in its file.
 
     Args:
-        root_dir: The folder above all experiments, a local path or an fsspec URL.
-        name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
+        save_dir: The folder above all experiments, a local path or an fsspec URL.
+        name: The experiment's name; with None or "" the runs lie in ``save_dir`` itself.
         version: A number n for ``version_n``, or the folder's name as a string. Default: the next free number.
         prefix: Put before the name of each metric, with a ``-`` between them. Default: none.
         flush_logs_every_n_steps: Rows are written to the file after this many steps, or this many calls. Default: 100.
-        save_dir: Another name for ``root_dir``.
+        root_dir: Another name for ``save_dir``.
 
     Raises:
-        MisconfigurationException: No folder is given, or ``flush_logs_every_n_steps`` is below 1.
+        MissingArgumentError: No folder is given.
+        MisconfigurationException: Two folders are given, or ``flush_logs_every_n_steps`` is below 1.
     """
 
     _experiment: ExperimentWriter | None
 
     def __init__(
         self,
-        root_dir: PathLike | None = None,
+        save_dir: PathLike | None = None,
         name: str | None = "lightning_logs",
         version: int | str | None = None,
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,
         *,
-        save_dir: PathLike | None = None,
+        root_dir: PathLike | None = None,
     ) -> None:
         if flush_logs_every_n_steps < 1:
             raise MisconfigurationException(
                 f"flush_logs_every_n_steps={flush_logs_every_n_steps} must be 1 or more. 1 writes at every step."
             )
-        super().__init__(RunFolder(root_dir, name, version, save_dir=save_dir))
+        super().__init__(RunFolder(save_dir, name, version, root_dir=root_dir))
         self._prefix = prefix
         self._flush_every = flush_logs_every_n_steps
         self._calls = 0
@@ -70,6 +71,7 @@ class CSVLogger(FolderLogger):
     def experiment(self) -> ExperimentWriter:
         """The writer of the files."""
         if self._experiment is None:
+            self._settle()
             self._experiment = ExperimentWriter(self._folder, self._resumed)
         return self._experiment
 
@@ -115,6 +117,7 @@ class CSVLogger(FolderLogger):
             self.branch(state)
             return
         self._resumed, self._begun, self._calls, self._flushed_at = dict(state), False, 0, 0
+        self._settle()
         self._experiment = ExperimentWriter(self._folder, self._resumed)
         if before is not None:
             self._experiment.take_over(before)
@@ -141,8 +144,8 @@ class ExperimentWriter:
         resumed: The state of the run that goes on. Default: a run begins.
     """
 
-    METRICS = "metrics.csv"
-    HPARAMS = "hparams.yaml"
+    METRICS = NAME_METRICS_FILE = "metrics.csv"
+    HPARAMS = NAME_HPARAMS_FILE = "hparams.yaml"
 
     def __init__(self, folder: RunFolder, resumed: Mapping[str, Any] | None = None) -> None:
         state = resumed or {}
@@ -166,6 +169,16 @@ class ExperimentWriter:
     def metrics_file_path(self) -> str:
         """The path of ``metrics.csv``."""
         return self._folder.file(self.METRICS)
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of the run."""
+        return self._folder.path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows that are not written yet, each with its ``step``."""
+        return list(self._pending.values())
 
     @property
     def begun(self) -> bool:

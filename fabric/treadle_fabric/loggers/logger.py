@@ -29,6 +29,7 @@ class Logger(ABC):
     own_media: ClassVar[tuple[str, ...]] = ()
     """The packages whose images ``log_image`` passes on as they are."""
 
+    _folder_of_all: str | None = None
     _prefix: str = ""  # put before every name, with the separator between them
     LOGGER_JOIN_CHAR: ClassVar[str] = "/"
     """The separator between the prefix of a logger and the name of a metric."""
@@ -55,8 +56,8 @@ class Logger(ABC):
 
     @property
     def save_dir(self) -> str | None:
-        """The same as :attr:`root_dir`, under the name that the trainer's users know."""
-        return self.root_dir
+        """The folder above all experiments, under the name that the trainer's users know. Default: ``root_dir``."""
+        return self.root_dir if self._folder_of_all is None else self._folder_of_all
 
     @property
     def runs_dir(self) -> str | None:
@@ -306,10 +307,10 @@ class DummyLogger(Logger):
         """An object that ignores every call."""
         return self._experiment
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
         return None
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         return None
 
     def record_media(self, media: Media) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC
 from typing import Any, Final
 
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, MissingArgumentError
 from treadle_fabric.loggers.files import file_system, read_file, write_file
 from treadle_fabric.loggers.logger import Logger
 from treadle_fabric.types import PathLike
@@ -26,32 +26,37 @@ class RunFolder:
     """The folder ``root/name/version`` of a run; the version is counted up from the runs that are already there.
 
     Args:
-        root_dir: The folder above all experiments, a local path or an fsspec URL.
-        name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
+        save_dir: The folder above all experiments, a local path or an fsspec URL.
+        name: The experiment's name; with None or "" the runs lie in ``save_dir`` itself.
         version: A number n for ``version_n``, or the folder's name as a string; None: the next free number.
         sub_dir: A folder inside the run's folder to write to. Default: the run's folder itself.
-        save_dir: Another name for ``root_dir``.
+        root_dir: Another name for ``save_dir``.
 
     Raises:
-        MisconfigurationException: Neither ``root_dir`` nor ``save_dir`` is given, or they contradict each other.
+        MissingArgumentError: Neither ``save_dir`` nor ``root_dir`` is given.
+        MisconfigurationException: The two contradict each other.
     """
 
     def __init__(
         self,
-        root_dir: PathLike | None,
+        save_dir: PathLike | None,
         name: str | None,
         version: int | str | None,
         sub_dir: PathLike | None = None,
         *,
-        save_dir: PathLike | None = None,
+        root_dir: PathLike | None = None,
     ) -> None:
         if root_dir is None and save_dir is None:
-            raise MisconfigurationException("A logger needs a folder to write to. Give root_dir (or save_dir).")
+            raise MissingArgumentError("A logger needs a folder to write to. Give save_dir (or root_dir).")
         if root_dir is not None and save_dir is not None and os.fspath(root_dir) != os.fspath(save_dir):
             raise MisconfigurationException(
                 f"root_dir={os.fspath(root_dir)!r} and save_dir={os.fspath(save_dir)!r} are two values for the folder. "
                 "Give one."
             )
+        self.called_root = root_dir is not None
+        """Whether the user calls the folder above all experiments ``root_dir``."""
+        self.elsewhere: str | None = None
+        """Where a subclass of the user's wants the run."""
         given = root_dir if root_dir is not None else save_dir
         assert given is not None
         self.root = os.path.expandvars(os.path.expanduser(os.fspath(given)))
@@ -72,7 +77,7 @@ class RunFolder:
 
     def renew(self) -> None:
         """Count the version up for another run, unless the user has named the version."""
-        self._version, self.id, self.parent = self._given_version, _new_id(), None
+        self._version, self.id, self.parent, self.elsewhere = self._given_version, _new_id(), None, None
 
     def state_dict(self) -> dict[str, Any]:
         """Return which run this is."""
@@ -117,7 +122,7 @@ class RunFolder:
     @property
     def path(self) -> str:
         """The path of the folder as the user would write it, which may be a URL."""
-        return _join(self.root, self.name, _folder_name(self.version), self.sub_dir or "")
+        return self.elsewhere or _join(self.root, self.name, _folder_name(self.version), self.sub_dir or "")
 
     def file(self, name: str) -> str:
         """Return the path of a file in the folder."""
@@ -184,15 +189,18 @@ class RunFolder:
     def _next_version(self) -> int:
         fs, path = file_system(_join(self.root, self.name))
         try:
-            names = [os.path.basename(str(entry).rstrip("/")) for entry in fs.ls(path, detail=False)]
+            found = [entry["name"] for entry in fs.ls(path, detail=True) if entry["type"] == "directory"]
         except FileNotFoundError:
-            names = []
+            found = []
+        names = [os.path.basename(str(entry).rstrip("/")) for entry in found]
         taken = [int(match[1]) for name in names if (match := re.fullmatch(r"version_(\d+)", name))]
         return max(taken, default=-1) + 1
 
 
 class FolderLogger(Logger):
     """The base class of loggers that write into a folder of the run.
+
+    A subclass may replace ``name``, ``version``, ``save_dir``, ``root_dir`` and ``log_dir``: the files follow.
 
     Args:
         folder: The folder that the files go to.
@@ -205,6 +213,7 @@ class FolderLogger(Logger):
         self._experiment: Any = None  # writes the files; made when first needed, never pickled
         self._resumed: dict[str, Any] | None = None  # the state of the run that goes on, until that is written to
         self._begun = False  # whether values were logged to the run
+        self._folder_of_all = folder.root
 
     @property
     def name(self) -> str:
@@ -216,11 +225,22 @@ class FolderLogger(Logger):
 
     @property
     def root_dir(self) -> str:
-        return self._folder.root
+        """The folder of the experiment: its name in ``save_dir``. Given as ``root_dir``, the folder above all of them.
+
+        Loggers of Lightning's Trainer have ``save_dir``, and those of Fabric ``root_dir``.
+        """
+        return self._folder.root if self._folder.called_root else _join(self.save_dir or "", self.name or "")
 
     @property
     def log_dir(self) -> str:
-        return self._folder.path
+        name = self.name or "" if self._folder.called_root else ""
+        return _join(self.root_dir, name, _folder_name(self.version), self._folder.sub_dir or "")
+
+    def _settle(self) -> None:
+        """Let the files go where the properties of this class say; called before the first file is made."""
+        place, self._folder.elsewhere = self.log_dir, None
+        if place != self._folder.path:
+            self._folder.elsewhere = place
 
     @property
     def runs_dir(self) -> str:

@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -33,48 +33,50 @@ __all__ = ["TensorBoardLogger"]
 
 
 class TensorBoardLogger(FolderLogger):
-    """Writes event files and ``hparams.yaml`` into ``root_dir/name/version_n``.
+    """Writes event files and ``hparams.yaml`` into ``save_dir/name/version_n``.
 
     At the end of a run that has hyper-parameters, TensorBoard's table of runs (the tab HPARAMS) gets every metric that
     was logged, with its last value, and whether the run failed.
 
     Args:
-        root_dir: The folder above all experiments, a local path or an fsspec URL.
-        name: The experiment's name; with None or "" the runs lie in ``root_dir`` itself.
+        save_dir: The folder above all experiments, a local path or an fsspec URL.
+        name: The experiment's name; with None or "" the runs lie in ``save_dir`` itself.
         version: A number n for ``version_n``, or the folder's name as a string. Default: the next free number.
+        log_graph: Write the graph of a model that has an ``example_input_array``. Default: False.
         default_hp_metric: Log ``hp_metric = -1`` with the first hyper-parameters, so that TensorBoard lists them.
             Default: True.
         prefix: Put before the name of each metric, with a ``-`` between them. Default: none.
         sub_dir: A folder inside the run's folder to write to. Default: the run's folder itself.
-        save_dir: Another name for ``root_dir``.
-        log_graph: Write the graph of a model that has an ``example_input_array``. Default: False.
+        root_dir: Another name for ``save_dir``.
         **kwargs: For :class:`torch.utils.tensorboard.writer.SummaryWriter`, such as ``flush_secs``.
 
     Raises:
         MissingPackageError: Neither tensorboard nor tensorboardX is installed.
-        MisconfigurationException: No folder is given.
+        MissingArgumentError: No folder is given.
+        MisconfigurationException: Two folders are given.
     """
 
+    NAME_HPARAMS_FILE: ClassVar[str] = "hparams.yaml"
     _experiment: SummaryWriter | None
 
     def __init__(
         self,
-        root_dir: PathLike | None = None,
+        save_dir: PathLike | None = None,
         name: str | None = "lightning_logs",
         version: int | str | None = None,
+        log_graph: bool = False,
         default_hp_metric: bool = True,
         prefix: str = "",
         sub_dir: PathLike | None = None,
         *,
-        save_dir: PathLike | None = None,
-        log_graph: bool = False,
+        root_dir: PathLike | None = None,
         **kwargs: Any,
     ) -> None:
         if importlib.util.find_spec("tensorboardX") is None:
             require_package(
                 "tensorboard", "TensorBoardLogger", "trainer", "tensorboardX will do, and so will CSVLogger."
             )
-        super().__init__(RunFolder(root_dir, name, version, sub_dir, save_dir=save_dir))
+        super().__init__(RunFolder(save_dir, name, version, sub_dir, root_dir=root_dir))
         self._prefix = prefix
         self._default_hp_metric = default_hp_metric
         self._log_graph = log_graph
@@ -94,10 +96,16 @@ class TensorBoardLogger(FolderLogger):
         return self._folder.sub_dir
 
     @property
+    def hparams(self) -> dict[str, Any]:
+        """All hyper-parameters that were logged."""
+        return self._hparams
+
+    @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         """The ``SummaryWriter``; made, with the folder, when it is first needed."""
         if self._experiment is None:
+            self._settle()
             self._folder.local_path()
             options = dict(self._kwargs)
             if (state := self._resumed) is not None:
@@ -293,7 +301,7 @@ class TensorBoardLogger(FolderLogger):
         if self._experiment is not None:
             self._experiment.flush()
         if self._hparams_changed:
-            self._folder.write("hparams.yaml", keep_entries(self._earlier, to_yaml(self._hparams)).encode())
+            self._folder.write(self.NAME_HPARAMS_FILE, keep_entries(self._earlier, to_yaml(self._hparams)).encode())
             self._hparams_changed = False
 
     @rank_zero_only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
 from treadle_fabric import MisconfigurationException, check_integer
@@ -65,7 +65,7 @@ class GradientAccumulationScheduler(Callback):
                 "both set the number of batches: keep one of them."
             )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Set the number of batches of the epoch."""
         self._in_charge = True
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)

@@ -64,7 +64,7 @@ class LearningRateMonitor(Callback):
                 " `Trainer(logger=True)`, or leave the callback out."
             )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Find out the names under which the rates are logged."""
         sources = self._sources(trainer)
         self.lr_sch_names = [name for name, _, _ in sources]

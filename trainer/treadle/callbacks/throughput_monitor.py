@@ -89,7 +89,7 @@ class ThroughputMonitor(Callback):
         self._totals[RunningStage.TRAINING] = dict(state_dict.get("train", {}))
         self._logged_at = state_dict.get("validated", 0)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Begin to measure training; in a fit that goes on, the totals go on."""
         self._begin(trainer, goes_on=trainer.fit_progress.batches > 0)
 
@@ -103,7 +103,7 @@ class ThroughputMonitor(Callback):
         if due:
             self._log(trainer, progress.logging_step - 1, epoch=trainer.current_epoch)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Begin to measure validation."""
         self._begin(trainer)
 
@@ -120,12 +120,12 @@ class ThroughputMonitor(Callback):
         self._logged_at += not trainer.sanity_checking
         self._evaluated(trainer, pl_module, batch, self._logged_at)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Leave the time of the validation out of that of training."""
         if RunningStage.TRAINING in self._began and RunningStage.VALIDATING in self._began:
             self._began[RunningStage.TRAINING] += time.perf_counter() - self._began.pop(RunningStage.VALIDATING)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Begin to measure testing."""
         self._begin(trainer)
 
@@ -141,7 +141,7 @@ class ThroughputMonitor(Callback):
         """Count the batch, and log every ``log_every_n_steps`` batches."""
         self._evaluated(trainer, pl_module, batch)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Begin to measure prediction."""
         self._begin(trainer)
 

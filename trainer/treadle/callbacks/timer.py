@@ -96,7 +96,7 @@ class Timer(Callback):
             now = self._end_time[stage] = time.monotonic()
             self._spent[stage] += now - self._start_time[stage]
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Check the time: after a resume it may be up before training begins."""
         self._clock = StepClock(trainer.fabric)
         self._check(trainer)
@@ -151,7 +151,7 @@ class Timer(Callback):
             if remaining is not None and self._clock.over(remaining):
                 self._stop(trainer)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Check the time, with interval "epoch"."""
         if self._interval is Interval.epoch and not trainer.should_stop:
             self._check(trainer)

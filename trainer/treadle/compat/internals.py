@@ -18,10 +18,11 @@ from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import WarningCache
 from torch import Tensor
 
-from treadle import LightningModule, Trainer
 from treadle.accelerators import CPUAccelerator
 from treadle.callbacks import Checkpoint, ProgressBar
 from treadle.compat.table import LIGHTNING
+from treadle.module import LightningModule
+from treadle.trainer import Trainer
 from treadle_fabric import CheckpointIO, PathLike, resolve
 
 __all__ = [

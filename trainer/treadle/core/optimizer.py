@@ -1,6 +1,6 @@
 """The optimizers that a module gets from ``self.optimizers()``, where users of a trainer look for them."""
 
-from treadle.run.optimizer import LightningOptimizer
+from treadle.module.optimizer import LightningOptimizer
 
 __all__ = ["LightningOptimizer", "do_nothing_closure"]
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, StepLR
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from treadle.module import LightningDataModule, LightningModule
-from treadle.module.returned import STEP_OUTPUT
+from treadle.module.steps.returned import STEP_OUTPUT
 
 __all__ = [
     "BoringDataModule",

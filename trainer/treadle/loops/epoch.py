@@ -83,15 +83,15 @@ class TrainingEpoch:
         begin_batch, (train, train_and_step) = results.begin_batch, self._trains
         on_batch_start, on_batch_end, finish_batch = self._on_batch_start, self._on_batch_end, self._finish_batch
         schedulers, configs, schedule = self._schedulers, self._schedulers.configs, self._schedule
-        progress.stepped, may_skip = False, overrides(run.module, "on_train_batch_start", ModuleHooks)
+        may_skip = overrides(run.module, "on_train_batch_start", ModuleHooks)  # whose reply comes after the callbacks'
+        progress.stepped = False
         for batch_idx, batch, is_last in batches:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
             begin_batch(batch)
             if on_batch_start:
                 results.hook = "on_train_batch_start"
-                replies = [listener(batch, batch_idx) for listener in on_batch_start]
-                if replies[-1] == -1 and may_skip:  # the module comes after the callbacks
+                if [listener(batch, batch_idx) for listener in on_batch_start][-1] == -1 and may_skip:
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same
                     break
             if divides:

@@ -18,7 +18,7 @@ from treadle.metrics.bus import Results
 from treadle.module.hooks import ModuleHooks
 from treadle.module.modes import module_modes, restore_modes
 from treadle.module.overriding import overrides
-from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
+from treadle.module.steps.arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.profilers.profiler import timed_iteration
 from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun

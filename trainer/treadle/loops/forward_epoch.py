@@ -13,7 +13,7 @@ from treadle.data.find import first_loader
 from treadle.data.training import TrainingData
 from treadle.loops.lockstep import lockstep_of
 from treadle.metrics.sinks import silenced
-from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
+from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import isolate_rng
 from treadle_fabric.data import generators_of

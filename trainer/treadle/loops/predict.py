@@ -16,7 +16,7 @@ from treadle.loops.inference import explain_missing_gradients, without_inference
 from treadle.loops.lockstep import lockstep_of
 from treadle.loops.step.whole import prediction_of_whole_batches
 from treadle.module.modes import module_modes, restore_modes
-from treadle.module.step_arguments import EVALUATION_ARGUMENTS, bind_step
+from treadle.module.steps.arguments import EVALUATION_ARGUMENTS, bind_step
 from treadle.profilers.profiler import timed_iteration
 from treadle.run.run import ReadyRun
 from treadle_fabric import all_gather_objects, move_data_to_device

@@ -23,9 +23,10 @@ from treadle.module.export import (
 )
 from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
-from treadle.module.in_fabric import TrainerInFabric, clip_in_fabric, steps_in_fabric
+from treadle.module.in_fabric import TrainerInFabric
 from treadle.module.loading import class_only, load_module_from_checkpoint
 from treadle.module.modes import as_moved
+from treadle.module.optimizer import toggle, untoggle
 from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
 
@@ -76,9 +77,9 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @property
     def trainer(self) -> Trainer:
         """The trainer that runs this module; in a Fabric loop what Fabric has of one; else a RuntimeError."""
+        if self._trainer is None and self._fabric is not None:
+            return TrainerInFabric(self, self._fabric)  # type: ignore[return-value]
         if self._trainer is None:
-            if self._fabric is not None:
-                return TrainerInFabric(self._fabric)  # type: ignore[return-value]
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`: `self.trainer` is there inside "
                 "fit, validate, test and predict, and after `fabric.setup`."
@@ -271,8 +272,6 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
             use_pl_optimizer: False gives the plain torch optimizers; their ``step`` skips precision and hooks.
                 Default: True.
         """
-        if self._trainer is None and self._fabric is not None:
-            return steps_in_fabric(self, use_pl_optimizer)
         found = self.trainer.wrapped_optimizers if use_pl_optimizer else self.trainer.optimizers
         return found[0] if len(found) == 1 else list(found)
 
@@ -344,10 +343,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         Raises:
             MisconfigurationException: the Trainer has another ``gradient_clip_val``, or the algorithm is unknown.
         """
-        if self._trainer is None and self._fabric is not None:
-            clip_in_fabric(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:
-            self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.trainer.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:
         """While entered, measure an action with the Trainer's profiler; without a Trainer nothing happens.
@@ -359,19 +355,11 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
-        mine = {p for group in optimizer.param_groups for p in group["params"]}
-        known = self._fabric_optimizers if self._trainer is None else self.trainer.optimizers
-        others = {p for other in known for group in other.param_groups for p in group["params"] if p not in mine}
-        self._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
-        for p in others:
-            p.requires_grad_(False)
-        self.trainer.strategy.after_trainable_change()
+        toggle(self, optimizer)
 
     def untoggle_optimizer(self, optimizer: Optimizer) -> None:
         """Put back what :meth:`toggle_optimizer` changed."""
-        for p, required in self._toggled.pop(_identity(optimizer), []):
-            p.requires_grad_(required)
-        self.trainer.strategy.after_trainable_change()
+        untoggle(self, optimizer)
 
     @contextmanager
     def toggled_optimizer(self, optimizer: Optimizer) -> Generator[None]:
@@ -581,19 +569,8 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         # a copy of the model is not a copy of its run
-        fresh: dict[str, Any] = {
-            "_trainer": None,
-            "_fabric": None,
-            "_fabric_optimizers": [],
-            "_metrics": NOT_LOGGING,
-            "_toggled": {},
-            "_compiled": None,
-        }
-        return {**state, **fresh}
+        nothing = dict.fromkeys(("_trainer", "_fabric", "_compiled"))
+        return {**state, **nothing, "_fabric_optimizers": [], "_metrics": NOT_LOGGING, "_toggled": {}}
 
 
 leave_alone(LightningModule)
-
-
-def _identity(optimizer: Optimizer) -> int:
-    return id(getattr(optimizer, "optimizer", optimizer))

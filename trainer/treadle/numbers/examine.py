@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from treadle.metrics.values import is_metric
 from treadle.module.module import LightningModule
-from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
+from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle_fabric import Precision, describe_error, leaves, with_plain_names
 
 __all__ = ["Findings", "examine", "same_values"]

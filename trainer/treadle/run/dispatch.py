@@ -16,9 +16,9 @@ from treadle.module.overriding import by_name, check_signature, overrides, witho
 from treadle.profilers.profiler import Profiler, timed
 from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle_fabric import (
-    ConflictError,
     MisconfigurationException,
     Strategy,
+    UnusableResultError,
     one_or_several,
     rank_zero_info,
     rank_zero_warn,
@@ -274,7 +274,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
         if overrides(callback, "state_dict", Callback):
             key = callback.state_key
             if key in seen:
-                raise ConflictError(
+                raise UnusableResultError(
                     f"Two callbacks of type {type(callback).__qualname__} have the state key {key!r}, so a checkpoint"
                     " could keep only one: give them different arguments, or override `state_key`."
                 )

@@ -24,11 +24,11 @@ from treadle.loops.step.clipping import Clipping
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.stopping import Controls
 from treadle.module import LightningModule, LRSchedulerConfig
+from treadle.module.optimizer import LightningOptimizer
 from treadle.module.overriding import overrides
 from treadle.numbers.losses import choose_loss_policy
 from treadle.run.dispatch import action_of
 from treadle.run.layer_sync import LayerSync
-from treadle.run.optimizer import LightningOptimizer
 from treadle.run.run import ReadyRun, Run
 from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter

@@ -19,10 +19,10 @@ from treadle.run.hook_names import refuse_removed_hooks, tell_of_near_names
 from treadle.stages import TrainerFn, TrainerState, TrainerStatus
 from treadle.trainer.settings import Settings
 from treadle_fabric import (
-    ConflictError,
     Fabric,
     MisconfigurationException,
     PossibleUserWarning,
+    UnusableResultError,
     WrongTypeError,
     is_wrapped,
     rank_zero_info,
@@ -435,7 +435,7 @@ def merged_hyperparameters(module: LightningModule, datamodule: LightningDataMod
         other.pop(mark, None)
     for key in mine.keys() & other.keys():
         if mine[key] is not other[key] and str(mine[key]) != str(other[key]):
-            raise ConflictError(
+            raise UnusableResultError(
                 f"The module and the data module both have the hyper-parameter {key!r}, with the values {mine[key]!r}"
                 f" and {other[key]!r}: rename one, or leave it out with `save_hyperparameters(logger=False)`."
             )

@@ -1,7 +1,7 @@
 """The types of what a module's methods return, where users of a trainer look for them."""
 
 from treadle.module import LRSchedulerConfig
-from treadle.module.returned import (
+from treadle.module.steps.returned import (
     EVAL_DATALOADERS,
     STEP_OUTPUT,
     TRAIN_DATALOADERS,

@@ -200,6 +200,7 @@ class TimedProgressBar(ProgressBar, ABC):
         self._refresh_rate = check_integer("refresh_rate", refresh_rate, minimum=0, meaning="in batches; 0 for no bar")
         self._leave = leave
         self._bars: list[Bar] = []  # the innermost last
+        self._last: dict[Stage, Bar] = {}  # the last of each stage
         self._bar = Bar("train", "", None)  # the bar that counts now, so that the batch hooks need not look for it
         self._due = math.inf
         self._began = 0.0
@@ -208,7 +209,7 @@ class TimedProgressBar(ProgressBar, ABC):
         self._took: dict[Stage, float] = {}  # the seconds that the last bar of a stage took
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_bars": [], "_due": math.inf}
+        return {**super().__getstate__(), "_bars": [], "_last": {}, "_due": math.inf}
 
     @abstractmethod
     def _make_display(self) -> Display:
@@ -224,15 +225,15 @@ class TimedProgressBar(ProgressBar, ABC):
         """Leave the terminal as it was before the run, so that the traceback can be printed."""
         self._shutdown()
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Show the bar of the sanity check."""
         self._push_loaders("sanity", temporary=True)
 
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_sanity_check_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Take the bar of the sanity check away."""
         self._pop()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Show the bar of the epoch, in place of the previous bar unless that one is to stay."""
         if self._bars:
             self._complete(close=self._leave)
@@ -254,7 +255,7 @@ class TimedProgressBar(ProgressBar, ABC):
         """Show the full count while other code that ends the epoch runs."""
         self._settle()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Leave the last bar as it is."""
         self._pop()
 
@@ -312,7 +313,7 @@ class TimedProgressBar(ProgressBar, ABC):
         if self._bars:
             old = self._bars[-1]
             self._complete(close=False)
-            self._bar = self._bars[-1] = self._loader_bar(old.stage, old.temporary)
+            self._bar = self._bars[-1] = self._last[old.stage] = self._loader_bar(old.stage, old.temporary)
             self._bar.skip(1)  # the first batch of this loader is done when its end is noticed
 
     def _loader_bar(self, stage: Stage, temporary: bool) -> Bar:
@@ -332,6 +333,7 @@ class TimedProgressBar(ProgressBar, ABC):
     def _push(self, bar: Bar) -> None:
         if not self.is_enabled:
             return
+        self._last[bar.stage] = bar
         if self._display is None:
             self._display = self._make_display()
             self._began, self._took = monotonic(), {}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from functools import cache
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO, cast
 
 from treadle.callbacks.progress.display import (
     Bar,
@@ -133,8 +133,13 @@ class _TqdmDisplay(Display):
         if found is None:
             if not self._tqdms and not is_notebook():
                 self._redirect()
-            found = self._tqdms[stage] = getattr(self._owner, f"init_{stage}_tqdm")()
+            found = getattr(self._owner, f"init_{stage}_tqdm")()
+            self._tqdms[stage] = self._owner._lines[stage] = found
         return found
+
+    def put(self, stage: Stage, line: tqdm[Any]) -> None:
+        """Show a bar of the user's for a stage."""
+        self._tqdms[stage] = line
 
     def _redirect(self) -> None:
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
@@ -199,10 +204,17 @@ class TQDMProgressBar(TimedProgressBar):
         MisconfigurationException: ``refresh_rate`` is no integer or negative.
     """
 
+    BAR_FORMAT: ClassVar[str] = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
+    """The parts of a bar, as tqdm's ``bar_format``; a subclass may set others. Without that, tqdm chooses them."""
+
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
         require_package("tqdm", "TQDMProgressBar", "trainer", "PlainProgressBar needs no package.")
         super().__init__(refresh_rate, leave)
         self._process_position = process_position
+        self._lines: dict[Stage, tqdm[Any]] = {}  # the last bar of each stage; it stays after the run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_lines": {}}
 
     @property
     def process_position(self) -> int:
@@ -214,28 +226,59 @@ class TQDMProgressBar(TimedProgressBar):
 
     def _line(self, stage: Stage) -> tqdm[Any]:
         if isinstance(self._display, _TqdmDisplay):
-            return self._display.get(stage)
-        return _tqdm_class()(disable=True)  # in a log file: it accepts every call, and draws nothing
+            line = self._display.get(stage)
+        elif (found := self._lines.get(stage)) is not None:
+            line = found
+        else:  # in a log file: it accepts every call, and draws nothing
+            line = self._lines[stage] = getattr(self, f"init_{stage}_tqdm")()
+        if (bar := self._last.get(stage)) is not None:
+            line.n, line.total = bar.n, bar.total
+        return line
+
+    def _set_line(self, stage: Stage, line: tqdm[Any]) -> None:
+        self._lines[stage] = line
+        if isinstance(self._display, _TqdmDisplay):
+            self._display.put(stage, line)
 
     @property
     def train_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of training."""
         return self._line("train")
 
+    @train_progress_bar.setter
+    def train_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line("train", bar)
+
     @property
     def val_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of validation, or of the sanity check while that runs."""
-        return self._line("sanity" if self.trainer.sanity_checking else "validation")
+        return self._line(self._val_stage)
+
+    @val_progress_bar.setter
+    def val_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line(self._val_stage, bar)
 
     @property
     def test_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of testing."""
         return self._line("test")
 
+    @test_progress_bar.setter
+    def test_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line("test", bar)
+
     @property
     def predict_progress_bar(self) -> tqdm[Any]:
         """The tqdm bar of prediction."""
         return self._line("predict")
+
+    @predict_progress_bar.setter
+    def predict_progress_bar(self, bar: tqdm[Any]) -> None:
+        self._set_line("predict", bar)
+
+    @property
+    def _val_stage(self) -> Stage:
+        return "sanity" if self._trainer is not None and self._trainer.sanity_checking else "validation"
 
     def init_sanity_tqdm(self) -> tqdm[Any]:
         """Build the bar of the sanity check."""
@@ -259,11 +302,15 @@ class TQDMProgressBar(TimedProgressBar):
         return self._new_tqdm(self.predict_description)
 
     def _new_tqdm(self, description: str, below: int = 0) -> tqdm[Any]:
-        return _tqdm_class()(
+        display = self._display if isinstance(self._display, _TqdmDisplay) else None
+        line = _tqdm_class()(
             desc=description,
             position=2 * self._process_position + below,
-            disable=self.is_disabled,
+            disable=self.is_disabled or display is None,
             dynamic_ncols=True,
-            file=self._display.stream if isinstance(self._display, _TqdmDisplay) else sys.stdout,
+            file=sys.stdout if display is None else display.stream,
+            bar_format=None if self.BAR_FORMAT is TQDMProgressBar.BAR_FORMAT else self.BAR_FORMAT,
             delay=1e-9,  # so that tqdm draws nothing before the count is set
         )
+        line.desc = description  # a disabled bar has none
+        return line

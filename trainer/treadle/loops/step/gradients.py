@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treadle.loops.step.backward import automatic_backward
 from treadle.loops.step.zero_grad import make_zero_grad
-from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
+from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException, infer_batch_size, warn_user
 

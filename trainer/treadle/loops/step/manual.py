@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from treadle.module.step_arguments import TRAINING_ARGUMENTS, bind_step
+from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
 

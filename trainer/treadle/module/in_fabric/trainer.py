@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch.optim import Optimizer
 
-from treadle_fabric import Fabric, MisconfigurationException
+from treadle_fabric import Fabric, FabricOptimizer, MisconfigurationException
 from treadle_fabric.loggers import Logger
 from treadle_fabric.strategies import Strategy
 
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
 
-__all__ = ["TrainerInFabric", "clip_in_fabric", "steps_in_fabric"]
+__all__ = ["TrainerInFabric"]
 
 _KNOWN: Final = "device, global_rank, is_global_zero, local_rank, logger, loggers, node_rank, strategy and world_size"
 
@@ -24,10 +25,12 @@ class TrainerInFabric:
     Everything else that a Trainer has belongs to its loop, which there is none of here: an AttributeError says so.
 
     Args:
+        module: The module.
         fabric: The Fabric that the module was set up with.
     """
 
-    def __init__(self, fabric: Fabric) -> None:
+    def __init__(self, module: LightningModule, fabric: Fabric) -> None:
+        self._module = module
         self._fabric = fabric
 
     @property
@@ -75,40 +78,36 @@ class TrainerInFabric:
         """The first of Fabric's loggers, or None."""
         return next(iter(self._fabric.loggers), None)
 
+    @property
+    def wrapped_optimizers(self) -> list[FabricOptimizer]:
+        """The optimizers that ``Fabric.setup`` got with the module, as it returned them."""
+        return self._module._fabric_optimizers
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The same as plain optimizers of torch."""
+        return [each.optimizer for each in self.wrapped_optimizers]
+
+    @property
+    def lr_scheduler_configs(self) -> list[Any]:
+        """Empty: a Fabric loop has its schedulers itself."""
+        return []
+
+    def clip_gradients(self, optimizer: Optimizer, value: float | None = None, algorithm: str | None = None) -> None:
+        """Clip gradients; modules call it as ``self.clip_gradients``. Without a value nothing happens.
+
+        Raises:
+            MisconfigurationException: The algorithm is neither "norm" nor "value".
+        """
+        known = {None: "max_norm", "norm": "max_norm", "value": "clip_val"}
+        if algorithm not in known:
+            raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r} is unknown. There is: norm, value.")
+        if value is not None:
+            limits: Any = {known[algorithm]: value}
+            self._fabric.clip_gradients(self._module, optimizer, **limits)
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"`self.trainer.{name}` is not there in a Fabric loop, which has no Trainer. There are {_KNOWN}. "
             "Keep what the loop needs, such as the epoch, in the loop itself, or run the module with a Trainer."
         )
-
-
-def steps_in_fabric(module: LightningModule, wrapped: bool) -> Any:
-    """The optimizers that ``Fabric.setup`` got with a module: one, or a list.
-
-    Args:
-        module: The module.
-        wrapped: Return what ``setup`` returned, and not the plain optimizers of torch.
-    """
-    steps = module._fabric_optimizers
-    found = [each if wrapped else each.optimizer for each in steps]
-    return found[0] if len(found) == 1 else found
-
-
-def clip_in_fabric(module: LightningModule, optimizer: Any, value: float | None, algorithm: str | None) -> None:
-    """Clip gradients in a Fabric loop, as ``LightningModule.clip_gradients`` does under a Trainer.
-
-    Args:
-        module: The module.
-        optimizer: The optimizer whose parameters' gradients are clipped.
-        value: The largest norm or absolute value; None: nothing happens, as under a Trainer without one.
-        algorithm: "norm" or "value". Default: "norm".
-
-    Raises:
-        MisconfigurationException: There is no such algorithm.
-    """
-    known = {None: "max_norm", "norm": "max_norm", "value": "clip_val"}
-    if algorithm not in known:
-        raise MisconfigurationException(f"gradient_clip_algorithm={algorithm!r} is unknown. There is: norm, value.")
-    if value is not None:
-        fabric: Any = module.fabric
-        fabric.clip_gradients(module, optimizer, **{known[algorithm]: value})

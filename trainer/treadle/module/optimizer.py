@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
 from treadle_fabric import FabricOptimizer, MisconfigurationException, SingleDeviceStrategy, Strategy
 
-__all__ = ["LightningOptimizer"]
+if TYPE_CHECKING:
+    from treadle.contracts import LightningModule
+
+__all__ = ["LightningOptimizer", "toggle", "untoggle"]
 
 Toggling = Callable[[Optimizer, bool], AbstractContextManager[Any]]
 
@@ -56,3 +59,25 @@ class LightningOptimizer(FabricOptimizer):
             )
         with self._toggled(self, sync_grad):
             yield
+
+
+def toggle(module: LightningModule, optimizer: Optimizer) -> None:
+    """Let only the parameters of an optimizer require gradients, of those that the module's optimizers have."""
+    mine = {p for group in optimizer.param_groups for p in group["params"]}
+    known = [group for each in module.trainer.optimizers for group in each.param_groups]
+    others = {p for group in known for p in group["params"] if p not in mine}
+    module._toggled[_identity(optimizer)] = [(p, p.requires_grad) for p in others]
+    for p in others:
+        p.requires_grad_(False)
+    module.trainer.strategy.after_trainable_change()
+
+
+def untoggle(module: LightningModule, optimizer: Optimizer) -> None:
+    """Put back what :func:`toggle` changed."""
+    for p, required in module._toggled.pop(_identity(optimizer), []):
+        p.requires_grad_(required)
+    module.trainer.strategy.after_trainable_change()
+
+
+def _identity(optimizer: Optimizer) -> int:
+    return id(getattr(optimizer, "optimizer", optimizer))
