@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 from tests.processes import ROOT
 
-pytestmark = [pytest.mark.lightning, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lightning, pytest.mark.timeout(400)]
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -41,7 +41,7 @@ TABLE = {
     "textgen": Program(("-m", "textgen")),
     "autoencoder": Program(("autoencoder.py",)),
     "cli": Program(("cli/main.py", "fit", "--config", "cli/config.yaml")),
-    "callbacks_zoo": Program(("callbacks_zoo.py",), {"averaging/(losses|validated|weights)": "averaged weights"}),
+    "callbacks_zoo": Program(("callbacks_zoo.py",), {"averaging/": "averaged weights"}),
     "manual_accumulation": Program(("manual_accumulation.py",), {"steps": "global step"}),
     "gan": Program(("gan.py",), {"global step": "global step"}),
     "fabric_loop": Program(("fabric_loop.py", "--shuffle")),
@@ -125,7 +125,7 @@ def check(name: str, lightning: Any, treadle: Any, predicted: Mapping[str, str])
         assert any(re.match(pattern, path) for path, *_ in found), f"{name} does not differ in {pattern!r}: {row!r}"
 
 
-@pytest.mark.parametrize(("name", "way"), cases())
+@pytest.mark.parametrize(("name", "way"), [*cases()])
 def test_a_program_has_the_losses_of_lightning(
     name: str, way: str, results: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -153,7 +153,7 @@ def finetuning():
         "stopped": [stopping.stopped_epoch, stopping.wait_count, trainer.current_epoch, trainer.global_step],
         "best": checkpoints[0].best_model_score.item().hex(),
         "files": sorted(os.listdir("ckpt")),
-        "rates": {k: [v.hex() for v in values] for k, values in sorted(lr_monitor.lrs.items())},
+        "rates": {k: [values[0].hex(), values[-1].hex()] for k, values in sorted(lr_monitor.lrs.items())},
         "groups": len(trainer.optimizers[0].param_groups),
     }
 

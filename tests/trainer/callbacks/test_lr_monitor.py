@@ -127,7 +127,8 @@ def test_a_group_that_is_added_on_the_way() -> None:
 
     model = Unfreezes(lambda m: SGD([m.layer.weight], 0.1))
     both = {"log_momentum": True, "log_weight_decay": True}
-    _, rows = run(model, logging_interval="epoch", **both)
+    monitor, rows = run(model, logging_interval="epoch", **both)
+    assert monitor.lrs == {"lr-SGD/pg1": [0.1, 0.1], "lr-SGD/pg2": [0.5]}
     assert [sorted(k for k in row if "-m" not in k and "-w" not in k) for _, row in rows] == [
         ["lr-SGD"],
         ["lr-SGD/pg1", "lr-SGD/pg2"],

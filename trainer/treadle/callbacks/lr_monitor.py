@@ -104,6 +104,8 @@ class LearningRateMonitor(Callback):
                 continue
             for key, group in zip(_group_names(name, optimizer), optimizer.param_groups, strict=True):
                 rates.append(key)
+                if key not in self.lrs and name in self.lrs:  # it was the only group until now
+                    self.lrs[key] = self.lrs.pop(name)
                 given[key] = group["lr"]
                 if self.log_momentum:
                     given[f"{key}-momentum"] = group["betas"][0] if "betas" in group else group.get("momentum", 0)

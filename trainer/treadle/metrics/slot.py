@@ -16,11 +16,6 @@ from treadle.metrics.values import flatten_metrics, is_at_hand, scalar_on, vecto
 __all__ = ["Slot"]
 _ON_TENSORS: Final[dict[str, Callable[[Tensor], Tensor]]] = {"sum": torch.sum, "min": torch.amin, "max": torch.amax}
 _ON_NUMBERS: Final[dict[str, Callable[[list[Any]], Any]]] = {"sum": sum, "min": min, "max": max}
-_ROUNDED: Final[dict[torch.dtype, Callable[[float], float]]] = {
-    torch.float32: lambda number: ctypes.c_float(number).value,
-    torch.float64: float,
-}
-"""Rounds a double to the dtype."""
 _FOLD_EVERY: Final = 256  # pending values are summed in one operation, this many at a time
 
 
@@ -105,10 +100,14 @@ class Slot:
         if weights is None and all(isinstance(n, int) for n in numbers):
             self.total = (0 if self.total is None else self.total) + sum(numbers)
             return
-        rounded = _ROUNDED[self.dtype]
+        rounded = ctypes.c_float if self.dtype == torch.float32 else ctypes.c_double
+        if not all(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+            numbers = [rounded(number).value for number in numbers]
+        if weights is not None:
+            numbers = [rounded(number * weight).value for number, weight in zip(numbers, weights)]
         total = 0.0 if self.total is None else float(self.total)
-        for number, weight in zip(numbers, [1.0] * len(numbers) if weights is None else weights):
-            total = rounded(total + rounded(rounded(number) * weight))
+        for number in numbers:
+            total = rounded(total + number).value
         self.total = torch.tensor(total, dtype=self.dtype, device="cpu")
 
     def _add_stacked(self, values: list[Any], weights: list[float]) -> None:

@@ -44,7 +44,7 @@ def main(args: ArgsType = None) -> None:
                 .item()
                 .hex(),
                 "config": os.path.exists(os.path.join(cli.trainer.log_dir, "config.yaml")),
-                "callbacks": sorted(type(callback).__name__ for callback in cli.trainer.callbacks),
+                "stopped": [callback.stopped_epoch for callback in cli.trainer.early_stopping_callbacks],
                 "steps": cli.trainer.global_step,
             },
             file,
