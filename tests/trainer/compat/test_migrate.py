@@ -7,17 +7,21 @@ Tests of ``treadle.compat.migrate``: ``names``, ``older``, ``findings``, ``tree`
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import stat
 import subprocess
 import textwrap
+import tomllib
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from treadle import Callback, LightningModule, Trainer
 from treadle.cli.main import main
-from treadle.compat.migrate.names import names
+from treadle.compat.migrate.names import Found, names
 from treadle.compat.migrate.python.source import migrate_source
 from treadle.compat.migrate.python.strings import LOGGER
 from treadle.compat.table import PACKAGES
@@ -572,3 +576,15 @@ def test_names() -> None:
     assert set(PACKAGES) == {"lightning", "pytorch_lightning", "lightning_fabric"}
     assert names().find("numpy.array") is None
     assert rank_zero._log.name == LOGGER
+
+
+def test_what_lightning_1_had_is_there_no_more() -> None:
+    entries = tomllib.loads(
+        resources.files("treadle.compat.migrate").joinpath("older.toml").read_text(encoding="utf-8")
+    )
+    assert all(isinstance(names().find(f"lightning.{name}"), Found) for name in entries["moved"])
+    assert all(not isinstance(names().find(f"lightning.{name}"), Found) for name in entries["removed"])
+    assert not set(entries["arguments"]["Trainer"]) & set(inspect.signature(Trainer.__init__).parameters)
+    for base in (LightningModule, Callback, Trainer):
+        for kind in ("methods", "attributes"):
+            assert not [name for name in entries[kind].get(base.__name__, ()) if hasattr(base, name)]
