@@ -137,7 +137,7 @@ PROGRAMS = {
         from pytorch_lightning.loggers import LightningLoggerBase as Base
         """,
         """
-        from treadle import LightningModule
+        from treadle.core import LightningModule
         from treadle.callbacks import Callback
         from treadle.loggers import Logger as Base
         """,
@@ -293,6 +293,10 @@ LEFT = {
             (4, "lightning.__version__", "for Lightning 2.6.6"),
             (5, '"pytorch-lightning"', "for Lightning 2.6.6"),
         ],
+    ),
+    "a comment between names": (
+        "import lightning as L\n(L\n .pytorch  # here\n .Trainer)\n",
+        [(2, "L.pytorch.Trainer", "Write `L.Trainer`")],
     ),
     "strings that are made": (
         """
