@@ -141,13 +141,14 @@ def test_private_names_that_programs_import(module: str, name: str) -> None:
 
 
 def test_what_is_inside_can_be_named_but_not_used() -> None:
-    absent: Any = stand_in("_FitLoop", "lightning._FitLoop is left out on purpose: use hooks.")
+    error = LeftOutError("lightning._FitLoop is left out on purpose: use hooks.")
+    absent: Any = stand_in("_FitLoop", error)
     assert not isinstance(Trainer, absent)
 
     class Mine(absent):  # type: ignore[misc]
         def __init__(self) -> None: ...
 
-    for use in (absent, Mine, stand_in("_function", "lightning._FitLoop is left out on purpose: use hooks.")):
+    for use in (absent, Mine, stand_in("_function", error)):
         with pytest.raises(LeftOutError, match="use hooks"):
             use()
     with pytest.raises(AttributeError, match="use hooks"):

@@ -8,6 +8,7 @@ when they are asked for.
 from typing import TYPE_CHECKING
 
 from treadle.cli.main import main as main  # no part of `import *`, which would hide a user's own
+from treadle.module.configured import ModuleType, instantiate_class, instantiate_module
 from treadle_fabric import on_demand
 
 if TYPE_CHECKING:
@@ -18,12 +19,9 @@ if TYPE_CHECKING:
         LRSchedulerCallable,
         LRSchedulerTypeTuple,
         LRSchedulerTypeUnion,
-        ModuleType,
         OptimizerCallable,
         ReduceLROnPlateau,
         SaveConfigCallback,
-        instantiate_class,
-        instantiate_module,
     )
 
 __all__ = [
@@ -43,4 +41,5 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = on_demand(__name__, dict.fromkeys(__all__, "treadle.cli.configured"), "jsonargparse", "cli")
+    _parsing = [name for name in __all__ if name not in globals()]
+    __getattr__ = on_demand(__name__, dict.fromkeys(_parsing, "treadle.cli.configured"), "jsonargparse", "cli")

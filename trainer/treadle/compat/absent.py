@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from treadle_fabric import LeftOutError
-
 __all__ = ["stand_in"]
 
 
@@ -17,18 +15,19 @@ class _Absent(type):
         raise AttributeError(f"{cls.__doc__} It has no attribute {name!r}.")
 
 
-def stand_in(name: str, told: str) -> type | Callable[..., NoReturn]:
-    """Make a class, or a function, of which no more is there than the name: who uses it, is told what to use instead.
+def stand_in(name: str, error: ImportError) -> type | Callable[..., NoReturn]:
+    """Make a class, or a function, of which no more is there than the name: its use is the error that it stands for.
 
     Libraries import such names for an annotation, for ``isinstance`` or for one case of many: their import succeeds.
 
     Args:
         name: The name; that of a class begins with a capital letter, after underscores.
-        told: The message of the error.
+        error: Says what to use instead.
     """
+    told = str(error)
 
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise LeftOutError(told)
+        raise type(error)(told)
 
     if name.lstrip("_")[:1].isupper():
         return _Absent(name, (), {"__new__": refuse, "__doc__": told, "__module__": __name__})

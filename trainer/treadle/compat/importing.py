@@ -15,8 +15,9 @@ from typing import Any, Final
 
 from treadle.compat.absent import stand_in
 from treadle.compat.messages import govern_messages
+from treadle.compat.migrate.older import older
 from treadle.compat.table import LIGHTNING, PACKAGES, LeftOut, Target, table
-from treadle_fabric import LeftOutError, MisconfigurationException, left_out
+from treadle_fabric import LeftOutError, MisconfigurationException, MissingPackageError, left_out
 
 __all__ = ["SHIM", "replace_lightning"]
 
@@ -77,6 +78,8 @@ class _Finder:
         if remedy := known.instead(name):
             raise LeftOutError(f"{name} is left out on purpose: {remedy}")  # by no name, or Python would drop the text
         if known.key(name) is None:
+            if told := _of_lightning_1(name):
+                raise LeftOutError(told)
             return None
         file = SHIM.joinpath(*name.split("."), "__init__.py")
         spec = importlib.machinery.ModuleSpec(name, _Loader(), origin=str(file), is_package=True)
@@ -147,7 +150,11 @@ def _look_up(module: ModuleType, name: str) -> Any:
         return _public(module)
     if name == "__version__" and table().key(module.__name__) in PACKAGES.values():
         return LIGHTNING
-    if (place := _place(module, name)) is not None:
+    try:
+        place = _place(module, name)
+    except MissingPackageError as e:  # as with Lightning, importing the name needs no package of others
+        return stand_in(name, e)
+    if place is not None:
         return getattr(*place)
     found = _find(module.__name__, name)
     if isinstance(found, LeftOut):
@@ -156,7 +163,17 @@ def _look_up(module: ModuleType, name: str) -> Any:
         return importlib.import_module(found.module)
     if name in table().submodules(module.__name__):  # as attributes, too, of a package that alone was imported
         return importlib.import_module(f"{module.__name__}.{name}")
-    raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+    told = "" if name.startswith("__") else _of_lightning_1(f"{module.__name__}.{name}")
+    raise AttributeError(told or f"module {module.__name__!r} has no attribute {name!r}")
+
+
+def _of_lightning_1(name: str) -> str:
+    """What a program is told that asks for a name of Lightning 1; empty: it was none."""
+    parts = tuple(name.split("."))
+    if (today := older().today(parts)) != parts:
+        return f"{name} is of Lightning 1. Lightning 2 has it as {'.'.join(today)}."
+    remedy = older().removed(parts)
+    return f"{name} is of Lightning 1, and Lightning 2 has it no more: {remedy}." if remedy else ""
 
 
 def _place(module: ModuleType, name: str) -> tuple[ModuleType, str] | None:
@@ -176,7 +193,7 @@ def _place(module: ModuleType, name: str) -> tuple[ModuleType, str] | None:
 @functools.cache
 def _absent(key: str, name: str, remedy: str) -> Any:
     """What stands for a name of what is inside of Lightning only; the same in all packages."""
-    return stand_in(name, f"lightning.{key}.{name} is left out on purpose: {remedy}")
+    return stand_in(name, LeftOutError(f"lightning.{key}.{name} is left out on purpose: {remedy}"))
 
 
 @functools.cache
