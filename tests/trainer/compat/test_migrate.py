@@ -355,11 +355,15 @@ LEFT = {
         ],
     ),
     "what Lightning 1 had": (
-        "from pytorch_lightning import metrics\nimport pytorch_lightning as pl\npl.TrainResult, pl.utilities.distributed\n",
+        """
+        from pytorch_lightning import metrics
+        import pytorch_lightning as pl
+        pl.TrainResult, pl.utilities.distributed
+        """,
         [
-            (1, "pytorch_lightning.metrics", "torchmetrics"),
-            (3, "pl.TrainResult", "self.log"),
-            (3, "pl.utilities.distributed", "treadle.utilities.rank_zero, or treadle_fabric.utilities.distributed"),
+            (2, "pytorch_lightning.metrics", "torchmetrics"),
+            (4, "pl.TrainResult", "self.log"),
+            (4, "pl.utilities.distributed", "treadle.utilities.rank_zero, or treadle_fabric.utilities.distributed"),
         ],
     ),
 }
