@@ -7,17 +7,21 @@ Tests of ``treadle.compat.migrate``: ``names``, ``older``, ``findings``, ``tree`
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import stat
 import subprocess
 import textwrap
+import tomllib
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from treadle import Callback, LightningModule, Trainer
 from treadle.cli.main import main
-from treadle.compat.migrate.names import names
+from treadle.compat.migrate.names import Found, names
 from treadle.compat.migrate.python.source import migrate_source
 from treadle.compat.migrate.python.strings import LOGGER
 from treadle.compat.table import PACKAGES
@@ -128,12 +132,12 @@ PROGRAMS = {
     ),
     "names of Lightning 1": (
         """
-        from pytorch_lightning.core.lightning import LightningModule
+        from pytorch_lightning.profiler import SimpleProfiler
         from pytorch_lightning.callbacks.base import Callback
         from pytorch_lightning.loggers import LightningLoggerBase as Base
         """,
         """
-        from treadle import LightningModule
+        from treadle.profilers import SimpleProfiler
         from treadle.callbacks import Callback
         from treadle.loggers import Logger as Base
         """,
@@ -290,6 +294,10 @@ LEFT = {
             (5, '"pytorch-lightning"', "for Lightning 2.6.6"),
         ],
     ),
+    "a comment between names": (
+        "import lightning as L\n(L\n .pytorch  # here\n .Trainer)\n",
+        [(2, "L.pytorch.Trainer", "Write `L.Trainer`")],
+    ),
     "strings that are made": (
         """
         name = f"lightning.pytorch.callbacks.{3}"
@@ -347,8 +355,16 @@ LEFT = {
         ],
     ),
     "what Lightning 1 had": (
-        "from pytorch_lightning import metrics\nimport pytorch_lightning as pl\npl.TrainResult\n",
-        [(1, "pytorch_lightning.metrics", "torchmetrics"), (3, "pl.TrainResult", "self.log")],
+        """
+        from pytorch_lightning import metrics
+        import pytorch_lightning as pl
+        pl.TrainResult, pl.utilities.distributed
+        """,
+        [
+            (2, "pytorch_lightning.metrics", "torchmetrics"),
+            (4, "pl.TrainResult", "self.log"),
+            (4, "pl.utilities.distributed", "treadle.utilities.rank_zero, or treadle_fabric.utilities.distributed"),
+        ],
     ),
 }
 
@@ -572,3 +588,20 @@ def test_names() -> None:
     assert set(PACKAGES) == {"lightning", "pytorch_lightning", "lightning_fabric"}
     assert names().find("numpy.array") is None
     assert rank_zero._log.name == LOGGER
+
+
+def test_what_lightning_1_had_is_there_no_more() -> None:
+    entries = tomllib.loads(
+        resources.files("treadle.compat.migrate").joinpath("older.toml").read_text(encoding="utf-8")
+    )
+    found = {
+        name
+        for kind in ("moved", "removed")
+        for name in entries[kind]
+        if isinstance(names().find(f"lightning.{name}"), Found)
+    }
+    assert found == set(entries["moved"])
+    assert not set(entries["arguments"]["Trainer"]) & set(inspect.signature(Trainer.__init__).parameters)
+    for base in (LightningModule, Callback, Trainer):
+        for kind in ("methods", "attributes"):
+            assert not [name for name in entries[kind].get(base.__name__, ()) if hasattr(base, name)]

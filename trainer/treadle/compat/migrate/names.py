@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import inspect
+import re
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
@@ -16,6 +17,7 @@ from treadle_fabric import TreadleError
 __all__ = ["Found", "Missing", "Names", "names"]
 
 _TREADLE: Final = ("treadle", "treadle_fabric")
+_OF_LIGHTNING: Final = re.compile(r"(?<![\w.])(?:pytorch_lightning|lightning_fabric)(?:\.\w+)*")
 
 
 class Found(NamedTuple):
@@ -70,26 +72,36 @@ class Names:
             if today != parts and isinstance(moved := self._in_table(today), Found):
                 return moved
             if remedy := self._older.removed(parts):
-                return Missing(_sentence(remedy), found.nearest, named=True)
+                return Missing(self._sentence(remedy), found.nearest, named=True)
         return found
 
     def _in_table(self, parts: tuple[str, ...]) -> Found | Missing:
         depth = self._depth(parts)
         if remedy := self._table.instead(".".join(parts[:depth])):
-            return Missing(_sentence(remedy), self._nearest(parts[: depth - 1]), named=True)
+            return Missing(self._sentence(remedy), self._nearest(parts[: depth - 1]), named=True)
         if depth == len(parts) and (home := self._table.home(".".join(parts))):
             return Found(home)
         for end in range(min(depth, len(parts) - 1), 0, -1):
             target = self._table.find(".".join(parts[:end]), parts[end])
             if isinstance(target, LeftOut):
-                return Missing(_sentence(target.remedy), self._nearest(parts), named=True)
+                return Missing(self._sentence(target.remedy), self._nearest(parts), named=True)
             if isinstance(target, Target):
                 rest = parts[end + 1 :]
                 path = rest if target.name is None else (*target.name.split("."), *rest)
-                if isinstance(found := _look(target.module, path, ours=target.name is None), Found):
+                if isinstance(found := _look(target.module, path, ours=False), Found):
                     return found
         unknown = f"Treadle has nothing in the place of `{'.'.join(parts)}`; write what the code needs of it."
         return Missing(unknown, self._nearest(parts), certain=depth > 1 or parts[0] != "lightning")
+
+    def _sentence(self, remedy: str) -> str:
+        """Return a remedy as a sentence, with the names that Treadle has for those of Lightning in it."""
+
+        def treadles(match: re.Match[str]) -> str:
+            found = self._in_table(tuple(match[0].split(".")))
+            return found.dotted if isinstance(found, Found) else match[0]
+
+        told = _OF_LIGHTNING.sub(treadles, remedy)
+        return f"{told[:1].upper()}{told[1:].rstrip('.')}."
 
     def _depth(self, parts: tuple[str, ...]) -> int:
         """Return how many parts name a module that the table knows."""
@@ -139,10 +151,6 @@ def _look(module: str, path: tuple[str, ...], *, ours: bool) -> Found | Missing:
 
 def _none(dotted: str, reason: str = "") -> Missing:
     return Missing(reason or f"Treadle has no `{dotted}`.")
-
-
-def _sentence(remedy: str) -> str:
-    return f"{remedy[:1].upper()}{remedy[1:].rstrip('.')}."
 
 
 def _is_module(dotted: str) -> bool:

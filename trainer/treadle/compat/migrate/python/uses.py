@@ -67,7 +67,11 @@ class Uses(cst.CSTVisitor):
             return
         self._report(node, reference, parts)
         written = self._write(reference, parts)
-        if written != parts:
+        if written == parts:
+            return
+        if "#" in cst.Module([]).code_for_node(node):
+            self._list(node, ".".join(parts), f"Write `{'.'.join(written)}`: there is a comment between the names.")
+        else:
             expression = cst.parse_expression(".".join(written))
             self.replaced[node] = expression.with_changes(lpar=node.lpar, rpar=node.rpar)
 
