@@ -1,7 +1,7 @@
 """Lists the modules of the installed Lightning, and their names, in ``tests/data/lightning-VERSION-names.json``.
 
 The environment of the benchmarks has Lightning: ``.venv-bench/bin/python benchmarks/lightning_names.py``. The file has
-names only. For each module, without the name of its package as in ``trainer/treadle/compat/names.toml``:
+names only. For each module, without the name of its package as in ``trainer/treadle/names/names.toml``:
 
     own      classes, functions and values that the module defines
     others   what it imports from other modules of Lightning, and so can be imported from it

@@ -261,8 +261,13 @@ def unknown_name(argument: str, value: Any, known: Iterable[str]) -> Misconfigur
     return MisconfigurationException(f"{argument}={value!r} is unknown. {near_names(str(value), known)}")
 
 
-def suggests_arguments(init: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a constructor without ``**kwargs``, so that the error for a misspelled argument has similar names.
+def suggests_arguments(init: Callable[P, None], instead: Callable[[str], str] = lambda name: "") -> Callable[P, None]:
+    """Decorate a constructor without ``**kwargs``, so that the error for an unknown argument says what is meant.
+
+    Args:
+        init: The constructor.
+        instead: What to write instead of an argument that there was once; empty for any other. Default: empty. Without
+            it, the error has similar names.
 
     Raises:
         UnknownArgumentError: The constructor is called with an argument that it does not have.
@@ -273,9 +278,9 @@ def suggests_arguments(init: Callable[P, None]) -> Callable[P, None]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
         for name in kwargs:
             if name not in known:
-                raise UnknownArgumentError(
-                    f"{type(args[0]).__qualname__}({name}=...) is no argument. {near_names(name, known)}"
-                )
+                remedy = instead(name)
+                hint = f"It was one of Lightning 1: {remedy}." if remedy else near_names(name, known)
+                raise UnknownArgumentError(f"{type(args[0]).__qualname__}({name}=...) is no argument. {hint}")
         init(*args, **kwargs)
 
     return checked

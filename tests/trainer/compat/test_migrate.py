@@ -24,7 +24,7 @@ from treadle.cli.main import main
 from treadle.compat.migrate.names import Found, names
 from treadle.compat.migrate.python.source import migrate_source
 from treadle.compat.migrate.python.strings import LOGGER
-from treadle.compat.table import PACKAGES
+from treadle.names.table import PACKAGES
 from treadle_fabric import rank_zero
 
 # A program for Lightning, and the same for Treadle.
@@ -591,9 +591,7 @@ def test_names() -> None:
 
 
 def test_what_lightning_1_had_is_there_no_more() -> None:
-    entries = tomllib.loads(
-        resources.files("treadle.compat.migrate").joinpath("older.toml").read_text(encoding="utf-8")
-    )
+    entries = tomllib.loads(resources.files("treadle.names").joinpath("older.toml").read_text(encoding="utf-8"))
     found = {
         name
         for kind in ("moved", "removed")

@@ -1,6 +1,6 @@
 """The table of names against the list of what Lightning 2.6.6 has, and against what Treadle has.
 
-Tests of ``treadle.compat.table``, ``treadle.compat.absent``, ``treadle.compat.internals``.
+Tests of ``treadle.names.table``, ``treadle.compat.absent``, ``treadle.compat.internals``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from treadle import LightningModule, Trainer
 from treadle.callbacks import ModelCheckpoint
 from treadle.compat import internals
 from treadle.compat.absent import stand_in
-from treadle.compat.table import LIGHTNING, LeftOut, Target, table
+from treadle.names.table import LIGHTNING, LeftOut, Target, table
 from treadle_fabric import LeftOutError, TorchCheckpointIO
 
 LISTED: dict[str, dict[str, list[str]]] = json.loads(

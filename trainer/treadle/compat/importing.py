@@ -15,8 +15,8 @@ from typing import Any, Final
 
 from treadle.compat.absent import stand_in
 from treadle.compat.messages import govern_messages
-from treadle.compat.migrate.older import older
-from treadle.compat.table import LIGHTNING, PACKAGES, LeftOut, Target, table
+from treadle.names.older import older
+from treadle.names.table import LIGHTNING, PACKAGES, LeftOut, Target, table
 from treadle_fabric import LeftOutError, MisconfigurationException, MissingPackageError, left_out
 
 __all__ = ["SHIM", "replace_lightning"]

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from treadle.accelerators import CPUAccelerator
 from treadle.callbacks import Checkpoint, ProgressBar
-from treadle.compat.table import LIGHTNING
 from treadle.module import LightningModule
+from treadle.names.table import LIGHTNING
 from treadle.trainer import Trainer
 from treadle_fabric import CheckpointIO, PathLike, resolve
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from treadle.compat.table import PACKAGES
+from treadle.names.table import PACKAGES
 from treadle_fabric import filter_warnings_as
 
 __all__ = ["govern_messages"]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
+from treadle.names.older import older
 from treadle.profilers import PassThroughProfiler, Profiler
 from treadle.profilers.choose import choose_profiler
 from treadle.run.layer_sync import LayerSync
@@ -114,7 +116,7 @@ class Trainer:
     """
 
     @reads_environment
-    @suggests_arguments
+    @partial(suggests_arguments, instead=lambda name: older().argument("Trainer", name))
     def __init__(
         self,
         *,

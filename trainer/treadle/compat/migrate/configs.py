@@ -10,8 +10,8 @@ import yaml
 
 from treadle.compat.migrate.findings import Finding, Migrated
 from treadle.compat.migrate.names import Found, Missing, names
-from treadle.compat.migrate.older import older
 from treadle.compat.migrate.python.strings import Place, rewrite
+from treadle.names.older import older
 
 __all__ = ["migrate_ini", "migrate_json", "migrate_toml", "migrate_yaml"]
 

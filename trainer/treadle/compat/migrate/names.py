@@ -10,8 +10,8 @@ import re
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
-from treadle.compat.migrate.older import Older, older
-from treadle.compat.table import PACKAGES, LeftOut, Table, Target, table
+from treadle.names.older import Older, older
+from treadle.names.table import PACKAGES, LeftOut, Table, Target, table
 from treadle_fabric import TreadleError
 
 __all__ = ["Found", "Missing", "Names", "names"]

@@ -20,9 +20,9 @@ from treadle.compat.migrate.configs import migrate_ini, migrate_json, migrate_to
 from treadle.compat.migrate.dependencies import dependencies
 from treadle.compat.migrate.findings import Finding, Migrated
 from treadle.compat.migrate.notebooks import migrate_notebook, programs
-from treadle.compat.migrate.older import older
 from treadle.compat.migrate.python.outdated import Project, read_project
 from treadle.compat.migrate.python.source import migrate_source
+from treadle.names.older import older
 from treadle_fabric import MisconfigurationException
 
 __all__ = ["Outcome", "Tree"]

@@ -11,7 +11,7 @@ import libcst as cst
 from libcst.metadata import ImportAssignment, PositionProvider, Scope, ScopeProvider
 
 from treadle.compat.migrate.names import Found, Missing, Names
-from treadle.compat.table import PACKAGES
+from treadle.names.table import PACKAGES
 
 __all__ = ["Binding", "Bindings", "Reference", "Statement", "dotted"]
 

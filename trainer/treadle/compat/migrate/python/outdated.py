@@ -11,9 +11,9 @@ from libcst.metadata import PositionProvider, Scope, ScopeProvider
 
 from treadle.compat.migrate.findings import Finding
 from treadle.compat.migrate.names import Found
-from treadle.compat.migrate.older import Older
 from treadle.compat.migrate.python.bindings import Bindings, dotted
-from treadle.compat.table import PACKAGES
+from treadle.names.older import Older
+from treadle.names.table import PACKAGES
 
 __all__ = ["Outdated", "Project", "read_project"]
 

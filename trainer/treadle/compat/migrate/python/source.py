@@ -7,12 +7,12 @@ from libcst.metadata import MetadataWrapper, ScopeProvider
 
 from treadle.compat.migrate.findings import Migrated
 from treadle.compat.migrate.names import names
-from treadle.compat.migrate.older import older
 from treadle.compat.migrate.python.bindings import Bindings
 from treadle.compat.migrate.python.imports import Imports
 from treadle.compat.migrate.python.outdated import Outdated, Project, read_project
 from treadle.compat.migrate.python.rewriting import Rewriting
 from treadle.compat.migrate.python.uses import Uses
+from treadle.names.older import older
 from treadle_fabric import MisconfigurationException
 
 __all__ = ["migrate_source"]

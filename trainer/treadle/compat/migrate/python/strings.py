@@ -6,7 +6,7 @@ import re
 from typing import Final, NamedTuple
 
 from treadle.compat.migrate.names import Found, Missing, Names
-from treadle.compat.table import LIGHTNING, PACKAGES
+from treadle.names.table import LIGHTNING, PACKAGES
 
 __all__ = ["LOGGER", "VERSION", "Place", "rewrite"]
 

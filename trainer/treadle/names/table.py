@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, NamedTuple
@@ -142,5 +141,7 @@ def _is_left_out(entry: Mapping[str, Any]) -> bool:
 @functools.cache
 def table() -> Table:
     """Return the table of the installed package."""
-    with resources.files("treadle.compat").joinpath("names.toml").open("rb") as file:
+    import tomllib  # for those who ask
+
+    with resources.files("treadle.names").joinpath("names.toml").open("rb") as file:
         return Table(tomllib.load(file))

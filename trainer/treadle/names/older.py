@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from treadle.compat.table import PACKAGES
+from treadle.names.table import PACKAGES
 
 __all__ = ["Older", "older"]
 
@@ -76,5 +75,7 @@ def _key(parts: tuple[str, ...]) -> tuple[str, ...]:
 @functools.cache
 def older() -> Older:
     """Return what the installed package knows."""
-    with resources.files("treadle.compat.migrate").joinpath("older.toml").open("rb") as file:
+    import tomllib  # for those who ask
+
+    with resources.files("treadle.names").joinpath("older.toml").open("rb") as file:
         return Older(tomllib.load(file))
