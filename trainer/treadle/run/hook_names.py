@@ -43,6 +43,15 @@ _FORMER: Final = {
     "training_step_end": "training_step",
     "validation_step_end": "validation_step",
     "test_step_end": "test_step",
+    "training_end": "training_step",
+    "validation_end": "on_validation_epoch_end",
+    "test_end": "on_test_epoch_end",
+    "tbptt_split_batch": "training_step",
+    "tng_dataloader": "train_dataloader",
+    "on_hpc_save": "on_save_checkpoint",
+    "on_hpc_load": "on_load_checkpoint",
+    "on_post_move_to_device": "configure_model",
+    "on_before_accelerator_backend_setup": "setup",
 }
 """Hooks that Lightning had before 2.0, and passes over, with the method that takes their work."""
 _SAME_WORD: Final = {
