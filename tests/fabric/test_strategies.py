@@ -99,6 +99,13 @@ def test_one_device_refuses_the_reductions_that_several_refuse() -> None:
         fabric.all_reduce(torch.tensor(2.0), reduce_op="avrage")
 
 
+def test_reduce_is_all_reduce_and_leaves_what_is_no_tensor() -> None:
+    strategy = SingleDeviceStrategy("cpu")
+    one, other = torch.ones(2), object()
+    assert torch.equal(strategy.reduce(one, reduce_op="sum"), strategy.all_reduce(one, reduce_op="sum"))
+    assert strategy.reduce(other) is other
+
+
 def test_single_device() -> None:
     strategy = Fabric(accelerator="cpu", devices=1).strategy
     assert isinstance(strategy, SingleDeviceStrategy)
