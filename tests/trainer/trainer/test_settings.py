@@ -227,3 +227,11 @@ def test_the_logging_interval_is_heeded(tmp_path: Path) -> None:
 def test_a_remote_root_is_taken_as_it_is() -> None:
     run = made(default_root_dir="memory://runs", logger=False)
     assert run.default_root_dir == "memory://runs"
+
+
+@pytest.mark.parametrize(
+    ("argument", "now"), [("gpus", "devices"), ("resume_from_checkpoint", "ckpt_path"), ("auto_lr_find", "Tuner")]
+)
+def test_an_argument_of_lightning_1_is_answered_with_what_took_its_place(argument: str, now: str) -> None:
+    with pytest.raises(TypeError, match=rf"Trainer\({argument}=\.\.\.\) is no argument.*{now}"):
+        L.Trainer(**{argument: 1})

@@ -19,7 +19,6 @@ from torch import Tensor
 from treadle.formats import modernize
 from treadle.module.configured import instantiate_module, is_maker, refuse_imports
 from treadle.module.hparams import MAKER, with_values
-from treadle.names.table import Target, table
 from treadle_fabric import (
     AttributeDict,
     CheckpointMismatchError,
@@ -216,6 +215,8 @@ def _of_lightning(module: str, name: str) -> Any:
     """Find what a pickle calls by a name of Lightning's; a class that Treadle does not have keeps nothing."""
     if module.partition(".")[0] not in ("lightning", "lightning_fabric", "pytorch_lightning"):
         return None
+    from treadle.names.table import Target, table  # for those who ask
+
     found = table().find(module, name)
     places = [(found.module, found.name)] if isinstance(found, Target) else []
     places += [

@@ -462,3 +462,10 @@ def backend_flags(settings: Settings) -> Generator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = before[2]
+
+
+def instead_of(name: str) -> str:
+    """Return what took the place of an argument that the Trainer had in Lightning 1; empty for any other."""
+    from treadle.names.older import older  # for those who ask
+
+    return older().argument("Trainer", name)

@@ -20,7 +20,6 @@ from treadle.loops.step.backward import manual_backward
 from treadle.loops.step.clipping import Clipping
 from treadle.metrics.latest import Metrics
 from treadle.module import LightningDataModule, LightningModule, LRSchedulerConfig
-from treadle.names.older import older
 from treadle.profilers import PassThroughProfiler, Profiler
 from treadle.profilers.choose import choose_profiler
 from treadle.run.layer_sync import LayerSync
@@ -116,7 +115,7 @@ class Trainer:
     """
 
     @reads_environment
-    @partial(suggests_arguments, instead=lambda name: older().argument("Trainer", name))
+    @partial(suggests_arguments, instead=preflight.instead_of)
     def __init__(
         self,
         *,
