@@ -235,8 +235,6 @@ FABRIC: list[Mistake] = [
      ("float", "tensor", ".item()")),
     ("both ways to clip", lambda: (s := set_up())[0].clip_gradients(s[1], s[2], clip_val=1, max_norm=1),
      MisconfigurationException, ("clip_val=1", "max_norm=1", "exactly one")),
-    ("a model that is not set up", lambda: F().clip_gradients(m := layer(), sgd(m), max_norm=1),
-     MisconfigurationException, ("clip_gradients", "Linear", "fabric.setup(model)")),
     ("two processes and no launch", lambda: F(devices=2).setup(layer()), MisconfigurationException,
      ("before launch()", "2 processes", "fabric.launch()")),
     ("nothing to spawn", lambda: F(devices=2, strategy="ddp_spawn").launch(), MisconfigurationException,

@@ -411,11 +411,8 @@ def test_an_error_in_a_search_inside_a_fit_leaves_the_module_as_it_was(error: Ba
     before, made = held(module), trainer(callbacks=[LearningRateFinder(num_training_steps=12)])
     Stateful.error = staticmethod(raising(error, 6))
     try:
-        if isinstance(error, ValueError):
-            with pytest.raises(ValueError, match="mine"):
-                made.fit(module)
-        else:
-            made.fit(module)  # Ctrl-C ends a fit without an error
+        with pytest.raises(ValueError if isinstance(error, ValueError) else SystemExit):
+            made.fit(module)
     finally:
         Stateful.error = None
     assert made.interrupted

@@ -108,7 +108,8 @@ class FabricOptimizer:
         return f"{self._prefix}{self.optimizer!r}"
 
     def __reduce__(self) -> Any:
-        return FabricOptimizer, (self.optimizer, self._strategy)  # those who listen to the steps belong to a run
+        wrapper = next(cls for cls in type(self).__mro__ if "_prefix" in vars(cls))
+        return wrapper, (self.optimizer, self._strategy)  # those who listen to the steps belong to a run
 
 
 def _plain_step(self: Any, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
