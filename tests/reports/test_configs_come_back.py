@@ -77,7 +77,7 @@ class Copied(Net):
 
 
 def save(module: L.LightningModule, **kwargs: Any) -> None:
-    run = trainer(Path(), max_steps=1, **kwargs)
+    run = trainer(Path(), max_steps=1, limit_val_batches=0, **kwargs)
     run.fit(module, loader(4))
     run.save_checkpoint("a.ckpt")
 

@@ -176,7 +176,7 @@ def test_a_part_that_is_made_in_a_hook_logs(tmp_path: Path) -> None:
     assert run.callback_metrics["from the part"] == 3
 
 
-@pytest.mark.parametrize("name", ["optimizers", "precision", "strategy"])
+@pytest.mark.parametrize("name", ["precision", "strategy"])
 def test_what_cannot_be_replaced_says_so(tmp_path: Path, name: str) -> None:
     class Replacing(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:

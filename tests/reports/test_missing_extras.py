@@ -20,7 +20,7 @@ from tests.trainer.models import Net
 from torch.utils.data import DataLoader
 
 import treadle.cli
-from treadle import Trainer
+from treadle import LightningModule, Trainer
 from treadle.callbacks import (
     DeviceStatsMonitor,
     OptunaPruning,
@@ -110,6 +110,7 @@ USERS: list[tuple[str, tuple[str, ...], Callable[[], Any]]] = [
     ("fp8", ("torchao",), lambda: Float8Precision(emulate=True)),
     ("fp8", ("torchao",), lambda: make_precision("fp8", "cuda")),
     ("bitsandbytes", ("bitsandbytes",), lambda: BitsandbytesPrecision("nf4")),
+    ("tensorrt", ("torch_tensorrt",), lambda: LightningModule().to_tensorrt()),
     ("transformer-engine", ("transformer_engine",), lambda: make_precision("transformer-engine", "cuda")),
 ]
 
@@ -127,7 +128,12 @@ def test_the_command_is_named(
 
 
 def test_the_extra_has_the_package() -> None:
-    brought_along = {"yaml": "jsonargparse", "PIL": "tensorboard", "torch_xla": "torch-xla"}
+    brought_along = {
+        "yaml": "jsonargparse",
+        "PIL": "tensorboard",
+        "torch_xla": "torch-xla",
+        "torch_tensorrt": "torch-tensorrt",
+    }
     for extra, hidden, _ in USERS:
         names = {re.split(r"[\[<>=~]", requirement)[0] for requirement in EXTRAS[extra]}
         assert brought_along.get(hidden[0], hidden[0]) in names

@@ -379,6 +379,7 @@ def test_processes_that_each_see_one_gpu_use_it(monkeypatch: pytest.MonkeyPatch)
     made: dict[str, Any] = {}
     met: list[Any] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.update(current=device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(

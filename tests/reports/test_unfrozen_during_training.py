@@ -322,4 +322,4 @@ def test_learning_rates_of_added_groups_are_logged(tmp_path: Path) -> None:
     monitor = L.callbacks.LearningRateMonitor("epoch")
     run = trainer(tmp_path, max_epochs=3, callbacks=[At(1, add), monitor], logger=CSVLogger(tmp_path))
     run.fit(Above(), loader())
-    assert monitor.lrs == {"lr-SGD": [0.1], "lr-SGD/pg1": [0.1, 0.1], "lr-SGD/pg2": [0.05, 0.05]}
+    assert monitor.lrs == {"lr-SGD/pg1": [0.1, 0.1, 0.1], "lr-SGD/pg2": [0.05, 0.05]}

@@ -182,7 +182,8 @@ class Keeps(Net):
 
 
 def save(module: L.LightningModule, path: str = "a.ckpt", folder: bool = False) -> L.Trainer:
-    run = trainer(Path(), max_steps=1, plugins=DistributedCheckpointIO() if folder else None)
+    plugins = DistributedCheckpointIO() if folder else None
+    run = trainer(Path(), max_steps=1, limit_val_batches=0, plugins=plugins)
     run.fit(module, loader(4))
     run.save_checkpoint(path)
     return run
@@ -371,7 +372,7 @@ class AnyArguments(Net):
 
 @pytest.mark.parametrize("value", [Inner(3), Color.RED, Point(1, Path("a")), [Inner(3)]])
 def test_a_class_that_no_annotation_names_is_told_and_pickled(value: Any) -> None:
-    run = trainer(Path(), max_steps=1)
+    run = trainer(Path(), max_steps=1, limit_val_batches=0)
     run.fit(AnyArguments(thing=value, lr=0.1), loader(4))
     with pytest.warns(UserWarning, match=r"hyper_parameters\.thing.*weights_only=False.*annotated"):
         run.save_checkpoint("a.ckpt")

@@ -165,6 +165,7 @@ def test_the_config_is_written_once_and_reads_back() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*metrics.csv. is there already:UserWarning")
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_another_config_is_not_overwritten() -> None:
     kwargs: Any = {"model": WithOptimizer, "run": True}
     words = ["fit", *(f"--trainer.logger{more}" for more in ("=CSVLogger", ".save_dir=logs", ".version=0"))]

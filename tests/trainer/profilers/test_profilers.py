@@ -362,7 +362,7 @@ def test_functions_of_each_action_are_told_apart(tmp_path: Path) -> None:
         ),
         (lambda: L.Trainer(profiler=SimpleProfiler), r"profiler is the class SimpleProfiler: pass an instance"),  # type: ignore[arg-type]
         (lambda: L.Trainer(profiler=True), r"profiler is True; it must be"),  # type: ignore[arg-type]
-        (lambda: L.Trainer(profiler="simple", barebones=True), r"barebones=True turns profiler off"),
+        (lambda: L.Trainer(profiler="simple", barebones=True), r"barebones=True.*turns profiler off"),
         (lambda: SimpleProfiler(filename="a/b"), r"filename='a/b' of a profiler must be the name of a file"),
         (lambda: SimpleProfiler(3), r"dirpath=3 of a profiler must be a path"),  # type: ignore[arg-type]
         (lambda: SimpleProfiler(extended=1), r"SimpleProfiler: extended=1 must be True or False"),  # type: ignore[arg-type]

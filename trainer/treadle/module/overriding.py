@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +37,13 @@ def by_name(method: Callable[..., Any], before: int, *names: str) -> Callable[..
     """
     if not takes_names(method, before, *names):
         return method
-    return lambda *args: method(*args[:before], **dict(zip(names, args[before:], strict=True)))
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        return method(*args[:before], **dict(zip(names, args[before:], strict=True)))
+
+    vars(call)["__self__"] = getattr(method, "__self__", None)  # whose method is measured
+    return call
 
 
 def without_last(method: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any] | None:
