@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treadle_fabric.coordination import patient_barrier
 from treadle_fabric.environments import ClusterEnvironment
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.strategies.parallel import gather_tensor
@@ -136,27 +137,16 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 class PatientBarrier:
-    """Within this context, a call waits for the other ranks as long as it takes: ten days."""
-
-    def __init__(self) -> None:
-        self.group: Any = None
-        self.barrier: Any = lambda: None
+    """Within this context, a call waits for the other ranks as long as they work; so does the end of the context."""
 
     def __call__(self) -> None:
-        self.barrier()
+        patient_barrier("a barrier without a limit")
 
     def __enter__(self) -> Self:
-        if in_group():
-            from datetime import timedelta  # not used otherwise
-
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(days=10))
-            self.barrier = self.group.barrier
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is None:
-            self.barrier()
-        if self.group is not None:
-            dist.destroy_process_group(self.group)
+            self()

@@ -23,6 +23,7 @@ from treadle.run.progress import Phase
 from treadle.run.run import ReadyRun
 from treadle.stages import RunningStage
 from treadle_fabric import (
+    MisconfigurationException,
     PossibleUserWarning,
     StopAgreement,
     isolate_rng,
@@ -219,7 +220,11 @@ class FitLoop:
         if self._parts.outdated:
             epoch.close()
             self.epoch = renewed = self._parts.make_epoch(run, self)
-            assert renewed is not None
+            if renewed is None:
+                raise MisconfigurationException(
+                    "The training loader that was made anew in this run has no batches: return one with batches, or set"
+                    " `trainer.should_stop` where there are none."
+                )
             epoch = renewed
         if dispatch.refresh("fit") or self._changed or self._changes != self._parts.changes:
             self._changes = self._parts.changes

@@ -149,7 +149,8 @@ class ValidationSchedule:
 def check_validation_arguments(interval: Any, every_n_epochs: Any) -> None:
     """Refuse impossible ``val_check_interval`` and ``check_val_every_n_epoch`` before anything starts."""
     if isinstance(interval, (str, Mapping, timedelta)):
-        parse_duration(interval, "val_check_interval")
+        if (parse_duration(interval, "val_check_interval") or timedelta(0)) <= timedelta(0):
+            raise MisconfigurationException(f"val_check_interval={interval!r} must be longer than no time at all.")
     elif isinstance(interval, bool) or not isinstance(interval, (int, float)):
         raise MisconfigurationException(
             f"val_check_interval={interval!r} must be an int (batches), a float (fraction of an epoch) or a duration."

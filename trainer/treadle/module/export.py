@@ -20,7 +20,14 @@ from treadle_fabric import FabricOptimizer, MisconfigurationException, move_data
 if TYPE_CHECKING:
     from treadle.contracts import LightningModule
 
-_NO_TRAINER: Final = object()
+
+class _NoTrainer:
+    """In the place of a trainer while TorchScript reads every attribute: without one, ``trainer`` is an error."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
 _OF_THE_RUN: Final = """log log_dict print all_gather optimizers lr_schedulers manual_backward clip_gradients
     profile toggle_optimizer untoggle_optimizer""".split()
 
@@ -109,11 +116,11 @@ def _compiling(module: LightningModule) -> Generator[None]:
     """Have the module in evaluation mode, log nothing, and let every attribute be read; then as it was."""
     modes = module_modes(module)
     nested: Any = [m for m in module.modules() if hasattr(m, "attach_metrics")]  # those of the module that may log
-    alone = [each for each in module.modules() if vars(each).get("_trainer", module) is None]
+    alone = [m for m in module.modules() if vars(m).get("_trainer", m) is None and vars(m).get("_fabric") is None]
     try:
         with silenced(nested):  # values without numbers are logged while a module is traced
             for each in alone:  # without a trainer, `trainer` is an error
-                vars(each)["_trainer"] = _NO_TRAINER
+                vars(each)["_trainer"] = _NoTrainer()
             module.eval()
             yield
     finally:

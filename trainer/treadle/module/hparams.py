@@ -126,7 +126,7 @@ class HyperparametersMixin:
         for name, value in found.items():
             if isinstance(value, nn.Module):
                 rank_zero_warn(
-                    f"The hyperparameter {name!r} is an instance of `nn.Module` and is already saved during"
+                    f"Attribute {name!r} is an instance of `nn.Module` and is already saved during"
                     f" checkpointing, in the state_dict. Leave it out with"
                     f" self.save_hyperparameters(ignore=[{name!r}])."
                 )

@@ -120,7 +120,7 @@ def _module_from(
     kwargs: dict[str, Any],
 ) -> M:
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
-    hparams, name, whole = _hparams_of(checkpoint, hparams_file, "")
+    hparams, name, whole = _hparams_of(cls, checkpoint, hparams_file, "")
     if weights_only is not False:
         refuse_imports(hparams, str(checkpoint_path))
     module = instantiate(cls, hparams, name, whole, kwargs)
@@ -187,7 +187,7 @@ def _datamodule_from(
     kwargs: dict[str, Any],
 ) -> D:
     checkpoint = _read(cls, checkpoint_path, map_location, weights_only)
-    hparams, name, whole = _hparams_of(checkpoint, hparams_file, "datamodule_")
+    hparams, name, whole = _hparams_of(cls, checkpoint, hparams_file, "datamodule_")
     if weights_only is not False:
         refuse_imports(hparams, str(checkpoint_path))
     datamodule = instantiate(cls, hparams, name, whole, kwargs)
@@ -206,13 +206,13 @@ def saved_hyperparameters(checkpoint_path: PathLike) -> dict[str, Any]:
         CheckpointError: The file cannot be read.
     """
     with files_mapped():
-        hparams, _, _ = _hparams_of(_read(object, checkpoint_path, "cpu", None), None, "")
+        hparams, _, _ = _hparams_of(object, _read(object, checkpoint_path, "cpu", None), None, "")
     refuse_imports(hparams, str(checkpoint_path))
     return hparams
 
 
 def _of_lightning(module: str, name: str) -> Any:
-    """Find what a pickle calls by a name of Lightning's; a class that Treadle does not have keeps nothing."""
+    """Find what a pickle calls by a name of Lightning's; one that Treadle lacks keeps nothing, and is told of."""
     if module.partition(".")[0] not in ("lightning", "lightning_fabric", "pytorch_lightning"):
         return None
     from treadle.names.table import Target, table  # for those who ask
@@ -225,6 +225,9 @@ def _of_lightning(module: str, name: str) -> Any:
     for place, attribute in places:
         if attribute and (value := getattr(importlib.import_module(place), attribute, None)) is not None:
             return value
+    rank_zero_warn(
+        f"A {module}.{name} is in the file, which Treadle does not have: an object that knows nothing takes its place."
+    )
     return absent(module, name)
 
 
@@ -264,13 +267,13 @@ def _where_saved(storage: Any, location: str) -> Any:
 
 
 def _hparams_of(
-    checkpoint: Mapping[str, Any], hparams_file: PathLike | None, prefix: str
+    cls: type[Any], checkpoint: Mapping[str, Any], hparams_file: PathLike | None, prefix: str
 ) -> tuple[dict[str, Any], str | None, Any]:
     """The saved hyperparameters, the argument that held them all, and the object that was this argument."""
-    name = checkpoint.get(f"{prefix}hparams_name")
+    name = checkpoint.get(getattr(cls, "CHECKPOINT_HYPER_PARAMS_NAME", f"{prefix}hparams_name"))
     if hparams_file is not None:
         return read_hparams_file(str(hparams_file)), name, None
-    hparams = checkpoint.get(f"{prefix}hyper_parameters") or {}
+    hparams = checkpoint.get(getattr(cls, "CHECKPOINT_HYPER_PARAMS_KEY", f"{prefix}hyper_parameters")) or {}
     hparams = vars(hparams).copy() if isinstance(hparams, Namespace) else dict(hparams)
     return hparams, name, in_memory(checkpoint.get("treadle", {}).get(f"{prefix}hparams_object"))
 

@@ -157,7 +157,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
     @property
     def loggers(self) -> list[Logger]:
         """The loggers of the trainer or the Fabric; empty without either."""
-        if self._trainer is not None:
+        if self._trainer:
             return self._trainer.loggers
         return list(self._fabric.loggers) if self._fabric is not None else []
 
@@ -350,7 +350,7 @@ class LightningModule(HyperparametersMixin, ModuleHooks, nn.Module):
         Args:
             action_name: the name of the action in the profiler's report.
         """
-        return self._trainer.profiler.profile(action_name) if self._trainer is not None else nullcontext()
+        return self._trainer.profiler.profile(action_name) if self._trainer else nullcontext()
 
     def toggle_optimizer(self, optimizer: Optimizer) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,11 +37,11 @@ def by_name(method: Callable[..., Any], before: int, *names: str) -> Callable[..
     if not takes_names(method, before, *names):
         return method
 
-    @functools.wraps(method)
     def call(*args: Any) -> Any:
         return method(*args[:before], **dict(zip(names, args[before:], strict=True)))
 
     vars(call)["__self__"] = getattr(method, "__self__", None)  # whose method is measured
+    call.__name__ = getattr(method, "__name__", call.__name__)
     return call
 
 

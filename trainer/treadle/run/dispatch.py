@@ -137,9 +137,9 @@ class Dispatch:
         """Warn of the states that no callback has taken; the first epoch begins."""
         if self._states:
             rank_zero_warn(
-                "With `ckpt_path`, callbacks used to create the checkpoint need to be provided during `Trainer`"
-                " instantiation, because their states are in it. To go on as before, please add the following"
-                f" callbacks: {sorted(self._states)}."
+                "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided"
+                " during `Trainer` instantiation, because their states are in it. To go on as before, please add the"
+                f" following callbacks: {sorted(self._states)}."
             )
             self._states = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import cache, lru_cache, partial
@@ -30,30 +31,8 @@ _REMOVED: Final = {
     "test_epoch_end": "on_test_epoch_end",
 }
 """Hooks that Lightning had before 2.0, and refuses."""
-_FORMER: Final = {
-    "on_epoch_start": "on_train_epoch_start",
-    "on_epoch_end": "on_train_epoch_end",
-    "on_batch_start": "on_train_batch_start",
-    "on_batch_end": "on_train_batch_end",
-    "on_init_start": "setup",
-    "on_init_end": "setup",
-    "on_pretrain_routine_start": "on_fit_start",
-    "on_pretrain_routine_end": "on_fit_start",
-    "on_keyboard_interrupt": "on_exception",
-    "training_step_end": "training_step",
-    "validation_step_end": "validation_step",
-    "test_step_end": "test_step",
-    "training_end": "training_step",
-    "validation_end": "on_validation_epoch_end",
-    "test_end": "on_test_epoch_end",
-    "tbptt_split_batch": "training_step",
-    "tng_dataloader": "train_dataloader",
-    "on_hpc_save": "on_save_checkpoint",
-    "on_hpc_load": "on_load_checkpoint",
-    "on_post_move_to_device": "configure_model",
-    "on_before_accelerator_backend_setup": "setup",
-}
-"""Hooks that Lightning had before 2.0, and passes over, with the method that takes their work."""
+_OLDER: Final = re.compile("on_|(training|validation|test|predict)_|tbptt_|tng_|get_(progress_bar|tqdm)_")
+"""How the methods begin that Lightning 1 called and nobody calls today."""
 _SAME_WORD: Final = {
     "val": "validation", "valid": "validation", "validate": "validation", "training": "train", "testing": "test",
     "prediction": "predict", "predicting": "predict", "optim": "optimizer", "begin": "start",
@@ -144,8 +123,12 @@ def _meant(name: str, kinds: tuple[type, ...]) -> tuple[str, str]:
     if others:
         nouns = " and ".join(f"{_NOUN[kind]}s" for kind in others)
         return name, f" in a {_NOUN[kinds[0]]}: it is a hook of {nouns}. Move it there."
-    if (former := _FORMER.get(name)) in called and former is not None:
-        return former, f": it was a hook of Lightning 1. Use `{former}`."
+    if _OLDER.match(name) and name not in called:
+        from treadle.names.older import older  # read where a name asks
+
+        for kind in kinds:
+            if remedy := older().method(kind.__name__, name):
+                return name, f": it was a hook of Lightning 1. To have it called, {remedy}."
     near = _nearest(name, tuple(dict.fromkeys(called)))
     return near, f". Did you mean {near!r}?"
 

@@ -79,8 +79,14 @@ class Setting(Generic[T]):
         return cast("T", found)
 
     def __set__(self, trainer: Trainer, value: T) -> None:
+        before = getattr(trainer._settings, self._name, None)
         trainer._settings.change(self._name, value)
-        trainer._configure_steps()
+        if self._name.startswith("gradient_clip_"):
+            try:
+                trainer._configure_steps()
+            except MisconfigurationException:  # the strategy cannot do so
+                trainer._settings.change(self._name, before)
+                raise
 
 
 class StageFlag:

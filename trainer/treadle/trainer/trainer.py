@@ -299,7 +299,7 @@ class Trainer:
         if return_predictions == "stream":
             self.fabric.launch()
             stream = self._runner.stream(module, datamodule, dataloaders, source)
-            next(stream, None)  # errors are raised here, not at the first batch; Ctrl-C leaves an empty stream
+            next(stream, None)  # errors are raised here, not at the first batch
             return stream
         keep = return_predictions is not False
         found = self._runner.launch(self._runner.predict, module, datamodule, dataloaders, source, keep)
