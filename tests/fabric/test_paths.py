@@ -6,7 +6,9 @@ Tests of ``treadle_fabric.utilities``, ``treadle_fabric.wrappers`` and ``treadle
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,7 +249,11 @@ def exchange(fabric: Fabric) -> list[Any]:
     gathered = distributed._gather_all_tensors(own)
     assert gathered[rank] is own and distributed._distributed_is_initialized()
     with distributed._InfiniteBarrier() as barrier:
+        if rank == 1:
+            time.sleep(0.2)  # for which the other has to wait
+            Path("here").touch()
         barrier()
+        assert Path("here").exists()
     return [
         [part.tolist() for part in gathered],
         distributed._sync_ddp(torch.tensor(rank + 1)).item(),
@@ -256,6 +262,7 @@ def exchange(fabric: Fabric) -> list[Any]:
     ]
 
 
-def test_collectives_of_two_ranks() -> None:
+def test_collectives_of_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp_fork")
     assert fabric.launch(exchange) == [[[[0.0, 0.0]], [[1.0, 1.0], [1.0, 1.0]]], 3, 1.5, [[0], [1]]]

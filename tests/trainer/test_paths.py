@@ -257,6 +257,9 @@ def test_the_keys_of_hyperparameters_in_a_checkpoint(tmp_path: Path) -> None:
             super().__init__()
             self.save_hyperparameters()
 
+    class Renamed(Model):
+        CHECKPOINT_HYPER_PARAMS_KEY = "mine"  # type: ignore[misc]
+
     trainer = Trainer(
         accelerator="cpu",
         fast_dev_run=True,
@@ -264,6 +267,9 @@ def test_the_keys_of_hyperparameters_in_a_checkpoint(tmp_path: Path) -> None:
         enable_model_summary=False,
         default_root_dir=tmp_path,
     )
+    trainer.fit(Renamed(4))
+    trainer.save_checkpoint(tmp_path / "r.ckpt")
+    assert Renamed.load_from_checkpoint(tmp_path / "r.ckpt").hparams == torch.load(tmp_path / "r.ckpt")["mine"]
     trainer.fit(Model())
     trainer.save_checkpoint(tmp_path / "m.ckpt")
     saved = torch.load(tmp_path / "m.ckpt")

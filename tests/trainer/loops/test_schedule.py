@@ -14,8 +14,15 @@ import pytest
 import treadle as L
 from treadle.data.limits import limit_batches
 from treadle.durations import parse_duration
-from treadle.loops.schedule import Durations, ValidationSchedule, resolve_durations, total_steps
+from treadle.loops.schedule import (
+    Durations,
+    ValidationSchedule,
+    check_validation_arguments,
+    resolve_durations,
+    total_steps,
+)
 from treadle.run.accumulation import Accumulation
+from treadle_fabric import MisconfigurationException
 
 
 @pytest.mark.parametrize(
@@ -106,3 +113,9 @@ def test_the_default_is_1000_epochs() -> None:
     assert not resolve_durations(1000, None, -1, None, None).max_epochs_assumed
     assert resolve_durations(None, None, 5, None, None).max_epochs == -1
     assert resolve_durations(None, None, -1, None, "00:00:00:01").max_epochs == -1
+
+
+@pytest.mark.parametrize("interval", ["00:00:00:00", timedelta(0), timedelta(seconds=-1), {"seconds": 0}])
+def test_an_interval_of_no_time_is_refused(interval: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=r"val_check_interval=.* must be longer than no time"):
+        check_validation_arguments(interval, 1)
