@@ -174,6 +174,7 @@ def test_lightnings_loggers_govern_messages(name: str, caplog: pytest.LogCapture
     logger.setLevel(logging.INFO)
     rank_zero_info("to be seen")
     assert caplog.messages == ["to be seen"]
+    logging.getLogger(f"{name}.accelerators.cuda").setLevel(logging.CRITICAL)  # a child, by which nothing is logged
     logger.addHandler(handler := mock.Mock(level=logging.NOTSET))
     rank_zero_info("handled")
     assert handler.handle.call_count == 1

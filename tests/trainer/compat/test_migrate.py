@@ -1,8 +1,8 @@
 """``treadle migrate``: programs, notebooks and configs for Lightning, before and after; and what is left to do by hand.
 
 Tests of ``treadle.compat.migrate``: ``names``, ``older``, ``findings``, ``tree``, ``configs``, ``notebooks``,
-``dependencies``, and in ``python`` ``source``, ``bindings``, ``uses``, ``imports``, ``strings``, ``outdated``,
-``rewriting``; of ``treadle.cli.migrate``.
+``dependencies``, and in ``python`` ``source``, ``bindings``, ``uses``, ``imports``, ``strings``, ``loggers``,
+``outdated``, ``rewriting``; of ``treadle.cli.migrate``.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import pytest
 
 from treadle import Callback, LightningModule, Trainer
 from treadle.cli.main import main
+from treadle.compat.messages import LOGGER
 from treadle.compat.migrate.names import Found, names
 from treadle.compat.migrate.python.source import migrate_source
-from treadle.compat.migrate.python.strings import LOGGER
 from treadle.names.table import PACKAGES
 from treadle_fabric import rank_zero
 
@@ -228,7 +228,7 @@ PROGRAMS = {
         from unittest import mock
         importlib.import_module("pytorch_lightning")
         found = importlib.util.find_spec('lightning.pytorch'), "lightning_fabric" in sys.modules
-        logging.getLogger("lightning.pytorch.core")
+        logging.getLogger("lightning.pytorch"), logging.getLogger(name="lightning.qubit")
         with mock.patch("lightning.pytorch.Trainer.fit"): pass
         config = {"class_path": "pytorch_lightning.callbacks.EarlyStopping", "_target_": r"lightning.Trainer"}
         words = "lightning", "lightning.qubit", "lightning.ai", "a pytorch_lightning.Trainer", b"lightning.Trainer"
@@ -240,11 +240,67 @@ PROGRAMS = {
         from unittest import mock
         importlib.import_module("treadle")
         found = importlib.util.find_spec('treadle'), "treadle_fabric" in sys.modules
-        logging.getLogger("treadle_fabric")
+        logging.getLogger("treadle_fabric"), logging.getLogger(name="lightning.qubit")
         with mock.patch("treadle.Trainer.fit"): pass
         config = {"class_path": "treadle.callbacks.EarlyStopping", "_target_": r"treadle.Trainer"}
         words = "lightning", "lightning.qubit", "lightning.ai", "a pytorch_lightning.Trainer", b"lightning.Trainer"
         ''',
+    ),
+    "loggers of whole packages": (
+        """
+        import logging
+        logging.getLogger("pytorch_lightning").setLevel(logging.NOTSET)
+        log = logging.getLogger('lightning.fabric')
+        log.setLevel("NOTSET")
+        for name in ("lightning.pytorch", "torch"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        read = [logging.getLogger(each).level for each in ["lightning"]]
+        """,
+        """
+        import logging
+        logging.getLogger("treadle_fabric").setLevel(logging.NOTSET)
+        log = logging.getLogger('treadle_fabric')
+        log.setLevel("NOTSET")
+        for name in ("treadle_fabric", "torch"):
+            logging.getLogger(name).setLevel(logging.NOTSET)
+        read = [logging.getLogger(each).level for each in ["treadle_fabric"]]
+        """,
+    ),
+    "a configuration of loggers": (
+        """
+        config = {"version": 1, "loggers": {"lightning.pytorch": {"level": "INFO"}, "x": {"()": "lightning.Trainer"}}}
+        others = {"loggers": {"lightning.pytorch.loggers.CSVLogger": {"name": "run"}}}
+        """,
+        """
+        config = {"version": 1, "loggers": {"treadle_fabric": {"level": "INFO"}, "x": {"()": "treadle.Trainer"}}}
+        others = {"loggers": {"treadle.loggers.CSVLogger": {"name": "run"}}}
+        """,
+    ),
+    "arguments of Lightning 1 whose value says what they are": (
+        """
+        from pytorch_lightning import Trainer
+        def train():
+            Trainer(gpus=1, accelerator="ddp", checkpoint_callback=False)  # quick
+            Trainer(
+                gpus=2,  # both
+                distributed_backend='ddp',
+                progress_bar_refresh_rate = 0,
+                weights_summary=None
+            )
+            Trainer(checkpoint_callback=True, reload_dataloaders_every_epoch=True, replace_sampler_ddp=False)
+        """,
+        """
+        from treadle import Trainer
+        def train():
+            Trainer(accelerator="gpu", devices=1, strategy="ddp", enable_checkpointing=False)  # quick
+            Trainer(
+                accelerator="gpu", devices=2,  # both
+                strategy="ddp",
+                enable_progress_bar = False,
+                enable_model_summary=False
+            )
+            Trainer(enable_checkpointing=True, reload_dataloaders_every_n_epochs=1, use_distributed_sampler=False)
+        """,
     ),
     "comments of an import, for all that it becomes": (
         """
@@ -311,7 +367,7 @@ LEFT = {
         import pytorch_lightning as pl
         from pytorch_lightning.callbacks import ModelCheckpoint as MC
         def gpus(gpus): ...
-        trainer = pl.Trainer(gpus=2, strategy="ddp2", weights_summary=None, max_epochs=3, callbacks=[MC(period=2)])
+        trainer = pl.Trainer(gpus=0, strategy="ddp2", weights_summary="full", max_epochs=3, callbacks=[MC(period=2)])
         trainer.fit(None, train_dataloader=None)
         print(trainer.lr_schedulers, gpus(gpus=3))
         pl.Trainer.from_argparse_args(None)
@@ -324,6 +380,51 @@ LEFT = {
             (6, "fit(train_dataloader=)", "train_dataloaders"),
             (7, "trainer.lr_schedulers", "lr_scheduler_configs"),
             (8, "pl.Trainer.from_argparse_args", "LightningCLI"),
+        ],
+    ),
+    "arguments whose new name is taken, or may be": (
+        """
+        from pytorch_lightning import Trainer
+        Trainer(gpus=2, accelerator="ddp", strategy="ddp")
+        Trainer(**settings, checkpoint_callback=False)
+        Trainer(gpus=True, distributed_backend=None, progress_bar_refresh_rate=20, resume_from_checkpoint="a.ckpt")
+        """,
+        [
+            (3, 'Trainer(accelerator="ddp")', "strategy="),
+            (3, "Trainer(gpus=)", "devices="),
+            (4, "Trainer(checkpoint_callback=)", "enable_checkpointing="),
+            (5, "Trainer(distributed_backend=)", "strategy="),
+            (5, "Trainer(gpus=)", "devices="),
+            (5, "Trainer(progress_bar_refresh_rate=)", "TQDMProgressBar"),
+            (5, "Trainer(resume_from_checkpoint=)", "ckpt_path="),
+        ],
+    ),
+    "loggers of single modules": (
+        """
+        import logging
+        logging.getLogger("lightning.pytorch.accelerators.cuda").setLevel(logging.ERROR)
+        logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(quiet)
+        for name in ["lightning", "lightning.pytorch.core"]: logging.getLogger(name).propagate = False
+        config = {"loggers": {"lightning.pytorch.core": {"handlers": []}}}
+        """,
+        [
+            (3, '"lightning.pytorch.accelerators.cuda"', "remove the line"),
+            (4, '"pytorch_lightning.utilities.rank_zero"', "if all messages are meant"),
+            (5, '"lightning.pytorch.core"', "remove the line"),
+            (6, '"lightning.pytorch.core"', "remove the line"),
+        ],
+    ),
+    "loggers of packages that are not alike": (
+        """
+        import logging
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        log = logging.getLogger("lightning.fabric")
+        log.setLevel(logging.INFO)
+        logging.getLogger("lightning").name
+        """,
+        [
+            (3, '"lightning.pytorch"', "`lightning.fabric` and `lightning.pytorch` differently"),
+            (4, '"lightning.fabric"', "write what is meant for all"),
         ],
     ),
     "methods": (
@@ -340,6 +441,11 @@ LEFT = {
             def on_epoch_end(self): "the program's own"
         class Notes(Callback):
             def on_batch_end(self, trainer, pl_module): trainer.current_epoch, trainer.root_gpu
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx): ...
+            def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx): ...
+        class Last(Base):
+            def on_train_batch_start(self, batch, batch_idx, dataloader_idx): ...
+            def on_train_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0): ...
         class Other(keras.Callback):
             def on_epoch_end(self, trainer): trainer.root_gpu
         """,
@@ -352,6 +458,9 @@ LEFT = {
             (9, "def test_epoch_end", "on_test_epoch_end"),
             (13, "def on_batch_end", "on_train_batch_end"),
             (13, "trainer.root_gpu", "root_device"),
+            (14, "dataloader_idx", "on_train_batch_start(trainer, pl_module, batch, batch_idx)"),
+            (17, "dataloader_idx", "on_train_batch_start(batch, batch_idx)"),
+            (18, "dataloader_idx", "on_train_batch_end(outputs, batch, batch_idx)"),
         ],
     ),
     "what Lightning 1 had": (

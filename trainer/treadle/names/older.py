@@ -47,6 +47,20 @@ class Older:
         """Return the remedy for an argument of a class, or of a trainer's method."""
         return str(self._entries["arguments"].get(called, {}).get(name, ""))
 
+    def renamed(self, called: str, name: str, value: object) -> str:
+        """Return the arguments, as a program writes them, that mean today what one with this value meant.
+
+        Returns:
+            Nothing where only the author of the program knows.
+        """
+        by_value = self._entries["renamed"].get(called, {}).get(name, {})
+        if isinstance(value, str):
+            return str(by_value.get(value, ""))
+        if value is None or isinstance(value, bool | int):
+            counts = not isinstance(value, bool) and value is not None and value > 0
+            return str(by_value.get(repr(value)) or (by_value.get("N", "") if counts else "")).format(N=value)
+        return ""
+
     def value(self, called: str, name: str, value: str) -> str:
         """Return the remedy for a string that an argument of a class may not be."""
         return str(self._entries["values"].get(called, {}).get(name, {}).get(value, ""))

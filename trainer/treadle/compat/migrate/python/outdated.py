@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import libcst as cst
@@ -81,7 +81,7 @@ def _imported(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 class Outdated(cst.CSTVisitor):
-    """Visits a program, and lists what Lightning 1 had.
+    """Visits a program, notes which arguments of Lightning 1 are to be written otherwise, and lists what else it had.
 
     Args:
         bindings: What the program's imports bind.
@@ -93,6 +93,7 @@ class Outdated(cst.CSTVisitor):
 
     def __init__(self, bindings: Bindings, older: Older, project: Project) -> None:
         super().__init__()
+        self.replaced: dict[cst.Arg, list[cst.Arg]] = {}
         self.findings: list[Finding] = []
         self._bindings = bindings
         self._older = older
@@ -169,14 +170,36 @@ class Outdated(cst.CSTVisitor):
             called = node.func.attr.value
         if not called:
             return
+        self.replaced |= self._renamed(called, node.args)
         for argument in node.args:
             name = argument.keyword.value if argument.keyword else ""
+            if argument in self.replaced:
+                continue
             if remedy := self._older.argument(called, name):
                 self._list(argument, f"`{called}({name}=)`", remedy)
             elif isinstance(argument.value, cst.SimpleString):
                 value = str(argument.value.evaluated_value)
                 if remedy := self._older.value(called, name, value):
                     self._list(argument, f'`{called}({name}="{value}")`', remedy)
+
+    def _renamed(self, called: str, arguments: Sequence[cst.Arg]) -> dict[cst.Arg, list[cst.Arg]]:
+        """Return what takes the place of arguments that Lightning 2 calls otherwise, where that is certain."""
+        if any(each.keyword is None for each in arguments):
+            return {}  # by position or from a dict: what is given otherwise cannot be known
+        renamed: dict[cst.Arg, list[cst.Arg]] = {}
+        for each in arguments:
+            assert each.keyword is not None
+            if new := self._older.renamed(called, each.keyword.value, _literal(each.value)):
+                call = cst.parse_expression(f"f({new})")
+                assert isinstance(call, cst.Call)
+                renamed[each] = [one.with_changes(equal=each.equal) for one in call.args]
+        while True:  # one that stays as it is may be in the way of another
+            given = [_keyword(one) for each in arguments for one in renamed.get(each, [each])]
+            twice = [each for each, new in renamed.items() if any(given.count(_keyword(one)) > 1 for one in new)]
+            if not twice:
+                return renamed
+            for each in twice:
+                del renamed[each]
 
     def visit_Attribute(self, node: cst.Attribute) -> None:
         name = node.attr.value
@@ -223,6 +246,18 @@ class _Own(cst.CSTVisitor):
     def visit_AssignTarget(self, node: cst.AssignTarget) -> None:
         if isinstance(node.target, cst.Attribute) and _reads_self(node.target, node.target.attr.value):
             self.names.add(node.target.attr.value)
+
+
+def _keyword(node: cst.Arg) -> str:
+    return node.keyword.value if node.keyword else ""
+
+
+def _literal(node: cst.BaseExpression) -> object:
+    """Return the value of a literal; ``...`` for any other expression."""
+    try:
+        return ast.literal_eval(cst.Module([]).code_for_node(node))
+    except (ValueError, SyntaxError):
+        return ...
 
 
 def _reads_self(node: cst.BaseExpression, name: str) -> bool:

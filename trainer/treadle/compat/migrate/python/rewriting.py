@@ -19,14 +19,19 @@ class Rewriting(cst.CSTTransformer):
     Args:
         statements: The new statements of each import statement.
         expressions: The new expression of each.
+        arguments: The new arguments of each argument of a call.
     """
 
     def __init__(
-        self, statements: Mapping[cst.CSTNode, Statements], expressions: Mapping[cst.CSTNode, cst.BaseExpression]
+        self,
+        statements: Mapping[cst.CSTNode, Statements],
+        expressions: Mapping[cst.CSTNode, cst.BaseExpression],
+        arguments: Mapping[cst.Arg, Sequence[cst.Arg]],
     ) -> None:
         super().__init__()
         self._statements = statements
         self._expressions = expressions
+        self._arguments = arguments
         self._imported: list[set[str]] = []  # by the lines of each block around that are an import and nothing else
 
     def visit_Module(self, node: cst.Module) -> None:
@@ -47,6 +52,14 @@ class Rewriting(cst.CSTTransformer):
 
     def leave_SimpleString(self, original_node: cst.SimpleString, updated_node: cst.SimpleString) -> Any:
         return self._expressions.get(original_node, updated_node)
+
+    def leave_Arg(self, original_node: cst.Arg, updated_node: cst.Arg) -> Any:
+        if original_node not in self._arguments:
+            return updated_node
+        *first, last = self._arguments[original_node]
+        between = cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))
+        last = last.with_changes(comma=updated_node.comma, whitespace_after_arg=updated_node.whitespace_after_arg)
+        return cst.FlattenSentinel([*(each.with_changes(comma=between) for each in first), last])
 
     def leave_SimpleStatementSuite(
         self, original_node: cst.SimpleStatementSuite, updated_node: cst.SimpleStatementSuite

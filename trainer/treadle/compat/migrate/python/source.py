@@ -9,6 +9,7 @@ from treadle.compat.migrate.findings import Migrated
 from treadle.compat.migrate.names import names
 from treadle.compat.migrate.python.bindings import Bindings
 from treadle.compat.migrate.python.imports import Imports
+from treadle.compat.migrate.python.loggers import Loggers
 from treadle.compat.migrate.python.outdated import Outdated, Project, read_project
 from treadle.compat.migrate.python.rewriting import Rewriting
 from treadle.compat.migrate.python.uses import Uses
@@ -38,15 +39,19 @@ def migrate_source(text: str, project: Project | None = None) -> Migrated:
     bindings = Bindings(names())
     wrapper.visit(bindings)
     bindings.decide_names()
-    uses = Uses(bindings)
+    loggers = Loggers(names())
+    wrapper.visit(loggers)
+    uses = Uses(bindings, loggers.strings)
     wrapper.visit(uses)
     outdated = Outdated(bindings, older(), read_project([text], older()) if project is None else project)
     wrapper.visit(outdated)
     imports = Imports(bindings, _free(wrapper) if bindings.stars else frozenset())
-    findings = sorted({*imports.findings, *uses.findings, *outdated.findings})
-    if not imports.replaced and not uses.replaced:
+    findings = sorted({*imports.findings, *loggers.findings, *uses.findings, *outdated.findings})
+    expressions = {**uses.replaced, **loggers.replaced}
+    if not imports.replaced and not expressions and not outdated.replaced:
         return Migrated(text, findings)
-    return Migrated(wrapper.module.visit(Rewriting(imports.replaced, uses.replaced)).code, findings)
+    rewriting = Rewriting(imports.replaced, expressions, outdated.replaced)
+    return Migrated(wrapper.module.visit(rewriting).code, findings)
 
 
 def _free(wrapper: MetadataWrapper) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Names of Lightning in strings: those that a program imports, patches, configures or logs by."""
+"""Names of Lightning in strings: those that a program imports, patches or configures."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Final, NamedTuple
 from treadle.compat.migrate.names import Found, Missing, Names
 from treadle.names.table import LIGHTNING, PACKAGES
 
-__all__ = ["LOGGER", "VERSION", "Place", "rewrite"]
-
-LOGGER: Final = "treadle_fabric"  # the name under which all of Treadle logs
+__all__ = ["VERSION", "Place", "rewrite"]
 
 VERSION: Final = (
     f"Treadle has versions of its own. Write what the code does for Lightning {LIGHTNING}, and ask for no version."
@@ -49,8 +47,6 @@ def rewrite(value: str, place: Place, names: Names) -> str | Missing | None:
     if not _DOTTED.fullmatch(value):
         made = _BEGINS.fullmatch(value) is not None
         return Missing("A name that is made when the program runs: write how Treadle calls it.") if made else None
-    if place.called == "getLogger":
-        return LOGGER
     if value in PACKAGES and place.called not in _NAMES_A_MODULE:
         return None  # a word as any other
     found = names.find(value)

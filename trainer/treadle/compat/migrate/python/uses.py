@@ -29,18 +29,19 @@ class Uses(cst.CSTVisitor):
 
     Args:
         bindings: What the program's imports bind.
+        loggers: Strings that name a logger, and so no module.
     """
 
     METADATA_DEPENDENCIES = (ScopeProvider, PositionProvider)
 
-    def __init__(self, bindings: Bindings) -> None:
+    def __init__(self, bindings: Bindings, loggers: Iterable[cst.CSTNode]) -> None:
         super().__init__()
         self.replaced: dict[cst.CSTNode, cst.BaseExpression] = {}
         self.findings: list[Finding] = []
         self._bindings = bindings
         self._places: dict[cst.CSTNode, Place] = {}
         self._types: set[cst.CSTNode] = set()  # strings that are types
-        self._text: set[cst.CSTNode] = set()  # strings that name nothing
+        self._text = set(loggers)  # strings that name nothing
         self._annotations = 0
         self._versions = 0  # how many comparisons, or readers of versions, are around
 
