@@ -22,7 +22,7 @@ from tests.trainer.models import Net, Samples, trainer
 from torch import Tensor
 
 from treadle.callbacks import EarlyStopping, ModelCheckpoint
-from treadle.metrics.reduction import reduce_over_ranks
+from treadle.metrics.reduction import Row, reduce_over_ranks
 from treadle.module.loading import _where_saved
 from treadle.run.signals import SIGTERMException, _share_status
 from treadle_fabric import DDPStrategy, Fabric, FSDPStrategy, MixedPrecision, SingleDeviceStrategy, move_data_to_device
@@ -254,7 +254,7 @@ def test_numbers_of_the_host_stay_there_whatever_the_default_device(tmp_path: Pa
 def test_counts_of_ranks_are_read_together(count: int) -> None:
     with CountedDevice() as device:
         fabric = Fabric(accelerator=CountedAccelerator(), devices=1)
-        found = reduce_over_ranks(fabric, [(f"metric {i}", "count", 0.0, 1.0) for i in range(count)])
+        found = reduce_over_ranks(fabric, [Row(f"metric {i}", "count", 0.0, 1.0) for i in range(count)])
         reading = [wait for wait in device.waits if wait.passes("metrics/reduction.py")]
     assert found.values == {f"metric {i}": 1 for i in range(count)}
     assert len(reading) == 2  # whether the names are alike, and the counts

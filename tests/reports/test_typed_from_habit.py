@@ -1,10 +1,13 @@
 """What programs for Lightning type, because it has always worked: table by table, each with the smallest run.
 
-Tests of ``treadle.trainer.settings``, ``treadle.trainer.view``, ``treadle.stages``, ``treadle.module.overriding``.
+Tests of ``treadle.trainer.settings``, ``treadle.trainer.view``, ``treadle.stages``, ``treadle.module.overriding``,
+``treadle.metrics.latest``.
 """
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +23,7 @@ from torch.optim import SGD
 import treadle as L
 from treadle.callbacks import EarlyStopping, ModelCheckpoint, Timer
 from treadle.stages import RunningStage, TrainerFn, TrainerState, TrainerStatus
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.loggers import CSVLogger
 from treadle_fabric.precision import needs_closure, takes_closure
 
@@ -225,6 +228,31 @@ def test_metrics_that_a_program_adds_are_there_for_callbacks(tmp_path: Path) -> 
     run = trainer(tmp_path, callbacks=[saves, EarlyStopping("other")], enable_checkpointing=True)
     run.fit(Adding(), loader(2), loader(2))
     assert saves.best_model_score == 2
+
+
+def test_the_metrics_for_callbacks_are_a_plain_dictionary_that_a_program_may_change_and_save(tmp_path: Path) -> None:
+    class Changing(Net):
+        def on_train_epoch_end(self) -> None:
+            metrics = self.trainer.callback_metrics
+            metrics.setdefault("mine", torch.tensor(2.0))
+            metrics |= {"other": torch.tensor(3.0), "third": torch.tensor(4.0)}
+            del self.trainer.callback_metrics["third"]
+            self.trainer.callback_metrics.pop("val_loss")
+
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["metrics"] = self.trainer.callback_metrics
+
+    run = trainer(tmp_path)
+    run.fit(Changing(), loader(2), loader(2))
+    metrics = run.callback_metrics
+    assert metrics.keys() == {"train_loss", "mine", "other"} and type(metrics) is dict
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    torch.save(metrics, tmp_path / "metrics.pt")
+    Fabric(accelerator="cpu").save(tmp_path / "fabric.ckpt", {"metrics": metrics})
+    kept = [torch.load(tmp_path / "run.ckpt", weights_only=True)["metrics"]]
+    kept += [torch.load(tmp_path / "metrics.pt", weights_only=True), Fabric().load(tmp_path / "fabric.ckpt")["metrics"]]
+    kept += [copy.deepcopy(metrics), pickle.loads(pickle.dumps(metrics))]
+    assert all(type(each) is dict and each == metrics for each in kept)
 
 
 def test_the_loops_have_their_counters(tmp_path: Path) -> None:

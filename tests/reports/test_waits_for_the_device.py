@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import treadle as L
 from treadle.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
-from treadle.metrics.reduction import reduce_over_ranks
+from treadle.metrics.reduction import Row, reduce_over_ranks
 from treadle.metrics.slot import stack
 from treadle.numbers import host_copy
 from treadle.numbers.host_copy import HostCopy
@@ -263,7 +263,7 @@ def test_values_of_a_callable_reduction_are_gathered_in_one_transfer() -> None:
     with CountedDevice() as device:
         fabric = counted_fabric()
         values = [torch.full((), float(i), device=DEVICE) for i in range(20)]
-        found = reduce_over_ranks(fabric, [("median", "gather", [*values, 7.5, torch.tensor(8.5)], 0.0)])
+        found = reduce_over_ranks(fabric, [Row("median", "gather", [*values, 7.5, torch.tensor(8.5)], 0.0)])
     assert found.values["median"] == [*map(float, range(20)), 7.5, 8.5]
     gathering = [wait for wait in device.waits if wait.passes("metrics/values.py")]
     assert len(gathering) == 1

@@ -170,6 +170,33 @@ def test_lbfgs_evaluates_all_batches_of_an_accumulation(tmp_path: Path) -> None:
     assert same(model, plain)
 
 
+@pytest.mark.parametrize(("saved_after", "goes_on"), [(1, False), (2, True), (3, False), (5, True)])
+def test_an_accumulation_of_lbfgs_is_not_resumed_in_the_middle(tmp_path: Path, saved_after: int, goes_on: bool) -> None:
+    """A checkpoint has no batches, and an evaluation without the earlier ones would be of another loss."""
+
+    class Quasi(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    class Saving(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx + 1 == saved_after and not trainer.current_epoch:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    def fit(model: Net, *callbacks: L.Callback, path: Path | None = None) -> Net:
+        run = trainer(tmp_path, accumulate_grad_batches=2, max_epochs=2, callbacks=[*callbacks])
+        run.fit(model, loader(10), ckpt_path=path)
+        return model
+
+    whole = fit(Quasi(), Saving())
+    if goes_on:
+        assert same(fit(Quasi(), path=tmp_path / "mid.ckpt"), whole)
+        return
+    told = rf"at batch {saved_after} of epoch 0, after 1 batch\(es\) of an accumulation: LBFGS .* Resume from"
+    with pytest.raises(MisconfigurationException, match=told):
+        fit(Quasi(), path=tmp_path / "mid.ckpt")
+
+
 @pytest.mark.parametrize(
     ("args", "step", "epoch"),
     [

@@ -892,3 +892,22 @@ def test_a_later_checkpoint_does_not_tell_that_the_run_was_resumed(tmp_path: Pat
     trainer(tmp_path, callbacks=[resumed], max_epochs=2).fit(Net(), loader(), ckpt_path=whole.folder / "2.ckpt")
     assert list(whole.states)[2:] == list(resumed.states)
     assert resumed.states == {name: whole.states[name] for name in resumed.states}
+
+
+def test_a_resumed_epoch_keeps_the_precision_of_its_values(tmp_path: Path) -> None:
+    class Kinds(Silent):
+        def train_logs(self, batch: Any, i: int) -> None:
+            third = torch.tensor(1 / 3, dtype=torch.float32 if i else torch.float64)
+            for _ in range(1 if i else 256):  # as many as are summed at once
+                self.log("mean", third, on_step=False, on_epoch=True)
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if not batch_idx:
+                trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    whole, resumed = trainer(tmp_path, callbacks=[Saves()]), trainer(tmp_path)
+    whole.fit(Kinds(), loader(4))
+    resumed.fit(Kinds(), loader(4), ckpt_path=tmp_path / "mid.ckpt")
+    assert resumed.callback_metrics["mean"].dtype == torch.float64
+    assert resumed.callback_metrics["mean"] == whole.callback_metrics["mean"]

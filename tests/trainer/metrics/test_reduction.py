@@ -95,6 +95,22 @@ class OnlyZero(Net):
         self.log("watched", float(self.current_epoch), rank_zero_only=True)
 
 
+class Kinds(Net):
+    """Rank 0 has other kinds of values than rank 1, none at all or those of single precision."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        second = self.global_rank == 1
+        third = torch.tensor(1 / 3, dtype=torch.float64 if second else torch.float32)
+        self.log("no samples", third, on_step=False, on_epoch=True, batch_size=int(second))
+        self.log("mixed", third, on_step=True, on_epoch=True)
+        self.log("called", third, on_step=False, on_epoch=True, reduce_fx=torch.median)
+        self.log("single", third.float(), on_step=False, on_epoch=True, batch_size=int(second))
+        self.log("count", 2**24 + self.global_rank, on_step=False, on_epoch=True, reduce_fx="sum")
+        if second:
+            self.log("lacking", third, on_step=True, on_epoch=True)
+        return self.loss(batch)
+
+
 def ranks(folder: Path) -> None:
     count_collectives()
     out: dict[str, Any] = {}
@@ -120,6 +136,11 @@ def ranks(folder: Path) -> None:
     if rank == 0:
         with open(Path(run.log_dir or "") / "metrics.csv") as file:
             out["unequal"] = [row["filled"] for row in csv.DictReader(file)]
+    run = trainer(folder, devices=2, strategy="ddp", logger=CSVLogger(folder, "kinds"), log_every_n_steps=1)
+    run.fit(Kinds(), loader(8, 4))
+    ends = {name: value for name, value in run.callback_metrics.items() if not name.endswith("_step")}
+    out["kinds"] = {name: [value.item(), str(value.dtype)] for name, value in ends.items()}
+    out["count"] = run.metrics_on_cpu().state_dict()["logged"]["count"]
     (folder / f"rank{rank}.json").write_text(json.dumps(out))
 
 
@@ -154,3 +175,15 @@ def between(marks: list[dict[str, int]]) -> list[dict[str, int]]:
 
 def test_ranks_agree_on_stops_and_saves_that_only_one_can_decide(found: list[dict[str, Any]]) -> None:
     assert found[0]["stopped"] == found[1]["stopped"] == [3, 2, "epoch=0.ckpt"]
+
+
+def test_a_value_is_the_same_on_all_ranks_to_the_last_bit(found: list[dict[str, Any]]) -> None:
+    assert found[0]["kinds"] == found[1]["kinds"]
+    kinds = {name: dtype for name, (_, dtype) in found[0]["kinds"].items()}
+    assert kinds.pop("single") == kinds.pop("count") == "torch.float32"
+    assert set(kinds.values()) == {"torch.float64"}, kinds
+    assert found[0]["kinds"]["no samples"][0] == found[0]["kinds"]["lacking"][0] == 1 / 3
+
+
+def test_counts_of_all_ranks_are_exact(found: list[dict[str, Any]]) -> None:
+    assert found[0]["count"] == found[1]["count"] == 2**25 + 1

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from treadle.metrics.options import LogOptions
+from treadle.metrics.reduction import Kind
 from treadle.metrics.slot import Slot, stack
 
 
@@ -47,3 +50,13 @@ def test_numbers_are_single_precision_and_whole_numbers_are_summed_exactly() -> 
         expected = expected + torch.tensor(0.1) * 50
     assert mean.compute() == expected / (300 * 50)
     assert total.compute() == 30_000_300
+
+
+@pytest.mark.parametrize("values", [[1.0], [1], [1, 1.0], [torch.tensor(1)], [0.1], [torch.tensor(True), 1]])
+def test_sums_of_python_numbers_and_of_whole_numbers_are_exact_beyond_single_precision(values: list[Any]) -> None:
+    slot = Slot("x", LogOptions(reduce_fx="sum"), on_step=False, on_epoch=True)
+    slot.accumulate(2**24 if values[0] != 0.1 else 0.0, 1)
+    for i in range(300):
+        slot.accumulate(values[i % len(values)], 1)
+    assert slot.compute() == (pytest.approx(30, rel=1e-14) if values[0] == 0.1 else 2**24 + 300)
+    assert slot.kind is Kind.NUMBER

@@ -110,6 +110,8 @@ def _merged_slots(ranks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     known[name] = [*known[name], *entry[name]]
                 known["total"] = _merged_total(how, known["total"], entry["total"])
                 known["weight"] += entry["weight"]
+                if entry.get("dtype") == torch.float64:
+                    known["dtype"] = torch.float64
     return list(merged.values())
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from treadle.metrics.reduction import Reduced, Row, Told, reduce_over_ranks, reduction_named
+from treadle.metrics.reduction import Kind, Reduced, Row, Told, reduce_over_ranks, reduction_named
 from treadle_fabric import (
     Fabric,
     MisconfigurationException,
@@ -47,7 +47,7 @@ _EPOCH_HOOKS: Final = frozenset(
 )
 
 
-_KEPT: Final = ("value", "has_value", "fresh", "closed", "pending", "weights", "values", "total", "weight")
+_KEPT: Final = ("value", "has_value", "fresh", "closed", "pending", "weights", "values", "total", "weight", "dtype")
 
 
 class Results:
@@ -203,7 +203,7 @@ class Results:
         if self.alone:
             return {}
         rows: list[Row] = [
-            (f"{slot.name}{slot.suffix} in {hook}", "gather", slot.values + slot.pending, 0.0)
+            Row(f"{slot.name}{slot.suffix} in {hook}", "gather", slot.values + slot.pending, 0.0)
             for (hook, _, _), slot in self.slots.items()
             if callable(slot.reduce) and not slot.rank_zero_only
         ]
@@ -219,7 +219,7 @@ class Results:
                 options = options._replace(reduce_fx=_Reduced(entry["reduced"]))
             slot = self._new_slot(name, options)
             for key in _KEPT:
-                setattr(slot, key, entry[key])
+                setattr(slot, key, entry.get(key, getattr(slot, key)))
             slot.metric = metrics.get(entry["metric"]) if entry["metric"] is not None else None
         self.hook, self.dataloader_idx, self.open = "", None, True
         self._resumed_samples = state.get("samples", 1.0)
@@ -310,12 +310,9 @@ class Results:
                     weight = samples if slot.reduce == "mean" else 1.0
                     for name, value in entries:
                         exact = scalar_on(value if weight else 0.0, torch.float64, self._fabric.device)
-                        rows.append((name, slot.reduce, exact * weight, weight))
+                        rows.append(Row(name, slot.reduce, exact * weight, weight, _kind_of(value)))
         if distributed:
-            for name, value in reduce_over_ranks(self._fabric, rows).values.items():
-                mine = out.get(name)
-                single = isinstance(mine, Tensor) and mine.dtype != torch.float64
-                out[name] = value.to(torch.float32) if single else value
+            out.update(reduce_over_ranks(self._fabric, rows).values)
         return out
 
     def _samples(self) -> float:
@@ -339,21 +336,26 @@ class Results:
                 slot.fold()
                 name = _row_of(key, slot)
                 if slot.metric is not None:  # reduces over the ranks itself, if all have it
-                    rows.append((name, "count", None, 1.0))
+                    rows.append(Row(name, "count", None, 1.0))
                 elif callable(slot.reduce):
-                    rows.append((name, "gather", slot.values, 0.0))
+                    rows.append(Row(name, "gather", slot.values, 0.0, slot.kind))
                 else:
-                    rows.append((name, slot.reduce, slot.sum, slot.weight))
-        reduced = reduce_over_ranks(self._fabric, rows, self._tell) if distributed else Reduced()
+                    rows.append(Row(name, slot.reduce, slot.sum, slot.weight, slot.kind))
+        reduced = reduce_over_ranks(self._fabric, rows, self._tell, rounds=True) if distributed else Reduced()
         values = dict(reduced.values)
-        slots.update(self._of_others(reduced, {row[0] for row in rows}))
+        slots.update(self._of_others(reduced, {row.name for row in rows}))
         objects = {_row_of(key, slot): slot for key, slot in slots.items() if slot.metric is not None}
         for name, slot in sorted(objects.items(), key=lambda item: item[0]):  # in one order on all ranks
             together = distributed and not slot.rank_zero_only and self._is_everywhere(slot, values[name], reduced)
             values[name] = slot.metric.compute() if together or self.alone else compute_alone(slot.metric)
         for key, slot in slots.items():
             slot.closed = True
-            value = values.get(_row_of(key, slot))
+            name = _row_of(key, slot)
+            value, kind = values.get(name), reduced.kinds.get(name)
+            if kind is not None:  # all ranks round alike
+                slot.dtype = torch.float64 if kind is Kind.DOUBLE else torch.float32
+            if kind is Kind.NUMBER and isinstance(value, Tensor) and slot.metric is None:
+                value = value.item()
             if isinstance(value, list):
                 slot.values, value = value, None
             if value is None:
@@ -420,6 +422,12 @@ class _Facts(NamedTuple):
     path: str | None
     """Where the rank finds the torchmetrics object, None for a number or an object in no known place."""
     in_batch: bool
+
+
+def _kind_of(value: Any) -> Kind:
+    if not isinstance(value, Tensor):
+        return Kind.NUMBER
+    return Kind.DOUBLE if value.dtype == torch.float64 else Kind.SINGLE
 
 
 def _row_of(key: tuple[str, str, int | None], slot: Slot) -> str:

@@ -30,9 +30,17 @@ class Metrics:
 
     @property
     def callback(self) -> dict[str, Tensor]:
-        """Name -> scalar tensor, the newest value of everything logged."""
-        found = {**self._callback, **self.active.latest("callback")} if self.active else self._callback
-        return CallbackMetrics(_tensors(found), self._callback)
+        """Name -> scalar tensor, the newest value of everything logged.
+
+        It is one dictionary for the whole run: callbacks then see what a program adds to it or takes out of it, until a
+        run logs the name.
+        """
+        if self.active:
+            newest = self.active.latest("callback")
+            self._callback.update(newest)
+            self.active.published.update(newest)
+        self._callback.update(_tensors(self._callback))
+        return self._callback
 
     @property
     def logged(self) -> dict[str, Tensor]:
@@ -60,7 +68,10 @@ class Metrics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._callback, self._logged, self._bar = dict(state["callback"]), dict(state["logged"]), dict(state["bar"])
+        self.clear()
+        self._callback.update(state["callback"])
+        self._logged.update(state["logged"])
+        self._bar.update(state["bar"])
 
     def clear(self) -> None:
         """Forget everything, as after a sanity check."""
@@ -121,31 +132,6 @@ class Metrics:
                 (shared if slot.loader is None else per_loader.setdefault(slot.loader, {}))[forked] = scalar
         self._logged.update(logged)
         return logged, [{**per_loader.get(i, {}), **shared} for i in range(loaders)]
-
-
-class CallbackMetrics(dict[str, Tensor]):
-    """The metrics for callbacks. A program may add some: callbacks then see them until a run logs the name.
-
-    Args:
-        found: names and values.
-        kept: where what is added is kept.
-    """
-
-    def __init__(self, found: Mapping[str, Tensor], kept: dict[str, Any]) -> None:
-        super().__init__(found)
-        self._kept = kept
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._kept[name] = value
-        super().__setitem__(name, value)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        """Add several metrics, as a dictionary's method does."""
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __reduce__(self) -> tuple[Any, ...]:  # what is added to a copy stays there
-        return CallbackMetrics, (dict(self), {})
 
 
 def _tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:

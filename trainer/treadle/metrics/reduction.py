@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from enum import IntEnum
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -16,7 +17,29 @@ from treadle_fabric.data import one_of_each
 __all__ = ["Reduced", "Reduction", "Row", "Told", "reduce_over_ranks", "reduction_named"]
 
 Reduction: TypeAlias = Literal["mean", "sum", "min", "max"]
-Row: TypeAlias = tuple[str, Reduction | Literal["gather", "count"], Any, float]
+
+
+class Kind(IntEnum):
+    """What a value is made of on a rank. The ranks send it, and the greatest is that of the value on all ranks."""
+
+    NOTHING = 0
+    NUMBER = 1
+    """Of Python numbers: exact, as far as double precision is."""
+    SINGLE = 2
+    DOUBLE = 3
+
+
+class Row(NamedTuple):
+    """A scalar of this rank that is to be reduced."""
+
+    name: str
+    how: Reduction | Literal["gather", "count"]
+    total: Any
+    """For a mean: the weighted sum. "gather" takes a list of numbers, and "count" None."""
+    weight: float
+    kind: Kind = Kind.NUMBER
+
+
 _REDUCTIONS: Final[dict[Any, Reduction]] = {
     "mean": "mean", "avg": "mean", torch.mean: "mean", "sum": "sum", torch.sum: "sum", sum: "sum",
     "min": "min", torch.min: "min", min: "min", "max": "max", torch.max: "max", max: "max",
@@ -28,7 +51,7 @@ def reduction_named(reduce_fx: Any) -> Reduction | None:
     return _REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx)
 
 
-_PACKET: Final = 131  # doubles in the packed collective: three of the head and 64 pairs; more slots need a second one
+_PACKET: Final = 195  # doubles in the packed collective: three of the head and 64 triples; more slots need a second one
 _HEAD: Final = 3  # a checksum of the names, their number, and what the rank has of the samples
 
 
@@ -54,10 +77,13 @@ class Reduced(NamedTuple):
     """Values of all ranks by name, and what each rank told; nothing where all ranks logged the same names."""
 
     values: dict[str, Any] = {}
+    kinds: dict[str, Kind] = {}
     told: list[Told] = []
 
 
-def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] = Told) -> Reduced:
+def reduce_over_ranks(
+    fabric: Fabric, rows: list[Row], tell: Callable[[], Told] = Told, *, rounds: bool = False
+) -> Reduced:
     """Reduce scalars over all ranks in one collective (two above 64 of them).
 
     Of ranks that work together on the same samples, and log the same, one counts. Of ranks that have slices of the same
@@ -65,15 +91,16 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
 
     Args:
         fabric: the Fabric of these ranks.
-        rows: for each scalar its name, reduction, total on this rank (for a mean: the weighted sum) and weight.
-            "gather" takes a list of numbers in the total's place, and "count" None.
+        rows: the scalars of this rank.
         tell: called where the ranks logged different names; what this rank tells the others then.
+        rounds: whether the sum of a mean is rounded to its kind before it is divided, as in one process.
 
     Returns:
-        The reduced value of every name that any rank logged, in float64; for "gather" the numbers of
+        The reduced value of every name that any rank logged, the same on all ranks to the last bit: a tensor in the
+        precision of its kind, double precision for numbers; for "gather" the numbers of
         all ranks, for "count" the number of shares whose rank has the name.
     """
-    rows = sorted(rows, key=lambda r: r[0])
+    rows = sorted(rows, key=lambda row: row.name)
     names = [f"{name}:{how}" for name, how, *_ in rows]
     exchanged, told = _exchange(fabric, rows, names), []
     if exchanged is None:  # the ranks logged different names
@@ -87,30 +114,32 @@ def reduce_over_ranks(fabric: Fabric, rows: list[Row], tell: Callable[[], Told] 
             if extra not in mine:
                 name, _, how = extra.rpartition(":")
                 neutral: Any = {"min": float("inf"), "max": float("-inf"), "gather": []}.get(how, 0.0)
-                mine[extra] = (name, how, neutral, 0.0)  # type: ignore[assignment]
+                mine[extra] = Row(name, how, neutral, 0.0, Kind.NOTHING)  # type: ignore[arg-type]
         rows, names = [mine[n] for n in union], union
         exchanged = _exchange(fabric, rows, names)
         assert exchanged is not None
     gathered, counted = exchanged
     out: dict[str, Any] = {}
-    counts = gathered[:, 1::2].sum(0).tolist() if any(how == "count" for _, how, *_ in rows) else []
-    for i, (name, how, total, _) in enumerate(rows):
-        totals, weights = gathered[:, 2 * i], gathered[:, 2 * i + 1]
+    # in one transfer to the host
+    counts, greatest = torch.stack([gathered[:, 1::3].sum(0), gathered[:, 2::3].amax(0)]).tolist()
+    kinds = {row.name: Kind(int(kind)) for row, kind in zip(rows, greatest, strict=True)}
+    for i, (name, how, total, *_) in enumerate(rows):
+        totals, weights = gathered[:, 3 * i], gathered[:, 3 * i + 1]
+        dtype = torch.float32 if kinds[name] in (Kind.NOTHING, Kind.SINGLE) else torch.float64
         match how:
             case "mean":
-                rounded = totals.sum().to(total.dtype if isinstance(total, Tensor) else torch.float32)
-                out[name] = rounded / weights.sum()
+                out[name] = (totals.sum().to(dtype if rounds else torch.float64) / weights.sum()).to(dtype)
             case "sum":
-                out[name] = totals.sum()
+                out[name] = totals.sum().to(dtype)
             case "count":
                 out[name] = int(counts[i])
             case "gather":
                 out[name] = _gather_values(fabric, total, counted)
             case "min":
-                out[name] = totals.amin()
+                out[name] = totals.amin().to(dtype)
             case _:
-                out[name] = totals.amax()
-    return Reduced(out, told)
+                out[name] = totals.amax().to(dtype)
+    return Reduced(out, kinds, told)
 
 
 def _warn_of_lack(name: str, everywhere: list[list[str]], told: list[Told]) -> None:
@@ -130,30 +159,30 @@ def _warn_of_lack(name: str, everywhere: list[list[str]], told: list[Told]) -> N
 
 
 def _exchange(fabric: Fabric, rows: list[Row], names: list[str]) -> tuple[Tensor, list[int]] | None:
-    """Gather the (total, weight) pairs of one rank for each share of the samples, and each slice of a share.
+    """Gather the (total, weight, kind) triples of one rank for each share of the samples, and each slice of a share.
 
     Returns:
-        The pairs, ``(shares, 2 * len(rows))``, and those ranks; None where the names differ.
+        The triples, ``(shares, 3 * len(rows))``, and those ranks; None where the names differ.
     """
     checksum = float(zlib.crc32("\n".join(names).encode()))
     dtype = torch.float64
     strategy = fabric.strategy
     part = strategy.data_parallel_rank * strategy.num_slices + strategy.slice_index
     head = [checksum, float(len(rows)), float(part)]
-    numbers = [0.0 if how in ("gather", "count") else total for _, how, total, _ in rows]
+    numbers = [0.0 if how in ("gather", "count") else total for _, how, total, *_ in rows]
     totals = [scalar_on(number, dtype, fabric.device) for number in numbers]
-    weights = vector_on([weight for *_, weight in rows], dtype, fabric.device)
-    pairs = torch.stack([torch.stack(totals), weights], dim=1).flatten() if rows else weights
+    of_host = vector_on([number for *_, weight, kind in rows for number in (weight, float(kind))], dtype, fabric.device)
+    triples = torch.cat([torch.stack(totals)[:, None], of_host.reshape(-1, 2)], 1).flatten() if rows else of_host
     packet = torch.zeros(_PACKET, dtype=dtype, device=fabric.device)
     packet[:_HEAD] = vector_on(head, dtype, fabric.device)
-    first = pairs[: _PACKET - _HEAD]
+    first = triples[: _PACKET - _HEAD]
     packet[_HEAD : _HEAD + len(first)] = first
     gathered: Tensor = fabric.strategy.all_gather(packet).reshape(fabric.world_size, -1)
     if not bool((gathered[:, :2] == gathered[0, :2]).all()):
         return None
     body, counted = gathered[:, _HEAD : _HEAD + len(first)], list(range(fabric.world_size))
-    if len(pairs) > len(first):
-        rest = fabric.strategy.all_gather(pairs[len(first) :]).reshape(fabric.world_size, -1)
+    if len(triples) > len(first):
+        rest = fabric.strategy.all_gather(triples[len(first) :]).reshape(fabric.world_size, -1)
         body = torch.cat([body, rest], dim=1)
     if strategy.data_parallel_size * strategy.num_slices < fabric.world_size:
         counted = one_of_each(counted, gathered[:, 2].int().tolist())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from treadle.metrics.options import LogOptions
-from treadle.metrics.reduction import Reduction, reduction_named
+from treadle.metrics.reduction import Kind, Reduction, reduction_named
 from treadle.metrics.values import flatten_metrics, is_at_hand, scalar_on, vector_on
 
 __all__ = ["Slot"]
@@ -91,13 +91,18 @@ class Slot:
         self.total = part if self.total is None else _ON_TENSORS[self.reduce](stack([self.total, part]))  # type: ignore[index]
 
     def _add_up(self, values: list[Any], weights: list[float] | None) -> None:
-        """Add values of the host to the total, one after the other and each sum rounded, as a sum of tensors is.
+        """Add values of the host to the total.
+
+        A sum of Python numbers, and of whole numbers of any kind, is exact, or rounded as Python rounds. Other sums,
+        and all means, are rounded to single precision after each value, as Lightning's are: their last digits depend on
+        the order of the values, and a sum of ones ends at 2**24. Where that matters, log tensors of double precision.
 
         Single precision is rounded by hand: the sum of two of its numbers in double precision, rounded once more, is
         the sum that single precision has.
         """
         numbers = [v.item() if isinstance(v, Tensor) else v for v in values]
-        if weights is None and all(isinstance(n, int) for n in numbers):
+        exact = all(isinstance(n, int) or not isinstance(v, Tensor) for n, v in zip(numbers, values))
+        if weights is None and exact and not isinstance(self.total, Tensor):
             self.total = (0 if self.total is None else self.total) + sum(numbers)
             return
         rounded = ctypes.c_float if self.dtype == torch.float32 else ctypes.c_double
@@ -131,6 +136,16 @@ class Slot:
         if self.total is None:  # a mean over no samples
             return float("nan")
         return self.total / self.weight if self.reduce == "mean" else self.total
+
+    @property
+    def kind(self) -> Kind:
+        """What the values so far make of the epoch's value on this rank."""
+        total = self.values if callable(self.reduce) else self.total
+        if total is None or total == []:
+            return Kind.NOTHING
+        if isinstance(total, int | float):
+            return Kind.NUMBER
+        return Kind.DOUBLE if self.dtype == torch.float64 else Kind.SINGLE
 
     @property
     def sum(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,19 @@ class SingleOptimizerStep(AutomaticStep):
         takes = takes_closure(optimizer) and not strategy.handles_gradient_accumulation
         self._must_evaluate = takes and not own
         self.step = self._step_with_closure if own or takes or self._needs_loss else plain
+
+    def _check(self, accumulate: int) -> None:
+        progress = self._progress
+        begun = 0.0 if progress.is_last_batch else progress.accumulation.place(progress.batch, math.inf).done
+        goes_on = accumulate == progress.accumulation.every and not progress.is_last_batch
+        begun = progress.accumulation.place(progress.batch, math.inf).done if goes_on else 0.0
+        if begun and self._needs_loss and not self._run.fabric.strategy.handles_gradient_accumulation:
+            raise MisconfigurationException(
+                f"The run goes on at batch {progress.batch} of epoch {progress.epoch}, after {begun:g} batch(es) of an"
+                f" accumulation: {type(self._optimizer).__name__} evaluates the loss of all batches of an accumulation"
+                " anew, and a checkpoint has only their gradients. Resume from a checkpoint that was saved where an"
+                " accumulation ends, at the end of an epoch for example."
+            )
 
     def _step_all(self) -> None:
         if self._kept:
