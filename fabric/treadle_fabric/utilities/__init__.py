@@ -23,6 +23,7 @@ from treadle_fabric.rank_zero import (
 from treadle_fabric.utilities.enums import LightningEnum
 
 if TYPE_CHECKING:
+    from treadle_fabric.accelerators.requirements import missing_here as missing_here
     from treadle_fabric.utilities import apply_func as apply_func
     from treadle_fabric.utilities import cloud_io as cloud_io
     from treadle_fabric.utilities import data as data
@@ -52,6 +53,7 @@ __all__ = [
     "get_available_flops",
     "is_shared_filesystem",
     "measure_flops",
+    "missing_here",
     "move_data_to_device",
     "rank_zero_deprecation",
     "rank_zero_info",
@@ -63,7 +65,7 @@ __all__ = [
 if not TYPE_CHECKING:
     __getattr__ = on_demand(
         __name__,
-        {},
+        {"missing_here": "treadle_fabric.accelerators.requirements"},
         submodules=(
             "apply_func",
             "cloud_io",
