@@ -13,15 +13,14 @@ from torch.optim import Optimizer
 
 __all__ = ["needs_closure", "takes_closure"]
 
-_IN_IF = re.compile(
+# Compiled for the optimizers that are not torch's
+_IN_IF = (
     r"if closure(?: is not None)?:\s+(?:with (?:torch\.)?enable_grad\(\):\s+)?(?:(\w+) = )?closure\(\)"
     r"(?:\s+else:\s+\w+ = None)?"
 )
-_IN_LINE = re.compile(
-    r"(\w+) = (?:closure\(\) if closure(?: is not None)? else None|None if closure is None else closure\(\))"
-)
-_BY_BASE = re.compile(r"(?:(\w+) = |return )?super\((?:\w+, self)?\)\.step\((?:closure=)?closure\)")
-_CHECK = re.compile(r"self\._(?:cuda|accelerator)_graph_capture_health_check\(\)")
+_IN_LINE = r"(\w+) = (?:closure\(\) if closure(?: is not None)? else None|None if closure is None else closure\(\))"
+_BY_BASE = r"(?:(\w+) = |return )?super\((?:\w+, self)?\)\.step\((?:closure=)?closure\)"
+_CHECK = r"self\._(?:cuda|accelerator)_graph_capture_health_check\(\)"
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
@@ -62,8 +61,8 @@ def _may_need(classes: tuple[type, ...]) -> bool:
     if not uses or first is None:
         return bool(uses)
     text = ast.unparse(body[first])
-    by_base = _BY_BASE.fullmatch(text)
-    found = by_base or _IN_IF.fullmatch(text) or _IN_LINE.fullmatch(text)
+    by_base = re.fullmatch(_BY_BASE, text)
+    found = by_base or re.fullmatch(_IN_IF, text) or re.fullmatch(_IN_LINE, text)
     if found is None or uses != _count([body[first]], "closure"):
         return True
     loss, rest = found.group(1), body[first + 1 :]
@@ -89,7 +88,7 @@ def _is_idle(statement: ast.stmt) -> bool:
         return True
     if isinstance(statement, ast.Import | ast.ImportFrom | ast.Pass):
         return True
-    return _CHECK.fullmatch(ast.unparse(statement)) is not None
+    return re.fullmatch(_CHECK, ast.unparse(statement)) is not None
 
 
 def _walk(statements: Iterable[ast.stmt]) -> Iterable[ast.AST]:

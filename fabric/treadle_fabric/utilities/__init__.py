@@ -23,7 +23,6 @@ from treadle_fabric.rank_zero import (
 from treadle_fabric.utilities.enums import LightningEnum
 
 if TYPE_CHECKING:
-    from treadle_fabric.accelerators.requirements import missing_here as missing_here
     from treadle_fabric.utilities import apply_func as apply_func
     from treadle_fabric.utilities import cloud_io as cloud_io
     from treadle_fabric.utilities import data as data
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from treadle_fabric.utilities import throughput as throughput
     from treadle_fabric.utilities import types as types
     from treadle_fabric.utilities import warnings as warnings
+    from treadle_fabric.utilities.testing import missing_here
 
 __all__ = [
     "AttributeDict",
@@ -65,7 +65,7 @@ __all__ = [
 if not TYPE_CHECKING:
     __getattr__ = on_demand(
         __name__,
-        {"missing_here": "treadle_fabric.accelerators.requirements"},
+        {"missing_here": "treadle_fabric.utilities.testing"},
         submodules=(
             "apply_func",
             "cloud_io",
