@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -30,9 +31,9 @@ from treadle_fabric.errors import (
     suggests_arguments,
 )
 from treadle_fabric.failures import call_at_looks
-from treadle_fabric.loggers import Logger, to_numbers
+from treadle_fabric.loggers import Logger, check_scalars, to_numbers
 from treadle_fabric.randomness.seeds import seed_everything as _seed_everything
-from treadle_fabric.rank_zero import rank_zero_warn
+from treadle_fabric.rank_zero import rank_zero_warn, writes_here
 from treadle_fabric.resolve import build, launched_by_run, resolve
 from treadle_fabric.setup.checks import (
     check_loader,
@@ -774,23 +775,42 @@ class Fabric:
         Raises:
             MisconfigurationException: A tensor has more or less than one element.
         """
-        numbers = to_numbers(metrics) if self._loggers else {}
-        for logger in self._loggers:
+        writing = [each for each in self._loggers if writes_here(each.log_metrics)]
+        if self._loggers and not writing:
+            check_scalars(metrics)  # the same error on every rank, and none waits for its GPU
+        numbers = to_numbers(metrics) if writing else {}
+        for logger in writing:
             logger.log_metrics(metrics=numbers, step=step)
+
+
+_KEYWORDS: weakref.WeakKeyDictionary[Any, frozenset[str] | None] = weakref.WeakKeyDictionary()
+"""The keywords that the functions of methods take; None: all."""
 
 
 def _taken(method: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """Those of some keywords that a method takes."""
     if not keywords:
         return keywords
+    function = getattr(method, "__func__", None)  # the same for every object of a class, and as long as the class
+    if not isinstance(function, FunctionType):
+        names = _keywords_of(method)
+    elif function in _KEYWORDS:
+        names = _KEYWORDS[function]
+    else:
+        names = _KEYWORDS[function] = _keywords_of(method)
+    return keywords if names is None else {name: value for name, value in keywords.items() if name in names}
+
+
+def _keywords_of(method: Callable[..., Any]) -> frozenset[str] | None:
+    """The keywords that a method takes; None: all."""
     try:
-        parameters = inspect.signature(method).parameters
+        parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):  # written in C
-        return keywords
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return keywords
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {name: value for name, value in keywords.items() if name in parameters and parameters[name].kind in named}
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in named)
 
 
 def _launching(run: Callable[..., Any]) -> Callable[..., Any]:

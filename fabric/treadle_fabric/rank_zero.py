@@ -34,14 +34,21 @@ __all__ = [
     "rank_zero_only",
     "rank_zero_warn",
     "warn_user",
+    "writes_here",
 ]
 
+_ONLY_ON_RANK_ZERO = rank_zero_only(print).__code__
 _LIBRARIES = ("treadle", "treadle_fabric", "lightning_utilities", "torch", "contextlib")
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 class PossibleUserWarning(UserWarning):
     """A warning of what is probably a mistake, and may be meant; see :func:`disable_possible_user_warnings`."""
+
+
+def writes_here(function: Any) -> bool:
+    """Whether a function does anything on this rank, or is one of :func:`rank_zero_only` on another rank."""
+    return getattr(rank_zero_only, "rank", 0) == 0 or getattr(function, "__code__", None) is not _ONLY_ON_RANK_ZERO
 
 
 def disable_possible_user_warnings(module: str = "") -> None:

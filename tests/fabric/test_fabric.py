@@ -5,10 +5,12 @@ Tests of ``treadle_fabric.fabric``, ``treadle_fabric.setup.checks``, ``treadle_f
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,6 +363,36 @@ def test_call() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     run.setup(net, optimizer)[1].step()
     assert single.calls == [("stepped", optimizer)]
+
+
+def test_callbacks_get_the_keywords_that_their_methods_take() -> None:
+    got: list[Any] = []
+
+    class Some:
+        def on_step(self, loss: float) -> None:
+            got.append((self, loss))
+
+    class Other(Some):
+        def on_step(self, loss: float, **rest: Any) -> None:
+            got.append((self, loss, rest))
+
+    own = Some()
+    own.on_step = lambda batch: got.append(batch)  # type: ignore[assignment, misc]
+    first, second, other = Some(), Some(), Other()
+    run = fabric(callbacks=[first, other, second, own])
+    for loss in (1.0, 2.0):
+        run.call("on_step", loss=loss, batch=3)
+        assert got == [(first, loss), (other, loss, {"batch": 3}), (second, loss), 3]
+        got.clear()
+
+
+def test_what_is_known_of_callbacks_goes_with_their_class() -> None:
+    made = type("Some", (), {"on_step": lambda self: None})
+    method = weakref.ref(vars(made)["on_step"])
+    fabric(callbacks=made()).call("on_step", loss=1.0)
+    del made
+    gc.collect()
+    assert method() is None
 
 
 def test_logging(tmp_path: Path) -> None:

@@ -154,6 +154,8 @@ def test_a_module_without_parameters_follows_the_one_around() -> None:
     assert inner.dtype is torch.float16
     outer.to("meta", torch.float64)
     assert (inner.device, inner.dtype) == (torch.device("meta"), torch.float64)
+    inner.to("cpu")  # from the meta device, which holds no numbers to move
+    assert (inner.device, inner.dtype) == (torch.device("cpu"), torch.float64)
     assert list(outer.state_dict()) == ["1.weight", "1.bias"]
 
 
@@ -241,6 +243,9 @@ def test_what_a_test_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert testing._runif_reasons(standalone=True) == (["Standalone execution"], {"standalone": True})
     assert testing._runif_reasons(max_torch="2.0")[0] == [f"torch<2.0, {torch.__version__} installed"]
     assert testing._runif_reasons(min_python="3.8", min_torch="2.0", linux_only=False) == ([], {})
+    for name, meant in {"sklaern": "sklearn", "min_gpus": "min_cuda_gpus"}.items():
+        with pytest.raises(MisconfigurationException, match=f"{name}=.*Did you mean '{meant}'"):
+            testing._runif_reasons(**{name: True})  # type: ignore[arg-type]
 
 
 def exchange(fabric: Fabric) -> list[Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from treadle_fabric import Fabric
-from treadle_fabric.loggers import Logger
+from treadle_fabric.loggers import CSVLogger, Logger
+from treadle_fabric.rank_zero import rank_zero_only
 
 
 class Calls:
@@ -80,6 +81,21 @@ def test_loggers_get_numbers() -> None:
     assert not isinstance(fabric.logger.rows[0][0]["a"], torch.Tensor)
     with pytest.raises(ValueError, match="one number"):
         fabric.log("a", torch.ones(2))
+
+
+def test_only_ranks_that_write_wait_for_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unreadable = torch.ones(1, device="meta")
+    first = Fabric(accelerator="cpu", devices=1, loggers=CSVLogger(tmp_path))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        first.log("a", unreadable)
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    first.log("a", unreadable)  # passes if nothing is raised
+    with pytest.raises(ValueError, match="one number"):
+        first.log_dict({"a": {"b": torch.ones(2)}})
+    own = Fabric(accelerator="cpu", devices=1, loggers=[Kept(), CSVLogger(tmp_path)])
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    own.log("a", torch.tensor(2.0), step=1)  # this logger writes on every rank
+    assert own.logger.rows == [({"a": 2.0}, 1)]
 
 
 def launched_never() -> Fabric:

@@ -1,8 +1,8 @@
 """Accelerators: the hardware behind one small interface.
 
 Start with ``accelerator.py``, the base class. ``registry.py`` finds accelerators by name, ``memory.py`` tells when
-memory ran out, ``gpus.py`` reads requests for GPUs of either kind, ``requirements.py`` says what is not here; every
-other file is one kind of hardware. Imports only the foundation.
+memory ran out, ``gpus.py`` reads requests for GPUs of either kind, ``requirements.py`` tells tests what is not here;
+every other file is one kind of hardware. Imports only the foundation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from treadle_fabric.accelerators.registry import ACCELERATOR_REGISTRY, Accelerat
 from treadle_fabric.checks import on_demand
 
 if TYPE_CHECKING:
-    from treadle_fabric.accelerators.requirements import missing_here
     from treadle_fabric.accelerators.xla import XLAAccelerator
 
 __all__ = [
@@ -44,16 +43,9 @@ __all__ = [
     "is_cudnn_snafu",
     "is_oom_error",
     "is_out_of_cpu_memory",
-    "missing_here",
     "recursive_detach",
     "with_index",
 ]
 
 if not TYPE_CHECKING:  # which tell of any other name
-    __getattr__ = on_demand(
-        __name__,
-        {
-            "XLAAccelerator": "treadle_fabric.accelerators.xla",
-            "missing_here": "treadle_fabric.accelerators.requirements",
-        },
-    )
+    __getattr__ = on_demand(__name__, {"XLAAccelerator": "treadle_fabric.accelerators.xla"})

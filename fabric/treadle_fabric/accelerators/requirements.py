@@ -1,7 +1,8 @@
-"""What a program needs that this machine does not have."""
+"""What a program needs that this machine does not have: :mod:`treadle_fabric.utilities.testing` offers it to tests."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 import sys
@@ -13,6 +14,7 @@ from packaging.version import Version
 
 from treadle_fabric.accelerators.cuda import CUDAAccelerator
 from treadle_fabric.accelerators.mps import MPSAccelerator
+from treadle_fabric.errors import UnknownArgumentError, near_names
 
 __all__ = ["missing_here"]
 
@@ -63,7 +65,13 @@ def missing_here(
 
     Returns:
         What is missing, and the marks of the test for pytest.
+
+    Raises:
+        UnknownArgumentError: A keyword is none of these.
     """
+    if unknown := [name for name in packages if name not in _PACKAGES]:
+        known = {*inspect.signature(missing_here).parameters, *_PACKAGES} - {"packages"}
+        raise UnknownArgumentError(f"missing_here({unknown[0]}=...) is no argument. {near_names(unknown[0], known)}")
     torch_version, windows = Version(Version(torch.__version__).base_version), sys.platform == "win32"
     gpus_run = os.environ.get("PL_RUN_CUDA_TESTS", "1") != "0"
     missing: dict[str, bool] = {

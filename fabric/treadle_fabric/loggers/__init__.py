@@ -14,7 +14,7 @@ from treadle_fabric.checks import on_demand
 from treadle_fabric.loggers.csv import CSVLogger
 from treadle_fabric.loggers.hyperparameters import to_yaml
 from treadle_fabric.loggers.logger import DummyExperiment, DummyLogger, Logger, rank_zero_experiment
-from treadle_fabric.loggers.scalars import to_numbers
+from treadle_fabric.loggers.scalars import check_scalars, to_numbers
 from treadle_fabric.loggers.tensorboard import TensorBoardLogger
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "TensorBoardLogger",
     "TrackioLogger",
     "WandbLogger",
+    "check_scalars",
     "rank_zero_experiment",
     "to_numbers",
     "to_yaml",

@@ -18,7 +18,6 @@ from torch import Tensor
 from treadle_fabric.errors import MisconfigurationException
 
 __all__ = [
-    "add_prefix",
     "call_functions",
     "flatten",
     "from_namespace",
@@ -214,8 +213,3 @@ def is_json(value: Any) -> bool:
     except (TypeError, ValueError, OverflowError):
         return False
     return True
-
-
-def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mapping[str, Any]:
-    """Put a prefix before the names of metrics; an empty prefix changes nothing."""
-    return {f"{prefix}{separator}{name}": value for name, value in metrics.items()} if prefix else metrics

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from treadle_fabric.errors import MisconfigurationException
 
-__all__ = ["add_prefix", "flat", "to_numbers"]
+__all__ = ["add_prefix", "check_scalars", "flat", "to_numbers"]
 
 
 def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str) -> Mapping[str, Any]:
@@ -29,6 +29,23 @@ def flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def check_scalars(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the metrics as they are; no tensor is read.
+
+    Raises:
+        MisconfigurationException: A tensor has more or less than one element.
+    """
+    for name, value in metrics.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise MisconfigurationException(
+                f"The metric {name!r} has shape {tuple(value.shape)}, and a metric is one number. "
+                f"Log a reduction of it, such as its mean()."
+            )
+        if isinstance(value, Mapping):
+            check_scalars(value)
+    return metrics
+
+
 def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Turn every tensor into a Python number, in one transfer for each device and dtype.
 
@@ -37,15 +54,10 @@ def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MisconfigurationException: A tensor has more or less than one element.
     """
-    numbers = dict(metrics)
+    numbers = dict(check_scalars(metrics))
     remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, value in metrics.items():
         if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise MisconfigurationException(
-                    f"The metric {name!r} has shape {tuple(value.shape)}, and a metric is one number. "
-                    f"Log a reduction of it, such as its mean()."
-                )
             if value.device.type == "cpu":
                 numbers[name] = value.item()
             else:

@@ -1,9 +1,9 @@
 """Precisions: the dtypes of weights, inputs and outputs, loss scaling, and the names that users give them.
 
-Start with ``precision.py``, the base class; ``names.py`` has the names. ``autocast.py``, ``half.py``, ``double.py``,
-``xla.py``, ``float8.py``, ``transformer_engine.py`` and ``bitsandbytes.py`` have one precision each; the last three
-replace linear layers, which ``layers.py`` finds, and ``quantized.py`` has those of bitsandbytes. Imports only the
-foundation.
+Start with ``precision.py``, the base class; ``names.py`` has the names, and ``closures.py`` tells which optimizers need
+a closure. ``autocast.py``, ``half.py``, ``double.py``, ``xla.py``, ``float8.py``, ``transformer_engine.py`` and
+``bitsandbytes.py`` have one precision each; the last three replace linear layers, which ``layers.py`` finds, and
+``quantized.py`` has those of bitsandbytes. Imports only the foundation.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from treadle_fabric.checks import on_demand
 from treadle_fabric.precision.autocast import MixedPrecision
+from treadle_fabric.precision.closures import needs_closure, takes_closure
 from treadle_fabric.precision.double import DoublePrecision
 from treadle_fabric.precision.half import HalfPrecision
 from treadle_fabric.precision.names import canonical_precision, make_precision, refuse_device
-from treadle_fabric.precision.precision import Precision, needs_closure, takes_closure
+from treadle_fabric.precision.precision import Precision
 
 if TYPE_CHECKING:
     from treadle_fabric.precision.bitsandbytes import BitsandbytesPrecision

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
-import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -20,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.batches import map_tensors
 from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.precision.closures import needs_closure
 
-__all__ = ["Precision", "cast_floating", "cast_module", "default_dtype", "half_init", "needs_closure", "takes_closure"]
+__all__ = ["Precision", "cast_floating", "cast_module", "default_dtype", "half_init"]
 
 
 class Precision:
@@ -380,28 +379,6 @@ def _between_iterations(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
 
 def _has_gradients(optimizer: Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
-
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether ``step`` of the optimizer, or of one that it wraps, needs a closure of the loss, as LBFGS does."""
-    for one in (optimizer, getattr(optimizer, "optimizer", None)):
-        if isinstance(one, Optimizer):
-            closure = inspect.signature(type(one).step).parameters.get("closure")
-            if closure is None or closure.kind is closure.VAR_POSITIONAL:
-                continue
-            if closure.default is closure.empty:
-                return True
-    return False
-
-
-def takes_closure(optimizer: Optimizer) -> bool:
-    """Return whether ``step`` of the optimizer's class, if that is not torch's, uses the closure that it may get."""
-    step = inspect.unwrap(type(optimizer).step)
-    code = getattr(step, "__code__", None)
-    if code is None or step.__module__.partition(".")[0] == "torch" or "closure" not in code.co_varnames:
-        return False
-    loads = (each.argval for each in dis.get_instructions(code) if each.opname.startswith("LOAD"))
-    return any(loaded == "closure" or (isinstance(loaded, tuple) and "closure" in loaded) for loaded in loads)
 
 
 def _is_real_floating(tensor: Tensor) -> bool:

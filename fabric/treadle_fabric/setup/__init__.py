@@ -5,6 +5,7 @@ Start with ``module.py``. ``optimizer.py`` wraps an optimizer, ``wrapped.py`` ge
 ``metrics.py`` has torchmetrics objects gather their states. Imports strategies, data and what is below them.
 """
 
+from treadle_fabric.setup.device_aware import as_moved
 from treadle_fabric.setup.metrics import compute_alone, forget_computed
 from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
@@ -13,6 +14,7 @@ from treadle_fabric.setup.wrapped import is_wrapped
 __all__ = [
     "FabricModule",
     "FabricOptimizer",
+    "as_moved",
     "compute_alone",
     "engine_of",
     "forget_computed",

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from treadle_fabric.utilities import throughput as throughput
     from treadle_fabric.utilities import types as types
     from treadle_fabric.utilities import warnings as warnings
+    from treadle_fabric.utilities.testing import missing_here
 
 __all__ = [
     "AttributeDict",
@@ -52,6 +53,7 @@ __all__ = [
     "get_available_flops",
     "is_shared_filesystem",
     "measure_flops",
+    "missing_here",
     "move_data_to_device",
     "rank_zero_deprecation",
     "rank_zero_info",
@@ -63,7 +65,7 @@ __all__ = [
 if not TYPE_CHECKING:
     __getattr__ = on_demand(
         __name__,
-        {},
+        {"missing_here": "treadle_fabric.utilities.testing"},
         submodules=(
             "apply_func",
             "cloud_io",

@@ -1,7 +1,7 @@
 """Why a test cannot run here, where tests that were written for Lightning Fabric look for it."""
 
-from treadle_fabric.accelerators import requirements
+from treadle_fabric.accelerators.requirements import missing_here
 
-__all__: list[str] = []
+__all__ = ["missing_here"]
 
-_runif_reasons = requirements.missing_here
+_runif_reasons = missing_here

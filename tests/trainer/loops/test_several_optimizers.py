@@ -257,6 +257,38 @@ def test_an_optimizer_step_of_the_module_runs_forward_once_a_batch(tmp_path: Pat
         fit(tmp_path, Twice())
 
 
+@pytest.mark.parametrize("accumulate", [1, 7])
+def test_an_optimizer_that_needs_its_closure_gets_it_beside_others(tmp_path: Path, accumulate: int) -> None:
+    class Unguarded(SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            loss = closure()
+            super().step()
+            return loss
+
+    class Twice(Unguarded):
+        def step(self, closure: Any = None) -> Any:
+            closure()
+            return super().step(closure)
+
+    class Never(SGD):
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            return super().step(closure) if len(self.state) else None
+
+    def of(first: Any, second: Any) -> Callable[[Two], Any]:
+        return lambda m: [first(m.first.parameters(), 0.1), second(m.second.parameters(), 0.3)]
+
+    plain = Two(of(SGD, SGD))
+    steps = fit(tmp_path, plain, accumulate_grad_batches=accumulate).global_step
+    for kinds in ((Unguarded, SGD), (SGD, Unguarded)):
+        model = Two(of(*kinds))
+        run = fit(tmp_path, model, accumulate_grad_batches=accumulate)
+        assert_same(plain, model)
+        assert (run.global_step, model.forwards) == (steps, plain.forwards)
+    for kind, message in ((Twice, "was called twice"), (Never, "did not call it")):
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(tmp_path, Two(of(SGD, kind)), accumulate_grad_batches=accumulate)
+
+
 def test_a_strategy_that_sets_up_jointly(tmp_path: Path) -> None:
     model, plain, strategy = Two(separate), Two(separate), Joint()
     fit(tmp_path, model, strategy=strategy)

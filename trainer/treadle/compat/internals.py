@@ -26,11 +26,7 @@ from treadle.trainer import Trainer
 from treadle_fabric import CheckpointIO, PathLike, resolve
 
 __all__ = [
-    "FLOAT16_EPSILON",
-    "FLOAT32_EPSILON",
-    "FLOAT64_EPSILON",
     "LIGHTNING_LOGO",
-    "cli_lightning_logo",
     "convert_inf",
     "get_cpu_stats",
     "get_standard_metrics",
@@ -38,9 +34,6 @@ __all__ = [
     "warning_cache",
 ]
 
-FLOAT16_EPSILON = torch.finfo(torch.float16).eps
-FLOAT32_EPSILON = torch.finfo(torch.float32).eps
-FLOAT64_EPSILON = torch.finfo(torch.float64).eps
 LIGHTNING_LOGO = f"Treadle, by the names of Lightning {LIGHTNING}"
 # of annotations
 _OUT_DICT = dict[str, Tensor]
@@ -79,11 +72,6 @@ def __getattr__(name: str) -> RequirementCache:
     if name not in _PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return RequirementCache(_PACKAGES[name])
-
-
-def cli_lightning_logo() -> None:
-    """Print what runs here."""
-    print(f"\n{LIGHTNING_LOGO}\n")
 
 
 def get_cpu_stats() -> dict[str, float]:

@@ -25,9 +25,9 @@ from treadle.module.hooks import ModuleHooks
 from treadle.module.hparams import HyperparametersMixin
 from treadle.module.in_fabric import TrainerInFabric
 from treadle.module.loading import class_only, load_module_from_checkpoint
-from treadle.module.modes import as_moved
 from treadle_fabric import Fabric, FabricOptimizer, LRScheduler, MisconfigurationException, PathLike, names_in
 from treadle_fabric.loggers import Logger
+from treadle_fabric.setup import as_moved
 
 if TYPE_CHECKING:
     from treadle.contracts import Callback, Trainer

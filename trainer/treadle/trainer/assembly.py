@@ -159,12 +159,13 @@ def _add_optimizers(run: ReadyRun, optimizers: list[Optimizer]) -> None:
     preparations = {optimizer: Preparation(run, [optimizer]) for optimizer in optimizers}
 
     own = overrides(module, "optimizer_step", LightningModule)
+    closures = own or any(needs_closure(each) or takes_closure(each) for each in optimizers)
     for optimizer in optimizers:
         steps.add(optimizer)
         hooks: tuple[Any, Any] = (None, None)  # the loop steps the plain optimizer
         if not module.automatic_optimization:
             hooks = prepare_step, steps.end
-        elif own or needs_closure(optimizer) or takes_closure(optimizer):
+        elif closures:
             hooks = steps.begin, steps.end
         if not module.automatic_optimization and run.profiler is not None:
             hooks = _timed_hooks(run, *hooks)

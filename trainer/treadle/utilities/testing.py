@@ -1,6 +1,6 @@
 """Why a test cannot run here, where tests that were written for Lightning look for it."""
 
-from treadle_fabric.accelerators import missing_here
+from treadle_fabric.utilities import missing_here
 
 __all__: list[str] = []
 

@@ -16,8 +16,9 @@ from treadle.loops.step.gradients import Gradients
 from treadle.loops.step.preparation import Preparation
 from treadle.loops.step.whole import WholeBatchGradients
 from treadle.run.run import ReadyRun
+from treadle_fabric import MisconfigurationException
 
-__all__ = ["AutomaticStep", "step_of"]
+__all__ = ["AutomaticStep", "not_evaluated", "step_of"]
 
 
 def step_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], Any]:
@@ -28,6 +29,14 @@ def step_of(run: ReadyRun, optimizer: Optimizer) -> Callable[[], Any]:
     # Looked up at each step: schedulers put another `step` into its place
     step = (lambda: plain.step()) if strategy.plain_step else by_strategy
     return run.timed(step, "optimizer_step", strategy)
+
+
+def not_evaluated(optimizer: Optimizer) -> MisconfigurationException:
+    """Return the error for an optimizer that got a closure and did not call it."""
+    return MisconfigurationException(
+        f"{type(optimizer).__name__}.step got a closure that runs `training_step` and backward, and did not call it:"
+        " call it in every step, or override `optimizer_step` in the module."
+    )
 
 
 class AutomaticStep(ABC):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from treadle.loops.optimizers import check_disjoint
-from treadle.loops.step.automatic import AutomaticStep, step_of
+from treadle.loops.step.automatic import AutomaticStep, not_evaluated, step_of
 from treadle.loops.step.clipping import Clipping
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
 from treadle.run.run import ReadyRun
 from treadle_fabric import FabricOptimizer, MisconfigurationException
+from treadle_fabric.precision import takes_closure
 
 __all__ = ["SeveralOptimizersStep"]
 
@@ -37,7 +38,9 @@ class SeveralOptimizersStep(AutomaticStep):
         self._wrapped = tuple(wrapped)
         self._optimizer_steps = [(each, step_of(run, each)) for each in self._optimizers]
         own = overrides(run.module, "optimizer_step", LightningModule)
-        self.step = self._step_with_closures if own else run.timed(self._step, "optimizer_step", run.module)
+        takes = any(takes_closure(each) for each in self._optimizers)
+        self._must_evaluate = takes and not own
+        self.step = self._step_with_closures if own or takes else run.timed(self._step, "optimizer_step", run.module)
 
     def _check(self, accumulate: int) -> None:
         check_disjoint(self._optimizers, self._run.module)  # a callback may have added parameters
@@ -61,7 +64,8 @@ class SeveralOptimizersStep(AutomaticStep):
     def _step_with_closures(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
         """Call ``optimizer_step`` for each optimizer; the closure that is called first runs forward and backward.
 
-        Each closure then shows and clips the gradients of its optimizer.
+        Each closure then shows and clips the gradients of its optimizer. This is the step of modules that override
+        ``optimizer_step``, and of optimizers of which one may need its closure.
         """
         outputs: Any = None
         loss: Tensor | None = None
@@ -93,6 +97,8 @@ class SeveralOptimizersStep(AutomaticStep):
         for index, wrapped in enumerate(self._wrapped):
             self._steps.add(wrapped.optimizer)
             run("optimizer_step", hook, epoch, batch_idx, wrapped, closure_of(index))
+            if self._must_evaluate and index not in called:
+                raise not_evaluated(wrapped.optimizer)
         return outputs
 
 

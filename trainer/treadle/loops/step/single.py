@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treadle.loops.step.automatic import AutomaticStep, step_of
+from treadle.loops.step.automatic import AutomaticStep, not_evaluated, step_of
 from treadle.loops.step.clipping import Clipping
 from treadle.module import LightningModule
 from treadle.module.overriding import overrides
@@ -167,8 +167,5 @@ class SingleOptimizerStep(AutomaticStep):
         self._run.dispatch.run("optimizer_step", hook, epoch, batch_idx, self._wrapped_optimizer, closure)
         self._kept.clear()
         if self._must_evaluate and not evaluated:
-            raise MisconfigurationException(
-                f"{type(self._optimizer).__name__}.step got a closure that runs `training_step` and backward, and did"
-                " not call it: call it in every step, or override `optimizer_step` in the module."
-            )
+            raise not_evaluated(self._optimizer)
         return outputs
