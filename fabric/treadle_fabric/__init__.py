@@ -141,6 +141,9 @@ from treadle_fabric.tensor_pickle import is_picklable
 from treadle_fabric.types import LRScheduler, PathLike, Stateful
 
 if _collects:
+    if not gc.get_freeze_count():
+        gc.freeze()
+        gc.unfreeze()  # what was made goes to the oldest generation: it stays, and no collection has to look at it now
     gc.enable()
 
 __version__ = "0.1.0"

@@ -15,6 +15,9 @@ from treadle_fabric import Fabric, MisconfigurationException, __version__, is_wr
 from treadle_fabric.data import CombinedLoader
 
 if _collects:
+    if not gc.get_freeze_count():
+        gc.freeze()
+        gc.unfreeze()  # what was made goes to the oldest generation: it stays, and no collection has to look at it now
     gc.enable()
 
 if TYPE_CHECKING:
