@@ -167,7 +167,13 @@ def test_lr_schedule() -> None:
     assert plateau[0] == plateau[1] == 0.2
 
 
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node", "2")])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param((), marks=pytest.mark.faults),
+        ("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    ],  # it takes long
+)
 def test_ddp_cpu(launcher: tuple[str, ...]) -> None:
     out = run("ddp_cpu.py", launcher=launcher)
     assert len(set(re.findall(r"rank \d \(process (\d+)\)", out))) == 2

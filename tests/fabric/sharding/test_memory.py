@@ -100,8 +100,8 @@ TWO_BY_TWO = {"data_parallel_size": 2, "tensor_parallel_size": 2, "tensor_parall
     ("ranks", "strategy"),
     [
         (2, lambda: FSDPStrategy(policy={Block})),
-        (4, lambda: FSDPStrategy(policy={Block})),
-        (4, lambda: ModelParallelStrategy(policy={Block}, **TWO_BY_TWO)),
+        pytest.param(4, lambda: FSDPStrategy(policy={Block}), marks=pytest.mark.faults),  # these take long
+        pytest.param(4, lambda: ModelParallelStrategy(policy={Block}, **TWO_BY_TWO), marks=pytest.mark.faults),
     ],
     ids=["fsdp2", "fsdp4", "tensor2_fsdp2"],
 )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import stat
 import subprocess
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -319,6 +321,15 @@ PROGRAMS = {
         """,
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def _the_logger_stays() -> Iterator[None]:
+    """Programs that are run here set its level."""
+    logger = logging.getLogger("treadle_fabric")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
