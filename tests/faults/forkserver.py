@@ -96,19 +96,31 @@ class ForkServer:
 
 
 def _end(left: list[psutil.Process], output: Path) -> None:
-    """Kill processes that outlived theirs and say what they were doing.
+    """Kill processes that outlived theirs and say what they were doing: only workers of data loaders may be left.
 
-    A data loader's worker asks torch's watchdog for its parent. One whose parent dies before it has asked for the first
-    time takes the wrong process for it and stays for ever; that is torch's.
+    A worker asks torch's watchdog for its parent. One whose parent dies before it has asked for the first time takes
+    the wrong process for it and stays for ever, and so does one that waits for a lock that a killed process held; both
+    are torch's.
     """
-    for process in left:
-        process.send_signal(signal.SIGUSR1)
-    with contextlib.suppress(TimeoutError):
-        wait_until(lambda: "in _worker_loop" in output.read_text(), timeout=5)
-    for process in left:
-        process.kill()
-    stacks = output.read_text()[-10000:]
-    assert "in _worker_loop" in stacks and len(left) == 1, f"{len(left)} processes outlived theirs: {stacks}"
+    try:
+        for process in left:
+            before = output.stat().st_size
+            try:
+                process.send_signal(signal.SIGUSR1)
+            except psutil.NoSuchProcess:
+                continue
+
+            def stack(before: int = before) -> str:
+                return output.read_bytes()[before:].decode(errors="replace")
+
+            with contextlib.suppress(TimeoutError):
+                wait_until(lambda: "in _worker_loop" in stack(), timeout=5)
+            process.kill()
+            assert "in _worker_loop" in stack(), f"a process outlived its parent: {stack()[-10000:]}"
+    finally:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def die(call: int, by: int) -> None:

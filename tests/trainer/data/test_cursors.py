@@ -29,7 +29,10 @@ import treadle as L
 from treadle_fabric import CheckpointMismatchError
 from treadle_fabric.data import Epochs, ShardedSampler
 
-pytestmark = pytest.mark.filterwarnings("ignore:The training loader .* draws from the global random generators")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The training loader .* draws from the global random generators"),
+    pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined"),
+]
 SEVERAL = pytest.param(2, marks=pytest.mark.faults)
 
 
