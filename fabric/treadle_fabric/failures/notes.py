@@ -119,33 +119,45 @@ class Note(Generic[C]):
 
 @dataclass(frozen=True)
 class _OfRank(Note[C]):
+    """A note of one rank."""  # without a docstring, `dataclass` makes one, which takes time at each import
+
     rank: int
 
 
 @dataclass(frozen=True)
 class _OfFailure(Note[C]):
+    """A note of one failure."""
+
     number: int
 
 
 @dataclass(frozen=True)
 class _OfBoth(_OfFailure[C]):
+    """A note of one rank at one failure."""
+
     rank: int
 
 
 @dataclass(frozen=True)
 class _OfWrapping(Note[C]):
+    """A note of one wrapping of a module."""
+
     engine: str
     generation: int
 
 
 @dataclass(frozen=True)
 class _OfMeeting(Note[C]):
+    """A note of one meeting of the ranks."""
+
     meeting: int
     generation: int
 
 
 @dataclass(frozen=True)
 class _OfRankAtMeeting(_OfMeeting[C]):
+    """A note of one rank at one meeting."""
+
     rank: int
 
 
