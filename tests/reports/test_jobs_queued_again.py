@@ -247,10 +247,22 @@ def test_only_the_same_fit_of_the_same_job_goes_on_by_itself(job: pytest.MonkeyP
     assert run(ckpt_path="hpc")[0] == ["hpc_ckpt_1.ckpt", "3", "18"]
 
 
-def train_folds(second: int | None, arguments: dict[str, Any]) -> None:
+def test_a_fit_that_ctrl_c_ended_is_over_for_the_job_too(job: pytest.MonkeyPatch) -> None:
+    run_in_ranks(train_folds, 2, {}, Interrupted(), devices=1)
+    assert asked() == ["requeue 4711"]
+    run_in_ranks(train_folds, None, {}, devices=1)
+    assert [fit[:3] for fit in fits()] == [["None", "0", "18"], ["hpc_ckpt_1.ckpt", "3", "18"]]
+
+
+class Interrupted(Net):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        raise KeyboardInterrupt
+
+
+def train_folds(second: int | None, arguments: dict[str, Any], first: Net | None = None) -> None:
     """A script with two fits."""
     runner._fits_ended.count = 0  # in a new process
-    assert train(Net(), **arguments) == 0
+    assert train(first or Net(), **arguments) == (0 if first is None else 1)
     assert train(Net(second), **arguments) == (0 if second is None else 143)
 
 

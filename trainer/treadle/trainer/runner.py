@@ -153,8 +153,10 @@ class Runner:
                     result = stage(module, *args)
                 finally:
                     self._fits.after_run()
-        except SystemExit:
-            raise  # a signal ended the fit, which is to be done again
+        except SystemExit as end:
+            # a fit that a signal ended is to be done again, and one that Ctrl-C ended is not
+            _fits_ended.count += stage == self.fit and isinstance(end.__context__, KeyboardInterrupt)
+            raise
         except BaseException:
             _fits_ended.count += stage == self.fit
             raise
