@@ -3,7 +3,8 @@
 Start with ``logger.py``, the base that every logger implements. ``run_folder.py`` is the folder of a file-based logger,
 and ``files.py`` reads and writes files, local or remote. ``scalars.py``, ``hyperparameters.py`` and ``media.py`` turn
 values into what loggers write, and ``media_files.py`` writes images and the like as files. ``rewinding.py`` (CSV) and
-``event_files.py`` (TensorBoard) take files back to what a checkpoint of the run tells. ``service.py`` is the base of
+``event_files.py`` (TensorBoard) take files back to what a checkpoint of the run tells. ``conversions.py`` has single
+steps for loggers of programs, and nothing here imports it. ``service.py`` is the base of
 the loggers of tracking services, and ``saved_checkpoints.py`` says which checkpoints these send. Imports only the
 foundation.
 """

@@ -1,13 +1,13 @@
 """Hyper-parameters and metrics on their way to a logger, where users of Lightning Fabric look for them."""
 
-from treadle_fabric.loggers import hyperparameters, scalars
+from treadle_fabric.loggers import conversions, scalars
 
 __all__: list[str] = []
 
-_convert_params = hyperparameters.from_namespace
-_sanitize_callable_params = hyperparameters.call_functions
-_flatten_dict = hyperparameters.join_names
-_sanitize_params = hyperparameters.to_scalars
-_convert_json_serializable = hyperparameters.to_json_values
-_is_json_serializable = hyperparameters.is_json
+_convert_params = conversions.from_namespace
+_sanitize_callable_params = conversions.call_functions
+_flatten_dict = conversions.join_names
+_sanitize_params = conversions.to_scalars
+_convert_json_serializable = conversions.to_json_values
+_is_json_serializable = conversions.is_json
 _add_prefix = scalars.add_prefix
