@@ -396,7 +396,11 @@ def run_two(mode: str, strategy: str, answer: str, **environ: str) -> tuple[int,
 
 @pytest.mark.parametrize(
     ("mode", "strategy", "called"),
-    [("term", "auto", "1"), ("term", "ddp_fork", "1"), ("term of the parent", "ddp_fork", "parent")],
+    [
+        pytest.param("term", "auto", "1", marks=pytest.mark.faults),  # takes long
+        ("term", "ddp_fork", "1"),
+        ("term of the parent", "ddp_fork", "parent"),
+    ],
 )
 def test_of_two_ranks_the_one_that_got_the_signal_calls_it(mode: str, strategy: str, called: str) -> None:
     """Or the process that waits for the ranks; a status that it exits with is that of the run."""

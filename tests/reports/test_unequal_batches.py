@@ -331,7 +331,13 @@ def talk(folder: Path, how: str, n: int, devices: int, strategy: str = "ddp") ->
     ("how", "n", "devices", "told"),
     [
         ("metric", 3, 2, "in the validation: rank 1 had 1 and has none left, and a collective waits for that rank in"),
-        ("all_gather", 1, 3, "ranks 1-2 had 0 and have none left, and a collective waits for them in the step of"),
+        pytest.param(
+            "all_gather",
+            1,
+            3,
+            "ranks 1-2 had 0 and have none left, and a collective waits for them in the step of",
+            marks=pytest.mark.faults,  # takes long
+        ),
         ("barrier", 5, 3, "of loader 1 in the validation: rank 2 had 1 and has none left"),
         ("prediction", 3, 2, "in the prediction: rank 1 had 1 and has none left"),
     ],

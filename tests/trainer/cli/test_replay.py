@@ -216,6 +216,7 @@ def test_another_module_of_the_same_name_is_not_taken_for_the_recorded_file(bund
         sys.path.remove(str(elsewhere.parent))
 
 
+@pytest.mark.faults  # takes long
 @pytest.mark.timeout(110)
 def test_a_script_needs_a_main_guard(tmp_path: Path) -> None:
     def run(guard: str, *command: str) -> Any:
