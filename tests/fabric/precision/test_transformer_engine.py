@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,10 @@ def test_layers_are_replaced_and_keep_their_parameters(
         precision.convert_module(nn.Linear(4, 16))
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch_xla") is not None,
+    reason="torch's autocast on CUDA takes an installed torch-xla for a GPU",
+)
 def test_contexts_and_types(entered: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {"margin": 3, "fp8_format": "E4M3"}
     precision = TransformerEnginePrecision(

@@ -19,7 +19,7 @@ from tests.trainer.models import Net, loader, trainer
 from torch import Tensor
 
 import treadle as L
-from treadle.callbacks import DeviceStatsMonitor, SpikeDetection, ThroughputMonitor
+from treadle.callbacks import DeviceStatsMonitor, LearningRateMonitor, SpikeDetection, ThroughputMonitor
 from treadle_fabric import CPUAccelerator, MissingPackageError, TrainingSpikeException
 from treadle_fabric.loggers import Logger
 
@@ -215,3 +215,11 @@ def test_spikes_are_found_as_in_the_run_that_was_never_stopped(tmp_path: Path) -
             Jumping(1, 1), loader(8), ckpt_path=path
         )
     assert torch.is_grad_enabled()
+
+
+def test_an_interval_of_0_logs_at_no_step_and_reads_as_0(tmp_path: Path) -> None:
+    logger = Memory()
+    monitors = [DeviceStatsMonitor(cpu_stats=True), LearningRateMonitor(logging_interval="step")]
+    run = trainer(tmp_path, logger=logger, log_every_n_steps=0, callbacks=monitors)
+    run.fit(Quiet(), loader(), loader())
+    assert run.log_every_n_steps == 0 and not logger.rows

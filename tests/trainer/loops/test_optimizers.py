@@ -14,6 +14,7 @@ import torch
 from tests.trainer.models import Net, loader, trainer
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
 
 import treadle as L
 
@@ -214,3 +215,29 @@ def test_estimated_stepping_batches_is_known_when_optimizers_are_made(tmp_path: 
     assert seen == [9]
     assert run.global_step == 9
     assert asked == [1]
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_batch_of_none_is_skipped_and_told_of_once(tmp_path: Path, manual: bool) -> None:
+    """A collate function that leaves broken samples out may have none left."""
+
+    class Seen(Shaped):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert batch is not None
+            got.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            assert batch is not None
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            ended.append((batch_idx, bool(outputs)))
+
+    got: list[int] = []
+    ended: list[tuple[int, bool]] = []
+    rows = [torch.ones(2, 4), None, torch.zeros(2, 4), None]
+    with pytest.warns(UserWarning, match="train_dataloader yielded None") as told:
+        trainer(tmp_path).fit(Seen(sgd, manual=manual), DataLoader(rows, batch_size=None))
+    assert got == [0, 2] and [i for i, _ in ended] == [0, 1, 2, 3]
+    assert manual or [has for _, has in ended] == [True, False, True, False]
+    assert len([w for w in told if "yielded None" in str(w.message)]) == 1

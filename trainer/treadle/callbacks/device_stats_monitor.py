@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from treadle.callbacks.callback import Callback
+from treadle.callbacks.monitoring.intervals import is_multiple
 from treadle.stages import TrainerFn
 from treadle_fabric import CPUAccelerator, MisconfigurationException, check_flag, require_package
 
@@ -51,7 +52,7 @@ class DeviceStatsMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log at the first batch of a step at which the loggers write."""
         progress = trainer.fit_progress
-        due = (progress.logging_step + 1) % trainer.log_every_n_steps == 0
+        due = is_multiple(progress.logging_step + 1, trainer.log_every_n_steps)
         if due and not progress.accumulation.place(batch_idx, math.inf).done:
             self._log(trainer, "on_train_batch_start", progress.logging_step)
 
@@ -60,7 +61,7 @@ class DeviceStatsMonitor(Callback):
     ) -> None:
         """Log at the last batch of a step at which the loggers write."""
         progress = trainer.fit_progress
-        if progress.stepping and progress.logging_step % trainer.log_every_n_steps == 0:
+        if progress.stepping and is_multiple(progress.logging_step, trainer.log_every_n_steps):
             self._log(trainer, "on_train_batch_end", progress.logging_step - 1)
 
     def on_validation_batch_start(
@@ -100,7 +101,7 @@ class DeviceStatsMonitor(Callback):
         self._log_evaluation(trainer, "on_test_batch_end", batch_idx)
 
     def _log_evaluation(self, trainer: Trainer, hook: str, batch_idx: int) -> None:
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0 and not trainer.sanity_checking:
+        if is_multiple(batch_idx + 1, trainer.log_every_n_steps) and not trainer.sanity_checking:
             step = trainer.fit_progress.logging_step  # that of the evaluation's metrics
             self._log(trainer, hook, max(step - 1, 0) if trainer.state.fn is TrainerFn.FITTING else step)
 

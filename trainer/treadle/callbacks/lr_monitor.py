@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch.optim import Optimizer
 
 from treadle.callbacks.callback import Callback
+from treadle.callbacks.monitoring.intervals import is_multiple
 from treadle.metrics.values import to_floats
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 
@@ -84,11 +85,10 @@ class LearningRateMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Log before a step at which the loggers write."""
-        if not self._every:
-            return
         progress = trainer.fit_progress
+        due = is_multiple(progress.logging_step + 1, self._every)
         # while gradients accumulate, several batches have the same step
-        if (progress.logging_step + 1) % self._every == 0 and not progress.accumulation.place(batch_idx, math.inf).done:
+        if due and not progress.accumulation.place(batch_idx, math.inf).done:
             self._log(trainer, pl_module, "step")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from treadle.callbacks.callback import Callback
+from treadle.callbacks.monitoring.intervals import is_multiple
 from treadle.stages import RunningStage
 from treadle_fabric import MisconfigurationException, rank_zero_warn
 from treadle_fabric.measuring import Throughput, compute_dtype, get_available_flops
@@ -98,7 +99,7 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """Count the batch, and log where step values are logged."""
         progress = trainer.fit_progress
-        due = progress.stepping and progress.logging_step % trainer.log_every_n_steps == 0
+        due = progress.stepping and is_multiple(progress.logging_step, trainer.log_every_n_steps)
         self._count(trainer, pl_module, batch, waits=due)
         if due:
             self._log(trainer, progress.logging_step - 1, epoch=trainer.current_epoch)
@@ -172,7 +173,7 @@ class ThroughputMonitor(Callback):
         if trainer.sanity_checking:
             return
         batches = int(self._totals[str(trainer.state.stage)].get("batches", 0)) + 1
-        due = batches % trainer.log_every_n_steps == 0
+        due = is_multiple(batches, trainer.log_every_n_steps)
         self._count(trainer, pl_module, batch, waits=due)
         if due:
             self._log(trainer, batches if step is None else step)

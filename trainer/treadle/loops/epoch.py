@@ -52,7 +52,7 @@ class TrainingEpoch:
         self._run, self._data, self._step, self._controls = run, data, step, controls
         self._trains = tuple(run.timed(each, "run_training_batch") for each in (step.accumulate, step.step))
         self._schedule, self._validate, self._elapsed = schedule, validate, elapsed
-        self._log_every, self._max_steps = log_every_n_steps, math.inf
+        self._log_every, self._max_steps = log_every_n_steps or math.inf, math.inf  # 0: at no step
         self._stops = Stops(run, controls, signals, agreement, may_stop)
         self._on_batch_start = run.dispatch.listeners("on_train_batch_start")
         self._on_batch_end = run.dispatch.listeners("on_train_batch_end")
@@ -89,7 +89,7 @@ class TrainingEpoch:
             progress.is_last_batch = is_last
             batch = transfer(batch, 0)
             begin_batch(batch)
-            if on_batch_start:
+            if on_batch_start and batch is not None:  # None is skipped
                 results.hook = "on_train_batch_start"
                 if [listener(batch, batch_idx) for listener in on_batch_start][-1] == -1 and may_skip:
                     schedulers.step("epoch", progress.epoch + 1)  # the epoch is over all the same

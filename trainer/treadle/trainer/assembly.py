@@ -34,7 +34,7 @@ from treadle.run.signals import Signals
 from treadle.run.steps import StepCounter
 from treadle.stages import TrainerFn
 from treadle.trainer.preflight import merged_hyperparameters
-from treadle.trainer.settings import NEVER, Settings
+from treadle.trainer.settings import Settings
 from treadle_fabric import (
     FabricOptimizer,
     MisconfigurationException,
@@ -260,7 +260,7 @@ def make_epoch(
             settings.val_check_interval, settings.check_val_every_n_epoch, data.num_batches
         )
     every = settings.log_every_n_steps
-    few = data.num_batches < every < NEVER and not settings.fast_dev_run
+    few = data.num_batches < every and not settings.fast_dev_run
     if run.loggers and few and run.first_time("few step values"):
         rank_zero_warn(
             f"The number of training batches ({data.num_batches}) is smaller than the logging interval"

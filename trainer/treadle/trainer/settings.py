@@ -30,14 +30,10 @@ from treadle_fabric import (
 )
 from treadle_fabric.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger
 
-NEVER = 1 << 62
-"""The ``log_every_n_steps`` that no run reaches."""
-
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
 __all__ = [
-    "NEVER",
     "Setting",
     "Settings",
     "StageFlag",
@@ -308,7 +304,7 @@ _CHECKED: dict[str, Callable[[Any, str], Any]] = {
     "overfit_batches": _limit,
     "fast_dev_run": lambda value, name: int(value) if isinstance(value, bool) else _whole(0, 0)(value, name),
     "num_sanity_val_steps": _sanity_steps,
-    "log_every_n_steps": lambda value, name: _whole(50, 0)(value, name) or NEVER,
+    "log_every_n_steps": _whole(50, 0),
     "reload_dataloaders_every_n_epochs": _whole(0, 0),
     "gradient_clip_val": _check_clip_value,
     "gradient_clip_algorithm": lambda value, name: _check_clip_algorithm(value),

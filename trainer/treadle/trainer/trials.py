@@ -53,7 +53,7 @@ def trial_settings(settings: Settings, limits: Mapping[str, int | float] | None 
         settings,
         limits={**settings.limits, **(limits or {})},
         num_sanity_val_steps=0,
-        log_every_n_steps=1 << 62,
+        log_every_n_steps=0,
         reload_dataloaders_every_n_epochs=0,
         enable_checkpointing=False,
         enable_autolog_hparams=False,

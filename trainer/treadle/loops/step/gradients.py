@@ -12,12 +12,12 @@ from treadle.loops.step.backward import automatic_backward
 from treadle.loops.step.zero_grad import make_zero_grad
 from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
-from treadle_fabric import MisconfigurationException, infer_batch_size, warn_user
+from treadle_fabric import MisconfigurationException, infer_batch_size, rank_zero_warn, warn_user
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Gradients"]
+__all__ = ["Gradients", "tell_of_none"]
 
 _FIRST_ITEMS: Final = 8  # a batch may be a list of many numbers
 
@@ -54,7 +54,7 @@ class Gradients:
             What ``on_train_batch_end`` gets; and the mean loss, None where there was nothing to learn from.
         """
         self._results.hook = "training_step"
-        output = self._training_step(batch, batch_idx)
+        output = self._training_step(batch, batch_idx) if batch is not None else tell_of_none(self._run)
         mean, weight = (output, None) if isinstance(output, Tensor) else _loss_of(output)
         if mean is None:
             self._run.fabric.strategy.finish_forward(self._run.engine, "training_step")
@@ -95,6 +95,15 @@ class Gradients:
         """There is no loss; other ranks may have one, and wait for this rank in their backward pass."""
         self.idle += 1
         self._run.fabric.strategy.join_backward(self._run.engine, str(self._run.progress.batches))
+
+
+def tell_of_none(run: ReadyRun) -> None:
+    """Warn, once, of a batch that is None, which ``training_step`` does not get."""
+    if run.first_time("none batch"):
+        rank_zero_warn(
+            "The train_dataloader yielded None. Batches of None are skipped: neither `on_train_batch_start` nor"
+            " `training_step` gets them. If this was on purpose, ignore this warning."
+        )
 
 
 def _loss_of(output: Any) -> tuple[Tensor | None, Any]:

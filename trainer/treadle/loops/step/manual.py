@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from treadle.loops.step.gradients import tell_of_none
 from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
@@ -20,7 +21,7 @@ class ManualStep:
     idle = 0  # whether the module learned from a batch is not known
 
     def __init__(self, run: ReadyRun) -> None:
-        self._results, self._loss = run.results, run.loss
+        self._run, self._results, self._loss = run, run.results, run.loss
         step, call = run.module.training_step, run.method("training_step", changes_weights=True)
         self._training_step, self.wants_iterator = bind_step(step, call, TRAINING_ARGUMENTS)
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
@@ -35,7 +36,7 @@ class ManualStep:
     def step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
         """Train on a batch; returns what ``on_train_batch_end`` gets."""
         self._results.hook = "training_step"
-        output = self._training_step(batch, batch_idx)
+        output = self._training_step(batch, batch_idx) if batch is not None else tell_of_none(self._run)
         if self._prepares:
             self._loss.prepare((), 1, 1)
         if not self._gives_outputs or output is None:
