@@ -11,14 +11,14 @@ marks in a state. Imports only the foundation.
 
 For those who build a trainer: ``checkpoints_in``, ``newest_good``, ``names_of``, ``written_at``, ``size_of`` and
 ``read_outline`` look at what is there, ``lies_at`` tells whether anything is, and ``read_quickly`` does not check it;
-``put_in_place`` and ``link_folder`` give names, ``hidden_beside`` and ``shortened`` make them; ``raise_together`` has
-ranks fail together; ``files_mapped`` and ``FileMaps`` have the processes of a host share what they read, and
-``noting_checks``, ``trusting`` and ``check_share`` the check of it; ``PerRank``, ``parts_on_demand`` and
-``fingerprint`` are for what the ranks do not have in common; ``tensors_on_demand``, ``fill`` and ``region`` have each
-rank read its part, and ``in_memory`` all of a tensor; ``pack`` and ``unpack`` are for values of any kind,
-``pickled_in`` says which of them are pickled, ``find_moved`` has pickles find
-classes that were moved, and ``state_of`` gives the state of an object. In ``kept_by_engines`` a
-state is made for a save.
+``put_in_place`` and ``link_folder`` give names, ``copy_to_disk`` copies where there are no links, ``hidden_beside``
+and ``shortened`` make them; ``raise_together`` has ranks fail together; ``files_mapped`` and ``FileMaps`` have the
+processes of a host share what they read, and ``noting_checks``, ``trusting`` and ``check_share`` the check of it;
+``PerRank``, ``parts_on_demand`` and ``fingerprint`` are for what the ranks do not have in common;
+``tensors_on_demand``, ``fill`` and ``region`` have each rank read its part, and ``in_memory`` all of a tensor;
+``pack`` and ``unpack`` are for values of any kind, ``pickled_in`` says which of them are pickled, ``find_moved`` has
+pickles find classes that were moved, and ``state_of`` gives the state of an object. In ``kept_by_engines`` a state is
+made for a save.
 """
 
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ from treadle_fabric.checkpoint.distributed_io import DistributedCheckpointIO
 from treadle_fabric.checkpoint.fingerprint import fingerprint
 from treadle_fabric.checkpoint.folder.layout import size_of
 from treadle_fabric.checkpoint.folder.names import NAME_BYTES, hidden_beside, shortened
-from treadle_fabric.checkpoint.folder.placing import link_folder, put_in_place
+from treadle_fabric.checkpoint.folder.placing import copy_to_disk, link_folder, put_in_place
 from treadle_fabric.checkpoint.host.checked import noting_checks, trusting
 from treadle_fabric.checkpoint.host.mapping import FileMaps, files_mapped
 from treadle_fabric.checkpoint.io import CheckpointIO
@@ -77,6 +77,7 @@ __all__ = [
     "classes_in_state",
     "consolidate",
     "convert_zero_checkpoint_to_fp32_state_dict",
+    "copy_to_disk",
     "error_of",
     "files_mapped",
     "fill",

@@ -15,7 +15,7 @@ from tests.trainer.models import Net, loader
 
 from treadle import Trainer
 from treadle.callbacks import Callback, ModelCheckpoint
-from treadle_fabric import AsyncCheckpointIO, CheckpointError, TorchCheckpointIO
+from treadle_fabric import AsyncCheckpointIO, CheckpointError, DistributedCheckpointIO, TorchCheckpointIO
 from treadle_fabric.loggers import DummyLogger
 
 
@@ -159,3 +159,38 @@ def test_a_run_that_fails_still_has_what_it_began_to_write() -> None:
         fit(ModelCheckpoint("c", "{step}"), Raises(), plugins=io)
     io.wait()
     assert torch.load("c/step=4.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_write_that_fails_in_the_background_leaves_nothing(save_last: Any) -> None:
+    saver = ModelCheckpoint("c", "{step}", save_last=save_last)
+    with pytest.warns(UserWarning, match="No space left.* The run goes on"):
+        fit(saver, plugins=AsyncCheckpointIO(FailsOnce(OSError(28, "No space left"))), on_save_error="warn")
+    assert sorted(os.listdir("c")) == ["last.ckpt", "step=12.ckpt"]
+
+
+def test_a_folder_that_cannot_be_tidied_in_the_background_does_not_end_the_run() -> None:
+    class Meanwhile(TorchCheckpointIO):
+        def remove_checkpoint(self, path: Any) -> None:
+            super().remove_checkpoint(path)
+            folder = os.path.dirname(path)
+            os.rmdir(folder)  # another program does
+            if "epoch=0" in folder:
+                Path(folder).touch()
+
+    trainer = fit(ModelCheckpoint("c", "{epoch}/{step}"), plugins=AsyncCheckpointIO(Meanwhile()))
+    assert trainer.global_step == 12 and sorted(os.listdir("c")) == ["epoch=0", "epoch=2"]
+
+
+@pytest.mark.parametrize("io", [TorchCheckpointIO, DistributedCheckpointIO])
+def test_a_copy_in_the_place_of_a_link_is_on_the_disk(io: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*args: Any, **kwargs: Any) -> None:
+        raise OSError(1, "a file system without hard links")
+
+    flushed: set[int] = set()
+    flush = os.fsync
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.add(os.fstat(file).st_ino), flush(file)))
+    fit(ModelCheckpoint("c", "{step}", save_last=True), plugins=AsyncCheckpointIO(io()), max_epochs=1)
+    assert {path.stat().st_ino for path in Path("c").rglob("*")} <= flushed
+    assert sorted(os.listdir("c")) == ["last.ckpt", "step=4.ckpt"]

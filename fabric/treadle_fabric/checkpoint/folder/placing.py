@@ -22,6 +22,7 @@ from treadle_fabric.checkpoint.folder.names import hidden_beside
 
 __all__ = [
     "bring_back",
+    "copy_to_disk",
     "forget_asides",
     "link_folder",
     "lock_folder",
@@ -200,6 +201,14 @@ def _delete(path: str) -> None:
             os.remove(path)
 
 
+def copy_to_disk(source: str, target: str) -> None:
+    """Copy a file; it is on the disk when this returns, so that the source may go."""
+    with open(source, "rb") as whence, open(target, "xb") as to:
+        shutil.copyfileobj(whence, to, 4 * 1024 * 1024)
+        to.flush()
+        os.fsync(to.fileno())
+
+
 def link_folder(target: str, link: str, *, or_copy: bool = False) -> None:
     """Make ``link`` a second checkpoint folder whose files are hard links to the files of ``target``.
 
@@ -226,7 +235,7 @@ def link_folder(target: str, link: str, *, or_copy: bool = False) -> None:
             except OSError:
                 if not or_copy:
                     raise
-                shutil.copyfile(ours, theirs)
+                copy_to_disk(ours, theirs)
         sync_folder(fresh)
         put_in_place(fresh, os.path.abspath(link))
     except BaseException:

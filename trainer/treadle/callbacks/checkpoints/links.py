@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from treadle.callbacks.checkpoints.paths import is_local
 from treadle_fabric import CheckpointError
-from treadle_fabric.checkpoint import hidden_beside, link_folder, put_in_place
+from treadle_fabric.checkpoint import copy_to_disk, hidden_beside, link_folder, put_in_place
 
 __all__ = ["link_checkpoint"]
 
@@ -29,7 +28,8 @@ def link_checkpoint(
             None: ``target`` is written already.
 
     Returns:
-        Whether there is, or will be, a second name. False for a remote path, and where links cannot be made.
+        Whether there is, or will be, a second name. False for a remote path, where links cannot be made, and where
+        nothing lies at ``target``, because a CheckpointIO of the user's keeps its checkpoints elsewhere.
 
     Raises:
         CheckpointError: the second name cannot be put in the place of the old file.
@@ -39,39 +39,53 @@ def link_checkpoint(
     fresh = Path(hidden_beside(link, "link"))
     try:
         fresh.parent.mkdir(parents=True, exist_ok=True)
-        fresh.unlink(missing_ok=True)
-        if symbolic:
-            fresh.symlink_to(os.path.relpath(target, fresh.parent))
-        elif after_saves is not None:
-            pass  # it is not there yet
-        elif os.path.isdir(target):
-            link_folder(target, link)
-            return True
-        else:
-            os.link(target, fresh)
+        if after_saves is None:
+            if not os.path.lexists(target):
+                return False
+            if os.path.isdir(target) and not symbolic:
+                link_folder(target, link)
+                return True
+        if after_saves is None or symbolic:
+            _link(target, fresh, symbolic)
+        if after_saves is not None:
+            fresh.unlink(missing_ok=True)  # links can be made; a write that fails is to leave none behind
     except OSError:  # a file system without links
         with suppress(OSError):
             fresh.unlink(missing_ok=True)
         return False
     if after_saves is None:
-        _put_in_place(fresh, link)
+        with _in_place(fresh, link):
+            put_in_place(str(fresh), link)
     else:  # the old file keeps the name until the new checkpoint is written
-        after_saves(lambda: _put_in_place(fresh, link, None if symbolic else target))
+        after_saves(lambda: _link_written(target, fresh, link, symbolic))
     return True
 
 
-def _put_in_place(fresh: Path, link: str, target: str | None = None) -> None:
-    """Give ``fresh`` the name ``link``; with ``target``, make ``fresh`` a second name or else a copy of it before."""
-    try:
-        if target is not None and os.path.isdir(target):
+def _link_written(target: str, fresh: Path, link: str, symbolic: bool) -> None:
+    """Make the second name in the thread that wrote ``target``; where there are no hard links, a copy."""
+    with _in_place(fresh, link):
+        if os.path.isdir(target) and not symbolic:
             link_folder(target, link, or_copy=True)
             return
-        if target is not None:
-            try:
-                os.link(target, fresh)
-            except OSError:
-                shutil.copyfile(target, fresh)
+        try:
+            _link(target, fresh, symbolic)
+        except OSError:
+            copy_to_disk(target, str(fresh))
         put_in_place(str(fresh), link)
+
+
+def _link(target: str, fresh: Path, symbolic: bool) -> None:
+    if symbolic:
+        fresh.symlink_to(os.path.relpath(target, fresh.parent))
+    else:
+        os.link(target, fresh)
+
+
+@contextmanager
+def _in_place(fresh: Path, link: str) -> Generator[None]:
+    """Give ``fresh`` the name ``link`` inside; nothing of it is left where that fails."""
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"The second name {link!r} of a checkpoint could not be put in place: {error}."
