@@ -14,7 +14,14 @@ from torch import Tensor
 from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained, tolerated
 from treadle.callbacks.checkpoints.links import link_checkpoint
 from treadle.callbacks.checkpoints.names import check_template, fill_template, with_ending
-from treadle.callbacks.checkpoints.paths import absolute, default_folder, path_exists, remove_replaced, warn_if_in_use
+from treadle.callbacks.checkpoints.paths import (
+    absolute,
+    default_folder,
+    is_kept_elsewhere,
+    path_exists,
+    remove_replaced,
+    warn_if_in_use,
+)
 from treadle.callbacks.checkpoints.ranking import Ranking
 from treadle.callbacks.checkpoints.triggers import SaveTriggers
 from treadle.callbacks.monitoring.monitored_metric import MonitoredMetric
@@ -480,11 +487,14 @@ class ModelCheckpoint(Checkpoint):
         """Drop from the ranking, after a resume, what was removed since the checkpoint was written."""
         self._restored = False
         paths = sorted({*self.best_k_models, self.best_model_path, self.last_model_path} - {""})
-        gone = on_rank_zero(
-            trainer.strategy,
-            lambda: [path for path in paths if not path_exists(path)],
-            "could not look for checkpoints",
-        )
+        resumed = os.fspath(trainer.ckpt_path or "")
+
+        def missing() -> list[str]:
+            if resumed and is_kept_elsewhere(resumed):  # then so are the others
+                return []
+            return [path for path in paths if not path_exists(path)]
+
+        gone = on_rank_zero(trainer.strategy, missing, "could not look for checkpoints")
         if gone:
             self._ranking = self._ranking.without_files(gone)
             rank_zero_warn(f"ModelCheckpoint forgets checkpoints that are not there any more: {', '.join(gone)}.")

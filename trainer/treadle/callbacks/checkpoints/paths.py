@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from treadle_fabric import CheckpointError, CheckpointIO, Logger, rank_zero_warn
 from treadle_fabric.checkpoint import lies_at
 
-__all__ = ["absolute", "default_folder", "is_local", "path_exists", "remove_replaced", "run_folder", "warn_if_in_use"]
+__all__ = [
+    "absolute",
+    "default_folder",
+    "is_kept_elsewhere",
+    "is_local",
+    "path_exists",
+    "remove_replaced",
+    "run_folder",
+    "warn_if_in_use",
+]
 
 
 def is_local(path: str) -> bool:
@@ -42,6 +51,14 @@ def run_folder(loggers: Sequence[Logger], root: str) -> str:
     return os.path.join(logger.save_dir or root, str(logger.name), version)
 
 
+def is_kept_elsewhere(path: str) -> bool:
+    """Tell whether a checkpoint that was just read lies somewhere else, where a CheckpointIO of the user's has it."""
+    try:
+        return not lies_at(path)
+    except (OSError, ValueError, ImportError):  # a path of a kind that only the CheckpointIO knows
+        return True
+
+
 def warn_if_in_use(folder: str, resumed: str) -> None:
     """Warn of a folder that holds files, unless the run goes on from a checkpoint in that folder."""
     if not is_local(folder) or not os.path.isdir(folder) or not os.listdir(folder):
@@ -57,17 +74,23 @@ def remove_replaced(path: str, folder: str, resumed: str, checkpoint_io: Checkpo
     """Remove a checkpoint that another one replaced, and the folders between it and ``folder`` that are empty then.
 
     A checkpoint of another folder stays, and so does the one that the run was resumed from (``resumed``). A failure is
-    a warning: a file too many is no reason to stop training.
+    a warning: a file too many is no reason to stop training. What lies at the path is for the CheckpointIO to say: one
+    of the user's may keep a checkpoint elsewhere, or under a longer name.
     """
     parent, name = os.path.split(resumed)
     resumed_from = os.path.join(absolute(parent or os.curdir), name)  # not absolute(resumed): a link is the link
     if not path.startswith(os.path.join(folder, "")) or path == resumed_from:
         return
-    tidy = partial(_remove_link_and_empty_folders, path, folder)
+    tidy = partial(_told, path, partial(_remove_link_and_empty_folders, path, folder))
+    if not os.path.islink(path):
+        _told(path, partial(checkpoint_io.remove_checkpoint, path))
+    checkpoint_io.after_saves(tidy) if checkpoint_io.after_saves is not None else tidy()
+
+
+def _told(path: str, remove: Callable[[], None]) -> None:
+    """Call a function that removes something of a checkpoint; a failure is a warning, in whatever thread."""
     try:
-        if path_exists(path) and not os.path.islink(path):
-            checkpoint_io.remove_checkpoint(path)
-        checkpoint_io.after_saves(tidy) if checkpoint_io.after_saves is not None else tidy()
+        remove()
     except (OSError, CheckpointError) as error:
         rank_zero_warn(f"ModelCheckpoint could not remove {path!r}: {error}")
 
@@ -79,6 +102,6 @@ def _remove_link_and_empty_folders(path: str, root: str) -> None:
     if os.path.islink(path):
         os.unlink(path)
     for folder in Path(path).parents:
-        if folder == Path(root) or any(folder.iterdir()):
+        if folder == Path(root) or not folder.is_dir() or any(folder.iterdir()):
             return
         folder.rmdir()
