@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Final
 
 from treadle_fabric.checkpoint.folder.layout import MANIFEST, has_manifest, is_sharded, representative
 from treadle_fabric.checkpoint.folder.placing import bring_back
@@ -19,12 +20,16 @@ from treadle_fabric.types import PathLike
 
 __all__ = ["checkpoints_in", "names_of", "newest_good", "remote_checkpoints_in", "written_at"]
 
-EXTENSION = ".ckpt"
+EXTENSION: Final = ".ckpt"
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.(tmp|old)")
 
 
 def newest_good(
-    folders: PathLike | Iterable[PathLike], *, recursive: bool = True, holds: Collection[str] = ()
+    folders: PathLike | Iterable[PathLike],
+    *,
+    recursive: bool = True,
+    holds: Collection[str] = (),
+    endings: Collection[str] = (EXTENSION,),
 ) -> Path | None:
     """Find the newest checkpoint that is whole. A damaged one is named in a warning, and the one before it is tried.
 
@@ -32,14 +37,15 @@ def newest_good(
         folders: One local folder or several; a folder that does not exist counts as empty.
         recursive: Look into their subfolders too.
         holds: Keys that the checkpoint must have; a checkpoint that lacks one of them is passed over.
+        endings: How the names of files end that are checkpoints.
 
     Returns:
-        The path of a ``.ckpt`` file, or of the folder of a sharded checkpoint; None if no checkpoint is good. Of
+        The path of a file, or of the folder of a sharded checkpoint; None if no checkpoint is good. Of
         several that were written at the same time, the one with the greatest ``global_step``.
     """
     best: tuple[int, Path] | None = None
     time = 0
-    for path, written in checkpoints_in(folders, recursive=recursive):
+    for path, written in checkpoints_in(folders, recursive=recursive, endings=endings):
         if best is not None and written != time:
             break
         try:
@@ -57,17 +63,22 @@ def newest_good(
 
 
 def checkpoints_in(
-    folders: PathLike | Iterable[PathLike], *, recursive: bool = True, names: Iterable[str] = ("*",)
+    folders: PathLike | Iterable[PathLike],
+    *,
+    recursive: bool = True,
+    names: Iterable[str] = ("*",),
+    endings: Collection[str] = (EXTENSION,),
 ) -> list[tuple[Path, int]]:
     """List the checkpoints in local folders, the newest first.
 
-    They are the ``.ckpt`` files, and the folders that are sharded checkpoints. A checkpoint that a killed process had
-    moved aside, to replace it, gets its name again.
+    They are the files whose names have one of ``endings``, and the folders that are sharded checkpoints. A checkpoint
+    that a killed process had moved aside, to replace it, gets its name again.
 
     Args:
         folders: One local folder or several; a folder that does not exist counts as empty.
         recursive: Look into their subfolders too.
         names: Patterns such as ``"*last*.ckpt"``; a checkpoint has to have a name that one of them matches.
+        endings: How the names of files end that are checkpoints.
 
     Returns:
         Paths, and the times of the last change in ns since 1970. Of several names of one checkpoint, links included,
@@ -76,7 +87,7 @@ def checkpoints_in(
     given = [folders] if isinstance(folders, str | os.PathLike) else folders
     found: dict[tuple[int, int], tuple[int, str]] = {}
     for folder in given:
-        for path in _files(os.path.abspath(os.fspath(folder)), recursive):
+        for path in _files(os.path.abspath(os.fspath(folder)), recursive, tuple(endings)):
             if not any(fnmatch.fnmatchcase(os.path.basename(path), name) for name in names):
                 continue
             try:
@@ -90,21 +101,23 @@ def checkpoints_in(
 
 
 def remote_checkpoints_in(
-    folder: str, *, recursive: bool = True, names: Iterable[str] = ("*",)
+    folder: str, *, recursive: bool = True, names: Iterable[str] = ("*",), endings: Collection[str] = (EXTENSION,)
 ) -> list[tuple[str, int]]:
-    """List the checkpoints in a remote folder, the newest first: ``.ckpt`` files, and folders that are checkpoints.
+    """List the checkpoints in a remote folder, the newest first: files, and folders that are checkpoints.
 
     Args:
         folder: An fsspec URL; a folder that does not exist counts as empty.
         recursive: Look into its subfolders too.
         names: Patterns; a checkpoint has to have a name that one of them matches.
+        endings: How the names of files end that are checkpoints.
 
     Returns:
         URLs that begin with ``folder``, and the times of the last change in ns since 1970.
     """
     fs, where = file_system(folder)
     if fs is None:  # file:// is no other place than the local disk
-        return [(str(path), time) for path, time in checkpoints_in(where, recursive=recursive, names=names)]
+        here = checkpoints_in(where, recursive=recursive, names=names, endings=endings)
+        return [(str(path), time) for path, time in here]
     fs.invalidate_cache()  # another machine may have written since
     try:
         files = [str(path) for path in fs.find(where, maxdepth=None if recursive else 2)]
@@ -115,7 +128,8 @@ def remote_checkpoints_in(
     for path in files:
         parent, _, name = path.rpartition("/")
         inner = parent.removeprefix(top)
-        at = parent if name == MANIFEST else path if name.endswith(EXTENSION) and (recursive or not inner) else None
+        is_file = name.endswith(tuple(endings)) and (recursive or not inner)
+        at = parent if name == MANIFEST else path if is_file else None
         if at is None or not any(fnmatch.fnmatchcase(at.rpartition("/")[2], pattern) for pattern in names):
             continue
         if name != MANIFEST or manifest_at(fs, parent) is not None:
@@ -139,7 +153,7 @@ def names_of(path: Path) -> list[Path]:
     return sorted(same, key=lambda p: not p.is_symlink())
 
 
-def _files(folder: str, recursive: bool) -> Iterator[str]:
+def _files(folder: str, recursive: bool, endings: tuple[str, ...]) -> Iterator[str]:
     if has_manifest(folder):  # what was given may be a folder of checkpoints with a `meta.pt` beside them
         yield folder
         return
@@ -159,7 +173,7 @@ def _files(folder: str, recursive: bool) -> Iterator[str]:
                     yield path
                     if name in folders:
                         folders.remove(name)
-            elif name.endswith(EXTENSION):
+            elif name.endswith(endings):
                 yield path
         if not recursive:
             folders.clear()

@@ -18,13 +18,13 @@ from treadle.checkpoint.find import find_newest
 from treadle_fabric.loggers import CSVLogger
 
 
-def run(**kwargs: Any) -> Trainer:
+def run(ckpt_path: Any = None, **kwargs: Any) -> Trainer:
     arguments: dict[str, Any] = {
         "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "default_root_dir": "root",
         "enable_progress_bar": False, "enable_model_summary": False,
     }  # fmt: skip
     trainer = Trainer(**arguments | kwargs)
-    trainer.fit(Net(), loader())
+    trainer.fit(Net(), loader(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -98,3 +98,17 @@ def test_a_trainer_goes_on_by_itself_from_the_newest_checkpoint_that_is_whole(tm
         run = fit(3)
     assert str(run.ckpt_path) == str(saved[0])
     assert run.current_epoch == 3
+
+
+def test_names_and_endings_of_ones_own_are_found_again() -> None:
+    class Own(ModelCheckpoint):
+        CHECKPOINT_NAME_LAST = "newest-{epoch}"
+        FILE_EXTENSION = ".pth"
+
+    run(callbacks=Own("c", save_last=True))
+    assert sorted(os.listdir("c")) == ["epoch=0-step=4.pth", "newest-epoch=0.pth"]
+    last = run(callbacks=Own("c", save_last=True), max_epochs=2, ckpt_path="last")
+    assert os.path.basename(str(last.ckpt_path)) == "newest-epoch=0.pth"
+    again = run(callbacks=Own("c", save_last=True), max_epochs=3, auto_resume=True)
+    assert os.path.basename(str(again.ckpt_path)) in ("epoch=1-step=8.pth", "newest-epoch=1.pth")
+    assert (last.global_step, again.global_step) == (8, 12)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Final
 
 from treadle.callbacks.callback import Callback
+from treadle.callbacks.checkpoints.names import pattern_of
 from treadle.callbacks.checkpoints.paths import is_local, path_exists
 from treadle_fabric import CheckpointError, MisconfigurationException, newest_good, rank_zero_info, rank_zero_warn
 from treadle_fabric.checkpoint import checkpoints_in, read_outline, read_quickly, remote_checkpoints_in, written_at
@@ -27,6 +29,7 @@ __all__ = [
 ]
 PREEMPTED: Final = "preempted.ckpt"
 """What a run saves when it is asked to terminate; "last" finds it beside the last checkpoint."""
+_ENDING: Final = ".ckpt"
 _NEEDED: Final = ("state_dict", "optimizer_states")
 """Without these keys training cannot go on from a checkpoint."""
 
@@ -72,7 +75,9 @@ def find_checkpoint(
         known = [path for c in savers if (path := getattr(c, "last_model_path", "")) and path_exists(path)]
         times = [(written_at(path), path) for path in known]
         for saver in savers:
-            times += _saved_beside(saver, loggers, root, fitting=fitting, names=("*last*.ckpt", PREEMPTED))
+            own = pattern_of(getattr(saver, "CHECKPOINT_NAME_LAST", "last"))
+            names = ("*last*.ckpt", PREEMPTED, *(own + ending for ending in _endings([saver])))
+            times += _saved_beside(saver, loggers, root, fitting=fitting, names=names)
         if times:
             return max(times, key=lambda entry: entry[0])[1]
         if fitting:
@@ -109,11 +114,13 @@ def find_newest(callbacks: Sequence[Callback], loggers: Sequence[Logger], root: 
     folders = [str(folder) for c in callbacks if (folder := getattr(c, "dirpath", None))]
     if root is not None:
         folders += [*(_runs_of(logger, root) for logger in loggers), os.path.join(root, "checkpoints")]
-    found = [newest_good([folder for folder in folders if is_local(folder)], holds=_NEEDED)]
+    endings = _endings(callbacks)
+    found = [newest_good([folder for folder in folders if is_local(folder)], holds=_NEEDED, endings=endings)]
     if root is not None and is_local(root):
         found.append(newest_good(root, recursive=False, holds=_NEEDED))
     times = [(written_at(path), str(path)) for path in found if path is not None]
-    remote = [entry for folder in dict.fromkeys(folders) if not is_local(folder) for entry in _checkpoints_in(folder)]
+    places = [folder for folder in dict.fromkeys(folders) if not is_local(folder)]
+    remote = [entry for folder in places for entry in _checkpoints_in(folder, endings=endings)]
     times += filter(None, [_newest_remote(remote)])
     return max(times, key=lambda entry: entry[0])[1] if times else None
 
@@ -200,7 +207,8 @@ def _saved_beside(
 ) -> list[tuple[int, str]]:
     """The checkpoints in the folder of a callback; in fit, in those of earlier runs where it has none yet."""
     folders = [saver.dirpath] if saver.dirpath else _default_runs(loggers, root) if fitting else []
-    return [e for folder in folders for e in _checkpoints_in(folder, recursive=not saver.dirpath, names=names)]
+    look = partial(_checkpoints_in, recursive=not saver.dirpath, names=names, endings=_endings([saver]))
+    return [entry for folder in folders for entry in look(folder)]
 
 
 def _newest_remote(found: list[tuple[int, str]]) -> tuple[int, str] | None:
@@ -215,10 +223,17 @@ def _newest_remote(found: list[tuple[int, str]]) -> tuple[int, str] | None:
     return None
 
 
-def _checkpoints_in(folder: str, *, recursive: bool = True, names: Sequence[str] = ("*",)) -> list[tuple[int, str]]:
+def _checkpoints_in(
+    folder: str, *, recursive: bool = True, names: Sequence[str] = ("*",), endings: Collection[str] = (_ENDING,)
+) -> list[tuple[int, str]]:
     """The checkpoints in a local or remote folder, with the times at which they were written."""
     look = checkpoints_in if is_local(folder) else remote_checkpoints_in
-    return [(time, str(path)) for path, time in look(folder, recursive=recursive, names=names)]
+    return [(time, str(path)) for path, time in look(folder, recursive=recursive, names=names, endings=endings)]
+
+
+def _endings(savers: Sequence[Any]) -> set[str]:
+    """How the names of checkpoints end: what a run saves by itself, and what the callbacks save."""
+    return {_ENDING, *(getattr(saver, "FILE_EXTENSION", _ENDING) for saver in savers)}
 
 
 def _default_runs(loggers: Sequence[Logger], root: str) -> list[str]:

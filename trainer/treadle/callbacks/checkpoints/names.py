@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from torch import Tensor
 from treadle_fabric import MisconfigurationException, near_names, rank_zero_warn
 from treadle_fabric.checkpoint import NAME_BYTES, shortened
 
-__all__ = ["check_length", "check_template", "fill_template", "with_ending"]
+__all__ = ["check_length", "check_template", "fill_template", "pattern_of", "with_ending"]
 
 _EXTENSION = ".ckpt"
 _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")  # names may hold anything else: "val/loss", "acc@1", "top 5"
@@ -91,6 +92,12 @@ def fill_template(template: str, metrics: Mapping[str, Any], insert_names: bool,
         return f"{name}{equals}{text}" if insert_names else text
 
     return _FIELD.sub(fill, template)
+
+
+def pattern_of(template: str) -> str:
+    """Return the shell pattern of the file names that a template gives, without their ending."""
+    texts = _FIELD.split(template)[:: _FIELD.groups + 1]
+    return f"{'*'.join(map(glob.escape, texts))}*"  # a version may follow
 
 
 def _format(value: Any, spec: str) -> str:
