@@ -94,6 +94,22 @@ def test_resuming_at_an_epochs_end_continues_as_if_nothing_had_happened(tmp_path
     assert again.ckpt_path == path
 
 
+def test_a_stopped_run_goes_on_without_the_callback_that_stopped_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def callbacks() -> list[L.Callback]:
+        return [EarlyStopping("val_loss", stopping_threshold=1e9), ModelCheckpoint(tmp_path, save_last=True)]
+
+    _, run = fit(tmp_path, 4, callbacks=callbacks())
+    last = run.checkpoint_callback.last_model_path
+    assert run.global_step == 5
+    _, same_again = fit(tmp_path, 4, last, callbacks=callbacks())
+    assert same_again.global_step == 5 and "leave out the callback" in caplog.text
+    with pytest.warns(UserWarning, match="add the following callbacks: .*EarlyStopping"):
+        _, without = fit(tmp_path, 4, last)
+    assert (without.global_step, without.should_stop) == (20, False)
+
+
 def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:
     model, run = fit(tmp_path, 2)
     with pytest.warns(UserWarning, match="nothing is left to do"):
@@ -207,6 +223,25 @@ def test_hooks_may_add_to_a_checkpoint_and_read_it_back(tmp_path: Path) -> None:
     model = Adding()
     trainer(tmp_path, max_epochs=2).fit(model, loader(4), ckpt_path=tmp_path / "a.ckpt")
     assert model.seen == {"tokens": 12}
+
+
+def test_a_hook_may_empty_the_states_that_are_to_begin_anew(tmp_path: Path) -> None:
+    class Anew(Resumable):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["optimizer_states"] = checkpoint["lr_schedulers"] = []
+
+    _, run = fit(tmp_path, 2)
+    model, again = Anew(), trainer(tmp_path, max_epochs=3)
+    with pytest.warns(UserWarning) as told:
+        again.fit(model, loader(10), loader(4), ckpt_path=run.checkpoint_callback.best_model_path)
+    assert [
+        kind for kind in ("optimizer", "scheduler") if any(f"no {kind} states" in str(w.message) for w in told)
+    ] == [
+        "optimizer",
+        "scheduler",
+    ]
+    assert again.global_step == 15 and again.optimizers[0].param_groups[0]["lr"] == 0.01 * 0.5
+    assert again.optimizers[0].state[model.layer.weight]["step"] == 5
 
 
 def _other_width(path: Path) -> None:

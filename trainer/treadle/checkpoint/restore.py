@@ -16,7 +16,7 @@ from treadle.formats import SCALERS, modernize
 from treadle.run.changes import group_names
 from treadle.run.progress import FitProgress
 from treadle.run.run import Run
-from treadle_fabric import CheckpointMismatchError
+from treadle_fabric import CheckpointMismatchError, rank_zero_warn
 from treadle_fabric.checkpoint import in_memory, parts_on_demand, tensors_on_demand
 
 _PLACED: Final = ("state_dict", "current_model_state", "optimizer_states", "treadle")
@@ -111,13 +111,15 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
         ("optimizer", run.optimizers, checkpoint["optimizer_states"]),
         ("scheduler", run.schedulers, checkpoint.get("lr_schedulers", [])),
     ):
-        if len(have) != len(saved):
+        if have and not saved:  # the module's on_load_checkpoint may have emptied the list, to begin anew
+            rank_zero_warn(f"The checkpoint has no {kind} states: what `configure_optimizers` made begins anew.")
+        elif len(have) != len(saved):
             raise CheckpointMismatchError(
                 f"The checkpoint has {len(saved)} {kind} states, `configure_optimizers` made {len(have)} {kind}s: make"
                 " the same ones to resume."
             )
     run.changes.restore_trainable(run.module)  # again: on_fit_start came in between
-    for i, (wrapped, state) in enumerate(zip(run.optimizers, checkpoint["optimizer_states"], strict=True)):
+    for i, (wrapped, state) in enumerate(zip(run.optimizers, checkpoint["optimizer_states"], strict=False)):
         optimizer = wrapped.optimizer
         run.changes.restore_groups(run.module, i, optimizer, state)
         try:
@@ -127,7 +129,7 @@ def restore_training(run: Run, checkpoint: dict[str, Any]) -> None:
                 f"The checkpoint's state of {type(optimizer).__name__} does not fit: {error}. "
                 + _unlike_groups(run, i, optimizer, state)
             ) from None
-    for config, state in zip(run.schedulers, checkpoint.get("lr_schedulers", []), strict=True):
+    for config, state in zip(run.schedulers, checkpoint.get("lr_schedulers", []), strict=False):
         config.scheduler.load_state_dict(state)
     precision = run.fabric.strategy.precision
     for key in (type(precision).__qualname__, *SCALERS):

@@ -168,7 +168,12 @@ class FitLoop:
         if epoch is None:
             self._parts.nothing_left(run)
             rank_zero_info(f"`Trainer.fit` stopped: {reason or _NO_BATCHES}.")
-            if progress.batches and not self._controls.should_stop:
+            if progress.batches and self._controls.should_stop:
+                rank_zero_info(
+                    "That was in the run that this fit goes on from. To train on, leave out the callback that stopped"
+                    " it, or raise `min_epochs` or `min_steps`."
+                )
+            elif progress.batches:
                 rank_zero_warn(
                     "This fit goes on from the last one or from a checkpoint, and nothing is left to do: to train on,"
                     " raise `trainer.max_epochs` or `max_steps` before `fit`; to begin anew, make a new Trainer."

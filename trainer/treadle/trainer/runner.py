@@ -293,7 +293,8 @@ class Runner:
             if checkpoint is not None:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
-                trainer.should_stop |= bool(exact.get("should_stop", False))
+                stopped = bool(exact.get("should_stop", False))  # by a callback, perhaps, that is left out now
+                trainer.should_stop |= stopped and not ready.dispatch.lacks_callbacks
             ready.dispatch.refresh("fit")
             loop = fitting.make_loop(ready, exact)
             del checkpoint, exact  # the fitting drops what it has put back
