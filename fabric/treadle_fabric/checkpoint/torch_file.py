@@ -28,7 +28,7 @@ from treadle_fabric.checkpoint.archive import (
 )
 from treadle_fabric.checkpoint.folder.layout import identity_of, is_sharded, refuse_foreign
 from treadle_fabric.checkpoint.folder.names import check_name, hidden_beside
-from treadle_fabric.checkpoint.folder.placing import put_in_place
+from treadle_fabric.checkpoint.folder.placing import lock_temporary, put_in_place, remove_stale
 from treadle_fabric.checkpoint.folder.remote import put, refuse_foreign_remote, remove_folder_beside
 from treadle_fabric.checkpoint.host.checked import is_checked, set_checked
 from treadle_fabric.checkpoint.host.mapping import active_maps, mappable
@@ -130,19 +130,27 @@ def _save_local(checkpoint: dict[str, Any], path: str) -> None:
     folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     temporary = hidden_beside(path, "tmp")
+    lock: int | None = None
     try:
-        _write(checkpoint, folder, temporary)
+        lock = _write(checkpoint, folder, temporary)
         put_in_place(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
-def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
+def _write(checkpoint: dict[str, Any], folder: str, name: str) -> int | None:
     """Write a file that has no name, if the system can do that, until it is complete and on the disk.
 
-    A process that is killed while it writes then leaves nothing behind.
+    A process that is killed while it writes then leaves nothing behind. Elsewhere (NFS, for example) the next save
+    removes what it left.
+
+    Returns:
+        What locks the file until it is closed, if the file had a name while it was written.
     """
     nameless = None
     with contextlib.suppress(OSError, AttributeError):  # another system, or a file system without the feature
@@ -153,9 +161,17 @@ def _write(checkpoint: dict[str, Any], folder: str, name: str) -> None:
             with contextlib.suppress(OSError):  # no /proc, say: the named way below works there
                 # src_dir_fd is only there to make Python follow the link
                 os.link(f"/proc/self/fd/{nameless}", name, src_dir_fd=nameless)
-                return
+                return None
+    remove_stale(folder)
     with open(name, "x+b") as file:
-        _dump(checkpoint, file)
+        lock = lock_temporary(name)
+        try:
+            _dump(checkpoint, file)
+        except BaseException:
+            if lock is not None:
+                os.close(lock)
+            raise
+    return lock
 
 
 def _dump(checkpoint: dict[str, Any], file: IO[bytes]) -> None:

@@ -494,13 +494,19 @@ def test_ended_at_any_rename_the_old_or_the_new_one_loads(
 def test_what_killed_processes_left_is_removed_once_nobody_writes_it(tmp_path: Path) -> None:
     left, busy, slow, fresh = (folders.make_temporary(str(tmp_path / "a.ckpt")) for _ in range(4))
     Path(slow, "meta.pt").touch()  # written to just now, by a machine whose lock is not seen here
-    lock = folders.lock_folder(busy)
+    lock = folders.lock_temporary(busy)
     assert lock is not None
-    for path in (left, busy, slow):
-        os.utime(path, (time.time() - 100_000,) * 2)
+    elsewhere = os.path.join(tmp_path, f".a.ckpt.{'0123456789abcdef' * 2}.tmp")  # by a machine with another kernel
+    os.mkdir(elsewhere)
+    for path, age in ((left, 100), (elsewhere, 100), (busy, 100_000), (slow, 100_000)):
+        os.utime(path, (time.time() - age,) * 2)
     IO.save_checkpoint({}, tmp_path / "b.ckpt")
     os.close(lock)
-    stay = ["b.ckpt", *map(os.path.basename, (busy, slow, fresh))]
+    stay = ["b.ckpt", *map(os.path.basename, (busy, slow, fresh, elsewhere))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(stay)
+    os.utime(elsewhere, (time.time() - 100_000,) * 2)
+    IO.save_checkpoint({}, tmp_path / "b.ckpt")
+    stay = ["b.ckpt", *map(os.path.basename, (slow, fresh))]
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(stay)
 
 

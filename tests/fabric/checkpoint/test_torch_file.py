@@ -6,6 +6,7 @@ Tests of ``treadle_fabric.checkpoint.torch_file``, ``treadle_fabric.checkpoint.t
 
 from __future__ import annotations
 
+import fcntl
 import io as io_module
 import os
 import pickle
@@ -291,6 +292,34 @@ def test_a_file_system_without_nameless_files_is_served_too(
     with pytest.raises(CheckpointError, match="cannot be pickled"):
         io.save_checkpoint({"x": lambda: 0}, tmp_path / "a")
     assert same(io.load_checkpoint(tmp_path / "a"), STATE)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_there_what_a_killed_process_left_is_removed(
+    io: TorchCheckpointIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    program = """
+import os, sys
+from treadle_fabric import TorchCheckpointIO
+delattr(os, "O_TMPFILE")
+
+class Kills:
+    def __reduce__(self):
+        os.kill(os.getpid(), 9)
+
+TorchCheckpointIO().save_checkpoint({"x": Kills()}, sys.argv[1])
+"""
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "a")], timeout=60).returncode == -9
+    (left,) = tmp_path.iterdir()
+    io.save_checkpoint(STATE, tmp_path / "a")
+    assert left.exists()  # the other process could be about to lock it
+    os.utime(left, (time.time() - 100,) * 2)
+    with open(left, "rb+") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        io.save_checkpoint(STATE, tmp_path / "a")
+        assert left.exists()
+    io.save_checkpoint(STATE, tmp_path / "a")
     assert os.listdir(tmp_path) == ["a"]
 
 

@@ -14,7 +14,7 @@ from treadle_fabric.checkpoint.folder.checksummed import checksummed
 from treadle_fabric.checkpoint.folder.layout import MANIFEST, refuse_foreign
 from treadle_fabric.checkpoint.folder.manifest import sync_folder
 from treadle_fabric.checkpoint.folder.names import check_name
-from treadle_fabric.checkpoint.folder.placing import lock_folder, make_temporary, put_in_place
+from treadle_fabric.checkpoint.folder.placing import lock_temporary, make_temporary, put_in_place
 from treadle_fabric.errors import CheckpointError
 
 __all__ = ["Destination", "LocalFolder"]
@@ -81,7 +81,7 @@ class LocalFolder(Destination):
         check_name(self._path)
         refuse_foreign(self._path)
         self._temporary = make_temporary(self._path)
-        self._lock = lock_folder(self._temporary)
+        self._lock = lock_temporary(self._temporary)
         return self._temporary
 
     def follow(self, begun: str) -> None:

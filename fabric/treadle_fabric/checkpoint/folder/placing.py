@@ -18,21 +18,25 @@ from typing import Final
 
 from treadle_fabric.checkpoint.folder.layout import MANIFEST, PART, files_in, is_folder, is_sharded, refuse_foreign
 from treadle_fabric.checkpoint.folder.manifest import sync_folder
-from treadle_fabric.checkpoint.folder.names import hidden_beside
+from treadle_fabric.checkpoint.folder.names import hidden_beside, is_of_this_kernel
 
 __all__ = [
     "bring_back",
     "copy_to_disk",
     "forget_asides",
     "link_folder",
-    "lock_folder",
+    "lock_temporary",
     "make_temporary",
     "put_in_place",
     "remove_folder",
+    "remove_stale",
 ]
 _ASIDE: Final = re.compile(r"\.(.+)\.[0-9a-f]{32}\.old")
+_TEMPORARY: Final = re.compile(r"\..+\.([0-9a-f]{32})\.tmp")
 _STALE_S: Final = 6 * 3600.0
 """Long, because other machines do not see the lock on every file system."""
+_STALE_HERE_S: Final = 60.0
+"""Longer than it takes to lock what was made."""
 _TAKEN: Final = (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR)
 
 
@@ -43,14 +47,14 @@ def make_temporary(path: str) -> str:
     """Make an empty folder beside ``path``, hidden, for what is to be put in its place."""
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)
-    _remove_stale(parent)
+    remove_stale(parent)
     temporary = hidden_beside(path, "tmp")
     os.mkdir(temporary)
     return temporary
 
 
-def lock_folder(folder: str) -> int | None:
-    """Mark a temporary folder as one that is being written, for as long as this process lives.
+def lock_temporary(path: str) -> int | None:
+    """Mark a temporary folder or file as one that is being written, for as long as this process lives.
 
     Returns:
         A file descriptor, to be closed at the end; None where the system has no such locks.
@@ -59,7 +63,7 @@ def lock_folder(folder: str) -> int | None:
     try:
         import fcntl  # not on Windows
 
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)  # NFS locks what it may write
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
         if descriptor is not None:
@@ -68,17 +72,19 @@ def lock_folder(folder: str) -> int | None:
     return descriptor
 
 
-def _remove_stale(parent: str) -> None:
-    """Remove what killed processes left half written: temporary folders on which no process holds a lock."""
+def remove_stale(parent: str) -> None:
+    """Remove what killed processes left half written: temporary folders and files on which no process holds a lock."""
     with contextlib.suppress(OSError):
-        left = [e.path for e in os.scandir(parent) if re.fullmatch(r"\..+\.[0-9a-f]{32}\.tmp", e.name) and e.is_dir()]
-        for folder in left:
-            changed = max(os.stat(each).st_mtime for each in (folder, *(e.path for e in os.scandir(folder))))
-            if time.time() - changed < _STALE_S:
+        for entry in list(os.scandir(parent)):
+            if (match := _TEMPORARY.fullmatch(entry.name)) is None:
                 continue
-            descriptor = lock_folder(folder)
+            inside = [each.path for each in os.scandir(entry.path)] if entry.is_dir() else []
+            changed = max(os.stat(each).st_mtime for each in (entry.path, *inside))
+            if time.time() - changed < (_STALE_HERE_S if is_of_this_kernel(match[1]) else _STALE_S):
+                continue
+            descriptor = lock_temporary(entry.path)
             if descriptor is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                _delete(entry.path)
                 os.close(descriptor)
 
 
@@ -224,7 +230,7 @@ def link_folder(target: str, link: str, *, or_copy: bool = False) -> None:
         OSError: The file system has no hard links. ``link`` is what it was.
     """
     fresh = make_temporary(os.path.abspath(link))
-    lock = lock_folder(fresh)
+    lock = lock_temporary(fresh)
     try:
         names = sorted(filter(PART.fullmatch, files_in(target)), key=lambda name: name == MANIFEST)
         for name in names:
