@@ -330,3 +330,15 @@ def test_resuming_within_an_epoch_goes_on_with_the_next_batch(tmp_path: Path) ->
         torch.save(content, tmp_path / "lightning.ckpt")
         go(tmp_path / "lightning.ckpt")
         assert seen == batches
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = trainer(Path("~/root"))
+    run.fit(Net(), loader(4))
+    run.save_checkpoint("~/a.ckpt")
+    assert run.default_root_dir == str(tmp_path / "home" / "root") and (tmp_path / "home" / "a.ckpt").is_file()
+    Net.load_from_checkpoint("~/a.ckpt")
+    again = trainer(tmp_path, max_epochs=2)
+    again.fit(Net(), loader(4), ckpt_path="~/a.ckpt")
+    assert again.global_step == 4 and not os.path.exists("~")

@@ -87,7 +87,7 @@ def checkpoints_in(
     given = [folders] if isinstance(folders, str | os.PathLike) else folders
     found: dict[tuple[int, int], tuple[int, str]] = {}
     for folder in given:
-        for path in _files(os.path.abspath(os.fspath(folder)), recursive, tuple(endings)):
+        for path in _files(os.path.abspath(os.path.expanduser(folder)), recursive, tuple(endings)):
             if not any(fnmatch.fnmatchcase(os.path.basename(path), name) for name in names):
                 continue
             try:

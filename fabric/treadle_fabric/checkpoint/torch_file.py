@@ -74,7 +74,7 @@ _REMEDIES = {
 
 
 def file_system(path: PathLike, storage_options: Any | None = None) -> tuple[Any | None, str]:
-    """The fsspec file system (None: the local disk) and the path in it."""
+    """The fsspec file system (None: the local disk) and the path in it; "~" is the user's home."""
     text = os.fspath(path)
     if "://" in text:
         import fsspec  # heavy, and only for such paths
@@ -90,7 +90,7 @@ def file_system(path: PathLike, storage_options: Any | None = None) -> tuple[Any
             f"storage_options={storage_options!r} are for remote paths (protocol://...), and {text!r} is local. "
             "Leave them out."
         )
-    return None, text
+    return None, os.path.expanduser(text)
 
 
 def get_filesystem(path: PathLike, **kwargs: Any) -> Any:

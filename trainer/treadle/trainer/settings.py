@@ -349,7 +349,9 @@ def resolve_settings(given: dict[str, Any]) -> Settings:
         val_check_interval=interval,
         check_val_every_n_epoch=1 if fast else given["check_val_every_n_epoch"],
         accumulate_grad_batches=check_integer("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1),
-        default_root_dir=os.fspath(given["default_root_dir"]) if given["default_root_dir"] is not None else os.getcwd(),
+        default_root_dir=os.path.expanduser(
+            os.getcwd() if given["default_root_dir"] is None else given["default_root_dir"]
+        ),
         enable_checkpointing=given["enable_checkpointing"] is not False,
         enable_progress_bar=given["enable_progress_bar"] is not False,
         enable_model_summary=given["enable_model_summary"] is not False,
