@@ -48,10 +48,11 @@ def test_replaced_checkpoints_are_removed(save_last: Any) -> None:
     assert files("c") == []  # no link to what is not there
 
 
-def test_replaced_checkpoints_are_removed_in_the_background() -> None:
+@pytest.mark.parametrize("save_last", [None, True, "link"])
+def test_replaced_checkpoints_are_removed_in_the_background(save_last: Any) -> None:
     database = Database()
-    fit(ModelCheckpoint("c", "{step}"), max_epochs=3, plugins=[AsyncCheckpointIO(database)])
-    assert database.names() == ["step=12.ckpt"]
+    fit(ModelCheckpoint("c", "{step}", save_last=save_last), max_epochs=3, plugins=[AsyncCheckpointIO(database)])
+    assert database.names() == ["last.ckpt", "step=12.ckpt"][not save_last :]
 
 
 def test_a_resumed_run_goes_on_ranking() -> None:

@@ -94,6 +94,10 @@ class AsyncCheckpointIO(CheckpointIO):
         return self._checkpoint_io.sharded
 
     @property
+    def path_is_all(self) -> bool:
+        return self._checkpoint_io.path_is_all
+
+    @property
     def after_saves(self) -> Callable[[Callable[[], None]], None]:
         return self._submit_unless_failed
 

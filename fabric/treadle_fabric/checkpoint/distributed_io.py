@@ -27,6 +27,10 @@ class DistributedCheckpointIO(CheckpointIO):
         return True
 
     @property
+    def path_is_all(self) -> bool:
+        return True
+
+    @property
     def shared_saves(self) -> SharedSaves | None:
         from treadle_fabric.checkpoint.distributed.saving import ShardedSave  # most programs write files
 

@@ -71,6 +71,14 @@ class CheckpointIO(ABC):
         """Where every rank calls: what begins a save that is written later. None: it cannot be written later."""
         return None
 
+    @property
+    def path_is_all(self) -> bool:
+        """Whether a save writes what lies at its path, and nothing else: then a link to it is a second checkpoint.
+
+        A class may as well have an attribute of this name. Default: False.
+        """
+        return False
+
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``, whole or not at all.

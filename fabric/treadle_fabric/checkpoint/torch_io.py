@@ -19,6 +19,10 @@ class TorchCheckpointIO(CheckpointIO):
     signal or a lost machine ends the save early, an earlier checkpoint of that name is left as it was.
     """
 
+    @property
+    def path_is_all(self) -> bool:
+        return True
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``; missing parent folders are made.
 

@@ -67,3 +67,19 @@ def test_each_checkpoint_that_is_kept_has_its_export(io: Any, background: bool, 
     missing = net.load_state_dict(load_file(tmp_path / "epoch=2.hf" / "model.safetensors"), strict=False)
     assert missing.missing_keys == ["head.weight"] and not missing.unexpected_keys  # the tied one has one name
     assert torch.equal(net.head.weight, module.model.head.weight)
+
+
+def test_the_last_one_has_its_own_export(tmp_path: Path) -> None:
+    class Scored(Module):
+        def on_train_epoch_end(self) -> None:
+            self.log("score", float("315"[self.current_epoch]))
+
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, plugins=[ExportingCheckpointIO(strip_prefix="model.")],
+        callbacks=ModelCheckpoint(tmp_path, "{epoch}", monitor="score", mode="max", save_last=True),
+    )  # fmt: skip
+    trainer.fit(Scored(), DataLoader(torch.arange(8), batch_size=4))  # the second epoch is saved as `last` alone
+    weights = Scored.load_from_checkpoint(tmp_path / "last.ckpt").model.head.weight
+    exported = load_file(tmp_path / "last.hf" / "model.safetensors")
+    assert torch.equal(exported["embedding.weight"], weights)

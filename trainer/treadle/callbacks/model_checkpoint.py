@@ -100,8 +100,9 @@ class ModelCheckpoint(Checkpoint):
         monitor: the logged metric that ranks checkpoints. None: the newest checkpoint is kept.
         verbose: print what is saved and what is not.
         save_last: True: each save also makes ``last.ckpt``, a second name (hard link) of the checkpoint just saved, or
-            a file of its own where the save wrote none or links cannot be made. "link": the second name is a symbolic
-            link. Default: no ``last.ckpt``.
+            a file of its own where the save wrote none, links cannot be made, or the CheckpointIO writes more than
+            what lies at the path (``path_is_all``). "link": the second name is a symbolic link. Default: no
+            ``last.ckpt``.
         save_top_k: the number of checkpoints to keep; -1 for all, 0 for none. More than 1 needs a ``monitor``.
         save_on_exception: also save when an exception (Ctrl+C included) ends training.
         save_weights_only: leave optimizers, schedulers and progress out.
@@ -411,13 +412,13 @@ class ModelCheckpoint(Checkpoint):
 
     def _save_last(self, trainer: Trainer) -> None:
         """Give the checkpoint just saved the name ``last_model_path``, or write one where that cannot be."""
-        path, last, after_saves = self.last_model_path, self._last, trainer.strategy.checkpoint_io.after_saves
+        path, last, io = self.last_model_path, self._last, trainer.strategy.checkpoint_io
 
         def link() -> bool:
-            return link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=after_saves)
+            return link_checkpoint(last.path, path, symbolic=self.save_last == "link", after_saves=io.after_saves)
 
         just_saved = last.at == _trained(trainer) and last.path not in ("", path)
-        if not (just_saved and on_rank_zero(trainer.strategy, link, f"could not link {path!r}")):
+        if not (just_saved and io.path_is_all and on_rank_zero(trainer.strategy, link, f"could not link {path!r}")):
             self._write(trainer, path, self._ranking)
 
     # ------------------------------------------------------------------------------------------------ files

@@ -29,6 +29,10 @@ class XLACheckpointIO(CheckpointIO):
         require_package("torch_xla", "XLACheckpointIO", "xla", "Its last release, 2.9, goes with torch 2.9.")
         self._files = TorchCheckpointIO()
 
+    @property
+    def path_is_all(self) -> bool:
+        return True
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``, with its tensors on the CPU."""
         self._files.save_checkpoint(on_host(checkpoint), path, storage_options)
