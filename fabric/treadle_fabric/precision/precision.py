@@ -213,7 +213,10 @@ class Precision:
                     "the step would divide them by the scale. Call fabric.backward(loss) instead."
                 )
 
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # one that is frozen for now; torch takes no hook of those
         handle: Any = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(trained)
         self._guards[id(parameter)] = handle
 
     def _move_guards(self) -> None:

@@ -279,7 +279,7 @@ class ModelParallelStrategy(ShardingStrategy):
 
     def _engine(self, module: Module, mesh: Any) -> ShardedEngine:
         own, data = user_module(module), self._data_mesh(mesh)
-        by_hand = set() if data is None else sharded_by_hand(own, data)
+        by_hand = sharded_by_hand(own, data)
         if data is not None and not (by_hand and by_hand.issuperset(own.parameters())):
             return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
         if self._options.recomputes:

@@ -90,13 +90,13 @@ def sharded_by_hand(module: Module, mesh: Any) -> set[Tensor]:
 
     Args:
         module: The user's module.
-        mesh: Over whose processes gradients are averaged.
+        mesh: Over whose processes gradients are averaged; None: over none.
 
     Raises:
         MisconfigurationException: ``fully_shard`` got a mesh of fewer processes than that, so that some of them would
             train apart.
     """
-    wanted = _processes(mesh)
+    wanted = set() if mesh is None else _processes(mesh)
     found: set[Tensor] = set()
     for name, each in with_plain_names(module, module.named_modules()):
         if not hasattr(each, "_get_fsdp_state"):
