@@ -138,6 +138,11 @@ def _with_tensor(fabric: Fabric) -> None:
     other = fabric.setup(GPT())
     with pytest.raises(MisconfigurationException, match="2 ranks of tensor_parallel work on the same samples"):
         other(batches(2)[fabric.global_rank][0])
+    plan = {"0": "colwise_gathered"}
+    halves = _fabric_of(fabric, ModelParallelStrategy(tensor_parallel_plan=plan), precision="bf16-true")
+    layers = halves.setup(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(MisconfigurationException, match="work on the same samples"):
+        layers(torch.tensor([[100.0, 80.0 + fabric.global_rank / 2]]))  # 180.5 rounds to 180 in bfloat16
     drops = GPT(dropout=0.5)
     dropping, optimizer = fabric.setup(drops, torch.optim.SGD(drops.parameters(), 0.1))
     dropping.mark_forward_method("loss")
@@ -147,9 +152,9 @@ def _with_tensor(fabric: Fabric) -> None:
         optimizer.step()
 
 
-def _fabric_of(fabric: Fabric, strategy: ModelParallelStrategy) -> Fabric:
+def _fabric_of(fabric: Fabric, strategy: ModelParallelStrategy, **options: Any) -> Fabric:
     """In processes that have met."""
-    made = Fabric(accelerator="cpu", devices=fabric.world_size, strategy=strategy)
+    made = Fabric(accelerator="cpu", devices=fabric.world_size, strategy=strategy, **options)
     made.launch()
     return made
 

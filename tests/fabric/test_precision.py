@@ -337,6 +337,18 @@ def test_an_unscaled_loss_of_any_parameter_is_found_in_the_end() -> None:
         run.backward(other(x, "whole"))
 
 
+def test_parameters_that_are_frozen_by_turns() -> None:
+    """As two networks that are trained against each other: those whose turn it is to be watched may be frozen."""
+    run = fabric("16-mixed")
+    layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    model = run.setup(layers)
+    for step in range(9):
+        for index, layer in enumerate(layers):
+            layer.requires_grad_((step + index) % 3 > 0)
+        run.backward(model(torch.ones(1, 2)).sum())
+        assert [p.requires_grad for p in layers.parameters()] == [(step + i // 2) % 3 > 0 for i in range(8)]
+
+
 def test_teardown_lets_go_of_modules_and_of_a_step_that_never_came() -> None:
     run, model, optimizer, _ = scaled_run(64.0, growth_interval=1)
     run.backward(model(torch.ones(1, 2)).sum())

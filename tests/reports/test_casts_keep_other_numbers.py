@@ -15,6 +15,7 @@ import torch
 from tests.trainer.models import Net as Lit
 from tests.trainer.models import loader, trainer
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from treadle_fabric import Fabric, MisconfigurationException
 
@@ -203,3 +204,26 @@ def test_the_gradient_of_a_complex_parameter(precision: str) -> None:
     run.backward(model(torch.ones(1)).sum())
     optimizer.step()
     assert model.amplitude.item() == pytest.approx(0.5 + 0.5j)
+
+
+class Counting(Lit):
+    """With a metric that was made with the module, before the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.counted = MeanMetric(), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for _ in range(100):
+            self.counted += 1
+            self.mean.update(self.counted)
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_states_of_metrics_do_not_sum_up_in_half_precision(precision: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, precision=precision, max_epochs=1)
+    run.fit(module := Counting(), loader())
+    assert module.counted == 400 and module.mean.mean_value.dtype == torch.float32
+    assert run.callback_metrics["mean"] == 200.5

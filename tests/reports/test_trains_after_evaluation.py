@@ -196,6 +196,27 @@ def test_layers_that_are_made_in_an_evaluation_are_trained(tmp_path: Path) -> No
     assert not torch.equal(model.layer.weight, before)
 
 
+class Scaled(nn.Parameter):
+    """A parameter of a library's own class, with something of its own, as quantized ones have scales."""
+
+    scale = 1.0
+
+
+def test_a_parameter_whose_memory_an_evaluation_replaces_stays_itself(tmp_path: Path) -> None:
+    class Packing(Net):
+        def test_step(self, batch: Tensor, batch_idx: int, dataloader_idx: int = 0) -> None:
+            self.layer.weight.data = self.layer.weight.data.clone()  # in another layout, say
+
+    model: Any = Packing(lr=0.1)
+    model.layer.weight = weight = Scaled(model.layer.weight.detach())
+    weight.scale = 2.0
+    trainer(tmp_path).test(model, loader(), verbose=False)
+    assert model.layer.weight is weight and weight.scale == 2.0 and not weight.is_inference()
+    before = weight.detach().clone()
+    trainer(tmp_path).fit(model, loader())
+    assert not torch.equal(weight, before)
+
+
 class Accumulator(nn.Module):
     """A metric like those of torchmetrics: its state is a tensor that is made anew by a reset, and changed in place."""
 

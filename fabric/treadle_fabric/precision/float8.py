@@ -238,7 +238,10 @@ def _float8_class(original: type[Linear], float8: type[Linear]) -> type[Linear]:
     def forward(self: Linear, input: Tensor) -> Tensor:
         if torch.is_autocast_enabled("cpu") and input.device.type == "cpu":  # torchao asks for the GPU's autocast only
             input = input.to(torch.get_autocast_dtype("cpu"))
-        return float8.forward(self, input)
+        if not torch.is_inference_mode_enabled():
+            return float8.forward(self, input)
+        with torch.inference_mode(False), torch.no_grad():  # else operations reach torchao that it does not know
+            return float8.forward(self, input)
 
     def reduce(self: Linear, protocol: Any) -> Any:
         return _remade, (original,), vars(self)

@@ -213,7 +213,10 @@ class Precision:
                     "the step would divide them by the scale. Call fabric.backward(loss) instead."
                 )
 
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # one that is frozen for now; torch takes no hook of those
         handle: Any = parameter.register_post_accumulate_grad_hook(refuse)  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(trained)
         self._guards[id(parameter)] = handle
 
     def _move_guards(self) -> None:
@@ -399,8 +402,17 @@ def cast_module(module: Module, dtype: torch.dtype) -> Module:
     """Cast the parameters and buffers of real floating-point numbers, in place, and return the module.
 
     ``module.to(dtype)`` would make real numbers of complex ones, without their imaginary parts.
+
+    The states of torchmetrics objects stay in single precision where the type is a half one: sums in bfloat16 grow no
+    more from 256 on when ones are added, those in float16 from 2048 on.
     """
-    module._apply(lambda t: t.to(dtype) if _is_real_floating(t) else t)  # type: ignore[no-untyped-call]
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if _is_real_floating(tensor) else tensor
+
+    if dtype.itemsize < torch.float32.itemsize:
+        cast.__qualname__ = "Module.type"  # by this name torchmetrics tells casts, which it does not follow, from moves
+    module._apply(cast)  # type: ignore[no-untyped-call]
     return module
 
 

@@ -47,7 +47,8 @@ from treadle_fabric.strategies.sharding.broadcast import take_over_from_rank_zer
 from treadle_fabric.strategies.sharding.engine import Engine, ShardedEngine, engine_around
 from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.mesh import check_mesh_size, make_mesh
-from treadle_fabric.strategies.sharding.shard import shard_module
+from treadle_fabric.strategies.sharding.recompute import recompute
+from treadle_fabric.strategies.sharding.shard import shard_module, sharded_by_hand
 from treadle_fabric.strategies.sharding.sharding import ShardingStrategy
 from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
@@ -73,7 +74,8 @@ class ModelParallelStrategy(ShardingStrategy):
 
     Layers are shared out by ``tensor_parallel_plan``, by ``parallelize_fn``, or in the ``configure_model`` of a
     LightningModule, which finds the mesh as ``self.device_mesh``. Along the data dimensions parameters are sharded as
-    by :class:`FSDPStrategy`, unless ``parallelize_fn`` or ``configure_model`` has done that.
+    by :class:`FSDPStrategy`; those of modules to which ``parallelize_fn`` or ``configure_model`` has applied torch's
+    ``fully_shard`` are as it left them.
 
     Args:
         parallelize_fn: Called with the model and the mesh; returns the model, in which layers are DTensors.
@@ -276,13 +278,15 @@ class ModelParallelStrategy(ShardingStrategy):
         return engine
 
     def _engine(self, module: Module, mesh: Any) -> ShardedEngine:
-        own = user_module(module)
-        sharded = any(hasattr(m, "_get_fsdp_state") for m in own.modules())
-        data = self._data_mesh(mesh)
-        if data is not None and not sharded:
+        own, data = user_module(module), self._data_mesh(mesh)
+        by_hand = sharded_by_hand(own, data)
+        if data is not None and not (by_hand and by_hand.issuperset(own.parameters())):
             return shard_module(module, data, self._options, self.precision, self.root_device, self.broadcast)
+        if self._options.recomputes:
+            recompute(own, self._options.recompute_policy, self._options.recompute_saved)
         engine = ShardedEngine(module)
-        engine.refuse_second_order()
+        if by_hand:
+            engine.sharded()
         give_values(engine, self.precision, self.root_device, self.broadcast)
         place_gradients(own)
         return engine

@@ -200,29 +200,49 @@ class Module(L.LightningModule):
         self.losses.append(loss.item())
         return loss
 
+    def predict_step(self, batch: Tensor) -> Tensor:
+        logits: Tensor = self.net(batch)
+        return logits
+
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
 
 
+def fit(mode: Any, module: Module, steps: int, **kwargs: Any) -> L.Trainer:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False,
+        plugins=BitsandbytesPrecision(mode, ignore_modules=["net.adapter"]),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.arange(60) % 40, batch_size=10), **kwargs)  # type: ignore[arg-type]
+    return trainer
+
+
 @pytest.mark.parametrize("mode", ["nf4-dq", "int8"])
 def test_the_trainer_resumes_to_the_last_bit(mode: Any, tmp_path: Path) -> None:
-    def fit(module: Module, steps: int, **kwargs: Any) -> L.Trainer:
-        trainer = L.Trainer(
-            accelerator="cpu", devices=1, max_steps=steps, logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False,
-            plugins=BitsandbytesPrecision(mode, ignore_modules=["net.adapter"]),
-        )  # fmt: skip
-        trainer.fit(module, DataLoader(torch.arange(60) % 40, batch_size=10), **kwargs)  # type: ignore[arg-type]
-        return trainer
-
     whole, first, second = Module(), Module(), Module()
-    fit(whole, 6)
-    fit(first, 3).save_checkpoint(tmp_path / "half.ckpt")
+    fit(mode, whole, 6)
+    fit(mode, first, 3).save_checkpoint(tmp_path / "half.ckpt")
     with torch.no_grad():
         second.net.up.weight.zero_()
-    fit(second, 6, ckpt_path=tmp_path / "half.ckpt")
+    fit(mode, second, 6, ckpt_path=tmp_path / "half.ckpt")
     assert first.losses + second.losses == whole.losses
     assert whole.losses[-1] < whole.losses[0]
+
+
+@pytest.mark.parametrize("mode", ["nf4", "int8"])
+def test_weights_that_nobody_froze_are_saved_after_a_prediction_and_resumed(mode: Any, tmp_path: Path) -> None:
+    first, second = Module(), Module()
+    first.net.requires_grad_(True)
+    second.net.requires_grad_(True)  # the quantized ones cannot be
+    trainer = fit(mode, first, 3)
+    trainer.predict(first, DataLoader(torch.arange(20), batch_size=10))  # type: ignore[arg-type] # packs them anew on some CPUs
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    fit(mode, second, 6, ckpt_path=tmp_path / "half.ckpt")
+    assert len(second.losses) == 3
+    for name, tensor in second.state_dict().items():
+        if name == "net.up.weight":
+            torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=0)
 
 
 def in_two_processes() -> None:

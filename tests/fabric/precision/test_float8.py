@@ -214,6 +214,18 @@ def test_a_linear_layer_alone(compiled: bool) -> None:
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(16, 16), atol=0.2, rtol=0.1)
 
 
+@pytest.mark.parametrize("precision", ["fp8-mixed", "fp8-true"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_inference_mode_computes_the_same(recipe: Any, precision: Any) -> None:
+    fabric = single(Float8Precision(precision, recipe=recipe, emulate=True))
+    model = fabric.setup(Language())
+    tokens = batches(1)[0]
+    with torch.inference_mode():
+        output = model(tokens)
+    assert torch.equal(output, model(tokens))
+    fabric.backward(loss_of(model, tokens))
+
+
 def test_checkpoints_fit_a_model_that_is_not_converted(tmp_path: Path) -> None:
     fabric = single(Float8Precision(emulate=True))
     _, own = train(fabric, batches())

@@ -34,15 +34,18 @@ _MOST: Final = 200_000  # values looked at: about 50 ms
 
 
 def without_inference(data: Any) -> Any:
-    """Return ``data`` with an ordinary copy in the place of each tensor made in inference mode."""
+    """Return ``data`` with an ordinary copy in the place of each tensor made in inference mode; parameters become
+    ordinary ones themselves.
+    """
     return map_tensors(data, lambda tensor: _copy(tensor) if tensor.is_inference() else tensor)
 
 
 def _copy(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         copied = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(copied, tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter):  # stays itself, of its class and with its attributes, such as scales
+        tensor.data = copied
+        return tensor
     return copied.requires_grad_(tensor.requires_grad)
 
 

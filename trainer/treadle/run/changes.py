@@ -231,8 +231,11 @@ def _tracking(module: nn.Module) -> dict[str, bool]:
 
 
 def _require(module: nn.Module, wanted: Mapping[str, bool]) -> list[str]:
-    """Let parameters require gradients or not; return the names of those that changed."""
-    now = dict(_parameters(module))
+    """Let parameters require gradients or not; return the names of those that changed.
+
+    Those that were quantized in the meantime cannot: they stay as they are.
+    """
+    now = {n: p for n, p in _parameters(module) if p.is_floating_point() or p.is_complex()}
     changed = [name for name, required in wanted.items() if name in now and now[name].requires_grad is not required]
     for name in changed:
         now[name].requires_grad_(wanted[name])

@@ -49,7 +49,8 @@ def check_inputs_alike(inputs: Any, mesh: Any) -> None:
     """
     tensors = [t.detach() for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_sparse and not t.is_complex()]
     sums = [t.float().nan_to_num().sum().to(mesh.device_type) * (1 + i) for i, t in enumerate(tensors)]
-    mine = torch.tensor([len(tensors), sum(t.numel() for t in tensors), 0.0]).to(mesh.device_type)
+    sizes = [len(tensors), sum(t.numel() for t in tensors), 0.0]
+    mine = torch.tensor(sizes, dtype=torch.float32).to(mesh.device_type)  # the default dtype may be a half one
     if sums:
         mine[2] = torch.stack(sums).sum()
     if _differ(mine, mesh).any():

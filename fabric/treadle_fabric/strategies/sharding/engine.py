@@ -7,7 +7,7 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -140,7 +140,7 @@ class ShardedEngine(Engine):
         self.__dict__["_replicated"] = ReplicatedGradients(parameters, groups, lambda: self.synchronizes)
 
     def sharded(self) -> None:
-        """Take notice that ``fully_shard`` was applied to this engine, the last of all modules."""
+        """Take notice that ``fully_shard`` was applied to submodules, and perhaps to this engine, the last of all."""
         self.__dict__["shards"], self.__dict__["_sharded"] = self._has_parts(), None
         self.register_forward_hook(_reshard_without_gradients, always_call=True)
         self.refuse_second_order()
@@ -244,12 +244,13 @@ class ShardedEngine(Engine):
 
     def finish_forward(self, method: str, grad: bool) -> None:
         """Gather what the last pass of a method on this rank ended without, and other ranks gather."""
-        ran = Counter(id(module) for module, _ in self._ran)
+        ran, left = Counter(id(module) for module, _ in self._ran), []
+        for module, ends in self._order(method, grad):
+            if not ran[id(module)]:
+                left.append((module, ends))
+            ran[id(module)] -= ran[id(module)] > 0
         with torch.set_grad_enabled(grad):
-            for module, _ in self._order(method, grad):
-                if not ran[id(module)]:
-                    _pass_through(module)
-                ran[id(module)] -= ran[id(module)] > 0
+            _pass_through(left)
 
     def join_backward(self) -> None:
         """Gather parameters, and reduce gradients of zero, as a backward pass of the last forward pass does."""
@@ -265,8 +266,7 @@ class ShardedEngine(Engine):
 
     def _visit(self) -> None:
         """Gather and free the parameters of the sharded modules one after the other."""
-        for module, _ in self._order(self._joined, False):
-            _pass_through(module)
+        _pass_through(self._order(self._joined, False))
 
     def _order(self, method: str, grad: bool) -> list[tuple[Any, bool]]:
         """In which order the sharded modules run in a method.
@@ -281,16 +281,18 @@ class ShardedEngine(Engine):
     def _visit_backwards(self, gradient: Tensor) -> None:
         """Do what the backward pass of the last forward pass would, with gradients of zero."""
         self.root._get_fsdp_state()._pre_backward(gradient)
-        for module, ends in (*reversed(self._order(self._trained, True)), (self, False)):
+        for module, ends, begins in reversed([*_nested(self._order(self._trained, True)), (self, False, False)]):
             state = module._get_fsdp_state()
-            if module is not self:
-                state._pre_backward(gradient)
-            for group in parameter_groups(module):
-                for each in group.fsdp_params:
-                    whole = each.unsharded_param
-                    if whole.requires_grad and whole.grad is None:
-                        whole.grad = torch.zeros_like(whole)
-                if ends:
+            if not begins:  # where the forward pass ends
+                if module is not self:
+                    state._pre_backward(gradient)
+                for group in parameter_groups(module):
+                    for each in group.fsdp_params:
+                        whole = each.unsharded_param
+                        if whole.requires_grad and whole.grad is None:
+                            whole.grad = torch.zeros_like(whole)
+            elif ends:
+                for group in parameter_groups(module):
                     group.post_backward()
 
 
@@ -308,11 +310,26 @@ class _Joining(torch.autograd.Function):
         return gradients[0], None
 
 
-def _pass_through(module: Any) -> None:
-    """Gather and free the parameters of a sharded module, as its forward pass does."""
-    state = module._get_fsdp_state()
-    state._pre_forward(module, (), {})
-    state._post_forward(module, (), None)
+def _pass_through(order: Iterable[tuple[Any, bool]]) -> None:
+    """Gather and free the parameters of sharded modules, as their forward passes do."""
+    for module, _, begins in _nested(order):
+        state = module._get_fsdp_state()
+        if begins:
+            state._pre_forward(module, (), {})
+        else:
+            state._post_forward(module, (), None)
+
+
+def _nested(order: Iterable[tuple[Any, bool]]) -> Iterator[tuple[Any, bool, bool]]:
+    """Where each pass of an order begins, and where it ends: after those of the modules that are inside of it."""
+    around: list[tuple[Any, bool]] = []
+    for module, ends in order:
+        while around and not any(each is module for each in around[-1][0].modules() if each is not around[-1][0]):
+            yield *around.pop(), False
+        around.append((module, ends))
+        yield module, ends, True
+    while around:
+        yield *around.pop(), False
 
 
 def parameter_groups(module: Any) -> Any:

@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn import Module
 
 from treadle_fabric.batches import map_tensors
+from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision import Precision
 from treadle_fabric.strategies.sharding.arguments import ShardingOptions, dtypes_for
-from treadle_fabric.strategies.sharding.engine import ShardedEngine
+from treadle_fabric.strategies.sharding.engine import ShardedEngine, parameter_groups
 from treadle_fabric.strategies.sharding.materialize import give_values
 from treadle_fabric.strategies.sharding.recompute import recompute
 from treadle_fabric.strategies.sharding.replicated import scalars_of
 from treadle_fabric.strategies.sharding.wrapping import check_groups, modules_to_shard
-from treadle_fabric.strategies.unwrapping import user_module
+from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
 
-__all__ = ["shard_module"]
+__all__ = ["shard_module", "sharded_by_hand"]
 
 
 def shard_module(
@@ -31,6 +32,8 @@ def shard_module(
     broadcast: Callable[[Any], Any],
 ) -> ShardedEngine:
     """Shard a module over the processes of a mesh.
+
+    What the user applied ``fully_shard`` to stays as it is; the rest is sharded together.
 
     Args:
         module: The user's module, or its compiled form.
@@ -46,8 +49,9 @@ def shard_module(
     from torch.distributed.fsdp import fully_shard  # heavy
 
     own = user_module(module)
-    ignored = options.ignored_parameters()
-    parts = modules_to_shard(own, options.policy, ignored)
+    by_hand = sharded_by_hand(own, mesh)
+    ignored = options.ignored_parameters() | by_hand
+    parts = [] if by_hand else modules_to_shard(own, options.policy, ignored)
     if options.recomputes:
         recompute(own, options.recompute_policy, options.recompute_saved)
     dtypes = dtypes_for(precision.precision, options.dtypes)
@@ -79,6 +83,38 @@ def shard_module(
         now = dict(own.named_parameters())
         engine.replicate([now[name] for name in scalars], mesh.get_all_groups())
     return engine
+
+
+def sharded_by_hand(module: Module, mesh: Any) -> set[Tensor]:
+    """Return the parameters of all submodules that the user applied torch's ``fully_shard`` to.
+
+    Args:
+        module: The user's module.
+        mesh: Over whose processes gradients are averaged; None: over none.
+
+    Raises:
+        MisconfigurationException: ``fully_shard`` got a mesh of fewer processes than that, so that some of them would
+            train apart.
+    """
+    wanted = set() if mesh is None else _processes(mesh)
+    found: set[Tensor] = set()
+    for name, each in with_plain_names(module, module.named_modules()):
+        if not hasattr(each, "_get_fsdp_state"):
+            continue
+        found.update(each.parameters())
+        for part in (part.sharded_param for group in parameter_groups(each) for part in group.fsdp_params):
+            if missing := wanted - _processes(part.device_mesh):
+                raise MisconfigurationException(
+                    f"fully_shard was applied to {name or 'the module itself'!r} with a mesh that leaves out the ranks"
+                    f" {sorted(missing)}, and its gradients have to be averaged over the ranks {sorted(wanted)}. Give"
+                    " it the mesh of all data dimensions (mesh['data_parallel'], or for copies of the model"
+                    " mesh['data_replicate', 'data_shard']), or leave fully_shard to the strategy."
+                )
+    return found
+
+
+def _processes(mesh: Any) -> set[int]:
+    return set(mesh.mesh.flatten().tolist())
 
 
 def _never_sharded(module: Module) -> list[Tensor]:
