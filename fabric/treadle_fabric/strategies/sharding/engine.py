@@ -7,7 +7,8 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -121,6 +122,16 @@ class ShardedEngine(Engine):
             fields["running"] = False
             if grad:
                 self.keep_trainable()
+
+    @contextmanager
+    def no_sync(self) -> Generator[None]:
+        """Leave gradients unreduced on each rank, as DDP's ``no_sync`` does."""
+        before = self.synchronizes
+        self.synchronize(False)
+        try:
+            yield
+        finally:
+            self.synchronize(before)
 
     def synchronize(self, enabled: bool) -> None:
         """Say whether the next backward passes reduce gradients over the ranks."""
