@@ -204,7 +204,9 @@ def _refuse(tmp_path: Path) -> None:
     ]:
         with pytest.raises(MisconfigurationException, match=said):
             trainer(tmp_path, devices=2, strategy=FSDPStrategy(policy={nn.Linear})).fit(Penalized(by), batches(2))
-    with pytest.raises(MisconfigurationException, match=r"in 'layers.0' \(Linear\), .*outside of.*call trainer.model\("):
+    with pytest.raises(
+        MisconfigurationException, match=r"in 'layers.0' \(Linear\), .*outside of.*call trainer.model\("
+    ):
         trainer(tmp_path, devices=2, strategy=STRATEGIES[0]()).fit(InHooks(by_itself=True), batches(2))
 
 

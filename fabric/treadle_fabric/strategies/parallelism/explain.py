@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
+from treadle_fabric.strategies.unwrapping import class_of, user_module, with_plain_names
 
 __all__ = ["explain_mixed", "explain_not_gathered"]
 
@@ -67,9 +67,10 @@ def explain_not_gathered(error: BaseException, module: Module | None) -> Excepti
     if not in_a_pass:
         return MisconfigurationException(
             f"A sharded parameter, of which each rank has a part (a DTensor), met a plain tensor{place}, outside of the"
-            " steps, for which parameters are gathered. To run the model in a hook, call trainer.model(...) on every"
-            " rank. To read a parameter, make it whole with .full_tensor(), on every rank; to set parameters, use"
-            " load_state_dict, which takes whole tensors."
+            " steps, for which parameters are gathered. To run the model, call trainer.model(...) in a hook of the"
+            " Trainer, and in a loop of your own the model, or a method after model.mark_forward_method(...); every"
+            " rank calls it. To read a parameter, make it whole with .full_tensor(), on every rank; to set parameters,"
+            " use load_state_dict, which takes whole tensors."
         )
     groups = [] if module is None else [m for m in user_module(module).modules() if hasattr(m, "_get_fsdp_state")]
     listed = ", ".join(_layer(names, each) for each in groups[:_MAX_NAMED])
@@ -134,9 +135,7 @@ def _names(module: Module | None) -> dict[int, str]:
 
 
 def _layer(names: dict[int, str], owner: Any) -> str:
-    name, kind = names[id(owner)], type(owner)
-    if hasattr(owner, "_get_fsdp_state"):
-        kind = kind.__bases__[-1]  # torch puts a class before that of the user
+    name, kind = names[id(owner)], class_of(owner)
     return f"{name!r} ({kind.__name__})" if name else kind.__name__
 
 
