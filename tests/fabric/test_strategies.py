@@ -371,6 +371,43 @@ def test_unused_parameters_may_be_found() -> None:
     assert two(unused, "first", strategy=DDPStrategy(start_method="fork", static_graph=True)) == ""
 
 
+class Expert(torch.nn.Module):
+    """A shared layer, and one of each rank's own, of which every other rank has another one."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.shared, self.own, self.unused = (torch.nn.Linear(3, 3, bias=False) for _ in range(3))
+        self.register_buffer("seen", torch.full((1,), float(rank)))
+        for layer in (self.shared, self.own, self.unused):
+            torch.nn.init.constant_(layer.weight, 1.0 + rank)
+        names = ["own.weight", "unused.weight", "seen"]
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.own(self.shared(x)) + self.seen
+        return out
+
+
+def experts(fabric: Fabric) -> None:
+    for wrap in (lambda module: module, lambda module: torch.compile(module, backend="eager")):
+        own = Expert(fabric.global_rank)
+        model, optimizer = fabric.setup(wrap(own), torch.optim.SGD(own.parameters(), 0.1))
+        for _ in range(2):
+            fabric.backward(model(torch.ones(1, 3)).sum())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert own.shared.weight.unique().numel() == 1 and len({t.sum().item() for t in gather(own.shared.weight)}) == 1
+        assert [t[0, 0].item() for t in gather(own.unused.weight)] == [1, 2]
+        assert [t.item() for t in gather(own.seen)] == [0, 1]
+        first, second = gather(own.own.weight)
+        torch.testing.assert_close(second - first, torch.ones(3, 3))  # each stepped by its own gradient
+        assert (first != 1).all()
+
+
+def test_what_a_module_keeps_from_ddp_is_each_ranks_own() -> None:
+    two(experts)
+
+
 def adversarial(fabric: Fabric) -> None:
     """Two models, each with an optimizer of its own: a step of one must not miss the other's gradients."""
     torch.manual_seed(0)

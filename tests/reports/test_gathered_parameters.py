@@ -11,6 +11,7 @@ Tests of ``treadle_fabric.strategies.sharding.engine``, ``treadle_fabric.coordin
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,36 @@ class Penalized(FreezesLate):
         return loss + sum(0.01 * p.square().sum() for p in self.parameters())
 
 
-MODULES = [lambda: Gan("toggled"), lambda: Gan("modules"), lambda: Gan("nothing"), FreezesLate]
+class InHooks(L.LightningModule):
+    """Accumulates by ``no_sync`` of what runs it, and is run in a hook: by ``trainer.model``, or by itself."""
+
+    def __init__(self, by_itself: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.automatic_optimization, self.by_itself = False, by_itself
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        last, optimizer = batch_idx % 2 == 1, self.optimizers()
+        alone = last or self.trainer.world_size == 1
+        with contextlib.nullcontext() if alone else self.trainer.model.no_sync():
+            self.manual_backward(self(batch[0]).square().mean())
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def on_train_epoch_end(self) -> None:
+        with torch.no_grad():
+            self.log("seen", (self if self.by_itself else self.trainer.model)(torch.ones(1, 4)).sum())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+MODULES = [InHooks, lambda: Gan("toggled"), lambda: Gan("modules"), lambda: Gan("nothing"), FreezesLate]
 STRATEGIES = [
     lambda: FSDPStrategy(policy=lambda module: False),
     lambda: FSDPStrategy(policy={nn.Linear}, sharding_strategy="SHARD_GRAD_OP"),
@@ -174,6 +204,10 @@ def _refuse(tmp_path: Path) -> None:
     ]:
         with pytest.raises(MisconfigurationException, match=said):
             trainer(tmp_path, devices=2, strategy=FSDPStrategy(policy={nn.Linear})).fit(Penalized(by), batches(2))
+    with pytest.raises(
+        MisconfigurationException, match=r"in 'layers.0' \(Linear\), .*outside of.*call trainer.model\("
+    ):
+        trainer(tmp_path, devices=2, strategy=STRATEGIES[0]()).fit(InHooks(by_itself=True), batches(2))
 
 
 def _pass_on(tmp_path: Path) -> None:

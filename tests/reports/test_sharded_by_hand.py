@@ -54,6 +54,10 @@ class Net(nn.Module):
         out: Tensor = self.head(x)
         return out
 
+    def encode(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks[0](x))
+        return out
+
 
 class Average:
     """A moving average of the weights, as programs keep it: an object with a state of its own."""
@@ -239,6 +243,10 @@ def refusals(folder: Path) -> None:
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(MisconfigurationException, match=r"Net cannot be copied or pickled: this rank has a part"):
             copied(model)
+    with pytest.raises(MisconfigurationException, match=r"'encode' runs the forward pass of Block .* after setup\.$"):
+        model.encode(BATCHES[0])
+    with torch.no_grad(), pytest.raises(MisconfigurationException, match=r"in 'head' \(Linear\).*mark_forward_method"):
+        model.encode(BATCHES[0])
     x = BATCHES[0].clone().requires_grad_()
     with pytest.raises(MisconfigurationException, match="create_graph=True in a backward pass"):  # else a crash follows
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)

@@ -3,7 +3,8 @@
 Users of Lightning and torchmetrics reported evaluations that hang, or that gloo ends, where the state of a metric is a
 list, where a rank has no sample at all, and where a step talks to other ranks.
 
-Tests of ``treadle_fabric.setup.metrics``, ``treadle_fabric.data.meeting``, ``treadle.metrics.bus``.
+Tests of ``treadle_fabric.setup.metrics``, ``treadle_fabric.data.meeting``, ``treadle.metrics.bus``,
+``treadle.loops.fit``.
 """
 
 from __future__ import annotations
@@ -382,6 +383,16 @@ def test_a_collective_that_nothing_waits_for_is_an_error_too(devices: int, tmp_p
 def test_the_error_reaches_the_process_that_launched(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exception, match="rank 1 had 1 and has none left"):
         talk(tmp_path, "all_gather", 3, 2, "ddp_fork")
+
+
+def check_sanity(folder: Path) -> None:
+    run = trainer(folder, devices=2, strategy="ddp", num_sanity_val_steps=2, max_steps=1)
+    run.fit(Net(), loader(), loader(1, 1))
+    assert run.global_step == 1
+
+
+def test_a_rank_without_a_batch_takes_part_in_the_sanity_check(tmp_path: Path) -> None:
+    run_in_ranks(check_sanity, tmp_path, timeout=60)
 
 
 class Patient(Net):

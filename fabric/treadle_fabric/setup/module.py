@@ -14,7 +14,15 @@ from torch.nn import Module, Parameter, Sequential
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException, NoSuchNameError, WrongTypeError, near_names
 from treadle_fabric.strategies import METHOD_KEYWORD, Strategy
-from treadle_fabric.strategies.unwrapping import compiled_like, inside, layers_of, names_in, plain_name, user_module
+from treadle_fabric.strategies.unwrapping import (
+    class_of,
+    compiled_like,
+    inside,
+    layers_of,
+    names_in,
+    plain_name,
+    user_module,
+)
 
 __all__ = ["FabricModule", "engine_of", "method_of", "through_engine"]
 
@@ -314,15 +322,21 @@ def _guarded(method: Callable[..., Any], wrapper: FabricModule) -> Callable[...,
         if adds:
             _refuse_new_parameters(parts, f"model.{name}(...)", (args, kwargs))
         if not torch.is_grad_enabled():
-            return returned(method(*args, **kwargs))
+            try:
+                return returned(method(*args, **kwargs))
+            except RuntimeError as error:
+                explained = parts.strategy.explain_error(parts.engine, error)
+                if explained is None:
+                    raise
+                raise explained from error
         own = {id(m) for m in parts.module.modules()}
 
         def refuse(called: Module, inputs: Any) -> None:
             if id(called) in own and torch.is_grad_enabled():
                 raise MisconfigurationException(
-                    f"The method {name!r} runs the forward pass of {type(called).__name__} outside the strategy's "
+                    f"The method {name!r} runs the forward pass of {class_of(called).__name__} outside the strategy's "
                     f"engine, so its gradients would not be reduced. Call model.mark_forward_method({name!r}) after "
-                    "setup, or run it under torch.no_grad()."
+                    + ("setup." if parts.strategy.shards_parameters else "setup, or run it under torch.no_grad().")
                 )
 
         handle = torch.nn.modules.module.register_module_forward_pre_hook(refuse)

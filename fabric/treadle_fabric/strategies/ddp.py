@@ -202,7 +202,8 @@ class DDPStrategy(ParallelStrategy, WholeStateStrategy, NativeStepStrategy):
                 f"There is no loss on rank {self.global_rank} in this step, and with static_graph=True every rank runs"
                 " the same graph in every step. Leave static_graph out, or return a loss for every batch."
             )
-        trained = [p for p in module.parameters() if p.requires_grad]
+        named: dict[str, Tensor] = module.trained  # type: ignore[assignment] # of an engine
+        trained = [p for p in named.values() if p.requires_grad]
         untouched = all(p.grad is None for p in trained)
         search = ddp.find_unused_parameters and not ddp.static_graph
         # Where the others may have unused parameters, these must not seem to be used here

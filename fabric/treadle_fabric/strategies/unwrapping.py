@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from treadle_fabric.checkpoint import StoredTensor, in_memory
 
 __all__ = [
+    "class_of",
     "compiled_like",
     "inside",
     "layers_of",
@@ -74,6 +75,12 @@ def user_module(module: Module) -> Module:
     """
     *_, own = layers_of(module)
     return own
+
+
+def class_of(module: Module) -> type[Module]:
+    """Return the user's class of a module, before which ``fully_shard`` puts one of its own."""
+    kind = type(module)
+    return kind.__bases__[-1] if hasattr(module, "_get_fsdp_state") and kind.__name__.startswith("FSDP") else kind
 
 
 def uncompiled(module: Any) -> Any:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_in_ranks
 from tests.trainer.callbacks.scripted import Raises, ending_with, files, fit
+from tests.trainer.models import Net, loader, trainer
 
-from treadle.callbacks import OnExceptionCheckpoint
+from treadle.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from treadle_fabric.errors import MisconfigurationException
 
 
@@ -32,6 +36,27 @@ def test_the_exception_is_the_one_that_is_raised() -> None:
     open("c", "w").close()  # a file where the folder should be
     with pytest.warns(UserWarning, match="could not save"), pytest.raises(RuntimeError, match="boom"):
         fit(OnExceptionCheckpoint("c"), Raises(2), validate=False)
+
+
+class RaisesOnRankOne(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:
+            raise RuntimeError("boom")
+
+
+def fail_on_one_rank(folder: Path) -> None:
+    callbacks = [RaisesOnRankOne(), OnExceptionCheckpoint(folder / "c"), ModelCheckpoint("d", save_on_exception=True)]
+    trainer(folder, devices=2, strategy="fsdp", callbacks=callbacks, enable_checkpointing=True).fit(Net(), loader())
+
+
+@pytest.mark.faults  # the other rank is ended after some seconds
+def test_what_one_rank_saves_alone_does_not_meet_what_others_send_in_their_step(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as raised:
+        run_in_ranks(fail_on_one_rank, tmp_path)
+    said = str(raised.value)
+    assert said.startswith("[1, 1]: ")  # a mismatch would abort the other rank
+    assert "RuntimeError: boom" in said
+    assert not (tmp_path / "c").exists() and not (tmp_path / "d").exists()
 
 
 def test_an_empty_name_is_refused() -> None:

@@ -12,7 +12,7 @@ from treadle_fabric import CheckpointError, describe_error, rank_zero_warn
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Checkpoint", "end_of_training", "has_trained", "tolerated"]
+__all__ = ["Checkpoint", "await_others_at_the_end", "end_of_training", "has_trained", "tolerated"]
 
 
 class Checkpoint(Callback):
@@ -26,6 +26,14 @@ def has_trained(trainer: Trainer) -> bool:
     """Tell whether a fit has come to its first batch: before that, the state is only what the fit began with."""
     training = trainer.state.fn == "fit" and trainer.state.stage is not None and trainer.fit_loop.began
     return training and (trainer.fit_progress.begun or trainer.fit_progress.batches > 0)
+
+
+def await_others_at_the_end(trainer: Trainer) -> None:
+    """Wait until an exception has ended training on every rank; raise where one still trains, and is ended for that.
+
+    What a save sends must not meet what a rank still sends in its step.
+    """
+    trainer.strategy.barrier("a save after training has ended with an exception")
 
 
 def end_of_training(exception: BaseException) -> str:

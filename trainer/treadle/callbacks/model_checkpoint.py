@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained, tolerated
+from treadle.callbacks.checkpoint import (
+    Checkpoint,
+    await_others_at_the_end,
+    end_of_training,
+    has_trained,
+    tolerated,
+)
 from treadle.callbacks.checkpoints.links import link_checkpoint
 from treadle.callbacks.checkpoints.names import check_template, fill_template, with_ending
 from treadle.callbacks.checkpoints.paths import (
@@ -285,6 +291,7 @@ class ModelCheckpoint(Checkpoint):
             return
         metrics = _metrics_of(trainer)
         try:
+            await_others_at_the_end(trainer)
             with tolerated(trainer, always=True):
                 self._settle(trainer)
             path = self._save_unranked(trainer, metrics)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from treadle.callbacks.checkpoint import Checkpoint, end_of_training, has_trained
+from treadle.callbacks.checkpoint import Checkpoint, await_others_at_the_end, end_of_training, has_trained
 from treadle.callbacks.checkpoints.names import check_length
 from treadle.callbacks.checkpoints.paths import path_exists
 from treadle_fabric import MisconfigurationException, PathLike, describe_error, rank_zero_info, rank_zero_warn
@@ -54,6 +54,7 @@ class OnExceptionCheckpoint(Checkpoint):
         if not has_trained(trainer) or trainer.fast_dev_run:
             return
         try:
+            await_others_at_the_end(trainer)
             trainer.save_checkpoint(self.ckpt_path)
         except Exception as error:  # the exception that ends the run is the one to report
             rank_zero_warn(

@@ -257,7 +257,8 @@ class FitLoop:
     def _sanity_check(self) -> None:
         run = self._run
         validation, batches = self._parts.first_validation(run)
-        if validation is None or not any(batches):
+        # there may be fewer samples than ranks, and a rank without a batch takes part in what the others do
+        if validation is None or not run.fabric.strategy.reduce_boolean_decision(any(batches), all=False):
             return
         run.state.stage = RunningStage.SANITY_CHECKING
         with isolate_rng():  # so that training draws the random numbers that it draws without the check

@@ -212,7 +212,8 @@ class Session:
         """
         strategy = self._fabric.strategy
         try:
-            yield
+            with self._explained():
+                yield
         except BaseException as error:
             end = error if isinstance(error, SIGTERMException) else self._signals.end if self._signals else None
             self.terminated, together = end is not None, end is not None and end.together
@@ -245,6 +246,18 @@ class Session:
             if self.state.fn is not TrainerFn.FITTING:  # what was evaluated may be trained next
                 replace_inference_tensors([self.module, self.datamodule, *trainer.callbacks, self.metrics])
             self._fabric.callbacks[:] = [c for c in self._fabric.callbacks if c is not self.module]
+
+    @contextmanager
+    def _explained(self) -> Generator[None]:
+        """Raise a clearer error in the place of what the engine's tensors made torch raise in a hook."""
+        try:
+            yield
+        except RuntimeError as error:
+            engine = self.run.engine if isinstance(self.run, ReadyRun) else None
+            explained = None if engine is None else self._fabric.strategy.explain_error(engine, error)
+            if explained is None:
+                raise
+            raise explained from error
 
     def _queue_again(self, job: str) -> None:
         """Have the cluster stop the job and queue it again; all ranks have written everything."""

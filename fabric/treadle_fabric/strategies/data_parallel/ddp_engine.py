@@ -29,13 +29,15 @@ from treadle_fabric.rank_zero import rank_zero_info
 from treadle_fabric.strategies.data_parallel.communication import Exchange, communicate
 from treadle_fabric.strategies.data_parallel.hook_checks import sparse_tables
 from treadle_fabric.strategies.parts import METHOD_KEYWORD
-from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
+from treadle_fabric.strategies.unwrapping import inside, name_in, plain_name, user_module
 
 __all__ = ["DDPEngine", "listed"]
 
 _MAX_NAMED = 10
 _made = itertools.count()  # every process sets up the same modules in the same order
 _is_trainable = attrgetter("requires_grad")
+_LEFT_ALONE = "_ddp_params_and_buffers_to_ignore"
+"""The attribute of a module with the names of what DDP leaves to each rank."""
 
 
 class DDPEngine(Module):
@@ -43,7 +45,8 @@ class DDPEngine(Module):
 
     DDP averages the gradients of the parameters that were trainable when it wrapped the module, and waits for each of
     them. Before a forward pass the engine looks whether these are the parameters that are trainable now; if not, all
-    ranks wrap the module again. A module without trainable parameters runs without DDP, which would refuse it.
+    ranks wrap the module again. A module without trainable parameters runs without DDP, which would refuse it. What the
+    user's module names in ``_ddp_params_and_buffers_to_ignore`` is each rank's own, as DDP has it.
 
     Every attribute of :attr:`ddp` is one of the engine too.
 
@@ -264,21 +267,29 @@ class DDPEngine(Module):
     # What is trainable
 
     def _note_parameters(self) -> None:
-        """Note what is trainable now, which DDP is about to be told."""
-        own = user_module(self.module)
-        named = list(with_plain_names(own, own.named_parameters()))
+        """Note what is trainable now, and what is left to each rank, which DDP is about to be told."""
+        own, target = user_module(self.module), self.target
+        alone = {name_in(own, name) for name in getattr(own, _LEFT_ALONE, ())}
+        path = next(path for path, each in target.named_modules() if each is own)
+        target.__dict__[_LEFT_ALONE] = {f"{path}.{name}" for name in alone}  # DDP looks in the module that it wraps
+        found = list(own.named_parameters())
+        named = [(plain_name(own, name), p) for name, p in found if name not in alone]
         fields = self.__dict__
         fields["_names"] = [name for name, p in named if p.requires_grad]
         fields["_trained"] = [p for _, p in named if p.requires_grad]
         fields["_frozen"] = [p for _, p in named if not p.requires_grad]
+        fields["_alone"] = [p for name, p in found if name in alone]
         fields["_dtype"] = self._trained[0].dtype if self._trained else None
         fields["_registered"] = _registrations.count
+
+    def _known(self) -> set[int]:
+        return {*map(id, self._trained), *map(id, self._frozen), *map(id, self._alone)}
 
     def _is_outdated(self) -> bool:
         """Whether DDP would miss a gradient, or wait for one that does not come."""
         if self._registered != _registrations.count:  # a module somewhere got a parameter or a submodule
             self.__dict__["_registered"] = _registrations.count
-            if {*map(id, self.module.parameters())} != {*map(id, self._trained), *map(id, self._frozen)}:
+            if {*map(id, self.module.parameters())} != self._known():
                 return True
         if any(map(_is_trainable, self._frozen)):
             return True
@@ -293,13 +304,13 @@ class DDPEngine(Module):
 
     def _wrap_again(self) -> None:
         """Let DDP average the gradients of what is trainable now; every rank calls this before the same forward."""
-        before, known = self.trained, {*map(id, self._trained), *map(id, self._frozen)}
+        before, known = self.trained, self._known()
         self._note_parameters()
         fields, ddp, rank = self.__dict__, self.ddp, dist.get_rank()
         self._meet(json.dumps(self._names), _difference(before, self.trained), rank)
         group = self._arguments.get("process_group")
         for tensor in self.module.parameters():
-            if id(tensor) not in known:  # made by each rank for itself
+            if id(tensor) not in known | {*map(id, self._alone)}:  # made by each rank for itself
                 dist.broadcast(tensor.detach(), group=group, group_src=0)
         for parameter in before.values():
             if not parameter.requires_grad:

@@ -14,13 +14,14 @@ from torch.nn import Module
 
 from treadle_fabric.checkpoint import is_sharded_tensor
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.strategies.unwrapping import user_module, with_plain_names
+from treadle_fabric.strategies.unwrapping import class_of, user_module, with_plain_names
 
 __all__ = ["explain_mixed", "explain_not_gathered"]
 
 _MIXED = "got mixed torch.Tensor and DTensor"
 _SHAPE = re.compile(r"shape '\[([-\d, ]+)\]' is invalid for input of size (\d+)")
 _MAX_NAMED = 4
+_BACKWARD = "_engine_run_backward"  # the function of torch that runs a backward pass
 _OF_TORCH = Module.__call__.__code__.co_filename  # which calls forward
 
 
@@ -45,11 +46,11 @@ def explain_mixed(error: BaseException, module: Module | None, tensor_parallel_s
 
 
 def explain_not_gathered(error: BaseException, module: Module | None) -> Exception | None:
-    """Explain that a parameter was used that is gathered only while a submodule runs.
+    """Explain that a parameter was used that is gathered only while a submodule runs, or while a step does.
 
     Args:
         error: What was raised.
-        module: The user's module or a wrapper, some of whose submodules are groups of ``fully_shard``.
+        module: The engine, or the user's module, some of whose submodules are groups of ``fully_shard``.
 
     Returns:
         A clearer error, to be raised from ``error``; None where it is another one.
@@ -57,11 +58,20 @@ def explain_not_gathered(error: BaseException, module: Module | None) -> Excepti
     if _MIXED not in str(error):
         return None
     names = _names(module)
-    place = ""
+    place, in_a_pass = "", False
     for frame, line in _frames(error):
         owner = _owner(frame)
+        in_a_pass |= owner is module or frame.f_code.co_name == _BACKWARD
         if id(owner) in names:
             place = f" in {_layer(names, owner)}, {_source(frame, line)}"
+    if not in_a_pass:
+        return MisconfigurationException(
+            f"A sharded parameter, of which each rank has a part (a DTensor), met a plain tensor{place}, outside of the"
+            " steps, for which parameters are gathered. To run the model, call trainer.model(...) in a hook of the"
+            " Trainer, and in a loop of your own the model, or a method after model.mark_forward_method(...); every"
+            " rank calls it. To read a parameter, make it whole with .full_tensor(), on every rank; to set parameters,"
+            " use load_state_dict, which takes whole tensors."
+        )
     groups = [] if module is None else [m for m in user_module(module).modules() if hasattr(m, "_get_fsdp_state")]
     listed = ", ".join(_layer(names, each) for each in groups[:_MAX_NAMED])
     listed += f" and {len(groups) - _MAX_NAMED} more" if len(groups) > _MAX_NAMED else ""
@@ -125,9 +135,7 @@ def _names(module: Module | None) -> dict[int, str]:
 
 
 def _layer(names: dict[int, str], owner: Any) -> str:
-    name, kind = names[id(owner)], type(owner)
-    if hasattr(owner, "_get_fsdp_state"):
-        kind = kind.__bases__[-1]  # torch puts a class before that of the user
+    name, kind = names[id(owner)], class_of(owner)
     return f"{name!r} ({kind.__name__})" if name else kind.__name__
 
 

@@ -7,7 +7,8 @@ import sys
 import weakref
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -122,6 +123,16 @@ class ShardedEngine(Engine):
             if grad:
                 self.keep_trainable()
 
+    @contextmanager
+    def no_sync(self) -> Generator[None]:
+        """Leave gradients unreduced on each rank, as DDP's ``no_sync`` does."""
+        before = self.synchronizes
+        self.synchronize(False)
+        try:
+            yield
+        finally:
+            self.synchronize(before)
+
     def synchronize(self, enabled: bool) -> None:
         """Say whether the next backward passes reduce gradients over the ranks."""
         self.__dict__["synchronizes"] = enabled
@@ -150,6 +161,21 @@ class ShardedEngine(Engine):
         for module in self.sharded_modules():
             if module is not self:
                 module.register_forward_pre_hook(note, with_kwargs=True)
+        self._begin_at_the_root()
+
+    def _begin_at_the_root(self) -> None:
+        """Let a submodule that runs before any step, in a method by hand, not be what torch takes for the whole."""
+        handles: list[Any] = []
+
+        def begin(*_: Any) -> None:
+            for handle in handles:
+                handle.remove()
+            if self.root is not None:
+                self.root._get_fsdp_state()._lazy_init()
+
+        hook: Any = torch.compiler.disable(begin) if "torch._dynamo" in sys.modules else begin  # type: ignore[no-untyped-call]
+        inner = [module for module in self.sharded_modules() if module is not self]
+        handles += [module.register_forward_pre_hook(hook, prepend=True) for module in inner]
 
     def refuse_second_order(self) -> None:
         """Let no backward pass make a graph of itself, whose pass would read parameters that are freed by then."""

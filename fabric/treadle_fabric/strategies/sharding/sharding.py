@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
@@ -98,16 +98,10 @@ class ShardingStrategy(ParallelStrategy, ShardedStateStrategy, NativeStepStrateg
     def module_to_device(self, module: Module) -> None:
         """Do nothing: each part of a module goes to the device by itself when it is sharded."""
 
-    @contextmanager
-    def no_backward_sync(self, module: Module, enabled: bool = True) -> Generator[None]:
-        engine = module if enabled and isinstance(module, ShardedEngine) else None
-        if engine is not None:
-            engine.synchronize(False)
-        try:
-            yield
-        finally:
-            if engine is not None:
-                engine.synchronize(True)
+    def no_backward_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        if enabled and isinstance(module, ShardedEngine):
+            return module.no_sync()
+        return nullcontext()
 
     def expect_backward(self, loss: Tensor) -> None:
         for engine in self._alive():

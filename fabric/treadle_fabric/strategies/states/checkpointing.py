@@ -44,7 +44,7 @@ from treadle_fabric.errors import (
 )
 from treadle_fabric.rank_zero import rank_zero_warn
 from treadle_fabric.strategies.strategy import Strategy
-from treadle_fabric.strategies.unwrapping import user_module
+from treadle_fabric.strategies.unwrapping import class_of, user_module
 from treadle_fabric.types import PathLike
 
 __all__ = ["CheckpointingStrategy"]
@@ -273,9 +273,7 @@ def _check_filters(state: Mapping[str, Any], filters: Mapping[str, Filter]) -> N
 
 
 def _kind(value: Any) -> str:
-    cls = type(user_module(value) if isinstance(value, Module) else value)
-    if hasattr(value, "_get_fsdp_state"):
-        cls = cls.__bases__[-1] if cls.__name__.startswith("FSDP") else cls  # a class that torch puts before the user's
+    cls = class_of(user_module(value)) if isinstance(value, Module) else type(value)
     return f"of type {cls.__name__}"
 
 
