@@ -80,7 +80,7 @@ class CheckpointingStrategy(Strategy):
     ) -> None:
         """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
         if isinstance(path, dict):  # the checkpoint first, as a Trainer's strategy of Lightning takes it
-            path, state = cast("PathLike", state), path
+            path, state = cast("PathLike", state), cast("dict[str, Any]", path)
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)
