@@ -269,6 +269,39 @@ def test_the_loops_have_their_counters(tmp_path: Path) -> None:
     assert run.model is module
 
 
+def test_what_libraries_read_of_the_inside(tmp_path: Path) -> None:
+    class Asking(Net):
+        def configure_optimizers(self) -> Any:  # before the loaders are asked for
+            loop = self.trainer.fit_loop
+            self.sources = loop._data_source, loop.epoch_loop.val_loop._data_source
+            return super().configure_optimizers()
+
+        def val_dataloader(self) -> Any:
+            return loader(2)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.dumped = self.trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+            self.trainer.strategy.save_checkpoint(self.dumped, tmp_path / "dumped.ckpt")
+
+    module, batches, run = Asking(), loader(4), trainer(tmp_path)
+    run.fit(module, batches)
+    train, val = module.sources
+    assert (train.instance, train.is_module(), train.is_defined(), train.dataloader()) == (
+        batches,
+        False,
+        True,
+        batches,
+    )
+    assert (val.instance, val.is_module(), val.is_defined(), len(val.dataloader())) == (module, True, True, 1)
+    plain = Asking()
+    trainer(tmp_path).fit(plain, datamodule=data(train_dataloader=lambda self: batches))
+    assert [source.is_defined() for source in plain.sources] == [True, False]
+    assert not run._accelerator_connector.is_distributed and run._accelerator_connector.use_distributed_sampler
+    assert module.dumped["global_step"] == 2 and "optimizer_states" not in module.dumped
+    assert same(Asking.load_from_checkpoint(tmp_path / "dumped.ckpt"), module)
+    assert not run.test_loop._data_source.is_defined()
+
+
 def test_several_loaders_are_shown_as_they_were_given(tmp_path: Path) -> None:
     class Pairs(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -241,6 +241,7 @@ def test_tqdm_bars_can_be_replaced(terminal: Terminal) -> None:
 
         def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
             items = super().get_metrics(trainer, pl_module)
+            assert next(iter(items)) == "v_num", "bars of others show them in this order"
             items.pop("v_num", None)
             return {**items, "extra": "yes"}
 

@@ -150,6 +150,30 @@ def test_a_loader_that_raises_once_loses_nothing(tmp_path: Path) -> None:
     assert "batch 1 of val_dataloaders (0) was loaded" in "".join(caught.value.__notes__)
 
 
+class Uneven(DataLoader):
+    """Draws from two loaders at a time, and fails beyond its length, to which both are iterated."""
+
+    def __init__(self) -> None:
+        super().__init__(Samples(8), 4)
+        self.other = DataLoader(Samples(12), 4, shuffle=True)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (first for first, _ in zip(super().__iter__(), self.other, strict=True))
+
+
+def test_a_loader_that_fails_beyond_its_length(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="longer"):
+        list(Uneven())
+    model = Counting()
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model, Uneven(), loader(4))
+    assert model.trained[:2] == [2, 2] and run.global_step == 4
+    path = tmp_path / "end.ckpt"
+    run.save_checkpoint(path)
+    trainer(tmp_path, max_epochs=3).fit(model, Uneven(), ckpt_path=path)
+    assert model.trained[2] == 2
+
+
 def test_samplers_of_validation_hear_of_every_epoch(tmp_path: Path) -> None:
     class Telling(torch.utils.data.Sampler[int]):
         def __init__(self) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tests.trainer.models import Net, loader, trainer
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader
 
 import treadle as L
 
@@ -36,6 +37,25 @@ def test_predictions_come_in_order_one_for_each_batch(tmp_path: Path) -> None:
 def test_several_loaders_give_a_list_each(tmp_path: Path) -> None:
     found = trainer(tmp_path).predict(Firsts(), [loader(3), loader(2)])
     assert [[p.first.tolist() for p in part] for part in found] == [[[0, 1], [2]], [[100, 101]]]
+
+
+class Pairs(BatchSampler):
+    """A batch sampler of the user's, which tells its own length."""
+
+    def __len__(self) -> int:
+        return super().__len__()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_samples_that_drop_last_leaves_out_are_predicted(tmp_path: Path, own: bool) -> None:
+    data = loader(5).dataset
+    dropping = DataLoader(data, batch_sampler=Pairs(range(5), 2, True)) if own else DataLoader(data, 2, drop_last=True)
+    run = trainer(tmp_path)
+    assert [p.first.tolist() for p in run.predict(Firsts(), dropping)] == [[0, 1], [2, 3], [4]]
+    assert run.num_predict_batches == [3]
+    assert len(dropping) == 2, "the loader is as it was"
+    run.validate(Net(), dropping, verbose=False)
+    assert run.num_val_batches == [2]
 
 
 def test_limits(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from treadle.data.find import check_loader, first_loader, sequential
+from treadle.data.find import check_loader, first_loader, sequential, with_last_batch
 from treadle.data.lengths import has_exact_length, is_empty, unlimited
 from treadle.data.limits import limit_batches
 from treadle.data.lookahead import Lookahead
@@ -85,8 +85,10 @@ class EvaluationData:
                 check_loader(loader, name)
             if self._overfit:
                 found = [sequential(loader) for loader in found]
-            turns = name.startswith("predict")  # the outputs of whole batches are put in order again
-            self.loaders = [share(p, whole_batches=turns) for p in found]
+            predicts = name.startswith("predict")
+            if predicts:
+                found = [with_last_batch(loader) for loader in found]
+            self.loaders = [share(p, whole_batches=predicts) for p in found]  # whose outputs are put in order again
         self.num_batches: list[float] = []
         for i, loader in enumerate(self.loaders):
             length = sized_len(loader)

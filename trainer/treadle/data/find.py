@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from treadle.module import LightningDataModule, LightningModule
 from treadle.module.overriding import overrides
 from treadle_fabric import WrongTypeError
+from treadle_fabric.data import copy_loader, has_iterable_dataset
 
 __all__ = ["check_loader", "find_loaders", "gives_loaders"]
 
@@ -59,6 +60,16 @@ def sequential(loader: Any) -> Any:
     if loader.batch_sampler is not None:
         fields["batch_sampler"] = BatchSampler(fields["sampler"], loader.batch_size or 1, loader.drop_last)
     return other
+
+
+def with_last_batch(loader: Any) -> Any:
+    """The loader with the shorter last batch that ``drop_last=True`` leaves out: each sample has a prediction."""
+    batches = loader.batch_sampler if isinstance(loader, DataLoader) and not has_iterable_dataset(loader) else None
+    if not isinstance(batches, BatchSampler) or not batches.drop_last:
+        return loader
+    whole = copy.copy(batches)  # which may be of a class of the user's
+    whole.drop_last = False
+    return copy_loader(loader, batch_sampler=whole, drop_last=False)
 
 
 def first_loader(triples: Iterable[tuple[Any, int, int]]) -> Iterator[Any]:

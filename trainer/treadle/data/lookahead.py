@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["BatchIterator", "Lookahead", "Transfer"]
@@ -59,7 +60,8 @@ class Lookahead:
             yield index, batch, index == last
             index += 1
         if self._drain:
-            next(batches, None)
+            with suppress(Exception):  # nobody needs the batch, and some loaders fail beyond the length that they tell
+                next(batches, None)
 
     def _one_ahead(self, ahead: Callable[[int], bool]) -> Iterator[tuple[int, Any, bool]]:
         index, agree = self._next, self._agree

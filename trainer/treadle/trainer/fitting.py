@@ -51,7 +51,8 @@ class Fitting:
         signals: Signals,
     ) -> None:
         self._session, self._settings = session, settings
-        self._given = {"train": train, "val": val}  # loaders, where fit got some
+        self.given = {"train": train, "val": val}
+        """The loaders that the user passed; None where data module or module make them."""
         self._controls, self._signals = controls, signals
         self._unrestored: dict[str, Any] = {}  # what the checkpoint holds for the first batch
         self._data_asked = False
@@ -76,11 +77,6 @@ class Fitting:
     def restoring(self) -> bool:
         """Whether the state of a checkpoint, or of the last fit, is still to be restored."""
         return bool(self._unrestored)
-
-    @property
-    def given(self) -> Any:
-        """The training batches that the user passed; None where data module or module make them."""
-        return self._given["train"]
 
     @property
     def val_check_batch(self) -> float:
@@ -188,7 +184,7 @@ class Fitting:
 
     def _renew_validation(self, run: ReadyRun) -> Evaluation | None:
         self._loaders_of = run.progress.epoch
-        loaders = assembly.validation_loaders(run, self._given["val"]) if self.validates else None
+        loaders = assembly.validation_loaders(run, self.given["val"]) if self.validates else None
         self.validates = loaders is not None
         before, self._validation = self._validation, None
         if self.validates:
@@ -249,5 +245,5 @@ class Fitting:
         if not self._data_asked:
             run = self._session.run
             assert run is not None
-            self.data = assembly.training_data(run, self._settings, self._given["train"])
+            self.data = assembly.training_data(run, self._settings, self.given["train"])
             self._data_asked = True

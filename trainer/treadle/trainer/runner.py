@@ -22,7 +22,7 @@ from treadle.checkpoint.find import (
 )
 from treadle.checkpoint.loggers import go_on_logging, read_logger_states
 from treadle.checkpoint.restore import read_checkpoint, restore_training, restore_weights
-from treadle.data.find import find_loaders
+from treadle.data.find import find_loaders, gives_loaders
 from treadle.loops.evaluate import Evaluation
 from treadle.loops.predict import Prediction
 from treadle.loops.stopping import Controls
@@ -316,7 +316,15 @@ class Runner:
         self.run.timed(self._save, "save_checkpoint")(path, weights_only, storage_options)
 
     def _save(self, path: PathLike, weights_only: bool, storage_options: Any) -> None:
-        run, strategy, callbacks = self.trained, self._fabric.strategy, self._trainer.callbacks
+        checkpoint, run = self._dump(weights_only)
+        self._fabric.strategy.save_checkpoint(path, checkpoint, storage_options, keeping=keeping(run))
+
+    def dump(self, *, weights_only: bool) -> dict[str, Any]:
+        """Return what a checkpoint would be now, unwritten; every rank calls it."""
+        return self._dump(weights_only)[0]
+
+    def _dump(self, weights_only: bool) -> tuple[dict[str, Any], ReadyRun]:
+        run, callbacks = self.trained, self._trainer.callbacks
         run = run if isinstance(run, ReadyRun) and not weights_only else self.run  # of a fit that failed before
         assert isinstance(run, ReadyRun)
         fitting = self.fitting if self.fitting is not None and self.fitting.run is run and not weights_only else None
@@ -327,7 +335,7 @@ class Runner:
         if fitting is not None:
             checkpoint["treadle"] |= {**fitting.saved_state(run), "should_stop": self._trainer.should_stop}
             checkpoint["treadle"] |= {"cluster_job": dict(self._job)} if self._job["name"] else {}
-        strategy.save_checkpoint(path, checkpoint, storage_options, keeping=keeping(run))
+        return checkpoint, run
 
     def _save_preempted(self, end: SIGTERMException) -> None:
         """Save what a run that was asked to end goes on from; where the job is to be queued again, ``end`` has it."""
@@ -455,8 +463,18 @@ class Runner:
 
     def search_within(self, function: Callable[[Trials], T]) -> T:
         """Run a search inside of the stage that runs, with its module, engine and optimizers."""
-        given = self.fitting.given if self.state.fn is TrainerFn.FITTING and self.fitting is not None else self._given
-        return function(Trials(self._trainer, self, self._settings, given, keeps_values=True))
+        return function(Trials(self._trainer, self, self._settings, self._given_for("train"), keeps_values=True))
+
+    def _given_for(self, stage: str) -> Any:
+        """The loaders that the user passed for a stage of the running fit, or for the running evaluation."""
+        if self.state.fn is TrainerFn.FITTING and self.fitting is not None:
+            return self.fitting.given.get(stage)
+        return self._given
+
+    def source(self, stage: str) -> Any:
+        """What gives the loaders of "train", "val", "test" or "predict": the user's own, a data module, the module."""
+        given, session = self._given_for(stage), self.session
+        return given if given is not None or session is None else gives_loaders(session.module, session.datamodule)
 
     def renew(self, *, loaders: bool) -> bool:
         """Make anew what depends on an attribute that has changed: before the first batch of a fit its optimizers.

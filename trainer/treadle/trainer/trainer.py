@@ -39,7 +39,7 @@ from treadle.trainer.settings import (
     resolve_settings,
 )
 from treadle.trainer.trials import Trials, trial_settings
-from treadle.trainer.view import EvaluationLoopView, FitLoopView
+from treadle.trainer.view import ConnectorView, EvaluationLoopView, FitLoopView
 from treadle_fabric import (
     Fabric,
     FabricOptimizer,
@@ -612,6 +612,12 @@ class Trainer:
     def fit_loop(self) -> FitLoopView:
         """The counters and bounds of fit under the names of Lightning's loops."""
         return FitLoopView(self, self._runner.fitting)
+
+    @property
+    def _accelerator_connector(self) -> ConnectorView:
+        return ConnectorView(self)
+
+    _checkpoint_connector = _accelerator_connector
 
     @property
     def validate_loop(self) -> EvaluationLoopView:

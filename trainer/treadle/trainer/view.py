@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from treadle.checkpoint.content import loops_state
+from treadle.data.find import defines_loader
+from treadle.module import LightningDataModule, LightningModule
 from treadle.run.progress import FitProgress, Phase
 from treadle.stages import RunningStage
 from treadle.trainer.fitting import Fitting
@@ -13,7 +15,7 @@ from treadle.trainer.fitting import Fitting
 if TYPE_CHECKING:
     from treadle.contracts import Trainer
 
-__all__ = ["Counts", "EpochLoopView", "EvaluationLoopView", "FitLoopView", "Progress"]
+__all__ = ["ConnectorView", "Counts", "DataSource", "EpochLoopView", "EvaluationLoopView", "FitLoopView", "Progress"]
 
 
 class Counts(NamedTuple):
@@ -152,6 +154,61 @@ def _counted(total: int, current: int) -> Progress:
     return Progress(Counts(total, total, total, total), Counts(current, current, current, current))
 
 
+class DataSource(NamedTuple):
+    """Where the loaders of a stage come from.
+
+    Args:
+        instance: The loaders that the user passed; where there are none the data module, or else the module.
+        name: The name of their method.
+    """
+
+    instance: Any
+    name: str
+
+    def is_module(self) -> bool:
+        """Whether a module or a data module gives the loaders."""
+        return self.instance is None or isinstance(self.instance, (LightningModule, LightningDataModule))
+
+    def is_defined(self) -> bool:
+        """Whether there are loaders, or a method that gives them."""
+        return not self.is_module() or (self.instance is not None and defines_loader(self.instance, self.name))
+
+    def dataloader(self) -> Any:
+        """The loaders; those of a method are made anew."""
+        return getattr(self.instance, self.name)() if self.is_module() else self.instance
+
+
+class ConnectorView(NamedTuple):
+    """``trainer._accelerator_connector`` and ``trainer._checkpoint_connector``, as far as libraries read them."""
+
+    trainer: Trainer
+
+    @property
+    def accelerator(self) -> Any:
+        """``trainer.accelerator``."""
+        return self.trainer.accelerator
+
+    @property
+    def strategy(self) -> Any:
+        """``trainer.strategy``."""
+        return self.trainer.strategy
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there are several processes."""
+        return self.trainer.world_size > 1
+
+    @property
+    def use_distributed_sampler(self) -> bool:
+        """Whether samples are shared out among the ranks."""
+        return self.trainer._settings.use_distributed_sampler
+
+    def dump_checkpoint(self, weights_only: bool = False) -> dict[str, Any]:
+        """Collect what :meth:`treadle.Trainer.save_checkpoint` writes; every rank calls it."""
+        found: dict[str, Any] = self.trainer._runner.dump(weights_only=weights_only)
+        return found
+
+
 class EvaluationLoopView:
     """``trainer.validate_loop``, ``trainer.test_loop``, ``trainer.predict_loop``: the loaders of an evaluation.
 
@@ -169,6 +226,10 @@ class EvaluationLoopView:
     def trainer(self) -> Trainer:
         """The trainer."""
         return self._trainer
+
+    @property
+    def _data_source(self) -> DataSource:
+        return _source(self._trainer, self._stage)
 
     @property
     def max_batches(self) -> list[float]:
@@ -234,6 +295,10 @@ class FitLoopView(_Bounds):
         return self._fitting.forward_epoch() if self._fitting is not None else 0
 
     @property
+    def _data_source(self) -> DataSource:
+        return _source(self._trainer, "train")
+
+    @property
     def epoch_loop(self) -> EpochLoopView:
         """The batches of the fit."""
         return EpochLoopView(self._trainer, self._fitting)
@@ -265,3 +330,7 @@ class FitLoopView(_Bounds):
         automatic = module is None or module.automatic_optimization
         found: dict[str, Any] = loops_state(self._trainer.fit_progress, automatic=automatic)["fit_loop"]
         return found
+
+
+def _source(trainer: Trainer, stage: str) -> DataSource:
+    return DataSource(trainer._runner.source(stage), f"{stage}_dataloader")

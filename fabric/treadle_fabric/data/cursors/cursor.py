@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, ClassVar, final
 
 __all__ = ["Cursor"]
@@ -93,7 +94,8 @@ class Cursor(ABC):
             whole: As in :meth:`load_state_dict`.
         """
         if self._resumed and drain and not self.restores_loader:
-            next(self.iterate(epoch, skip), None)
+            with suppress(Exception):  # as of an epoch that was not resumed: nobody needs the batch
+                next(self.iterate(epoch, skip), None)
         elif self._resumed:
             self._follow(self._resumed, ended=False, whole=whole)
         self._resumed = {}

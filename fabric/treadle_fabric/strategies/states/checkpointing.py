@@ -7,7 +7,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -79,6 +79,8 @@ class CheckpointingStrategy(Strategy):
         keeping: Keeping | None = None,
     ) -> None:
         """Rank 0 writes, or all ranks where the checkpoint IO shares that out; all learn whether it was done."""
+        if isinstance(path, dict):  # the checkpoint first, as a Trainer's strategy of Lightning takes it
+            path, state = cast("PathLike", state), cast("dict[str, Any]", path)
         filters = filter or {}
         _check_state(path, state)
         _check_filters(state, filters)

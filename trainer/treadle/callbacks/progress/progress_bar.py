@@ -170,16 +170,14 @@ class ProgressBar(Callback):
             self.disable()
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        """Return what is shown beside the bar: what was logged with ``prog_bar=True``, and the logger's version.
+        """Return what is shown beside the bar: the logger's version, and what was logged with ``prog_bar=True``.
 
         The name of the version is ``v_num``. Override this method to add, change or remove entries. It is called only
         when the bar redraws.
         """
         version = next((v for v in (logger.version for logger in trainer.loggers) if v not in ("", None)), None)
-        metrics: dict[str, Any] = dict(trainer.progress_bar_metrics)
-        if version is not None:
-            metrics.setdefault("v_num", _short_version(version))
-        return metrics
+        shown = {} if version is None else {"v_num": _short_version(version)}
+        return {**shown, **trainer.progress_bar_metrics}
 
 
 def _short_version(version: int | str) -> int | str:
