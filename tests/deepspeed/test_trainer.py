@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as L
 from tests.processes import run_in_ranks
-from treadle.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from treadle.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.strategies import DeepSpeedStrategy
 
@@ -385,6 +391,88 @@ def test_the_engine_clips_as_the_trainer_was_asked_to(clip: float | None) -> Non
         assert_same(whole(trainer, module), one.state_dict())
 
     run_in_ranks(fit)
+
+
+class Clips(Net):
+    """Clips in the hook for it."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the engine clips")
+
+
+def test_a_hook_that_would_clip_is_told_that_it_is_not_called() -> None:
+    def fit() -> None:
+        trainer = trainer_of(DeepSpeedStrategy(stage=2))
+        with pytest.warns(UserWarning, match="`configure_gradient_clipping` is overridden, and is not called"):
+            trainer.fit(Clips(), loader(trainer), loader(trainer))
+
+    run_in_ranks(fit, devices=1)
+
+
+class Fine(Net):
+    """Has a backbone."""
+
+    backbone = property(lambda self: self.layers[0])
+
+
+class Changing(Fine):
+    """Freezes its first layer before the second batch, or unfreezes it."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.layers[0].requires_grad_(self.hparams.frozen)
+
+
+class Growing(Changing):
+    """Gives its optimizer another parameter group before the second batch."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.optimizers().add_param_group({"params": list(self.layers[0].parameters())})
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.layers[2].parameters(), lr=0.1)
+
+
+def test_what_is_trained_is_fixed_where_the_engine_steps_copies() -> None:
+    """A layer that is unfrozen later would not learn, and a frozen one would decay."""
+
+    def fit() -> None:
+        for stage in (1, 2, 3):
+            for change in (BackboneFinetuning(1), ModelPruning("l1_unstructured")):
+                trainer = trainer_of(DeepSpeedStrategy(stage=stage), callbacks=change)
+                with pytest.raises(MisconfigurationException, match="DeepSpeedStrategy.*(engine|copies)"):
+                    trainer.fit(Changing(), loader(trainer))
+            for module, said in (
+                (Changing(True), r"layers\.0\.weight can be trained now, and 1 more parameters"),
+                (Changing(False), r"layers\.0\.weight is frozen now"),
+                (Growing(), "another number of parameter groups"),
+            ):
+                trainer = trainer_of(DeepSpeedStrategy(stage=stage))
+                with pytest.raises(MisconfigurationException, match=said):
+                    trainer.fit(module, loader(trainer))
+            module = Net(frozen=True)
+            trainer = trainer_of(DeepSpeedStrategy(stage=stage))
+            trainer.fit(module, loader(trainer))
+            before = whole(trainer, module)["layers.0.weight"]
+            module.requires_grad_(True)  # another fit sets up anew
+            trainer.fit_loop.max_epochs = 2
+            trainer.fit(module, loader(trainer))
+            after = whole(trainer, module)["layers.0.weight"]
+            assert before.is_meta or not torch.equal(before, after)
+
+    run_in_ranks(fit)
+
+
+def test_without_copies_the_backbone_is_trained_as_by_one() -> None:
+    one = trained_by_one(Fine(), max_epochs=2, callbacks=BackboneFinetuning(1))
+
+    def fit() -> None:
+        trainer, module = trainer_of(DeepSpeedStrategy(stage=0), max_epochs=2, callbacks=BackboneFinetuning(1)), Fine()
+        trainer.fit(module, loader(trainer), loader(trainer))
+        assert_same(whole(trainer, module), one.state_dict())
+
+    assert "no optimizer has them" not in run_in_ranks(fit)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])

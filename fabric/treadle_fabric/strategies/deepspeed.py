@@ -227,6 +227,10 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         return not self.zero_stage_3
 
     @property
+    def steps_copies(self) -> bool:  # type: ignore[override]
+        return stage_of(self._config) > 0 or self.precision.precision != "32-true"
+
+    @property
     def brings_optimizer(self) -> bool:  # type: ignore[override]
         return "optimizer" in self._config
 
@@ -273,7 +277,8 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         engine = self._start(module, optimizers[0] if optimizers else None, scheduler, self._config)
         stepped = engine.stepped
         stepped.zero_grad = functools.partial(_discard, weakref.ref(engine))
-        note_groups(stepped, given or [list(trained(user_module(module)))])
+        if engine.steps_copies:
+            note_groups(stepped, given or [list(trained(user_module(module)))])
         made = engine.deepspeed.lr_scheduler
         if self._steps is not None:
             engine.deepspeed.lr_scheduler = None  # a trainer steps it, as any other
