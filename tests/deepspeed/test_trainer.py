@@ -393,6 +393,18 @@ def test_the_engine_clips_as_the_trainer_was_asked_to(clip: float | None) -> Non
     run_in_ranks(fit)
 
 
+@pytest.mark.parametrize(("asked", "samples"), [("auto", 2), (7, 7)])
+def test_deepspeed_knows_the_samples_of_a_batch(asked: Any, samples: int) -> None:
+    def fit() -> None:
+        trainer = trainer_of(DeepSpeedStrategy(stage=2, logging_batch_size_per_gpu=asked))
+        trainer.fit(Net(), loader(trainer))
+        engine = trainer.strategy.engine  # type: ignore[attr-defined]
+        assert engine.train_micro_batch_size_per_gpu() == samples
+        assert engine.tput_timer.batch_size == engine.train_batch_size() == 2 * samples
+
+    run_in_ranks(fit)
+
+
 class Clips(Net):
     """Clips in the hook for it."""
 
@@ -473,6 +485,32 @@ def test_without_copies_the_backbone_is_trained_as_by_one() -> None:
         assert_same(whole(trainer, module), one.state_dict())
 
     assert "no optimizer has them" not in run_in_ranks(fit)
+
+
+class Normed(Net):
+    """Normalizes by running statistics, and adds a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.layers(self.norm(batch) + self.shift.to(batch.dtype))
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_buffers_in_16_bits(precision: Any, kept: torch.dtype) -> None:
+    """DeepSpeed casts parameters only, and torch normalizes in one dtype."""
+
+    def fit() -> None:
+        for stage in (2, 3):
+            trainer, module = trainer_of(DeepSpeedStrategy(stage=stage), precision=precision), Normed()
+            trainer.fit(module, loader(trainer), loader(trainer))
+            assert module.norm.running_mean.dtype is torch.bfloat16 and module.norm.running_mean.any()
+            assert module.shift.dtype is kept
+
+    run_in_ranks(fit)
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])

@@ -356,9 +356,14 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Note the number of samples of a batch, which DeepSpeed's reports of the throughput need."""
-        size = getattr(dataloader, "batch_size", None)
-        if isinstance(size, int) and self._batch_size is None:
-            self._batch_size = size
+        sources = dataloader, getattr(dataloader, "batch_sampler", None)
+        sizes = [size for size in (getattr(source, "batch_size", None) for source in sources) if isinstance(size, int)]
+        if sizes and self._batch_size is None:
+            self._batch_size = sizes[0]
+            for engine in self._alive():  # a trainer sets the module up first
+                config = self._whole_config(self._config)
+                engine.deepspeed.set_train_micro_batch_size(config["train_micro_batch_size_per_gpu"])
+                engine.deepspeed.tput_timer.batch_size = config["train_batch_size"]
         return dataloader
 
     def configure_steps(self, accumulate: int, clip_norm: float | None, clip_value: float) -> None:

@@ -225,8 +225,8 @@ class ZeroEngine(Module):
             more = f", and {len(changed) - 1} more parameters are no longer as they were" if len(changed) > 1 else ""
             what = f"{names.get(id(changed[0]), 'A parameter')} {now}{more}"
         raise MisconfigurationException(
-            f"{what}, and the optimizer of DeepSpeed's engine goes on with what it had in the set-up. Freeze and unfreeze"
-            " before fit or fabric.setup, which may be called again, or use strategy='ddp' or 'fsdp'."
+            f"{what}, and the optimizer of DeepSpeed's engine goes on with what it had in the set-up. Freeze and"
+            " unfreeze before fit or fabric.setup, which may be called again, or use strategy='ddp' or 'fsdp'."
         )
 
     def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
