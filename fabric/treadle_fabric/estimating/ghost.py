@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from treadle_fabric.containers import leaves
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, TreadleError
 
 __all__ = ["ghost_of", "made", "refused_values", "tensors_in", "without_memory"]
 
@@ -62,7 +63,7 @@ def made(function: Any, mode: Any) -> Any:
 
 @contextmanager
 def refused_values(what: str) -> Generator[None]:
-    """Say that something, which runs inside, needs the values of tensors.
+    """Say that something, which runs inside, needs the values of tensors; and of other errors how it is run.
 
     Raises:
         MisconfigurationException: Torch could not go on without the values.
@@ -77,6 +78,13 @@ def refused_values(what: str) -> Generator[None]:
             " Compute such numbers with Python or NumPy; instead of selecting by a mask, multiply by it or use"
             " torch.where, for an estimate at least."
         ) from error
+    except Exception as error:
+        if not isinstance(error, TreadleError):
+            error.add_note(
+                f"{what} ran for estimate(), on a copy whose tensors have shapes and no memory, without a trainer and"
+                " without the hook `setup`. Where configure_optimizers needs one of them, give optimizer=."
+            )
+        raise
 
 
 def without_memory(function: Any) -> Any:
@@ -127,6 +135,11 @@ def _without_memory(tensor: Tensor, mode: Any) -> Tensor:
     """A tensor of the same shape, strides, dtype and class, of this mode or on the meta device."""
     from torch._subclasses.fake_tensor import FakeTensor  # for those who plan
 
+    if is_lazy(tensor):
+        raise MisconfigurationException(
+            "A parameter has no shape yet, as in torch.nn.LazyLinear. Run the module on a batch before estimate(), or"
+            " give its layers their sizes."
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise MisconfigurationException(
             f"A tensor of shape {tuple(tensor.shape)} is {'quantized' if tensor.is_quantized else tensor.layout}:"

@@ -281,7 +281,7 @@ def _check_kinds(config: Mapping[str, Any]) -> None:
         if config.get(name) not in (None, "auto"):
             check_integer(f"The DeepSpeed config: {name}", config[name], minimum=1)
     clip = config.get("gradient_clipping")
-    if clip not in (None, "auto") and (not is_number(clip) or not 0 <= clip):
+    if clip not in (None, "auto") and (not is_number(clip) or not clip >= 0):
         raise MisconfigurationException(
             f"The DeepSpeed config has gradient_clipping={clip!r}, and needs a number from 0, the largest norm, there."
         )
