@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -192,9 +193,10 @@ def test_nothing_is_left_behind() -> None:
     module, before = Net(), dict(os.environ)
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     states = random.getstate(), torch.get_rng_state()
+    hook = sys.excepthook
     strategy = FSDPStrategy()
     estimate(module, torch.optim.AdamW, strategy, 8, "bf16-mixed", BATCH)
-    assert not dist.is_initialized() and dict(os.environ) == before
+    assert not dist.is_initialized() and dict(os.environ) == before and sys.excepthook is hook
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
     assert all(type(p) is nn.Parameter and p.grad is None for p in module.parameters())
