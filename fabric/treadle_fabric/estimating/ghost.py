@@ -13,12 +13,15 @@ from torch.nn import Module, Parameter
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException, TreadleError
 
 __all__ = ["ghost_of", "made", "refused_values", "tensors_in", "without_memory"]
 
+_FEW = 4096
 _SILENCED = ("log", "log_dict")
 """Methods of a LightningModule that need a run, and that a step calls without using what they return."""
 
@@ -52,12 +55,12 @@ def ghost_of(value: Any, mode: Any, memo: dict[int, Any]) -> Any:
 
 
 def made(function: Any, mode: Any) -> Any:
-    """Call a user's function with tensors that have no memory.
+    """Call a user's function with tensors that have no memory, but for those of a few numbers, which may be read.
 
     Raises:
         MisconfigurationException: The function needs the values of tensors.
     """
-    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode:
+    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode, _FewNumbers():
         return function()
 
 
@@ -96,6 +99,24 @@ def without_memory(function: Any) -> Any:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Take the place of ``self.log``: there is no run, and no value, to log."""
+
+
+class _FewNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets tensors of a few numbers have values, among those without memory: constructors read rates of layers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensor  # for those who plan
+
+        kwargs = kwargs or {}
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if any(isinstance(each, FakeTensor) for each in given):
+            return func(*args, **kwargs)
+        if not given:
+            made = func(*args, **kwargs)
+            if not isinstance(made, Tensor) or made.numel() > _FEW or made.device.type != "cpu":
+                return made
+        with _disable_current_modes():
+            return func(*args, **kwargs)
 
 
 class _Haunting(TorchFunctionMode):

@@ -99,6 +99,24 @@ def test_a_step_is_called_and_a_model_configured_as_by_a_trainer(strategy: str) 
         assert hasattr(module, "layers") is not isinstance(module, Later)
 
 
+class Rates(Net):
+    """Reads the rates of its layers from a tensor, and has a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.2, 3)]
+        self.register_buffer("table", torch.zeros(2**50, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert [round(rate, 3) for rate in self.rates] == [0, 0.1, 0.2]
+        return super().forward(x)
+
+
+def test_a_constructor_may_read_a_few_numbers() -> None:
+    found = estimate(Rates, torch.optim.SGD, "ddp", 2, batch=BATCH)
+    assert found.memory.buffers == 2**50 and found.memory.parameters == NUMBERS * 4 and not found.notes
+
+
 class Needing(Learner):
     def configure_optimizers(self) -> Any:
         raise RuntimeError("not attached to a trainer")
