@@ -513,6 +513,25 @@ def test_buffers_in_16_bits(precision: Any, kept: torch.dtype) -> None:
     run_in_ranks(fit)
 
 
+def test_without_zero_in_16_bits_weights_are_loaded_into_the_copies_too(tmp_path: Path) -> None:
+    """The optimizer would step those that the module was set up with, and write them over the loaded ones."""
+
+    def fit() -> None:
+        def trainer(epochs: int) -> L.Trainer:
+            return trainer_of(DeepSpeedStrategy(stage=0), precision="bf16-mixed", max_epochs=epochs)
+
+        first = trainer(4)
+        first.fit(Net(), loader(first))
+        first.save_checkpoint(tmp_path / "x.ckpt")
+        straight, resumed = Net(), Net()
+        whole_run, second = trainer(5), trainer(5)
+        whole_run.fit(straight, loader(whole_run))
+        second.fit(resumed, loader(second), ckpt_path=tmp_path / "x.ckpt")
+        assert_same(whole(second, resumed), whole(whole_run, straight), 4e-3)  # the copies are rounded
+
+    run_in_ranks(fit)
+
+
 @pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
 def test_float16_is_trained_or_refused(precision: Any) -> None:
     """CPUs differ in whether they can."""
