@@ -310,6 +310,11 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         self, module: Module, optimizer: Optimizer | None, scheduler: Any | None, config: dict[str, Any]
     ) -> ZeroEngine:
         own = user_module(module)
+        if self.zero_stage_3 and any(hasattr(each, "_orig_mod") for each in module.modules()):
+            raise MisconfigurationException(
+                f"{type(own).__name__} was compiled by torch.compile, or a part of it, and in stage 3 DeepSpeed gathers"
+                " parameters between layers, which torch does not trace. Use stage 2, or leave torch.compile out."
+            )
         for known in self._alive():
             if user_module(known) is own:
                 known.end()  # its hooks would reduce the gradients, too
