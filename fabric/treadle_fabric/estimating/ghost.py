@@ -60,7 +60,7 @@ def made(function: Any, mode: Any) -> Any:
     Raises:
         MisconfigurationException: The function needs the values of tensors.
     """
-    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode, _FewNumbers():
+    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode, _FewNumbers():  # type: ignore[no-untyped-call]
         return function()
 
 
