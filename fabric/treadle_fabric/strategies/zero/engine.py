@@ -160,7 +160,8 @@ class ZeroEngine(Module):
         fields["_idle"] = 0  # the backward passes since the last step that had nothing to differentiate
         fields["ended_early"] = False
         fields["_joined"] = None
-        fields["steps_copies"] = engine.optimizer is not engine.basic_optimizer
+        stepped = engine.basic_optimizer
+        fields["steps_copies"] = stepped is not None and engine.optimizer is not stepped
         fields["_trainable"] = {p: p.requires_grad for p in module.parameters()} if self.steps_copies else {}
         fields["meets_in_backward"] = engine.zero_optimization_stage() > 1
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
@@ -214,6 +215,8 @@ class ZeroEngine(Module):
         Raises:
             MisconfigurationException: Other parameters require a gradient now, or the optimizer has other groups.
         """
+        if not self.steps_copies:
+            return
         changed = [p for p, trains in self._trainable.items() if p.requires_grad is not trains]
         if not changed and len(own_groups(self.stepped)) == len(self.stepped.param_groups):
             return
