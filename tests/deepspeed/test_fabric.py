@@ -188,6 +188,10 @@ def test_a_model_to_evaluate_needs_no_optimizer() -> None:
 
 def test_what_deepspeed_cannot_step_is_refused() -> None:
     def refused() -> None:
+        whole, part = torch.compile(net()), nn.Sequential(torch.compile(net()))
+        for compiled in (whole, part):
+            with pytest.raises(MisconfigurationException, match="compiled by torch.compile.*Use stage 2"):
+                fabric_of("deepspeed_stage_3").setup(compiled, SGD(compiled.parameters(), lr=0.1))
         fabric = fabric_of("deepspeed_stage_1")
         first, second = net(), net()
         parts = SGD(first[0].parameters(), lr=0.1), SGD(first[2].parameters(), lr=0.1)  # type: ignore[index]

@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import treadle as L
 from tests.processes import run_in_ranks
-from treadle.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from treadle.callbacks import (
+    BackboneFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from treadle_fabric import Fabric, MisconfigurationException
 from treadle_fabric.strategies import DeepSpeedStrategy
 
@@ -383,6 +389,145 @@ def test_the_engine_clips_as_the_trainer_was_asked_to(clip: float | None) -> Non
         trainer, module = trainer_of(DeepSpeedStrategy(stage=2), gradient_clip_val=clip), Loud()
         trainer.fit(module, loader(trainer))
         assert_same(whole(trainer, module), one.state_dict())
+
+    run_in_ranks(fit)
+
+
+@pytest.mark.parametrize(("asked", "samples"), [("auto", 2), (7, 7)])
+def test_deepspeed_knows_the_samples_of_a_batch(asked: Any, samples: int) -> None:
+    def fit() -> None:
+        trainer = trainer_of(DeepSpeedStrategy(stage=2, logging_batch_size_per_gpu=asked))
+        trainer.fit(Net(), loader(trainer))
+        engine = trainer.strategy.engine  # type: ignore[attr-defined]
+        assert engine.train_micro_batch_size_per_gpu() == samples
+        assert engine.tput_timer.batch_size == engine.train_batch_size() == 2 * samples
+
+    run_in_ranks(fit)
+
+
+class Clips(Net):
+    """Clips in the hook for it."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the engine clips")
+
+
+def test_a_hook_that_would_clip_is_told_that_it_is_not_called() -> None:
+    def fit() -> None:
+        trainer = trainer_of(DeepSpeedStrategy(stage=2))
+        with pytest.warns(UserWarning, match="`configure_gradient_clipping` is overridden, and is not called"):
+            trainer.fit(Clips(), loader(trainer), loader(trainer))
+
+    run_in_ranks(fit, devices=1)
+
+
+class Fine(Net):
+    """Has a backbone."""
+
+    backbone = property(lambda self: self.layers[0])
+
+
+class Changing(Fine):
+    """Freezes its first layer before the second batch, or unfreezes it."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.layers[0].requires_grad_(self.hparams.frozen)
+
+
+class Growing(Changing):
+    """Gives its optimizer another parameter group before the second batch."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.optimizers().add_param_group({"params": list(self.layers[0].parameters())})
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.layers[2].parameters(), lr=0.1)
+
+
+def test_what_is_trained_is_fixed_where_the_engine_steps_copies() -> None:
+    """A layer that is unfrozen later would not learn, and a frozen one would decay."""
+
+    def fit() -> None:
+        for stage in (1, 2, 3):
+            for change in (BackboneFinetuning(1), ModelPruning("l1_unstructured")):
+                trainer = trainer_of(DeepSpeedStrategy(stage=stage), callbacks=change)
+                with pytest.raises(MisconfigurationException, match="DeepSpeedStrategy.*(engine|copies)"):
+                    trainer.fit(Changing(), loader(trainer))
+            for module, said in (
+                (Changing(True), r"layers\.0\.weight can be trained now, and 1 more parameters"),
+                (Changing(False), r"layers\.0\.weight is frozen now"),
+                (Growing(), "another number of parameter groups"),
+            ):
+                trainer = trainer_of(DeepSpeedStrategy(stage=stage))
+                with pytest.raises(MisconfigurationException, match=said):
+                    trainer.fit(module, loader(trainer))
+            module = Net(frozen=True)
+            trainer = trainer_of(DeepSpeedStrategy(stage=stage))
+            trainer.fit(module, loader(trainer))
+            before = whole(trainer, module)["layers.0.weight"]
+            module.requires_grad_(True)  # another fit sets up anew
+            trainer.fit_loop.max_epochs = 2
+            trainer.fit(module, loader(trainer))
+            after = whole(trainer, module)["layers.0.weight"]
+            assert before.is_meta or not torch.equal(before, after)
+
+    run_in_ranks(fit)
+
+
+def test_without_copies_the_backbone_is_trained_as_by_one() -> None:
+    one = trained_by_one(Fine(), max_epochs=2, callbacks=BackboneFinetuning(1))
+
+    def fit() -> None:
+        trainer, module = trainer_of(DeepSpeedStrategy(stage=0), max_epochs=2, callbacks=BackboneFinetuning(1)), Fine()
+        trainer.fit(module, loader(trainer), loader(trainer))
+        assert_same(whole(trainer, module), one.state_dict())
+
+    assert "no optimizer has them" not in run_in_ranks(fit)
+
+
+class Normed(Net):
+    """Normalizes by running statistics, and adds a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("shift", torch.ones(4))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.layers(self.norm(batch) + self.shift.to(batch.dtype))
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_buffers_in_16_bits(precision: Any, kept: torch.dtype) -> None:
+    """DeepSpeed casts parameters only, and torch normalizes in one dtype."""
+
+    def fit() -> None:
+        for stage in (2, 3):
+            trainer, module = trainer_of(DeepSpeedStrategy(stage=stage), precision=precision), Normed()
+            trainer.fit(module, loader(trainer), loader(trainer))
+            assert module.norm.running_mean.dtype is torch.bfloat16 and module.norm.running_mean.any()
+            assert module.shift.dtype is kept
+
+    run_in_ranks(fit)
+
+
+def test_without_zero_in_16_bits_weights_are_loaded_into_the_copies_too(tmp_path: Path) -> None:
+    """The optimizer would step those that the module was set up with, and write them over the loaded ones."""
+
+    def fit() -> None:
+        def trainer(epochs: int) -> L.Trainer:
+            return trainer_of(DeepSpeedStrategy(stage=0), precision="bf16-mixed", max_epochs=epochs)
+
+        first = trainer(4)
+        first.fit(Net(), loader(first))
+        first.save_checkpoint(tmp_path / "x.ckpt")
+        straight, resumed = Net(), Net()
+        whole_run, second = trainer(5), trainer(5)
+        whole_run.fit(straight, loader(whole_run))
+        second.fit(resumed, loader(second), ckpt_path=tmp_path / "x.ckpt")
+        assert_same(whole(second, resumed), whole(whole_run, straight), 4e-3)  # the copies are rounded
 
     run_in_ranks(fit)
 

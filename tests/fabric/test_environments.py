@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.processes import run_in_ranks
 
+from treadle_fabric import Fabric
 from treadle_fabric.environments import (
     ClusterEnvironment,
     KubeflowEnvironment,
@@ -325,3 +329,34 @@ class TestMPI:
         environment = use(MPIEnvironment, {"PMI_SIZE": "4", "PMI_RANK": "3"})
         assert (environment.main_address, environment.main_port) == ("host-of-0", 4242)
         assert (environment.node_rank(), environment.local_rank()) == (1, 1)
+
+
+class OfThePlatform(LightningEnvironment):
+    """Learns ranks and port of its own service, which does not number machines."""
+
+    main_port = property(lambda self: int(self.variables["MASTER_PORT_OF_SERVICE"]))
+
+    def world_size(self) -> int:
+        return 2
+
+    def global_rank(self) -> int:
+        return int(self.variables["RANK"])
+
+
+def _train_on_the_platform(replaced: bool) -> None:
+    os.environ |= {"RANK": os.environ.pop("LOCAL_RANK"), "LOCAL_RANK": "0"}
+    environment: Any = LightningEnvironment() if replaced else OfThePlatform()
+    if replaced:  # as some services tell their users to
+        environment.world_size, environment.global_rank = lambda: 2, lambda: int(os.environ["RANK"])
+    else:
+        os.environ["MASTER_PORT_OF_SERVICE"] = os.environ.pop("MASTER_PORT")
+    del os.environ["NODE_RANK"]
+    fabric = Fabric(accelerator="cpu", devices=1, num_nodes=2, plugins=environment)
+    fabric.launch()
+    assert fabric.world_size == 2 and fabric.global_rank == int(os.environ["RANK"])
+    assert fabric.all_reduce(torch.tensor(fabric.global_rank), reduce_op="sum") == 1
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_program_may_know_ranks_and_port_from_elsewhere(replaced: bool) -> None:
+    run_in_ranks(_train_on_the_platform, replaced)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from typing import Any
 
 from treadle_fabric.errors import MisconfigurationException, TreadleError
@@ -61,6 +62,9 @@ def _estimate(given: argparse.Namespace) -> int:
         rows = _rows(given)
     except (TreadleError, ImportError, AttributeError) as e:
         print(f"treadle-fabric: {e}", file=sys.stderr)
+        return 2
+    except Exception:  # of the user's program; Python's own status for it would say that no layout fits
+        traceback.print_exc()
         return 2
     if given.json:
         print(json.dumps([_plain(*row, memory) for row in rows], indent=2))

@@ -93,7 +93,7 @@ def address_towards(address: str, port: int) -> str:
     return ""
 
 
-def choose_interface(store: Any, node_rank: int, address: str, port: int) -> None:
+def choose_interface(store: Any, world_size: int, address: str, port: int) -> None:
     """Have gloo listen where the other machines are, if this machine's name leads to itself only.
 
     Gloo listens at the address of the machine's name, and in Debian's /etc/hosts that is 127.0.1.1: the other machines
@@ -102,17 +102,21 @@ def choose_interface(store: Any, node_rank: int, address: str, port: int) -> Non
 
     Args:
         store: Where the ranks have met.
-        node_rank: This machine's rank.
+        world_size: The number of ranks.
         address: Where the ranks have met, on machine 0.
         port: Its port.
     """
     mine = address_towards(address, port)
-    if node_rank != 0:
+    if mine:  # by the way there, and not by the machine's number: a program's own environment may count none
         store.set("address-of-another-node", mine)
+    if store.add("ranks-with-their-address", 1) == world_size:
+        store.set("addresses-are-known", "")
     if "GLOO_SOCKET_IFNAME" in os.environ or not _name_leads_to_itself():
         return
     if not mine:  # machine 0
-        mine = address_towards(store.get("address-of-another-node").decode() or "localhost", port)
+        store.wait(["addresses-are-known"])
+        if store.check(["address-of-another-node"]):
+            mine = address_towards(store.get("address-of-another-node").decode(), port)
     if mine and (name := _interface_with(mine)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

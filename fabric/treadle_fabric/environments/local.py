@@ -149,7 +149,9 @@ class LightningEnvironment(ClusterEnvironment):
                 f"LOCAL_RANK={local_rank}, but devices={num_devices} asks for {num_devices} on each machine, which "
                 f"are numbered from 0. Start so many, or, if LOCAL_RANK is left over, `unset LOCAL_RANK`."
             )
-        if num_devices * num_nodes > 1 and not {"MASTER_PORT", "LOCAL_WORLD_SIZE"} & set(self.variables):
+        reads_port = type(self).main_port is LightningEnvironment.main_port  # a subclass may know it otherwise
+        told = {"MASTER_PORT", "LOCAL_WORLD_SIZE"} & set(self.variables)
+        if num_devices * num_nodes > 1 and reads_port and not told:
             raise MisconfigurationException(
                 f"LOCAL_RANK={local_rank} says that this is one of {num_devices * num_nodes} processes that another "
                 "program started, but MASTER_PORT is not set, by which they find one another. If LOCAL_RANK is left "
@@ -163,7 +165,7 @@ class LightningEnvironment(ClusterEnvironment):
         """Refuse a RANK, as scripts with torch's ``env://`` have it, that is not the rank which this one computes."""
         if num_devices * num_nodes == 1 or "RANK" not in self.variables or "TREADLE_LAUNCH_DIR" in self.variables:
             return
-        rank = self.node_rank() * num_devices + self.local_rank()
+        rank = self.global_rank()  # of a program's own, perhaps, which knows it from elsewhere
         if require_number("RANK", self.variables) != rank:
             which = "NODE_RANK" if "NODE_RANK" in self.variables else "GROUP_RANK"
             node = f"{which}={self.node_rank()}" if which in self.variables else "NODE_RANK is not set, so"

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from treadle_fabric.containers import leaves
-from treadle_fabric.errors import MisconfigurationException
+from treadle_fabric.errors import MisconfigurationException, TreadleError
 
 __all__ = ["ghost_of", "made", "refused_values", "tensors_in", "without_memory"]
 
+_FEW = 4096
 _SILENCED = ("log", "log_dict")
 """Methods of a LightningModule that need a run, and that a step calls without using what they return."""
 
@@ -51,18 +55,18 @@ def ghost_of(value: Any, mode: Any, memo: dict[int, Any]) -> Any:
 
 
 def made(function: Any, mode: Any) -> Any:
-    """Call a user's function with tensors that have no memory.
+    """Call a user's function with tensors that have no memory, but for those of a few numbers, which may be read.
 
     Raises:
         MisconfigurationException: The function needs the values of tensors.
     """
-    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode:
+    with refused_values(f"{getattr(function, '__qualname__', repr(function))}()"), mode, _FewNumbers():  # type: ignore[no-untyped-call]
         return function()
 
 
 @contextmanager
 def refused_values(what: str) -> Generator[None]:
-    """Say that something, which runs inside, needs the values of tensors.
+    """Say that something, which runs inside, needs the values of tensors; and of other errors how it is run.
 
     Raises:
         MisconfigurationException: Torch could not go on without the values.
@@ -77,6 +81,13 @@ def refused_values(what: str) -> Generator[None]:
             " Compute such numbers with Python or NumPy; instead of selecting by a mask, multiply by it or use"
             " torch.where, for an estimate at least."
         ) from error
+    except Exception as error:
+        if not isinstance(error, TreadleError):
+            error.add_note(
+                f"{what} ran for estimate(), on a copy whose tensors have shapes and no memory, without a trainer and"
+                " without the hook `setup`. Where configure_optimizers needs one of them, give optimizer=."
+            )
+        raise
 
 
 def without_memory(function: Any) -> Any:
@@ -88,6 +99,24 @@ def without_memory(function: Any) -> Any:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Take the place of ``self.log``: there is no run, and no value, to log."""
+
+
+class _FewNumbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets tensors of a few numbers have values, among those without memory: constructors read rates of layers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensor  # for those who plan
+
+        kwargs = kwargs or {}
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if any(isinstance(each, FakeTensor) for each in given):
+            return func(*args, **kwargs)
+        if not given:
+            made = func(*args, **kwargs)
+            if not isinstance(made, Tensor) or made.numel() > _FEW or made.device.type != "cpu":
+                return made
+        with _disable_current_modes():
+            return func(*args, **kwargs)
 
 
 class _Haunting(TorchFunctionMode):
@@ -127,6 +156,11 @@ def _without_memory(tensor: Tensor, mode: Any) -> Tensor:
     """A tensor of the same shape, strides, dtype and class, of this mode or on the meta device."""
     from torch._subclasses.fake_tensor import FakeTensor  # for those who plan
 
+    if is_lazy(tensor):
+        raise MisconfigurationException(
+            "A parameter has no shape yet, as in torch.nn.LazyLinear. Run the module on a batch before estimate(), or"
+            " give its layers their sizes."
+        )
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise MisconfigurationException(
             f"A tensor of shape {tuple(tensor.shape)} is {'quantized' if tensor.is_quantized else tensor.layout}:"

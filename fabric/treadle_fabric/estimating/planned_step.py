@@ -111,6 +111,7 @@ def estimate_with(
             " world_size=1."
         )
     options = {"accumulate": accumulate, "loss": None, "foreach": True, **options}
+    _check_given(module, optimizer, options["loss"])
     if zero is not None:
         said = canonical_precision(precision.precision if isinstance(precision, Precision) else precision)
         own = precision_alone(said)
@@ -161,6 +162,7 @@ def _estimated(
         bound.bind(parts, nodes)
         _ = bound.device_mesh  # made of values, so not among tensors that have none
         whole = made(module, mode) if not isinstance(module, Module) else module
+        _check_made(whole, optimizer, batch)
         own, given, copy_of = _ghosts(whole, optimizer, bound.precision, mode)
         bound.move_references(copy_of)
         del copy_of  # it would keep whole parameters alive that a strategy cuts up
@@ -186,6 +188,46 @@ def _estimated(
         return result, whole_sizes
 
 
+def _check_given(module: Any, optimizer: Any, loss: Any) -> None:
+    """Refuse what is none of the kinds that an argument takes.
+
+    Raises:
+        MisconfigurationException: An argument is something else.
+    """
+    if not isinstance(module, Module) and not callable(module):
+        raise MisconfigurationException(f"module={module!r}: give a torch module, or a function that returns one.")
+    if not isinstance(optimizer, Optimizer) and optimizer is not None and not callable(optimizer):
+        raise MisconfigurationException(
+            f"optimizer={optimizer!r}: give a class such as torch.optim.AdamW, an optimizer of the module's parameters,"
+            " or a function of the parameters that returns one or several."
+        )
+    if loss is not None and not callable(loss):
+        raise MisconfigurationException(f"loss={loss!r}: give a function of the module's output and the batch.")
+
+
+def _check_made(module: Any, optimizer: Any, batch: Any) -> None:
+    """Refuse a module that is none, an optimizer of another one, and a missing batch.
+
+    Raises:
+        MisconfigurationException: One of them is there.
+    """
+    if not isinstance(module, Module):
+        raise MisconfigurationException(f"module made {type(module).__name__}, which is no torch module.")
+    if batch is None and not hasattr(module, "training_step"):
+        raise MisconfigurationException(
+            f"batch is missing: give what {type(module).__name__} gets on one rank, or a function that returns it."
+        )
+    if isinstance(optimizer, Optimizer):
+        own = {id(p) for p in module.parameters()}
+        foreign = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+        if foreign:
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} has a parameter of shape {tuple(foreign[0].shape)} that is not one of the"
+                f" {type(module).__name__} to be estimated. Give the optimizer's class, or make it of that module's"
+                " parameters."
+            )
+
+
 def _ghosts(
     module: Module, optimizer: Any, precision: Precision, mode: Any
 ) -> tuple[Module, Any, Callable[[Any], Any]]:
@@ -193,6 +235,10 @@ def _ghosts(
     first: dict[int, Any] = {}
     on_meta = ghost_of(module, None, first)
     stepped = ghost_of(optimizer, None, first) if isinstance(optimizer, Optimizer) else optimizer
+    configure: Any = getattr(on_meta, "configure_model", None)
+    if callable(configure):
+        with refused_values("configure_model"), torch.device("meta"):
+            configure()
     converted = precision.convert_module(on_meta)
     second: dict[int, Any] = {}
     ghost = ghost_of(converted, mode, second)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.estimating.recorder import Recorder
+from treadle_fabric.precision import needs_closure
 from treadle_fabric.setup.module import FabricModule, engine_of, method_of
 from treadle_fabric.setup.optimizer import FabricOptimizer
 from treadle_fabric.strategies import Strategy
@@ -50,7 +51,14 @@ class Step:
                 " returns the loss, with optimizer=."
             )
         module.train()
-        engine, stepped, _ = strategy.setup_module_and_optimizers(module, optimizers(module))
+        made = optimizers(module)
+        closures = [type(each).__name__ for each in made if needs_closure(each)]
+        if closures:
+            raise MisconfigurationException(
+                f"{closures[0]} evaluates the loss several times in a step, as often as the values say, which an"
+                " estimate does not have. Estimate the step of another optimizer, such as SGD."
+            )
+        engine, stepped, _ = strategy.setup_module_and_optimizers(module, made)
         for group in (group for each in stepped for group in each.param_groups):
             if len({hasattr(p, "to_local") for p in group["params"]}) > 1:  # torch steps these one after the other only
                 group["foreach"] = False
@@ -157,7 +165,13 @@ def _arguments_of(function: Callable[..., Any]) -> Callable[[Any], tuple[tuple[A
     """How a batch is passed to a function: as a training step's, or as a module's arguments."""
     signature = inspect.signature(function)
     if function.__name__ == "training_step":
-        extra = {name: 0 for name in ("batch_idx", "dataloader_idx") if name in signature.parameters}
+        first, *others = signature.parameters.values() or (None,)
+        if first is not None and first.name == "dataloader_iter":
+            return lambda batch: ((iter([(batch, 0, 0)]),), {})
+        required = (
+            each.name for each in others if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+        )
+        extra = dict.fromkeys([*required, *({"batch_idx", "dataloader_idx"} & signature.parameters.keys())], 0)
         return lambda batch: ((batch,), extra)
 
     def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
@@ -90,6 +91,7 @@ def ghost_world(rank: int, world_size: int) -> Generator[None]:
         stack.enter_context(torch.device("cpu"))
         stack.enter_context(warnings.catch_warnings())
         stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)  # torch's writes the rank before every line
         dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
         stack.callback(_end)
         # DDP compares shapes, and orders its buckets, in C++ and by the values of small tensors

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 import torch
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _NormBase
 
 from treadle_fabric.errors import MisconfigurationException
 from treadle_fabric.precision.names import canonical_precision
@@ -47,6 +49,19 @@ class DeepSpeedPrecision(Precision):
         self.precision = name
         self.dtype = _DTYPES[name]
         self.converts = self.dtype is not torch.float32
+
+    def convert_module(self, module: Module) -> Module:
+        """Cast buffers to the dtype to which the engine casts the weights, as it leaves buffers alone.
+
+        In a precision that ends in ``"-true"`` that is every buffer, and in a mixed one those of normalizations, which
+        torch computes in one dtype only.
+        """
+        for each in module.modules() if self.converts else ():
+            if self.precision.endswith("true") or isinstance(each, _NormBase):
+                each._buffers.update(
+                    {name: cast_floating(buffer, self.dtype) for name, buffer in each._buffers.items()}
+                )
+        return module
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         """Return a context in which new tensors have the half type, in a precision that ends in ``"-true"``."""

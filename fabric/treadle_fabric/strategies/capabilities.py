@@ -35,6 +35,9 @@ class Capabilities:
     """The engine zeroes gradients and steps: nothing else touches gradients between backward and step."""
     brings_optimizer: bool = False
     """The engine makes the optimizer, as its config says, and a scheduler perhaps: a module is set up without one."""
+    steps_copies: bool = False
+    """The optimizer steps copies of the parameters that were trainable in the set-up: what is trainable, and the
+    parameter groups, may not change after it."""
     averages_weights: bool = True
     """Each rank finds its part of the weights in the module's parameters, where callbacks average and exchange them."""
     allows_inference_mode: ClassVar[bool] = True

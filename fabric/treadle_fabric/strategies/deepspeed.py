@@ -227,6 +227,10 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         return not self.zero_stage_3
 
     @property
+    def steps_copies(self) -> bool:  # type: ignore[override]
+        return stage_of(self._config) > 0 or self.precision.precision != "32-true"
+
+    @property
     def brings_optimizer(self) -> bool:  # type: ignore[override]
         return "optimizer" in self._config
 
@@ -273,7 +277,8 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         engine = self._start(module, optimizers[0] if optimizers else None, scheduler, self._config)
         stepped = engine.stepped
         stepped.zero_grad = functools.partial(_discard, weakref.ref(engine))
-        note_groups(stepped, given or [list(trained(user_module(module)))])
+        if engine.steps_copies:
+            note_groups(stepped, given or [list(trained(user_module(module)))])
         made = engine.deepspeed.lr_scheduler
         if self._steps is not None:
             engine.deepspeed.lr_scheduler = None  # a trainer steps it, as any other
@@ -305,6 +310,11 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
         self, module: Module, optimizer: Optimizer | None, scheduler: Any | None, config: dict[str, Any]
     ) -> ZeroEngine:
         own = user_module(module)
+        if self.zero_stage_3 and any(hasattr(each, "_orig_mod") for each in module.modules()):
+            raise MisconfigurationException(
+                f"{type(own).__name__} was compiled by torch.compile, or a part of it, and in stage 3 DeepSpeed gathers"
+                " parameters between layers, which torch does not trace. Use stage 2, or leave torch.compile out."
+            )
         for known in self._alive():
             if user_module(known) is own:
                 known.end()  # its hooks would reduce the gradients, too
@@ -351,9 +361,14 @@ class DeepSpeedStrategy(ParallelStrategy, ZeroStateStrategy):
 
     def process_dataloader(self, dataloader: Any) -> Any:
         """Note the number of samples of a batch, which DeepSpeed's reports of the throughput need."""
-        size = getattr(dataloader, "batch_size", None)
-        if isinstance(size, int) and self._batch_size is None:
-            self._batch_size = size
+        sources = dataloader, getattr(dataloader, "batch_sampler", None)
+        sizes = [size for size in (getattr(source, "batch_size", None) for source in sources) if isinstance(size, int)]
+        if sizes and self._batch_size is None:
+            self._batch_size = sizes[0]
+            for engine in self._alive():  # a trainer sets the module up first
+                config = self._whole_config(self._config)
+                engine.deepspeed.set_train_micro_batch_size(config["train_micro_batch_size_per_gpu"])
+                engine.deepspeed.tput_timer.batch_size = config["train_batch_size"]
         return dataloader
 
     def configure_steps(self, accumulate: int, clip_norm: float | None, clip_value: float) -> None:

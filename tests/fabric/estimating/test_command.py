@@ -24,6 +24,7 @@ class Net(nn.Module):
         return self.down(self.up(x).relu())
 
 batch = torch.zeros(4, 8)
+wrong = torch.zeros(4, 9)
 """
 
 
@@ -65,10 +66,12 @@ def test_json_and_a_device_that_is_too_small(model: str, capsys: pytest.CaptureF
         (("--loss", "nowhere:loss"), "no module 'nowhere'"),
         (("--optimizer", "Adamm"), "no such class"),
         (("--num-nodes", "3"), "same number of ranks"),
+        (("--init-args", '{"widht": 3}'), "unexpected keyword argument 'widht'"),
+        (("--batch", "{model}:wrong"), "must have same reduction dim"),
     ],
 )
 def test_a_wrong_question_is_refused(
     model: str, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(_arguments(model, *more)) == 2
+    assert main(_arguments(model, *(each.replace("{model}", model) for each in more))) == 2
     assert message in capsys.readouterr().err

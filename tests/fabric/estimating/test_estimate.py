@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import sys
 from typing import Any
 
 import pytest
@@ -64,6 +65,87 @@ def test_a_training_step_and_its_optimizers_are_the_modules_own() -> None:
     assert found.precision == "bf16-true"
     assert found.memory.optimizer_state > 2 * found.memory.parameters  # with the number of steps
     assert found.traffic.keys() == {"all_gather", "reduce_scatter"}
+
+
+class Index(Learner):
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        return super().training_step(batch, index)
+
+
+class Drawing(Learner):
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:
+        batch, _, _ = next(dataloader_iter)
+        return super().training_step(batch, 0)
+
+
+class Later(Learner):
+    """Makes its layers where they are placed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.layers
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "layers"):
+            self.layers = Net().layers
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_step_is_called_and_a_model_configured_as_by_a_trainer(strategy: str) -> None:
+    expected = estimate(Learner(), None, strategy, 2, batch=BATCH)
+    for other in (Index, Drawing, Later):
+        module = other()
+        assert estimate(module, None, strategy, 2, batch=BATCH) == expected
+        assert hasattr(module, "layers") is not isinstance(module, Later)
+
+
+class Rates(Net):
+    """Reads the rates of its layers from a tensor, and has a large one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.2, 3)]
+        self.register_buffer("table", torch.zeros(2**50, dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert [round(rate, 3) for rate in self.rates] == [0, 0.1, 0.2]
+        return super().forward(x)
+
+
+def test_a_constructor_may_read_a_few_numbers() -> None:
+    found = estimate(Rates, torch.optim.SGD, "ddp", 2, batch=BATCH)
+    assert found.memory.buffers == 2**50 and found.memory.parameters == NUMBERS * 4 and not found.notes
+
+
+class Needing(Learner):
+    def configure_optimizers(self) -> Any:
+        raise RuntimeError("not attached to a trainer")
+
+
+def test_errors_of_the_program_say_how_it_was_run() -> None:
+    with pytest.raises(RuntimeError, match="not attached") as caught:
+        estimate(Needing(), None, "ddp", 2, batch=BATCH)
+    assert "without a trainer" in caught.value.__notes__[0] and "optimizer=" in caught.value.__notes__[0]
+    assert estimate(Needing(), torch.optim.SGD, "ddp", 2, batch=BATCH).parameters == NUMBERS
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"module": [Net()]}, "give a torch module"),
+        ({"module": lambda: None}, "made NoneType"),
+        ({"module": nn.LazyLinear(3)}, "no shape yet.*LazyLinear"),
+        ({"optimizer": "AdamW"}, r"optimizer='AdamW'.*torch.optim.AdamW"),
+        ({"optimizer": torch.optim.SGD(nn.Linear(8, 3).parameters())}, r"shape \(3, 8\) that is not one of the Net"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS evaluates the loss several times"),
+        ({"loss": 3}, "loss=3"),
+        ({"batch": None}, "batch is missing.*what Net gets"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(given: dict[str, Any], message: str) -> None:
+    arguments = {"module": Net(), "optimizer": torch.optim.SGD, "strategy": "ddp", "world_size": 2, "batch": BATCH}
+    with pytest.raises(MisconfigurationException, match=message):
+        estimate(**{**arguments, **given})
 
 
 def test_an_optimizer_that_is_made_already_is_taken() -> None:
@@ -129,9 +211,10 @@ def test_nothing_is_left_behind() -> None:
     module, before = Net(), dict(os.environ)
     weights = {name: value.clone() for name, value in module.state_dict().items()}
     states = random.getstate(), torch.get_rng_state()
+    hook = sys.excepthook
     strategy = FSDPStrategy()
     estimate(module, torch.optim.AdamW, strategy, 8, "bf16-mixed", BATCH)
-    assert not dist.is_initialized() and dict(os.environ) == before
+    assert not dist.is_initialized() and dict(os.environ) == before and sys.excepthook is hook
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert all(torch.equal(weights[name], value) for name, value in module.state_dict().items())
     assert all(type(p) is nn.Parameter and p.grad is None for p in module.parameters())

@@ -193,6 +193,12 @@ class BaseFinetuning(Callback):
                     f"{type(self).__qualname__} has no `{name}`, and BaseFinetuning needs one: override it, or use"
                     " BackboneFinetuning."
                 )
+        if trainer.strategy.steps_copies:
+            raise MisconfigurationException(
+                f"{type(self).__qualname__} unfreezes parameters during training, and the optimizer of"
+                f" {type(trainer.strategy).__qualname__}'s engine goes on with what was trainable when it was set up."
+                " Use strategy='ddp' or 'fsdp'; or freeze and unfreeze in the program, and call fit for each part."
+            )
         self._restored, self._groups = False, {}
         self.freeze_before_training(pl_module)
         self._note_frozen(pl_module)

@@ -177,10 +177,11 @@ class ModelPruning(Callback):
         """Take masks off that an earlier fit has left, so that the weights of a checkpoint fit."""
         if stage != TrainerFn.FITTING:
             return
-        if trainer.strategy.shards_parameters:
+        if trainer.strategy.shards_parameters or trainer.strategy.steps_copies:
             raise MisconfigurationException(
-                f"ModelPruning needs whole parameters, and {type(trainer.strategy).__qualname__} gives each rank a part"
-                " of them: use DDP, or prune without the Trainer."
+                f"ModelPruning needs an optimizer that steps the whole parameters, and under"
+                f" {type(trainer.strategy).__qualname__} it steps a part of them, or copies: use DDP, or prune without"
+                " the Trainer."
             )
         self._take_off(pl_module)
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from treadle_fabric.checks import check_integer
+from treadle_fabric.checks import check_integer, is_number
 from treadle_fabric.errors import MisconfigurationException, near_names
 
 __all__ = ["CONFIG_VARIABLE", "Steps", "check_config", "config_of", "engine_config", "read_config", "stage_of"]
@@ -56,6 +56,18 @@ _PLACES: Final[dict[str, tuple[str, ...]]] = {
 }
 """Where in the config each argument goes that is one entry of it."""
 _BLOCKS: Final = {"float16": "fp16", "bfloat16": "bf16", "float32": None}
+_BLOCKS_OF_CONFIG: Final[dict[tuple[str, ...], str]] = {
+    (_ZERO,): "{'stage': 2}",
+    (_ZERO, _OPTIMIZER): "{'device': 'cpu'}",
+    (_ZERO, _PARAMETERS): "{'device': 'cpu'}",
+    ("optimizer",): "{'type': 'AdamW', 'params': {'lr': 1e-4}}",
+    ("scheduler",): "{'type': 'WarmupLR', 'params': {}}",
+    ("fp16",): "{'enabled': True}",
+    ("bf16",): "{'enabled': True}",
+    ("activation_checkpointing",): "{'partition_activations': True}",
+    ("aio",): "{'thread_count': 1}",
+}
+"""The entries of a config that are dicts, with an example of each."""
 _SCHEDULERS: Final = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 _DEVICES: Final = ("cpu", "nvme", "none")
 
@@ -220,11 +232,8 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         MisconfigurationException: Something in it cannot work.
     """
-    zero, stage = config.get(_ZERO), _at(config, (_ZERO, "stage"))
-    if zero is not None and not isinstance(zero, Mapping):
-        raise MisconfigurationException(
-            f"The DeepSpeed config has zero_optimization={zero!r}, and needs a dict there: {{'stage': 2}}, for example."
-        )
+    _check_kinds(config)
+    stage = _at(config, (_ZERO, "stage"))
     if stage is not None and stage not in (0, 1, 2, 3):
         raise MisconfigurationException(
             f"The DeepSpeed config has zero_optimization.stage={stage!r}: ZeRO has the stages 0, 1, 2 and 3."
@@ -258,6 +267,24 @@ def check_config(config: Mapping[str, Any]) -> None:
                 f"{block} to 'nvme' needs a folder on such a disk, and nvme_path={path!r} is none. Make it on every"
                 " machine, or give another one: DeepSpeedStrategy(nvme_path=...)."
             )
+
+
+def _check_kinds(config: Mapping[str, Any]) -> None:
+    """Refuse what is no dict, or no number, where DeepSpeed's config has one."""
+    for place, example in _BLOCKS_OF_CONFIG.items():
+        block = _at(config, place)
+        if block is not None and not isinstance(block, Mapping):
+            raise MisconfigurationException(
+                f"The DeepSpeed config has {'.'.join(place)}={block!r}, and needs a dict there: {example}, for example."
+            )
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if config.get(name) not in (None, "auto"):
+            check_integer(f"The DeepSpeed config: {name}", config[name], minimum=1)
+    clip = config.get("gradient_clipping")
+    if clip not in (None, "auto") and (not is_number(clip) or not clip >= 0):
+        raise MisconfigurationException(
+            f"The DeepSpeed config has gradient_clipping={clip!r}, and needs a number from 0, the largest norm, there."
+        )
 
 
 def _enabled(config: Mapping[str, Any], block: str) -> bool:

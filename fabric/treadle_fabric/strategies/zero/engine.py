@@ -22,8 +22,8 @@ from torch.optim import Optimizer
 from treadle_fabric.checks import require_package
 from treadle_fabric.containers import leaves
 from treadle_fabric.errors import MisconfigurationException
-from treadle_fabric.strategies.parts import METHOD_KEYWORD
-from treadle_fabric.strategies.unwrapping import inside, user_module
+from treadle_fabric.strategies.parts import METHOD_KEYWORD, own_groups
+from treadle_fabric.strategies.unwrapping import inside, user_module, with_plain_names
 from treadle_fabric.strategies.zero.untouched import untouched
 
 __all__ = ["ZeroEngine", "deepspeed_for", "start"]
@@ -160,6 +160,9 @@ class ZeroEngine(Module):
         fields["_idle"] = 0  # the backward passes since the last step that had nothing to differentiate
         fields["ended_early"] = False
         fields["_joined"] = None
+        stepped = engine.basic_optimizer
+        fields["steps_copies"] = stepped is not None and engine.optimizer is not stepped
+        fields["_trainable"] = {p: p.requires_grad for p in module.parameters()} if self.steps_copies else {}
         fields["meets_in_backward"] = engine.zero_optimization_stage() > 1
         fields["_counts_passes"] = engine.zero_optimization_stage() == 3 and fields["_zero"] is not None
         fields["_ran"] = fields["_ran_at_most"] = 0  # layers with parameters, in this pass, and in the longest one
@@ -187,6 +190,8 @@ class ZeroEngine(Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's ``forward``, or the method ``treadle_method`` of it."""
         method = kwargs.pop(METHOD_KEYWORD, None)
+        if torch.is_grad_enabled():
+            self._check_trainable()
         self.__dict__["_ran"] = 0
         result = self.deepspeed(*args, **kwargs) if method is None else self._run(method, args, kwargs)
         fields = self.__dict__
@@ -203,6 +208,29 @@ class ZeroEngine(Module):
             fields["_newest"] = None
             fields["_last"]["forward" if method is None else getattr(method, "__name__", "")] = method, args, kwargs
         return result
+
+    def _check_trainable(self) -> None:
+        """Refuse what the optimizer, whose copies are of the parameters that were trainable before, does not follow.
+
+        Raises:
+            MisconfigurationException: Other parameters require a gradient now, or the optimizer has other groups.
+        """
+        if not self.steps_copies:
+            return
+        changed = [p for p, trains in self._trainable.items() if p.requires_grad is not trains]
+        if not changed and len(own_groups(self.stepped)) == len(self.stepped.param_groups):
+            return
+        what = "The optimizer has another number of parameter groups"
+        if changed:
+            own = user_module(self.module)
+            names = {id(p): name for name, p in with_plain_names(own, own.named_parameters())}
+            now = "can be trained now" if changed[0].requires_grad else "is frozen now"
+            more = f", and {len(changed) - 1} more parameters are no longer as they were" if len(changed) > 1 else ""
+            what = f"{names.get(id(changed[0]), 'A parameter')} {now}{more}"
+        raise MisconfigurationException(
+            f"{what}, and the optimizer of DeepSpeed's engine goes on with what it had in the set-up. Freeze and"
+            " unfreeze before fit or fabric.setup, which may be called again, or use strategy='ddp' or 'fsdp'."
+        )
 
     def _run(self, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a method of the module as the engine's forward."""

@@ -11,7 +11,16 @@ from torch.nn import Parameter
 
 from treadle_fabric.checkpoint import in_memory
 
-__all__ = ["Held", "base_optimizer", "full_shape", "gathered", "held_parts", "is_partitioned", "put_weight"]
+__all__ = [
+    "Held",
+    "base_optimizer",
+    "full_shape",
+    "gathered",
+    "held_parts",
+    "is_partitioned",
+    "put_weight",
+    "renew_whole_copies",
+]
 
 
 class Held(NamedTuple):
@@ -40,6 +49,13 @@ def _is_stage_3(engine: Any) -> bool:
 def base_optimizer(engine: Any) -> Any:
     """The torch optimizer inside of the engine."""
     return engine.optimizer.optimizer if is_partitioned(engine) else engine.optimizer
+
+
+def renew_whole_copies(engine: Any) -> None:
+    """Give the copies that an optimizer without partitions steps, as in 16 bits, the values of the parameters."""
+    renew = getattr(engine.optimizer, "refresh_fp32_params", None)
+    if renew is not None and not is_partitioned(engine):
+        renew()
 
 
 def full_shape(parameter: Any) -> torch.Size:

@@ -38,6 +38,7 @@ from treadle_fabric.strategies.zero.partitioned import (
     master_dtype,
     put_part,
     put_weight,
+    renew_whole_copies,
     trained,
 )
 from treadle_fabric.strategies.zero.writing import ZeroWriter
@@ -118,6 +119,7 @@ class ZeroStateStrategy(CheckpointingStrategy):
             if self.leaves_frozen_out:
                 state = {**{name: parameters[name].detach() for name in self._frozen(module)}, **state}
             load_module_state(module, state, strict=strict)
+            renew_whole_copies(engine)
 
     def get_optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of an optimizer as torch has it: by parameters, with their shapes."""
@@ -222,10 +224,11 @@ class ZeroStateStrategy(CheckpointingStrategy):
     def take_over_weights(self, module: Module) -> None:
         """The optimizer steps copies of the parameters, which get their values."""
         engine = self.engine
-        if engine is not None and self._is_of(module) and is_partitioned(engine):
+        if engine is not None and self._is_of(module):
             with torch.no_grad():
-                for held in held_parts(engine):
+                for held in held_parts(engine) if is_partitioned(engine) else ():
                     put_part(held, held.flat, held.parameter)
+                renew_whole_copies(engine)
 
     @staticmethod
     def _frozen(module: Module) -> list[str]:

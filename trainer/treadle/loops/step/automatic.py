@@ -65,6 +65,7 @@ class AutomaticStep(ABC):
         self._optimizers = tuple(optimizers)
         self._gradients = (WholeBatchGradients if strategy.runs_whole_batch else Gradients)(run, self._optimizers)
         self.wants_iterator = self._gradients.wants_iterator
+        clipping.tell_unused()
         clips = clipping.active and not strategy.handles_gradient_clipping
         self._preparation = Preparation(run, self._optimizers, clipping if clips else None)
         self._no_sync = partial(run.fabric.no_backward_sync, run.wrapped) if strategy.world_size > 1 else nullcontext

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from treadle.module import LightningModule
 from treadle.module.overriding import by_name, overrides
 from treadle.run.run import ReadyRun
-from treadle_fabric import MisconfigurationException
+from treadle_fabric import MisconfigurationException, rank_zero_warn
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -59,6 +59,16 @@ class Clipping:
     def hooked(self) -> bool:
         """Whether the module's own ``configure_gradient_clipping`` does it."""
         return self._hook is not None
+
+    def tell_unused(self) -> None:
+        """Warn of hooks of the module that are not called, because the strategy's engine clips."""
+        names = ("configure_gradient_clipping", self._hook), ("clip_gradients", self._clip)
+        own = [name for name, hook in names if hook is not None]
+        if own and self._strategy.handles_gradient_clipping:
+            rank_zero_warn(
+                f"`{own[0]}` is overridden, and is not called: the engine of {type(self._strategy).__name__} has the"
+                " gradients, and clips them by gradient_clip_val of the Trainer."
+            )
 
     def __call__(self, optimizer: Optimizer) -> None:
         if self._hook is not None:
