@@ -94,20 +94,47 @@ def test_resuming_at_an_epochs_end_continues_as_if_nothing_had_happened(tmp_path
     assert again.ckpt_path == path
 
 
-def test_a_stopped_run_goes_on_without_the_callback_that_stopped_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("stops", "goes_on"),
+    [
+        ({"stopping_threshold": 1e9}, {"stopping_threshold": -1.0}),
+        ({"divergence_threshold": -1.0}, {"divergence_threshold": None}),
+        ({"patience": 0, "min_delta": 1e9}, {"patience": 9, "min_delta": 1e9}),
+    ],
+)
+def test_a_stopped_run_goes_on_once_the_callback_that_stopped_it_would_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stops: dict[str, Any], goes_on: dict[str, Any]
 ) -> None:
-    def callbacks() -> list[L.Callback]:
-        return [EarlyStopping("val_loss", stopping_threshold=1e9), ModelCheckpoint(tmp_path, save_last=True)]
+    def callbacks(arguments: dict[str, Any]) -> list[L.Callback]:
+        return [EarlyStopping("val_loss", **arguments), ModelCheckpoint(tmp_path, save_last=True)]
 
-    _, run = fit(tmp_path, 4, callbacks=callbacks())
-    last = run.checkpoint_callback.last_model_path
-    assert run.global_step == 5
-    _, same_again = fit(tmp_path, 4, last, callbacks=callbacks())
-    assert same_again.global_step == 5 and "leave out the callback" in caplog.text
+    _, run = fit(tmp_path, 4, callbacks=callbacks(stops))
+    stopped, last = run.global_step, run.checkpoint_callback.last_model_path
+    assert stopped < 20
+    _, same_again = fit(tmp_path, 4, last, callbacks=callbacks(stops))
+    assert same_again.global_step == stopped and "leave it out" in caplog.text
+    _, changed = fit(tmp_path / "changed", 4, last, callbacks=callbacks(goes_on))
+    assert changed.global_step == 20 and changed.early_stopping_callback.stopping_reason == 0
     with pytest.warns(UserWarning, match="add the following callbacks: .*EarlyStopping"):
-        _, without = fit(tmp_path, 4, last)
+        _, without = fit(tmp_path / "without", 4, last)
     assert (without.global_step, without.should_stop) == (20, False)
+
+
+@pytest.mark.parametrize("minimum", [0, 3])
+def test_a_run_that_the_program_stopped_goes_on_and_a_stop_that_the_minimum_holds_back_is_to_come(
+    tmp_path: Path, minimum: int
+) -> None:
+    class Stopping(Resumable):
+        def on_train_epoch_end(self) -> None:
+            self.trainer.should_stop |= self.current_epoch == 1
+
+    run = trainer(tmp_path, max_epochs=5, min_epochs=minimum, callbacks=ModelCheckpoint(tmp_path, save_top_k=-1))
+    run.fit(Stopping(), loader(10), loader(4))
+    assert run.current_epoch == max(minimum, 2)
+    (saved,) = tmp_path.glob("epoch=1*.ckpt")
+    again = trainer(tmp_path, max_epochs=5, min_epochs=minimum)
+    again.fit(Stopping(), loader(10), loader(4), ckpt_path=saved)
+    assert again.current_epoch == (minimum or 5)
 
 
 def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:

@@ -52,6 +52,13 @@ class Callback:
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The fit, validate, test or predict has ended; ``stage`` names which."""
 
+    def confirm_stop(self) -> bool:
+        """Return whether this callback ended the run from which a fit goes on, and would end it again.
+
+        Asked once where that run was stopped before its time, when the callback has its state.
+        """
+        return False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fit begins; optimizers exist."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from treadle.contracts import LightningModule, Trainer
 
 __all__ = ["EarlyStopping", "EarlyStoppingReason"]
+
+
+_THRESHOLDS: Final = ("stopping_threshold", "divergence_threshold")
 
 
 class EarlyStoppingReason(IntEnum):
@@ -102,6 +105,8 @@ class EarlyStopping(Callback):
         self.min_delta = abs(min_delta) if mode == "max" else -abs(min_delta)
         self.best_score = torch.tensor(worst_value(mode), device="cpu")
         self._check_on_train_epoch_end = check_on_train_epoch_end
+        self._given_patience = self.patience  # a saved state has its own
+        self._stopped_by: dict[str, float | None] = dict.fromkeys(_THRESHOLDS)
 
     @property
     def state_key(self) -> str:
@@ -204,7 +209,7 @@ class EarlyStopping(Callback):
             logging.getLogger("treadle_fabric").info(rank_prefixed_message(message, trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and the number of checks since; the keys are Lightning's."""
+        """Return the best score, the number of checks since, and what decided; the keys are Lightning's and those of the thresholds."""
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
@@ -212,6 +217,8 @@ class EarlyStopping(Callback):
             "patience": self.patience,
             "stopping_reason": int(self.stopping_reason),
             "stopping_reason_message": self.stopping_reason_message,
+            "stopping_threshold": self.stopping_threshold,
+            "divergence_threshold": self.divergence_threshold,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,6 +229,22 @@ class EarlyStopping(Callback):
         self.patience = state_dict.get("patience", self.patience)
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
+        self._stopped_by = {name: state_dict.get(name, getattr(self, name)) for name in _THRESHOLDS}
+
+    def confirm_stop(self) -> bool:
+        """Return whether the arguments are still those for which training was ended; else it is not ended any more."""
+        reason, reasons = self.stopping_reason, EarlyStoppingReason
+        if reason is reasons.PATIENCE_EXHAUSTED:
+            goes_on = self._given_patience > self.wait_count
+        elif reason is reasons.NON_FINITE_METRIC:
+            goes_on = not self.check_finite
+        else:
+            name = _THRESHOLDS[reason is reasons.DIVERGENCE_THRESHOLD]
+            goes_on = reason is reasons.NOT_STOPPED or getattr(self, name) != self._stopped_by[name]
+        if goes_on and reason is not reasons.NOT_STOPPED:
+            self.patience, self.stopped_epoch = self._given_patience, 0
+            self.stopping_reason, self.stopping_reason_message = reasons.NOT_STOPPED, None
+        return not goes_on
 
 
 def _missing(metric: MonitoredMetric, metrics: Mapping[str, Any]) -> str:

@@ -170,8 +170,8 @@ class FitLoop:
             rank_zero_info(f"`Trainer.fit` stopped: {reason or _NO_BATCHES}.")
             if progress.batches and self._controls.should_stop:
                 rank_zero_info(
-                    "That was in the run that this fit goes on from. To train on, leave out the callback that stopped"
-                    " it, or raise `min_epochs` or `min_steps`."
+                    "That was in the run that this fit goes on from. To train on, change what the callback that"
+                    " stopped it decides by (its `patience`, say), leave it out, or raise `min_epochs` or `min_steps`."
                 )
             elif progress.batches:
                 rank_zero_warn(
@@ -314,6 +314,13 @@ class FitLoop:
                 f" `min_steps={d.min_steps}` has not been met: training goes on until then."
             )
         return enough
+
+    def stop_is_pending(self) -> bool:
+        """Return whether a stop that the run before this one was asked for is still to come.
+
+        The minimum held it back, or the run was saved before the end of the batch in which it was asked for.
+        """
+        return self._run.progress.phase is not Phase.BETWEEN or not self.may_stop()
 
     def _done(self) -> str:
         """Return the reason why training is over; empty while training goes on."""

@@ -133,11 +133,6 @@ class Dispatch:
         """Keep the saved states of callbacks that the trainer does not have yet."""
         self._states = dict(states)
 
-    @property
-    def lacks_callbacks(self) -> bool:
-        """Whether the checkpoint has states of callbacks that the trainer does not have."""
-        return bool(self._states)
-
     def tell_of_states(self) -> None:
         """Warn of the states that no callback has taken; the first epoch begins."""
         if self._states:

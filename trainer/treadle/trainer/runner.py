@@ -293,10 +293,12 @@ class Runner:
             if checkpoint is not None:
                 restore_training(ready, checkpoint)
                 exact = checkpoint.get("treadle", {})
-                stopped = bool(exact.get("should_stop", False))  # by a callback, perhaps, that is left out now
-                trainer.should_stop |= stopped and not ready.dispatch.lacks_callbacks
             ready.dispatch.refresh("fit")
             loop = fitting.make_loop(ready, exact)
+            if checkpoint is not None and exact.get("should_stop", False):
+                trainer.should_stop |= loop.stop_is_pending() or any(
+                    [callback.confirm_stop() for callback in trainer.callbacks]
+                )
             del checkpoint, exact  # the fitting drops what it has put back
             try:
                 loop.run()
