@@ -113,11 +113,11 @@ def test_a_stopped_run_goes_on_once_the_callback_that_stopped_it_would_not(
     assert stopped < 20
     _, same_again = fit(tmp_path, 4, last, callbacks=callbacks(stops))
     assert same_again.global_step == stopped and "leave it out" in caplog.text
-    _, changed = fit(tmp_path / "changed", 4, last, callbacks=callbacks(goes_on))
-    assert changed.global_step == 20 and changed.early_stopping_callback.stopping_reason == 0
     with pytest.warns(UserWarning, match="add the following callbacks: .*EarlyStopping"):
         _, without = fit(tmp_path / "without", 4, last)
     assert (without.global_step, without.should_stop) == (20, False)
+    _, changed = fit(tmp_path, 4, last, callbacks=callbacks(goes_on))
+    assert changed.global_step == 20 and changed.early_stopping_callback.stopping_reason == 0
 
 
 @pytest.mark.parametrize("minimum", [0, 3])
@@ -128,13 +128,15 @@ def test_a_run_that_the_program_stopped_goes_on_and_a_stop_that_the_minimum_hold
         def on_train_epoch_end(self) -> None:
             self.trainer.should_stop |= self.current_epoch == 1
 
-    run = trainer(tmp_path, max_epochs=5, min_epochs=minimum, callbacks=ModelCheckpoint(tmp_path, save_top_k=-1))
-    run.fit(Stopping(), loader(10), loader(4))
-    assert run.current_epoch == max(minimum, 2)
+    def fitted(ckpt_path: Path | None = None) -> L.Trainer:
+        kept = ModelCheckpoint(tmp_path, save_top_k=-1)
+        run = trainer(tmp_path, max_epochs=5, min_epochs=minimum, callbacks=kept, enable_checkpointing=True)
+        run.fit(Stopping(), loader(10), loader(4), ckpt_path=ckpt_path)
+        return run
+
+    assert fitted().current_epoch == max(minimum, 2)
     (saved,) = tmp_path.glob("epoch=1*.ckpt")
-    again = trainer(tmp_path, max_epochs=5, min_epochs=minimum)
-    again.fit(Stopping(), loader(10), loader(4), ckpt_path=saved)
-    assert again.current_epoch == (minimum or 5)
+    assert fitted(saved).current_epoch == (minimum or 5)
 
 
 def test_a_finished_run_that_is_resumed_does_nothing(tmp_path: Path) -> None:

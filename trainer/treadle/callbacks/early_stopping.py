@@ -209,7 +209,7 @@ class EarlyStopping(Callback):
             logging.getLogger("treadle_fabric").info(rank_prefixed_message(message, trainer.global_rank))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score, the number of checks since, and what decided; the keys are Lightning's and those of the thresholds."""
+        """Return the best score, the checks since, and what decides; the keys are Lightning's and given thresholds."""
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
@@ -217,9 +217,7 @@ class EarlyStopping(Callback):
             "patience": self.patience,
             "stopping_reason": int(self.stopping_reason),
             "stopping_reason_message": self.stopping_reason_message,
-            "stopping_threshold": self.stopping_threshold,
-            "divergence_threshold": self.divergence_threshold,
-        }
+        } | {name: value for name in _THRESHOLDS if (value := getattr(self, name)) is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back the best score, the number of checks since, and the patience."""
@@ -229,7 +227,7 @@ class EarlyStopping(Callback):
         self.patience = state_dict.get("patience", self.patience)
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
-        self._stopped_by = {name: state_dict.get(name, getattr(self, name)) for name in _THRESHOLDS}
+        self._stopped_by = {name: state_dict.get(name) for name in _THRESHOLDS}
 
     def confirm_stop(self) -> bool:
         """Return whether the arguments are still those for which training was ended; else it is not ended any more."""

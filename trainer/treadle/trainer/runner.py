@@ -296,9 +296,8 @@ class Runner:
             ready.dispatch.refresh("fit")
             loop = fitting.make_loop(ready, exact)
             if checkpoint is not None and exact.get("should_stop", False):
-                trainer.should_stop |= loop.stop_is_pending() or any(
-                    [callback.confirm_stop() for callback in trainer.callbacks]
-                )
+                confirmed = [callback.confirm_stop() for callback in trainer.callbacks]
+                trainer.should_stop |= loop.stop_is_pending() or True in confirmed
             del checkpoint, exact  # the fitting drops what it has put back
             try:
                 loop.run()

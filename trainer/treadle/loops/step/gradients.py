@@ -17,7 +17,7 @@ from treadle_fabric import MisconfigurationException, infer_batch_size, rank_zer
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["Gradients", "tell_of_none"]
+__all__ = ["Gradients", "without_batch"]
 
 _FIRST_ITEMS: Final = 8  # a batch may be a list of many numbers
 
@@ -54,7 +54,7 @@ class Gradients:
             What ``on_train_batch_end`` gets; and the mean loss, None where there was nothing to learn from.
         """
         self._results.hook = "training_step"
-        output = self._training_step(batch, batch_idx) if batch is not None else tell_of_none(self._run)
+        output = self._training_step(batch, batch_idx) if batch is not None else without_batch(self._run)
         mean, weight = (output, None) if isinstance(output, Tensor) else _loss_of(output)
         if mean is None:
             self._run.fabric.strategy.finish_forward(self._run.engine, "training_step")
@@ -97,13 +97,14 @@ class Gradients:
         self._run.fabric.strategy.join_backward(self._run.engine, str(self._run.progress.batches))
 
 
-def tell_of_none(run: ReadyRun) -> None:
-    """Warn, once, of a batch that is None, which ``training_step`` does not get."""
+def without_batch(run: ReadyRun) -> Any:
+    """Return what stands for the output of ``training_step`` where the batch is None, and warn of it once."""
     if run.first_time("none batch"):
         rank_zero_warn(
             "The train_dataloader yielded None. Batches of None are skipped: neither `on_train_batch_start` nor"
             " `training_step` gets them. If this was on purpose, ignore this warning."
         )
+    return None
 
 
 def _loss_of(output: Any) -> tuple[Tensor | None, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from treadle.loops.step.gradients import tell_of_none
+from treadle.loops.step.gradients import without_batch
 from treadle.module.steps.arguments import TRAINING_ARGUMENTS, bind_step
 from treadle.run.run import ReadyRun
 from treadle_fabric import MisconfigurationException
@@ -36,7 +36,7 @@ class ManualStep:
     def step(self, batch: Any, batch_idx: int, window: float, done: float) -> Any:
         """Train on a batch; returns what ``on_train_batch_end`` gets."""
         self._results.hook = "training_step"
-        output = self._training_step(batch, batch_idx) if batch is not None else tell_of_none(self._run)
+        output = self._training_step(batch, batch_idx) if batch is not None else without_batch(self._run)
         if self._prepares:
             self._loss.prepare((), 1, 1)
         if not self._gives_outputs or output is None:
