@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,7 +57,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
 
     Returns:
         ``ranks``: this rank's part in tensors and plain containers, marked as :class:`PerRank`; in the middle of an
-        accumulation it has gradients, too. ``accumulated``: the place of the next batch in its accumulation.
+        accumulation it has gradients, too. ``accumulated``: the place of the next batch in its accumulation, and
+        whether the gradients before it were lost, because they had a part of its own.
         ``unwritten``: values of an epoch that ends, which no logger has yet. ``gradients``: where ranks hold parts of
         them. ``shares``: which share of the samples each rank has, where ranks work together on one.
     """
@@ -84,6 +86,8 @@ def capture_exact(run: ReadyRun, data: TrainingData | None) -> dict[str, Any]:
         gradients = {n: as_part(p, gradient.detach()) for n, p, gradient in held if gradient is not None}
     fabric = run.fabric
     shared: dict[str, Any] = {"accumulated": {"done": done, "window": window}}
+    if done and run.fabric.strategy.reduce_boolean_decision(progress.within_backward, all=False):
+        shared["accumulated"]["mixed"], gradients = True, {}  # on some ranks, with a part of the current batch's
     if done and (layout := run.fabric.strategy.gradient_layout):
         shared["accumulated"]["layout"] = layout
     if progress.epoch_ended:
@@ -196,8 +200,12 @@ def restore_exact(run: ReadyRun, saved: dict[str, Any], data: TrainingData, *, a
     batch = progress.batch
     resumed = data.epochs.resume(mine["data"], saved_by, batch, begun=progress.begun, ended=ended)
     progress.batch, factor = resumed.batch or 0, 1.0
-    if resumed.batch is None:
-        begins, gradients, progress.accumulation = True, {}, Accumulation(accumulate)
+    mixed = (saved.get("accumulated") or {}).get("mixed", False)
+    if resumed.batch is None or mixed:
+        if mixed:
+            _tell_of_lost(progress.batch, saved["accumulated"])
+        begins, gradients = begins or resumed.batch is None, {}
+        progress.accumulation = Accumulation(accumulate, progress.batch)
         mine["weights"] = {**mine["weights"], "total": 0, "count": 0} if mine.get("weights") else {}
     elif not ended:
         factor = _go_on_accumulating(progress, saved.get("accumulated"), batch, resumed.size, accumulate, data.stop)
@@ -293,6 +301,15 @@ def _write_ended(run: ReadyRun, saved: dict[str, Any]) -> bool:
     values = {**unwritten["values"], **late}
     run.write(values, max(run.progress.logging_step - 1, 0), epoch=run.progress.epoch - 1)
     return bool(values)
+
+
+def _tell_of_lost(batch: int, place: Mapping[str, Any]) -> None:
+    """Warn of gradients that a checkpoint does not have, because they were those of no whole number of batches."""
+    rank_zero_warn(
+        f"The checkpoint was saved in the backward pass of batch {batch}, or between that and the end of the batch."
+        f" {place['done']:g} batch(es) of the same accumulation came before: their gradients could no longer be told"
+        f" from those of this batch, and are left out. An accumulation begins with batch {batch}."
+    )
 
 
 def _go_on_accumulating(

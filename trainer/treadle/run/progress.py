@@ -37,6 +37,9 @@ class FitProgress:
     """Whether the first batch of this epoch was drawn."""
     batches: int = 0
     """Batches trained on in all epochs."""
+    differentiated: int = 0
+    """Batches in all epochs whose backward pass has begun, in automatic optimization: one more than :attr:`batches`
+    where the gradients already have a part of the current batch, or all of it."""
     step: int = 0
     """Batches at which an optimizer stepped, in all epochs, and steps made between two batches."""
     step_in_epoch: int = 0
@@ -66,9 +69,15 @@ class FitProgress:
         """Whether the current batch may still be trained on, because nothing that follows it has begun."""
         return self.phase is Phase.BETWEEN and not self.epoch_ended
 
+    @property
+    def within_backward(self) -> bool:
+        """Whether the gradients are neither those before the current batch nor those after it has been trained on."""
+        return self.differentiated > self.batches
+
     def settle(self) -> None:
         """Turn the counters of a state that was saved or left into those with which a run goes on from it."""
         self.begun |= self.batch > 0  # in checkpoints that do not tell
+        self.differentiated = 0
         self.stepped &= self.phase is not Phase.BETWEEN
         self.is_last_batch &= not self.within_batch
         if self.epoch_ended:

@@ -45,10 +45,12 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
     """Make the backward pass of automatic optimization, with an explanation where it fails because of the loss."""
     strategy, engine = run.fabric.strategy, run.engine
     by_strategy = Tensor.backward if strategy.plain_backward else lambda loss: strategy.backward(loss, engine)
+    progress, own = run.progress, _own_backward(run)
     kept: Tensor | None = None
 
     def differentiate(loss: Tensor) -> None:
         nonlocal kept
+        progress.differentiated = progress.batches + 1
         # As the variable of a hand-written loop: the next forward finds the graph's nodes of the parameters.
         kept = loss
         try:
@@ -59,7 +61,12 @@ def automatic_backward(run: ReadyRun) -> Callable[[Tensor], None]:
                 raise explained from error
             raise
 
-    return _with_listeners(run, run.timed(_own_backward(run) or differentiate, "backward", strategy))
+    def by_module(loss: Tensor) -> None:
+        progress.differentiated = progress.batches + 1
+        assert own is not None
+        own(loss)
+
+    return _with_listeners(run, run.timed(differentiate if own is None else by_module, "backward", strategy))
 
 
 def manual_backward(run: ReadyRun, loss: Tensor, *args: Any, **kwargs: Any) -> None:

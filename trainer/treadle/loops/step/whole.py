@@ -46,7 +46,7 @@ class WholeBatchGradients:
     def __init__(self, run: ReadyRun, optimizers: Sequence[Optimizer]) -> None:
         self._run_batch, self._engine = run.fabric.strategy.run_batch, run.engine
         self._results, self._loss = run.results, run.loss
-        self._log = _WholeBatchLog(run, run.results, "training")
+        self._log, self._progress = _WholeBatchLog(run, run.results, "training"), run.progress
         self._zero_grad = make_zero_grad(run, optimizers)
         self._after_backward = run.dispatch.listeners("on_after_backward")
         self._gives_outputs = bool(run.dispatch.listeners("on_train_batch_end"))
@@ -57,6 +57,7 @@ class WholeBatchGradients:
         if first:
             self._zero_grad()
         self._results.hook = "training_step"
+        self._progress.differentiated = self._progress.batches + 1
         found = self._run_batch(self._engine, batch, window, self._log.watching(batch))
         outputs = self._log.take(found)
         mean = outputs["loss"]
