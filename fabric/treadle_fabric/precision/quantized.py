@@ -38,6 +38,14 @@ class _FourBitStates(Linear):
     compute_dtype: Any
     quant_state: Any
 
+    @property
+    def support_avx512bf16_for_cpu(self) -> bool:
+        """False: bitsandbytes packs weights anew for such CPUs; when a state is saved, scales stay transposed."""
+        return False
+
+    @support_avx512bf16_for_cpu.setter
+    def support_avx512bf16_for_cpu(self, supported: bool) -> None: ...
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
     ) -> None:  # fmt: skip
