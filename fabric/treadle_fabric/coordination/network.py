@@ -11,7 +11,8 @@ import ipaddress
 import os
 import socket
 import struct
-from typing import Any
+from datetime import timedelta
+from typing import Any, Final
 
 __all__ = [
     "address_towards",
@@ -93,7 +94,11 @@ def address_towards(address: str, port: int) -> str:
     return ""
 
 
-def choose_interface(store: Any, world_size: int, address: str, port: int) -> None:
+_PATIENCE: Final = timedelta(seconds=10)
+"""How long machine 0 waits for the address of another one, once all ranks have met."""
+
+
+def choose_interface(store: Any, node_rank: int, address: str, port: int) -> None:
     """Have gloo listen where the other machines are, if this machine's name leads to itself only.
 
     Gloo listens at the address of the machine's name, and in Debian's /etc/hosts that is 127.0.1.1: the other machines
@@ -102,21 +107,19 @@ def choose_interface(store: Any, world_size: int, address: str, port: int) -> No
 
     Args:
         store: Where the ranks have met.
-        world_size: The number of ranks.
+        node_rank: This machine's number, which an environment of the program's own may not know.
         address: Where the ranks have met, on machine 0.
         port: Its port.
     """
     mine = address_towards(address, port)
-    if mine:  # by the way there, and not by the machine's number: a program's own environment may count none
+    if mine or node_rank != 0:
         store.set("address-of-another-node", mine)
-    if store.add("ranks-with-their-address", 1) == world_size:
-        store.set("addresses-are-known", "")
     if "GLOO_SOCKET_IFNAME" in os.environ or not _name_leads_to_itself():
         return
     if not mine:  # machine 0
-        store.wait(["addresses-are-known"])
-        if store.check(["address-of-another-node"]):
-            mine = address_towards(store.get("address-of-another-node").decode(), port)
+        with contextlib.suppress(RuntimeError):  # no rank is on another machine, whatever num_nodes says
+            store.wait(["address-of-another-node"], _PATIENCE)
+            mine = address_towards(store.get("address-of-another-node").decode() or "localhost", port)
     if mine and (name := _interface_with(mine)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

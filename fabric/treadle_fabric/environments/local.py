@@ -198,8 +198,8 @@ class LightningEnvironment(ClusterEnvironment):
         if self._port is not None or "TREADLE_LAUNCH_DIR" in self.variables:
             return (
                 f"Treadle started {self.variables.get('LOCAL_WORLD_SIZE', world_size)} of the {world_size} processes "
-                "on this machine, and each comes here when its script has got to the launch. One that does not come "
-                "waits for something else before."
+                "on this machine. Each comes here when its script has got to the launch: imports take time, more on a "
+                "busy machine. The run goes on when all are here."
             )
         return (
             f"{said} say that the processes are there already, and devices and num_nodes that there are {world_size}. "

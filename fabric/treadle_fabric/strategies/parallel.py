@@ -234,7 +234,7 @@ class ParallelStrategy(Strategy):
         exclusive = bound if "nccl" in self.process_group_backend else None
         store = meet(environment, rank, world_size, self._timeout, exclusive)
         if self._num_nodes > 1:
-            choose_interface(store, world_size, environment.main_address, environment.main_port)
+            choose_interface(store, self.node_rank, environment.main_address, environment.main_port)
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
         dist.init_process_group(

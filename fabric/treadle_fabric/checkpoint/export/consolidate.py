@@ -72,7 +72,10 @@ def consolidate(
     source = folder_at(path)
     if source is None and not weights:
         load_file(path, map_location="meta")  # says it if nothing is there
-        raise CheckpointError(f"{os.fspath(path)!r} is one file already, and no folder.")
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is one file already, and no folder: load it as it is. For a file of the weights"
+            f" alone, name an output that ends in {_WEIGHTS!r}."
+        )
     try:
         with files_mapped(), tensors_on_demand():  # the content ends inside of the call
             return where, _write(path, source, where, (key, dtype, strip_prefix) if weights else None)

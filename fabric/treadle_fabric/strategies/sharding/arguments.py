@@ -294,7 +294,7 @@ def _others(given: Mapping[str, Any]) -> tuple[Module | Tensor, ...]:
     ignored: list[Module | Tensor] = []
     for name, value in given.items():
         if name not in _ALREADY:
-            raise UnknownArgumentError(f"{name}={value!r} is no argument of sharding. {near_names(name, _known())}")
+            raise UnknownArgumentError(f"{name}={value!r} is no argument of the strategy. {near_names(name, _known())}")
         if any(value is asked for asked in _ALREADY[name]) or _is_default(name, value):
             continue
         if name in _NEW_WAY:

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+import warnings
 import weakref
 from collections import ChainMap
 from collections.abc import Callable, Generator, Iterator
@@ -54,6 +55,8 @@ def deepspeed_for(device: torch.device, local_rank: int, level: int) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     logging.getLogger("DeepSpeed").setLevel(level)
     deepspeed: Any = importlib.import_module("deepspeed")  # some seconds, and an extra
+    # What DeepSpeed calls in torch is for DeepSpeed to change
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"deepspeed\.")
     deepspeed.utils.logger.setLevel(level)
     name = deepspeed.accelerator.get_accelerator().device_name()
     if name != device.type:
