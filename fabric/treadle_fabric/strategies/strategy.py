@@ -505,6 +505,11 @@ class Strategy(Capabilities, ABC):
                 values, too. Default: the state is a user's, and the state dicts of its modules and optimizers are kept.
         """
 
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Remove a checkpoint, on rank 0; the other ranks do not wait."""
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(path)
+
     @abstractmethod
     def load_checkpoint(
         self,

@@ -157,6 +157,21 @@ def test_what_combined_loaders_skip_is_not_read(tmp_path: Path, mode: Any) -> No
     assert sum(part.read.value for part in parts) <= 6
 
 
+@pytest.mark.parametrize("mode", ["min_size", "max_size", "max_size_cycle"])
+def test_combined_loaders_shuffle_as_in_a_loop_by_hand(tmp_path: Path, mode: Any) -> None:
+    def loader() -> L.CombinedLoader:
+        return L.CombinedLoader([DataLoader(Counted(n), 3, shuffle=True) for n in (12, 18)], mode)
+
+    L.seed_everything(11, verbose=False)
+    Watcher(tmp_path)
+    seen, loaders = [], loader()
+    for epoch in range(2):
+        for batch, batch_idx, _ in loaders:
+            seen.append((epoch, batch_idx, batch))
+            torch.rand(1, 1)
+    assert same(watch(tmp_path, loader, max_epochs=2), seen)
+
+
 @pytest.mark.parametrize("several", [True, False])
 def test_saved_before_a_batch_is_trained_on(tmp_path: Path, several: bool) -> None:
     class Early(Watcher):

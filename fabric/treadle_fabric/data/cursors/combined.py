@@ -55,6 +55,8 @@ class CombinedCursor(Cursor):
     def _begin(self, index: int, skip: int) -> Iterator[Any]:
         part, passes, number = self._parts[index], self._passes[index], self._next_pass[index]
         self._next_pass[index] += 1
+        if number - 1 in passes:  # whose order was drawn with its first batch
+            passes[number - 1] = part.state_dict(0)
         if number in passes:  # it had begun when the checkpoint was saved
             part.load_state_dict(passes[number])
         batches = part.iterate(self._epoch, skip)
@@ -66,8 +68,8 @@ class CombinedCursor(Cursor):
         states = []
         for part, passes, number in zip(self._parts, self._passes, self._next_pass, strict=True):
             now, newest = part.state_dict(0), number - 1
-            if newest in passes:  # samplers may have drawn more since it began
-                passes[newest] = {**passes[newest], "generators_now": now["generators_now"]}
+            if newest in passes:  # it has drawn its order since it began, and samplers may have drawn more
+                passes[newest] = now
             states.append({**now, "passes": list(passes.items())})
         return {"parts": states}
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from treadle_fabric.data.cursors.one_loader import OneLoaderCursor
 from treadle_fabric.data.cursors.orders import RestOfOrder, with_private_order
 from treadle_fabric.data.samplers import index_sampler, with_sampler
+from treadle_fabric.randomness import generator_state
 
 __all__ = ["IndexedCursor"]
 
@@ -22,7 +23,8 @@ class IndexedCursor(OneLoaderCursor):
     Args:
         loader: The loader.
         rank: This process.
-        among_others: Whether others draw random numbers between the begin of an epoch and its first batch.
+        among_others: Whether others draw random numbers between the begin of an epoch and its first batch. The
+            numbers are then drawn in the order in which a loop over all loaders, written by hand, draws them.
     """
 
     skips_by_index = True
@@ -37,13 +39,21 @@ class IndexedCursor(OneLoaderCursor):
         loader = self._loader
         if not resumed:
             self._warm = False
-            if not skip and not self._among_others:
+            if not skip:
+                if self._among_others:  # all of which begin, before any draws the order with its first batch
+                    loader = with_sampler(loader, RestOfOrder(index_sampler(loader), 0, self._note_order))
                 return iter(loader)
         with self._order_drawn_again(resumed, now):
             rest = RestOfOrder(index_sampler(loader), skip)
             other = with_sampler(loader, rest)
-            if self._warm:  # there were workers that persist, which drew no seed in this epoch
+            if self._warm:  # the order was drawn later than the workers' seed
                 other.__dict__["generator"] = torch.Generator()
             iterator: Iterator[Any] = iter(other)
             rest.begin()  # draws the order before the random state goes on
         return iterator
+
+    def _note_order(self) -> None:
+        """Note what the order is drawn from, now that it is; the workers' seed was drawn before."""
+        self._drawn_from = [generator_state(g) for g in self._generators]
+        if self._private is None:
+            self._rng, self._warm = {"torch": torch.get_rng_state()}, True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -19,10 +19,16 @@ _CHUNK = 16  # items drawn with one change of the random state
 
 
 class RestOfOrder:
-    """The items of a sampler after the first ``skip`` ones."""
+    """The items of a sampler after the first ``skip`` ones.
 
-    def __init__(self, sampler: Iterable[Any], skip: int) -> None:
-        self._sampler, self._skip = sampler, skip
+    Args:
+        sampler: The sampler.
+        skip: The number of items to leave out.
+        before: Called before the order is drawn, with the first item. Default: :meth:`begin` draws it earlier.
+    """
+
+    def __init__(self, sampler: Iterable[Any], skip: int, before: Callable[[], None] | None = None) -> None:
+        self._sampler, self._skip, self._before = sampler, skip, before
         self._iterator: Iterator[Any] = iter(())
 
     def begin(self) -> None:
@@ -32,6 +38,9 @@ class RestOfOrder:
         self._iterator = iterator if self._skip else chain(list(islice(iterator, 1)), iterator)
 
     def __iter__(self) -> Iterator[Any]:
+        if self._before is not None:
+            self._before()
+            self.begin()
         yield from self._iterator  # looked up with the first item, after `begin`
 
     def __len__(self) -> int:

@@ -96,11 +96,10 @@ def sharded_by_hand(module: Module, mesh: Any) -> set[Tensor]:
         MisconfigurationException: ``fully_shard`` got a mesh of fewer processes than that, so that some of them would
             train apart.
     """
-    wanted = set() if mesh is None else _processes(mesh)
+    sharded = [each for each in with_plain_names(module, module.named_modules()) if hasattr(each[1], "_get_fsdp_state")]
+    wanted = _processes(mesh) if sharded and mesh is not None else set()
     found: set[Tensor] = set()
-    for name, each in with_plain_names(module, module.named_modules()):
-        if not hasattr(each, "_get_fsdp_state"):
-            continue
+    for name, each in sharded:
         found.update(each.parameters())
         for part in (part.sharded_param for group in parameter_groups(each) for part in group.fsdp_params):
             if missing := wanted - _processes(part.device_mesh):
