@@ -56,7 +56,8 @@ def deepspeed_for(device: torch.device, local_rank: int, level: int) -> Any:
     logging.getLogger("DeepSpeed").setLevel(level)
     deepspeed: Any = importlib.import_module("deepspeed")  # some seconds, and an extra
     # What DeepSpeed calls in torch is for DeepSpeed to change
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"deepspeed\.")
+    called = "all_gather_into_tensor|reduce_scatter_tensor"
+    warnings.filterwarnings("ignore", rf"`torch\.distributed\.({called})` is deprecated", FutureWarning)
     deepspeed.utils.logger.setLevel(level)
     name = deepspeed.accelerator.get_accelerator().device_name()
     if name != device.type:
