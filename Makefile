@@ -21,10 +21,11 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
-# One thread a process: the tests start many. A test marked `alone` measures time and so has the machine to itself.
+# One thread a process: the tests start many. Three workers for two cores, because tests of processes wait for these.
+# A test marked `alone` measures time and so has the machine to itself.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not alone and $(COMMON)"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not alone and $(COMMON)"
 	$(BIN)/python -m pytest -m alone
 
 # The long ones: processes are killed at hundreds of random moments. TREADLE_FAULTS_SEED=n draws others.

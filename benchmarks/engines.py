@@ -5,7 +5,7 @@ A small GPT is trained by hand, with Fabric and with the Trainer in the same two
 that take turns, so that a busy moment of the machine hits all of them. Of each pair of neighbouring blocks the ratio of
 times is taken; the median over the pairs is printed, and must be at most 3 % over 1.
 
-    python benchmarks/engines.py [--pairs 20] [--steps 4] [--engines ddp fsdp deepspeed] [--output FILE] [--check]
+    python benchmarks/engines.py [--pairs 20] [--steps 8] [--engines ddp fsdp deepspeed] [--output FILE] [--check]
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def compare(engine: str, pairs: int, steps: int) -> dict[str, float]:
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy())
     fabric.launch()
     torch.manual_seed(0)
-    batches = [Tokens(BATCH).tokens[i * BATCH : (i + 1) * BATCH] for i in range(steps)]
+    tokens = Tokens(BATCH * steps)
+    batches = [torch.stack([tokens[i * BATCH + j] for j in range(BATCH)]) for i in range(steps)]
     ours = GPT()
     model, optimizer = fabric.setup(ours, torch.optim.AdamW(ours.parameters(), lr=1e-3))
     raw = zero_by_hand(GPT()) if engine == "deepspeed" else by_hand(engine)
@@ -210,7 +211,7 @@ def run(engine: str, pairs: int, steps: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=20, help="pairs of blocks (default: 20)")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a block (default: 4)")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a block (default: 8)")
     parser.add_argument("--engines", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--output", type=Path, help="a file for the numbers, as JSON")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a bar is missed")
