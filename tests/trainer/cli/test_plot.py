@@ -132,6 +132,8 @@ def test_event_files_begin_anew_where_they_say_so() -> None:
         writer.add_text("note", "text", 0)
     with SummaryWriter("run/version_0", purge_step=3, filename_suffix=".later") as writer:
         writer.add_scalar("loss", 2.0, 3)
+    for file in Path("run/version_0").glob("events*"):  # the tenth writer of a process, in the second of the ninth
+        file.rename(file.with_name(f"events.out.tfevents.1700000000.host.1.{10 if 'later' in file.name else 9}"))
     [run], _ = read_runs(["run"])
     assert run.values == {
         "loss": {0: 1.0, 1: 1.0, 2: 1.0, 3: 2.0},

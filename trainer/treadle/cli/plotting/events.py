@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from treadle_fabric import require_package
 
@@ -27,7 +29,7 @@ def read_scalars(files: Iterable[Path]) -> dict[str, dict[int, float]]:
     from tensorboard.util.tensor_util import make_ndarray  # an extra
 
     found: dict[str, dict[int, float]] = {}
-    for file in sorted(files, key=lambda file: file.name):
+    for file in sorted(files, key=_age):
         for event in EventFileLoader(str(file)).Load():
             if event.HasField("session_log") and event.session_log.status == SessionLog.START and event.step:
                 for values in found.values():
@@ -37,3 +39,8 @@ def read_scalars(files: Iterable[Path]) -> dict[str, dict[int, float]]:
                 if value.metadata.plugin_data.plugin_name == "scalars":
                     found.setdefault(value.tag, {})[event.step] = float(make_ndarray(value.tensor).item())
     return {name: values for name, values in found.items() if values}
+
+
+def _age(file: Path) -> list[Any]:
+    """The name, which has the second and the number of the writer in its process; 10 comes after 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file.name)]
