@@ -100,7 +100,8 @@ def test_ladder_gives_the_same_losses_to_the_last_bit(rung: str, raw: tuple[str,
     assert out == raw[1], "the same test accuracy"
 
 
-@pytest.mark.parametrize("rung", [RUNGS[1], pytest.param(RUNGS[2], marks=pytest.mark.faults)])  # takes long
+@pytest.mark.faults  # takes long
+@pytest.mark.parametrize("rung", RUNGS[1:])
 def test_ladder_on_two_processes_sees_the_same_batches(rung: str, raw: tuple[str, str]) -> None:
     out = run(rung, "--epochs", "2", "--devices", "2", "--batch-size", "32", "--losses", "losses.txt")
     assert losses(Path("losses.txt").read_text()) == pytest.approx(losses(raw[0]), rel=1e-4)
@@ -208,6 +209,7 @@ def test_model_parallel_cpu() -> None:
     assert found["tensor"] < 6.0 and len(set(found.values())) == 1, found
 
 
+@pytest.mark.faults  # takes long
 def test_char_gpt() -> None:
     out = run("char_gpt.py", "--steps", "80", "--no-progress")
     assert "80 optimizer steps of 32 windows" in out
@@ -225,5 +227,6 @@ def test_migrate_module() -> None:
     assert logged[-1] < logged[0] / 2
 
 
+@pytest.mark.faults  # takes long
 def test_migrate_module_under_the_trainer() -> None:
     assert number(r"train_loss ([\d.]+)", run("migrate_module.py", "--epochs", "3", "--trainer")) < 1.5

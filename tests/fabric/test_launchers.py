@@ -452,6 +452,7 @@ class TestFailure:
         assert err.count("KeyboardInterrupt\n") <= 1
         assert " failed" not in err
 
+    @pytest.mark.faults  # takes long
     def test_interrupt_of_one_that_needs_long_to_end(self, tmp_path: Path) -> None:
         source = """
         if env.local_rank() == 1:

@@ -399,7 +399,7 @@ def run_two(mode: str, strategy: str, answer: str, **environ: str) -> tuple[int,
     [
         pytest.param("term", "auto", "1", marks=pytest.mark.faults),  # takes long
         ("term", "ddp_fork", "1"),
-        ("term of the parent", "ddp_fork", "parent"),
+        pytest.param("term of the parent", "ddp_fork", "parent", marks=pytest.mark.faults),
     ],
 )
 def test_of_two_ranks_the_one_that_got_the_signal_calls_it(mode: str, strategy: str, called: str) -> None:
@@ -410,6 +410,7 @@ def test_of_two_ranks_the_one_that_got_the_signal_calls_it(mode: str, strategy: 
     assert "Traceback" not in stderr
 
 
+@pytest.mark.faults  # takes long
 def test_of_two_ranks_an_error_of_the_handler_is_shown_and_ends_both() -> None:
     status, stderr, handled = run_two("term", "auto", "error")
     assert handled == ["handled 1 SIGTERM saved"]

@@ -164,7 +164,7 @@ def ends_early(how: str) -> None:
     Path("learned").touch()
 
 
-@pytest.mark.parametrize("how", ["ends", "is killed"])
+@pytest.mark.parametrize("how", ["ends", pytest.param("is killed", marks=pytest.mark.faults)])  # takes long
 def test_a_rank_that_waits_learns_that_another_one_has_gone(how: str) -> None:
     with pytest.MonkeyPatch.context() if how == "ends" else pytest.raises(AssertionError, match="-9"):
         run_in_ranks(ends_early, how)

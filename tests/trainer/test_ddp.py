@@ -384,6 +384,7 @@ def launched(folder: Path, strategy: str, devices: int) -> dict[str, Any]:
     return out
 
 
+@pytest.mark.faults  # takes long
 def test_spawned_and_forked_processes_send_back_what_they_did(tmp_path: Path) -> None:
     found = {strategy: launched(tmp_path, strategy, 2) for strategy in ("ddp_spawn", "ddp_fork")}
     assert "RANK" not in os.environ and "LOCAL_RANK" not in os.environ

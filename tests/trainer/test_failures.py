@@ -16,13 +16,13 @@ def test_a_killed_worker_ends_all_with_its_ranks_traceback() -> None:
     check(run("kill", "worker", 1), "kill", "worker", 1)
 
 
-@pytest.mark.parametrize(
-    ("how", "where", "rank"), [("skip", "fit", 0), pytest.param("kill", "validation", 1, marks=pytest.mark.faults)]
-)
+@pytest.mark.faults  # takes long
+@pytest.mark.parametrize(("how", "where", "rank"), [("skip", "fit", 0), ("kill", "validation", 1)])
 def test_under_torchrun_ranks_share_failures_through_the_store(how: str, where: str, rank: int) -> None:
     check(run(how, where, rank, launcher=TORCHRUN), how, where, rank)
 
 
+@pytest.mark.faults  # takes long
 def test_forked_processes_tell_the_one_that_waits() -> None:
     result = run("skip", "validation", 1, "fork")
     assert not result.orphans

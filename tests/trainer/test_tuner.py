@@ -396,6 +396,7 @@ def search_in_rank(folder: Path) -> None:
     torch.save(found, folder / f"{made.global_rank}.pt")
 
 
+@pytest.mark.faults  # takes long
 def test_two_ranks_find_the_same(tmp_path: Path) -> None:
     run_in_ranks(search_in_rank, tmp_path)
     zero, one = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

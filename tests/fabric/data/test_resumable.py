@@ -529,6 +529,7 @@ def test_two_ranks_of_which_one_is_killed(whole: Path, tmp_path: Path) -> None:
     assert all(ends[0][name].equal(ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.faults  # takes long
 def test_another_number_of_ranks_goes_on_in_the_same_order(whole: Path, tmp_path: Path) -> None:
     def batches(ranks: list[list[Any]], steps: range) -> list[set[float]]:
         found: dict[int, set[float]] = {step: set() for step in steps}

@@ -96,12 +96,13 @@ def measure(strategy: Callable[[], Any], ranks: int, whole: int) -> None:
 TWO_BY_TWO = {"data_parallel_size": 2, "tensor_parallel_size": 2, "tensor_parallel_plan": PLAN}
 
 
+@pytest.mark.faults  # takes long
 @pytest.mark.parametrize(
     ("ranks", "strategy"),
     [
         (2, lambda: FSDPStrategy(policy={Block})),
-        pytest.param(4, lambda: FSDPStrategy(policy={Block}), marks=pytest.mark.faults),  # these take long
-        pytest.param(4, lambda: ModelParallelStrategy(policy={Block}, **TWO_BY_TWO), marks=pytest.mark.faults),
+        (4, lambda: FSDPStrategy(policy={Block})),
+        (4, lambda: ModelParallelStrategy(policy={Block}, **TWO_BY_TWO)),
     ],
     ids=["fsdp2", "fsdp4", "tensor2_fsdp2"],
 )
