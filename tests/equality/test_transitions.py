@@ -41,7 +41,7 @@ def run_pairs(pairs: list[tuple[str, str]], folder: Path) -> None:
     def launch(rows: dict[str, list[tuple[str, Any]]]) -> None:
         for processes in sorted({TABLE[name].processes for name in rows}):
             mine = [row for name in rows for row in rows[name] if TABLE[name].processes == processes]
-            run_in_ranks(run_rows, mine, folder, devices=processes, timeout=300)
+            run_in_ranks(run_rows, mine, folder, devices=processes, timeout=800)
 
     def fit(name: str, run: str, **arguments: Any) -> Any:
         layout = TABLE[name]
