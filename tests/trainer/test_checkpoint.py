@@ -371,3 +371,11 @@ def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     again = trainer(tmp_path, max_epochs=2)
     again.fit(Net(), loader(4), ckpt_path="~/a.ckpt")
     assert again.global_step == 4 and not os.path.exists("~")
+
+
+def test_a_strategy_removes_a_checkpoint(tmp_path: Path) -> None:
+    _, run = fit(tmp_path, 1)
+    path = Path(run.checkpoint_callback.best_model_path)
+    assert path.exists()
+    run.strategy.remove_checkpoint(path)
+    assert not path.exists()
